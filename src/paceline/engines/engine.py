@@ -1,0 +1,74 @@
+"""The contract of a target engine: prompts in, the frozen target's hidden states out.
+
+Layer ids follow vLLM: id k is the state after k decoder blocks, so id N is the last block's
+output *before* the final norm. `capture` is a pure function of its group: the same requests in
+the same order give the same bits, which is what makes a lost feature a cache miss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What the rest of the system may know of the target."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    dtype: str
+    aux_layer_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
+    model_version: str
+    tokenizer_version: str
+
+
+@dataclass(frozen=True)
+class CaptureRequest:
+    """One prompt to answer and capture. `seed` alone decides the sampling (temperature > 0)."""
+
+    sample_id: str
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class CapturedSample:
+    """Features of one sample; T = prompt plus answer, less the last token (which has no state).
+
+    Exactly: `input_ids` holds all tokens the target processed (T), `loss_mask` is 1 where the
+    *processed* token belongs to the answer.
+    """
+
+    sample_id: str
+    input_ids: torch.Tensor  # int32 [T]
+    loss_mask: torch.Tensor  # uint8 [T]
+    aux_hidden_states: torch.Tensor  # target dtype [T, len(aux_layer_ids) * hidden_size]
+    last_hidden_states: torch.Tensor  # target dtype [T, hidden_size], pre-norm
+
+
+class TargetEngine(Protocol):
+    """Adapters: transformers.py (in process)."""
+
+    @property
+    def facts(self) -> TargetFacts: ...
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        """Prompt text through the chat template to token ids, generation prompt included."""
+
+    def probe(self) -> None:
+        """Check once that norm + lm_head of the captured last state gives the model's own argmax.
+
+        Raises CaptureMismatchError.
+        """
+
+    def capture(self, group: Sequence[CaptureRequest]) -> list[CapturedSample]:
+        """Answer every prompt of the group and return its features, in order."""

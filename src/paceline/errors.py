@@ -1,0 +1,88 @@
+"""Every error Paceline raises on purpose.
+
+    PacelineError
+    ├── ConfigError          the run file, the prompt file or the machine does not fit   (ValueError)   exit 2
+    ├── RunBusyError         another live process already holds this role of the run                     exit 3
+    ├── EngineError          the target model cannot be loaded or run                                    exit 4
+    │   └── CaptureMismatchError   captured states do not reproduce the model's own argmax
+    ├── StoreError           the feature store (data plane)                                              exit 5
+    │   ├── FeatureMissingError    no sealed bytes under that key                          (KeyError)
+    │   ├── FeatureCorruptError    sealed bytes do not match their digest
+    │   └── StoreFullError         no room for another sample                              (OSError)
+    ├── LedgerError          the metadata store (control plane)                                          exit 6
+    │   ├── FencedError            a newer process took over this role
+    │   ├── IllegalTransitionError the protocol forbids this change of state
+    │   └── SchemaError            the database is not one this version can open
+    └── CheckpointError      no valid checkpoint where one is needed                                     exit 7
+
+A message has three parts: what happened with which ids or values; why it matters; the next
+command to type. The parts are given apart so that no error can be written without advice.
+"""
+
+from __future__ import annotations
+
+
+class PacelineError(Exception):
+    """Base of all. `what` happened, `why` it matters, what to do `next`."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, why: str = "", next: str = "") -> None:
+        self.what, self.why, self.next = what, why, next
+        super().__init__(" ".join(part for part in (what, why, next and f"Next: {next}") if part))
+
+    def __str__(self) -> str:
+        # KeyError quotes its argument; the message must read the same on every branch.
+        return str(self.args[0])
+
+
+class ConfigError(PacelineError, ValueError):
+    exit_code = 2
+
+
+class RunBusyError(PacelineError):
+    exit_code = 3
+
+
+class EngineError(PacelineError):
+    exit_code = 4
+
+
+class CaptureMismatchError(EngineError):
+    pass
+
+
+class StoreError(PacelineError):
+    exit_code = 5
+
+
+class FeatureMissingError(StoreError, KeyError):
+    pass
+
+
+class FeatureCorruptError(StoreError):
+    pass
+
+
+class StoreFullError(StoreError, OSError):
+    pass
+
+
+class LedgerError(PacelineError):
+    exit_code = 6
+
+
+class FencedError(LedgerError):
+    pass
+
+
+class IllegalTransitionError(LedgerError):
+    pass
+
+
+class SchemaError(LedgerError):
+    pass
+
+
+class CheckpointError(PacelineError):
+    exit_code = 7

@@ -1,0 +1,66 @@
+"""The data plane's contract: tensors in, a `SampleRef`'s keys out.
+
+A stored sample is immutable once sealed: `put` under a key that is already sealed returns the
+sealed key and writes nothing. Only `abort` frees bytes, and only the control plane decides when
+(after a durable checkpoint covers the sample). A crash between `put` and the ledger's commit
+leaves an orphan, which `sweep` reclaims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from paceline.types import FeatureSpec, SampleRef
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes and samples now resident, and the most this store will hold (bytes)."""
+
+    resident_bytes: int
+    resident_samples: int
+    budget_bytes: int
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """What `put` returns: everything the ref needs to find and verify the bytes again."""
+
+    uri: str
+    keys: Mapping[str, str]
+    specs: Mapping[str, FeatureSpec]
+    num_bytes: int
+    digest: str
+
+
+class FeatureStore(Protocol):
+    """Tensors by sample id. Adapters: stores/memory.py, stores/shm.py."""
+
+    def put(self, sample_id: str, tensors: Mapping[str, Any]) -> Sealed:
+        """Copy the tensors in and seal them. Raises StoreFullError, and then holds nothing new."""
+
+    def get(self, ref: SampleRef) -> dict[str, Any]:
+        """Tensors whose bytes match the ref's digest and specs.
+
+        Raises FeatureMissingError (never sealed, or freed) or FeatureCorruptError.
+        """
+
+    def abort(self, sample_id: str, reason: str = "") -> None:
+        """Free the sample's bytes. Idempotent: unknown or already freed is not an error."""
+
+    def sweep(self, keep: Collection[str]) -> list[str]:
+        """Free every sample whose id is not in `keep`; return their ids.
+
+        Only the producer that owns the store may call this, before it writes.
+        """
+
+    def usage(self) -> Usage:
+        """Bytes are what the store occupies, slack included."""
+
+    def close(self) -> None:
+        """Detach. Sealed bytes outlive this process where the medium does."""
+
+    def destroy(self) -> None:
+        """Give all memory back. Only at the end of a run."""

@@ -1,0 +1,120 @@
+"""The records that cross a process boundary. Metadata only: never a tensor.
+
+Large tensors move through the feature store; what the control plane sees of them is a
+`FeatureSpec` (shape and dtype) and a key. `assert_no_tensors` makes that rule executable and
+every metadata store calls it before it writes. Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PromptTask:
+    """One prompt to be answered by the target and captured."""
+
+    task_id: str
+    run_id: str
+    source_id: str = "prompts"
+    payload: Mapping[str, Any] = field(default_factory=dict)
+    ordinal: int = 0
+    max_length: int = 2048
+    attempt: int = 0
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Shape and dtype of one named tensor that lies in the feature store."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    required: bool = True
+    device_hint: str | None = None
+    target_repr: str | None = None
+    target_meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SampleRef:
+    """A pointer to the features of exactly one training sample.
+
+    `draft_weight_version` is provenance only: the target is frozen, so a ref never goes stale.
+    `metadata["digest"]` is the digest of the sealed bytes; a reader verifies it (G5).
+    """
+
+    sample_id: str
+    run_id: str
+    source_task_id: str | None
+    feature_store_uri: str
+    feature_keys: Mapping[str, str]
+    feature_specs: Mapping[str, FeatureSpec]
+    strategy: str
+    num_tokens: int = 0
+    estimated_bytes: int = 0
+    target_model_version: str = "unknown"
+    tokenizer_version: str = "unknown"
+    draft_weight_version: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+
+_SCALARS = (str, bytes, bool, int, float, type(None))
+
+
+def assert_no_tensors(record: Any, *, path: str = "record") -> None:
+    """Raise TypeError if `record`, searched to its leaves, carries a tensor or an array.
+
+    Tensors are recognised by their package and by duck typing, so that neither torch nor numpy
+    is imported here.
+    """
+    if isinstance(record, _SCALARS):
+        return
+    if _is_tensor(record):
+        kind = f"{type(record).__module__}.{type(record).__qualname__}"
+        raise TypeError(
+            f"{path} is a tensor ({kind}). The control plane carries metadata only; "
+            "put tensors into the feature store and pass the SampleRef it returns."
+        )
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        for item in dataclasses.fields(record):
+            assert_no_tensors(getattr(record, item.name), path=f"{path}.{item.name}")
+    elif isinstance(record, Mapping):
+        for key, value in record.items():
+            assert_no_tensors(key, path=f"{path} key {key!r}")
+            assert_no_tensors(value, path=f"{path}[{key!r}]")
+    elif isinstance(record, (list, tuple, set, frozenset)):
+        for index, value in enumerate(record):
+            if not isinstance(value, _SCALARS):
+                assert_no_tensors(value, path=f"{path}[{index}]")
+
+
+def _is_tensor(value: Any) -> bool:
+    package = (type(value).__module__ or "").partition(".")[0]
+    if package in ("torch", "numpy", "jax", "jaxlib"):
+        return True
+    return all(hasattr(value, name) for name in ("dtype", "shape", "device"))
+
+
+def ref_to_json(ref: SampleRef) -> str:
+    """One line of JSON. Raises TypeError for a tensor or anything else JSON cannot carry."""
+    assert_no_tensors(ref)
+    return json.dumps(dataclasses.asdict(ref), separators=(",", ":"), sort_keys=True, allow_nan=False)
+
+
+def ref_from_json(text: str | bytes) -> SampleRef:
+    """The inverse of `ref_to_json`. Unknown keys of a newer writer raise TypeError."""
+    fields = json.loads(text)
+    fields["feature_specs"] = {
+        name: FeatureSpec(**{**spec, "shape": tuple(spec["shape"])})
+        for name, spec in fields["feature_specs"].items()
+    }
+    return SampleRef(**fields)
