@@ -1,0 +1,79 @@
+"""A doorbell between processes of one host: wake-ups without polling.
+
+Every waiter hangs a FIFO into a shared folder; who changed something writes one byte into each.
+A byte carries no data, so a lost or surplus one can never be wrong: a waiter hangs its FIFO up
+first, then looks at the store, then sleeps. A FIFO nobody reads (its waiter was killed) answers
+ENXIO and is taken down by the next ring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class Bell:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def ring(self) -> None:
+        """Wake every waiter. Never blocks: a full FIFO belongs to a waiter that is already awake."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(".fifo"):
+                    self._ring_one(entry.path)
+
+    def _ring_one(self, path: str) -> None:
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)  # noqa: PTH108 (a str from scandir)
+            return
+        try:
+            with contextlib.suppress(BlockingIOError, BrokenPipeError):
+                os.write(fd, b"!")
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[Listener]:
+        """Hang up a FIFO for the length of the block."""
+        name = f"{os.getpid()}-{uuid.uuid4().hex}"
+        aside, path = self._folder / f"{name}.new", self._folder / f"{name}.fifo"
+        os.mkfifo(aside, 0o600)
+        # Opened for both directions, so that it never reads end-of-file; renamed into sight only
+        # when it is open, so that a ringer never takes it for a dead waiter's.
+        fd = os.open(aside, os.O_RDWR | os.O_NONBLOCK)
+        try:
+            aside.rename(path)
+            yield Listener(fd)
+        finally:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+
+
+class Listener:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
+
+    def wait(self, timeout_s: float) -> bool:
+        """True if the bell rang since the last call, or rings within the timeout."""
+        if not self._poll.poll(max(0.0, timeout_s) * 1000):
+            return False
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._fd, 4096):
+                pass
+        return True

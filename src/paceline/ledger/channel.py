@@ -1,0 +1,169 @@
+"""The stream of sample refs as a reader sees it, whatever lies beneath.
+
+`CommittedRefLog` reads it straight from the metadata store: the committed log is the stream, so
+there is no second channel that could disagree. `StreamingRefChannel` (streaming_channel.py) is
+the same interface over a file of its own. `StreamingRefQueue` turns either into batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
+
+from paceline.ledger.store import MetadataStore
+from paceline.types import SampleRef
+
+PAGE = 256
+END_OF_STREAM = "end_of_stream"
+
+
+class RefChannel(Protocol):
+    """Append refs at one end, read them in the same order at the other, across processes."""
+
+    def publish_many(self, refs: Sequence[SampleRef]) -> None: ...
+
+    def close(self) -> None:
+        """Nothing will follow: readers end once they have drained the channel."""
+
+    def is_closed(self) -> bool: ...
+
+    def poll(self, max_n: int | None = None) -> list[SampleRef]:
+        """What was appended since this object's last poll; does not block."""
+
+    def mark_consumed(self, n: int) -> None:
+        """Count `n` more refs as consumed by this reader."""
+
+    def consumed_remote(self) -> int: ...
+
+    def in_flight_remote(self) -> int:
+        """Published less consumed, whoever did either: the producer's backpressure signal."""
+
+    def change_mark(self) -> int:
+        """A number that differs after any change a reader could be waiting for."""
+
+    def wait(self, seen: int, timeout_s: float) -> int:
+        """Block until `change_mark() != seen` or the timeout; the current mark."""
+
+
+class CommittedRefLog:
+    """The metadata store's committed log, in durable sequence order."""
+
+    def __init__(self, store: MetadataStore, *, after_seq: int = 0) -> None:
+        self._store = store
+        self._after_seq = after_seq
+
+    def publish_many(self, refs: Sequence[SampleRef]) -> None:
+        """To commit is to publish."""
+        self._store.commit_samples(refs)
+
+    def close(self) -> None:
+        self._store.set_facts({END_OF_STREAM: True})
+
+    def reopen(self) -> None:
+        """More will follow after all (a producer that came back to capture again)."""
+        self._store.set_facts({END_OF_STREAM: False})
+
+    def is_closed(self) -> bool:
+        return bool(self._store.facts().get(END_OF_STREAM, False))
+
+    def poll(self, max_n: int | None = None) -> list[SampleRef]:
+        page = self._store.read_committed(self._after_seq, PAGE if max_n is None else max_n)
+        if page:
+            self._after_seq = page[-1].seq
+        return [entry.ref for entry in page]
+
+    def mark_consumed(self, n: int) -> None:
+        """Nothing to count: what is consumed is what is acked, and the acks are on record."""
+
+    def consumed_remote(self) -> int:
+        return self._store.committed_count() - self.in_flight_remote()
+
+    def in_flight_remote(self) -> int:
+        return self._store.usage().waiting_samples
+
+    def change_mark(self) -> int:
+        return self._store.lsn()
+
+    def wait(self, seen: int, timeout_s: float) -> int:
+        return self._store.wait(seen, timeout_s)
+
+
+class StreamingRefQueue:
+    """Batches of refs from a channel, each sample once.
+
+    Refs in `skip_ids` (already in the weights that survive) are dropped on re-read, however
+    often the channel repeats them, and so is any second copy of a ref; both count as consumed,
+    so `in_flight_remote` is exact from construction on.
+    """
+
+    def __init__(
+        self,
+        channel: RefChannel,
+        *,
+        poll_s: float = 0.1,
+        idle_timeout_s: float | None = None,
+        skip_ids: Collection[str] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`poll_s`: the longest wait between looks at `should_stop` and the channel, in seconds.
+
+        `idle_timeout_s`: how long `get` waits without any news before it raises TimeoutError.
+        """
+        self.channel = channel
+        self.poll_s = poll_s
+        self.idle_timeout_s = idle_timeout_s
+        self._skip_ids = frozenset(skip_ids or ())
+        self._seen: set[str] = set()
+        self._should_stop = should_stop
+        self._clock = clock
+        self._ready: list[SampleRef] = []
+        # A new reader starts its own count: what its predecessor consumed but did not make
+        # durable is in flight again.
+        self.channel.mark_consumed(0)
+        self._fill()
+
+    def get(self, n: int) -> list[SampleRef]:
+        """The next `n` refs; fewer only at the end of the stream or when asked to stop.
+
+        Blocks until then. Raises TimeoutError after `idle_timeout_s` without news.
+        """
+        last_news = self._clock()
+        while len(self._ready) < n and not self._should_stop():
+            mark = self.channel.change_mark()
+            closed = self.channel.is_closed()
+            if self._fill():
+                last_news = self._clock()
+                continue
+            if closed:  # seen closed before the last fill, so nothing can have been missed
+                break
+            self._check_idle(last_news)
+            self.channel.wait(mark, self.poll_s)
+        taken, self._ready = self._ready[:n], self._ready[n:]
+        return taken
+
+    def ack(self, refs: Sequence[SampleRef]) -> None:
+        """Count the refs as consumed."""
+        self.channel.mark_consumed(len(refs))
+
+    def _fill(self) -> int:
+        """Read what is there; how many refs the channel yielded, dropped ones included."""
+        refs = self.channel.poll()
+        dropped = 0
+        for ref in refs:
+            if ref.sample_id in self._skip_ids or ref.sample_id in self._seen:
+                dropped += 1
+            else:
+                self._seen.add(ref.sample_id)
+                self._ready.append(ref)
+        if dropped:
+            self.channel.mark_consumed(dropped)
+        return len(refs)
+
+    def _check_idle(self, last_news: float) -> None:
+        if self.idle_timeout_s is not None and self._clock() - last_news > self.idle_timeout_s:
+            raise TimeoutError(
+                f"No new sample for {self.idle_timeout_s:g} s and the stream is not closed. "
+                "The producer may be dead; nothing is lost. Next: start it again (`paceline produce RUN.yaml`)."
+            )

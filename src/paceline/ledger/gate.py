@@ -1,0 +1,98 @@
+"""Who may write a file, and where a database may lie: file locks of one host.
+
+A lock taken with flock(2) is freed by the kernel when its holder dies, `kill -9` included, so
+a successor takes over at once and no timeout decides anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from paceline.errors import ConfigError, RunBusyError
+
+NETWORK_FILESYSTEMS = frozenset(
+    "9p afs beegfs ceph cifs fuse.gcsfuse fuse.glusterfs fuse.s3fs fuse.sshfs glusterfs gpfs "
+    "lustre ncpfs nfs nfs4 orangefs panfs smb2 smb3 smbfs".split()
+)
+
+
+class WriterGate:
+    """A queue for writers of several processes.
+
+    SQLite's own busy handler sleeps and retries, so one writer in a tight loop starves the
+    others; flock(2) queues them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class RoleLock:
+    """At most one live process per role of a run. Held until `release` or death."""
+
+    def __init__(self, folder: Path, role: str) -> None:
+        """Raises RunBusyError, naming the holder, if another live process has it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(folder / f"{role}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._fd, 64, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._fd)
+            raise RunBusyError(
+                f"The {role} of the run in {folder} is already running (process {holder}).",
+                why=f"Two {role}s would do the same work twice; the running one is not disturbed.",
+                next=f"watch it with `paceline status {folder}`, or stop process {holder} and run this again.",
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def filesystem_of(path: Path) -> str:
+    """The type of the filesystem that holds `path`, as the kernel names it; "" if it is not told."""
+    mounts = Path("/proc/self/mountinfo")
+    if not mounts.exists():
+        return ""
+    target = path.resolve()
+    best, kind = -1, ""
+    for line in mounts.read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        point = Path(left.split()[4].replace("\\040", " "))
+        depth = len(point.parts)
+        # Later lines are mounted over earlier ones, so an equal depth replaces.
+        if depth >= best and (target == point or point in target.parents):
+            best, kind = depth, right.split()[0]
+    return kind
+
+
+def refuse_network_filesystem(path: Path) -> None:
+    """Raise ConfigError if `path` lies on a network filesystem."""
+    kind = filesystem_of(path)
+    if kind in NETWORK_FILESYSTEMS:
+        raise ConfigError(
+            f"{path} lies on a network filesystem ({kind}).",
+            why="SQLite's write-ahead log needs shared memory and locks that such filesystems do not keep.",
+            next="set run.directory to a local disk.",
+        )

@@ -1,0 +1,173 @@
+"""StreamingRefChannel: an append-only log of refs in one file, across processes.
+
+A record is one line, `crc32 json`; a reader takes only whole lines with the right checksum, so
+a torn write is never read as a record. A writer that finds a torn last line ends it before it
+appends, so the fragment cannot glue to the next record. Both counters are durable and exact
+over restarts: published = records in the file, consumed = a sidecar written aside, fsynced and
+renamed (a damaged sidecar counts as nothing consumed, which only slows the producer down).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from time import monotonic
+
+from paceline.errors import LedgerError
+from paceline.ledger.bell import Bell
+from paceline.types import SampleRef, ref_from_json, ref_to_json
+
+
+class StreamingRefChannel:
+    """One object per process and end. `path` and its sidecars lie in one folder."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._closed_path = self.path.with_name(self.path.name + ".closed")
+        self._consumed_path = self.path.with_name(self.path.name + ".consumed")
+        self._bell = Bell(self.path.with_name(self.path.name + "-bell"))
+        self._reading = _Tail(self.path)
+        self._counting = _Tail(self.path)
+        self._published = 0
+        self._consumed = 0
+        self._backlog: list[bytes] = []
+
+    # -- writer ----------------------------------------------------------------------------
+
+    def publish(self, ref: SampleRef) -> None:
+        self.publish_many([ref])
+
+    def publish_many(self, refs: Sequence[SampleRef]) -> None:
+        """Append all refs with one write and one fsync. Raises TypeError for a tensor."""
+        if not refs:
+            return
+        if self.is_closed():
+            raise LedgerError(
+                f"The channel {self.path} was closed; {len(refs)} refs were not published.",
+                why="Readers may already have ended.",
+                next="open a new channel for more refs.",
+            )
+        records = b"".join(_record(ref) for ref in refs)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            size = os.fstat(fd).st_size
+            torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+            _write_all(fd, b"\n" + records if torn else records)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        if size == 0:
+            _sync_folder(self.path.parent)
+        self._bell.ring()
+
+    def close(self) -> None:
+        """Drop the end-of-stream mark, durably. Idempotent."""
+        fd = os.open(self._closed_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.fsync(fd)
+        os.close(fd)
+        _sync_folder(self.path.parent)
+        self._bell.ring()
+
+    @property
+    def published(self) -> int:
+        """Whole records in the file, whoever wrote them."""
+        self._published += len(self._counting.records())
+        return self._published
+
+    def consumed_remote(self) -> int:
+        try:
+            checksum, _, number = self._consumed_path.read_bytes().partition(b" ")
+            return int(number) if _checksum(number) == checksum else 0
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def in_flight_remote(self) -> int:
+        return self.published - self.consumed_remote()
+
+    # -- reader ----------------------------------------------------------------------------
+
+    def is_closed(self) -> bool:
+        return self._closed_path.exists()
+
+    def poll(self, max_n: int | None = None) -> list[SampleRef]:
+        self._backlog += self._reading.records()
+        n = len(self._backlog) if max_n is None else max_n
+        taken, self._backlog = self._backlog[:n], self._backlog[n:]
+        return [ref_from_json(record) for record in taken]
+
+    def mark_consumed(self, n: int) -> None:
+        self._consumed += n
+        if self._consumed == self.consumed_remote():
+            return
+        number = str(self._consumed).encode()
+        aside = self._consumed_path.with_name(self._consumed_path.name + ".new")
+        with aside.open("wb") as file:
+            file.write(_checksum(number) + b" " + number)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(self._consumed_path)
+        _sync_folder(self.path.parent)
+        self._bell.ring()
+
+    def change_mark(self) -> int:
+        size = self.path.stat().st_size if self.path.exists() else 0
+        return 2 * size + self.is_closed()
+
+    def wait(self, seen: int, timeout_s: float) -> int:
+        deadline = monotonic() + timeout_s
+        with self._bell.listen() as listener:
+            while (mark := self.change_mark()) == seen and (left := deadline - monotonic()) > 0:
+                listener.wait(left)
+        return mark
+
+
+class _Tail:
+    """Whole, valid records appended to a file since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def records(self) -> list[bytes]:
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        end = data.rfind(b"\n") + 1  # what follows the last newline is not whole yet
+        self._offset += end
+        lines = [line.partition(b" ") for line in data[:end].split(b"\n")]
+        return [json for checksum, _, json in lines if json and _checksum(json) == checksum]
+
+
+def _record(ref: SampleRef) -> bytes:
+    json = ref_to_json(ref).encode()
+    return _checksum(json) + b" " + json + b"\n"
+
+
+def _checksum(data: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(data)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    written = os.write(fd, data)
+    if written != len(data):
+        raise LedgerError(
+            f"Only {written} of {len(data)} bytes of refs could be written.",
+            why="The disk is probably full. Readers ignore the torn record, so nothing wrong is read.",
+            next="free space and publish the same refs again; readers drop second copies.",
+        )
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
