@@ -1,0 +1,115 @@
+"""From a YAML file to a RunConfig, and from two of them to a readable diff.
+
+Relative paths in the file are relative to the folder it is run from. A wrong key names the
+nearest right one; a changed value of a resumed run names both values and the way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from paceline.config.run import CHANGEABLE, RunConfig
+from paceline.errors import ConfigError
+
+
+def load_run_config(path: Path) -> RunConfig:
+    """Raises ConfigError naming the file, the key and what to write instead."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"The run file {path} cannot be read ({error}).", next="paceline train recipes/smollm2-cpu.yaml"
+        ) from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}", next=f"mend {path} and run it again.") from error
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{path} holds no sections.", next="start from a copy of recipes/smollm2-cpu.yaml."
+        )
+    return parse_run_config(data, source=str(path))
+
+
+def parse_run_config(data: Mapping[str, Any], *, source: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        problems = [_advice(problem) for problem in error.errors()]
+        raise ConfigError(
+            f"{source} has {len(problems)} problem{'s' * (len(problems) > 1)}: " + "; ".join(problems) + ".",
+            why="Nothing was started and nothing was changed.",
+            next=f"mend {source} and run the same command again.",
+        ) from error
+
+
+def _advice(problem: Any) -> str:
+    where = [str(part) for part in problem["loc"]]
+    name = ".".join(where)
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(where[:-1])
+        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+        right = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {name!r} ({right})"
+    if problem["type"] == "missing":
+        return f"{name!r} is missing"
+    given = f", given {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
+    return f"{name or 'the file'}: {problem['msg']}{given}"
+
+
+def _keys_at(where: list[str]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for part in where:
+        inner = model.model_fields[part].annotation
+        assert isinstance(inner, type) and issubclass(inner, BaseModel)
+        model = inner
+    return list(model.model_fields)
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """{"training.batch_size": 8, ...}, JSON values."""
+    return dict(_leaves(config.model_dump(mode="json"), ""))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def refuse_changes(recorded: Mapping[str, Any], config: RunConfig) -> None:
+    """Raise ConfigError with a diff if the run was started under other values that matter.
+
+    `recorded` is `flat(config)` of the run's first start.
+    """
+    now = flat(config)
+    changed = [
+        key
+        for key in sorted({*recorded, *now})
+        if recorded.get(key) != now.get(key) and not _is_changeable(key)
+    ]
+    if not changed:
+        return
+    lines = [
+        f"  {key}: {json.dumps(recorded.get(key))} -> {json.dumps(now.get(key))}" for key in changed
+    ]
+    raise ConfigError(
+        f"Run {config.run.name!r} in {config.run.directory} was started with other settings:\n"
+        + "\n".join(lines)
+        + "\n",
+        why="Going on would make weights that no single run file describes. The run is untouched.",
+        next="put the old values back, or set a new run.name and run.directory.",
+    )
+
+
+def _is_changeable(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)

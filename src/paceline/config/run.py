@@ -1,0 +1,148 @@
+"""The run file: every knob of a run, with its unit and its limit.
+
+One YAML file configures both roles and the evaluation. Fields decide the final weights unless
+they are listed in `CHANGEABLE`; a resumed run refuses a change of any other (config/load.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class RunSection(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    directory: Path
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
+class TargetSection(Section):
+    model: Path
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+
+
+class PromptsSection(Section):
+    """`rounds`: how often the prompt set is answered; from the second round on answers are sampled."""
+
+    path: Path
+    rounds: Count = 1
+    max_prompt_tokens: Count = 192
+    max_answer_tokens: Count = 128
+    first_round_temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.8
+
+
+class CaptureSection(Section):
+    """`group_size`: prompts answered in one batch; the unit of capture and of re-capture."""
+
+    group_size: Count = 64
+    attempt_max: Count = 3
+
+
+class FeaturesSection(Section):
+    """`directory` holds the shared memory; `budget_mib` bounds it."""
+
+    store: Literal["shm"] = "shm"
+    directory: Path = Path("/dev/shm")  # noqa: S108 (shared memory is what it is for)
+    budget_mib: Count = 1024
+
+
+class MethodSection(Section):
+    """EAGLE-3. `vocab_samples`: how many of the first samples choose the draft vocabulary."""
+
+    name: Literal["eagle3"] = "eagle3"
+    draft_vocab_size: Count = 8192
+    vocab_samples: Count = 64
+    ttt_steps: Annotated[int, Field(ge=1, le=16)] = 4
+    step_weight_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+
+
+class TrainingSection(Section):
+    """`batch_size` samples an optimizer step, in micro-batches of `micro_batch_size`."""
+
+    batch_size: Count = 8
+    micro_batch_size: Count = 8
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    final_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
+    max_steps: Count | None = None
+
+
+class CheckpointSection(Section):
+    interval_steps: Count = 25
+    keep: Annotated[int, Field(ge=2)] = 2
+
+
+class EvaluationSection(Section):
+    prompts: Path
+    max_prompts: Count = 48
+    max_new_tokens: Count = 96
+    draft_tokens: Annotated[int, Field(ge=1, le=16)] = 4
+    dtype: Literal["auto", "bfloat16", "float32"] = "float32"
+
+
+class MachineSection(Section):
+    """Threads of each role. The consumer's decide the bits of the weights, so they cannot change."""
+
+    producer_threads: Count = 1
+    consumer_threads: Count = 1
+    restarts_max: Annotated[int, Field(ge=0)] = 10
+
+
+class RunConfig(Section):
+    run: RunSection
+    target: TargetSection
+    prompts: PromptsSection
+    capture: CaptureSection = CaptureSection()
+    features: FeaturesSection = FeaturesSection()
+    method: MethodSection = MethodSection()
+    training: TrainingSection = TrainingSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection
+    machine: MachineSection = MachineSection()
+
+    @model_validator(mode="after")
+    def _micro_batches_fit(self) -> RunConfig:
+        if self.training.micro_batch_size > self.training.batch_size:
+            raise ValueError("training.micro_batch_size must not exceed training.batch_size")
+        return self
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.run.directory / "ledger.db"
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.run.directory / "checkpoints"
+
+    @property
+    def feature_folder(self) -> Path:
+        return self.features.directory / f"paceline-{self.run.name}"
+
+
+# What may change between two starts of one run, because no bit of the weights depends on it.
+CHANGEABLE = (
+    "run.directory",
+    "target.model",
+    "capture.attempt_max",
+    "features.directory",
+    "features.budget_mib",
+    "checkpoint.interval_steps",
+    "checkpoint.keep",
+    "evaluation",
+    "machine.restarts_max",
+)
