@@ -1,0 +1,48 @@
+# `make train` and `make test` need nothing but Python 3.11 and make: each installs what it uses.
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= recipes/smollm2-cpu.yaml
+MODEL ?= models/SmolLM2-135M-Instruct
+BIN := $(VENV)/bin
+
+.PHONY: help install model train evaluate test lint types layers check bench clean
+
+help: ## show this
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/.installed: pyproject.toml constraints.txt scripts/install.sh
+	sh scripts/install.sh $(PYTHON) $(VENV)
+
+install: $(VENV)/.installed ## make the virtual environment
+
+$(MODEL)/config.json: | $(VENV)/.installed
+	$(BIN)/python scripts/prepare_smollm2.py $(MODEL)
+
+model: $(MODEL)/config.json ## fetch SmolLM2-135M-Instruct and make it a plain model folder
+
+train: install model ## train a draft model online, then measure it (about 15 minutes on 2 cores)
+	$(BIN)/paceline train $(RUN)
+
+evaluate: install model ## measure the newest checkpoint of the run again
+	$(BIN)/paceline evaluate $(RUN)
+
+test: install ## the whole fast suite
+	$(BIN)/python -m pytest
+
+lint: install ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install ## mypy, strict
+	$(BIN)/mypy
+
+layers: install ## the dependency rule
+	$(BIN)/lint-imports
+
+check: lint types layers ## all that is not a test
+
+bench: install ## data-plane figures, as ratios to memcpy in the same run
+	$(BIN)/python benchmarks/feature_store.py
+
+clean: ## remove the virtual environment and caches, keep models and runs
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
