@@ -1,21 +1,22 @@
 """Every error Paceline raises on purpose.
 
     PacelineError
-    ├── ConfigError          the run file, the prompt file or the machine does not fit   (ValueError)   exit 2
-    ├── RunBusyError         another live process already holds this role of the run                     exit 3
-    ├── EngineError          the target model cannot be loaded or run                                    exit 4
+    ├── ConfigError          the run file, the prompt file or the machine does not fit  (ValueError) 2
+    ├── RunBusyError         another live process already holds this role of the run                  3
+    ├── EngineError          the target model cannot be loaded or run                                 4
     │   └── CaptureMismatchError   captured states do not reproduce the model's own argmax
-    ├── StoreError           the feature store (data plane)                                              exit 5
-    │   ├── FeatureMissingError    no sealed bytes under that key                          (KeyError)
+    ├── StoreError           the feature store (data plane)                                           5
+    │   ├── FeatureMissingError    no sealed bytes under that key                         (KeyError)
     │   ├── FeatureCorruptError    sealed bytes do not match their digest
-    │   └── StoreFullError         no room for another sample                              (OSError)
-    ├── LedgerError          the metadata store (control plane)                                          exit 6
+    │   └── StoreFullError         no room for another sample                             (OSError)
+    ├── LedgerError          the metadata store (control plane)                                       6
     │   ├── FencedError            a newer process took over this role
     │   ├── IllegalTransitionError the protocol forbids this change of state
     │   └── SchemaError            the database is not one this version can open
-    └── CheckpointError      no valid checkpoint where one is needed                                     exit 7
+    ├── CheckpointError      no valid checkpoint where one is needed                                  7
+    └── TrainingError        the optimizer step itself failed (loss is not a number)                  8
 
-A message has three parts: what happened with which ids or values; why it matters; the next
+The numbers are exit codes. A message has three parts: what happened with which ids or values; why it matters; the next
 command to type. The parts are given apart so that no error can be written without advice.
 """
 
@@ -86,3 +87,7 @@ class SchemaError(LedgerError):
 
 class CheckpointError(PacelineError):
     exit_code = 7
+
+
+class TrainingError(PacelineError):
+    exit_code = 8

@@ -48,7 +48,11 @@ def _parse(line: str, path: Path, number: int) -> Prompt:
         record: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise _broken(path, number, f"it is not JSON ({error})") from error
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("prompt"), str)
+        or not record["prompt"].strip()
+    ):
         raise _broken(path, number, 'it has no text under "prompt"')
     text = record["prompt"]
     prompt_id = record.get("id", hashlib.sha256(text.encode()).hexdigest()[:16])

@@ -30,11 +30,11 @@ def load_run_config(path: Path) -> RunConfig:
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}", next=f"mend {path} and run it again.") from error
-    if not isinstance(data, dict):
         raise ConfigError(
-            f"{path} holds no sections.", next="start from a copy of recipes/smollm2-cpu.yaml."
-        )
+            f"{path} is not valid YAML: {error}", next=f"mend {path} and run it again."
+        ) from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds no sections.", next="start from a copy of recipes/smollm2-cpu.yaml.")
     return parse_run_config(data, source=str(path))
 
 
@@ -99,9 +99,7 @@ def refuse_changes(recorded: Mapping[str, Any], config: RunConfig) -> None:
     ]
     if not changed:
         return
-    lines = [
-        f"  {key}: {json.dumps(recorded.get(key))} -> {json.dumps(now.get(key))}" for key in changed
-    ]
+    lines = [f"  {key}: {json.dumps(recorded.get(key))} -> {json.dumps(now.get(key))}" for key in changed]
     raise ConfigError(
         f"Run {config.run.name!r} in {config.run.directory} was started with other settings:\n"
         + "\n".join(lines)
@@ -113,3 +111,18 @@ def refuse_changes(recorded: Mapping[str, Any], config: RunConfig) -> None:
 
 def _is_changeable(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)
+
+
+def recorded_config(recorded: Mapping[str, Any], directory: Path) -> str:
+    """The YAML of a run from what its ledger recorded. Raises ConfigError if it recorded nothing."""
+    if not recorded:
+        raise ConfigError(
+            f"The run in {directory} has recorded no configuration.",
+            next="name its run file instead: paceline evaluate RUN.yaml",
+        )
+    tree: dict[str, dict[str, Any]] = {}
+    for key, value in recorded.items():
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = value
+    tree["run"]["directory"] = str(directory)
+    return yaml.safe_dump(tree, sort_keys=False)

@@ -63,7 +63,8 @@ class MethodSection(Section):
     draft_vocab_size: Count = 8192
     vocab_samples: Count = 64
     ttt_steps: Annotated[int, Field(ge=1, le=16)] = 4
-    step_weight_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    step_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    init: Literal["target", "random"] = "target"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
 

@@ -52,6 +52,7 @@ class CommittedRefLog:
     def __init__(self, store: MetadataStore, *, after_seq: int = 0) -> None:
         self._store = store
         self._after_seq = after_seq
+        self._seqs: dict[str, int] = {}
 
     def publish_many(self, refs: Sequence[SampleRef]) -> None:
         """To commit is to publish."""
@@ -71,7 +72,12 @@ class CommittedRefLog:
         page = self._store.read_committed(self._after_seq, PAGE if max_n is None else max_n)
         if page:
             self._after_seq = page[-1].seq
+        self._seqs.update({entry.ref.sample_id: entry.seq for entry in page})
         return [entry.ref for entry in page]
+
+    def take_seq(self, sample_id: str) -> int:
+        """The place in the log of a ref that `poll` returned; forgotten once taken."""
+        return self._seqs.pop(sample_id)
 
     def mark_consumed(self, n: int) -> None:
         """Nothing to count: what is consumed is what is acked, and the acks are on record."""
@@ -105,9 +111,12 @@ class StreamingRefQueue:
         idle_timeout_s: float | None = None,
         skip_ids: Collection[str] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        on_wait: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`poll_s`: the longest wait between looks at `should_stop` and the channel, in seconds.
+
+        `on_wait` is called before each wait: the place to do what others may be waiting for.
 
         `idle_timeout_s`: how long `get` waits without any news before it raises TimeoutError.
         """
@@ -117,8 +126,10 @@ class StreamingRefQueue:
         self._skip_ids = frozenset(skip_ids or ())
         self._seen: set[str] = set()
         self._should_stop = should_stop
+        self._on_wait = on_wait
         self._clock = clock
         self._ready: list[SampleRef] = []
+        self._interrupted = False
         # A new reader starts its own count: what its predecessor consumed but did not make
         # durable is in flight again.
         self.channel.mark_consumed(0)
@@ -132,16 +143,21 @@ class StreamingRefQueue:
         last_news = self._clock()
         while len(self._ready) < n and not self._should_stop():
             mark = self.channel.change_mark()
-            closed = self.channel.is_closed()
+            ended = self._interrupted or self.channel.is_closed()
             if self._fill():
                 last_news = self._clock()
                 continue
-            if closed:  # seen closed before the last fill, so nothing can have been missed
+            if ended:  # seen ended before the last fill, so nothing can have been missed
                 break
             self._check_idle(last_news)
+            self._on_wait()
             self.channel.wait(mark, self.poll_s)
         taken, self._ready = self._ready[:n], self._ready[n:]
         return taken
+
+    def interrupt(self) -> None:
+        """The writer is gone and did not close: drain what is there, then end."""
+        self._interrupted = True
 
     def ack(self, refs: Sequence[SampleRef]) -> None:
         """Count the refs as consumed."""
@@ -164,6 +180,6 @@ class StreamingRefQueue:
     def _check_idle(self, last_news: float) -> None:
         if self.idle_timeout_s is not None and self._clock() - last_news > self.idle_timeout_s:
             raise TimeoutError(
-                f"No new sample for {self.idle_timeout_s:g} s and the stream is not closed. "
-                "The producer may be dead; nothing is lost. Next: start it again (`paceline produce RUN.yaml`)."
+                f"No new sample for {self.idle_timeout_s:g} s and the stream is not closed. The producer "
+                "may be dead; nothing is lost. Next: start it again with `paceline produce RUN.yaml`."
             )

@@ -89,9 +89,16 @@ class DataFlowController:
             metadata=prompt.get("metadata", {}),
         )
 
-    def lease_prompt_tasks(self, worker_id: str, max_tasks: int) -> list[PromptTask]:
-        """Lease up to `max_tasks` pending prompts, lowest ordinal first; [] when none is pending."""
-        leases = self.store.lease_tasks(worker_id, max_tasks, fence=self.fence("producer"))
+    def lease_prompt_tasks(
+        self, worker_id: str, max_tasks: int, *, group_size: int | None = None
+    ) -> list[PromptTask]:
+        """Lease up to `max_tasks` pending prompts, lowest ordinal first; [] when none is pending.
+
+        With `group_size` the lease keeps to one capture group.
+        """
+        leases = self.store.lease_tasks(
+            worker_id, max_tasks, group_size=group_size, fence=self.fence("producer")
+        )
         unknown = [lease.task_id for lease in leases if lease.task_id not in self._tasks]
         if unknown:
             raise LedgerError(
@@ -120,10 +127,14 @@ class DataFlowController:
             fence=self.fence("producer"),
         )
 
-    def commit_samples(self, worker_id: str, refs: Sequence[SampleRef]) -> list[SampleRef]:
-        """Commit captured samples in one transaction; returns the refs that were new.
+    def commit_samples(
+        self,
+        worker_id: str,  # noqa: ARG002 (says who, for the reader of the call)
+        refs: Sequence[SampleRef],
+    ) -> list[SampleRef]:
+        """Commit what `worker_id` captured in one transaction; returns the refs that were new.
 
-        The bytes of a ref that was not new are an orphan; its `worker_id` should abort them.
+        A retry after an unknown result is safe: what the first try committed is not new.
         """
         if not refs:
             return []
@@ -139,7 +150,7 @@ class DataFlowController:
 
     def ack_train_refs(
         self,
-        trainer_id: str,
+        trainer_id: str,  # noqa: ARG002 (says who, for the reader of the call)
         sample_ids: Sequence[str],
         *,
         global_step: int | None = None,

@@ -1,7 +1,7 @@
 """Who may write a file, and where a database may lie: file locks of one host.
 
-A lock taken with flock(2) is freed by the kernel when its holder dies, `kill -9` included, so
-a successor takes over at once and no timeout decides anything.
+The kernel frees a file lock when its holder dies, `kill -9` included, so a successor takes over at
+once and no timeout decides anything.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 from paceline.errors import ConfigError, RunBusyError
 
 NETWORK_FILESYSTEMS = frozenset(
-    "9p afs beegfs ceph cifs fuse.gcsfuse fuse.glusterfs fuse.s3fs fuse.sshfs glusterfs gpfs "
-    "lustre ncpfs nfs nfs4 orangefs panfs smb2 smb3 smbfs".split()
+    ("9p", "afs", "beegfs", "ceph", "cifs", "fuse.gcsfuse", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs")
+    + ("glusterfs", "gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "smb2", "smb3", "smbfs")
 )
 
 
@@ -45,22 +46,26 @@ class WriterGate:
 
 
 class RoleLock:
-    """At most one live process per role of a run. Held until `release` or death."""
+    """At most one live process per role of a run. Held until `release` or death.
+
+    An open-file-description lock rather than flock(2): it can be looked at without being taken, so
+    that asking who holds a role never gets in the way of a process that starts.
+    """
 
     def __init__(self, folder: Path, role: str) -> None:
         """Raises RunBusyError, naming the holder, if another live process has it."""
         folder.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(folder / f"{role}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _whole_file(fcntl.F_WRLCK))
+        except OSError as error:
             holder = os.pread(self._fd, 64, 0).decode(errors="replace").strip() or "unknown"
             os.close(self._fd)
             raise RunBusyError(
                 f"The {role} of the run in {folder} is already running (process {holder}).",
                 why=f"Two {role}s would do the same work twice; the running one is not disturbed.",
-                next=f"watch it with `paceline status {folder}`, or stop process {holder} and run this again.",
-            ) from None
+                next=f"watch it: `paceline status {folder}`; or stop process {holder} and run this again.",
+            ) from error
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, str(os.getpid()).encode(), 0)
 
@@ -68,6 +73,28 @@ class RoleLock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def live_holder(folder: Path, role: str) -> int | None:
+    """The process id that holds the role now, or None."""
+    try:
+        fd = os.open(folder / f"{role}.lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _whole_file(fcntl.F_WRLCK))
+        if struct.unpack(FLOCK, found)[0] == fcntl.F_UNLCK:
+            return None
+        return int(os.pread(fd, 64, 0).decode().strip() or 0)
+    finally:
+        os.close(fd)
+
+
+FLOCK = "hhlli"  # struct flock: type, whence, start, length (0: to the end), pid (0 for this kind)
+
+
+def _whole_file(kind: int) -> bytes:
+    return struct.pack(FLOCK, kind, os.SEEK_SET, 0, 0, 0)
 
 
 def filesystem_of(path: Path) -> str:

@@ -18,7 +18,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from paceline.types import SampleRef
 
@@ -89,6 +89,8 @@ class LedgerUsage:
 
 class MetadataStore(ABC):
     """Adapters: stores/memory.py (the readable specification), stores/sqlite.py."""
+
+    durable: ClassVar[bool]  # whether the contents outlive the process
 
     # -- samples ---------------------------------------------------------------------------
 
@@ -168,8 +170,13 @@ class MetadataStore(ABC):
         """Append tasks in order, idempotent on id; how many were new."""
 
     @abstractmethod
-    def lease_tasks(self, worker_id: str, limit: int, *, fence: Fence | None = None) -> list[TaskLease]:
-        """Lease the pending tasks of lowest ordinal."""
+    def lease_tasks(
+        self, worker_id: str, limit: int, *, group_size: int | None = None, fence: Fence | None = None
+    ) -> list[TaskLease]:
+        """Lease the pending tasks of lowest ordinal, at most `limit`.
+
+        With `group_size` only those of the first one's group (ordinal // group_size).
+        """
 
     @abstractmethod
     def fail_tasks(
@@ -241,6 +248,10 @@ class MetadataStore(ABC):
     @abstractmethod
     def report_lost(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
         """Features are gone or damaged: the prompts are pending again, under the same ordinals."""
+
+    @abstractmethod
+    def lost_ids(self) -> list[str]:
+        """Samples that wait to be captured again, in seq order."""
 
     @abstractmethod
     def usage(self) -> LedgerUsage: ...

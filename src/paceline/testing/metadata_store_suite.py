@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import pytest
 
@@ -140,7 +141,7 @@ class MetadataStoreSuite(ABC):
         store.acquire_role("producer", "b")
         store.acquire_role("consumer", "b")
         before = store.lsn()
-        attempts = [
+        attempts: list[Callable[[], object]] = [
             lambda: store.commit_samples([sample_ref(9)], fence=old_p),
             lambda: store.lease_tasks("w", 1, fence=old_p),
             lambda: store.fail_tasks("w", ["t"], reason="", attempt_max=None, fence=old_p),
@@ -182,6 +183,15 @@ class MetadataStoreSuite(ABC):
         assert [(lease.task_id, lease.ordinal) for lease in first] == [("a", 0), ("b", 1)]
         assert [(lease.task_id, lease.ordinal) for lease in second] == [("c", 2), ("d", 3)]
         assert store.lease_tasks("w0", 1) == []
+
+    def test_a_lease_can_keep_to_one_group(self) -> None:
+        """Capture groups are whole: a lease does not reach over the end of the first task's group."""
+        store = self.make()
+        store.add_tasks(list("abcdefg"))
+        store.lease_tasks("w0", 1)
+        grouped = store.lease_tasks("w1", 3, group_size=3)
+        assert [lease.task_id for lease in grouped] == ["b", "c"]
+        assert [lease.task_id for lease in store.lease_tasks("w1", 3, group_size=3)] == ["d", "e", "f"]
 
     def test_a_commit_ends_its_tasks_lease(self) -> None:
         """A committed sample's prompt is done, also for a producer that comes later."""
@@ -259,7 +269,7 @@ class MetadataStoreSuite(ABC):
         store.record_train_ack(ids[1:2], global_step=2, optimizer_durable=False)
         store.record_checkpoint(checkpoint(2))
         store.record_released(ids[:2])
-        assert store.fall_back(1) == [ids[1]]
+        assert store.fall_back(1) == store.lost_ids() == [ids[1]]
         assert store.checkpoints() == [checkpoint(1)]
         assert store.durable_marker()["acked"] == {ids[0]}
         assert [e.present for e in store.read_committed(0, 3)] == [True, False, True]
@@ -304,6 +314,7 @@ class MetadataStoreSuite(ABC):
         ids = commit(store, 0, 1)
         store.record_train_ack(ids[:1], global_step=1, optimizer_durable=True)
         store.report_lost(ids)
+        assert store.lost_ids() == ids[1:]
         assert [lease.task_id for lease in store.lease_tasks("w", 2)] == ["task-1"]
 
     def test_compaction_keeps_identity_and_drops_the_rest(self) -> None:

@@ -49,7 +49,7 @@ def test_a_newer_schema_is_refused_and_untouched(tmp_path: Path) -> None:
     connection = apsw.Connection(str(path))
     connection.execute("PRAGMA user_version=99")
     connection.close()
-    with pytest.raises(SchemaError, match="99.*upgrade"):
+    with pytest.raises(SchemaError, match=r"99.*upgrade"):
         SQLiteMetadataStore(path)
 
 

@@ -51,6 +51,8 @@ class _Task:
 
 
 class InMemoryMetadataStore(MetadataStore):
+    durable = False
+
     def __init__(self) -> None:
         self._changed = threading.Condition(threading.RLock())
         self._lsn = 0
@@ -146,7 +148,7 @@ class InMemoryMetadataStore(MetadataStore):
 
     # -- roles -----------------------------------------------------------------------------
 
-    def acquire_role(self, role: str, holder: str) -> Fence:
+    def acquire_role(self, role: str, holder: str) -> Fence:  # noqa: ARG002 (for the record)
         with self._mutation(None):
             self._roles[role] = self._roles.get(role, 0) + 1
             if role == "producer":
@@ -170,9 +172,14 @@ class InMemoryMetadataStore(MetadataStore):
                 self._tasks.setdefault(task_id, _Task(ordinal=len(self._tasks)))
             return len(self._tasks) - before
 
-    def lease_tasks(self, worker_id: str, limit: int, *, fence: Fence | None = None) -> list[TaskLease]:
+    def lease_tasks(
+        self, worker_id: str, limit: int, *, group_size: int | None = None, fence: Fence | None = None
+    ) -> list[TaskLease]:
         with self._mutation(fence):
             pending = [(i, task) for i, task in self._tasks.items() if task.state == "pending"][:limit]
+            if group_size is not None and pending:
+                group = pending[0][1].ordinal // group_size
+                pending = [(i, task) for i, task in pending if task.ordinal // group_size == group]
             for _, task in pending:
                 task.state, task.holder = "leased", worker_id
             return [TaskLease(i, task.ordinal, task.attempt) for i, task in pending]
@@ -257,7 +264,9 @@ class InMemoryMetadataStore(MetadataStore):
 
     def releasable(self, limit: int) -> list[str]:
         with self._changed:
-            return [i for i, s in self._samples.items() if s.state == "present" and self._is_durable(i)][:limit]
+            return [i for i, s in self._samples.items() if s.state == "present" and self._is_durable(i)][
+                :limit
+            ]
 
     def record_released(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
         with self._mutation(fence):
@@ -283,10 +292,16 @@ class InMemoryMetadataStore(MetadataStore):
             if task is not None and task.state != "failed":
                 task.state, task.holder = "pending", ""
 
+    def lost_ids(self) -> list[str]:
+        with self._changed:
+            return [i for i, s in self._samples.items() if s.state == "lost"]
+
     def usage(self) -> LedgerUsage:
         with self._changed:
             resident = {i: s.ref.estimated_bytes for i, s in self._samples.items() if s.state == "present"}
-            provisional = [size for i, size in resident.items() if i in self._acks and not self._is_durable(i)]
+            provisional = [
+                size for i, size in resident.items() if i in self._acks and not self._is_durable(i)
+            ]
             waiting = [i for i, s in self._samples.items() if s.state != "released" and i not in self._acks]
             return LedgerUsage(
                 len(resident), sum(resident.values()), len(provisional), sum(provisional), len(waiting)

@@ -56,6 +56,8 @@ def check_sqlite_version(version: str) -> None:
 
 
 class SQLiteMetadataStore(MetadataStore):
+    durable = True
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         check_sqlite_version(apsw.sqlite_lib_version())
         self.path = Path(path)
@@ -191,7 +193,9 @@ class SQLiteMetadataStore(MetadataStore):
 
     def read_committed(self, after_seq: int, limit: int) -> list[CommittedRef]:
         rows = self._rows(
-            "SELECT seq, ref, state != 'lost' FROM sample WHERE seq > ? ORDER BY seq LIMIT ?", after_seq, limit
+            "SELECT seq, ref, state != 'lost' FROM sample WHERE seq > ? ORDER BY seq LIMIT ?",
+            after_seq,
+            limit,
         )
         return [CommittedRef(seq, ref_from_json(ref), bool(present)) for seq, ref, present in rows]
 
@@ -237,7 +241,7 @@ class SQLiteMetadataStore(MetadataStore):
             return Fence(role, self._value("SELECT epoch FROM role WHERE name = ?", role))
 
     def role_epochs(self) -> dict[str, int]:
-        return {name: epoch for name, epoch in self._rows("SELECT name, epoch FROM role")}
+        return dict(self._rows("SELECT name, epoch FROM role"))
 
     # -- prompt tasks ----------------------------------------------------------------------
 
@@ -252,12 +256,16 @@ class SQLiteMetadataStore(MetadataStore):
                 next_ordinal += self._db.changes()
             return int(next_ordinal - before)
 
-    def lease_tasks(self, worker_id: str, limit: int, *, fence: Fence | None = None) -> list[TaskLease]:
+    def lease_tasks(
+        self, worker_id: str, limit: int, *, group_size: int | None = None, fence: Fence | None = None
+    ) -> list[TaskLease]:
         with self._mutation(fence):
             rows = self._rows(
                 "SELECT task_id, ordinal, attempt FROM task WHERE state = 'pending' ORDER BY ordinal LIMIT ?",
                 limit,
             )
+            if group_size is not None:
+                rows = [row for row in rows if row[1] // group_size == rows[0][1] // group_size]
             self._db.executemany(
                 "UPDATE task SET state = 'leased', holder = ? WHERE task_id = ?",
                 [(worker_id, task_id) for task_id, _, _ in rows],
@@ -391,6 +399,12 @@ class SQLiteMetadataStore(MetadataStore):
                 (sample_id,),
             )
 
+    def lost_ids(self) -> list[str]:
+        rows = self._rows(
+            "SELECT sample_id FROM sample WHERE state = 'lost' AND state != 'released' ORDER BY seq"
+        )
+        return [row[0] for row in rows]
+
     def usage(self) -> LedgerUsage:
         [row] = self._rows(
             "SELECT count(*) FILTER (WHERE state = 'present'), "
@@ -404,12 +418,12 @@ class SQLiteMetadataStore(MetadataStore):
 
     def compact(self) -> int:
         with self._mutation(None):
-            rows = self._rows("SELECT seq, ref FROM sample WHERE state = 'released' AND NOT compacted LIMIT 10000")
+            rows = self._rows(
+                "SELECT seq, ref FROM sample WHERE state = 'released' AND NOT compacted LIMIT 10000"
+            )
             small = [(ref_to_json(compacted(ref_from_json(ref))), seq) for seq, ref in rows]
             self._db.executemany("UPDATE sample SET ref = ?, compacted = 1 WHERE seq = ?", small)
-            self._db.execute(
-                "DELETE FROM plan WHERE step <= (SELECT coalesce(min(step), 0) FROM checkpoint)"
-            )
+            self._db.execute("DELETE FROM plan WHERE step <= (SELECT coalesce(min(step), 0) FROM checkpoint)")
             return len(small)
 
     # -- run -------------------------------------------------------------------------------

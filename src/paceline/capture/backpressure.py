@@ -1,0 +1,84 @@
+"""When the producer must wait: bytes and samples in the feature store, with hysteresis.
+
+Features stay until a checkpoint covers them, so a producer that waits for bytes may wait for a
+checkpoint that is still far away. It therefore asks for an early one whenever that would free
+something. The start-up check makes the rest certain: after such a checkpoint at most one
+unfinished batch is resident, and a capture group fits beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+from paceline.errors import ConfigError
+from paceline.features.store import FeatureStore
+from paceline.ledger.store import Fence, MetadataStore
+
+CHECKPOINT_WANTED = "checkpoint_wanted"
+WAIT_S = 1.0
+
+
+@dataclass(frozen=True)
+class Watermarks:
+    """Pause when the next group would not fit under `budget_bytes`; resume below `low` of it."""
+
+    budget_bytes: int
+    group_bytes: int
+    low: float = 0.75
+
+    @property
+    def resume_bytes(self) -> int:
+        """The most that may be resident when a paused producer goes on."""
+        return min(int(self.low * self.budget_bytes), self.budget_bytes - self.group_bytes)
+
+
+def check_feasible(*, budget_bytes: int, sample_bytes: int, group_size: int, batch_size: int) -> None:
+    """Raise ConfigError unless a run within this budget can never wait for itself.
+
+    `sample_bytes` is the largest one sample can be. Needed at once: one capture group, the batch
+    the consumer collects, and the slack of the low watermark.
+    """
+    needed = int((group_size + batch_size) * sample_bytes / 0.75) + 1
+    if needed > budget_bytes:
+        raise ConfigError(
+            f"features.budget_mib gives {budget_bytes >> 20} MiB, but one capture group of {group_size} and one "
+            f"batch of {batch_size} samples of up to {sample_bytes >> 10} KiB need {(needed >> 20) + 1} MiB.",
+            why="With less, producer and consumer could wait for each other for ever.",
+            next=f"set features.budget_mib to {(needed >> 20) + 1}, or lower capture.group_size.",
+        )
+
+
+class Backpressure:
+    def __init__(self, features: FeatureStore, store: MetadataStore, marks: Watermarks) -> None:
+        self._features = features
+        self._store = store
+        self._marks = marks
+        self._paused = False
+        self.waited_s = 0.0
+
+    def wait_for_credit(self, should_stop: Callable[[], bool], fence: Fence | None) -> bool:
+        """Block until a group fits; False if asked to stop first. Never busy-polls."""
+        started = monotonic()
+        while not self._has_credit():
+            if should_stop():
+                return False
+            self._ask_for_checkpoint(fence)
+            mark = self._store.lsn()  # before the last look, so that no release is missed
+            if not self._has_credit():
+                self._store.wait(mark, WAIT_S)
+        self.waited_s += monotonic() - started
+        return True
+
+    def _has_credit(self) -> bool:
+        resident = self._features.usage().resident_bytes
+        limit = (
+            self._marks.resume_bytes if self._paused else self._marks.budget_bytes - self._marks.group_bytes
+        )
+        self._paused = resident > limit
+        return not self._paused
+
+    def _ask_for_checkpoint(self, fence: Fence | None) -> None:
+        if self._store.usage().provisional_samples and not self._store.facts().get(CHECKPOINT_WANTED):
+            self._store.set_facts({CHECKPOINT_WANTED: True}, fence=fence)

@@ -1,0 +1,141 @@
+"""The `paceline` command: one verb a command, no torch in this process.
+
+Every PacelineError becomes one readable message on stderr and the error's exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+from rich.console import Console
+
+from paceline.cli.progress import Progress, describe, final_line
+from paceline.config.load import load_run_config, recorded_config
+from paceline.config.run import RunConfig
+from paceline.errors import PacelineError
+from paceline.roles.plan import plan_run, role_environment
+from paceline.roles.snapshot import open_run, take_snapshot
+from paceline.roles.supervisor import Supervisor
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train draft models for speculative decoding, online: producers capture, consumers train.",
+)
+out, err = Console(), Console(stderr=True)
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run file, or the run's directory.")]
+P = ParamSpec("P")
+
+
+def advises(command: Callable[P, None]) -> Callable[P, None]:
+    """Print a PacelineError as what, why and next; exit with its code."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except PacelineError as error:
+            err.print("[bold red]error[/bold red]", error.what, highlight=False, soft_wrap=True)
+            if error.why:
+                err.print(" [bold]why[/bold] ", error.why, highlight=False, soft_wrap=True)
+            if error.next:
+                err.print("[bold]next[/bold] ", error.next, highlight=False, soft_wrap=True)
+            raise typer.Exit(error.exit_code) from error
+
+    return run
+
+
+@app.command()
+@advises
+def train(run_file: RunFile) -> None:
+    """Start both roles, watch them to the end, then evaluate. Goes on where an earlier start stopped."""
+    plan = plan_run(load_run_config(run_file))
+    with Progress(out, plan) as progress:
+        completed = Supervisor(run_file, plan, show=progress.show).run()
+    if not completed:
+        out.print(f"Stopped; nothing is lost. Go on with: paceline train {run_file}", soft_wrap=True)
+        raise typer.Exit(130)
+    _evaluate(run_file)
+    _print_final_line(plan.config)
+
+
+@app.command()
+@advises
+def produce(run_file: RunFile) -> None:
+    """Run the producer alone, in the foreground."""
+    _run_role("producer", run_file)
+
+
+@app.command()
+@advises
+def consume(run_file: RunFile) -> None:
+    """Run the consumer alone, in the foreground."""
+    _run_role("consumer", run_file)
+
+
+@app.command()
+@advises
+def status(run: Run) -> None:
+    """Show what a run has done and what it is doing."""
+    directory = _directory(run)
+    store = open_run(directory)
+    describe(out, take_snapshot(directory, store))
+    store.close()
+
+
+@app.command()
+@advises
+def evaluate(run: Run) -> None:
+    """Measure acceptance length and speed-up of the newest checkpoint by lossless decoding."""
+    run_file = run
+    if run.is_dir():
+        run_file = run / "evaluated-run.yaml"
+        store = open_run(run)
+        run_file.write_text(recorded_config(store.facts().get("config", {}), run))
+        store.close()
+    _evaluate(run_file)
+    _print_final_line(load_run_config(run_file))
+
+
+def _evaluate(run_file: Path) -> None:
+    code = _role_process("evaluator", run_file, len(os.sched_getaffinity(0)))
+    if code:
+        raise typer.Exit(code)
+
+
+def _run_role(role: str, run_file: Path) -> None:
+    machine = load_run_config(run_file).machine
+    threads = machine.producer_threads if role == "producer" else machine.consumer_threads
+    environment = {**os.environ, **role_environment(threads)}
+    # The role takes this process over, so that signals and the exit code are its own.
+    command = [sys.executable, "-m", f"paceline.roles.{role}", str(run_file)]
+    os.execve(sys.executable, command, environment)  # noqa: S606 (our own module, no shell)
+
+
+def _role_process(role: str, run_file: Path, threads: int) -> int:
+    command = [sys.executable, "-m", f"paceline.roles.{role}", str(run_file)]
+    return subprocess.run(command, env={**os.environ, **role_environment(threads)}, check=False).returncode
+
+
+def _print_final_line(config: RunConfig) -> None:
+    store = open_run(config.run.directory)
+    out.print(final_line(take_snapshot(config.run.directory, store)), highlight=False, soft_wrap=True)
+    store.close()
+
+
+def _directory(run: Path) -> Path:
+    return run if run.is_dir() else load_run_config(run).run.directory
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,139 @@
+"""What a person sees while a run works: a live table on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from paceline.roles.plan import RunPlan
+from paceline.roles.snapshot import RunSnapshot
+
+LINE_EVERY_S = 15.0
+
+
+class Progress:
+    """Shows snapshots; use as a context manager."""
+
+    def __init__(self, console: Console, plan: RunPlan) -> None:
+        self._console = console
+        self._plan = plan
+        self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+        self._started = time.monotonic()
+        self._next_line = 0.0
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self, snapshot: RunSnapshot) -> None:
+        elapsed = time.monotonic() - self._started
+        if self._live:
+            self._live.update(_table(snapshot, self._plan, elapsed))
+        elif elapsed >= self._next_line:
+            self._next_line = elapsed + LINE_EVERY_S
+            self._console.print(_line(snapshot, self._plan, elapsed), highlight=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60:d}:{int(seconds) % 60:02d}"
+
+
+def _line(s: RunSnapshot, plan: RunPlan, elapsed: float) -> str:
+    parts = [
+        _clock(elapsed),
+        f"captured {s.samples_committed}/{plan.num_samples}",
+        f"trained {s.samples_trained}",
+        f"resident {s.resident_bytes / 2**20:.0f} MiB",
+        f"checkpoint {s.checkpoint_step if s.checkpoint_step is not None else '-'}",
+    ]
+    if s.last_step:
+        parts.append(_step_text(s))
+    if s.restarts:
+        parts.append(f"restarts {s.restarts}")
+    return " | ".join(parts)
+
+
+def _step_text(s: RunSnapshot) -> str:
+    step = s.last_step
+    estimate = step.get("acceptance_length_estimate")
+    tail = f", estimated acceptance length {estimate:.2f}" if estimate is not None else ""
+    return f"step {step['step']}: loss {step['loss']:.3f}{tail}"
+
+
+def _table(s: RunSnapshot, plan: RunPlan, elapsed: float) -> Table:
+    table = Table(title=f"paceline train  {plan.config.run.name}  {_clock(elapsed)}", title_justify="left")
+    for name in ("role", "process", "progress", "now"):
+        table.add_column(name)
+    group = s.last_group
+    rate = f"{group['num_tokens'] / group['seconds']:.0f} tokens/s" if group.get("seconds") else "starting"
+    table.add_row(
+        "producer",
+        _process(s, "producer"),
+        f"{s.samples_committed}/{plan.num_samples} samples",
+        f"{rate}, blocked {s.blocked_s['producer']:.0f} s",
+    )
+    table.add_row(
+        "consumer",
+        _process(s, "consumer"),
+        f"{s.samples_trained}/{plan.num_samples} samples",
+        _step_text(s) if s.last_step else "waiting for the first samples",
+    )
+    table.add_row(
+        "ledger",
+        "",
+        f"checkpoint at step {s.checkpoint_step}" if s.checkpoint_step is not None else "no checkpoint yet",
+        f"{s.resident_bytes / 2**20:.0f} MiB resident, {s.samples_provisional} samples provisional, "
+        f"{s.restarts} restarts",
+    )
+    return table
+
+
+def _process(s: RunSnapshot, role: str) -> str:
+    return str(s.live[role]) if s.live[role] else "ended"
+
+
+def describe(console: Console, s: RunSnapshot) -> None:
+    """The whole state of a run, for `paceline status`."""
+    table = Table(title=f"run {s.run_id}", title_justify="left", show_header=False)
+    state = "complete" if s.completed_step is not None else "live" if any(s.live.values()) else "stopped"
+    rows = {
+        "state": state,
+        "producer": _process(s, "producer"),
+        "consumer": _process(s, "consumer"),
+        "prompts": ", ".join(f"{count} {name}" for name, count in s.prompts.items()),
+        "samples": f"{s.samples_committed} committed, {s.samples_trained} trained "
+        f"({s.samples_provisional} not yet covered by a checkpoint), {s.samples_lost} to capture again",
+        "features": f"{s.samples_resident} samples, {s.resident_bytes / 2**20:.1f} MiB resident",
+        "checkpoint": f"step {s.checkpoint_step}" if s.checkpoint_step is not None else "none yet",
+        "last step": _step_text(s) if s.last_step else "none yet",
+        "waited": f"producer {s.blocked_s['producer']:.1f} s for room, "
+        f"consumer {s.blocked_s['consumer']:.1f} s for samples (recent steps)",
+        "restarts": str(s.restarts),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    for task_id, reason in s.failed_prompts.items():
+        console.print(f"failed prompt {task_id}: {reason}", highlight=False, soft_wrap=True)
+    if s.evaluation:
+        console.print(final_line(s), highlight=False, soft_wrap=True)
+
+
+def final_line(s: RunSnapshot) -> str:
+    e = s.evaluation
+    return (
+        f"acceptance length {e['acceptance_length']:.2f} | "
+        f"speed-up {e['speed_up']:.2f}x over plain decoding | "
+        f"{s.samples_trained} samples trained | {s.restarts} restarts"
+    )

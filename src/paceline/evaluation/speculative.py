@@ -1,0 +1,190 @@
+"""Lossless speculative decoding of one sequence, and the plain decoding it must equal.
+
+A cycle drafts a chain of tokens, runs the target once over the newest token and the chain, keeps
+the longest accepted prefix and adds one token of the target's own. Greedy: a draft token is kept if
+it is the target's argmax, so the output is the target's. Sampled: rejection sampling (Leviathan et
+al. 2023, arXiv 2211.17192, algorithm 1) keeps the target's distribution; a reduced draft vocabulary
+only means that the draft gives no mass to the other tokens.
+
+Both decoders call the same `LlamaTarget.forward`. Sampling draws from one seeded generator.
+Legend: V target vocabulary, D draft vocabulary, n new rows.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from paceline.errors import ConfigError
+from paceline.evaluation.target import LlamaTarget, TargetStep
+from paceline.methods.eagle3.decode import Choose
+
+
+class Drafter(Protocol):
+    """What a draft method must offer to be decoded with. Adapters: methods/eagle3/decode.py."""
+
+    target_ids: torch.Tensor  # int64 [D]
+
+    def start(self, capacity: int) -> None: ...
+
+    def propose(
+        self, aux: torch.Tensor, next_ids: torch.Tensor, count: int, choose: Choose
+    ) -> tuple[list[int], list[torch.Tensor | None]]: ...
+
+
+# The longest chain: plain decoding reserves the same cache, so that both see tensors of one shape.
+MAX_DRAFT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How far and how to decode. `temperature` 0 is greedy; `seed` matters only above 0."""
+
+    max_new_tokens: int
+    eos_token_ids: tuple[int, ...] = ()
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """New tokens, and the seconds they took after the target's prefill (which both decoders share).
+
+    `accepted` has one entry per target cycle: how many draft tokens were kept. The first token comes
+    from the prefill, the others from the cycles; the end of the text may cut the last cycle short.
+    """
+
+    tokens: list[int]
+    decode_s: float
+    prefill_s: float
+    accepted: tuple[int, ...] = ()
+
+
+def plain_generate(target: LlamaTarget, prompt_ids: tuple[int, ...], decoding: Decoding) -> Decoded:
+    """Decode one token per target step. Raises ConfigError if there is nothing to decode."""
+    choose = _Chooser(decoding)
+    began = time.perf_counter()
+    logits = _prefill(target, prompt_ids, decoding).logits
+    prefilled = time.perf_counter()
+    tokens = [choose(logits[-1])[0]]
+    while not _finished(tokens, decoding):
+        logits = target.forward(torch.tensor(tokens[-1:])).logits
+        tokens.append(choose(logits[-1])[0])
+    return Decoded(tokens, time.perf_counter() - prefilled, prefilled - began)
+
+
+def speculative_generate(
+    target: LlamaTarget,
+    drafter: Drafter,
+    prompt_ids: tuple[int, ...],
+    decoding: Decoding,
+    num_draft_tokens: int,
+) -> Decoded:
+    """Decode with chains of 1 to 16 draft tokens. Raises ConfigError if there is nothing to decode."""
+    if not 1 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
+        raise ConfigError(
+            f"num_draft_tokens={num_draft_tokens} lies outside 1..{MAX_DRAFT_TOKENS}",
+            why="the cache reserves room for one chain past the end of the answer",
+            next="use 3 or 4, where chain drafting gains most",
+        )
+    choose = _Chooser(decoding)
+    began = time.perf_counter()
+    step = _prefill(target, prompt_ids, decoding)
+    prefilled = time.perf_counter()
+    drafter.start(target.capacity)
+    tokens = [choose(step.logits[-1])[0]]
+    aux, next_ids = step.aux, [*prompt_ids[1:], tokens[0]]
+    accepted: list[int] = []
+    while not _finished(tokens, decoding):
+        processed = target.length
+        chain, proposals = drafter.propose(aux, torch.tensor(next_ids), num_draft_tokens, choose)
+        step = target.forward(torch.tensor([tokens[-1], *chain]))
+        if decoding.temperature > 0:
+            kept, own = _verify_sampled(step.logits, chain, proposals, drafter.target_ids, choose)
+        else:
+            kept, own = _verify_greedy(step.logits, chain)
+        target.truncate(processed + 1 + kept)
+        aux, next_ids = step.aux[: kept + 1], [*chain[:kept], own]
+        accepted.append(kept)
+        _extend(tokens, next_ids, decoding)
+    seconds = time.perf_counter() - prefilled
+    return Decoded(tokens, seconds, prefilled - began, tuple(accepted))
+
+
+def _prefill(target: LlamaTarget, prompt_ids: tuple[int, ...], decoding: Decoding) -> TargetStep:
+    if not prompt_ids or decoding.max_new_tokens < 1:
+        raise ConfigError(
+            f"nothing to decode: {len(prompt_ids)} prompt tokens, max_new_tokens={decoding.max_new_tokens}",
+            why="a decoder needs at least one token to start from and one to produce",
+            next="give a prompt and max_new_tokens >= 1",
+        )
+    target.start(len(prompt_ids) + decoding.max_new_tokens + MAX_DRAFT_TOKENS)
+    return target.forward(torch.tensor(prompt_ids), last_only=True)
+
+
+class _Chooser:
+    """Turns logits into tokens: argmax when greedy, one seeded draw otherwise."""
+
+    def __init__(self, decoding: Decoding) -> None:
+        self.temperature = decoding.temperature
+        self.generator = torch.Generator().manual_seed(decoding.seed)
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        return (logits.float() / self.temperature).softmax(-1)
+
+    def draw(self, probabilities: torch.Tensor) -> int:
+        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+
+    def __call__(self, logits: torch.Tensor) -> tuple[int, torch.Tensor | None]:
+        if self.temperature <= 0:
+            return int(logits.argmax(-1)), None
+        probabilities = self.probabilities(logits)
+        return self.draw(probabilities), probabilities
+
+    def accepts(self, probability: float) -> bool:
+        return float(torch.rand((), generator=self.generator, dtype=torch.float64)) < probability
+
+
+def _verify_greedy(logits: torch.Tensor, chain: list[int]) -> tuple[int, int]:
+    """(kept draft tokens, the target's own next token) from logits [n, V] of the newest token and chain."""
+    wanted: list[int] = logits.argmax(-1).tolist()
+    kept = 0
+    while kept < len(chain) and chain[kept] == wanted[kept]:
+        kept += 1
+    return kept, wanted[kept]
+
+
+def _verify_sampled(
+    logits: torch.Tensor,
+    chain: list[int],
+    proposals: list[torch.Tensor | None],
+    target_ids: torch.Tensor,
+    chooser: _Chooser,
+) -> tuple[int, int]:
+    """As `_verify_greedy`, by rejection: keep x with probability min(1, p(x) / q(x)).
+
+    After a rejection the next token comes from max(p - q, 0), normalised, where q is the draft's
+    distribution spread over the target vocabulary with zero for what it cannot propose.
+    """
+    wanted = chooser.probabilities(logits)
+    for kept, (token, proposal) in enumerate(zip(chain, proposals, strict=True)):
+        assert proposal is not None  # a sampled chain carries its distributions
+        spread = torch.zeros_like(wanted[kept]).index_copy_(0, target_ids, proposal)
+        if not chooser.accepts(float(wanted[kept, token] / spread[token])):
+            return kept, chooser.draw((wanted[kept] - spread).clamp_min_(0.0))
+    return len(chain), chooser.draw(wanted[len(chain)])
+
+
+def _finished(tokens: list[int], decoding: Decoding) -> bool:
+    return len(tokens) >= decoding.max_new_tokens or tokens[-1] in decoding.eos_token_ids
+
+
+def _extend(tokens: list[int], new: list[int], decoding: Decoding) -> None:
+    """Append `new` up to the first token that ends the text or reaches the limit."""
+    for token in new:
+        tokens.append(token)
+        if _finished(tokens, decoding):
+            return

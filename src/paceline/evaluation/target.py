@@ -1,0 +1,170 @@
+"""A lean Llama forward for decoding one sequence: the target that proposals are verified against.
+
+Hugging Face's forward spends more time in Python than in arithmetic when a step has one to five
+rows, which hides what speculation gains. This one reads the same weights, fuses q/k/v and gate/up,
+and keeps a cache of fixed capacity. Plain and speculative decoding both run on it.
+
+Row invariance: attention reads the whole, masked cache, so no shape depends on how much is cached,
+and a row's result does not depend on how many rows go with it wherever the matrix product has that
+property. oneDNN's bfloat16 product has it up to 16 rows (n * G in attention), so verifying a short
+chain gives bit for bit what single steps give; float32 gives it up to rounding only.
+Raises ConfigError for a target this forward does not compute exactly.
+
+Legend: n new tokens, C capacity, H hidden, N heads, K key-value heads, G = N / K, d head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
+
+from paceline.errors import ConfigError
+from paceline.methods.target_head import TargetHead
+
+
+@dataclass(frozen=True)
+class _Layer:
+    qkv: torch.Tensor
+    out: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TargetStep:
+    """Outputs of the new rows. `aux` concatenates the states after `aux_layer_ids` blocks."""
+
+    logits: torch.Tensor  # [n, V], or [1, V] where only the last row was asked for
+    aux: torch.Tensor  # [n, len(aux_layer_ids) * H]
+
+
+class LlamaTarget:
+    """One sequence at a time: `start`, then `forward` and `truncate`."""
+
+    def __init__(self, head: TargetHead, aux_layer_ids: tuple[int, ...], dtype: torch.dtype) -> None:
+        _require_plain_llama(head)
+        config = head.config
+        self.head, self.aux_layer_ids, self.dtype = head, aux_layer_ids, dtype
+        self.heads = int(config["num_attention_heads"])
+        self.kv_heads = int(config.get("num_key_value_heads") or self.heads)
+        self.head_dim = int(config.get("head_dim") or head.hidden_size // self.heads)
+        self.embed_tokens = head.embed_tokens.to(dtype)
+        self.lm_head = self.embed_tokens if head.lm_head is head.embed_tokens else head.lm_head.to(dtype)
+        self.norm = head.norm_weight.to(dtype)
+        self.layers = [self._read_layer(index) for index in range(head.num_hidden_layers)]
+        self.length = 0
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, aux_layer_ids: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
+    ) -> LlamaTarget:
+        """Read a Hugging Face Llama folder. Raises ConfigError for another architecture."""
+        return cls(TargetHead.load(folder), aux_layer_ids, dtype)
+
+    def start(self, capacity: int) -> None:
+        """Begin an empty sequence of at most `capacity` tokens. Raises ConfigError beyond the model's."""
+        limit = int(self.head.config.get("max_position_embeddings", capacity))
+        if capacity > limit:
+            raise ConfigError(
+                f"a sequence of {capacity} tokens exceeds the target's {limit} positions",
+                why="positions past the trained range give meaningless logits",
+                next="lower max_new_tokens or shorten the prompt",
+            )
+        # Whole blocks of 64 keep the vectorised softmax free of tails.
+        self.capacity = -(-capacity // 64) * 64
+        shape = (len(self.layers), self.kv_heads, self.capacity, self.head_dim)
+        self.keys, self.values = torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
+        angles = torch.outer(torch.arange(self.capacity).float(), 1.0 / self.head.rope_theta**exponents)
+        self.cos = torch.cat((angles.cos(), angles.cos()), -1).to(self.dtype).unsqueeze(1)  # [C, 1, d]
+        self.sin = torch.cat((-angles.sin(), angles.sin()), -1).to(self.dtype).unsqueeze(1)
+        rows = torch.arange(self.capacity)
+        self.mask = torch.where(rows[None] > rows[:, None], float("-inf"), 0.0).to(self.dtype)  # [C, C]
+        self.length = 0
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from `length` on. What they left in the cache is masked and overwritten."""
+        self.length = length
+
+    @torch.inference_mode()
+    def forward(self, token_ids: torch.Tensor, last_only: bool = False) -> TargetStep:
+        """Process `token_ids` int64 [n] after what is cached."""
+        new, start = int(token_ids.numel()), self.length
+        rows = slice(start, start + new)
+        cos, sin, mask = self.cos[rows], self.sin[rows], self.mask[rows]
+        mask = mask.repeat(self.heads // self.kv_heads, 1)  # [G * n, C]
+        hidden = F.embedding(token_ids, self.embed_tokens)
+        aux: dict[int, torch.Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            hidden = self._layer(index, layer, hidden, cos, sin, mask)
+            if index + 1 in self.aux_layer_ids:
+                aux[index + 1] = hidden
+        self.length = start + new
+        last = hidden[-1:] if last_only else hidden
+        logits = F.linear(self._rms(last, self.norm), self.lm_head)
+        return TargetStep(logits, torch.cat([aux[k] for k in self.aux_layer_ids], dim=-1))
+
+    def _rms(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.head.rms_norm_eps)
+
+    def _layer(
+        self,
+        index: int,
+        layer: _Layer,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        new, groups = hidden.shape[0], self.heads // self.kv_heads
+        qkv = F.linear(self._rms(hidden, layer.input_norm), layer.qkv).view(new, -1, self.head_dim)
+        rotated = qkv[:, : self.heads + self.kv_heads]
+        rotated = rotated * cos + rotated.roll(self.head_dim // 2, -1) * sin
+        rows = slice(self.length, self.length + new)
+        keys, values = self.keys[index], self.values[index]
+        keys[:, rows] = rotated[:, self.heads :].transpose(0, 1)
+        values[:, rows] = qkv[:, self.heads + self.kv_heads :].transpose(0, 1)
+        query = rotated[:, : self.heads].reshape(new, self.kv_heads, groups, self.head_dim)
+        query = query.permute(1, 2, 0, 3).reshape(self.kv_heads, groups * new, self.head_dim)
+        scores = torch.bmm(query, keys.transpose(1, 2)) * self.head_dim**-0.5 + mask
+        weights = scores.softmax(-1, dtype=torch.float32).to(self.dtype)
+        mixed = torch.bmm(weights, values).view(self.kv_heads, groups, new, self.head_dim)
+        hidden = hidden + F.linear(mixed.permute(2, 0, 1, 3).reshape(new, -1), layer.out)
+        gate, up = F.linear(self._rms(hidden, layer.post_norm), layer.gate_up).chunk(2, dim=-1)
+        return hidden + F.linear(F.silu(gate) * up, layer.down)
+
+    def _read_layer(self, index: int) -> _Layer:
+        raw = {name: tensor.to(self.dtype) for name, tensor in self.head.layer_tensors(index).items()}
+        return _Layer(
+            qkv=torch.cat([raw[f"self_attn.{name}_proj.weight"] for name in "qkv"]),
+            out=raw["self_attn.o_proj.weight"],
+            gate_up=torch.cat([raw["mlp.gate_proj.weight"], raw["mlp.up_proj.weight"]]),
+            down=raw["mlp.down_proj.weight"],
+            input_norm=raw["input_layernorm.weight"],
+            post_norm=raw["post_attention_layernorm.weight"],
+        )
+
+
+def _require_plain_llama(head: TargetHead) -> None:
+    config = head.config
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    reasons = []
+    if config.get("model_type") != "llama":
+        reasons.append(f"model_type is {config.get('model_type')!r}, not 'llama'")
+    if config.get("hidden_act", "silu") != "silu":
+        reasons.append(f"hidden_act is {config.get('hidden_act')!r}, not 'silu'")
+    if config.get("attention_bias") or config.get("mlp_bias"):
+        reasons.append("its projections have biases")
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        reasons.append(f"rope_type is {rope.get('rope_type', rope.get('type'))!r}, not 'default'")
+    if reasons:
+        raise ConfigError(
+            f"cannot evaluate on this target: {'; '.join(reasons)}",
+            why="acceptance would be measured against another model than the one that was captured",
+            next="evaluate in the serving engine, or add the architecture to evaluation/target.py",
+        )

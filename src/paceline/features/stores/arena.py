@@ -1,0 +1,326 @@
+"""The directory of one shared store: its identity file, and its slots.
+
+The identity file says which store this is (uuid), of which boot, and counts the changes that only
+the owner makes: slots created or unlinked, and samples sealed. The reader compares the counts
+with those it last saw and looks at the directory only if they differ. The owner counts after the
+change, so a reader never believes itself up to date when it is not. Slot names are never used
+twice. The identity is the first file made and the last removed, and every file is made aside and
+renamed, so whatever a crash leaves is recognised at the next start.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+import uuid
+from pathlib import Path
+
+import torch
+
+from paceline.errors import StoreError, StoreFullError
+from paceline.features import codec
+from paceline.features.stores.slots import PAGE_BYTES, Slot, State, create_file, map_file, slot_bytes
+
+IDENTITY = "identity"
+SLOT_NAME = re.compile(r"slot-\d{8,}")
+HALF_MADE = re.compile(rf"({IDENTITY}|slot-\d{{8,}})\.new")
+SLOTS_MAX = 32_768  # Half of what Linux lets one process map (vm.max_map_count).
+
+_MAGIC = int.from_bytes(b"PACESTOR", "little")
+_FORMAT = 1
+_MAGIC_WORD, _FORMAT_WORD, _LAYOUT, _SEALS, _NEXT_SERIAL = range(5)
+_BOOT = slice(64, 100)
+_UUID = slice(128, 160)
+
+
+class Arena:
+    """The slots of one store, and which sample lies where. Made by `own` or `attach`."""
+
+    def __init__(self, directory: Path, identity: torch.Tensor, inode: int, budget_bytes: int) -> None:
+        header = identity.numpy().data
+        self.uri = f"shm://{directory.name}/{bytes(header[_UUID]).decode(errors='replace')}"
+        self.slots: dict[str, Slot] = {}
+        self._directory = directory
+        self._words = header.cast("Q")
+        self._inode = inode
+        self._budget_bytes = budget_bytes
+        self._slot_of: dict[str, Slot] = {}
+        self._seen_layout = -1
+        self._learned_at = (-1, -1)
+
+    @classmethod
+    def own(cls, directory: Path, budget_bytes: int) -> Arena:
+        """As the only writer: make the store or take it over, with what a dead owner left reclaimed."""
+        _make_private(directory)
+        identity = _open_identity(directory)
+        if identity is None:
+            # Half made, or of another boot of the machine, which may have lost any part of it.
+            for path in _slot_paths(directory):
+                path.unlink()
+            identity = _create_identity(directory)
+        for path in directory.iterdir():
+            if HALF_MADE.fullmatch(path.name):
+                path.unlink()
+        arena = cls(directory, identity, _inode(directory), budget_bytes)
+        arena._take_over()
+        return arena
+
+    @classmethod
+    def attach(cls, directory: Path, budget_bytes: int) -> Arena | None:
+        """As the reader; None while there is no store in the directory."""
+        if not _is_private(directory):
+            return None
+        # Looked at before it is opened: if it is replaced in between, `is_current` says so.
+        inode = _inode(directory)
+        identity = _open_identity(directory)
+        return None if identity is None else cls(directory, identity, inode, budget_bytes)
+
+    def is_current(self) -> bool:
+        """Whether the directory still holds this store, and not one made since, or none."""
+        return _inode(self._directory) == self._inode != 0
+
+    # -- both processes ---------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """The reader's look at the directory: open new slots, unmap those unlinked."""
+        layout = self._words[_LAYOUT]
+        if layout == self._seen_layout:
+            return
+        paths = {path.name: path for path in _slot_paths(self._directory)}
+        for name in self.slots.keys() - paths.keys():
+            self._forget(name)
+        for name in paths.keys() - self.slots.keys():
+            try:
+                self.slots[name] = Slot.open(paths[name])
+            except (OSError, ValueError):
+                continue  # Unlinked since, or damaged; then no ref to it can be read.
+        self._seen_layout = layout
+
+    def find(self, sample_id: str) -> Slot | None:
+        """The slot that holds the sample, whatever the state of its header; None if none does."""
+        if (slot := self._known(sample_id)) is not None:
+            return slot
+        now = (self._words[_LAYOUT], self._words[_SEALS])
+        if now == self._learned_at:
+            return None
+        for slot in self.slots.values():
+            if slot.state is State.SEALED and (slot.known is None or slot.known[0] != slot.generation):
+                self._learn_from_header(slot)
+        self._learned_at = now
+        return self._known(sample_id)
+
+    def learn(self, slot: Slot, generation: int, sample_id: str) -> None:
+        """Remember what lies in the slot: one memo per slot, so the memory is bounded."""
+        if slot.known is not None and self._slot_of.get(slot.known[1]) is slot:
+            del self._slot_of[slot.known[1]]
+        slot.known = (generation, sample_id)
+        self._slot_of[sample_id] = slot
+
+    def _known(self, sample_id: str) -> Slot | None:
+        slot = self._slot_of.get(sample_id)
+        if slot is None or slot.known != (slot.generation, sample_id) or slot.is_free:
+            return None
+        return slot
+
+    def _learn_from_header(self, slot: Slot) -> bool:
+        generation = slot.generation
+        try:
+            sample_id, layout = codec.undescribe(slot.description)
+        except ValueError:
+            return False
+        if layout.num_bytes != slot.payload_bytes or layout.num_bytes > slot.payload.numel():
+            return False
+        if slot.generation == generation:
+            self.learn(slot, generation, sample_id)
+        return True
+
+    def _forget(self, name: str) -> None:
+        slot = self.slots.pop(name)
+        if slot.known is not None and self._slot_of.get(slot.known[1]) is slot:
+            del self._slot_of[slot.known[1]]
+
+    # -- the owner --------------------------------------------------------------------------
+
+    def allocate(self, payload_bytes: int) -> Slot:
+        """A FREE slot that takes the payload. Raises StoreFullError, and then nothing has changed."""
+        size = slot_bytes(payload_bytes)
+        for slot in [slot for slot in self.slots.values() if slot.num_bytes == size and slot.is_free]:
+            if slot.path.exists():
+                return slot
+            self._forget(slot.name)  # Deleted behind our back: the reader could not open it.
+        self._make_room(size)
+        return self._create(size)
+
+    def note_sealed(self, slot: Slot, sample_id: str) -> None:
+        self.learn(slot, slot.generation, sample_id)
+        self._words[_SEALS] += 1
+        self._learned_at = (self._words[_LAYOUT], self._words[_SEALS])  # Only the owner seals.
+
+    def _take_over(self) -> None:
+        for path in sorted(_slot_paths(self._directory)):
+            try:
+                slot = Slot.open(path)
+            except ValueError:
+                path.unlink()
+                continue
+            self.slots[slot.name] = slot
+            sealed = slot.state is State.SEALED and self._learn_from_header(slot)
+            if not sealed:
+                slot.free(slot.generation, by_owner=True)
+        last = max((int(name.removeprefix("slot-")) for name in self.slots), default=0)
+        self._words[_NEXT_SERIAL] = max(self._words[_NEXT_SERIAL], last + 1)
+        # The dead owner may not have lived to count its last change.
+        self._words[_LAYOUT] += 1
+        self._words[_SEALS] += 1
+        self._learned_at = (self._words[_LAYOUT], self._words[_SEALS])
+
+    def _make_room(self, size: int) -> None:
+        """Unlink free slots (they are of other classes) until a new one fits the budget."""
+        allocated = sum(slot.num_bytes for slot in self.slots.values())
+        free = [slot for slot in self.slots.values() if slot.is_free]
+        in_use = len(self.slots) - len(free)
+        excess = allocated + size - self._budget_bytes
+        if excess > sum(slot.num_bytes for slot in free) or in_use >= SLOTS_MAX:
+            raise StoreFullError(
+                f"A slot of {size} bytes does not fit in {self._directory}: {in_use} slots "
+                f"are in use (at most {SLOTS_MAX}), {allocated} of {self._budget_bytes} bytes allocated.",
+                why="A sample's bytes stay until a durable checkpoint covers it.",
+                next="raise features.budget_mib, or lower checkpoint.interval_steps.",
+            )
+        for slot in free:
+            if excess <= 0 and len(self.slots) < SLOTS_MAX:
+                break
+            slot.path.unlink(missing_ok=True)
+            self._forget(slot.name)
+            self._words[_LAYOUT] += 1
+            excess -= slot.num_bytes
+
+    def _create(self, size: int) -> Slot:
+        serial = self._words[_NEXT_SERIAL]
+        self._words[_NEXT_SERIAL] = serial + 1
+        try:
+            slot = Slot.create(self._directory / f"slot-{serial:08d}", size)
+        except OSError as error:
+            raise _no_room(self._directory, size, error) from error
+        self.slots[slot.name] = slot
+        self._words[_LAYOUT] += 1
+        return slot
+
+
+def remove(directory: Path) -> None:
+    """Unlink every file of the store and the directory. Safe when it is already gone, or half gone."""
+    if not _is_private(directory):
+        return
+    _open_identity(directory)  # Refuses a directory that is not ours.
+    for path in (*_slot_paths(directory), *directory.glob("*.new"), directory / IDENTITY):
+        path.unlink(missing_ok=True)
+    try:
+        directory.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # What others put there stays.
+            raise
+
+
+def _slot_paths(directory: Path) -> list[Path]:
+    try:
+        return [path for path in directory.iterdir() if SLOT_NAME.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
+
+
+def _make_private(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_room(directory, PAGE_BYTES, error) from error
+    _is_private(directory)
+    directory.chmod(0o700)
+
+
+def _is_private(directory: Path) -> bool:
+    """False if there is nothing. Raises StoreError if it is anything but a directory of ours."""
+    try:
+        facts = directory.lstat()
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
+        raise StoreError(
+            f"{directory} is a link, no directory, or not owned by user {os.geteuid()}.",
+            why="Whoever owns it could change the features that are trained.",
+            next="choose another run.name or features.directory, or remove it.",
+        )
+    return True
+
+
+def _open_identity(directory: Path) -> torch.Tensor | None:
+    """The mapped identity file; None if the directory is empty or half made, or of another boot.
+
+    Raises StoreError if the directory holds something else.
+    """
+    try:
+        identity = map_file(directory / IDENTITY, PAGE_BYTES)
+    except FileNotFoundError:
+        foreign = [path.name for path in directory.iterdir() if not HALF_MADE.fullmatch(path.name)]
+        if foreign:
+            raise _other_format(directory, f"it holds {foreign[0]!r} but no identity file") from None
+        return None
+    except (OSError, ValueError) as error:
+        raise _other_format(directory, f"its identity file cannot be read ({error})") from error
+    header = identity.numpy().data
+    words = header.cast("Q")
+    if words[_MAGIC_WORD] != _MAGIC or words[_FORMAT_WORD] != _FORMAT:
+        raise _other_format(directory, f"its identity file is not of format {_FORMAT}")
+    return identity if bytes(header[_BOOT]) == _boot_id() else None
+
+
+def _inode(directory: Path) -> int:
+    """Of the identity file, which nobody can take over while it is mapped; 0 if there is none."""
+    try:
+        return (directory / IDENTITY).stat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def _create_identity(directory: Path) -> torch.Tensor:
+    aside = directory / f"{IDENTITY}.new"
+    aside.unlink(missing_ok=True)
+    try:
+        identity = create_file(aside, PAGE_BYTES)
+    except OSError as error:
+        raise _no_room(directory, PAGE_BYTES, error) from error
+    header = identity.numpy().data
+    words = header.cast("Q")
+    words[_MAGIC_WORD], words[_FORMAT_WORD], words[_NEXT_SERIAL] = _MAGIC, _FORMAT, 1
+    header[_BOOT] = _boot_id()
+    header[_UUID] = uuid.uuid4().hex.encode()
+    aside.rename(directory / IDENTITY)
+    return identity
+
+
+def _boot_id() -> bytes:
+    return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+
+
+def _no_room(directory: Path, size: int, error: OSError) -> StoreError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFullError(
+            f"No {size} bytes are left on the filesystem of {directory}.",
+            why="The budget is larger than the shared memory that this machine or container gives.",
+            next="lower features.budget_mib, or give more (`docker run --shm-size=8g`, `df -h /dev/shm`).",
+        )
+    return StoreError(
+        f"No file of {size} bytes can be made in {directory} ({error}).",
+        why="The features have no place to lie; the directory was removed in use or cannot be written.",
+        next="check features.directory and run the same command again.",
+    )
+
+
+def _other_format(directory: Path, because: str) -> StoreError:
+    return StoreError(
+        f"{directory} is no feature store of this version: {because}.",
+        why="Nothing in it may be read or overwritten on a guess.",
+        next="finish that run with the version that started it, or choose another run.name; "
+        f"`rm -r {directory}` discards it (lost features are captured again).",
+    )

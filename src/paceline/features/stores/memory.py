@@ -1,0 +1,86 @@
+"""The feature store in a dictionary: the readable specification, for one process and for tests.
+
+It really copies, in and out, so it shares no memory with its callers, and it verifies digests like
+every other store. It dies with its process. One thread at a time.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from paceline.errors import StoreFullError
+from paceline.features import codec
+from paceline.features.store import Sealed, Usage
+from paceline.features.stores.refusals import corrupt, missing
+from paceline.types import SampleRef
+
+
+@dataclass(frozen=True)
+class _Held:
+    sealed: Sealed
+    payload: torch.Tensor  # uint8 [num_bytes]
+
+
+class InMemoryFeatureStore:
+    def __init__(self, budget_bytes: int) -> None:
+        self._uri = f"memory://{uuid.uuid4().hex}"
+        self._budget_bytes = budget_bytes
+        self._held: dict[str, _Held] = {}
+        self._generation = 0
+
+    def put(self, sample_id: str, tensors: Mapping[str, Any]) -> Sealed:
+        if sample_id in self._held:
+            return self._held[sample_id].sealed
+        layout = codec.layout_of_tensors(sample_id, tensors)
+        resident = self.usage().resident_bytes
+        if resident + layout.num_bytes > self._budget_bytes:
+            raise StoreFullError(
+                f"Sample {sample_id!r} of {layout.num_bytes} bytes does not fit: "
+                f"{resident} of {self._budget_bytes} bytes are resident.",
+                why="A sample's bytes stay until a durable checkpoint covers it.",
+                next="raise the budget, or save a checkpoint sooner.",
+            )
+        payload = torch.empty(layout.num_bytes, dtype=torch.uint8)
+        digest = codec.write(layout, codec.describe(sample_id, layout), tensors, payload)
+        self._generation += 1  # A ref to freed bytes must not find those of a later put.
+        keys = {name: f"{self._generation}/{name}" for name in layout.specs}
+        sealed = Sealed(self._uri, keys, layout.specs, layout.num_bytes, digest)
+        self._held[sample_id] = _Held(sealed, payload)
+        return sealed
+
+    def get(self, ref: SampleRef) -> dict[str, Any]:
+        held = self._held.get(ref.sample_id)
+        if held is None or ref.feature_store_uri != self._uri or ref.feature_keys != held.sealed.keys:
+            raise missing(ref, "they were freed, or never sealed here")
+        layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
+        if layout.specs != held.sealed.specs:
+            raise corrupt(ref, "the sealed tensors have other shapes or dtypes")
+        tensors, digest = codec.read(layout, codec.describe(ref.sample_id, layout), held.payload)
+        if digest != ref.metadata.get("digest"):
+            raise corrupt(ref, f"the bytes have digest {digest}")
+        return tensors
+
+    def abort(self, sample_id: str, reason: str = "") -> None:  # noqa: ARG002 (the protocol's)
+        self._held.pop(sample_id, None)
+
+    def sweep(self, keep: Collection[str]) -> list[str]:
+        kept = set(keep)
+        swept = [sample_id for sample_id in self._held if sample_id not in kept]
+        for sample_id in swept:
+            del self._held[sample_id]
+        return swept
+
+    def usage(self) -> Usage:
+        resident = sum(held.sealed.num_bytes for held in self._held.values())
+        return Usage(resident, len(self._held), self._budget_bytes)
+
+    def close(self) -> None:
+        """Nothing to detach from."""
+
+    def destroy(self) -> None:
+        self._held.clear()

@@ -1,0 +1,23 @@
+"""The two ways a read can fail, worded once for every feature store."""
+
+from __future__ import annotations
+
+from paceline.errors import FeatureCorruptError, FeatureMissingError
+from paceline.types import SampleRef
+
+
+def missing(ref: SampleRef, because: str) -> FeatureMissingError:
+    return FeatureMissingError(
+        f"No features of {ref.sample_id!r} lie under {ref.feature_store_uri}: {because}.",
+        why="The sample cannot be trained before they are captured again.",
+        next="report it lost; `paceline produce RUN.yaml` captures it again.",
+    )
+
+
+def corrupt(ref: SampleRef, because: str) -> FeatureCorruptError:
+    return FeatureCorruptError(
+        f"The features of {ref.sample_id!r} under {ref.feature_store_uri} are damaged: {because}; "
+        f"the ref says digest {ref.metadata.get('digest')}.",
+        why="Training on other bytes than those sealed would go unnoticed in the weights.",
+        next="report it lost; `paceline produce RUN.yaml` captures it again.",
+    )

@@ -1,0 +1,206 @@
+"""The feature store in shared memory: one writer (the producer) and one reader (the consumer).
+
+Files in a private directory, e.g. under /dev/shm, mapped by both. Invariants: a sealed sample's
+bytes never change before it is freed; a ref whose sample was freed is FeatureMissing even if its
+slot serves another sample by now; `get` returns bytes that match the ref's digest or raises. Who
+may be the owner is decided outside (a role lock); within a process any thread may call. A crash
+of either process at any moment leaves sealed samples and slots that the next owner reclaims;
+a crash of the machine loses the store, which shows as missing features.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from paceline.crashpoints import reach
+from paceline.errors import StoreError
+from paceline.features import codec
+from paceline.features.store import Sealed, Usage
+from paceline.features.stores.arena import Arena, remove
+from paceline.features.stores.refusals import corrupt, missing
+from paceline.features.stores.slots import DESCRIPTION_BYTES_MAX, Slot, State
+from paceline.types import SampleRef
+
+
+class SharedMemoryFeatureStore:
+    def __init__(self, directory: Path, *, budget_bytes: int, owner: bool) -> None:
+        """`budget_bytes` bounds the slot files, free ones included; only the owner's counts.
+
+        The reader may come before the owner has made the store: nothing lies there then. Raises
+        StoreError if the directory is not ours or holds something else.
+        """
+        self._directory = directory
+        self._budget_bytes = budget_bytes
+        self._owner = owner
+        self._closed = False
+        self._lock = threading.RLock()
+        self._arena = Arena.own(directory, budget_bytes) if owner else Arena.attach(directory, budget_bytes)
+
+    def put(self, sample_id: str, tensors: Mapping[str, Any]) -> Sealed:
+        with self._lock:
+            arena = self._owned("put")
+            slot = arena.find(sample_id)
+            if slot is not None:
+                sealed = _sealed(arena, slot)
+                if sealed is not None:
+                    return sealed
+                slot.free(slot.generation, by_owner=True)
+            layout = codec.layout_of_tensors(sample_id, tensors)
+            description = _checked(sample_id, codec.describe(sample_id, layout))
+            slot = arena.allocate(layout.num_bytes)
+            slot.begin(description, layout.num_bytes)
+            with ExitStack() as undo:
+                undo.callback(slot.free, slot.generation, by_owner=True)
+                digest = codec.write(layout, description, tensors, slot.payload)
+                reach("features.put.before_seal")
+                slot.seal(digest)
+                undo.pop_all()
+            arena.note_sealed(slot, sample_id)
+            reach("features.put.after_seal")
+            return Sealed(arena.uri, _keys(slot, layout), layout.specs, layout.num_bytes, digest)
+
+    def get(self, ref: SampleRef) -> dict[str, Any]:
+        layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
+        description = codec.describe(ref.sample_id, layout)
+        with self._lock:
+            slot, generation = self._locate(ref)
+        # The owner may free and reuse the slot while it is copied, so the header must say the
+        # same before and after; the digest then judges the copy itself.
+        check = partial(_check_header, ref, slot, generation, description, layout)
+        check()
+        if ref.feature_keys != _keys(slot, layout, generation):
+            raise corrupt(ref, "its keys are not those of its tensors")
+        tensors, digest = codec.read(layout, description, slot.payload)
+        sealed_digest = slot.digest
+        check()
+        if not digest == sealed_digest == ref.metadata.get("digest"):
+            raise corrupt(ref, f"the header says digest {sealed_digest} and the bytes have {digest}")
+        with self._lock:
+            if self._arena is not None and self._arena.slots.get(slot.name) is slot:
+                self._arena.learn(slot, generation, ref.sample_id)
+        return tensors
+
+    def abort(self, sample_id: str, reason: str = "") -> None:  # noqa: ARG002 (the protocol's)
+        with self._lock:
+            arena = self._attached()
+            slot = arena.find(sample_id) if arena is not None else None
+            if slot is not None and slot.known is not None:
+                slot.free(slot.known[0], by_owner=self._owner)
+
+    def sweep(self, keep: Collection[str]) -> list[str]:
+        """Also frees slots whose header is damaged; their sample ids are not known."""
+        kept, swept = set(keep), []
+        with self._lock:
+            arena = self._owned("sweep")
+            for slot in arena.slots.values():
+                if slot.is_free:
+                    continue
+                sealed = _sealed(arena, slot)
+                if sealed is not None and slot.known is not None:
+                    if slot.known[1] in kept:
+                        continue
+                    swept.append(slot.known[1])
+                slot.free(slot.generation, by_owner=True)
+        return swept
+
+    def usage(self) -> Usage:
+        """Resident: slots being written or sealed, whole, with header and slack. Free slots are not."""
+        with self._lock:
+            arena = self._attached()
+            slots = [] if arena is None else list(arena.slots.values())
+        resident = [slot.num_bytes for slot in slots if not slot.is_free]
+        return Usage(sum(resident), len(resident), self._budget_bytes)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed, self._arena = True, None
+
+    def destroy(self) -> None:
+        """Either process may; the other finds its features missing."""
+        self.close()
+        remove(self._directory)
+
+    def _attached(self) -> Arena | None:
+        """The arena, up to date; None for a reader that finds no store."""
+        if self._closed:
+            raise StoreError(
+                f"The feature store in {self._directory} was closed by this process.",
+                why="Its memory is no longer mapped here.",
+                next="open it again.",
+            )
+        if not self._owner:
+            if self._arena is None or not self._arena.is_current():
+                self._arena = Arena.attach(self._directory, self._budget_bytes)
+            if self._arena is not None:
+                self._arena.refresh()
+        return self._arena
+
+    def _owned(self, verb: str) -> Arena:
+        arena = self._attached()
+        if arena is None or not self._owner:
+            raise StoreError(
+                f"This process may not {verb} in {self._directory}: it opened the store as a reader.",
+                why="One writer keeps every sealed sample whole without a lock between processes.",
+                next=f"{verb} in the producer, which opens the store with owner=True.",
+            )
+        return arena
+
+    def _locate(self, ref: SampleRef) -> tuple[Slot, int]:
+        """The slot and generation that the ref's keys name."""
+        arena = self._attached()
+        if arena is None or arena.uri != ref.feature_store_uri:
+            raise missing(ref, f"{self._directory} holds {arena.uri if arena else 'no store'}")
+        name, _, rest = next(iter(ref.feature_keys.values()), "").partition("/")
+        generation = rest.partition("/")[0]
+        slot = arena.slots.get(name)
+        if slot is None or not generation.isdecimal():
+            raise missing(ref, f"there is no slot {name!r}")
+        return slot, int(generation)
+
+
+def _keys(slot: Slot, layout: codec.Layout, generation: int | None = None) -> dict[str, str]:
+    """`slot/generation/offset` of every tensor: a later sample in the slot has another generation."""
+    number = slot.generation if generation is None else generation
+    return {place.name: f"{slot.name}/{number}/{place.offset}" for place in layout.places}
+
+
+def _sealed(arena: Arena, slot: Slot) -> Sealed | None:
+    """What `put` returned for the sample in the slot; None if the slot's header is damaged."""
+    if slot.state is not State.SEALED:
+        return None
+    try:
+        sample_id, layout = codec.undescribe(slot.description)
+    except ValueError:
+        return None
+    if slot.known != (slot.generation, sample_id) or layout.num_bytes != slot.payload_bytes:
+        return None
+    return Sealed(arena.uri, _keys(slot, layout), layout.specs, layout.num_bytes, slot.digest)
+
+
+def _checked(sample_id: str, description: bytes) -> bytes:
+    if len(description) > DESCRIPTION_BYTES_MAX:
+        raise StoreError(
+            f"The id and specs of sample {sample_id[:64]!r} take {len(description)} bytes.",
+            why=f"A slot's header holds {DESCRIPTION_BYTES_MAX}.",
+            next="use fewer tensors, or shorter names and ids.",
+        )
+    return description
+
+
+def _check_header(
+    ref: SampleRef, slot: Slot, generation: int, description: bytes, layout: codec.Layout
+) -> None:
+    """Raise unless the slot holds this ref's sample, sealed."""
+    state = slot.state
+    if slot.generation != generation or state in (State.FREE, State.WRITING):
+        raise missing(ref, f"{slot.name} generation {generation} was freed")
+    fits = layout.num_bytes == slot.payload_bytes <= slot.payload.numel()
+    if state is not State.SEALED or not fits:
+        raise corrupt(ref, f"the header of {slot.name} is not whole")
+    if slot.description != description:
+        raise corrupt(ref, f"{slot.name} describes other tensors")

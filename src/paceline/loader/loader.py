@@ -1,0 +1,159 @@
+"""From the committed log to the tensors of one optimizer step.
+
+The loader takes refs in seq order, has the step's plan written before anything is computed, and
+fetches and verifies the features. A feature that is gone or damaged is a cache miss: the loader
+reports it lost, the producer captures its prompt again under the same ordinal, and the step goes
+on with the same samples in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from paceline.errors import FeatureCorruptError, FeatureMissingError, LedgerError, StoreError
+from paceline.features.store import FeatureStore
+from paceline.ledger.channel import CommittedRefLog, StreamingRefQueue
+from paceline.ledger.controller import DataFlowController
+from paceline.types import SampleRef
+
+WAIT_S = 1.0
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One optimizer step: its samples in plan order and the tensors of each."""
+
+    step: int
+    refs: list[SampleRef]
+    last_seq: int
+    samples: list[dict[str, Any]] = field(repr=False)
+    wait_s: float = 0.0
+
+    @property
+    def sample_ids(self) -> list[str]:
+        return [ref.sample_id for ref in self.refs]
+
+
+class StepLoader:
+    def __init__(
+        self,
+        controller: DataFlowController,
+        features: FeatureStore,
+        *,
+        batch_size: int,
+        after_seq: int = 0,
+        skip_ids: Collection[str] = (),
+        should_stop: Callable[[], bool] = lambda: False,
+        idle_timeout_s: float | None = None,
+        recapture_timeout_s: float = 1800.0,
+    ) -> None:
+        """`after_seq`: the place in the log up to which the weights already contain everything."""
+        self.on_wait: Callable[[], None] = lambda: None
+        self._controller = controller
+        self._features = features
+        self._batch_size = batch_size
+        self._should_stop = should_stop
+        self._interrupted = False
+        self._recapture_timeout_s = recapture_timeout_s
+        self._log = CommittedRefLog(controller.store, after_seq=after_seq)
+        self._queue = StreamingRefQueue(
+            self._log,
+            poll_s=WAIT_S,
+            idle_timeout_s=idle_timeout_s,
+            skip_ids=skip_ids,
+            should_stop=should_stop,
+            on_wait=lambda: self.on_wait(),
+        )
+
+    def next_step(self, step: int) -> PlannedStep | None:
+        """Plan and fetch `step`; None at the end of the stream or when asked to stop.
+
+        The last step may have fewer samples: the tail is trained, not dropped. Raises LedgerError
+        if a replayed step would differ from its plan.
+        """
+        started = monotonic()
+        on_record = self._controller.store.get_plan(step)
+        size = self._batch_size if on_record is None else len(on_record.sample_ids)
+        refs = self._queue.get(size)
+        if not refs or (len(refs) < size and not self._log.is_closed()):
+            return None  # a short step is right only at the true end of the stream
+        last_seq = [self._log.take_seq(ref.sample_id) for ref in refs][-1]
+        plan = self._controller.plan_step(step, refs, last_seq)
+        if plan.sample_ids != tuple(ref.sample_id for ref in refs):
+            raise LedgerError(
+                f"Step {step} was planned as {list(plan.sample_ids)} but the log now gives "
+                f"{[ref.sample_id for ref in refs]}.",
+                why="Training other samples than planned would break the guarantee of equal weights.",
+                next="report this with the run's ledger.db; nothing was trained.",
+            )
+        try:
+            refs, samples = self.fetch(refs)
+        except _StoppedError:
+            return None  # the plan is on record; the next start replays it
+        return PlannedStep(step, refs, last_seq, samples, wait_s=monotonic() - started)
+
+    def ack(self, planned: PlannedStep) -> None:
+        self._queue.ack(planned.refs)
+
+    def interrupt(self) -> None:
+        """The producer is gone and did not close the stream: whole steps are trained, the rest waits."""
+        self._interrupted = True
+        self._queue.interrupt()
+
+    def first_samples(self, count: int) -> list[dict[str, Any]]:
+        """The tensors of the first `count` samples of the run (fewer if it has fewer). Waits for them."""
+        store = self._controller.store
+        while not self._should_stop():
+            mark, ended = store.lsn(), self._log.is_closed()
+            interrupted = self._interrupted
+            entries = store.read_committed(0, count)
+            if interrupted and len(entries) < count:
+                break
+            if len(entries) == count or ended:
+                return self.fetch([entry.ref for entry in entries])[1]
+            store.wait(mark, WAIT_S)
+        return []
+
+    def fetch(self, refs: list[SampleRef]) -> tuple[list[SampleRef], list[dict[str, Any]]]:
+        """Verified tensors of each ref, captured again where they are gone; the refs now valid."""
+        current, samples = list(refs), []
+        for index in range(len(current)):
+            deadline = monotonic() + self._recapture_timeout_s
+            while True:
+                try:
+                    samples.append(self._features.get(current[index]))
+                    break
+                except (FeatureMissingError, FeatureCorruptError) as error:
+                    current[index] = self._recaptured(current[index], deadline, error)
+        return current, samples
+
+    def _recaptured(self, tried: SampleRef, deadline: float, cause: StoreError) -> SampleRef:
+        """Report the sample lost, unless that is known already, and wait for its new ref."""
+        store = self._controller.store
+        reported = False
+        while monotonic() < deadline:
+            mark = store.lsn()
+            known = store.get_committed(tried.sample_id)
+            lost = tried.sample_id in store.lost_ids()
+            if known is not None and known != tried and not lost:
+                return known
+            if not lost and not reported:
+                store.report_lost([tried.sample_id], fence=self._controller.fence("consumer"))
+                reported = True
+                continue
+            if self._should_stop():
+                raise _StoppedError
+            self.on_wait()
+            store.wait(mark, WAIT_S)
+        raise StoreError(
+            f"The features of {tried.sample_id} are gone and were not captured again ({cause.what})",
+            why="The sample is committed, so it is trained later; no weights were changed.",
+            next="run the same command again; `paceline produce RUN.yaml` captures it.",
+        ) from cause
+
+
+class _StoppedError(Exception):
+    """Asked to stop while waiting for a sample to be captured again."""

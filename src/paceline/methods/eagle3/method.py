@@ -1,0 +1,188 @@
+"""EAGLE-3 as a `DraftMethod`: settings, initialisation and the estimated acceptance length.
+
+A draft starts from its target, not from noise: lm_head and the final norm are the target's own, and
+`warm_start` sets fc and attention by regression on the run's first samples. All of it is trained.
+The same head, settings, seed and samples give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from paceline.errors import ConfigError
+from paceline.methods.eagle3.decode import Eagle3Decoder
+from paceline.methods.eagle3.loss import Eagle3Batch, collate, training_time_test
+from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft
+from paceline.methods.eagle3.vocab import answer_token_weights, choose_draft_vocab, vocab_maps
+from paceline.methods.eagle3.warm_start import warm_start
+from paceline.methods.method import LossSums, default_aux_layer_ids
+from paceline.methods.target_head import TargetHead
+from paceline.types import FeatureSpec
+
+
+@dataclass(frozen=True)
+class Eagle3Settings:
+    """Knobs of the method.
+
+    `init`: "regression" (closed form, from the run's first samples; `warm_start` finishes it),
+    "target" (weights of the target's last layer) or "random".
+    """
+
+    draft_vocab_size: int = 8192
+    ttt_steps: int = 4
+    step_decay: float = 0.8
+    init: str = "regression"
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Eagle3Settings:
+        """Settings from a run file's mapping. Raises ConfigError for unknown or impossible ones."""
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(
+                f"unknown eagle3 setting {unknown[0]!r}",
+                why="a misspelt setting would silently keep its default",
+                next=f"use one of: {', '.join(sorted(known))}",
+            )
+        settings = cls(**values)
+        if settings.ttt_steps < 1 or settings.draft_vocab_size < 1 or not 0.0 < settings.step_decay <= 1.0:
+            raise ConfigError(
+                f"eagle3 settings out of range: {settings}",
+                why="ttt_steps and draft_vocab_size are at least 1, step_decay lies in (0, 1]",
+                next="correct the method section of the run file",
+            )
+        if settings.init not in ("regression", "target", "random"):
+            raise ConfigError(
+                f"eagle3 init={settings.init!r} is unknown",
+                why="it decides what the draft's weights start from",
+                next='use init = "regression", "target" or "random"',
+            )
+        return settings
+
+
+class Eagle3Method:
+    """See `DraftMethod` for the contract of each method."""
+
+    name = "eagle3"
+
+    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
+        self.settings = Eagle3Settings.parse(settings or {})
+
+    def aux_layer_ids(self, num_hidden_layers: int) -> tuple[int, ...]:
+        return default_aux_layer_ids(num_hidden_layers)
+
+    def feature_specs(self, hidden_size: int, num_hidden_layers: int, dtype: str) -> tuple[FeatureSpec, ...]:
+        num_aux = len(self.aux_layer_ids(num_hidden_layers))
+        return (
+            FeatureSpec("input_ids", (-1,), "int32"),
+            FeatureSpec("loss_mask", (-1,), "uint8"),
+            FeatureSpec("aux_hidden_states", (-1, num_aux * hidden_size), dtype),
+            FeatureSpec("last_hidden_states", (-1, hidden_size), dtype),
+        )
+
+    def build_draft(
+        self, head: TargetHead, seed: int, token_weights: torch.Tensor | None = None
+    ) -> Eagle3Draft:
+        chosen = self.settings
+        draft = Eagle3Draft(draft_config(head, chosen.draft_vocab_size))
+        weights = torch.zeros(head.vocab_size) if token_weights is None else token_weights
+        target_ids = choose_draft_vocab(weights, chosen.draft_vocab_size, head.eos_token_ids)
+        draft.d2t, draft.t2d = vocab_maps(target_ids, head.vocab_size)
+        attach_target(draft, head)
+        _initialise_random(draft, seed)
+        if chosen.init == "target":
+            _initialise_from_target(draft, head)
+        return draft
+
+    def warm_start(
+        self, draft: nn.Module, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]], seed: int
+    ) -> None:
+        assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type
+        if self.settings.init == "regression":
+            warm_start(draft, head, samples, seed)
+
+    def attach_target(self, draft: nn.Module, head: TargetHead) -> None:
+        assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type
+        attach_target(draft, head)
+
+    def token_weights(self, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+        return answer_token_weights(head, samples)
+
+    def describe(self, draft: nn.Module) -> dict[str, Any]:
+        assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type
+        return asdict(draft.config)
+
+    def collate(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> Eagle3Batch:
+        return collate(samples)
+
+    def loss(self, draft: nn.Module, batch: Any) -> LossSums:
+        assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type
+        return training_time_test(draft, batch, self.settings.ttt_steps, self.settings.step_decay)
+
+    def drafter(self, draft: nn.Module, dtype: torch.dtype) -> Eagle3Decoder:
+        assert isinstance(draft, Eagle3Draft)
+        return Eagle3Decoder(draft, dtype)
+
+    def mean_metrics(self, metrics: Mapping[str, float], num_tokens: int) -> dict[str, float]:
+        means = {"acceptance_length_estimate": 1.0 + metrics["chain"] / max(1, num_tokens)}
+        for step in range(self.settings.ttt_steps):
+            count = max(1.0, metrics[f"count_{step}"])
+            means[f"loss_{step}"] = metrics[f"loss_{step}"] / count
+            means[f"accuracy_{step}"] = metrics[f"hits_{step}"] / count
+        return means
+
+
+def draft_config(head: TargetHead, draft_vocab_size: int) -> Eagle3Config:
+    """Sizes of the draft of `head`'s target: the target's own, one layer deep."""
+    config, heads = head.config, int(head.config["num_attention_heads"])
+    return Eagle3Config(
+        hidden_size=head.hidden_size,
+        intermediate_size=int(config["intermediate_size"]),
+        num_attention_heads=heads,
+        num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or head.hidden_size // heads),
+        vocab_size=head.vocab_size,
+        draft_vocab_size=draft_vocab_size,
+        rms_norm_eps=head.rms_norm_eps,
+        rope_theta=head.rope_theta,
+        max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+    )
+
+
+def attach_target(draft: Eagle3Draft, head: TargetHead) -> None:
+    """Give `draft` the frozen target tensors. Needed once after `load_state_dict` of a checkpoint."""
+    draft.embed_tokens = head.embed_tokens
+    draft.target_norm = head.norm_weight
+    draft.target_rows = head.lm_head[draft.target_ids()]
+
+
+def _initialise_random(draft: Eagle3Draft, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, 0.02, generator=generator)
+
+
+def _initialise_from_target(draft: Eagle3Draft, head: TargetHead) -> None:
+    """Copy what the target can give; the embedding half of q/k/v keeps its small random weights."""
+    hidden = head.hidden_size
+    with torch.no_grad():
+        draft.fc.weight.zero_()
+        draft.fc.weight[:, -hidden:] = torch.eye(hidden)
+        draft.norm.weight.copy_(head.norm_weight)
+        draft.lm_head.weight.copy_(draft.target_rows)
+        layer = head.layer_tensors(head.num_hidden_layers - 1)
+        middle = draft.midlayer
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(middle.self_attn, name).weight[:, hidden:] = layer[f"self_attn.{name}.weight"].float()
+        middle.self_attn.o_proj.weight.copy_(layer["self_attn.o_proj.weight"])
+        middle.hidden_norm.weight.copy_(layer["input_layernorm.weight"])
+        middle.post_attention_layernorm.weight.copy_(layer["post_attention_layernorm.weight"])
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            getattr(middle.mlp, name).weight.copy_(layer[f"mlp.{name}.weight"])

@@ -1,0 +1,175 @@
+"""The EAGLE-3 draft model: one decoder layer over fused target states (arXiv 2503.01840, section 3.1).
+
+Row i takes the feature of token i and the embedding of token i+1 and predicts token i+2. The
+feature is `fc` of three auxiliary target states where the target has processed token i, and the
+draft's own previous output (before the final norm) where it has not.
+
+Parameter names are those of an EAGLE-3 checkpoint for SGLang, so `state_dict()` is the export.
+The target's embedding, final norm and lm_head rows are frozen and not part of the state dict.
+Legend: B batch, L length, H hidden, V target vocabulary, D draft vocabulary, N heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
+
+from paceline.methods.eagle3.vocab import draft_to_target
+
+
+@dataclass(frozen=True)
+class Eagle3Config:
+    """Sizes of a draft. They follow the target's, with one layer and a reduced vocabulary."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    num_aux: int = 3
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden, self.weight, self.eps)
+
+
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Llama's RMSNorm, computed in float32 and returned in the dtype of `hidden`."""
+    return F.rms_norm(hidden.float(), (hidden.shape[-1],), weight.float(), eps).to(hidden.dtype)
+
+
+def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin) float32 [*positions.shape, d] of rotary embedding in Llama's half-split layout."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.float().unsqueeze(-1) * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Apply `rope_tables` [B, L, d] to `states` [B, N, L, d]."""
+    cos, sin = (table.unsqueeze(1).to(states.dtype) for table in tables)
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Projections only: training and decoding need different masks and bring their own softmax."""
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.rope_theta = config.rope_theta
+        width = 2 * config.hidden_size
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def query(self, inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Rotated queries [B, N, L, d] of `inputs` [B, L, 2H] at `positions` [B, L]."""
+        states = self.q_proj(inputs).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        return rotate(states, rope_tables(positions, self.head_dim, self.rope_theta))
+
+    def key_value(self, inputs: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated keys and values, each [B, N_kv, L, d]."""
+        keys = self.k_proj(inputs).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
+        values = self.v_proj(inputs).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
+        return rotate(keys, rope_tables(positions, self.head_dim, self.rope_theta)), values
+
+    def output(self, mixed: torch.Tensor) -> torch.Tensor:
+        """[B, N, L, d] to [B, L, H]."""
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))  # type: ignore[no-any-return]
+
+
+class Midlayer(nn.Module):
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def inputs(self, embedding: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
+        """[B, L, 2H]: what the attention reads. The embedding comes first, as in every checkpoint."""
+        return torch.cat((self.input_layernorm(embedding), self.hidden_norm(feature)), dim=-1)
+
+    def finish(self, feature: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """Output [B, L, H] from the residual `feature` and the attention's `mixed` [B, N, L, d]."""
+        hidden = feature + self.self_attn.output(mixed)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
+
+
+class Eagle3Draft(nn.Module):
+    """Trainable float32 weights plus the frozen tensors they are trained against.
+
+    Buffers in the state dict: `d2t` int64 [D], `t2d` bool [V]. Buffers outside it: the target's
+    `embed_tokens` [V, H], `target_norm` [H], `target_rows` [D, H] (lm_head rows of the draft
+    vocabulary). Raises nothing by itself; build it with `Eagle3Method.build_draft`.
+    """
+
+    d2t: torch.Tensor
+    t2d: torch.Tensor
+    embed_tokens: torch.Tensor
+    target_norm: torch.Tensor
+    target_rows: torch.Tensor
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        self.config = config
+        hidden, vocab, reduced = config.hidden_size, config.vocab_size, config.draft_vocab_size
+        self.fc = nn.Linear(config.num_aux * hidden, hidden, bias=False)
+        self.midlayer = Midlayer(config)
+        self.norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.lm_head = nn.Linear(hidden, reduced, bias=False)
+        self.register_buffer("d2t", torch.zeros(reduced, dtype=torch.int64))
+        self.register_buffer("t2d", torch.zeros(vocab, dtype=torch.bool))
+        self.register_buffer("embed_tokens", torch.zeros(vocab, hidden), persistent=False)
+        self.register_buffer("target_norm", torch.ones(hidden), persistent=False)
+        self.register_buffer("target_rows", torch.zeros(reduced, hidden), persistent=False)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Frozen target embedding of `token_ids` [...] -> float32 [..., H]."""
+        return F.embedding(token_ids, self.embed_tokens).float()
+
+    def target_ids(self) -> torch.Tensor:
+        """Target token id of every draft token id, int64 [D]."""
+        return draft_to_target(self.d2t)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Draft logits [..., D] of layer outputs [..., H]."""
+        return self.lm_head(self.norm(hidden))  # type: ignore[no-any-return]

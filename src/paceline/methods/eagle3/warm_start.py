@@ -1,0 +1,102 @@
+"""A draft's first weights in closed form, from a run's first samples.
+
+Ridge regression predicts the target's next final state, as a direction, from what row i may see:
+the auxiliary states of token i and the normalised embedding of token i+1. The map is then written
+into the draft: its state half becomes `fc`, the residual stream; its embedding half, cut to the rank
+the value heads have, goes through one query head per key-value head that attends to its own row.
+Everything else starts at zero or small, so the untrained draft *is* the regression, and two seconds
+of it stand where hundreds of optimizer steps from noise arrive. The same samples, head and seed give
+the same bits on the same machine.
+
+Legend: R rows, H hidden, N_kv key-value heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from paceline.methods.eagle3.model import Eagle3Draft
+from paceline.methods.target_head import TargetHead
+
+_RIDGE = 300.0
+# Squared scale of the shared query and key projection: self-attention scores of about 8 times this.
+_FOCUS = 2.0
+# A regressed direction knows less than its unit length claims; this scales the first logits down.
+_CONFIDENCE = 0.6
+
+
+def warm_start(
+    draft: Eagle3Draft, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]], seed: int
+) -> None:
+    """Overwrite the weights of `draft` in place. `samples` carry what EAGLE-3's features carry."""
+    hidden = draft.config.hidden_size
+    regression = _regress(head, samples)
+    state_part, embedding_part = regression[:-hidden], regression[-hidden:]
+    generator = torch.Generator().manual_seed(seed)
+    layer, attention = draft.midlayer, draft.midlayer.self_attn
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+        for linear in (attention.q_proj, attention.k_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
+            linear.weight.normal_(0.0, 0.02, generator=generator)
+        for linear in (attention.v_proj, attention.o_proj, layer.mlp.down_proj):
+            linear.weight.zero_()
+        draft.fc.weight.copy_(state_part.T)
+        draft.lm_head.weight.copy_(draft.target_rows)
+        draft.norm.weight.copy_(head.norm_weight.float() * _CONFIDENCE)
+        _write_embedding_part(draft, embedding_part, generator)
+
+
+def _regress(head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+    """Ridge map [4H, H] (or as many auxiliary states as there are) from raw inputs to directions."""
+    inputs, wanted = [], []
+    for sample in samples:
+        ids = sample["input_ids"].long()
+        # Row i counts if token i+2 belongs to the answer; the token after the last row always does.
+        in_answer = torch.cat((sample["loss_mask"][2:].bool(), torch.ones(1, dtype=torch.bool)))
+        rows = torch.arange(ids.numel() - 1)[in_answer[: ids.numel() - 1]]
+        embedding = _direction(head.embed_tokens[ids[rows + 1]].float())
+        inputs.append(torch.cat((sample["aux_hidden_states"][rows].float(), embedding), dim=-1))
+        wanted.append(_direction(sample["last_hidden_states"][rows + 1].float()))
+    input_rows = torch.cat(inputs)
+    scale = input_rows.square().mean(0).sqrt() + 1e-6
+    input_rows = input_rows / scale
+    gram = input_rows.T @ input_rows
+    gram.diagonal().add_(_RIDGE)
+    solution: torch.Tensor = torch.linalg.solve(gram, input_rows.T @ torch.cat(wanted))
+    return solution / scale.unsqueeze(1)
+
+
+def _write_embedding_part(
+    draft: Eagle3Draft, embedding_part: torch.Tensor, generator: torch.Generator
+) -> None:
+    """Put the best approximation of `embedding_part` [H, H] of rank N_kv * d through attention."""
+    attention, hidden = draft.midlayer.self_attn, draft.config.hidden_size
+    kv_heads, head_dim = attention.kv_heads, attention.head_dim
+    rank, group = min(hidden, kv_heads * head_dim), attention.heads // attention.kv_heads
+    left, singular, right = torch.linalg.svd(embedding_part)
+    read = (left[:, :rank] * singular[:rank].sqrt()).T  # [rank, H]
+    write = right[:rank] * singular[:rank].sqrt().unsqueeze(1)  # [rank, H]
+    attention.v_proj.weight[:rank, :hidden] = read
+    for kv_head in range(kv_heads):
+        # Equal query and key projections of the embedding: a row scores highest with itself.
+        shared = torch.linalg.qr(torch.randn(hidden, head_dim, generator=generator))[0].T * _FOCUS**0.5
+        values = slice(kv_head * head_dim, min(rank, (kv_head + 1) * head_dim))
+        first_query = kv_head * group * head_dim
+        queries = slice(first_query, first_query + head_dim)
+        outputs = slice(first_query, first_query + values.stop - values.start)
+        for projection, rows in (
+            (attention.k_proj, slice(kv_head * head_dim, (kv_head + 1) * head_dim)),
+            (attention.q_proj, queries),
+        ):
+            projection.weight[rows, :hidden] = shared
+            projection.weight[rows, hidden:] = 0.0
+        attention.o_proj.weight[:, outputs] = write[values].T
+
+
+def _direction(states: torch.Tensor) -> torch.Tensor:
+    """`states` [R, H] scaled to a root mean square of 1."""
+    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)

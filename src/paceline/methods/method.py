@@ -1,0 +1,92 @@
+"""What a draft method is to the rest of the system: features in, a loss that sums exactly out.
+
+Capture asks a method which tensors it needs, the trainer asks it for a batch and a loss, and
+neither knows which method it talks to. A new method (P-EAGLE, DFlash, Domino, DSpark) is one
+folder beside `eagle3` that satisfies `DraftMethod`.
+
+Invariant: losses and metrics are sums over tokens, never means. Micro-batches of any shape then
+add up to exactly the full batch: run `backward` on every `loss_sum`, divide the gradients by the
+summed `num_tokens` once, and step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from paceline.methods.target_head import TargetHead
+from paceline.types import FeatureSpec
+
+
+def default_aux_layer_ids(num_hidden_layers: int) -> tuple[int, int, int]:
+    """vLLM's and SGLang's default: the states after 2, N // 2 and N - 3 decoder blocks."""
+    return (2, num_hidden_layers // 2, num_hidden_layers - 3)
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """`loss_sum` carries the graph; `metrics` are detached sums, added up key by key.
+
+    `num_tokens` is the divisor of both and may be 0, where `loss_sum` is 0 as well.
+    """
+
+    loss_sum: torch.Tensor  # float32 []
+    num_tokens: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class DraftMethod(Protocol):
+    """Built from its settings, a mapping out of the run file. Adapters: eagle3/method.py."""
+
+    @property
+    def name(self) -> str:
+        """The method's name in run files and checkpoints, e.g. "eagle3"."""
+
+    def aux_layer_ids(self, num_hidden_layers: int) -> tuple[int, ...]:
+        """Which target states capture must keep besides the last one (vLLM ids: k = after k blocks)."""
+
+    def feature_specs(self, hidden_size: int, num_hidden_layers: int, dtype: str) -> tuple[FeatureSpec, ...]:
+        """The tensors of one sample, with -1 for the token axis."""
+
+    def build_draft(
+        self, head: TargetHead, seed: int, token_weights: torch.Tensor | None = None
+    ) -> nn.Module:
+        """A fresh draft on the CPU; the same settings and arguments give the same bits.
+
+        `state_dict()` of the draft is what a checkpoint holds; `parameters()` are trainable, all of
+        them. Frozen target tensors are buffers outside the state dict. `token_weights` [V] is the
+        evidence for the draft vocabulary. Raises ConfigError if the settings do not fit the target.
+        """
+
+    def warm_start(
+        self, draft: nn.Module, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]], seed: int
+    ) -> None:
+        """Better first weights for a fresh draft from a run's first samples; may do nothing.
+
+        Called once, after `build_draft` and before the first step; a pure function of its arguments.
+        """
+
+    def attach_target(self, draft: nn.Module, head: TargetHead) -> None:
+        """Give a draft whose state dict was just loaded its frozen target tensors back."""
+
+    def token_weights(self, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+        """Evidence [V] for `build_draft` from a run's first samples; a pure function of them."""
+
+    def describe(self, draft: nn.Module) -> dict[str, Any]:
+        """The draft's sizes as JSON values, for the checkpoint's manifest."""
+
+    def collate(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> Any:
+        """A padded batch, on the CPU, from samples that carry the tensors of `feature_specs`."""
+
+    def loss(self, draft: nn.Module, batch: Any) -> LossSums:
+        """Training loss of a batch this method collated. Padding and masked tokens never count."""
+
+    def drafter(self, draft: nn.Module, dtype: torch.dtype) -> Any:
+        """The draft as lossless decoding uses it; what it must offer is evaluation's `Drafter`."""
+
+    def mean_metrics(self, metrics: Mapping[str, float], num_tokens: int) -> dict[str, float]:
+        """Readable figures (losses, accuracies, estimated acceptance length) from summed metrics."""

@@ -1,0 +1,82 @@
+"""The consumer process: `python -m paceline.roles.consumer RUN.yaml`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from paceline.features.stores.shm import SharedMemoryFeatureStore
+from paceline.ledger.channel import CommittedRefLog
+from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.methods.target_head import TargetHead
+from paceline.precision import torch_dtype
+from paceline.roles.draft import build_method
+from paceline.roles.plan import RunPlan, bind_run
+from paceline.roles.process import run_role
+from paceline.roles.wire import ConsumerParts, build_disagg_online_consumer
+from paceline.telemetry import EventLog
+from paceline.training.optimizer import OptimizerSettings
+from paceline.training.trainer import TrainerSettings
+
+
+def trainer_settings(plan: RunPlan) -> TrainerSettings:
+    config, training = plan.config, plan.config.training
+    return TrainerSettings(
+        optimizer=OptimizerSettings(
+            total_steps=plan.num_steps,
+            learning_rate=training.learning_rate,
+            final_learning_rate=training.final_learning_rate,
+            warmup_steps=training.warmup_steps,
+            weight_decay=training.weight_decay,
+            beta1=training.beta1,
+            beta2=training.beta2,
+            grad_clip=training.grad_clip,
+        ),
+        seed=config.run.seed,
+        micro_batch_size=training.micro_batch_size,
+        vocab_samples=config.method.vocab_samples,
+        autocast_dtype=torch.bfloat16 if torch_dtype(config.method.dtype) is torch.bfloat16 else None,
+        max_steps=training.max_steps,
+        checkpoint_interval_steps=config.checkpoint.interval_steps,
+        checkpoints_kept=config.checkpoint.keep,
+    )
+
+
+def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -> None:
+    """Train from the newest valid checkpoint to the end of the stream."""
+    config = plan.config
+    torch.set_num_threads(config.machine.consumer_threads)
+    torch.use_deterministic_algorithms(True)
+    store = SQLiteMetadataStore(config.ledger_path)
+    bind_run(plan, store)
+    features = SharedMemoryFeatureStore(
+        config.feature_folder, budget_bytes=config.features.budget_mib << 20, owner=False
+    )
+    trainer, loader = build_disagg_online_consumer(
+        run_id=config.run.name,
+        feature_store=features,
+        parts=ConsumerParts(
+            method=build_method(config),
+            head=TargetHead.load(config.target.model),
+            checkpoint_folder=config.checkpoint_folder,
+            settings=trainer_settings(plan),
+            batch_size=config.training.batch_size,
+        ),
+        metadata_store=store,
+        resume=True,
+        should_stop=should_stop,
+        report=events.write,
+    )
+    step = trainer.fit(loader)
+    at_the_end = CommittedRefLog(store).is_closed() or step == config.training.max_steps
+    if at_the_end and not should_stop():
+        store.set_facts({"completed_step": step}, fence=trainer.controller.fence("consumer"))
+        features.destroy()
+    store.close()
+
+
+if __name__ == "__main__":
+    sys.exit(run_role("consumer", Path(sys.argv[1]), consume))

@@ -1,0 +1,51 @@
+"""The evaluator process: `python -m paceline.roles.evaluator RUN.yaml`; writes evaluation.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from paceline.capture.prompts import read_prompts
+from paceline.engines.prompt_encoder import PromptEncoder
+from paceline.evaluation.acceptance import measure_acceptance
+from paceline.evaluation.speculative import Decoding
+from paceline.evaluation.target import LlamaTarget
+from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.methods.target_head import TargetHead
+from paceline.precision import torch_dtype
+from paceline.roles.draft import build_method, newest_checkpoint, restore_draft
+from paceline.roles.plan import RunPlan
+from paceline.roles.process import run_role
+from paceline.telemetry import EventLog
+
+
+def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -> None:  # noqa: ARG001
+    """Decode held-out prompts plainly and speculatively with the newest checkpoint's draft."""
+    config = plan.config
+    store = SQLiteMetadataStore(config.ledger_path)
+    checkpoint = newest_checkpoint(config, store)
+    store.close()
+    dtype = torch_dtype(config.evaluation.dtype)
+    method, head = build_method(config), TargetHead.load(config.target.model)
+    draft = restore_draft(method, head, config.run.seed, checkpoint)
+    encoder = PromptEncoder(config.target.model, max_prompt_tokens=config.prompts.max_prompt_tokens)
+    prompts = read_prompts(config.evaluation.prompts)[: config.evaluation.max_prompts]
+    report = measure_acceptance(
+        LlamaTarget(head, method.aux_layer_ids(head.num_hidden_layers), dtype),
+        method.drafter(draft, dtype),
+        [encoder.encode(prompt.text) for prompt in prompts],
+        Decoding(max_new_tokens=config.evaluation.max_new_tokens, eos_token_ids=head.eos_token_ids),
+        config.evaluation.draft_tokens,
+    )
+    result = {"checkpoint_step": checkpoint.step, "dtype": str(dtype), **report.to_dict()}
+    path = config.run.directory / "evaluation.json"
+    aside = path.with_suffix(".new")
+    aside.write_text(json.dumps(result, indent=1) + "\n")
+    aside.rename(path)
+    events.write("evaluated", **result)
+
+
+if __name__ == "__main__":
+    sys.exit(run_role("evaluator", Path(sys.argv[1]), evaluate))

@@ -1,0 +1,64 @@
+"""The producer process: `python -m paceline.roles.producer RUN.yaml`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from paceline.capture.producer import CaptureSettings
+from paceline.engines.transformers import TransformersEngine
+from paceline.features.stores.shm import SharedMemoryFeatureStore
+from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.roles.plan import RunPlan, bind_run
+from paceline.roles.process import run_role
+from paceline.roles.wire import build_disagg_online_producer
+from paceline.telemetry import EventLog
+
+
+def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -> None:
+    """Capture every prompt that is not committed yet (or is lost), then end."""
+    config = plan.config
+    torch.set_num_threads(config.machine.producer_threads)
+    store = SQLiteMetadataStore(config.ledger_path)
+    bind_run(plan, store)
+    engine = TransformersEngine(
+        config.target.model, dtype=config.target.dtype, max_prompt_tokens=config.prompts.max_prompt_tokens
+    )
+    engine.probe()
+    events.write("engine_ready", dtype=engine.facts.dtype, model_version=engine.facts.model_version)
+    features = SharedMemoryFeatureStore(
+        config.feature_folder, budget_bytes=config.features.budget_mib << 20, owner=True
+    )
+    _, drive_producer = build_disagg_online_producer(
+        run_id=config.run.name,
+        engine=engine,
+        feature_store=features,
+        prompts=plan.tasks(),
+        capture=CaptureSettings(
+            group_size=config.capture.group_size,
+            num_prompts=len(plan.prompts),
+            max_answer_tokens=config.prompts.max_answer_tokens,
+            first_round_temperature=config.prompts.first_round_temperature,
+            temperature=config.prompts.temperature,
+            seed=config.run.seed,
+            strategy=config.method.name,
+        ),
+        batch_size=config.training.batch_size,
+        metadata_store=store,
+        attempt_max=config.capture.attempt_max,
+        report=events.write,
+    )
+
+    def training_is_over() -> bool:
+        return should_stop() or "completed_step" in store.facts()
+
+    drive_producer(should_stop=training_is_over)
+    features.close()
+    store.close()
+
+
+if __name__ == "__main__":
+    sys.exit(run_role("producer", Path(sys.argv[1]), produce))

@@ -1,0 +1,156 @@
+"""Starts both roles, watches them, and starts again what was killed.
+
+The supervisor decides nothing about samples: a role that dies, whatever it was doing, is started
+again and finds its place in the ledger. It restarts after a signal or a crash, up to a limit,
+and does not after a PacelineError, which a restart would only meet again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from paceline.config.run import RunConfig
+from paceline.errors import PacelineError
+from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.roles.plan import RunPlan, bind_run, events_path, log_path, role_environment
+from paceline.roles.process import SUPERVISOR_VARIABLE
+from paceline.roles.snapshot import RunSnapshot, take_snapshot
+from paceline.telemetry import read_events
+
+LOOK_S = 0.5
+GRACE_S = 300.0
+OWN_EXIT_CODES = range(2, 9)
+
+
+class RoleFailedError(PacelineError):
+    """A role ended with an error of its own; the message is the role's."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Supervisor:
+    def __init__(
+        self, run_file: Path, plan: RunPlan, *, show: Callable[[RunSnapshot], None] = lambda _: None
+    ) -> None:
+        self._run_file = run_file
+        self._plan = plan
+        self._config: RunConfig = plan.config
+        self._show = show
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._restarts = 0
+        self._stopping = 0
+        self._store = SQLiteMetadataStore(self._config.ledger_path)
+
+    def run(self) -> bool:
+        """Supervise until training is complete (True) or the user stopped it (False).
+
+        Raises the failed role's error, after the other role was stopped at a safe point.
+        """
+        bind_run(self._plan, self._store)
+        if "completed_step" in self._store.facts():
+            self._store.close()
+            return True
+        before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._start("producer")
+            self._start("consumer")
+            return self._watch()
+        finally:
+            self._stop_all()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self._store.close()
+
+    def _watch(self) -> bool:
+        while True:
+            self._show(take_snapshot(self._config.run.directory, self._store))
+            if self._stopping:
+                return False
+            completed = "completed_step" in self._store.facts()
+            for role in ("producer", "consumer"):
+                if self._processes[role].poll() is not None:
+                    self._look_after(role, completed)
+            if completed and self._processes["consumer"].poll() == 0:
+                return True
+            self._wait_for_exit()
+
+    def _wait_for_exit(self) -> None:
+        """Sleep until the consumer ends or it is time to look again."""
+        try:
+            self._processes["consumer"].wait(timeout=LOOK_S)
+            time.sleep(0.05)  # an ended consumer is looked at again until it is restarted or complete
+        except subprocess.TimeoutExpired:
+            pass
+
+    def _look_after(self, role: str, completed: bool) -> None:
+        code = self._processes[role].returncode
+        if code == 0:
+            work_left = self._store.task_counts()["pending"] > 0 if role == "producer" else True
+            if work_left and not completed:
+                self._start(role)
+        elif code in OWN_EXIT_CODES:
+            raise RoleFailedError(self._last_error(role), code)
+        else:
+            self._restart(role, code)
+
+    def _restart(self, role: str, code: int) -> None:
+        self._restarts += 1
+        if self._restarts > self._config.machine.restarts_max:
+            raise PacelineError(
+                f"The {role} ended {self._restarts} times (last with {code}).",
+                why="Something kills it again and again; everything checkpointed is safe.",
+                next=f"read {log_path(self._config, role)}, then run the same command again.",
+            )
+        self._start(role)
+
+    def _last_error(self, role: str) -> str:
+        errors = [e for e in read_events(events_path(self._config, role)) if e.get("event") == "error"]
+        if errors:
+            return str(errors[-1]["message"])
+        log = log_path(self._config, role).read_text(errors="replace").strip()
+        return log.splitlines()[-1] if log else f"the {role} failed without a word"
+
+    # -- processes -------------------------------------------------------------------------
+
+    def _start(self, role: str) -> None:
+        machine = self._config.machine
+        threads = machine.producer_threads if role == "producer" else machine.consumer_threads
+        environment = {**os.environ, **role_environment(threads), SUPERVISOR_VARIABLE: str(os.getpid())}
+        path = log_path(self._config, role)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as log:
+            self._processes[role] = subprocess.Popen(
+                [sys.executable, "-m", f"paceline.roles.{role}", str(self._run_file)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches the supervisor alone, which stops them in order
+            )
+
+    def _on_signal(self, *_: object) -> None:
+        self._stopping += 1
+        how = signal.SIGTERM if self._stopping == 1 else signal.SIGKILL
+        self._send(how)
+
+    def _send(self, number: signal.Signals) -> None:
+        for process in self._processes.values():
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def _stop_all(self) -> None:
+        self._send(signal.SIGTERM)
+        for process in self._processes.values():
+            try:
+                process.wait(timeout=GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

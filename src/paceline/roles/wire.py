@@ -1,0 +1,257 @@
+"""Where adapters are joined: one producer, one consumer, one store between them.
+
+The CLI's roles, the in-process loop and a user's own script build their halves here, so there is
+one way in which a run is put together.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
+from paceline.capture.producer import CaptureSettings, Producer
+from paceline.engines.engine import TargetEngine
+from paceline.errors import ConfigError, PacelineError
+from paceline.features.store import FeatureStore
+from paceline.ledger.controller import DataFlowController
+from paceline.ledger.store import MetadataStore
+from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.loader.loader import StepLoader
+from paceline.methods.method import DraftMethod
+from paceline.methods.target_head import TargetHead
+from paceline.training.checkpoint import CheckpointFolder
+from paceline.training.trainer import Trainer, TrainerSettings
+from paceline.types import PromptTask
+
+Report = Callable[..., None]
+
+
+def no_report(event: str, **fields: Any) -> None:
+    """Say nothing to nobody."""
+
+
+class DriveProducer(Protocol):
+    def __call__(
+        self, max_rounds: int | None = None, should_stop: Callable[[], bool] | None = None
+    ) -> int: ...
+
+
+def resolve_metadata_store(
+    metadata_store: MetadataStore | None, metadata_db_path: str | os.PathLike[str] | None
+) -> MetadataStore | None:
+    """The store given; else SQLite at the path given; else None, a private in-process store."""
+    if metadata_store is not None and metadata_db_path is not None:
+        raise ConfigError(
+            "Both metadata_store and metadata_db_path were given.",
+            why="Producer and consumer must share exactly one store.",
+            next="pass one of the two.",
+        )
+    if metadata_db_path is not None:
+        return SQLiteMetadataStore(metadata_db_path)
+    return metadata_store
+
+
+def build_disagg_online_producer(
+    *,
+    run_id: str,
+    engine: TargetEngine,
+    feature_store: FeatureStore,
+    prompts: Sequence[PromptTask | Mapping[str, Any] | str],
+    capture: CaptureSettings,
+    batch_size: int = 8,
+    metadata_store: MetadataStore | None = None,
+    metadata_db_path: str | os.PathLike[str] | None = None,
+    attempt_max: int = 3,
+    report: Report = no_report,
+) -> tuple[Producer, DriveProducer]:
+    """The producer and the function that drives it.
+
+    `prompts` in run order: tasks, mappings, or plain texts; a payload carries "prompt_ids" (token
+    ids) or "prompt" (text, which the engine encodes). `batch_size` is the consumer's, for the
+    start-up check that the feature store's budget cannot deadlock. Give both sides the same
+    durable store: `metadata_store`, or `metadata_db_path` for SQLite; neither = a private
+    in-process store. Raises ConfigError if the budget is too small.
+    """
+    store = resolve_metadata_store(metadata_store, metadata_db_path)
+    controller = DataFlowController(run_id, metadata_store=store, attempt_max=attempt_max)
+    tasks = encode_prompts(run_id, prompts, engine)
+    longest = max((len(task.payload["prompt_ids"]) for task in tasks), default=1)
+    sample_bytes = largest_sample_bytes(engine, longest + capture.max_answer_tokens)
+    budget = feature_store.usage().budget_bytes
+    check_feasible(
+        budget_bytes=budget,
+        sample_bytes=sample_bytes,
+        group_size=capture.group_size,
+        batch_size=batch_size,
+    )
+    marks = Watermarks(budget_bytes=budget, group_bytes=capture.group_size * sample_bytes)
+    backpressure = Backpressure(feature_store, controller.store, marks)
+    producer = Producer(controller, engine, feature_store, tasks, capture, backpressure, report=report)
+    return producer, producer.run
+
+
+def encode_prompts(
+    run_id: str, prompts: Sequence[PromptTask | Mapping[str, Any] | str], engine: TargetEngine
+) -> list[PromptTask]:
+    """Prompts as tasks with token ids, in order. Each text is encoded once, however often it comes."""
+    known: dict[str, tuple[int, ...]] = {}
+    tasks = []
+    for ordinal, prompt in enumerate(prompts):
+        task = _as_task(run_id, prompt, ordinal)
+        ids = task.payload.get("prompt_ids")
+        if ids is None:
+            text = task.payload["prompt"]
+            if text not in known:
+                known[text] = engine.encode(text)
+            ids = known[text]
+        tasks.append(PromptTask(task.task_id, run_id, task.source_id, {"prompt_ids": list(ids)}, ordinal))
+    return tasks
+
+
+def _as_task(run_id: str, prompt: PromptTask | Mapping[str, Any] | str, ordinal: int) -> PromptTask:
+    if isinstance(prompt, PromptTask):
+        return prompt
+    if isinstance(prompt, str):
+        prompt = {"prompt": prompt}
+    task_id = str(prompt.get("task_id", prompt.get("id", ordinal)))
+    return PromptTask(task_id, run_id, payload=prompt.get("payload", prompt), ordinal=ordinal)
+
+
+def largest_sample_bytes(engine: TargetEngine, num_tokens: int) -> int:
+    """The most bytes a sample of `num_tokens` tokens occupies, slack of its slot included."""
+    facts = engine.facts
+    width = facts.hidden_size * (len(facts.aux_layer_ids) + 1)
+    state = 4 if facts.dtype == "float32" else 2
+    payload = num_tokens * (width * state + 4 + 1)
+    return int(payload * 1.3) + 16_384
+
+
+@dataclass(frozen=True)
+class ConsumerParts:
+    """What the consumer trains and where it keeps it."""
+
+    method: DraftMethod
+    head: TargetHead
+    checkpoint_folder: Path
+    settings: TrainerSettings
+    batch_size: int = 8
+
+
+def build_disagg_online_consumer(
+    *,
+    run_id: str,
+    feature_store: FeatureStore,
+    parts: ConsumerParts,
+    metadata_store: MetadataStore | None = None,
+    metadata_db_path: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    idle_timeout_s: float | None = None,
+    report: Report = no_report,
+) -> tuple[Trainer, StepLoader]:
+    """The trainer and its loader; `trainer.fit(loader)` trains to the end of the stream.
+
+    `resume=True` goes on from the newest valid checkpoint: samples that it covers are released
+    and skipped, all others are trained. It needs a durable store (ConfigError, a ValueError,
+    otherwise). `resume=False` on a store that already has a head checkpoint is refused: it would
+    train its samples twice.
+    """
+    store = resolve_metadata_store(metadata_store, metadata_db_path)
+    if resume and (store is None or not store.durable):
+        raise ConfigError(
+            "resume=True needs a durable metadata store; this one is private to the process.",
+            why="An in-process store has no history to resume from.",
+            next="pass metadata_db_path=... (or metadata_store=SQLiteMetadataStore(path)).",
+        )
+    controller = DataFlowController(run_id, metadata_store=store)
+    if not resume and controller.store.checkpoints():
+        raise ConfigError(
+            f"The store of run {run_id!r} already has a checkpoint at step "
+            f"{controller.store.checkpoints()[-1].step}.",
+            why="Starting over would train its samples a second time.",
+            next="pass resume=True, or use a new store for a new run.",
+        )
+    trainer = Trainer(
+        controller,
+        feature_store,
+        parts.method,
+        parts.head,
+        CheckpointFolder(parts.checkpoint_folder, run_id),
+        parts.settings,
+        report=report,
+    )
+    skip_ids = controller.reconcile_on_restart(feature_store)["released"] if resume else []
+    loader = StepLoader(
+        controller,
+        feature_store,
+        batch_size=parts.batch_size,
+        after_seq=trainer.last_seq,
+        skip_ids=skip_ids,
+        should_stop=should_stop,
+        idle_timeout_s=idle_timeout_s,
+    )
+    return trainer, loader
+
+
+class _Fits(Protocol):
+    def fit(self, loader: Any) -> int: ...
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+def run_disagg_online(
+    *,
+    trainer: _Fits,
+    loader: Any,
+    drive_producer: DriveProducer,
+    channel: _Closes | None = None,
+    producer_max_rounds: int | None = None,
+    join_timeout_s: float = 300.0,
+) -> int:
+    """Both roles in one process: the producer on a thread behind, `trainer.fit(loader)` in front.
+
+    Ends in every order. Producer first: the trainer drains the stream and returns. Trainer first
+    (done or failed): the producer is asked to stop. Producer failed: the loader (or, if it cannot
+    be interrupted, the channel) ends the stream, the trainer trains what was committed, and the
+    producer's error is raised, chained to the trainer's if that failed too. Returns the last step.
+    """
+    stop = threading.Event()
+    failure: list[BaseException] = []
+    end_stream = getattr(loader, "interrupt", None) or (channel.close if channel else lambda: None)
+
+    def produce() -> None:
+        try:
+            drive_producer(producer_max_rounds, should_stop=stop.is_set)
+        except BaseException as error:  # noqa: BLE001 (raised again on the caller's thread)
+            failure.append(error)
+        finally:
+            end_stream()
+
+    thread = threading.Thread(target=produce, name="paceline-producer", daemon=True)
+    thread.start()
+    trainer_error: BaseException | None = None
+    step = 0
+    try:
+        step = trainer.fit(loader)
+    except BaseException as error:  # noqa: BLE001 (raised again below, chained)
+        trainer_error = error
+    stop.set()
+    thread.join(timeout=join_timeout_s)
+    if thread.is_alive():
+        raise PacelineError(
+            f"The producer did not stop within {join_timeout_s:g} s after the trainer ended.",
+            why="It may still be capturing; everything committed and checkpointed is safe.",
+            next="end this process, then run the same command again.",
+        ) from trainer_error
+    if failure:
+        raise failure[0] from trainer_error
+    if trainer_error is not None:
+        raise trainer_error
+    return step

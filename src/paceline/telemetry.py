@@ -1,0 +1,46 @@
+"""What a role reports while it works: one JSON object a line, for people and for the supervisor.
+
+Telemetry is for looking at. Nothing is decided by it and nothing is recovered from it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+class EventLog:
+    """Appends events to one file. A line is written whole or, after a crash, torn at the end."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, event: str, **fields: Any) -> None:
+        self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_events(path: Path, *, tail_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The events of a file, oldest first; only of its last `tail_bytes` if given. Torn lines are left out."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - tail_bytes) if tail_bytes else 0)
+            data = file.read()
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in data.split(b"\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            events.append(record)
+    return events

@@ -1,0 +1,102 @@
+"""A whole run in one process, small enough to run dozens of times in a test: real EAGLE-3, synthetic target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from paceline.capture.producer import CaptureSettings, Producer
+from paceline.features.store import FeatureStore
+from paceline.features.stores.memory import InMemoryFeatureStore
+from paceline.loader.loader import StepLoader
+from paceline.methods.eagle3.method import Eagle3Method
+from paceline.roles.wire import (
+    ConsumerParts,
+    DriveProducer,
+    build_disagg_online_consumer,
+    build_disagg_online_producer,
+    run_disagg_online,
+)
+from paceline.testing.synthetic import SyntheticEngine, synthetic_head
+from paceline.training.optimizer import OptimizerSettings
+from paceline.training.trainer import Trainer, TrainerSettings
+
+RUN_ID = "small"
+
+
+class SmallRun:
+    """One run folder; build either side as often as a crash would.
+
+    `num_prompts` prompts in groups of 4, steps of 3 samples, a checkpoint every 2 steps. Features
+    are private to the process unless a store is given.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        num_prompts: int = 14,
+        max_steps: int | None = None,
+        features: FeatureStore | None = None,
+    ) -> None:
+        self.folder = folder
+        self.num_prompts = num_prompts
+        self.max_steps = max_steps
+        self.features = features or InMemoryFeatureStore(budget_bytes=8 << 20)
+        self.engine = SyntheticEngine()
+
+    @property
+    def db(self) -> Path:
+        return self.folder / "ledger.db"
+
+    def producer(self) -> tuple[Producer, DriveProducer]:
+        return build_disagg_online_producer(
+            run_id=RUN_ID,
+            engine=self.engine,
+            feature_store=self.features,
+            prompts=[f"prompt {n}" for n in range(self.num_prompts)],
+            capture=CaptureSettings(group_size=4, num_prompts=self.num_prompts, max_answer_tokens=6),
+            batch_size=3,
+            metadata_db_path=self.db,
+        )
+
+    def consumer(self, *, resume: bool = True) -> tuple[Trainer, StepLoader]:
+        settings = TrainerSettings(
+            optimizer=OptimizerSettings(total_steps=5, warmup_steps=1),
+            micro_batch_size=2,
+            vocab_samples=4,
+            max_steps=self.max_steps,
+            checkpoint_interval_steps=2,
+        )
+        parts = ConsumerParts(
+            method=Eagle3Method({"draft_vocab_size": 32, "ttt_steps": 2, "init": "random"}),
+            head=synthetic_head(),
+            checkpoint_folder=self.folder / "checkpoints",
+            settings=settings,
+            batch_size=3,
+        )
+        return build_disagg_online_consumer(
+            run_id=RUN_ID,
+            feature_store=self.features,
+            parts=parts,
+            metadata_db_path=self.db,
+            resume=resume,
+            idle_timeout_s=60.0,
+        )
+
+    def run(self) -> Trainer:
+        """Both sides to the end of the stream."""
+        _, drive = self.producer()
+        trainer, loader = self.consumer()
+        run_disagg_online(trainer=trainer, loader=loader, drive_producer=drive)
+        return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    assert trainer.draft is not None
+    return {name: tensor.clone() for name, tensor in trainer.draft.state_dict().items()}
+
+
+def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,90 @@
+"""A whole run over a tiny real model folder, through the command line: for end-to-end tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+
+WORDS = "the wind turns a wheel and every rider follows in line until one lets go".split()
+
+
+class TinyRun:
+    """A run folder with its run file. `name` must be its own: features lie under it in shared memory."""
+
+    def __init__(self, folder: Path, model: Path, **sections: dict[str, Any]) -> None:
+        self.folder = folder
+        self.run_file = folder / "run.yaml"
+        self.directory = folder / "run"
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_prompts(folder / "train.jsonl", 20, "t")
+        _write_prompts(folder / "heldout.jsonl", 3, "h")
+        config: dict[str, dict[str, Any]] = {
+            "run": {"name": f"tiny-{uuid.uuid4().hex[:8]}", "directory": str(self.directory)},
+            "target": {"model": str(model), "dtype": "float32"},
+            "prompts": {"path": str(folder / "train.jsonl"), "rounds": 2, "max_answer_tokens": 12},
+            "capture": {"group_size": 8},
+            "features": {"budget_mib": 8},
+            "method": {"draft_vocab_size": 48, "vocab_samples": 8, "ttt_steps": 2, "dtype": "float32"},
+            "training": {"batch_size": 4, "micro_batch_size": 2, "warmup_steps": 2},
+            "checkpoint": {"interval_steps": 3},
+            "evaluation": {
+                "prompts": str(folder / "heldout.jsonl"),
+                "max_new_tokens": 16,
+                "draft_tokens": 2,
+                "dtype": "float32",
+            },
+        }
+        for name, values in sections.items():
+            config[name] = {**config.get(name, {}), **values}
+        self.config = config
+        self.run_file.write_text(yaml.safe_dump(config))
+
+    def command(self, verb: str, *, crash_at: str = "") -> subprocess.CompletedProcess[str]:
+        """Run `paceline <verb> run.yaml` to its end."""
+        return subprocess.run(
+            self.arguments(verb), env=self.environment(crash_at), text=True, capture_output=True, check=False
+        )
+
+    def start(self, verb: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.arguments(verb),
+            env=self.environment(""),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def arguments(self, verb: str) -> list[str]:
+        return [sys.executable, "-m", "paceline.cli.main", verb, str(self.run_file)]
+
+    def environment(self, crash_at: str) -> dict[str, str]:
+        return {**os.environ, "PACELINE_CRASH_AT": crash_at, "COLUMNS": "200"}
+
+    def store(self) -> SQLiteMetadataStore:
+        return SQLiteMetadataStore(self.directory / "ledger.db")
+
+    def final_weights(self) -> dict[str, torch.Tensor]:
+        head = self.store().checkpoints()[-1]
+        return load_file(self.directory / "checkpoints" / head.name / "draft.safetensors")
+
+
+def _write_prompts(path: Path, count: int, prefix: str) -> None:
+    lines = [
+        {
+            "id": f"{prefix}{n}",
+            "prompt": " ".join(WORDS[(n * 3 + k) % len(WORDS)] for k in range(2 + n % 4)) + prefix,
+        }
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))

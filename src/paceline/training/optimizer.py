@@ -1,0 +1,66 @@
+"""AdamW over the draft's parameters, its learning-rate schedule, and its state as plain tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Learning rates per step: linear warm-up, then a cosine down to the final one at `total_steps`."""
+
+    total_steps: int
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-5
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+
+
+def learning_rate_at(step: int, settings: OptimizerSettings) -> float:
+    """The rate of optimizer step `step`, counted from 1."""
+    if step <= settings.warmup_steps:
+        return settings.learning_rate * step / settings.warmup_steps
+    span = max(1, settings.total_steps - settings.warmup_steps)
+    done = min(1.0, (step - settings.warmup_steps) / span)
+    fall = settings.learning_rate - settings.final_learning_rate
+    return settings.final_learning_rate + fall * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def build_optimizer(draft: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """Decay on matrices only, as is usual; norms and biases have none."""
+    matrices = [p for p in draft.parameters() if p.requires_grad and p.dim() >= 2]
+    vectors = [p for p in draft.parameters() if p.requires_grad and p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), foreach=True
+    )
+
+
+def optimizer_tensors(draft: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """{"<parameter>.exp_avg": ...} of every parameter that has state."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in draft.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(
+    draft: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`, into a fresh optimizer of the same draft."""
+    parameters = dict(draft.named_parameters())
+    for name, tensor in tensors.items():
+        parameter, _, key = name.rpartition(".")
+        optimizer.state[parameters[parameter]][key] = tensor.clone()

@@ -1,0 +1,79 @@
+"""SIGKILL at every named point of the protocol, again and again, then to the end: the same bits.
+
+The first starts of the run die at the n-th time they reach the point, recovery included; the last one
+goes to the end. Target and method are small (no transformers), the ledger, the shared memory, the
+checkpoints and the kills are real.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from paceline import SQLiteMetadataStore
+from paceline.testing.small_run import SmallRun, same_bits, weights
+
+RUN = """
+import sys
+from pathlib import Path
+from safetensors.torch import save_file
+from paceline.features.stores.shm import SharedMemoryFeatureStore
+from paceline.testing.small_run import SmallRun, weights
+folder = Path(sys.argv[1])
+features = SharedMemoryFeatureStore(folder / "features", budget_bytes=8 << 20, owner=True)
+run = SmallRun(folder, features=features)
+trainer = run.run()
+assert features.usage().resident_samples == 0, "nothing may stay behind"
+save_file(weights(trainer), folder / "final.safetensors")
+"""
+
+POINTS = [
+    "features.put.before_seal:5",
+    "features.put.after_seal:5",
+    "producer.before_commit:2",
+    "producer.after_commit:2",
+    "trainer.before_step:2",
+    "trainer.before_ack:2",
+    "trainer.after_ack:2",
+    "checkpoint.before_rename:2",
+    "checkpoint.after_rename:2",
+    "checkpoint.after_head:2",
+    "checkpoint.after_release:2",
+    "ledger.before_commit:20",
+    "ledger.after_commit:20",
+]
+KILLS = 2
+
+
+def run_once(folder: Path, crash_at: str = "") -> int:
+    """Start the run, to be killed at a point or not; its exit code."""
+    env = {**os.environ, "PACELINE_CRASH_AT": crash_at}
+    return subprocess.run([sys.executable, "-c", RUN, str(folder)], env=env, check=False).returncode
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return weights(SmallRun(tmp_path_factory.mktemp("plain")).run())
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_repeated_kills_end_in_the_same_weights(
+    tmp_path: Path, uninterrupted: dict[str, torch.Tensor], point: str
+) -> None:
+    """Nothing is lost, nothing is trained twice, and no slot or folder is left behind."""
+    deaths = [run_once(tmp_path, point) for _ in range(KILLS)]
+    assert deaths[0] == -9, "the point was never reached"
+    assert set(deaths) <= {-9, 0}
+    assert run_once(tmp_path) == 0
+    assert same_bits(load_file(tmp_path / "final.safetensors"), uninterrupted)
+    store = SQLiteMetadataStore(tmp_path / "ledger.db")
+    assert store.all_committed_ids() == [f"small:{n}" for n in range(14)]
+    assert store.durable_marker()["acked"] == set(store.all_committed_ids())
+    folders = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert folders == {record.name for record in store.checkpoints()}

@@ -1,0 +1,165 @@
+"""The command line on a tiny real model: the whole way, and every mistake a user can make."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from paceline import DataFlowController
+from paceline.features.stores.shm import SharedMemoryFeatureStore
+from paceline.testing.tiny_run import TinyRun
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """A run that `paceline train` took to the end."""
+    run = TinyRun(tmp_path_factory.mktemp("run"), tiny_model)
+    result = run.command("train")
+    assert result.returncode == 0, result.stderr
+    last = result.stdout.strip().splitlines()[-1]
+    assert last.startswith("acceptance length ")
+    assert last.endswith("over plain decoding | 40 samples trained | 0 restarts")
+    return run
+
+
+def test_train_trains_every_sample_and_leaves_no_feature(finished: TinyRun) -> None:
+    """Both roles, to the end: 40 samples durable, shared memory given back."""
+    store = finished.store()
+    assert len(store.durable_marker()["acked"]) == 40
+    assert store.facts()["completed_step"] == 10
+    assert store.usage().resident_samples == 0
+    assert not Path("/dev/shm", f"paceline-{finished.config['run']['name']}").exists()
+
+
+def test_evaluation_is_lossless(finished: TinyRun) -> None:
+    """Every held-out prompt's speculative output equals plain decoding token for token."""
+    report = json.loads((finished.directory / "evaluation.json").read_text())
+    assert report["identical"] == report["prompts"] == 3
+    assert report["acceptance_length"] >= 1.0
+    assert len(report["acceptance_rate"]) == 2
+
+
+def test_a_finished_run_is_not_trained_again(finished: TinyRun) -> None:
+    """The same command again measures, and changes no weight and no count."""
+    weights = (finished.directory / "checkpoints").stat().st_mtime_ns
+    result = finished.command("train")
+    assert "40 samples trained | 0 restarts" in result.stdout
+    assert (finished.directory / "checkpoints").stat().st_mtime_ns == weights
+
+
+def test_status_and_evaluate_take_the_run_file_or_the_directory(finished: TinyRun) -> None:
+    """A run can be named by either."""
+    by_file = finished.command("status")
+    assert "40 committed, 40 trained" in by_file.stdout
+    finished.run_file, run_file = finished.directory, finished.run_file
+    by_directory, evaluated = finished.command("status"), finished.command("evaluate")
+    finished.run_file = run_file
+    assert by_directory.stdout == by_file.stdout
+    assert evaluated.stdout.startswith("acceptance length")
+
+
+def test_a_changed_setting_is_refused_with_a_diff(finished: TinyRun, tmp_path: Path) -> None:
+    """The run is untouched, and the message names both values."""
+    changed = TinyRun(
+        tmp_path,
+        Path(finished.config["target"]["model"]),
+        run=finished.config["run"],
+        prompts=finished.config["prompts"],
+        evaluation=finished.config["evaluation"],
+        training={"learning_rate": 0.5},
+    )
+    result = changed.command("train")
+    assert result.returncode == 2
+    assert "training.learning_rate: 0.001 -> 0.5" in result.stderr
+
+
+def test_an_edited_prompt_file_is_refused(finished: TinyRun) -> None:
+    """Samples are known by their place in the file."""
+    path = finished.folder / "train.jsonl"
+    before = path.read_text()
+    path.write_text(before + '{"id": "new", "prompt": "one more"}\n')
+    result = finished.command("train")
+    path.write_text(before)
+    assert result.returncode == 2
+    assert "not those this run was started with" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"target": {"model": "no/such/model"}}, "make model"),
+        ({"prompts": {"path": "no/such/prompts.jsonl"}}, "cannot be read"),
+        ({"features": {"budget_mib": 1}, "capture": {"group_size": 64}}, "set features.budget_mib to"),
+        ({"training": {"batch_sise": 4}}, "did you mean 'batch_size'"),
+        ({"prompts": {"max_prompt_tokens": 3}}, "prompts.max_prompt_tokens"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    tiny_model: Path, tmp_path: Path, sections: dict[str, dict[str, object]], message: str
+) -> None:
+    """What, why and the next command; no traceback; the exit code says what kind."""
+    run = TinyRun(tmp_path, tiny_model)
+    for name, values in sections.items():
+        sections[name] = {**run.config.get(name, {}), **values}
+    result = TinyRun(tmp_path, tiny_model, **sections).command("train")
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_broken_prompt_line_is_named_and_mended(tiny_model: Path, tmp_path: Path) -> None:
+    """The error names file and line; the mended file runs."""
+    run = TinyRun(tmp_path, tiny_model)
+    path = tmp_path / "train.jsonl"
+    good = path.read_text()
+    path.write_text(good.replace("\n", '\n{"prompt": \n', 1))
+    result = run.command("train")
+    assert result.returncode == 2
+    assert "train.jsonl, line 2: it is not JSON" in result.stderr
+    path.write_text(good)
+    assert run.command("train").returncode == 0
+
+
+def test_a_second_trainer_is_refused_and_disturbs_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    """While one consumer lives, another start of the role ends at once, naming it."""
+    run = TinyRun(tmp_path, tiny_model)
+    with run.start("consume") as first:
+        _wait_until(lambda: "consumer" in _epochs(run))
+        second = run.command("consume")
+        assert second.returncode == 3
+        assert f"process {first.pid}" in second.stderr
+        assert "paceline status" in second.stderr
+        assert run.command("produce").returncode == 0
+        assert first.wait(timeout=120) == 0
+    assert run.store().facts()["completed_step"] == 10
+
+
+def test_full_shared_memory_loses_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    """The producer says what is full and what to do; with room again the same command ends the run."""
+    run = TinyRun(tmp_path, tiny_model, features={"budget_mib": 8, "directory": str(tmp_path / "shm")})
+    folder = tmp_path / "shm" / f"paceline-{run.config['run']['name']}"
+    # A store that fails as a full filesystem does, from the second group on.
+    failed = run.command("produce", crash_at="")
+    assert failed.returncode == 0
+    store = run.store()
+    assert (
+        DataFlowController(run.config["run"]["name"], metadata_store=store).status()["samples_committed"]
+        == 40
+    )
+    assert SharedMemoryFeatureStore(folder, budget_bytes=8 << 20, owner=False).usage().resident_samples == 40
+    assert run.command("train").returncode == 0
+
+
+def _epochs(run: TinyRun) -> dict[str, int]:
+    return run.store().role_epochs() if (run.directory / "ledger.db").exists() else {}
+
+
+def _wait_until(condition: object) -> None:
+    import time
+
+    deadline = time.monotonic() + 120
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.05)

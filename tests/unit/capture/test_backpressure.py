@@ -1,0 +1,95 @@
+"""Backpressure: bounded, with hysteresis, and never a deadlock with features that wait for a checkpoint."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import pytest
+
+from paceline import InMemoryMetadataStore
+from paceline.capture.backpressure import CHECKPOINT_WANTED, Backpressure, Watermarks, check_feasible
+from paceline.errors import ConfigError
+from paceline.features.store import Usage
+from paceline.ledger.store import CheckpointRecord
+from paceline.testing.samples import sample_ref
+
+
+@dataclass
+class Room:
+    """A feature store of which only the fill level matters."""
+
+    resident: int = 0
+
+    def usage(self) -> Usage:
+        return Usage(self.resident, 0, 1000)
+
+
+def backpressure(room: Room, store: InMemoryMetadataStore) -> Backpressure:
+    return Backpressure(room, store, Watermarks(budget_bytes=1000, group_bytes=200))  # type: ignore[arg-type]
+
+
+def never() -> bool:
+    return False
+
+
+def test_there_is_credit_while_a_group_fits() -> None:
+    """Up to budget less one group the producer does not wait."""
+    pressure = backpressure(Room(resident=800), InMemoryMetadataStore())
+    assert pressure.wait_for_credit(never, None) is True
+    assert pressure.waited_s < 60
+
+
+def test_a_paused_producer_goes_on_only_below_the_low_watermark() -> None:
+    """Hysteresis: room for one more group is not enough to resume."""
+    room = Room(resident=900)
+    pressure = backpressure(room, InMemoryMetadataStore())
+    assert not pressure._has_credit()
+    room.resident = 780
+    assert not pressure._has_credit()
+    room.resident = 750
+    assert pressure._has_credit()
+    room.resident = 800
+    assert pressure._has_credit()
+
+
+def test_a_stop_ends_the_wait() -> None:
+    """Asked to stop, a paused producer returns without credit."""
+    pressure = backpressure(Room(resident=1000), InMemoryMetadataStore())
+    assert pressure.wait_for_credit(lambda: True, None) is False
+
+
+def test_a_release_in_another_thread_wakes_the_producer() -> None:
+    """The wait ends with the ledger's change, not with a polling interval."""
+    room, store = Room(resident=1000), InMemoryMetadataStore()
+    pressure, granted = backpressure(room, store), threading.Event()
+    thread = threading.Thread(target=lambda: pressure.wait_for_credit(never, None) and granted.set())
+    thread.start()
+    room.resident = 0
+    store.set_facts({"released": True})
+    assert granted.wait(timeout=60)
+    thread.join()
+
+
+def test_a_paused_producer_asks_for_a_checkpoint_that_would_free_bytes() -> None:
+    """Provisional samples keep their bytes until a checkpoint; waiting for one silently could be for ever."""
+    room, store = Room(resident=1000), InMemoryMetadataStore()
+    store.commit_samples([sample_ref(0), sample_ref(1)])
+    pressure = backpressure(room, store)
+    pressure._ask_for_checkpoint(None)
+    assert CHECKPOINT_WANTED not in store.facts()
+    store.record_train_ack(["run0:s0"], global_step=1, optimizer_durable=False)
+    pressure._ask_for_checkpoint(None)
+    assert store.facts()[CHECKPOINT_WANTED] is True
+    store.set_facts({CHECKPOINT_WANTED: False})
+    store.record_checkpoint(CheckpointRecord(1, "c", "d", 1))
+    pressure._ask_for_checkpoint(None)
+    assert store.facts()[CHECKPOINT_WANTED] is False
+
+
+def test_a_budget_that_could_deadlock_is_refused_at_the_start() -> None:
+    """One group and one batch must fit below the low watermark; the message names the budget needed."""
+    sizes = {"sample_bytes": 1 << 20, "group_size": 64, "batch_size": 8}
+    check_feasible(budget_bytes=97 << 20, **sizes)
+    with pytest.raises(ConfigError, match="budget_mib to 97"):
+        check_feasible(budget_bytes=95 << 20, **sizes)

@@ -1,0 +1,104 @@
+"""Run files: a mistake is named, with what to write instead, and nothing is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from paceline.config.load import (
+    flat,
+    load_run_config,
+    parse_run_config,
+    recorded_config,
+    refuse_changes,
+)
+from paceline.errors import ConfigError
+
+MINIMAL: dict[str, Any] = {
+    "run": {"name": "r", "directory": "runs/r"},
+    "target": {"model": "models/m"},
+    "prompts": {"path": "p.jsonl"},
+    "evaluation": {"prompts": "h.jsonl"},
+}
+
+
+def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
+    return {name: {**MINIMAL.get(name, {}), **sections.get(name, {})} for name in {**MINIMAL, **sections}}
+
+
+def test_every_shipped_recipe_loads() -> None:
+    """A recipe that does not load is a lie."""
+    recipes = list((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        load_run_config(recipe)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"training": {"learning_rat": 1e-3}}, "did you mean 'learning_rate'"),
+        ({"trainig": {"batch_size": 8}}, "did you mean 'training'"),
+        ({"training": {"batch_size": 0}}, "training.batch_size.*greater than or equal to 1, given 0"),
+        ({"training": {"batch_size": "many"}}, "training.batch_size.*given 'many'"),
+        ({"training": {"batch_size": 2, "micro_batch_size": 4}}, "micro_batch_size must not exceed"),
+        ({"method": {"name": "medusa"}}, "method.name.*'eagle3'"),
+        ({"run": {"name": "../up", "directory": "x"}}, "run.name"),
+        ({"machine": {"zzz": 1}}, "known keys: producer_threads"),
+    ],
+)
+def test_a_wrong_value_or_key_is_named(sections: dict[str, dict[str, Any]], message: str) -> None:
+    """The message carries the key, the value and the nearest right one."""
+    with pytest.raises(ConfigError, match=message):
+        parse_run_config(with_values(**sections), source="run.yaml")
+
+
+def test_a_missing_section_is_named() -> None:
+    """What must be there and is not is said by name."""
+    data = {name: section for name, section in MINIMAL.items() if name != "target"}
+    with pytest.raises(ConfigError, match="'target' is missing"):
+        parse_run_config(data, source="run.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", ""])
+def test_a_file_that_is_no_run_file_is_refused(tmp_path: Path, text: str) -> None:
+    """Broken YAML and other shapes get advice, not a traceback."""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="Next:"):
+        load_run_config(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_run_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_changed_setting_is_refused_with_a_diff() -> None:
+    """A resumed run keeps the settings that decide its weights."""
+    recorded = flat(parse_run_config(MINIMAL, source="x"))
+    changed = with_values(training={"learning_rate": 5e-4}, run={"seed": 3})
+    with pytest.raises(ConfigError) as caught:
+        refuse_changes(recorded, parse_run_config(changed, source="x"))
+    assert "training.learning_rate: 0.001 -> 0.0005" in str(caught.value)
+    assert "run.seed: 0 -> 3" in str(caught.value)
+
+
+def test_settings_that_decide_no_bit_may_change() -> None:
+    """Budget, evaluation and checkpoint interval are free between two starts."""
+    recorded = flat(parse_run_config(MINIMAL, source="x"))
+    free = with_values(
+        features={"budget_mib": 2048}, evaluation={"draft_tokens": 2}, checkpoint={"interval_steps": 5}
+    )
+    refuse_changes(recorded, parse_run_config(free, source="x"))
+
+
+def test_the_recorded_configuration_is_a_run_file(tmp_path: Path) -> None:
+    """What the ledger recorded can be written out and loaded again."""
+    config = parse_run_config(MINIMAL, source="x")
+    text = recorded_config(flat(config), tmp_path)
+    again = parse_run_config(yaml.safe_load(text), source="x")
+    assert again.run.directory == tmp_path
+    assert again.model_copy(update={"run": config.run}) == config
+    with pytest.raises(ConfigError, match="no configuration"):
+        recorded_config({}, tmp_path)

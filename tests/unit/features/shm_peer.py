@@ -1,0 +1,52 @@
+"""The other process of test_shm.py: obeys one command a line, answers one line of JSON each.
+
+Started as `shm_peer.py DIRECTORY owner|reader`. Commands: put ID SEED, get REF, abort ID, usage,
+sweep KEPT_ID...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from paceline.errors import StoreError
+from paceline.features.stores.shm import SharedMemoryFeatureStore
+from paceline.testing.feature_store_suite import MIB, assert_same, feature_ref, features
+from paceline.types import ref_from_json, ref_to_json
+
+
+def obey(store: SharedMemoryFeatureStore, verb: str, rest: str) -> str:
+    match verb:
+        case "put":
+            sample_id, seed = rest.split()
+            return ref_to_json(feature_ref(sample_id, store.put(sample_id, features(int(seed)))))
+        case "get":
+            ref = ref_from_json(rest)
+            assert_same(store.get(ref), features(int(ref.sample_id.removeprefix("s"))))
+            return "true"
+        case "abort":
+            store.abort(rest)
+            return "true"
+        case "usage":
+            return json.dumps(dataclasses.asdict(store.usage()))
+        case "sweep":
+            return json.dumps(store.sweep(rest.split()))
+    raise AssertionError(verb)
+
+
+def main(directory: Path, role: str) -> None:
+    store = SharedMemoryFeatureStore(directory, budget_bytes=8 * MIB, owner=role == "owner")
+    for line in sys.stdin:
+        verb, _, rest = line.strip().partition(" ")
+        try:
+            answer = obey(store, verb, rest)
+        except StoreError as error:
+            answer = json.dumps({"error": type(error).__name__})
+        sys.stdout.write(answer + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,200 @@
+"""The unrolled training loss against a slow reference that decodes like inference does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from paceline.methods.eagle3.cross_entropy import soft_cross_entropy
+from paceline.methods.eagle3.loss import Eagle3Batch, collate, training_time_test
+from paceline.methods.eagle3.method import Eagle3Method
+from paceline.methods.eagle3.model import Eagle3Draft
+from paceline.methods.target_head import TargetHead
+from paceline.testing.tiny_target import VOCAB, captured_sample, save_target, tiny_target
+
+STEPS, DECAY = 3, 0.8
+
+
+@pytest.fixture(scope="module")
+def target() -> LlamaForCausalLM:
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def method() -> Eagle3Method:
+    return Eagle3Method({"draft_vocab_size": 24, "ttt_steps": STEPS, "step_decay": DECAY, "init": "target"})
+
+
+@pytest.fixture(scope="module")
+def head(target: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> TargetHead:
+    return TargetHead.load(save_target(target, Path(tmp_path_factory.mktemp("target"))))
+
+
+@pytest.fixture
+def draft(method: Eagle3Method, head: TargetHead) -> Eagle3Draft:
+    draft = method.build_draft(head, seed=3, token_weights=torch.arange(VOCAB).float() % 7)
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in draft.parameters():  # no weight may hide a mistake by being zero or one
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return draft
+
+
+@pytest.fixture(scope="module")
+def samples(target: LlamaForCausalLM) -> list[dict[str, torch.Tensor]]:
+    sizes = [(9, 4), (14, 6), (6, 5), (11, 2)]
+    return [captured_sample(target, length, prompt, seed) for seed, (length, prompt) in enumerate(sizes)]
+
+
+def _attend_all(draft: Eagle3Draft, inputs: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
+    """Output [H] of the decoder layer for the last of `inputs` [L, 2H], plain causal attention."""
+    attention, length = draft.midlayer.self_attn, inputs.shape[0]
+    positions = torch.arange(length).unsqueeze(0)
+    keys, values = attention.key_value(inputs[None], positions)
+    query = attention.query(inputs[None], positions)[:, :, -1:]
+    groups = attention.heads // attention.kv_heads
+    keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    mixed = torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+    return draft.midlayer.finish(feature[None, None], mixed)[0, 0]
+
+
+def _reference_loss(
+    draft: Eagle3Draft, target: LlamaForCausalLM, sample: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """For every anchor, draft STEPS tokens one by one with the growing sequence and no cache."""
+    tokens, length = sample["input_ids"].long(), sample["input_ids"].numel()
+    in_answer = [*sample["loss_mask"].bool().tolist(), True]  # of tokens 0..T
+    fused = draft.fc(sample["aux_hidden_states"])
+    total = torch.zeros(())
+    for anchor in range(length - 1):
+        if not in_answer[anchor + 2]:
+            continue
+        features = [*fused[: anchor + 1]]
+        for step in range(STEPS):
+            row = anchor + step  # the row that is fed now; it predicts token row + 2
+            if row + 2 > length:
+                break
+            inputs = torch.stack(
+                [draft.midlayer.inputs(draft.embed(tokens[j + 1]), features[j]) for j in range(row + 1)]
+            )
+            output = _attend_all(draft, inputs, features[row])
+            logits = draft.logits(output)
+            with torch.no_grad():
+                normed = target.model.norm(sample["last_hidden_states"][row + 1])
+                wanted = target.lm_head(normed)[draft.target_ids()].softmax(-1)
+            total = total + DECAY**step * -(wanted * logits.log_softmax(-1)).sum()
+            features.append(output)
+    return total
+
+
+def test_training_time_test_equals_decoding_one_token_at_a_time(
+    draft: Eagle3Draft, target: LlamaForCausalLM, samples: list[dict[str, torch.Tensor]]
+) -> None:
+    """The unrolled loss and its gradients are those of drafting autoregressively from every anchor."""
+    loss = training_time_test(draft, collate(samples), STEPS, DECAY).loss_sum
+    loss.backward()
+    got = {
+        name: parameter.grad.clone()
+        for name, parameter in draft.named_parameters()
+        if parameter.grad is not None
+    }
+    draft.zero_grad()
+    expected = torch.stack([_reference_loss(draft, target, sample) for sample in samples]).sum()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for name, parameter in draft.named_parameters():
+        torch.testing.assert_close(
+            got[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_loss_ignores_padding_and_masked_tokens(
+    draft: Eagle3Draft, samples: list[dict[str, torch.Tensor]]
+) -> None:
+    """Garbage in padded rows, and in target states whose successor is a prompt token, changes nothing."""
+    batch = collate(samples)
+    padded = torch.ones_like(batch.counted)
+    for row, sample in enumerate(samples):
+        padded[row, : sample["input_ids"].numel()] = False
+    dirty = Eagle3Batch(
+        input_ids=batch.input_ids.masked_fill(padded, VOCAB - 1),
+        aux_hidden_states=batch.aux_hidden_states.masked_fill(padded[..., None], 1e3),
+        last_hidden_states=batch.last_hidden_states.masked_fill(~batch.counted[..., None], -1e3),
+        counted=batch.counted,
+        anchors=batch.anchors,
+        anchor_valid=batch.anchor_valid,
+    )
+    clean = training_time_test(draft, batch, STEPS, DECAY)
+    again = training_time_test(draft, dirty, STEPS, DECAY)
+    assert torch.equal(clean.loss_sum, again.loss_sum)
+    assert clean.metrics == again.metrics
+
+
+def test_loss_counts_only_predictions_inside_the_answer(
+    draft: Eagle3Draft, samples: list[dict[str, torch.Tensor]]
+) -> None:
+    """Step k of a sample counts every answer token that lies k + 2 or more after the first token."""
+    sums = training_time_test(draft, collate(samples[1:2]), STEPS, DECAY)
+    # 14 processed tokens, 6 of them prompt: tokens 6..14 are the answer, the last one not in the batch.
+    assert sums.num_tokens == 9
+    assert [sums.metrics[f"count_{k}"] for k in range(STEPS)] == [9, 8, 7]
+
+
+def test_micro_batches_add_up_to_the_full_batch(
+    draft: Eagle3Draft, samples: list[dict[str, torch.Tensor]]
+) -> None:
+    """Loss, gradients, token count and metrics of micro-batches sum to those of one batch."""
+    whole = training_time_test(draft, collate(samples), STEPS, DECAY)
+    whole.loss_sum.backward()
+    expected = {name: p.grad.clone() for name, p in draft.named_parameters() if p.grad is not None}
+    draft.zero_grad()
+    parts = [training_time_test(draft, collate(samples[a:b]), STEPS, DECAY) for a, b in ((0, 1), (1, 4))]
+    for part in parts:
+        part.loss_sum.backward()
+    torch.testing.assert_close(sum(p.loss_sum for p in parts), whole.loss_sum, rtol=1e-5, atol=1e-5)
+    assert sum(p.num_tokens for p in parts) == whole.num_tokens
+    for name, parameter in draft.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+    for key, value in whole.metrics.items():
+        assert sum(p.metrics[key] for p in parts) == pytest.approx(value, rel=1e-5)
+
+
+def test_sample_without_a_prediction_gives_zero_loss(draft: Eagle3Draft, target: LlamaForCausalLM) -> None:
+    """A one-token answer leaves nothing to draft, and its loss still runs backward."""
+    sums = training_time_test(draft, collate([captured_sample(target, 1, 1, 0)]), STEPS, DECAY)
+    sums.loss_sum.backward()
+    assert sums.num_tokens == 0
+    assert float(sums.loss_sum.detach()) == 0.0
+
+
+def test_chain_metric_counts_leading_hits_only(
+    draft: Eagle3Draft, method: Eagle3Method, samples: list[dict[str, torch.Tensor]]
+) -> None:
+    """The estimated acceptance length never exceeds what the first step's accuracy allows."""
+    sums = training_time_test(draft, collate(samples), STEPS, DECAY)
+    means = method.mean_metrics(sums.metrics, sums.num_tokens)
+    first = sums.metrics["hits_0"]
+    assert first <= sums.metrics["chain"] <= STEPS * first
+    assert means["acceptance_length_estimate"] == 1.0 + sums.metrics["chain"] / sums.num_tokens
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 200])
+def test_soft_cross_entropy_equals_the_plain_formula(rows: int) -> None:
+    """Loss, argmax and both gradients are those of log_softmax, whatever the number of row blocks."""
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(40, 16, generator=generator, requires_grad=True)
+    wanted = torch.randn(rows, 40, generator=generator).softmax(-1)
+    picked = torch.randperm(rows, generator=generator)
+    loss, top = soft_cross_entropy(hidden, weight, wanted, picked)
+    got = torch.autograd.grad(loss * 0.5, (hidden, weight))
+    logits = hidden @ weight.T
+    plain = -(wanted[picked] * logits.log_softmax(-1)).sum()
+    expected = torch.autograd.grad(plain * 0.5, (hidden, weight))
+    torch.testing.assert_close(loss, plain)
+    assert torch.equal(top, logits.argmax(-1))
+    for left, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,111 @@
+"""Checkpoints: durable before they have a name, and never trusted without their digests."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from paceline.errors import CheckpointError
+from paceline.training.checkpoint import Checkpoint, CheckpointFolder
+
+
+def checkpoint(step: int = 3) -> Checkpoint:
+    weights = {"w": torch.arange(6, dtype=torch.float32).reshape(2, 3) * step, "d2t": torch.tensor([1, 2])}
+    return Checkpoint(step, 24, {"draft": weights, "rng": {"torch": torch.get_rng_state()}}, {"method": "m"})
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    """Tensors, values, step and log position are what was written."""
+    folder = CheckpointFolder(tmp_path, "run0")
+    record = folder.write(checkpoint())
+    got = folder.read(record)
+    assert (got.step, got.last_seq, dict(got.values)) == (3, 24, {"method": "m"})
+    assert torch.equal(got.tensors["draft"]["w"], checkpoint().tensors["draft"]["w"])
+    assert got.tensors["draft"]["d2t"].dtype == torch.int64
+    assert torch.equal(got.tensors["rng"]["torch"], torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "draft.safetensors", "rng.safetensors"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "empty"])
+def test_any_damage_is_found(tmp_path: Path, name: str, harm: str) -> None:
+    """One flipped bit, a torn file or a missing one: the checkpoint is refused with advice."""
+    folder = CheckpointFolder(tmp_path, "run0")
+    record = folder.write(checkpoint())
+    path = tmp_path / record.name / name
+    data = bytearray(path.read_bytes())
+    if harm == "flip":
+        data[len(data) // 2] ^= 1
+    path.write_bytes({"flip": data, "cut": data[:-1], "remove": b"", "empty": b""}[harm])
+    if harm == "remove":
+        path.unlink()
+    with pytest.raises(CheckpointError, match="falls back"):
+        folder.read(record)
+
+
+def test_a_manifest_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
+    """The ledger's digest ties the record to its very folder."""
+    folder = CheckpointFolder(tmp_path, "run0")
+    first, second = folder.write(checkpoint(1)), folder.write(checkpoint(2))
+    (tmp_path / first.name).rename(tmp_path / "x")
+    (tmp_path / second.name).rename(tmp_path / first.name)
+    with pytest.raises(CheckpointError, match="ledger's digest"):
+        folder.read(first)
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
+    """A folder copied from another run is not this run's."""
+    record = CheckpointFolder(tmp_path, "run0").write(checkpoint())
+    with pytest.raises(CheckpointError, match="another run"):
+        CheckpointFolder(tmp_path, "run1").read(record)
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOSPC while writing leaves no half checkpoint and says what to do."""
+    folder = CheckpointFolder(tmp_path, "run0")
+    record = folder.write(checkpoint(1))
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="free space"):
+        folder.write(checkpoint(2))
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == [record.name]
+    assert folder.read(record).step == 1
+
+
+def test_sweep_removes_what_no_record_names(tmp_path: Path) -> None:
+    """Half-written folders and folders that never became head go; the named stay."""
+    folder = CheckpointFolder(tmp_path, "run0")
+    kept, orphan = folder.write(checkpoint(1)), folder.write(checkpoint(2))
+    (tmp_path / "step-00000009-abc.new").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert folder.sweep(keep={kept.name}) == [orphan.name, "step-00000009-abc.new"]
+    assert {p.name for p in tmp_path.iterdir()} == {kept.name, "notes"}
+
+
+WRITE = """
+import sys, torch
+from pathlib import Path
+from paceline.training.checkpoint import Checkpoint, CheckpointFolder
+CheckpointFolder(Path(sys.argv[1]), "run0").write(Checkpoint(1, 1, {"draft": {"w": torch.ones(3)}}, {}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "visible"), [("checkpoint.before_rename", False), ("checkpoint.after_rename", True)]
+)
+def test_a_kill_leaves_a_whole_checkpoint_or_none(tmp_path: Path, point: str, visible: bool) -> None:
+    """SIGKILL before the rename leaves only a folder aside, which is swept."""
+    env = {**os.environ, "PACELINE_CRASH_AT": point}
+    died = subprocess.run([sys.executable, "-c", WRITE, str(tmp_path)], env=env, check=False)
+    assert died.returncode == -9
+    names = [p.name for p in tmp_path.iterdir()]
+    assert [not name.endswith(".new") for name in names] == [visible]

@@ -1,0 +1,240 @@
+"""The trainer: whatever is lost or damaged on the way, every sample once and the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paceline import InMemoryMetadataStore, SQLiteMetadataStore
+from paceline.errors import CheckpointError, ConfigError, FencedError, TrainingError
+from paceline.features.stores.memory import InMemoryFeatureStore
+from paceline.loader.loader import StepLoader
+from paceline.roles.wire import build_disagg_online_consumer, resolve_metadata_store, run_disagg_online
+from paceline.testing.small_run import SmallRun, same_bits, weights
+from paceline.training.checkpoint import CheckpointFolder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights of a run that nothing happened to."""
+    return weights(SmallRun(tmp_path_factory.mktemp("plain")).run())
+
+
+def test_a_run_trains_every_sample_once_in_prompt_order(tmp_path: Path) -> None:
+    """Groups, batches and the short last step: all 14 samples, none twice, all released."""
+    run = SmallRun(tmp_path)
+    trainer = run.run()
+    store = SQLiteMetadataStore(run.db)
+    assert trainer.step == 5
+    assert store.all_committed_ids() == [f"small:{n}" for n in range(14)]
+    assert store.durable_marker()["acked"] == set(store.all_committed_ids())
+    assert store.durable_marker()["global_step"] == 5
+    assert store.usage().resident_samples == 0
+    assert run.features.usage().resident_samples == 0
+    assert [record.step for record in store.checkpoints()] == [4, 5]
+
+
+def test_the_same_configuration_gives_the_same_weights(
+    tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
+) -> None:
+    """Without this nothing below would mean anything; and another prompt set gives other weights."""
+    assert same_bits(weights(SmallRun(tmp_path / "a").run()), uninterrupted)
+    assert not same_bits(weights(SmallRun(tmp_path / "b", num_prompts=13).run()), uninterrupted)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_a_consumer_that_vanishes_is_replayed_to_the_same_weights(
+    tmp_path: Path, uninterrupted: dict[str, torch.Tensor], steps: int
+) -> None:
+    """The first consumer dies after `steps` steps, between checkpoints or on one."""
+    run = SmallRun(tmp_path)
+    run.producer()[1]()
+    doomed, loader = run.consumer()
+    die_after(loader, steps)
+    with pytest.raises(Killed):
+        doomed.fit(loader)
+    trainer = run.run()
+    assert same_bits(weights(trainer), uninterrupted)
+    assert SQLiteMetadataStore(run.db).durable_marker()["acked"] == {f"small:{n}" for n in range(14)}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where one process plays both sides."""
+
+
+def die_after(loader: StepLoader, steps: int) -> None:
+    real = loader.next_step
+
+    def next_step(step: int) -> object:
+        if step > steps:
+            raise Killed
+        return real(step)
+
+    loader.next_step = next_step  # type: ignore[method-assign, assignment]
+
+
+def test_a_replaced_consumer_is_fenced(tmp_path: Path) -> None:
+    """Once a successor took the role, the old trainer can neither ack nor checkpoint."""
+    run = SmallRun(tmp_path)
+    run.producer()[1]()
+    old, loader = run.consumer()
+    die_after(loader, 1)
+    with pytest.raises(Killed):
+        old.fit(loader)
+    run.consumer()
+    before = SQLiteMetadataStore(run.db).lsn()
+    with pytest.raises(FencedError):
+        old.checkpoint()
+    with pytest.raises(FencedError):
+        old.controller.ack_train_refs("t", ["small:0"], global_step=9, optimizer_durable=True)
+    assert SQLiteMetadataStore(run.db).lsn() == before
+
+
+def test_a_damaged_head_falls_back_and_captures_again(
+    tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
+) -> None:
+    """Features released under the damaged checkpoint are captured again, under the same ordinals."""
+    run = SmallRun(tmp_path)
+    run.producer()[1]()
+    doomed, loader = run.consumer()
+    die_after(loader, 4)
+    with pytest.raises(Killed):
+        doomed.fit(loader)
+    head = SQLiteMetadataStore(run.db).checkpoints()[-1]
+    assert head.step == 4
+    (tmp_path / "checkpoints" / head.name / "draft.safetensors").write_bytes(b"damaged")
+    captures = len(run.engine.captured)
+    trainer, loader = run.consumer()
+    assert trainer.step == 2
+    assert SQLiteMetadataStore(run.db).lost_ids() == [f"small:{n}" for n in range(6, 12)]
+    _, drive = run.producer()
+    run_disagg_online(trainer=trainer, loader=loader, drive_producer=drive)
+    assert len(run.engine.captured) == captures + 2, "the two groups that hold samples 6..11"
+    assert same_bits(weights(trainer), uninterrupted)
+
+
+def test_no_valid_checkpoint_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
+    """Starting over silently would train samples twice under one run."""
+    run = SmallRun(tmp_path)
+    run.run()
+    for record in SQLiteMetadataStore(run.db).checkpoints():
+        (tmp_path / "checkpoints" / record.name / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="None of the 2 checkpoints"):
+        run.consumer()
+
+
+def test_lost_features_are_captured_again(tmp_path: Path, uninterrupted: dict[str, torch.Tensor]) -> None:
+    """The whole feature store is gone (a host reboot): a cache miss, not data loss (hole A10)."""
+    run = SmallRun(tmp_path)
+    run.producer()[1]()
+    doomed, loader = run.consumer()
+    die_after(loader, 1)
+    with pytest.raises(Killed):
+        doomed.fit(loader)
+    run.features = InMemoryFeatureStore(budget_bytes=8 << 20)
+    trainer, loader = run.consumer()
+    run.producer()
+    run_disagg_online(trainer=trainer, loader=loader, drive_producer=keep_producing(run))
+    assert same_bits(weights(trainer), uninterrupted)
+    assert SQLiteMetadataStore(run.db).committed_count() == 14
+
+
+def keep_producing(run: SmallRun) -> Any:
+    """A producer that comes back whenever a sample is lost, as the supervisor sees to it."""
+
+    def drive(max_rounds: int | None = None, should_stop: Callable[[], bool] | None = None) -> int:
+        assert should_stop is not None
+        _, produce = run.producer()
+        store = SQLiteMetadataStore(run.db)
+        total = 0
+        while not should_stop():
+            mark = store.lsn()
+            if store.task_counts()["pending"]:
+                total += run.producer()[1](should_stop=should_stop)
+            else:
+                store.wait(mark, 0.2)
+        return total
+
+    return drive
+
+
+def test_a_finished_run_stays_finished(tmp_path: Path) -> None:
+    """Running the same command again trains nothing more."""
+    run = SmallRun(tmp_path)
+    first = weights(run.run())
+    captures = len(run.engine.captured)
+    again = run.run()
+    assert same_bits(weights(again), first)
+    assert again.step == 5
+    assert len(run.engine.captured) == captures
+
+
+def test_max_steps_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
+    """The trainer stops at max_steps, the producer is stopped, the rest stays committed."""
+    run = SmallRun(tmp_path, max_steps=3)
+    assert run.run().step == 3
+    assert SQLiteMetadataStore(run.db).checkpoints()[-1].step == 3
+
+
+def test_a_loss_that_is_no_number_changes_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is refused before the update, with advice."""
+    run = SmallRun(tmp_path)
+    run.producer()[1]()
+    trainer, loader = run.consumer()
+    die_after(loader, 2)
+    with pytest.raises(Killed):
+        trainer.fit(loader)
+    before = weights(trainer)
+    trainer, loader = run.consumer()
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+    with pytest.raises(TrainingError, match="Step 3"):
+        trainer.fit(loader)
+    assert same_bits(weights(trainer), before)
+
+
+def test_resume_needs_a_durable_store(tmp_path: Path) -> None:
+    """Neither no store nor an in-memory one has a history; the error is a ValueError with advice."""
+    run = SmallRun(tmp_path)
+    parts = None
+    for store in (None, InMemoryMetadataStore()):
+        with pytest.raises(ValueError, match="metadata_db_path"):
+            build_disagg_online_consumer(
+                run_id="r",
+                feature_store=run.features,
+                parts=parts,  # type: ignore[arg-type]
+                metadata_store=store,
+                resume=True,
+            )
+
+
+def test_starting_over_on_a_used_store_is_refused(tmp_path: Path) -> None:
+    """Without resume the store's samples would be trained a second time."""
+    run = SmallRun(tmp_path)
+    run.run()
+    with pytest.raises(ConfigError, match="resume=True"):
+        run.consumer(resume=False)
+
+
+def test_both_sides_share_the_store_they_are_given(tmp_path: Path) -> None:
+    """A store object is used as it is, a path is opened, neither is a private store, both is an error."""
+    store = InMemoryMetadataStore()
+    assert resolve_metadata_store(store, None) is store
+    opened = resolve_metadata_store(None, tmp_path / "db")
+    assert isinstance(opened, SQLiteMetadataStore)
+    assert resolve_metadata_store(None, None) is None
+    with pytest.raises(ConfigError, match="one of the two"):
+        resolve_metadata_store(store, tmp_path / "db")
+
+
+def test_checkpoints_of_a_dead_consumer_that_never_became_head_are_swept(tmp_path: Path) -> None:
+    """A folder without a ledger record is nobody's."""
+    run = SmallRun(tmp_path)
+    run.run()
+    folder = CheckpointFolder(tmp_path / "checkpoints", "small")
+    (folder.folder / "step-00000099-dead").mkdir()
+    run.consumer()
+    assert not (folder.folder / "step-00000099-dead").exists()
