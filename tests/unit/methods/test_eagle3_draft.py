@@ -132,6 +132,14 @@ def test_warm_start_predicts_what_the_target_says_next(tmp_path: Path) -> None:
     assert losses["regression"] < 0.9 * losses["random"]
 
 
+def test_learning_rate_scales_name_parameters_of_the_draft(head: TargetHead) -> None:
+    """A scale whose name no parameter bears would silently scale nothing."""
+    method = Eagle3Method({"draft_vocab_size": 24, "init": "regression"})
+    names = {name for name, _ in method.build_draft(head, seed=0).named_parameters()}
+    assert method.learning_rate_scales()
+    assert set(method.learning_rate_scales()) <= names
+
+
 def test_warm_start_is_deterministic(tmp_path: Path) -> None:
     """The same samples and seed give the same bits; every weight of the draft is written anew."""
     model = tiny_target()

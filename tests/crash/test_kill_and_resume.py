@@ -1,0 +1,120 @@
+"""SIGKILL in the middle of a real run: real processes, a real (tiny) target, the command a user types.
+
+The resumed run must end with weights bitwise equal to those of the run nobody touched.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from paceline.ledger.gate import live_holder
+from paceline.testing.small_run import same_bits
+from paceline.testing.tiny_run import TinyRun
+
+NUM_SAMPLES = 120
+
+
+def make_run(folder: Path, model: Path) -> TinyRun:
+    first = TinyRun(folder, model)
+    return TinyRun(folder, model, prompts={**first.config["prompts"], "rounds": 6})
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    run = make_run(tmp_path_factory.mktemp("plain"), tiny_model)
+    result = run.command("train")
+    assert result.returncode == 0, result.stderr
+    return run.final_weights()
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Look again and again until it is so; the process must not end before."""
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+
+
+def kill(pid: int | None) -> None:
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+def in_the_middle(run: TinyRun) -> Callable[[], bool]:
+    """Some steps are trained and some groups are not captured yet, or at least not trained."""
+
+    def look() -> bool:
+        if not (run.directory / "ledger.db").exists():
+            return False
+        store = run.store()
+        trained = store.committed_count() - store.usage().waiting_samples
+        store.close()
+        return 8 <= trained < NUM_SAMPLES
+
+    return look
+
+
+def check(run: TinyRun, uninterrupted: dict[str, torch.Tensor]) -> None:
+    store = run.store()
+    assert same_bits(run.final_weights(), uninterrupted)
+    assert len(store.durable_marker()["acked"]) == store.committed_count() == NUM_SAMPLES
+    assert store.usage().resident_samples == 0
+
+
+@pytest.mark.parametrize("role", ["consumer", "producer"])
+def test_a_killed_role_is_started_again_and_the_weights_are_the_same(
+    tiny_model: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor], role: str
+) -> None:
+    """The supervisor notices the death, starts the role again, and says so in the last line."""
+    run = make_run(tmp_path, tiny_model)
+    with run.start("train") as train:
+        wait_until(in_the_middle(run), train)
+        wait_until(lambda: live_holder(run.directory, role) is not None, train)
+        kill(live_holder(run.directory, role))
+        out, err = train.communicate(timeout=200)
+    assert train.returncode == 0, err
+    assert out.strip().endswith(f"{NUM_SAMPLES} samples trained | 1 restarts")
+    check(run, uninterrupted)
+
+
+def test_everything_killed_at_once_goes_on_with_the_same_command(
+    tiny_model: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
+) -> None:
+    """Supervisor, producer and consumer die together, as in a host crash; nothing is cleaned up."""
+    run = make_run(tmp_path, tiny_model)
+    with run.start("train") as train:
+        wait_until(in_the_middle(run), train)
+        os.kill(train.pid, signal.SIGSTOP)  # so that it cannot start a role again
+        for role in ("producer", "consumer"):
+            if pid := live_holder(run.directory, role):
+                kill(pid)
+        kill(train.pid)
+    result = run.command("train")
+    assert result.returncode == 0, result.stderr
+    check(run, uninterrupted)
+
+
+def test_an_interrupted_run_stops_at_a_checkpoint_and_goes_on(
+    tiny_model: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
+) -> None:
+    """Ctrl-C: both roles end at a safe point, nothing provisional is left, the command resumes."""
+    run = make_run(tmp_path, tiny_model)
+    with run.start("train") as train:
+        wait_until(in_the_middle(run), train)
+        train.send_signal(signal.SIGINT)
+        out, _ = train.communicate(timeout=200)
+    assert train.returncode == 130
+    assert "nothing is lost" in out
+    assert live_holder(run.directory, "consumer") is None
+    assert live_holder(run.directory, "producer") is None
+    assert run.store().usage().provisional_samples == 0
+    result = run.command("train")
+    assert result.returncode == 0, result.stderr
+    check(run, uninterrupted)
