@@ -65,7 +65,16 @@ class Producer:
         if self._log.is_closed():
             self._log.reopen()
         orphans = features.sweep(keep=set(controller.store.all_committed_ids()))
-        self._report("started", orphans=len(orphans), epoch=self._fence.epoch)
+        lost = self._report_what_is_gone()
+        self._report("started", orphans=len(orphans), lost=lost, epoch=self._fence.epoch)
+
+    def _report_what_is_gone(self) -> int:
+        """After a reboot the ledger knows samples that the memory forgot: all are captured again at once."""
+        here = set(self._features.sample_ids())
+        gone = [i for i in self.controller.store.present_ids() if i not in here]
+        if gone:
+            self.controller.store.report_lost(gone, fence=self._fence)
+        return len(gone)
 
     def run(self, max_rounds: int | None = None, should_stop: Callable[[], bool] | None = None) -> int:
         """Capture until no prompt is pending, then close the stream; samples committed by this call.

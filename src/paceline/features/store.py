@@ -56,6 +56,9 @@ class FeatureStore(Protocol):
         Only the producer that owns the store may call this, before it writes.
         """
 
+    def sample_ids(self) -> list[str]:
+        """Every sample whose sealed bytes are here. Only the producer that owns the store may ask."""
+
     def usage(self) -> Usage:
         """Bytes are what the store occupies, slack included."""
 

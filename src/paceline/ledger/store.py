@@ -250,6 +250,10 @@ class MetadataStore(ABC):
         """Features are gone or damaged: the prompts are pending again, under the same ordinals."""
 
     @abstractmethod
+    def present_ids(self) -> list[str]:
+        """Samples whose features the feature store should hold, in seq order."""
+
+    @abstractmethod
     def lost_ids(self) -> list[str]:
         """Samples that wait to be captured again, in seq order."""
 

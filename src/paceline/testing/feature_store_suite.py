@@ -201,6 +201,7 @@ class FeatureStoreSuite(ABC):
         refs = {i: feature_ref(i, store.put(i, features(n))) for n, i in enumerate("abcd")}
         assert sorted(store.sweep(keep=["b", "d", "nobody"])) == ["a", "c"]
         assert store.usage().resident_samples == 2
+        assert sorted(store.sample_ids()) == ["b", "d"]
         assert_same(store.get(refs["b"]), features(1))
         with pytest.raises(FeatureMissingError):
             store.get(refs["a"])

@@ -136,11 +136,22 @@ def test_lost_features_are_captured_again(tmp_path: Path, uninterrupted: dict[st
     with pytest.raises(Killed):
         doomed.fit(loader)
     run.features = InMemoryFeatureStore(budget_bytes=8 << 20)
+    captures = len(run.engine.captured)
+    assert same_bits(weights(run.run()), uninterrupted)
+    assert len(run.engine.captured) == captures + 4, "every group once more"
+    assert SQLiteMetadataStore(run.db).committed_count() == 14
+
+
+def test_a_feature_that_goes_missing_under_the_consumer_is_captured_again(
+    tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
+) -> None:
+    """One sample vanishes while both live: the step waits for it and then goes on in plan order."""
+    run = SmallRun(tmp_path)
+    run.producer()[1]()
+    run.features.abort("small:7")
     trainer, loader = run.consumer()
-    run.producer()
     run_disagg_online(trainer=trainer, loader=loader, drive_producer=keep_producing(run))
     assert same_bits(weights(trainer), uninterrupted)
-    assert SQLiteMetadataStore(run.db).committed_count() == 14
 
 
 def keep_producing(run: SmallRun) -> Any:

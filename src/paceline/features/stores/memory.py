@@ -75,6 +75,9 @@ class InMemoryFeatureStore:
             del self._held[sample_id]
         return swept
 
+    def sample_ids(self) -> list[str]:
+        return list(self._held)
+
     def usage(self) -> Usage:
         resident = sum(held.sealed.num_bytes for held in self._held.values())
         return Usage(resident, len(self._held), self._budget_bytes)

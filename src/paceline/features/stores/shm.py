@@ -108,6 +108,12 @@ class SharedMemoryFeatureStore:
                 slot.free(slot.generation, by_owner=True)
         return swept
 
+    def sample_ids(self) -> list[str]:
+        with self._lock:
+            arena = self._owned("list samples")
+            held = [slot for slot in arena.slots.values() if not slot.is_free]
+            return [s.known[1] for s in held if _sealed(arena, s) is not None and s.known is not None]
+
     def usage(self) -> Usage:
         """Resident: slots being written or sealed, whole, with header and slack. Free slots are not."""
         with self._lock:

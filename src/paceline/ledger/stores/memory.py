@@ -292,9 +292,15 @@ class InMemoryMetadataStore(MetadataStore):
             if task is not None and task.state != "failed":
                 task.state, task.holder = "pending", ""
 
+    def present_ids(self) -> list[str]:
+        return self._ids_in("present")
+
     def lost_ids(self) -> list[str]:
+        return self._ids_in("lost")
+
+    def _ids_in(self, state: str) -> list[str]:
         with self._changed:
-            return [i for i, s in self._samples.items() if s.state == "lost"]
+            return [i for i, s in self._samples.items() if s.state == state]
 
     def usage(self) -> LedgerUsage:
         with self._changed:

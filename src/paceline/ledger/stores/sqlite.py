@@ -399,9 +399,15 @@ class SQLiteMetadataStore(MetadataStore):
                 (sample_id,),
             )
 
+    def present_ids(self) -> list[str]:
+        return self._ids_in("present")
+
     def lost_ids(self) -> list[str]:
+        return self._ids_in("lost")
+
+    def _ids_in(self, state: str) -> list[str]:
         rows = self._rows(
-            "SELECT sample_id FROM sample WHERE state = 'lost' AND state != 'released' ORDER BY seq"
+            "SELECT sample_id FROM sample WHERE state = ? AND state != 'released' ORDER BY seq", state
         )
         return [row[0] for row in rows]
 
