@@ -16,8 +16,8 @@
     ├── CheckpointError      no valid checkpoint where one is needed                                  7
     └── TrainingError        the optimizer step itself failed (loss is not a number)                  8
 
-The numbers are exit codes. A message has three parts: what happened with which ids or values; why it matters; the next
-command to type. The parts are given apart so that no error can be written without advice.
+The numbers are exit codes. A message has three parts: what happened with which ids or values; why it
+matters; the next command to type. They are given apart so that no error is written without advice.
 """
 
 from __future__ import annotations

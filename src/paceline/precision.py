@@ -19,7 +19,7 @@ def torch_dtype(name: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> torch.dtype
 def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether bfloat16 products are done in hardware: a CUDA device that has them, or the processor."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     try:
         text = cpuinfo.read_text()
     except OSError:

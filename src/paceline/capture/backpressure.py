@@ -34,17 +34,18 @@ class Watermarks:
         return min(int(self.low * self.budget_bytes), self.budget_bytes - self.group_bytes)
 
 
-def check_feasible(*, budget_bytes: int, sample_bytes: int, group_size: int, batch_size: int) -> None:
+def check_feasible(*, budget_bytes: int, sample_bytes: int, group_size: int, window_size: int) -> None:
     """Raise ConfigError unless a run within this budget can never wait for itself.
 
-    `sample_bytes` is the largest one sample can be. Needed at once: one capture group, the batch
-    the consumer collects, and the slack of the low watermark.
+    `sample_bytes` is the largest one sample can be. Needed at once: one capture group, the samples
+    the consumer must collect before it can go on, and the slack of the low watermark.
     """
-    needed = int((group_size + batch_size) * sample_bytes / 0.75) + 1
+    needed = int((group_size + window_size) * sample_bytes / 0.75) + 1
     if needed > budget_bytes:
         raise ConfigError(
-            f"features.budget_mib gives {budget_bytes >> 20} MiB, but one capture group of {group_size} and one "
-            f"batch of {batch_size} samples of up to {sample_bytes >> 10} KiB need {(needed >> 20) + 1} MiB.",
+            f"features.budget_mib gives {budget_bytes >> 20} MiB, but a group of {group_size} and the "
+            f"{window_size} samples the consumer collects, of up to {sample_bytes >> 10} KiB each, need "
+            f"{(needed >> 20) + 1} MiB.",
             why="With less, producer and consumer could wait for each other for ever.",
             next=f"set features.budget_mib to {(needed >> 20) + 1}, or lower capture.group_size.",
         )

@@ -68,7 +68,8 @@ def _keys_at(where: list[str]) -> list[str]:
     model: type[BaseModel] = RunConfig
     for part in where:
         inner = model.model_fields[part].annotation
-        assert isinstance(inner, type) and issubclass(inner, BaseModel)
+        assert isinstance(inner, type)
+        assert issubclass(inner, BaseModel)
         model = inner
     return list(model.model_fields)
 

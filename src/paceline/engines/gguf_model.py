@@ -48,7 +48,7 @@ def gguf_to_folder(gguf: Path, out: Path) -> None:
     aside = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.new")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        plain.to(torch.bfloat16).save_pretrained(aside)
+        plain.bfloat16().save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         aside.rename(out)
     finally:

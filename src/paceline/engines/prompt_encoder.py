@@ -43,8 +43,8 @@ class PromptEncoder:
             )
         if len(ids) > self._max_prompt_tokens:
             raise ConfigError(
-                f"A prompt has {len(ids)} tokens, more than prompts.max_prompt_tokens = {self._max_prompt_tokens}: "
-                f"{prompt[:60]!r}...",
+                f"A prompt has {len(ids)} tokens, more than the {self._max_prompt_tokens} of "
+                f"prompts.max_prompt_tokens: {prompt[:60]!r}...",
                 why="Cutting it would change its meaning, and the feature budget is computed from the limit.",
                 next=f"set prompts.max_prompt_tokens to {len(ids)} or more, or shorten the prompt.",
             )

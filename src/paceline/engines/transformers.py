@@ -35,7 +35,7 @@ class TransformersEngine:
         transformers_logging.disable_progress_bar()
         self._encoder = PromptEncoder(model_folder, max_prompt_tokens=max_prompt_tokens)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = _load_model(model_folder, torch_dtype(dtype)).to(self._device)
+        self._model = _load_model(model_folder, torch_dtype(dtype), self._device)
         self._layers = list(self._model.model.layers)
         self._facts = _facts(self._model, model_folder, self._encoder.version)
         self._captured_ids = (*self._facts.aux_layer_ids, self._facts.num_hidden_layers)
@@ -56,7 +56,7 @@ class TransformersEngine:
             return []
         rows = _Rows(group, self._facts, self._model.dtype, self._device)
         cache = DynamicCache(config=self._model.config)
-        cache.layers = [PreallocatedLayer(len(group), rows.capacity) for _ in self._layers]
+        cache.layers[:] = [PreallocatedLayer(len(group), rows.capacity) for _ in self._layers]
         with _Hooks(self._layers, self._captured_ids) as states:
             hidden = self._prefill(rows, cache, states)
             while rows.choose(self._model.lm_head(hidden)):
@@ -83,6 +83,10 @@ class TransformersEngine:
             )
             rows.keep_prompts(members, start, states.taken)
             for whole, piece in zip(cache.layers, part.layers, strict=True):
+                assert isinstance(whole, PreallocatedLayer)
+                assert isinstance(piece, DynamicLayer)
+                assert piece.keys is not None
+                assert piece.values is not None
                 whole.adopt(members, start, piece.keys, piece.values)
         return hidden
 
@@ -114,10 +118,10 @@ class TransformersEngine:
         agreed = _argmax_agrees(logits, output.logits[0].float())
         if not (same and agreed):
             raise CaptureMismatchError(
-                f"The states captured from layers {self._captured_ids} do not reproduce the model's own output "
+                f"States captured from layers {self._captured_ids} do not reproduce the model's own output "
                 f"(layers {'as asked' if same else 'differ'}, argmax {'agrees' if agreed else 'differs'}).",
                 why="A draft trained on them would imitate another model.",
-                next="check the installed transformers version against constraints.txt, and the model folder.",
+                next="compare the installed transformers with constraints.txt, and check the model folder.",
             )
 
 
@@ -125,7 +129,7 @@ class PreallocatedLayer(DynamicLayer):
     """A cache layer that writes into place; the stock one copies the whole cache at every token."""
 
     def __init__(self, num_rows: int, capacity: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._num_rows, self._capacity, self._length = num_rows, capacity, 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -147,7 +151,11 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = self._key_room[:, :, : self._length], self._value_room[:, :, : self._length]
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,  # noqa: ARG002 (the base class's signature)
+        **kwargs: Any,  # noqa: ARG002
     ) -> tuple[torch.Tensor, torch.Tensor]:
         end = self._length + key_states.shape[-2]
         self._key_room[:, :, self._length : end] = key_states
@@ -289,7 +297,7 @@ class _Rows:
         return captured
 
 
-def _load_model(model_folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(model_folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(model_folder),
@@ -304,7 +312,7 @@ def _load_model(model_folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             why="The producer needs the target's weights, as safetensors, in a local folder.",
             next="run `make model`, or set target.model to a Hugging Face model folder.",
         ) from error
-    loaded: PreTrainedModel = model.eval()
+    loaded: PreTrainedModel = torch.nn.Module.to(model, device).eval()
     return loaded
 
 

@@ -16,8 +16,11 @@ from pathlib import Path
 from paceline.errors import ConfigError, RunBusyError
 
 NETWORK_FILESYSTEMS = frozenset(
-    ("9p", "afs", "beegfs", "ceph", "cifs", "fuse.gcsfuse", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs")
-    + ("glusterfs", "gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "smb2", "smb3", "smbfs")
+    [
+        *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4"),
+        *("orangefs", "panfs", "smb2", "smb3", "smbfs"),
+        *("fuse.gcsfuse", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs"),
+    ]
 )
 
 

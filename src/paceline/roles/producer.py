@@ -46,7 +46,7 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
             seed=config.run.seed,
             strategy=config.method.name,
         ),
-        batch_size=config.training.batch_size,
+        window_size=max(config.training.batch_size, config.method.vocab_samples),
         metadata_store=store,
         attempt_max=config.capture.attempt_max,
         report=events.write,

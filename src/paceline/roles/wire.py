@@ -63,7 +63,7 @@ def build_disagg_online_producer(
     feature_store: FeatureStore,
     prompts: Sequence[PromptTask | Mapping[str, Any] | str],
     capture: CaptureSettings,
-    batch_size: int = 8,
+    window_size: int = 64,
     metadata_store: MetadataStore | None = None,
     metadata_db_path: str | os.PathLike[str] | None = None,
     attempt_max: int = 3,
@@ -72,7 +72,8 @@ def build_disagg_online_producer(
     """The producer and the function that drives it.
 
     `prompts` in run order: tasks, mappings, or plain texts; a payload carries "prompt_ids" (token
-    ids) or "prompt" (text, which the engine encodes). `batch_size` is the consumer's, for the
+    ids) or "prompt" (text, which the engine encodes). `window_size` is how many samples the consumer
+    must collect before it can go on (its batch, or what chooses its draft vocabulary), for the
     start-up check that the feature store's budget cannot deadlock. Give both sides the same
     durable store: `metadata_store`, or `metadata_db_path` for SQLite; neither = a private
     in-process store. Raises ConfigError if the budget is too small.
@@ -87,7 +88,7 @@ def build_disagg_online_producer(
         budget_bytes=budget,
         sample_bytes=sample_bytes,
         group_size=capture.group_size,
-        batch_size=batch_size,
+        window_size=window_size,
     )
     marks = Watermarks(budget_bytes=budget, group_bytes=capture.group_size * sample_bytes)
     backpressure = Backpressure(feature_store, controller.store, marks)

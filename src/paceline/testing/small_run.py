@@ -1,4 +1,4 @@
-"""A whole run in one process, small enough to run dozens of times in a test: real EAGLE-3, synthetic target."""
+"""A whole run in one process, small enough for dozens in a test: real EAGLE-3, synthetic target."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class SmallRun:
             feature_store=self.features,
             prompts=[f"prompt {n}" for n in range(self.num_prompts)],
             capture=CaptureSettings(group_size=4, num_prompts=self.num_prompts, max_answer_tokens=6),
-            batch_size=3,
+            window_size=4,
             metadata_db_path=self.db,
         )
 

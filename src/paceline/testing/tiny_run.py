@@ -16,7 +16,21 @@ from safetensors.torch import load_file
 
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 
-WORDS = "the wind turns a wheel and every rider follows in line until one lets go".split()
+WORDS = [
+    "the",
+    "wind",
+    "turns",
+    "a",
+    "wheel",
+    "and",
+    "every",
+    "rider",
+    "follows",
+    "until",
+    "one",
+    "lets",
+    "go",
+]
 
 
 class TinyRun:

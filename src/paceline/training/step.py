@@ -57,7 +57,7 @@ def train_step(
         with _autocast(autocast_dtype):
             sums = method.loss(draft, batch)
         if sums.num_tokens:
-            sums.loss_sum.backward()  # type: ignore[no-untyped-call]
+            sums.loss_sum.backward()
         loss_sum += float(sums.loss_sum.detach())
         num_tokens += sums.num_tokens
         for name, value in sums.metrics.items():

@@ -89,7 +89,7 @@ def test_a_paused_producer_asks_for_a_checkpoint_that_would_free_bytes() -> None
 
 def test_a_budget_that_could_deadlock_is_refused_at_the_start() -> None:
     """One group and one batch must fit below the low watermark; the message names the budget needed."""
-    sizes = {"sample_bytes": 1 << 20, "group_size": 64, "batch_size": 8}
+    sizes = {"sample_bytes": 1 << 20, "group_size": 64, "window_size": 8}
     check_feasible(budget_bytes=97 << 20, **sizes)
     with pytest.raises(ConfigError, match="budget_mib to 97"):
         check_feasible(budget_bytes=95 << 20, **sizes)

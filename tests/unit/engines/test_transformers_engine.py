@@ -84,7 +84,9 @@ def test_the_probe_finds_a_wrong_layer(engine: TransformersEngine, monkeypatch: 
         engine.probe()
 
 
-def test_states_that_are_not_finite_never_leave(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_that_are_not_finite_never_leave(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A NaN is an error that names the sample, not a feature."""
     weight = engine._model.model.layers[3].mlp.down_proj.weight
     with torch.no_grad():
@@ -124,7 +126,12 @@ def test_a_prompt_beyond_the_limit_is_refused(engine: TransformersEngine) -> Non
 
 @pytest.mark.parametrize(
     ("cpuinfo", "expected"),
-    [("flags : fpu avx512_bf16 sse", True), ("flags : fpu avx2", False), ("Features : fp asimd bf16", True), ("", False)],
+    [
+        ("flags : fpu avx512_bf16 sse", True),
+        ("flags : fpu avx2", False),
+        ("Features : fp asimd bf16", True),
+        ("", False),
+    ],
 )
 def test_bfloat16_is_used_where_the_processor_has_it(tmp_path: Path, cpuinfo: str, expected: bool) -> None:
     """x86 and Arm name it differently; elsewhere float32 is the faster one."""

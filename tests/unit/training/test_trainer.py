@@ -159,7 +159,6 @@ def keep_producing(run: SmallRun) -> Any:
 
     def drive(max_rounds: int | None = None, should_stop: Callable[[], bool] | None = None) -> int:
         assert should_stop is not None
-        _, produce = run.producer()
         store = SQLiteMetadataStore(run.db)
         total = 0
         while not should_stop():
