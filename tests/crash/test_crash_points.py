@@ -27,7 +27,7 @@ from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.testing.small_run import SmallRun, weights
 folder = Path(sys.argv[1])
 features = SharedMemoryFeatureStore(folder / "features", budget_bytes=8 << 20, owner=True)
-run = SmallRun(folder, features=features)
+run = SmallRun(folder, features=features, passes=2)
 trainer = run.run()
 assert features.usage().resident_samples == 0, "nothing may stay behind"
 save_file(weights(trainer), folder / "final.safetensors")
@@ -59,7 +59,7 @@ def run_once(folder: Path, crash_at: str = "") -> int:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    return weights(SmallRun(tmp_path_factory.mktemp("plain")).run())
+    return weights(SmallRun(tmp_path_factory.mktemp("plain"), passes=2).run())
 
 
 @pytest.mark.parametrize("point", POINTS)

@@ -69,8 +69,12 @@ class MethodSection(Section):
 
 
 class TrainingSection(Section):
-    """`batch_size` samples an optimizer step, in micro-batches of `micro_batch_size`."""
+    """`batch_size` samples an optimizer step, in micro-batches of `micro_batch_size`.
 
+    `passes`: how often each sample is trained on while its features are resident (loader/passes.py).
+    """
+
+    passes: Count = 1
     batch_size: Count = 8
     micro_batch_size: Count = 8
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3

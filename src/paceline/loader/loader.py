@@ -1,14 +1,14 @@
 """From the committed log to the tensors of one optimizer step.
 
-The loader takes refs in seq order, has the step's plan written before anything is computed, and
-fetches and verifies the features. A feature that is gone or damaged is a cache miss: the loader
+The loader takes refs in seq order (each as often as the run's passes say, see passes.py), has the
+step's plan written before anything is computed, and fetches and verifies the features. A feature that is gone or damaged is a cache miss: the loader
 reports it lost, the producer captures its prompt again under the same ordinal, and the step goes
 on with the same samples in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -17,6 +17,7 @@ from paceline.errors import FeatureCorruptError, FeatureMissingError, LedgerErro
 from paceline.features.store import FeatureStore
 from paceline.ledger.channel import CommittedRefLog, StreamingRefQueue
 from paceline.ledger.controller import DataFlowController
+from paceline.loader.passes import START, Position, VisitOrder
 from paceline.types import SampleRef
 
 WAIT_S = 1.0
@@ -24,17 +25,18 @@ WAIT_S = 1.0
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One optimizer step: its samples in plan order and the tensors of each."""
+    """One optimizer step: its samples in plan order and the tensors of each.
+
+    `finished` are those whose last visit this is; `after` is where the run stands once it is done.
+    """
 
     step: int
     refs: list[SampleRef]
+    finished: list[SampleRef]
+    after: Position
     last_seq: int
     samples: list[dict[str, Any]] = field(repr=False)
     wait_s: float = 0.0
-
-    @property
-    def sample_ids(self) -> list[str]:
-        return [ref.sample_id for ref in self.refs]
 
 
 class StepLoader:
@@ -44,13 +46,14 @@ class StepLoader:
         features: FeatureStore,
         *,
         batch_size: int,
-        after_seq: int = 0,
-        skip_ids: Collection[str] = (),
+        passes: int = 1,
+        block_size: int = 64,
+        position: Position = START,
         should_stop: Callable[[], bool] = lambda: False,
         idle_timeout_s: float | None = None,
         recapture_timeout_s: float = 1800.0,
     ) -> None:
-        """`after_seq`: the place in the log up to which the weights already contain everything."""
+        """`position`: what the weights already contain; see passes.py for passes and blocks."""
         self.on_wait: Callable[[], None] = lambda: None
         self._controller = controller
         self._features = features
@@ -58,12 +61,15 @@ class StepLoader:
         self._should_stop = should_stop
         self._interrupted = False
         self._recapture_timeout_s = recapture_timeout_s
-        self._log = CommittedRefLog(controller.store, after_seq=after_seq)
+        self._order: VisitOrder[SampleRef] = VisitOrder(
+            passes=passes, block_size=block_size, position=position
+        )
+        self._last_seq = VisitOrder.first_block(position, passes) * block_size
+        self._log = CommittedRefLog(controller.store, after_seq=self._last_seq)
         self._queue = StreamingRefQueue(
             self._log,
             poll_s=WAIT_S,
             idle_timeout_s=idle_timeout_s,
-            skip_ids=skip_ids,
             should_stop=should_stop,
             on_wait=lambda: self.on_wait(),
         )
@@ -77,11 +83,11 @@ class StepLoader:
         started = monotonic()
         on_record = self._controller.store.get_plan(step)
         size = self._batch_size if on_record is None else len(on_record.sample_ids)
-        refs = self._queue.get(size)
-        if not refs or (len(refs) < size and not self._log.is_closed()):
-            return None  # a short step is right only at the true end of the stream
-        last_seq = [self._log.take_seq(ref.sample_id) for ref in refs][-1]
-        plan = self._controller.plan_step(step, refs, last_seq)
+        visits = self._order.visits(size, self._read_block)
+        if not visits:
+            return None
+        refs = [visit.item for visit in visits]
+        plan = self._controller.plan_step(step, refs, self._last_seq)
         if plan.sample_ids != tuple(ref.sample_id for ref in refs):
             raise LedgerError(
                 f"Step {step} was planned as {list(plan.sample_ids)} but the log now gives "
@@ -93,10 +99,27 @@ class StepLoader:
             refs, samples = self.fetch(refs)
         except _StoppedError:
             return None  # the plan is on record; the next start replays it
-        return PlannedStep(step, refs, last_seq, samples, wait_s=monotonic() - started)
+        return PlannedStep(
+            step,
+            refs,
+            finished=[ref for ref, visit in zip(refs, visits, strict=True) if visit.is_last],
+            after=visits[-1].after,
+            last_seq=self._last_seq,
+            samples=samples,
+            wait_s=monotonic() - started,
+        )
+
+    def _read_block(self, size: int) -> Sequence[SampleRef] | None:
+        """The next block of the log; a short one only at the true end of the stream."""
+        refs = self._queue.get(size)
+        if len(refs) < size and not self._log.is_closed():
+            return None
+        for ref in refs:
+            self._last_seq = self._log.take_seq(ref.sample_id)
+        return refs
 
     def ack(self, planned: PlannedStep) -> None:
-        self._queue.ack(planned.refs)
+        self._queue.ack(planned.finished)
 
     def interrupt(self) -> None:
         """The producer is gone and did not close the stream: whole steps are trained, the rest waits."""

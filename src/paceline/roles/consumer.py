@@ -64,6 +64,8 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
             checkpoint_folder=config.checkpoint_folder,
             settings=trainer_settings(plan),
             batch_size=config.training.batch_size,
+            passes=config.training.passes,
+            block_size=config.capture.group_size,
         ),
         metadata_store=store,
         resume=True,

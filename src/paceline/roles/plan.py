@@ -17,7 +17,7 @@ from paceline.ledger.store import MetadataStore
 
 @dataclass(frozen=True)
 class RunPlan:
-    """`num_samples` = prompts x rounds; `num_steps` = optimizer steps to train them all once."""
+    """`num_samples` = prompts x rounds; `num_steps` = optimizer steps for all their passes."""
 
     config: RunConfig
     prompts: tuple[Prompt, ...]
@@ -55,7 +55,7 @@ def plan_run(config: RunConfig) -> RunPlan:
             next="run `make model`, or set target.model to a Hugging Face model folder.",
         )
     num_samples = len(prompts) * config.prompts.rounds
-    num_steps = math.ceil(num_samples / config.training.batch_size)
+    num_steps = math.ceil(num_samples * config.training.passes / config.training.batch_size)
     if config.training.max_steps is not None:
         num_steps = min(num_steps, config.training.max_steps)
     return RunPlan(config, prompts, num_samples, num_steps)
@@ -75,6 +75,12 @@ def bind_run(plan: RunPlan, store: MetadataStore) -> None:
             why="Samples are identified by their place in the file; the run is untouched.",
             next="restore the file, or set a new run.name and run.directory.",
         )
+
+
+def window_size(config: RunConfig) -> int:
+    """The most samples the consumer must have at once before it can free any."""
+    blocks = (config.training.passes + 1) * config.capture.group_size
+    return max(blocks + config.training.batch_size, config.method.vocab_samples)
 
 
 def processors_of_roles(config: RunConfig) -> dict[str, list[int]]:

@@ -12,7 +12,7 @@ from paceline.capture.producer import CaptureSettings
 from paceline.engines.transformers import TransformersEngine
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.roles.plan import RunPlan, bind_run
+from paceline.roles.plan import RunPlan, bind_run, window_size
 from paceline.roles.process import run_role
 from paceline.roles.wire import build_disagg_online_producer
 from paceline.telemetry import EventLog
@@ -46,7 +46,7 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
             seed=config.run.seed,
             strategy=config.method.name,
         ),
-        window_size=max(config.training.batch_size, config.method.vocab_samples),
+        window_size=window_size(config),
         metadata_store=store,
         attempt_max=config.capture.attempt_max,
         report=events.write,

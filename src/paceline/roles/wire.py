@@ -141,6 +141,8 @@ class ConsumerParts:
     checkpoint_folder: Path
     settings: TrainerSettings
     batch_size: int = 8
+    passes: int = 1
+    block_size: int = 64
 
 
 def build_disagg_online_consumer(
@@ -157,8 +159,8 @@ def build_disagg_online_consumer(
 ) -> tuple[Trainer, StepLoader]:
     """The trainer and its loader; `trainer.fit(loader)` trains to the end of the stream.
 
-    `resume=True` goes on from the newest valid checkpoint: samples that it covers are released
-    and skipped, all others are trained. It needs a durable store (ConfigError, a ValueError,
+    `resume=True` goes on from the newest valid checkpoint: samples that it covers are released and
+    not read again, all others are trained. It needs a durable store (ConfigError, a ValueError,
     otherwise). `resume=False` on a store that already has a head checkpoint is refused: it would
     train its samples twice.
     """
@@ -186,13 +188,15 @@ def build_disagg_online_consumer(
         parts.settings,
         report=report,
     )
-    skip_ids = controller.reconcile_on_restart(feature_store)["released"] if resume else []
+    if resume:
+        controller.reconcile_on_restart(feature_store)
     loader = StepLoader(
         controller,
         feature_store,
         batch_size=parts.batch_size,
-        after_seq=trainer.last_seq,
-        skip_ids=skip_ids,
+        passes=parts.passes,
+        block_size=parts.block_size,
+        position=trainer.position,
         should_stop=should_stop,
         idle_timeout_s=idle_timeout_s,
     )

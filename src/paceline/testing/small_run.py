@@ -38,11 +38,13 @@ class SmallRun:
         *,
         num_prompts: int = 14,
         max_steps: int | None = None,
+        passes: int = 1,
         features: FeatureStore | None = None,
     ) -> None:
         self.folder = folder
         self.num_prompts = num_prompts
         self.max_steps = max_steps
+        self.passes = passes
         self.features = features or InMemoryFeatureStore(budget_bytes=8 << 20)
         self.engine = SyntheticEngine()
 
@@ -57,7 +59,7 @@ class SmallRun:
             feature_store=self.features,
             prompts=[f"prompt {n}" for n in range(self.num_prompts)],
             capture=CaptureSettings(group_size=4, num_prompts=self.num_prompts, max_answer_tokens=6),
-            window_size=4,
+            window_size=16,
             metadata_db_path=self.db,
         )
 
@@ -75,6 +77,8 @@ class SmallRun:
             checkpoint_folder=self.folder / "checkpoints",
             settings=settings,
             batch_size=3,
+            passes=self.passes,
+            block_size=4,
         )
         return build_disagg_online_consumer(
             run_id=RUN_ID,

@@ -21,6 +21,7 @@ from paceline.errors import CheckpointError
 from paceline.features.store import FeatureStore
 from paceline.ledger.controller import DataFlowController
 from paceline.loader.loader import PlannedStep, StepLoader
+from paceline.loader.passes import Position
 from paceline.methods.method import DraftMethod
 from paceline.methods.target_head import TargetHead
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
@@ -66,6 +67,7 @@ class Trainer:
         self.controller = controller
         self.step = 0
         self.last_seq = 0
+        self.position = Position()
         self.draft: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self._features = features
@@ -115,6 +117,7 @@ class Trainer:
         restore_optimizer(draft, self.optimizer, checkpoint.tensors["optimizer"])
         torch.set_rng_state(checkpoint.tensors["rng"]["torch"])
         self.step, self.last_seq = checkpoint.step, checkpoint.last_seq
+        self.position = Position(*checkpoint.values["position"])
         self._head_step = checkpoint.step
         self._report("resumed", step=self.step)
 
@@ -170,11 +173,15 @@ class Trainer:
             autocast_dtype=self._settings.autocast_dtype,
         )
         reach("trainer.before_ack")
+        # A sample is acked by its last visit: until then its features are needed again.
         self.controller.ack_train_refs(
-            self._trainer_id, planned.sample_ids, global_step=planned.step, optimizer_durable=False
+            self._trainer_id,
+            [ref.sample_id for ref in planned.finished],
+            global_step=planned.step,
+            optimizer_durable=False,
         )
         reach("trainer.after_ack")
-        self.step, self.last_seq = planned.step, planned.last_seq
+        self.step, self.last_seq, self.position = planned.step, planned.last_seq, planned.after
         self._report("step", **_step_fields(planned, result, monotonic() - started))
 
     # -- the commit point ------------------------------------------------------------------
@@ -193,7 +200,11 @@ class Trainer:
                     "optimizer": optimizer_tensors(self.draft, self.optimizer),
                     "rng": {"torch": torch.get_rng_state()},
                 },
-                values={"method": self._method.name, "draft_config": self._method.describe(self.draft)},
+                values={
+                    "method": self._method.name,
+                    "draft_config": self._method.describe(self.draft),
+                    "position": [self.position.stage, self.position.offset],
+                },
             )
         )
         store = self.controller.store

@@ -46,6 +46,22 @@ def test_the_same_configuration_gives_the_same_weights(
     assert not same_bits(weights(SmallRun(tmp_path / "b", num_prompts=13).run()), uninterrupted)
 
 
+@pytest.mark.parametrize("steps", [1, 3, 4, 5, 8, 9])
+def test_a_consumer_that_vanishes_between_passes_is_replayed(tmp_path: Path, steps: int) -> None:
+    """With two passes a sample is needed until its second visit is durable; still the same weights."""
+    plain = weights(SmallRun(tmp_path / "plain", passes=2).run())
+    run = SmallRun(tmp_path / "killed", passes=2)
+    run.producer()[1]()
+    doomed, loader = run.consumer()
+    die_after(loader, steps)
+    with pytest.raises(Killed):
+        doomed.fit(loader)
+    trainer = run.run()
+    assert trainer.step == 10
+    assert same_bits(weights(trainer), plain)
+    assert SQLiteMetadataStore(run.db).durable_marker()["acked"] == {f"small:{n}" for n in range(14)}
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_a_consumer_that_vanishes_is_replayed_to_the_same_weights(
     tmp_path: Path, uninterrupted: dict[str, torch.Tensor], steps: int

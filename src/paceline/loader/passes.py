@@ -1,0 +1,94 @@
+"""In which order the committed samples are visited when each is trained on more than once.
+
+A target writes more slowly than a draft learns, so a run may visit every sample `passes` times. The
+log is cut into blocks of `block_size` samples. Stage s visits block s for the first time, block
+s - 1 for the second, and so on, taking one sample of each in turn; after the last block the older
+ones finish. So a window of `passes` blocks is enough, however long the run is, and the order is a
+pure function of the log: a `Position` says where a run stands. With one pass it is the log's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Position:
+    """`offset` visits of stage `stage` are done, and all stages before it."""
+
+    stage: int = 0
+    offset: int = 0
+
+
+START = Position()
+
+
+@dataclass(frozen=True)
+class Visit(Generic[T]):
+    """One use of a sample. `is_last`: no later visit will follow. `after`: where the run stands then."""
+
+    item: T
+    is_last: bool
+    after: Position
+
+
+class VisitOrder(Generic[T]):
+    """Turns blocks of the log, read one after another, into visits."""
+
+    def __init__(self, *, passes: int, block_size: int, position: Position = START) -> None:
+        """After a resume the first block that `visits` reads must be `first_block(position)`."""
+        self._passes = passes
+        self._block_size = block_size
+        self._next_block = self.first_block(position, passes)
+        self._stage = self._next_block
+        self._skip_to = position
+        self._window: list[list[T]] = []  # newest first
+        self._ready: list[Visit[T]] = []
+        self._ended = False
+
+    @staticmethod
+    def first_block(position: Position, passes: int) -> int:
+        """The oldest block that a run at `position` may still visit."""
+        return max(0, position.stage - passes + 1)
+
+    def visits(self, count: int, read_block: Callable[[int], Sequence[T] | None]) -> list[Visit[T]] | None:
+        """The next `count` visits; fewer only at the end of the log.
+
+        `read_block(size)` gives the next block, a short or empty one at the log's end, or None if it
+        was interrupted; then nothing is taken and None comes back.
+        """
+        while len(self._ready) < count and not self._is_over():
+            block: Sequence[T] | None = [] if self._ended else read_block(self._block_size)
+            if block is None:
+                return None
+            self._enter_stage(list(block))
+        taken, self._ready = self._ready[:count], self._ready[count:]
+        return taken
+
+    def _is_over(self) -> bool:
+        return self._ended and not any(self._window[: self._passes - 1])
+
+    def _enter_stage(self, block: list[T]) -> None:
+        if len(block) < self._block_size:
+            self._ended = True
+        self._window = [block, *self._window][: self._passes]
+        members = [
+            (item, age == self._passes - 1)
+            for turn in zip_longest(*[[(item,) for item in old] for old in self._window])
+            for age, held in enumerate(turn)
+            if held is not None
+            for item in held
+        ]
+        stage, self._stage = self._stage, self._stage + 1
+        for offset, (item, is_last) in enumerate(members, start=1):
+            after = Position(stage, offset) if offset < len(members) else Position(stage + 1, 0)
+            done = stage < self._skip_to.stage or (
+                stage == self._skip_to.stage and offset <= self._skip_to.offset
+            )
+            if not done:
+                self._ready.append(Visit(item, is_last, after))
