@@ -57,14 +57,14 @@ class FeaturesSection(Section):
 
 
 class MethodSection(Section):
-    """EAGLE-3. `vocab_samples`: how many of the first samples choose the draft vocabulary."""
+    """EAGLE-3. `first_samples`: how many of the run's first samples choose vocabulary and first weights."""
 
     name: Literal["eagle3"] = "eagle3"
     draft_vocab_size: Count = 8192
-    vocab_samples: Count = 64
+    first_samples: Count = 128
     ttt_steps: Annotated[int, Field(ge=1, le=16)] = 4
     step_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
-    init: Literal["target", "random"] = "target"
+    init: Literal["regression", "target", "random"] = "regression"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
 

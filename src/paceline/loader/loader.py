@@ -1,9 +1,9 @@
 """From the committed log to the tensors of one optimizer step.
 
 The loader takes refs in seq order (each as often as the run's passes say, see passes.py), has the
-step's plan written before anything is computed, and fetches and verifies the features. A feature that is gone or damaged is a cache miss: the loader
-reports it lost, the producer captures its prompt again under the same ordinal, and the step goes
-on with the same samples in the same order.
+step's plan written before anything is computed, and fetches and verifies the features. A feature
+that is gone or damaged is a cache miss: the loader reports it lost, the producer captures its prompt
+again under the same ordinal, and the step goes on with the same samples in the same order.
 """
 
 from __future__ import annotations

@@ -73,6 +73,9 @@ class DraftMethod(Protocol):
     def attach_target(self, draft: nn.Module, head: TargetHead) -> None:
         """Give a draft whose state dict was just loaded its frozen target tensors back."""
 
+    def learning_rate_scales(self) -> Mapping[str, float]:
+        """Factors on the learning rate by parameter name; 1 for every name not in it."""
+
     def token_weights(self, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
         """Evidence [V] for `build_draft` from a run's first samples; a pure function of them."""
 

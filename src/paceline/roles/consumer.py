@@ -37,7 +37,7 @@ def trainer_settings(plan: RunPlan) -> TrainerSettings:
         ),
         seed=config.run.seed,
         micro_batch_size=training.micro_batch_size,
-        vocab_samples=config.method.vocab_samples,
+        first_samples=config.method.first_samples,
         autocast_dtype=torch.bfloat16 if torch_dtype(config.method.dtype) is torch.bfloat16 else None,
         max_steps=training.max_steps,
         checkpoint_interval_steps=config.checkpoint.interval_steps,

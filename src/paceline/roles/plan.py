@@ -80,7 +80,7 @@ def bind_run(plan: RunPlan, store: MetadataStore) -> None:
 def window_size(config: RunConfig) -> int:
     """The most samples the consumer must have at once before it can free any."""
     blocks = (config.training.passes + 1) * config.capture.group_size
-    return max(blocks + config.training.batch_size, config.method.vocab_samples)
+    return max(blocks + config.training.batch_size, config.method.first_samples)
 
 
 def processors_of_roles(config: RunConfig) -> dict[str, list[int]]:

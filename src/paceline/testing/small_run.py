@@ -67,7 +67,7 @@ class SmallRun:
         settings = TrainerSettings(
             optimizer=OptimizerSettings(total_steps=5, warmup_steps=1),
             micro_batch_size=2,
-            vocab_samples=4,
+            first_samples=4,
             max_steps=self.max_steps,
             checkpoint_interval_steps=2,
         )

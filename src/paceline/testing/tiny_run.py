@@ -49,7 +49,7 @@ class TinyRun:
             "prompts": {"path": str(folder / "train.jsonl"), "rounds": 2, "max_answer_tokens": 12},
             "capture": {"group_size": 8},
             "features": {"budget_mib": 8},
-            "method": {"draft_vocab_size": 48, "vocab_samples": 8, "ttt_steps": 2, "dtype": "float32"},
+            "method": {"draft_vocab_size": 48, "first_samples": 8, "ttt_steps": 2, "dtype": "float32"},
             "training": {"batch_size": 4, "micro_batch_size": 2, "warmup_steps": 2},
             "checkpoint": {"interval_steps": 3},
             "evaluation": {

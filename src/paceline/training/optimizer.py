@@ -34,17 +34,25 @@ def learning_rate_at(step: int, settings: OptimizerSettings) -> float:
     return settings.final_learning_rate + fall * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def build_optimizer(draft: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Decay on matrices only, as is usual; norms and biases have none."""
-    matrices = [p for p in draft.parameters() if p.requires_grad and p.dim() >= 2]
-    vectors = [p for p in draft.parameters() if p.requires_grad and p.dim() < 2]
+def build_optimizer(
+    draft: nn.Module, settings: OptimizerSettings, scales: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """One group per parameter: decay on matrices only, and the method's factor on the learning rate."""
     groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {
+            "params": [parameter],
+            "weight_decay": settings.weight_decay if parameter.dim() >= 2 else 0.0,
+            "rate_scale": (scales or {}).get(name, 1.0),
+        }
+        for name, parameter in draft.named_parameters()
+        if parameter.requires_grad
     ]
-    return torch.optim.AdamW(
-        groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), foreach=True
-    )
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate_scale"]
 
 
 def optimizer_tensors(draft: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

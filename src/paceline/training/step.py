@@ -15,7 +15,7 @@ from torch import nn
 
 from paceline.errors import TrainingError
 from paceline.methods.method import DraftMethod
-from paceline.training.optimizer import OptimizerSettings, learning_rate_at
+from paceline.training.optimizer import OptimizerSettings, learning_rate_at, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ def train_step(
             why="An update would destroy the weights; they are as they were after the step before.",
             next="lower training.learning_rate in a new run; the last checkpoint is unharmed.",
         )
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    set_learning_rate(optimizer, rate)
     optimizer.step()
     mean = loss_sum / max(1, num_tokens)
     return StepResult(mean, num_tokens, grad_norm, rate, method.mean_metrics(metrics, num_tokens))

@@ -38,12 +38,15 @@ CHECKPOINT_WANTED = "checkpoint_wanted"
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """What decides the weights (seed, sizes, optimizer) and how often they are made durable."""
+    """What decides the weights (seed, sizes, optimizer) and how often they are made durable.
+
+    `first_samples`: how many of the run's first samples choose the draft vocabulary and warm-start.
+    """
 
     optimizer: OptimizerSettings
     seed: int = 0
     micro_batch_size: int = 8
-    vocab_samples: int = 64
+    first_samples: int = 64
     autocast_dtype: torch.dtype | None = None
     max_steps: int | None = None
     checkpoint_interval_steps: int = 25
@@ -123,16 +126,20 @@ class Trainer:
 
     def _adopt(self, draft: nn.Module) -> None:
         self.draft = draft
-        self.optimizer = build_optimizer(draft, self._settings.optimizer)
+        scales = self._method.learning_rate_scales()
+        self.optimizer = build_optimizer(draft, self._settings.optimizer, scales)
 
     def _initialise(self, loader: StepLoader) -> bool:
         """Build the draft from the run's first samples and make it checkpoint 0; False if stopped."""
-        samples = loader.first_samples(self._settings.vocab_samples)
+        samples = loader.first_samples(self._settings.first_samples)
         if not samples:
             return False
         weights = self._method.token_weights(self._head, samples)
-        torch.manual_seed(self._settings.seed)
-        self._adopt(self._method.build_draft(self._head, self._settings.seed, weights))
+        seed = self._settings.seed
+        torch.manual_seed(seed)
+        draft = self._method.build_draft(self._head, seed, weights)
+        self._method.warm_start(draft, self._head, samples, seed)
+        self._adopt(draft)
         self.checkpoint()
         return True
 

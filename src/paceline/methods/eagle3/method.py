@@ -24,6 +24,10 @@ from paceline.methods.method import LossSums, default_aux_layer_ids
 from paceline.methods.target_head import TargetHead
 from paceline.types import FeatureSpec
 
+# Regressed fc weights read states of root mean square 20 and more and are as small in turn, so that
+# Adam's equal steps would overrun them; lm_head starts as good as the target's own.
+_REGRESSION_RATES = {"fc.weight": 0.02, "lm_head.weight": 0.1}
+
 
 @dataclass(frozen=True)
 class Eagle3Settings:
@@ -95,7 +99,7 @@ class Eagle3Method:
         draft.d2t, draft.t2d = vocab_maps(target_ids, head.vocab_size)
         attach_target(draft, head)
         _initialise_random(draft, seed)
-        if chosen.init == "target":
+        if chosen.init != "random":  # "regression" overwrites it all once samples are there
             _initialise_from_target(draft, head)
         return draft
 
@@ -109,6 +113,9 @@ class Eagle3Method:
     def attach_target(self, draft: nn.Module, head: TargetHead) -> None:
         assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type
         attach_target(draft, head)
+
+    def learning_rate_scales(self) -> Mapping[str, float]:
+        return _REGRESSION_RATES if self.settings.init == "regression" else {}
 
     def token_weights(self, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
         return answer_token_weights(head, samples)

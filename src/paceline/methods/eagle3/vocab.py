@@ -78,9 +78,10 @@ def answer_token_weights(head: TargetHead, samples: Sequence[Mapping[str, torch.
     [T], `loss_mask` [T] and `last_hidden_states` [T, H] (pre-norm).
     """
     weights = count_answer_tokens(((s["input_ids"], s["loss_mask"]) for s in samples), head.vocab_size)
-    lm_head = head.lm_head.float()
     for sample in samples:
         hidden = sample["last_hidden_states"][sample["loss_mask"].bool()].float()
         normed = F.rms_norm(hidden, (head.hidden_size,), head.norm_weight.float(), head.rms_norm_eps)
-        weights += (normed @ lm_head.T).softmax(-1).sum(0).to(torch.float64)
+        # In the target's own dtype: as exact as the target's own output, and twice as fast in bfloat16.
+        logits = (normed.to(head.lm_head.dtype) @ head.lm_head.T).float()
+        weights += logits.softmax(-1).sum(0).to(torch.float64)
     return weights

@@ -52,21 +52,24 @@ def warm_start(
 
 def _regress(head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
     """Ridge map [4H, H] (or as many auxiliary states as there are) from raw inputs to directions."""
-    inputs, wanted = [], []
+    width = int(samples[0]["aux_hidden_states"].shape[1]) + head.hidden_size
+    gram, moment = torch.zeros(width, width), torch.zeros(width, head.hidden_size)
+    num_rows = 0
     for sample in samples:
         ids = sample["input_ids"].long()
         # Row i counts if token i+2 belongs to the answer; the token after the last row always does.
         in_answer = torch.cat((sample["loss_mask"][2:].bool(), torch.ones(1, dtype=torch.bool)))
         rows = torch.arange(ids.numel() - 1)[in_answer[: ids.numel() - 1]]
         embedding = _direction(head.embed_tokens[ids[rows + 1]].float())
-        inputs.append(torch.cat((sample["aux_hidden_states"][rows].float(), embedding), dim=-1))
-        wanted.append(_direction(sample["last_hidden_states"][rows + 1].float()))
-    input_rows = torch.cat(inputs)
-    scale = input_rows.square().mean(0).sqrt() + 1e-6
-    input_rows = input_rows / scale
-    gram = input_rows.T @ input_rows
-    gram.diagonal().add_(_RIDGE)
-    solution: torch.Tensor = torch.linalg.solve(gram, input_rows.T @ torch.cat(wanted))
+        inputs = torch.cat((sample["aux_hidden_states"][rows].float(), embedding), dim=-1)
+        gram.addmm_(inputs.T, inputs)
+        moment.addmm_(inputs.T, _direction(sample["last_hidden_states"][rows + 1].float()))
+        num_rows += int(rows.numel())
+    # Every input is brought to unit scale, so that one ridge fits states and embeddings alike.
+    scale = (gram.diagonal() / max(1, num_rows)).sqrt() + 1e-6
+    scaled = gram / scale.unsqueeze(0) / scale.unsqueeze(1)
+    scaled.diagonal().add_(_RIDGE)
+    solution: torch.Tensor = torch.linalg.solve(scaled, moment / scale.unsqueeze(1))
     return solution / scale.unsqueeze(1)
 
 
