@@ -1,7 +1,7 @@
 """The target in this process: Hugging Face transformers, answering and capturing in one pass.
 
 The states of the prompt come from the prefill and those of the answer from the decode steps that
-write it, so nothing is computed twice. A group is a left-padded batch that keeps its shape until
+write it, so nothing is computed twice. A group is a padded batch that keeps its shape until
 every row is done, and sampling noise is drawn per request, so the result is a pure function of the
 group: captured again with the same thread count it has the same bits. Only local folders and
 safetensors are read; no code of the model folder is run.
@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
+from paceline.engines.attention import ATTENTION
+from paceline.engines.cache import PreallocatedLayer, copy_cache
+from paceline.engines.capture_rows import CaptureRows
 from paceline.engines.engine import CapturedSample, CaptureRequest, TargetFacts
 from paceline.engines.prompt_encoder import PromptEncoder
 from paceline.errors import CaptureMismatchError, EngineError
@@ -54,9 +56,8 @@ class TransformersEngine:
         """See `TargetEngine`. Raises EngineError naming the samples whose states are not finite."""
         if not group:
             return []
-        rows = _Rows(group, self._facts, self._model.dtype, self._device)
-        cache = DynamicCache(config=self._model.config)
-        cache.layers[:] = [PreallocatedLayer(len(group), rows.capacity) for _ in self._layers]
+        rows = CaptureRows(group, self._facts, self._model.dtype, self._device)
+        cache = self._empty_cache(len(group), rows.capacity)
         with _Hooks(self._layers, self._captured_ids) as states:
             hidden = self._prefill(rows, cache, states)
             while rows.choose(self._model.lm_head(hidden)):
@@ -66,29 +67,39 @@ class TransformersEngine:
                 rows.keep(states.taken)
         return rows.samples(self._facts.aux_layer_ids)
 
-    def _prefill(self, rows: _Rows, cache: DynamicCache, states: _Hooks) -> torch.Tensor:
-        """Read the prompts, rows of like length together so that little padding is computed.
+    def _prefill(self, rows: CaptureRows, cache: DynamicCache, states: _Hooks) -> torch.Tensor:
+        """Read the prompts: what all begin with (the template's system prompt) once, then rows of like
+        length together, so that little padding is computed.
 
         Returns the final hidden state of every row's last prompt token, [B, H].
         """
+        shared, everyone = rows.shared, torch.arange(rows.count, device=self._device)
+        first = self._empty_cache(1, shared)
+        if shared:
+            positions = torch.arange(shared, device=self._device)[None]
+            self._forward(rows.prompt_ids[:1, :shared], rows.mask[:1, :shared], positions, first)
+            rows.keep_prompts(everyone, 0, shared, states.taken)
+            copy_cache(first, cache, everyone, 0)
         hidden = torch.empty(
             rows.count, self._facts.hidden_size, dtype=self._model.dtype, device=self._device
         )
         for members, width in rows.by_length(PREFILL_ROWS):
             start = rows.length - width
-            part = DynamicCache(config=self._model.config)
+            part = self._empty_cache(len(members), shared + width)
+            if shared:
+                copy_cache(first, part, torch.arange(len(members), device=self._device), 0)
             positions = torch.arange(start, rows.length, device=self._device) - rows.padding[members, None]
-            hidden[members] = self._forward(
-                rows.prompt_ids[members, start:], rows.mask[members, start : rows.length], positions, part
-            )
-            rows.keep_prompts(members, start, states.taken)
-            for whole, piece in zip(cache.layers, part.layers, strict=True):
-                assert isinstance(whole, PreallocatedLayer)
-                assert isinstance(piece, DynamicLayer)
-                assert piece.keys is not None
-                assert piece.values is not None
-                whole.adopt(members, start, piece.keys, piece.values)
+            mask = torch.cat([rows.mask[members, :shared], rows.mask[members, start : rows.length]], dim=1)
+            own_ids = rows.prompt_ids[members, start : rows.length]
+            hidden[members] = self._forward(own_ids, mask, positions, part)
+            rows.keep_prompts(members, start, rows.length, states.taken)
+            copy_cache(part, cache, members, start, skip=shared)
         return hidden
+
+    def _empty_cache(self, num_rows: int, capacity: int) -> DynamicCache:
+        cache = DynamicCache(config=self._model.config)
+        cache.layers[:] = [PreallocatedLayer(num_rows, capacity) for _ in self._layers]
+        return cache
 
     def _forward(
         self, token_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
@@ -125,46 +136,6 @@ class TransformersEngine:
             )
 
 
-class PreallocatedLayer(DynamicLayer):
-    """A cache layer that writes into place; the stock one copies the whole cache at every token."""
-
-    def __init__(self, num_rows: int, capacity: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._num_rows, self._capacity, self._length = num_rows, capacity, 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        shape = (self._num_rows, key_states.shape[1], self._capacity, key_states.shape[3])
-        # Zeros, because a masked position still meets its value, and zero times garbage may be NaN.
-        self._key_room, self._value_room = key_states.new_zeros(shape), value_states.new_zeros(shape)
-        self.is_initialized = True
-
-    def adopt(
-        self, members: torch.Tensor, start: int, key_states: torch.Tensor, value_states: torch.Tensor
-    ) -> None:
-        """Take the prompts of some rows, computed apart, from position `start` on."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._length = start + key_states.shape[-2]
-        self._key_room[members, :, start : self._length] = key_states
-        self._value_room[members, :, start : self._length] = value_states
-        self.keys, self.values = self._key_room[:, :, : self._length], self._value_room[:, :, : self._length]
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        *args: Any,  # noqa: ARG002 (the base class's signature)
-        **kwargs: Any,  # noqa: ARG002
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        end = self._length + key_states.shape[-2]
-        self._key_room[:, :, self._length : end] = key_states
-        self._value_room[:, :, self._length : end] = value_states
-        self._length = end
-        self.keys, self.values = self._key_room[:, :, :end], self._value_room[:, :, :end]
-        return self.keys, self.values
-
-
 class _Hooks:
     """Keeps the outputs of the asked layers of the latest forward, in the order of `ids`."""
 
@@ -192,111 +163,6 @@ class _Hooks:
         return hook
 
 
-class _Rows:
-    """The group while it is answered: what each row holds, and the states captured so far."""
-
-    def __init__(
-        self, group: Sequence[CaptureRequest], facts: TargetFacts, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        lengths = [len(request.prompt_ids) for request in group]
-        self._group, self._facts, self._lengths = group, facts, lengths
-        longest, answer = max(lengths), max(request.max_new_tokens for request in group)
-        self.count = len(group)
-        self.capacity = longest + answer
-        self.length = longest  # positions processed (or about to be, by the prefill), padding included
-        self.padding = torch.tensor([longest - length for length in lengths], device=device)
-        self.mask = (torch.arange(self.capacity, device=device) >= self.padding[:, None]).long()
-        pad = facts.eos_token_ids[0] if facts.eos_token_ids else 0
-        self.prompt_ids = torch.tensor(
-            [[pad] * (longest - len(r.prompt_ids)) + list(r.prompt_ids) for r in group], device=device
-        )
-        self._answers: list[list[int]] = [[] for _ in group]
-        self._done = [False] * len(group)
-        shape = (len(group), self.capacity, (len(facts.aux_layer_ids) + 1) * facts.hidden_size)
-        self._states = torch.empty(shape, dtype=dtype, device=device)
-        self._noise = [torch.Generator().manual_seed(request.seed) for request in group]
-        # Temperature 1 stands in for greedy rows, whose sample is not used.
-        temperatures = [request.temperature or 1.0 for request in group]
-        self._temperature = torch.tensor(temperatures, device=device)[:, None]
-        self._sampled = [request.temperature > 0 for request in group]
-
-    @property
-    def last_ids(self) -> torch.Tensor:
-        return torch.tensor([[answer[-1]] for answer in self._answers], device=self.mask.device)
-
-    def by_length(self, size: int) -> list[tuple[torch.Tensor, int]]:
-        """Rows in parts of `size`, shortest prompts first, each with its longest prompt's length."""
-        order = sorted(range(self.count), key=lambda row: self._lengths[row])
-        parts = [order[i : i + size] for i in range(0, self.count, size)]
-        return [(torch.tensor(part, device=self.mask.device), self._lengths[part[-1]]) for part in parts]
-
-    def keep_prompts(self, members: torch.Tensor, start: int, states: Sequence[torch.Tensor]) -> None:
-        """Copy the states of some rows' prompts, which end at the current length."""
-        width = self._facts.hidden_size
-        for place, state in enumerate(states):
-            self._states[members, start : self.length, place * width : (place + 1) * width] = state
-
-    def keep(self, states: Sequence[torch.Tensor]) -> None:
-        """Copy the latest forward's states behind those before it."""
-        stop = self.length + states[0].shape[1]
-        width = self._facts.hidden_size
-        for place, state in enumerate(states):
-            self._states[:, self.length : stop, place * width : (place + 1) * width] = state
-        self.length = stop
-
-    def choose(self, logits: torch.Tensor) -> bool:
-        """Append every unfinished row's next token; whether any row needs another forward."""
-        chosen = logits.argmax(-1).tolist()
-        sampled = self._sample(logits) if any(self._sampled) else chosen
-        for row, request in enumerate(self._group):
-            if self._done[row]:
-                # A finished row keeps its place, so that its neighbours' bits do not depend on it.
-                self._answers[row].append(self._answers[row][-1])
-                continue
-            token = sampled[row] if self._sampled[row] else chosen[row]
-            self._answers[row].append(token)
-            ended = token in self._facts.eos_token_ids or len(self._answers[row]) == request.max_new_tokens
-            if ended:
-                self._done[row] = True
-                self._lengths[row] += len(self._answers[row]) - 1  # the last token has no state
-        return not all(self._done)
-
-    def _sample(self, logits: torch.Tensor) -> list[int]:
-        """Inverse of each row's cumulative distribution at the row's own next random number."""
-        cumulative = (logits.float() / self._temperature).softmax(-1).cumsum(-1)
-        points = torch.cat([torch.rand(1, generator=noise) for noise in self._noise])
-        points = points.to(cumulative.device)[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, points, right=True)[:, 0]
-        return [int(token) for token in tokens.clamp(max=logits.shape[-1] - 1)]
-
-    def samples(self, aux_layer_ids: Sequence[int]) -> list[CapturedSample]:
-        aux_width = len(aux_layer_ids) * self._facts.hidden_size
-        captured, bad = [], []
-        for row, request in enumerate(self._group):
-            start, length = int(self.padding[row]), self._lengths[row]
-            states = self._states[row, start : start + length].cpu()
-            if not torch.isfinite(states).all():
-                bad.append(request.sample_id)
-            prompt = len(request.prompt_ids)
-            tokens = list(request.prompt_ids) + self._answers[row][: length - prompt]
-            captured.append(
-                CapturedSample(
-                    sample_id=request.sample_id,
-                    input_ids=torch.tensor(tokens, dtype=torch.int32),
-                    loss_mask=(torch.arange(length) >= prompt).to(torch.uint8),
-                    aux_hidden_states=states[:, :aux_width].contiguous(),
-                    last_hidden_states=states[:, aux_width:].contiguous(),
-                )
-            )
-        if bad:
-            raise EngineError(
-                f"The target gave states that are not finite for {len(bad)} samples (first: {bad[0]}).",
-                why="Training on them would destroy the draft's weights; nothing of the group was stored.",
-                next="try target.dtype: float32, or remove the prompt.",
-            )
-        return captured
-
-
 def _load_model(model_folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -305,6 +171,7 @@ def _load_model(model_folder: Path, dtype: torch.dtype, device: torch.device) ->
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            attn_implementation=ATTENTION,
         )
     except (OSError, ValueError) as error:
         raise EngineError(
