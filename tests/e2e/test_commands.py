@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from paceline.config.load import load_run_config
 from paceline.testing.tiny_run import TinyRun
 
 
@@ -30,7 +31,7 @@ def test_train_trains_every_sample_and_leaves_no_feature(finished: TinyRun) -> N
     assert len(store.durable_marker()["acked"]) == 40
     assert store.facts()["completed_step"] == 10
     assert store.usage().resident_samples == 0
-    assert not Path("/dev/shm", f"paceline-{finished.config['run']['name']}").exists()
+    assert not load_run_config(finished.run_file).feature_folder.exists()
 
 
 def test_evaluation_is_lossless(finished: TinyRun) -> None:

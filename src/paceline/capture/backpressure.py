@@ -62,17 +62,18 @@ class Backpressure:
     def wait_for_credit(self, should_stop: Callable[[], bool], fence: Fence | None) -> bool:
         """Block until a group fits; False if asked to stop first. Never busy-polls."""
         started = monotonic()
-        while not self._has_credit():
+        while not self.has_credit():
             if should_stop():
                 return False
             self._ask_for_checkpoint(fence)
             mark = self._store.lsn()  # before the last look, so that no release is missed
-            if not self._has_credit():
+            if not self.has_credit():
                 self._store.wait(mark, WAIT_S)
         self.waited_s += monotonic() - started
         return True
 
-    def _has_credit(self) -> bool:
+    def has_credit(self) -> bool:
+        """Whether a group fits now; below the low watermark only, once it did not."""
         resident = self._features.usage().resident_bytes
         limit = (
             self._marks.resume_bytes if self._paused else self._marks.budget_bytes - self._marks.group_bytes

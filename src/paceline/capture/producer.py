@@ -17,10 +17,11 @@ from time import monotonic
 from paceline.capture.backpressure import Backpressure
 from paceline.crashpoints import reach
 from paceline.engines.engine import CapturedSample, CaptureRequest, TargetEngine
-from paceline.errors import EngineError
+from paceline.errors import EngineError, LedgerError
 from paceline.features.store import FeatureStore
 from paceline.ledger.channel import CommittedRefLog
 from paceline.ledger.controller import DataFlowController
+from paceline.ledger.store import Fence
 from paceline.types import PromptTask, SampleRef
 
 
@@ -50,7 +51,6 @@ class Producer:
         report: Callable[..., None] = lambda *_, **__: None,
         worker_id: str = "producer-0",
     ) -> None:
-        """Takes the producer role, ingests the prompts and frees what a dead producer never committed."""
         self.controller = controller
         self.engine = engine
         self.worker_id = worker_id
@@ -60,30 +60,20 @@ class Producer:
         self._backpressure = backpressure
         self._report = report
         self._log = CommittedRefLog(controller.store)
-        self._fence = controller.take_role("producer")
+        self._fence: Fence | None = None
         controller.ingest_prompts(tasks)
-        if self._log.is_closed():
-            self._log.reopen()
-        orphans = features.sweep(keep=set(controller.store.all_committed_ids()))
-        lost = self._report_what_is_gone()
-        self._report("started", orphans=len(orphans), lost=lost, epoch=self._fence.epoch)
-
-    def _report_what_is_gone(self) -> int:
-        """After a reboot the ledger knows samples that the memory forgot: all are captured again at once."""
-        here = set(self._features.sample_ids())
-        gone = [i for i in self.controller.store.present_ids() if i not in here]
-        if gone:
-            self.controller.store.report_lost(gone, fence=self._fence)
-        return len(gone)
 
     def run(self, max_rounds: int | None = None, should_stop: Callable[[], bool] | None = None) -> int:
         """Capture until no prompt is pending, then close the stream; samples committed by this call.
 
-        A stop or `max_rounds` leaves the stream open: whoever comes next goes on from there.
+        Takes the producer role first: leases of an earlier producer, or of a call that failed,
+        return. A stop or `max_rounds` leaves the stream open: whoever comes next goes on from there.
         """
         stop = should_stop or (lambda: False)
+        self._take_over()
         committed, rounds = 0, 0
         while not stop() and (max_rounds is None or rounds < max_rounds):
+            self._make_room_for_lost()
             if not self._backpressure.wait_for_credit(stop, self._fence):
                 return committed
             size = self._settings.group_size
@@ -95,10 +85,47 @@ class Producer:
             rounds += 1
         return committed
 
+    def _take_over(self) -> None:
+        """Become the producer, free what a dead one never committed, and report what is gone."""
+        store = self.controller.store
+        self._fence = self.controller.take_role("producer")
+        counts = store.task_counts()
+        if self._log.is_closed() and store.committed_count() + counts["failed"] < sum(counts.values()):
+            self._log.reopen()  # prompts were added; a sample captured again adds nothing to the log
+        orphans = self._features.sweep(keep=set(store.all_committed_ids()))
+        # After a reboot the ledger knows samples that the memory forgot: all are reported at once.
+        here = set(self._features.sample_ids())
+        gone = [i for i in store.present_ids() if i not in here]
+        if gone:
+            store.report_lost(gone, fence=self._fence)
+        self._report("started", orphans=len(orphans), lost=len(gone), epoch=self._fence.epoch)
+
+    def _make_room_for_lost(self) -> None:
+        """The consumer may wait for a lost sample while samples behind it fill the store.
+
+        Those are given up, the last first, until a group fits: features are a cache, and they are
+        captured again when the consumer has come closer.
+        """
+        store = self.controller.store
+        lost = store.lost_ids()
+        if not lost or self._backpressure.has_credit():
+            return
+        order = store.all_committed_ids()
+        behind = set(order[order.index(lost[0]) + 1 :])
+        given_up = []
+        for sample_id in reversed([i for i in store.present_ids() if i in behind]):
+            self._features.abort(sample_id, reason="makes room for a sample that is needed first")
+            given_up.append(sample_id)
+            if self._backpressure.has_credit():
+                break
+        store.report_lost(given_up, fence=self._fence)
+        self._report("made_room", given_up=len(given_up), needed=lost[0])
+
     def _finish(self) -> None:
-        failed = self.controller.store.failed_tasks()
-        self._log.close()
-        self._report("finished", failed_prompts=len(failed))
+        counts = self.controller.store.task_counts()
+        if counts["leased"] == 0:
+            self._log.close()
+        self._report("finished", failed_prompts=counts["failed"])
 
     def _capture(self, wanted: Sequence[PromptTask]) -> int:
         """Capture the group of `wanted` whole, store and commit the wanted; how many were new."""
@@ -106,9 +133,18 @@ class Producer:
         group = wanted[0].ordinal // self._settings.group_size
         first = group * self._settings.group_size
         members = self._tasks[first : first + self._settings.group_size]
+        if members[wanted[0].ordinal - first].task_id != wanted[0].task_id:
+            raise LedgerError(
+                f"Prompt {wanted[0].ordinal} of the ledger is {wanted[0].task_id!r}, but this producer was "
+                f"given {members[wanted[0].ordinal - first].task_id!r} there.",
+                why="Groups are slices of the prompt order; another order gives other features.",
+                next="pass the prompts the run was started with, in the same order.",
+            )
         try:
             captured = self.engine.capture([self._request(task, first + i) for i, task in enumerate(members)])
         except EngineError as error:
+            if any(self.controller.store.is_committed(sample_id(task)) for task in wanted):
+                raise  # a committed sample is never given up; the leases return with the next start
             buried = self.controller.fail_prompt_tasks(
                 self.worker_id, [task.task_id for task in wanted], str(error), retryable=True
             )

@@ -6,6 +6,7 @@ they are listed in `CHANGEABLE`; a resumed run refuses a change of any other (co
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -136,7 +137,9 @@ class RunConfig(Section):
 
     @property
     def feature_folder(self) -> Path:
-        return self.features.directory / f"paceline-{self.run.name}"
+        """Its own for every run directory, so that two runs of one name never meet in memory."""
+        place = hashlib.sha256(str(self.run.directory.resolve()).encode()).hexdigest()[:8]
+        return self.features.directory / f"paceline-{self.run.name}-{place}"
 
 
 # What may change between two starts of one run, because no bit of the weights depends on it.

@@ -130,34 +130,45 @@ class StreamingRefQueue:
         self._clock = clock
         self._ready: list[SampleRef] = []
         self._interrupted = False
+        self.ended = False  # whether the last `get` reached the true end of the stream
         # A new reader starts its own count: what its predecessor consumed but did not make
         # durable is in flight again.
         self.channel.mark_consumed(0)
         self._fill()
 
     def get(self, n: int) -> list[SampleRef]:
-        """The next `n` refs; fewer only at the end of the stream or when asked to stop.
+        """The next `n` refs, waiting for them; fewer only at the end of the stream (then `ended`).
 
-        Blocks until then. Raises TimeoutError after `idle_timeout_s` without news.
+        [] if asked to stop, or interrupted, before `n` are there: what is there stays for the next
+        call. Raises TimeoutError after `idle_timeout_s` without news.
         """
         last_news = self._clock()
-        while len(self._ready) < n and not self._should_stop():
+        while not self._should_stop():
             mark = self.channel.change_mark()
-            ended = self._interrupted or self.channel.is_closed()
-            if self._fill():
+            closed, interrupted = self.channel.is_closed(), self._interrupted
+            news = self._fill()
+            # Closed was looked at before the channel was read, so nothing can have been missed.
+            self.ended = closed and not news and len(self._ready) < n
+            if self.ended or len(self._ready) >= n:
+                taken, self._ready = self._ready[:n], self._ready[n:]
+                return taken
+            if news:
                 last_news = self._clock()
                 continue
-            if ended:  # seen ended before the last fill, so nothing can have been missed
+            if interrupted:
                 break
             self._check_idle(last_news)
             self._on_wait()
             self.channel.wait(mark, self.poll_s)
-        taken, self._ready = self._ready[:n], self._ready[n:]
-        return taken
+        return []
 
     def interrupt(self) -> None:
-        """The writer is gone and did not close: drain what is there, then end."""
+        """The writer is gone and did not close: give out what is whole, then end."""
         self._interrupted = True
+
+    def rearm(self) -> None:
+        """A writer is back."""
+        self._interrupted = False
 
     def ack(self, refs: Sequence[SampleRef]) -> None:
         """Count the refs as consumed."""

@@ -60,6 +60,7 @@ class StepLoader:
         self._batch_size = batch_size
         self._should_stop = should_stop
         self._interrupted = False
+        self.exhausted = False  # whether every visit of a stream that ended has been planned
         self._recapture_timeout_s = recapture_timeout_s
         self._order: VisitOrder[SampleRef] = VisitOrder(
             passes=passes, block_size=block_size, position=position
@@ -80,11 +81,14 @@ class StepLoader:
         The last step may have fewer samples: the tail is trained, not dropped. Raises LedgerError
         if a replayed step would differ from its plan.
         """
+        if self._should_stop():
+            return None
         started = monotonic()
         on_record = self._controller.store.get_plan(step)
         size = self._batch_size if on_record is None else len(on_record.sample_ids)
         visits = self._order.visits(size, self._read_block)
         if not visits:
+            self.exhausted = visits is not None
             return None
         refs = [visit.item for visit in visits]
         plan = self._controller.plan_step(step, refs, self._last_seq)
@@ -98,7 +102,8 @@ class StepLoader:
         try:
             refs, samples = self.fetch(refs)
         except _StoppedError:
-            return None  # the plan is on record; the next start replays it
+            self._order.put_back(visits)
+            return None  # the plan is on record and will be replayed
         return PlannedStep(
             step,
             refs,
@@ -112,7 +117,7 @@ class StepLoader:
     def _read_block(self, size: int) -> Sequence[SampleRef] | None:
         """The next block of the log; a short one only at the true end of the stream."""
         refs = self._queue.get(size)
-        if len(refs) < size and not self._log.is_closed():
+        if len(refs) < size and not self._queue.ended:
             return None
         for ref in refs:
             self._last_seq = self._log.take_seq(ref.sample_id)
@@ -126,6 +131,11 @@ class StepLoader:
         self._interrupted = True
         self._queue.interrupt()
 
+    def rearm(self) -> None:
+        """A producer is back."""
+        self._interrupted = False
+        self._queue.rearm()
+
     def first_samples(self, count: int) -> list[dict[str, Any]]:
         """The tensors of the first `count` samples of the run (fewer if it has fewer). Waits for them."""
         store = self._controller.store
@@ -136,7 +146,10 @@ class StepLoader:
             if interrupted and len(entries) < count:
                 break
             if len(entries) == count or ended:
-                return self.fetch([entry.ref for entry in entries])[1]
+                try:
+                    return self.fetch([entry.ref for entry in entries])[1]
+                except _StoppedError:
+                    break
             store.wait(mark, WAIT_S)
         return []
 
@@ -157,8 +170,8 @@ class StepLoader:
         """Report the sample lost, unless that is known already, and wait for its new ref."""
         store = self._controller.store
         reported = False
-        while monotonic() < deadline:
-            mark = store.lsn()
+        while True:
+            mark, interrupted = store.lsn(), self._interrupted
             known = store.get_committed(tried.sample_id)
             lost = tried.sample_id in store.lost_ids()
             if known is not None and known != tried and not lost:
@@ -169,6 +182,8 @@ class StepLoader:
                 continue
             if self._should_stop():
                 raise _StoppedError
+            if interrupted or monotonic() > deadline:
+                break  # nobody is there to capture it
             self.on_wait()
             store.wait(mark, WAIT_S)
         raise StoreError(

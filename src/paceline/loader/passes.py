@@ -70,6 +70,10 @@ class VisitOrder(Generic[T]):
         taken, self._ready = self._ready[:count], self._ready[count:]
         return taken
 
+    def put_back(self, visits: Sequence[Visit[T]]) -> None:
+        """Give visits that were not made to the next call of `visits`."""
+        self._ready[:0] = visits
+
     def _is_over(self) -> bool:
         return self._ended and not any(self._window[: self._passes - 1])
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from paceline.features.stores.shm import SharedMemoryFeatureStore
-from paceline.ledger.channel import CommittedRefLog
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.methods.target_head import TargetHead
 from paceline.precision import torch_dtype
@@ -55,6 +54,9 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     features = SharedMemoryFeatureStore(
         config.feature_folder, budget_bytes=config.features.budget_mib << 20, owner=False
     )
+    if "completed_step" in store.facts():
+        features.destroy()
+        return
     trainer, loader = build_disagg_online_consumer(
         run_id=config.run.name,
         feature_store=features,
@@ -73,8 +75,8 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
         report=events.write,
     )
     step = trainer.fit(loader)
-    at_the_end = CommittedRefLog(store).is_closed() or step == config.training.max_steps
-    if at_the_end and not should_stop():
+    everything_trained = loader.exhausted and store.usage().waiting_samples == 0
+    if everything_trained or step == config.training.max_steps:
         store.set_facts({"completed_step": step}, fence=trainer.controller.fence("consumer"))
         features.destroy()
     store.close()

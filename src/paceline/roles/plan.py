@@ -77,6 +77,20 @@ def bind_run(plan: RunPlan, store: MetadataStore) -> None:
         )
 
 
+def bind_target(store: MetadataStore, model_version: str, tokenizer_version: str) -> None:
+    """Record which target the run captures from; refuse another one, whatever its folder is called."""
+    facts, now = store.facts(), {"model_version": model_version, "tokenizer_version": tokenizer_version}
+    recorded = {key: facts[key] for key in now if key in facts}
+    if not recorded:
+        store.set_facts(now)
+    elif recorded != now:
+        raise ConfigError(
+            f"This run captured from target {recorded}, but target.model is now {now}.",
+            why="Features of two targets in one draft would make it imitate neither.",
+            next="put the old model back, or set a new run.name and run.directory.",
+        )
+
+
 def window_size(config: RunConfig) -> int:
     """The most samples the consumer must have at once before it can free any."""
     blocks = (config.training.passes + 1) * config.capture.group_size

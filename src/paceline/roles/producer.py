@@ -10,9 +10,10 @@ import torch
 
 from paceline.capture.producer import CaptureSettings
 from paceline.engines.transformers import TransformersEngine
+from paceline.errors import StoreError
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.roles.plan import RunPlan, bind_run, window_size
+from paceline.roles.plan import RunPlan, bind_run, bind_target, window_size
 from paceline.roles.process import run_role
 from paceline.roles.wire import build_disagg_online_producer
 from paceline.telemetry import EventLog
@@ -24,10 +25,13 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     torch.set_num_threads(config.machine.producer_threads)
     store = SQLiteMetadataStore(config.ledger_path)
     bind_run(plan, store)
+    if "completed_step" in store.facts():
+        return
     engine = TransformersEngine(
         config.target.model, dtype=config.target.dtype, max_prompt_tokens=config.prompts.max_prompt_tokens
     )
     engine.probe()
+    bind_target(store, engine.facts.model_version, engine.facts.tokenizer_version)
     events.write("engine_ready", dtype=engine.facts.dtype, model_version=engine.facts.model_version)
     features = SharedMemoryFeatureStore(
         config.feature_folder, budget_bytes=config.features.budget_mib << 20, owner=True
@@ -55,7 +59,12 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     def training_is_over() -> bool:
         return should_stop() or "completed_step" in store.facts()
 
-    drive_producer(should_stop=training_is_over)
+    try:
+        drive_producer(should_stop=training_is_over)
+    except StoreError:
+        # A consumer that reached its last step has given the memory back under this producer's hands.
+        if "completed_step" not in store.facts():
+            raise
     features.close()
     store.close()
 

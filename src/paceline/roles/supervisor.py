@@ -17,6 +17,8 @@ from pathlib import Path
 
 from paceline.config.run import RunConfig
 from paceline.errors import PacelineError
+from paceline.ledger.channel import END_OF_STREAM
+from paceline.ledger.gate import live_holder
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.roles.plan import RunPlan, bind_run, events_path, log_path, role_environment
 from paceline.roles.process import SUPERVISOR_VARIABLE
@@ -25,6 +27,7 @@ from paceline.telemetry import read_events
 
 LOOK_S = 0.5
 GRACE_S = 300.0
+PREDECESSOR_S = 120.0
 OWN_EXIT_CODES = range(2, 9)
 
 
@@ -47,6 +50,7 @@ class Supervisor:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._restarts = 0
         self._stopping = 0
+        self._started_at = time.time()
         self._store = SQLiteMetadataStore(self._config.ledger_path)
 
     def run(self) -> bool:
@@ -55,7 +59,7 @@ class Supervisor:
         Raises the failed role's error, after the other role was stopped at a safe point.
         """
         bind_run(self._plan, self._store)
-        if "completed_step" in self._store.facts():
+        if self._is_complete() and not self._config.feature_folder.exists():
             self._store.close()
             return True
         before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -74,11 +78,10 @@ class Supervisor:
             self._show(take_snapshot(self._config.run.directory, self._store))
             if self._stopping:
                 return False
-            completed = "completed_step" in self._store.facts()
             for role in ("producer", "consumer"):
                 if self._processes[role].poll() is not None:
-                    self._look_after(role, completed)
-            if completed and self._processes["consumer"].poll() == 0:
+                    self._look_after(role)
+            if self._is_complete() and self._processes["consumer"].poll() == 0:
                 return True
             self._wait_for_exit()
 
@@ -90,11 +93,20 @@ class Supervisor:
         except subprocess.TimeoutExpired:
             pass
 
-    def _look_after(self, role: str, completed: bool) -> None:
+    def _is_complete(self) -> bool:
+        return "completed_step" in self._store.facts()
+
+    def _producer_has_work(self) -> bool:
+        counts = self._store.task_counts()
+        return counts["pending"] + counts["leased"] > 0 or not self._store.facts().get(END_OF_STREAM)
+
+    def _look_after(self, role: str) -> None:
+        """A role ended: start it again if there is work left and the end was not its own error."""
         code = self._processes[role].returncode
+        if self._is_complete() and (role == "producer" or code == 0):
+            return
         if code == 0:
-            work_left = self._store.task_counts()["pending"] > 0 if role == "producer" else True
-            if work_left and not completed:
+            if role == "consumer" or self._producer_has_work():
                 self._start(role)
         elif code in OWN_EXIT_CODES:
             raise RoleFailedError(self._last_error(role), code)
@@ -112,15 +124,18 @@ class Supervisor:
         self._start(role)
 
     def _last_error(self, role: str) -> str:
-        errors = [e for e in read_events(events_path(self._config, role)) if e.get("event") == "error"]
+        events = read_events(events_path(self._config, role))
+        errors = [e for e in events if e.get("event") == "error" and e["time"] >= self._started_at]
         if errors:
             return str(errors[-1]["message"])
+        # An error before the role could report it, such as a wrong run file, is in its log alone.
         log = log_path(self._config, role).read_text(errors="replace").strip()
-        return log.splitlines()[-1] if log else f"the {role} failed without a word"
+        return log.rpartition(f"paceline {role}: ")[2] if log else f"the {role} failed without a word"
 
     # -- processes -------------------------------------------------------------------------
 
     def _start(self, role: str) -> None:
+        self._wait_for_predecessor(role)
         machine = self._config.machine
         threads = machine.producer_threads if role == "producer" else machine.consumer_threads
         environment = {**os.environ, **role_environment(threads), SUPERVISOR_VARIABLE: str(os.getpid())}
@@ -135,6 +150,15 @@ class Supervisor:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C reaches the supervisor alone, which stops them in order
             )
+
+    def _wait_for_predecessor(self, role: str) -> None:
+        """A role whose supervisor was killed stops at its next safe point; give it the time."""
+        deadline = time.monotonic() + PREDECESSOR_S
+        while not self._stopping and time.monotonic() < deadline:
+            holder = live_holder(self._config.run.directory, role)
+            if holder is None or not _was_orphaned(holder):
+                return
+            time.sleep(0.1)
 
     def _on_signal(self, *_: object) -> None:
         self._stopping += 1
@@ -154,3 +178,14 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _was_orphaned(pid: int) -> bool:
+    """Whether the process lives on without the supervisor that started it."""
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    name = f"{SUPERVISOR_VARIABLE}=".encode()
+    supervisor = next((item[len(name) :].decode() for item in environment if item.startswith(name)), None)
+    return supervisor is not None and not Path(f"/proc/{supervisor}").exists()

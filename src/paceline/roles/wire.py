@@ -227,6 +227,9 @@ def run_disagg_online(
     be interrupted, the channel) ends the stream, the trainer trains what was committed, and the
     producer's error is raised, chained to the trainer's if that failed too. Returns the last step.
     """
+    _refuse_two_private_stores(trainer, drive_producer)
+    if hasattr(loader, "rearm"):
+        loader.rearm()
     stop = threading.Event()
     failure: list[BaseException] = []
     end_stream = getattr(loader, "interrupt", None) or (channel.close if channel else lambda: None)
@@ -260,3 +263,15 @@ def run_disagg_online(
     if trainer_error is not None:
         raise trainer_error
     return step
+
+
+def _refuse_two_private_stores(trainer: object, drive_producer: object) -> None:
+    """Both sides built without a store have one each, and would never meet."""
+    producer = getattr(drive_producer, "__self__", None)
+    stores = [getattr(getattr(side, "controller", None), "store", None) for side in (trainer, producer)]
+    if None not in stores and stores[0] is not stores[1] and not any(s.durable for s in stores if s):
+        raise ConfigError(
+            "Producer and trainer have a private in-process metadata store each.",
+            why="The committed log is the stream: the trainer would wait for samples it never sees.",
+            next="pass one InMemoryMetadataStore() to both builders, or one metadata_db_path.",
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,12 +40,14 @@ class SmallRun:
         num_prompts: int = 14,
         max_steps: int | None = None,
         passes: int = 1,
+        batch_size: int = 3,
         features: FeatureStore | None = None,
     ) -> None:
         self.folder = folder
         self.num_prompts = num_prompts
         self.max_steps = max_steps
         self.passes = passes
+        self.batch_size = batch_size
         self.features = features or InMemoryFeatureStore(budget_bytes=8 << 20)
         self.engine = SyntheticEngine()
 
@@ -63,7 +66,9 @@ class SmallRun:
             metadata_db_path=self.db,
         )
 
-    def consumer(self, *, resume: bool = True) -> tuple[Trainer, StepLoader]:
+    def consumer(
+        self, *, resume: bool = True, should_stop: Callable[[], bool] = lambda: False
+    ) -> tuple[Trainer, StepLoader]:
         settings = TrainerSettings(
             optimizer=OptimizerSettings(total_steps=5, warmup_steps=1),
             micro_batch_size=2,
@@ -76,7 +81,7 @@ class SmallRun:
             head=synthetic_head(),
             checkpoint_folder=self.folder / "checkpoints",
             settings=settings,
-            batch_size=3,
+            batch_size=self.batch_size,
             passes=self.passes,
             block_size=4,
         )
@@ -86,6 +91,7 @@ class SmallRun:
             parts=parts,
             metadata_db_path=self.db,
             resume=resume,
+            should_stop=should_stop,
             idle_timeout_s=60.0,
         )
 

@@ -44,13 +44,13 @@ def test_a_paused_producer_goes_on_only_below_the_low_watermark() -> None:
     """Hysteresis: room for one more group is not enough to resume."""
     room = Room(resident=900)
     pressure = backpressure(room, InMemoryMetadataStore())
-    assert not pressure._has_credit()
+    assert not pressure.has_credit()
     room.resident = 780
-    assert not pressure._has_credit()
+    assert not pressure.has_credit()
     room.resident = 750
-    assert pressure._has_credit()
+    assert pressure.has_credit()
     room.resident = 800
-    assert pressure._has_credit()
+    assert pressure.has_credit()
 
 
 def test_a_stop_ends_the_wait() -> None:

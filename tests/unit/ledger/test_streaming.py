@@ -188,12 +188,28 @@ def test_silence_is_an_error_after_the_idle_timeout(path: Path) -> None:
         queue.get(1)
 
 
-def test_a_stop_request_ends_get(path: Path) -> None:
-    """Asked to stop, the queue returns what it has."""
+def test_a_stop_request_takes_nothing(path: Path) -> None:
+    """Asked to stop, the queue gives nothing out and says that this is not the end of the stream."""
+    channel, stop = StreamingRefChannel(path), [True]
+    channel.publish_many(REFS[:2])
+    channel.close()
+    queue = StreamingRefQueue(channel, poll_s=0.0, should_stop=lambda: stop[0])
+    assert (queue.get(3), queue.ended) == ([], False)
+    stop[0] = False
+    assert (queue.get(3), queue.ended) == (REFS[:2], True)
+
+
+def test_an_interrupted_queue_gives_out_what_is_whole(path: Path) -> None:
+    """The writer vanished: whole batches are given out, the rest waits for a writer that comes back."""
     channel = StreamingRefChannel(path)
-    channel.publish(REFS[0])
-    queue = StreamingRefQueue(channel, poll_s=0.0, should_stop=lambda: True)
-    assert queue.get(2) == REFS[:1]
+    channel.publish_many(REFS[:3])
+    queue = StreamingRefQueue(channel, poll_s=0.0)
+    queue.interrupt()
+    assert [len(queue.get(2)), len(queue.get(2))] == [2, 0]
+    channel.publish_many(REFS[3:4])
+    queue.rearm()
+    assert queue.get(2) == REFS[2:4]
+    assert not queue.ended
 
 
 def test_the_committed_log_is_the_same_interface(tmp_path: Path) -> None:

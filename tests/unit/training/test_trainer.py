@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from paceline import InMemoryMetadataStore, SQLiteMetadataStore
+from paceline.capture.backpressure import Watermarks
 from paceline.errors import CheckpointError, ConfigError, FencedError, TrainingError
 from paceline.features.stores.memory import InMemoryFeatureStore
+from paceline.ledger.channel import CommittedRefLog
 from paceline.loader.loader import StepLoader
 from paceline.roles.wire import build_disagg_online_consumer, resolve_metadata_store, run_disagg_online
 from paceline.testing.small_run import SmallRun, same_bits, weights
+from paceline.testing.synthetic import SyntheticEngine
 from paceline.training.checkpoint import CheckpointFolder
 
 
@@ -91,6 +94,94 @@ def die_after(loader: StepLoader, steps: int) -> None:
         return real(step)
 
     loader.next_step = next_step  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize(("passes", "batch_size"), [(1, 3), (2, 3), (3, 5)])
+@pytest.mark.parametrize("steps", [0, 1, 2, 4])
+def test_a_stop_after_the_stream_closed_is_not_its_end(
+    tmp_path: Path, passes: int, batch_size: int, steps: int
+) -> None:
+    """Ctrl-C once all is captured: the consumer ends at a step's end and goes on to the same weights."""
+    plain = weights(SmallRun(tmp_path / "plain", passes=passes, batch_size=batch_size).run())
+    run = SmallRun(tmp_path / "stopped", passes=passes, batch_size=batch_size)
+    run.producer()[1]()
+    stop = [False]
+    trainer, loader = run.consumer(should_stop=lambda: stop[0])
+    real = loader.next_step
+
+    def next_step(step: int) -> object:
+        stop[0] = step > steps
+        return real(step)
+
+    loader.next_step = next_step  # type: ignore[method-assign, assignment]
+    assert trainer.fit(loader) == steps
+    assert not loader.exhausted
+    trainer = run.run()
+    assert same_bits(weights(trainer), plain)
+    assert SQLiteMetadataStore(run.db).durable_marker()["acked"] == {f"small:{n}" for n in range(14)}
+
+
+def test_a_lost_sample_is_captured_again_into_a_full_store(
+    tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
+) -> None:
+    """Samples behind it fill the store and wait for it: they are given up and captured again later."""
+    run = SmallRun(tmp_path)
+    run.producer()[1]()
+    run.features.abort("small:1")
+    full = run.features.usage().resident_bytes
+    run.engine = SyntheticEngine()
+    trainer, loader = run.consumer()
+    producer, drive = run.producer()
+    producer._backpressure._marks = Watermarks(budget_bytes=full + 1, group_bytes=full // 2)
+    run_disagg_online(trainer=trainer, loader=loader, drive_producer=drive)
+    assert same_bits(weights(trainer), uninterrupted)
+    assert len(run.engine.captured) > 1, "more than the lost sample's group"
+
+
+def test_leases_of_a_call_that_failed_return_with_the_next(
+    tmp_path: Path, uninterrupted: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error in the middle of a group closes nothing and skips nothing (the order stays the prompts')."""
+    run = SmallRun(tmp_path)
+    _, drive = run.producer()
+    real, calls = run.engine.capture, []
+
+    def fail_once(group: Any) -> Any:
+        calls.append(group)
+        if len(calls) == 2:
+            raise MemoryError
+        return real(group)
+
+    monkeypatch.setattr(run.engine, "capture", fail_once)
+    with pytest.raises(MemoryError):
+        drive()
+    assert not CommittedRefLog(SQLiteMetadataStore(run.db)).is_closed()
+    drive()
+    assert same_bits(weights(run.run()), uninterrupted)
+
+
+def test_rounds_with_one_trainer_and_loader_lose_nothing(
+    tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
+) -> None:
+    """A producer driven a group at a time: what is not a whole block yet waits for the next call."""
+    run = SmallRun(tmp_path)
+    _, drive = run.producer()
+    trainer, loader = run.consumer()
+    for _ in range(6):
+        run_disagg_online(trainer=trainer, loader=loader, drive_producer=drive, producer_max_rounds=1)
+    assert same_bits(weights(trainer), uninterrupted)
+    assert loader.exhausted
+
+
+def test_two_private_stores_are_refused(tmp_path: Path) -> None:
+    """Built without a store the sides would never meet; the loop says so instead of training nothing."""
+    run = SmallRun(tmp_path)
+    producer, drive = run.producer()
+    trainer, loader = run.consumer()
+    producer.controller.store = InMemoryMetadataStore()
+    trainer.controller.store = InMemoryMetadataStore()
+    with pytest.raises(ConfigError, match="private in-process metadata store each"):
+        run_disagg_online(trainer=trainer, loader=loader, drive_producer=drive)
 
 
 def test_a_replaced_consumer_is_fenced(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ class InMemoryMetadataStore(MetadataStore):
             known.ref, known.state, known.compacted = ref, "present", False
         task = self._tasks.get(ref.source_task_id or "")
         if task is not None:
-            task.state, task.holder = "done", ""
+            task.state, task.holder, task.attempt = "done", "", 0
         return True
 
     def is_committed(self, sample_id: str) -> bool:

@@ -175,7 +175,9 @@ class SQLiteMetadataStore(MetadataStore):
         )
         fresh = self._db.changes() == 1
         if fresh and task_id is not None:
-            self._db.execute("UPDATE task SET state = 'done', holder = '' WHERE task_id = ?", (task_id,))
+            self._db.execute(
+                "UPDATE task SET state = 'done', holder = '', attempt = 0 WHERE task_id = ?", (task_id,)
+            )
         return fresh
 
     def is_committed(self, sample_id: str) -> bool:
