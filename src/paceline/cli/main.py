@@ -16,7 +16,7 @@ from typing import Annotated, ParamSpec
 import typer
 from rich.console import Console
 
-from paceline.cli.progress import Progress, describe, final_line
+from paceline.cli.progress import Progress, describe, evaluation_lines, final_line
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
 from paceline.errors import PacelineError
@@ -66,7 +66,7 @@ def train(run_file: RunFile) -> None:
         out.print(f"Stopped; nothing is lost. Go on with: paceline train {run_file}", soft_wrap=True)
         raise typer.Exit(130)
     _evaluate(run_file)
-    _print_final_line(plan.config)
+    _print_evaluation(plan.config)
 
 
 @app.command()
@@ -104,10 +104,11 @@ def evaluate(run: Run) -> None:
         run_file.write_text(recorded_config(store.facts().get("config", {}), run))
         store.close()
     _evaluate(run_file)
-    _print_final_line(load_run_config(run_file))
+    _print_evaluation(load_run_config(run_file))
 
 
 def _evaluate(run_file: Path) -> None:
+    out.print("measuring on held-out prompts, by lossless decoding ...")
     code = _role_process("evaluator", run_file, len(os.sched_getaffinity(0)))
     if code:
         raise typer.Exit(code)
@@ -127,9 +128,11 @@ def _role_process(role: str, run_file: Path, threads: int) -> int:
     return subprocess.run(command, env={**os.environ, **role_environment(threads)}, check=False).returncode
 
 
-def _print_final_line(config: RunConfig) -> None:
+def _print_evaluation(config: RunConfig) -> None:
     store = open_run(config.run.directory)
-    out.print(final_line(take_snapshot(config.run.directory, store)), highlight=False, soft_wrap=True)
+    snapshot = take_snapshot(config.run.directory, store)
+    out.print(evaluation_lines(snapshot), highlight=False, soft_wrap=True)
+    out.print(final_line(snapshot), highlight=False, soft_wrap=True)
     store.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -127,7 +128,24 @@ def describe(console: Console, s: RunSnapshot) -> None:
     for task_id, reason in s.failed_prompts.items():
         console.print(f"failed prompt {task_id}: {reason}", highlight=False, soft_wrap=True)
     if s.evaluation:
+        console.print(evaluation_lines(s), highlight=False, soft_wrap=True)
         console.print(final_line(s), highlight=False, soft_wrap=True)
+
+
+def evaluation_lines(s: RunSnapshot) -> str:
+    """What was measured, before the line that sums it up."""
+    e, chain = s.evaluation, s.evaluation["chain"]
+    same = f"{e['identical']} of {e['prompts']} prompts"
+    return (
+        f"lossless: {same} identical to plain decoding, token for token ({e['dtype']})\n"
+        f"chain of {chain['num_draft_tokens']} draft tokens: "
+        f"acceptance length {chain['acceptance_length']:.2f}, speed-up {chain['speed_up']:.2f}x; below: {_shape(e)}"
+    )
+
+
+def _shape(evaluation: dict[str, Any]) -> str:
+    kind = "chain" if evaluation["branching"] == 1 else "tree"
+    return f"{kind} of {evaluation['num_draft_tokens']}"
 
 
 def final_line(s: RunSnapshot) -> str:

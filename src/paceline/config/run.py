@@ -94,11 +94,15 @@ class CheckpointSection(Section):
 
 
 class EvaluationSection(Section):
+    """`draft_tokens` guesses a cycle as a tree; `branching: 1` = a chain. The chain is measured as well."""
+
     prompts: Path
     max_prompts: Count = 48
     max_new_tokens: Count = 96
-    draft_tokens: Annotated[int, Field(ge=1, le=16)] = 4
-    dtype: Literal["auto", "bfloat16", "float32"] = "float32"
+    draft_tokens: Annotated[int, Field(ge=1, le=16)] = 7
+    branching: Annotated[int, Field(ge=1, le=16)] = 4
+    depth: Annotated[int, Field(ge=1, le=16)] = 3
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
 
 class MachineSection(Section):

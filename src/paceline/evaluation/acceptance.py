@@ -14,6 +14,7 @@ from typing import Any
 from paceline.errors import ConfigError
 from paceline.evaluation.speculative import Decoded, Decoding, Drafter, plain_generate, speculative_generate
 from paceline.evaluation.target import LlamaTarget
+from paceline.evaluation.tree import Drafting
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,15 @@ class AcceptanceReport:
     """`acceptance_length` (tau) is tokens per target cycle, the target's own token included.
 
     Both it and tokens/s leave out every answer's first token, which comes from the prefill.
-    `acceptance_rate[j]` is the share of cycles that kept draft token j. `identical` counts prompts
+    `acceptance_rate[j]` is the share of cycles that kept a draft token at depth j + 1; `branching` 1 is
+    a chain. `identical` counts prompts
     whose speculative output equals plain decoding token for token.
     """
 
     prompts: int
     identical: int
     num_draft_tokens: int
+    branching: int
     tokens: int
     cycles: int
     acceptance_length: float
@@ -45,9 +48,12 @@ def measure_acceptance(
     drafter: Drafter,
     prompts: Sequence[tuple[int, ...]],
     decoding: Decoding,
-    num_draft_tokens: int,
-) -> AcceptanceReport:
-    """Decode every prompt plainly and speculatively. Raises ConfigError without prompts or greedy mode."""
+    draftings: Sequence[Drafting],
+) -> list[AcceptanceReport]:
+    """Decode every prompt plainly once and speculatively in every way of drafting; a report of each.
+
+    Raises ConfigError without prompts or greedy mode.
+    """
     if not prompts or decoding.temperature > 0:
         raise ConfigError(
             f"cannot compare {len(prompts)} prompts at temperature {decoding.temperature}",
@@ -57,22 +63,25 @@ def measure_acceptance(
     # The first steps of a process pay for weights that are not in memory yet; neither side should.
     warm_up = Decoding(max_new_tokens=4)
     plain_generate(target, prompts[0], warm_up)
-    speculative_generate(target, drafter, prompts[0], warm_up, num_draft_tokens)
-    pairs = []
+    for drafting in draftings:
+        speculative_generate(target, drafter, prompts[0], warm_up, drafting)
+    plain: list[Decoded] = []
+    drafted: list[list[Decoded]] = [[] for _ in draftings]
     for index, prompt_ids in enumerate(prompts):
         # Turns are taken in going first, so that a drift of the machine's speed favours neither.
-        if index % 2:
-            drafted = speculative_generate(target, drafter, prompt_ids, decoding, num_draft_tokens)
-            pairs.append((plain_generate(target, prompt_ids, decoding), drafted))
-        else:
-            plain = plain_generate(target, prompt_ids, decoding)
-            pairs.append(
-                (plain, speculative_generate(target, drafter, prompt_ids, decoding, num_draft_tokens))
-            )
-    return summarise(pairs, num_draft_tokens)
+        if index % 2 == 0:
+            plain.append(plain_generate(target, prompt_ids, decoding))
+        for outputs, drafting in zip(drafted, draftings, strict=True):
+            outputs.append(speculative_generate(target, drafter, prompt_ids, decoding, drafting))
+        if index % 2 == 1:
+            plain.append(plain_generate(target, prompt_ids, decoding))
+    return [
+        summarise(list(zip(plain, outputs, strict=True)), drafting)
+        for outputs, drafting in zip(drafted, draftings, strict=True)
+    ]
 
 
-def summarise(pairs: Sequence[tuple[Decoded, Decoded]], num_draft_tokens: int) -> AcceptanceReport:
+def summarise(pairs: Sequence[tuple[Decoded, Decoded]], drafting: Drafting) -> AcceptanceReport:
     """The report of (plain, speculative) outputs, one pair per prompt."""
     accepted = [kept for _, drafted in pairs for kept in drafted.accepted]
     cycles = len(accepted)
@@ -83,12 +92,13 @@ def summarise(pairs: Sequence[tuple[Decoded, Decoded]], num_draft_tokens: int) -
     return AcceptanceReport(
         prompts=len(pairs),
         identical=sum(plain.tokens == drafted.tokens for plain, drafted in pairs),
-        num_draft_tokens=num_draft_tokens,
+        num_draft_tokens=drafting.num_tokens,
+        branching=drafting.branching,
         tokens=tokens,
         cycles=cycles,
         acceptance_length=tokens / max(1, cycles),
         acceptance_rate=tuple(
-            sum(kept > j for kept in accepted) / max(1, cycles) for j in range(num_draft_tokens)
+            sum(kept > j for kept in accepted) / max(1, cycles) for j in range(drafting.max_depth)
         ),
         plain_tokens_per_s=plain_speed,
         speculative_tokens_per_s=drafted_speed,

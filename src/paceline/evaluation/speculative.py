@@ -20,6 +20,7 @@ import torch
 
 from paceline.errors import ConfigError
 from paceline.evaluation.target import LlamaTarget, TargetStep
+from paceline.evaluation.tree import Drafting, DraftTree
 from paceline.methods.eagle3.decode import Choose
 
 
@@ -34,9 +35,14 @@ class Drafter(Protocol):
         self, aux: torch.Tensor, next_ids: torch.Tensor, count: int, choose: Choose
     ) -> tuple[list[int], list[torch.Tensor | None]]: ...
 
+    def propose_tree(
+        self, aux: torch.Tensor, next_ids: torch.Tensor, num_tokens: int, branching: int, depth: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]: ...
+
 
 # The longest chain: plain decoding reserves the same cache, so that both see tensors of one shape.
 MAX_DRAFT_TOKENS = 16
+MAX_TREE_ROWS = 256  # drafted rows a drafter may hold at once while it grows a tree
 
 
 @dataclass(frozen=True)
@@ -81,37 +87,73 @@ def speculative_generate(
     drafter: Drafter,
     prompt_ids: tuple[int, ...],
     decoding: Decoding,
-    num_draft_tokens: int,
+    drafting: Drafting,
 ) -> Decoded:
-    """Decode with chains of 1 to 16 draft tokens. Raises ConfigError if there is nothing to decode."""
-    if not 1 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
+    """Decode with 1 to 16 draft tokens a cycle. Raises ConfigError if there is nothing to decode.
+
+    A tree is for greedy decoding; sampling verifies the chain of the same length.
+    """
+    if not 1 <= drafting.num_tokens <= MAX_DRAFT_TOKENS:
         raise ConfigError(
-            f"num_draft_tokens={num_draft_tokens} lies outside 1..{MAX_DRAFT_TOKENS}",
+            f"{drafting.num_tokens} draft tokens lie outside 1..{MAX_DRAFT_TOKENS}",
             why="the cache reserves room for one chain past the end of the answer",
-            next="use 3 or 4, where chain drafting gains most",
+            next="use 3 or 4 for a chain, 7 for a tree",
         )
     choose = _Chooser(decoding)
     began = time.perf_counter()
     step = _prefill(target, prompt_ids, decoding)
     prefilled = time.perf_counter()
-    drafter.start(target.capacity)
+    drafter.start(target.capacity + MAX_TREE_ROWS)
     tokens = [choose(step.logits[-1])[0]]
     aux, next_ids = step.aux, [*prompt_ids[1:], tokens[0]]
     accepted: list[int] = []
+    use_tree = not drafting.is_chain and decoding.temperature <= 0
+    cycle = _tree_cycle if use_tree else _chain_cycle
     while not _finished(tokens, decoding):
-        processed = target.length
-        chain, proposals = drafter.propose(aux, torch.tensor(next_ids), num_draft_tokens, choose)
-        step = target.forward(torch.tensor([tokens[-1], *chain]))
-        if decoding.temperature > 0:
-            kept, own = _verify_sampled(step.logits, chain, proposals, drafter.target_ids, choose)
-        else:
-            kept, own = _verify_greedy(step.logits, chain)
-        target.truncate(processed + 1 + kept)
-        aux, next_ids = step.aux[: kept + 1], [*chain[:kept], own]
-        accepted.append(kept)
+        aux, next_ids = cycle(target, drafter, aux, next_ids, drafting, choose)
+        accepted.append(len(next_ids) - 1)
         _extend(tokens, next_ids, decoding)
     seconds = time.perf_counter() - prefilled
     return Decoded(tokens, seconds, prefilled - began, tuple(accepted))
+
+
+def _chain_cycle(
+    target: LlamaTarget,
+    drafter: Drafter,
+    aux: torch.Tensor,
+    next_ids: list[int],
+    drafting: Drafting,
+    choose: _Chooser,
+) -> tuple[torch.Tensor, list[int]]:
+    """One cycle: states of the rows that were kept, and the token after each of them."""
+    processed = target.length
+    chain, proposals = drafter.propose(aux, torch.tensor(next_ids), drafting.num_tokens, choose)
+    step = target.forward(torch.tensor([next_ids[-1], *chain]))
+    if choose.temperature > 0:
+        kept, own = _verify_sampled(step.logits, chain, proposals, drafter.target_ids, choose)
+    else:
+        kept, own = _verify_greedy(step.logits, chain)
+    target.truncate(processed + 1 + kept)
+    return step.aux[: kept + 1], [*chain[:kept], own]
+
+
+def _tree_cycle(
+    target: LlamaTarget,
+    drafter: Drafter,
+    aux: torch.Tensor,
+    next_ids: list[int],
+    drafting: Drafting,
+    choose: _Chooser,  # noqa: ARG001 (a tree is greedy)
+) -> tuple[torch.Tensor, list[int]]:
+    tokens, parents = drafter.propose_tree(
+        aux, torch.tensor(next_ids), drafting.num_tokens, drafting.branching, drafting.max_depth
+    )
+    tree = DraftTree((next_ids[-1], *tokens), (-1, *parents))
+    step = target.verify(tree)
+    wanted: list[int] = step.logits.argmax(-1).tolist()
+    path = tree.follow(wanted)
+    target.accept(path)
+    return step.aux[path], [wanted[row] for row in path]
 
 
 def _prefill(target: LlamaTarget, prompt_ids: tuple[int, ...], decoding: Decoding) -> TargetStep:

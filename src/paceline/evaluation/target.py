@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
 
 from paceline.errors import ConfigError
+from paceline.evaluation.tree import DraftTree
 from paceline.methods.target_head import TargetHead
 
 
@@ -94,17 +95,40 @@ class LlamaTarget:
     @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, last_only: bool = False) -> TargetStep:
         """Process `token_ids` int64 [n] after what is cached."""
-        new, start = int(token_ids.numel()), self.length
-        rows = slice(start, start + new)
+        rows = torch.arange(self.length, self.length + int(token_ids.numel()))
+        step = self._run(token_ids, rows, None, last_only)
+        self.length += int(token_ids.numel())
+        return step
+
+    @torch.inference_mode()
+    def verify(self, tree: DraftTree) -> TargetStep:
+        """Process the rows of a draft tree, each after its own path; `accept` then keeps one path."""
+        paths = tree.paths()
+        count = paths.shape[0]
+        shape = (len(self.layers), count, self.kv_heads, self.head_dim)
+        self.tree_keys, self.tree_values = torch.empty(2, *shape, dtype=self.dtype)
+        return self._run(torch.tensor(tree.tokens), self.length + tree.depths(), paths, False)
+
+    def accept(self, path: list[int]) -> None:
+        """Cache the rows of a path of the tree verified last, in the places plain decoding gives them."""
+        places = slice(self.length, self.length + len(path))
+        self.keys[:, :, places] = self.tree_keys[:, path].transpose(1, 2)
+        self.values[:, :, places] = self.tree_values[:, path].transpose(1, 2)
+        self.length += len(path)
+
+    def _run(
+        self, token_ids: torch.Tensor, rows: torch.Tensor, paths: torch.Tensor | None, last_only: bool
+    ) -> TargetStep:
+        """Rows at positions `rows` int64 [n]; without `paths` they follow each other."""
         cos, sin, mask = self.cos[rows], self.sin[rows], self.mask[rows]
-        mask = mask.repeat(self.heads // self.kv_heads, 1)  # [G * n, C]
+        if paths is None:
+            mask = mask.repeat(self.heads // self.kv_heads, 1)  # [G * n, C]
         hidden = F.embedding(token_ids, self.embed_tokens)
         aux: dict[int, torch.Tensor] = {}
         for index, layer in enumerate(self.layers):
-            hidden = self._layer(index, layer, hidden, cos, sin, mask)
+            hidden = self._layer(index, layer, hidden, cos, sin, mask, paths)
             if index + 1 in self.aux_layer_ids:
                 aux[index + 1] = hidden
-        self.length = start + new
         last = hidden[-1:] if last_only else hidden
         logits = F.linear(self._rms(last, self.norm), self.lm_head)
         return TargetStep(logits, torch.cat([aux[k] for k in self.aux_layer_ids], dim=-1))
@@ -120,23 +144,49 @@ class LlamaTarget:
         cos: torch.Tensor,
         sin: torch.Tensor,
         mask: torch.Tensor,
+        paths: torch.Tensor | None,
     ) -> torch.Tensor:
         new, groups = hidden.shape[0], self.heads // self.kv_heads
         qkv = F.linear(self._rms(hidden, layer.input_norm), layer.qkv).view(new, -1, self.head_dim)
         rotated = qkv[:, : self.heads + self.kv_heads]
         rotated = rotated * cos + rotated.roll(self.head_dim // 2, -1) * sin
-        rows = slice(self.length, self.length + new)
-        keys, values = self.keys[index], self.values[index]
-        keys[:, rows] = rotated[:, self.heads :].transpose(0, 1)
-        values[:, rows] = qkv[:, self.heads + self.kv_heads :].transpose(0, 1)
+        new_keys, new_values = rotated[:, self.heads :], qkv[:, self.heads + self.kv_heads :]
         query = rotated[:, : self.heads].reshape(new, self.kv_heads, groups, self.head_dim)
-        query = query.permute(1, 2, 0, 3).reshape(self.kv_heads, groups * new, self.head_dim)
-        scores = torch.bmm(query, keys.transpose(1, 2)) * self.head_dim**-0.5 + mask
-        weights = scores.softmax(-1, dtype=torch.float32).to(self.dtype)
-        mixed = torch.bmm(weights, values).view(self.kv_heads, groups, new, self.head_dim)
-        hidden = hidden + F.linear(mixed.permute(2, 0, 1, 3).reshape(new, -1), layer.out)
+        if paths is None:
+            rows = slice(self.length, self.length + new)
+            self.keys[index][:, rows] = new_keys.transpose(0, 1)
+            self.values[index][:, rows] = new_values.transpose(0, 1)
+            query = query.permute(1, 2, 0, 3).reshape(self.kv_heads, groups * new, self.head_dim)
+            mixed = self._attend(query, self.keys[index], self.values[index], mask)
+            mixed = mixed.view(self.kv_heads, groups, new, self.head_dim).permute(2, 0, 1, 3)
+        else:
+            self.tree_keys[index], self.tree_values[index] = new_keys, new_values
+            query = query.reshape(new * self.kv_heads, groups, self.head_dim)
+            keys = self._along_paths(self.keys[index], new_keys, paths)
+            values = self._along_paths(self.values[index], new_values, paths)
+            mask = mask.repeat_interleave(self.kv_heads, 0).unsqueeze(1)  # [n * K, 1, C]
+            mixed = self._attend(query, keys, values, mask)
+        hidden = hidden + F.linear(mixed.reshape(new, -1), layer.out)
         gate, up = F.linear(self._rms(hidden, layer.post_norm), layer.gate_up).chunk(2, dim=-1)
         return hidden + _product(F.silu(gate) * up, layer.down)
+
+    def _attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Over the whole, masked cache: [b, m, d] from query [b, m, d], keys and values [b, C, d]."""
+        scores = torch.bmm(query, keys.transpose(1, 2)) * self.head_dim**-0.5 + mask
+        return torch.bmm(scores.softmax(-1, dtype=torch.float32).to(self.dtype), values)
+
+    def _along_paths(self, cached: torch.Tensor, new: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
+        """A cache of its own for every row of a tree [n * K, C, d]: what is cached, then its path.
+
+        Every token lies where plain decoding would have it, so that sums run in the same order. What
+        is repeated behind the end of a path is masked.
+        """
+        count, depth = paths.shape
+        own = cached.unsqueeze(0).repeat(count, 1, 1, 1)
+        own[:, :, self.length : self.length + depth] = new[paths].transpose(1, 2)
+        return own.view(count * self.kv_heads, self.capacity, self.head_dim)
 
     def _read_layer(self, index: int) -> _Layer:
         raw = {name: tensor.to(self.dtype) for name, tensor in self.head.layer_tensors(index).items()}

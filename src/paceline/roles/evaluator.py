@@ -12,6 +12,7 @@ from paceline.engines.prompt_encoder import PromptEncoder
 from paceline.evaluation.acceptance import measure_acceptance
 from paceline.evaluation.speculative import Decoding
 from paceline.evaluation.target import LlamaTarget
+from paceline.evaluation.tree import Drafting
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.methods.target_head import TargetHead
 from paceline.precision import torch_dtype
@@ -32,14 +33,23 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
     draft = restore_draft(method, head, config.run.seed, checkpoint)
     encoder = PromptEncoder(config.target.model, max_prompt_tokens=config.prompts.max_prompt_tokens)
     prompts = read_prompts(config.evaluation.prompts)[: config.evaluation.max_prompts]
-    report = measure_acceptance(
+    section = config.evaluation
+    chain = Drafting(min(3, section.draft_tokens))
+    tree = Drafting(section.draft_tokens, section.branching, min(section.depth, section.draft_tokens))
+    ways = [chain] if section.branching == 1 else [tree, chain]
+    reports = measure_acceptance(
         LlamaTarget(head, method.aux_layer_ids(head.num_hidden_layers), dtype),
         method.drafter(draft, dtype),
         [encoder.encode(prompt.text) for prompt in prompts],
-        Decoding(max_new_tokens=config.evaluation.max_new_tokens, eos_token_ids=head.eos_token_ids),
-        config.evaluation.draft_tokens,
+        Decoding(max_new_tokens=section.max_new_tokens, eos_token_ids=head.eos_token_ids),
+        ways,
     )
-    result = {"checkpoint_step": checkpoint.step, "dtype": str(dtype), **report.to_dict()}
+    result = {
+        "checkpoint_step": checkpoint.step,
+        "dtype": str(dtype),
+        **reports[0].to_dict(),
+        "chain": reports[-1].to_dict(),
+    }
     path = config.run.directory / "evaluation.json"
     aside = path.with_suffix(".new")
     aside.write_text(json.dumps(result, indent=1) + "\n")

@@ -55,7 +55,9 @@ class TinyRun:
             "evaluation": {
                 "prompts": str(folder / "heldout.jsonl"),
                 "max_new_tokens": 16,
-                "draft_tokens": 2,
+                "draft_tokens": 4,
+                "branching": 2,
+                "depth": 2,
                 "dtype": "float32",
             },
         }

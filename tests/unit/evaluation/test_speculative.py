@@ -12,6 +12,7 @@ from paceline.errors import ConfigError
 from paceline.evaluation.acceptance import measure_acceptance, summarise
 from paceline.evaluation.speculative import Decoded, Decoding, plain_generate, speculative_generate
 from paceline.evaluation.target import LlamaTarget
+from paceline.evaluation.tree import Drafting, DraftTree
 from paceline.methods.eagle3.decode import Eagle3Decoder
 from paceline.methods.eagle3.loss import training_time_test
 from paceline.methods.eagle3.method import Eagle3Method
@@ -96,12 +97,74 @@ def test_greedy_output_equals_plain_decoding(
 ) -> None:
     """Token for token, whether the draft is always wrong or nearly always right."""
     drafter = Eagle3Decoder(request.getfixturevalue(which), torch.float32)
-    report = measure_acceptance(target, drafter, PROMPTS, NEVER_ENDS, num_draft_tokens)
+    [report] = measure_acceptance(target, drafter, PROMPTS, NEVER_ENDS, [Drafting(num_draft_tokens)])
     assert report.identical == len(PROMPTS)
     if which == "trained_draft":
         assert report.acceptance_length > 1.0 + 0.5 * num_draft_tokens
     else:
         assert report.acceptance_length < 1.5
+
+
+@pytest.mark.parametrize(
+    "drafting", [Drafting(4, 2, 2), Drafting(7, 3, 4), Drafting(1, 4, 1), Drafting(12, 8, 3)]
+)
+@pytest.mark.parametrize("which", ["random_draft", "trained_draft"])
+def test_greedy_output_of_a_tree_equals_plain_decoding(
+    request: pytest.FixtureRequest, target: LlamaTarget, which: str, drafting: Drafting
+) -> None:
+    """Several guesses verified in one pass change the speed and nothing else."""
+    drafter = Eagle3Decoder(request.getfixturevalue(which), torch.float32)
+    tree, chain = measure_acceptance(
+        target, drafter, PROMPTS, NEVER_ENDS, [drafting, Drafting(drafting.max_depth)]
+    )
+    assert tree.identical == chain.identical == len(PROMPTS)
+    if drafting.branching == 8:
+        assert tree.acceptance_length > chain.acceptance_length, "more guesses hit more often"
+
+
+def test_a_tree_row_sees_its_own_path_alone(target: LlamaTarget) -> None:
+    """Every row's logits are those of plain decoding along its path, bit for bit in float32."""
+    tree = DraftTree(tokens=(9, 4, 30, 11, 7, 50), parents=(-1, 0, 0, 1, 2, 3))
+    target.start(64)
+    target.forward(torch.tensor([1, 5]))
+    logits = target.verify(tree).logits
+    for row in range(len(tree.tokens)):
+        target.start(64)
+        target.forward(torch.tensor([1, 5]))
+        for token in [tree.tokens[node] for node in tree.path(row)]:
+            plain = target.forward(torch.tensor([token])).logits[0]
+        torch.testing.assert_close(logits[row], plain, atol=1e-5, rtol=1e-5)
+
+
+def test_an_accepted_path_is_cached_like_plain_decoding(target: LlamaTarget) -> None:
+    """What follows an accepted path sees the same cache as if its tokens had come one by one."""
+    tree = DraftTree(tokens=(9, 4, 30, 11), parents=(-1, 0, 0, 2))
+    target.start(64)
+    target.forward(torch.tensor([1, 5]))
+    target.verify(tree)
+    target.accept([0, 2, 3])
+    after_tree = target.forward(torch.tensor([8])).logits
+    target.start(64)
+    target.forward(torch.tensor([1, 5]))
+    for token in (9, 30, 11):
+        target.forward(torch.tensor([token]))
+    torch.testing.assert_close(after_tree, target.forward(torch.tensor([8])).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tree_is_grown_by_likelihood(trained_draft: Eagle3Draft, target: LlamaTarget) -> None:
+    """Parents come first, no guess is repeated under one parent, and the likeliest chain is in it."""
+    drafter = Eagle3Decoder(trained_draft, torch.float32)
+    target.start(64)
+    step = target.forward(torch.tensor(PROMPTS[1]))
+    drafter.start(128)
+    next_ids = torch.tensor([*PROMPTS[1][1:], int(step.logits[-1].argmax())])
+    tokens, parents = drafter.propose_tree(step.aux, next_ids, 7, 3, 4)
+    assert len(tokens) == len(parents) == 7
+    assert all(parent <= row for row, parent in enumerate(parents))
+    assert len(set(zip(tokens, parents, strict=True))) == 7
+    drafter.start(128)
+    chain, _ = drafter.propose(step.aux, next_ids, 1, lambda logits: (int(logits.argmax()), None))
+    assert chain[0] == tokens[0]
 
 
 def test_end_of_text_inside_a_chain_ends_the_output(target: LlamaTarget, trained_draft: Eagle3Draft) -> None:
@@ -112,7 +175,7 @@ def test_end_of_text_inside_a_chain_ends_the_output(target: LlamaTarget, trained
         decoding = Decoding(max_new_tokens=40, eos_token_ids=(end,))
         expected = whole[: whole.index(end) + 1]
         assert plain_generate(target, PROMPTS[0], decoding).tokens == expected
-        assert speculative_generate(target, drafter, PROMPTS[0], decoding, 4).tokens == expected
+        assert speculative_generate(target, drafter, PROMPTS[0], decoding, Drafting(4)).tokens == expected
 
 
 def test_training_predicts_real_acceptance(target: LlamaTarget, trained_draft: Eagle3Draft) -> None:
@@ -121,7 +184,7 @@ def test_training_predicts_real_acceptance(target: LlamaTarget, trained_draft: E
     accepted = [
         kept
         for prompt in PROMPTS
-        for kept in speculative_generate(target, drafter, prompt, NEVER_ENDS, 3).accepted
+        for kept in speculative_generate(target, drafter, prompt, NEVER_ENDS, Drafting(3)).accepted
     ]
     assert sum(kept == 3 for kept in accepted) > 0.8 * len(accepted)
 
@@ -141,7 +204,7 @@ def test_sampled_output_has_the_targets_distribution(
     counts = torch.zeros(VOCAB, VOCAB)
     for seed in range(draws):
         decoding = Decoding(max_new_tokens=3, temperature=temperature, seed=seed)
-        tokens = speculative_generate(target, drafter, forced, decoding, 2).tokens
+        tokens = speculative_generate(target, drafter, forced, decoding, Drafting(2)).tokens
         counts[tokens[1], tokens[2]] += 1
     expected = _pair_probabilities(target, forced, temperature) * draws
     common = expected >= 5
@@ -178,7 +241,7 @@ def test_report_counts_tokens_per_cycle() -> None:
     plain = Decoded([1, 2, 3, 4, 5, 6], decode_s=5.0, prefill_s=1.0)
     drafted = Decoded([1, 2, 3, 4, 5, 6], decode_s=2.5, prefill_s=1.0, accepted=(2, 0, 1))
     other = Decoded([1, 2, 9], decode_s=0.5, prefill_s=1.0, accepted=(1,))
-    report = summarise([(plain, drafted), (Decoded([1, 2, 3], 1.0, 1.0), other)], num_draft_tokens=2)
+    report = summarise([(plain, drafted), (Decoded([1, 2, 3], 1.0, 1.0), other)], drafting=Drafting(2))
     assert report.acceptance_length == 7 / 4
     assert report.acceptance_rate == (0.75, 0.25)
     assert (report.identical, report.prompts, report.cycles) == (1, 2, 4)

@@ -77,23 +77,94 @@ class Eagle3Decoder:
                 return tokens, distributions
             feature = self._layer(feature, self.target_ids[draft_id : draft_id + 1])
 
+    @torch.inference_mode()
+    def propose_tree(
+        self, aux: torch.Tensor, next_ids: torch.Tensor, num_tokens: int, branching: int, depth: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """As `propose`, but the `num_tokens` likeliest guesses of a tree: (tokens, parent rows).
+
+        Level by level the `branching` likeliest guesses are drafted on, in one pass; likelihood is
+        the product of the draft's own probabilities along the path (EAGLE-2, arXiv 2406.16858). Row 0
+        is the newest token, guess i is row i + 1; a parent comes before its children.
+        """
+        features = self._layer(F.linear(aux.to(self.dtype), self.fc), next_ids)[-1:]
+        real_rows = self.length
+        guesses: list[tuple[float, int, int, int]] = []  # log-likelihood, draft id, parent guess, level
+        lines: list[list[int]] = [[]]  # drafted rows that each feature's row may attend to
+        frontier, drafted = [-1], 0  # guess -1 stands for the newest token
+        for level in range(depth):
+            grown = self._grow(features, frontier, guesses, branching, level)
+            if level == depth - 1:
+                break
+            likeliest = sorted(grown, key=lambda g: -guesses[g][0])[:branching]
+            places = [frontier.index(guesses[g][2]) for g in likeliest]
+            frontier = likeliest
+            lines = [[*lines[place], drafted + i] for i, place in enumerate(places)]
+            mask = torch.zeros(len(frontier), real_rows + drafted + len(frontier), dtype=torch.bool)
+            mask[:, :real_rows] = True
+            for i, line in enumerate(lines):
+                mask[i, [real_rows + row for row in line]] = True
+            ids = self.target_ids[[guesses[g][1] for g in frontier]]
+            position = torch.full((len(frontier),), real_rows + level)
+            features = self._layer(features[places], ids, position, mask)
+            drafted += len(frontier)
+        self.length = real_rows
+        return self._best(guesses, num_tokens)
+
+    def _grow(
+        self,
+        features: torch.Tensor,
+        frontier: list[int],
+        guesses: list[tuple[float, int, int, int]],
+        branching: int,
+        level: int,
+    ) -> list[int]:
+        """Append the likeliest guesses after each of `frontier`; their numbers."""
+        logits = F.linear(self._rms(features, self.norm), self.lm_head).float()
+        best = logits.log_softmax(-1).topk(min(branching, logits.shape[-1]), dim=-1)
+        first = len(guesses)
+        for row, parent in enumerate(frontier):
+            so_far = guesses[parent][0] if parent >= 0 else 0.0
+            for value, draft_id in zip(best.values[row].tolist(), best.indices[row].tolist(), strict=True):
+                guesses.append((so_far + value, draft_id, parent, level))
+        return list(range(first, len(guesses)))
+
+    def _best(
+        self, guesses: list[tuple[float, int, int, int]], num_tokens: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The likeliest guesses, parents first. A parent is never less likely than its child."""
+        chosen = sorted(range(len(guesses)), key=lambda g: (-guesses[g][0], guesses[g][3]))[:num_tokens]
+        chosen.sort(key=lambda g: guesses[g][3])
+        rows = {guess: row for row, guess in enumerate(chosen, start=1)}
+        tokens = tuple(int(self.target_ids[guesses[g][1]]) for g in chosen)
+        return tokens, tuple(rows[guesses[g][2]] if guesses[g][2] >= 0 else 0 for g in chosen)
+
     def _rms(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.config.rms_norm_eps)
 
-    def _layer(self, feature: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """Output [n, H] of rows with `feature` [n, H] and the token after each, appended to the cache."""
+    def _layer(
+        self,
+        feature: torch.Tensor,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Output [n, H] of rows with `feature` [n, H] and the token after each, appended to the cache.
+
+        Without `positions` [n] and `mask` [n, rows] the rows follow each other.
+        """
         new, rows = feature.shape[0], slice(self.length, self.length + feature.shape[0])
+        turn = torch.arange(self.length, self.length + new) if positions is None else positions
         embedding = F.embedding(token_ids, self.embed_tokens)
         inputs = torch.cat(
             (self._rms(embedding, self.embedding_norm), self._rms(feature, self.feature_norm)), dim=-1
         )
         qkv = F.linear(inputs, self.qkv).view(new, -1, self.head_dim).transpose(0, 1).unsqueeze(0)
-        rotated = rotate(qkv[:, : self.heads + self.kv_heads], (self.cos[None, rows], self.sin[None, rows]))
+        rotated = rotate(qkv[:, : self.heads + self.kv_heads], (self.cos[None, turn], self.sin[None, turn]))
         self.keys[:, rows] = rotated[0, self.heads :]
         self.values[:, rows] = qkv[0, self.heads + self.kv_heads :]
         self.length += new
-        mask = None
-        if new > 1:
+        if mask is None and new > 1:
             mask = torch.ones(new, self.length, dtype=torch.bool).tril(self.length - new)
         mixed = F.scaled_dot_product_attention(
             rotated[:, : self.heads],

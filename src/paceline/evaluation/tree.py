@@ -1,0 +1,66 @@
+"""A draft tree: several guesses at the next tokens that one target pass verifies together.
+
+Row 0 is the newest token of the text; every other row is a guess, after its parent. A chain is a tree
+without branches. EAGLE-2 (arXiv 2406.16858) section 4.1 grows the tree by the draft's own confidence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """`num_tokens` guesses a cycle, at most `depth` deep, of at most `branching` after each other."""
+
+    num_tokens: int
+    branching: int = 1
+    depth: int | None = None
+
+    @property
+    def is_chain(self) -> bool:
+        return self.branching == 1
+
+    @property
+    def max_depth(self) -> int:
+        return self.depth or self.num_tokens
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """`tokens[i]` follows row `parents[i]`; parents come before their children; `parents[0]` is -1."""
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+
+    def path(self, row: int) -> list[int]:
+        """Rows from the root to `row`."""
+        path = [row]
+        while self.parents[path[-1]] >= 0:
+            path.append(self.parents[path[-1]])
+        return path[::-1]
+
+    def paths(self) -> torch.Tensor:
+        """int64 [rows, depth]: each row's path, its own number repeated to the end."""
+        paths = [self.path(row) for row in range(len(self.tokens))]
+        depth = max(len(path) for path in paths)
+        return torch.tensor([path + [path[-1]] * (depth - len(path)) for path in paths])
+
+    def depths(self) -> torch.Tensor:
+        """int64 [rows]: 0 for the root."""
+        return torch.tensor([len(self.path(row)) - 1 for row in range(len(self.tokens))])
+
+    def follow(self, wanted: list[int]) -> list[int]:
+        """The longest path whose every token is what the target wants after its parent."""
+        path = [0]
+        while True:
+            children = [
+                row
+                for row, parent in enumerate(self.parents)
+                if parent == path[-1] and self.tokens[row] == wanted[path[-1]]
+            ]
+            if not children:
+                return path
+            path.append(children[0])
