@@ -7,23 +7,38 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+ECHO_S = 5.0
 
 
 class EventLog:
     """Appends events to one file. A line is written whole or, after a crash, torn at the end."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, echo: Callable[[str], object] | None = None) -> None:
+        """`echo` gets a readable line of each event, of frequent ones not more than one in 5 seconds."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
+        self._echo = echo
+        self._echoed: dict[str, float] = {}
 
     def write(self, event: str, **fields: Any) -> None:
         self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
         self._file.flush()
+        now = time.monotonic()
+        if self._echo is not None and now - self._echoed.get(event, -ECHO_S) >= ECHO_S:
+            self._echoed[event] = now
+            self._echo(_readable(event, fields) + "\n")
 
     def close(self) -> None:
         self._file.close()
+
+
+def _readable(event: str, fields: dict[str, Any]) -> str:
+    numbers = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in fields.items()}
+    return f"{event}: " + ", ".join(f"{name} {value}" for name, value in numbers.items())
 
 
 def read_events(path: Path, *, tail_bytes: int | None = None) -> list[dict[str, Any]]:

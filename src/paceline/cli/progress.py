@@ -134,18 +134,19 @@ def describe(console: Console, s: RunSnapshot) -> None:
 
 def evaluation_lines(s: RunSnapshot) -> str:
     """What was measured, before the line that sums it up."""
-    e, chain = s.evaluation, s.evaluation["chain"]
-    same = f"{e['identical']} of {e['prompts']} prompts"
-    return (
-        f"lossless: {same} identical to plain decoding, token for token ({e['dtype']})\n"
-        f"chain of {chain['num_draft_tokens']} draft tokens: "
-        f"acceptance length {chain['acceptance_length']:.2f}, speed-up {chain['speed_up']:.2f}x; below: {_shape(e)}"
-    )
+    e = s.evaluation
+    lines = [f"{e['identical']} of {e['prompts']} prompts identical to plain decoding, token for token"]
+    for way in [e["chain"]] if e["branching"] == 1 else [e["chain"], e]:
+        lines.append(
+            f"{_shape(way)}: acceptance length {way['acceptance_length']:.2f}, "
+            f"{way['speculative_tokens_per_s']:.1f} against {way['plain_tokens_per_s']:.1f} tokens/s"
+        )
+    return "\n".join(lines)
 
 
 def _shape(evaluation: dict[str, Any]) -> str:
     kind = "chain" if evaluation["branching"] == 1 else "tree"
-    return f"{kind} of {evaluation['num_draft_tokens']}"
+    return f"{kind} of {evaluation['num_draft_tokens']} draft tokens"
 
 
 def final_line(s: RunSnapshot) -> str:

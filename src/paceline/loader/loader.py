@@ -51,6 +51,7 @@ class StepLoader:
         position: Position = START,
         should_stop: Callable[[], bool] = lambda: False,
         idle_timeout_s: float | None = None,
+        report: Callable[..., None] = lambda *_, **__: None,
         recapture_timeout_s: float = 1800.0,
     ) -> None:
         """`position`: what the weights already contain; see passes.py for passes and blocks."""
@@ -62,6 +63,7 @@ class StepLoader:
         self._interrupted = False
         self.exhausted = False  # whether every visit of a stream that ended has been planned
         self._recapture_timeout_s = recapture_timeout_s
+        self._report = report
         self._order: VisitOrder[SampleRef] = VisitOrder(
             passes=passes, block_size=block_size, position=position
         )
@@ -179,6 +181,7 @@ class StepLoader:
             if not lost and not reported:
                 store.report_lost([tried.sample_id], fence=self._controller.fence("consumer"))
                 reported = True
+                self._report("waiting_for_recapture", sample_id=tried.sample_id, cause=cause.what)
                 continue
             if self._should_stop():
                 raise _StoppedError

@@ -38,7 +38,9 @@ def run_role(role: str, run_file: Path, work: Work) -> int:
         config = load_run_config(run_file)
         plan = plan_run(config)
         lock = RoleLock(config.run.directory, role)
-        events = EventLog(events_path(config, role))
+        # A supervisor shows progress by itself; alone in the foreground the role does.
+        echo = None if SUPERVISOR_VARIABLE in os.environ or role == "evaluator" else sys.stderr.write
+        events = EventLog(events_path(config, role), echo=echo)
         os.sched_setaffinity(0, processors_of_roles(config).get(role, sorted(os.sched_getaffinity(0))))
         events.write("role_started", pid=os.getpid())
         work(plan, events, stop.is_set)

@@ -199,6 +199,7 @@ def build_disagg_online_consumer(
         position=trainer.position,
         should_stop=should_stop,
         idle_timeout_s=idle_timeout_s,
+        report=report,
     )
     return trainer, loader
 

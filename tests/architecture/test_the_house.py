@@ -1,0 +1,54 @@
+"""Rules of the house that a reader relies on: every claim has its test, files stay small."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+
+
+def claimed(document: str) -> list[str]:
+    """Test names and paths in backticks or links of a document."""
+    text = (ROOT / document).read_text()
+    return sorted(set(re.findall(r"(?:tests/[\w/]+(?:\.py)?|src/paceline/[\w/]+\.py|\btest_\w+)", text)))
+
+
+@pytest.mark.parametrize("document", ["docs/guarantees.md", "README.md"])
+def test_every_claim_names_a_test_that_exists(document: str) -> None:
+    """A guarantee whose test is gone must go too."""
+    tests = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "src/paceline/testing").rglob("*_suite.py")]
+    names = set(re.findall(r"def (test_\w+)", "\n".join(path.read_text() for path in tests)))
+    names |= {path.stem for path in tests}
+    for claim in claimed(document):
+        assert (ROOT / claim).exists() if "/" in claim else claim in names, f"{document} names {claim}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_a_file_fits_in_one_head(path: Path) -> None:
+    """No source file has more than 500 lines."""
+    assert len(path.read_text().splitlines()) <= 500
+
+
+def test_no_module_has_a_name_that_says_nothing() -> None:
+    """A file is named after the one thing it holds."""
+    banned = {"utils", "util", "helpers", "helper", "misc", "common", "manager", "base", "core"}
+    assert not banned & {path.stem for path in SOURCES}
+
+
+def test_nothing_unpickles() -> None:
+    """Files from a disk are data, never code."""
+    for path in SOURCES:
+        assert not re.search(r"\bimport pickle\b|torch\.load\(|trust_remote_code=True", path.read_text()), (
+            path
+        )
+
+
+def test_only_the_command_line_prints() -> None:
+    """Everything else reports events or raises."""
+    for path in SOURCES:
+        if "cli" not in path.parts and "testing" not in path.parts:
+            assert not re.search(r"^\s*print\(", path.read_text(), re.MULTILINE), path
