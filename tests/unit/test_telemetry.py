@@ -26,5 +26,6 @@ def test_frequent_events_are_echoed_now_and_then(tmp_path: Path) -> None:
     for step in range(50):
         log.write("step", step=step, loss=1 / 3)
     log.write("checkpoint", step=50)
+    log.close()
     assert lines == ["step: step 0, loss 0.3333\n", "checkpoint: step 50\n"]
     assert len(read_events(tmp_path / "e.jsonl")) == 51
