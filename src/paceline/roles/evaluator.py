@@ -58,4 +58,4 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
 
 
 if __name__ == "__main__":
-    sys.exit(run_role("evaluator", Path(sys.argv[1]), evaluate))
+    sys.exit(run_role("evaluator", Path(sys.argv[1]), evaluate, stops_itself=False))

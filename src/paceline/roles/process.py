@@ -27,11 +27,14 @@ PR_SET_PDEATHSIG = 1
 Work = Callable[[RunPlan, EventLog, Callable[[], bool]], None]
 
 
-def run_role(role: str, run_file: Path, work: Work) -> int:
-    """Run `work` as the only live `role` of the run; the process's exit code."""
+def run_role(role: str, run_file: Path, work: Work, *, stops_itself: bool = True) -> int:
+    """Run `work` as the only live `role` of the run; the process's exit code.
+
+    Work that has nothing to bring to a safe point (`stops_itself=False`) just ends on a signal.
+    """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, (lambda *_: stop.set()) if stops_itself else signal.SIG_DFL)
     _die_with_supervisor()
     events: EventLog | None = None
     try:
