@@ -1,0 +1,61 @@
+"""The records: metadata only, frozen, and the same after a trip through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from paceline import FeatureSpec, PromptTask, SampleRef, assert_no_tensors
+from paceline.testing.samples import sample_ref
+from paceline.types import ref_from_json, ref_to_json
+
+
+def test_a_ref_needs_only_what_identifies_it() -> None:
+    """Seven keywords make a ref; everything else has a default."""
+    ref = SampleRef(
+        sample_id="s",
+        run_id="r",
+        source_task_id=None,
+        feature_store_uri="mem://r",
+        feature_keys={},
+        feature_specs={},
+        strategy="eagle3",
+    )
+    assert ref_from_json(ref_to_json(ref)) == ref
+    assert ref.draft_weight_version is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ref.sample_id = "other"  # type: ignore[misc]
+
+
+def test_nested_specs_survive_json() -> None:
+    """Shapes come back as tuples, meta data as it was."""
+    spec = FeatureSpec("x", (1, 8, 4), "bfloat16", target_repr="hidden_state", target_meta={"v": 1})
+    ref = dataclasses.replace(sample_ref(1), feature_specs={"x": spec}, metadata={"a": [1, None, "b"]})
+    assert ref_from_json(ref_to_json(ref)) == ref
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(1), np.zeros(1), np.float32(1.0), torch.nn.Parameter(torch.ones(2))]
+)
+def test_tensors_are_found_wherever_they_hide(tensor: object) -> None:
+    """In records, mappings, keys and sequences of any depth; the path to it is named."""
+    for hiding_place in (tensor, [1, tensor], {"a": ({"b": tensor},)}, {"k": frozenset()} | {"t": tensor}):
+        with pytest.raises(TypeError, match="metadata only"):
+            assert_no_tensors(hiding_place)
+    with pytest.raises(TypeError, match=r"record\.payload\['ids'\]"):
+        assert_no_tensors(PromptTask("t", "r", payload={"ids": tensor}))
+
+
+def test_metadata_passes() -> None:
+    """Plain values of any depth are what the control plane is for."""
+    assert_no_tensors(PromptTask("t", "r", payload={"ids": list(range(100)), "text": "x", "none": None}))
+    assert_no_tensors({"a": [1, 2.5, b"x", True, {"b": ("c",)}]})
+
+
+def test_what_json_cannot_carry_is_refused() -> None:
+    """A NaN would not survive every reader."""
+    with pytest.raises(ValueError, match="JSON"):
+        ref_to_json(dataclasses.replace(sample_ref(0), metadata={"x": float("nan")}))
