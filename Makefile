@@ -26,8 +26,8 @@ train: install model ## train a draft model online, then measure it (about 15 mi
 evaluate: install model ## measure the newest checkpoint of the run again
 	$(BIN)/paceline evaluate $(RUN)
 
-test: install ## the whole fast suite
-	$(BIN)/python -m pytest
+test: install ## the whole fast suite, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install ## ruff
 	$(BIN)/ruff check .

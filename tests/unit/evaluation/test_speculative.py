@@ -118,7 +118,7 @@ def test_greedy_output_of_a_tree_equals_plain_decoding(
         target, drafter, PROMPTS, NEVER_ENDS, [drafting, Drafting(drafting.max_depth)]
     )
     assert tree.identical == chain.identical == len(PROMPTS)
-    if drafting.branching == 8:
+    if drafting.branching == 8 and which == "random_draft":
         assert tree.acceptance_length > chain.acceptance_length, "more guesses hit more often"
 
 
