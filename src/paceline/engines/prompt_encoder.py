@@ -17,6 +17,13 @@ class PromptEncoder:
 
     def __init__(self, model_folder: Path, *, max_prompt_tokens: int) -> None:
         self._max_prompt_tokens = max_prompt_tokens
+        if not model_folder.is_dir():
+            # transformers would take a path that is not there for a hub id and answer from its cache.
+            raise EngineError(
+                f"{model_folder} is not a folder.",
+                why="The target and its tokenizer are read from a local folder; nothing is fetched.",
+                next="run `make model`, or set target.model to a complete Hugging Face model folder.",
+            )
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(
                 str(model_folder), local_files_only=True, trust_remote_code=False

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +30,7 @@ from paceline.precision import torch_dtype
 
 PREFILL_ROWS = 8
 PROBE_TEXT = "Riders in a paceline take turns at the front."
+VERSION_BYTES = 4096  # read from the middle of every tensor
 
 
 class TransformersEngine:
@@ -126,7 +128,7 @@ class TransformersEngine:
         expected = [output.hidden_states[k] for k in self._facts.aux_layer_ids]
         same = all(torch.equal(a, b) for a, b in zip(taken, expected, strict=False))
         logits = self._model.lm_head(self._model.model.norm(taken[-1]))[0].float()
-        agreed = _argmax_agrees(logits, output.logits[0].float())
+        agreed = _argmax_agrees(logits, output.logits[0].float(), torch.finfo(self._model.dtype).eps)
         if not (same and agreed):
             raise CaptureMismatchError(
                 f"States captured from layers {self._captured_ids} do not reproduce the model's own output "
@@ -164,23 +166,42 @@ class _Hooks:
 
 
 def _load_model(model_folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    again = "move the folder away and fetch the model again (`make model` for the recipe's target)"
+    answer: Any  # a pair, for the report asked for below
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        answer = AutoModelForCausalLM.from_pretrained(
             str(model_folder),
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             attn_implementation=ATTENTION,
+            ignore_mismatched_sizes=True,  # so that the report below names them
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise EngineError(
-            f"{model_folder} holds no model that can be loaded ({str(error).splitlines()[0]}).",
-            why="The producer needs the target's weights, as safetensors, in a local folder.",
-            next="run `make model`, or set target.model to a Hugging Face model folder.",
-        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise _unusable(model_folder, reason or type(error).__name__, again) from error
+    model, report = answer
+    # transformers fills such weights with noise, other noise in every process.
+    unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if unfit:
+        reason = f"{len(unfit)} weights are missing or of another shape, first: {unfit[0]}"
+        raise _unusable(model_folder, reason, again)
+    decoder = getattr(model, "model", None)
+    if not (hasattr(model, "lm_head") and hasattr(decoder, "layers") and hasattr(decoder, "norm")):
+        reason = f"{type(model).__name__} has no model.layers, model.norm and lm_head"
+        raise _unusable(model_folder, reason, "choose a decoder laid out as Llama is")
     loaded: PreTrainedModel = torch.nn.Module.to(model, device).eval()
     return loaded
+
+
+def _unusable(model_folder: Path, reason: str, advice: str) -> EngineError:
+    return EngineError(
+        f"{model_folder} holds no model that can be loaded ({reason}).",
+        why="The producer needs the target's own weights, all of them, as safetensors, in a local folder.",
+        next=f"{advice}, or set target.model to a complete Hugging Face model folder.",
+    )
 
 
 def _facts(model: PreTrainedModel, model_folder: Path, tokenizer_version: str) -> TargetFacts:
@@ -208,21 +229,30 @@ def _facts(model: PreTrainedModel, model_folder: Path, tokenizer_version: str) -
 
 
 def _model_version(model_folder: Path) -> str:
-    """Digest of config.json and of every weight file's safetensors header and size.
+    """Digest of config.json and of every weight file's size, header and a piece of every tensor.
 
-    The header names every tensor with its shape and place; reading all bytes of a large target at
-    every start would cost minutes.
+    The header names every tensor with its shape and place, the same for a model and its fine-tunes;
+    the pieces tell those apart. All bytes of a large target would cost minutes at every start.
     """
     digest = hashlib.sha256((model_folder / "config.json").read_bytes())
     for path in sorted(model_folder.glob("*.safetensors")):
         with path.open("rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
-        digest.update(json.dumps([path.name, path.stat().st_size]).encode() + header)
+            digest.update(json.dumps([path.name, path.stat().st_size]).encode() + header)
+            entries = json.loads(header)
+            entries.pop("__metadata__", None)
+            for begin, end in sorted(entry["data_offsets"] for entry in entries.values()):
+                size = min(VERSION_BYTES, end - begin)
+                file.seek(8 + len(header) + (begin + end - size) // 2)
+                digest.update(file.read(size))
     return digest.hexdigest()[:16]
 
 
-def _argmax_agrees(logits: torch.Tensor, own: torch.Tensor) -> bool:
-    """Same argmax at every position, but for positions where the two best differ by rounding alone."""
+def _argmax_agrees(logits: torch.Tensor, own: torch.Tensor, eps: float) -> bool:
+    """Same argmax at every position, but for positions where the two best differ by rounding alone.
+
+    `eps` is the relative rounding step of the type both were computed in.
+    """
     best = own.topk(2, dim=-1).values
-    close = best[:, 0] - best[:, 1] <= 0.02 * best[:, 0].abs().clamp(min=1.0)
+    close = best[:, 0] - best[:, 1] <= 3 * eps * best[:, 0].abs().clamp(min=1.0)
     return bool(((logits.argmax(-1) == own.argmax(-1)) | close).all())

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from paceline.engines.engine import CaptureRequest
-from paceline.engines.transformers import TransformersEngine
+from paceline.engines.engine import CapturedSample, CaptureRequest
+from paceline.engines.prompt_encoder import PromptEncoder
+from paceline.engines.transformers import TransformersEngine, _argmax_agrees
 from paceline.errors import CaptureMismatchError, ConfigError, EngineError
 from paceline.precision import has_bfloat16, torch_dtype
 from paceline.testing.engine_suite import requests
@@ -95,6 +102,123 @@ def test_states_that_are_not_finite_never_leave(
         with pytest.raises(EngineError, match="first: s0"):
             engine.capture(requests(engine))
         weight.copy_(before)
+
+
+FRESH_PROCESS = """
+import sys
+from pathlib import Path
+from paceline.engines.transformers import TransformersEngine
+from paceline.testing.engine_suite import requests
+sys.path.insert(0, sys.argv[2])
+from test_transformers_engine import bits
+engine = TransformersEngine(Path(sys.argv[1]), dtype="float32", max_prompt_tokens=64)
+sys.stdout.write(bits(engine.capture(requests(engine, temperature=0.9))))
+"""
+
+
+def bits(samples: list[CapturedSample]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        for tensor in (sample.input_ids, sample.aux_hidden_states, sample.last_hidden_states):
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_a_fresh_process_gives_the_same_bits(engine: TransformersEngine, folder: Path) -> None:
+    """What was captured before a crash can be captured again after it."""
+    command = [sys.executable, "-c", FRESH_PROCESS, str(folder), str(Path(__file__).parent)]
+    fresh = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    assert fresh.stdout == bits(engine.capture(requests(engine, temperature=0.9)))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_off(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def no_safetensors(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"x" * 5000)
+
+
+def without_a_weight(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.pop("model.layers.3.mlp.up_proj.weight"))
+
+
+def without_a_head(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.pop("lm_head.weight"))
+
+
+def with_a_small_weight(folder: Path) -> None:
+    name = "model.layers.3.mlp.up_proj.weight"
+    change_weights(folder, lambda weights: weights.update({name: weights[name][:10].clone()}))
+
+
+def another_layout(folder: Path) -> None:
+    config = GPT2Config(vocab_size=61, n_embd=32, n_layer=8, n_head=4, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (cut_off, "incomplete"),
+        (no_safetensors, "header"),
+        (without_a_weight, "layers.3.mlp.up_proj"),
+        (without_a_head, "lm_head"),
+        (with_a_small_weight, "layers.3.mlp.up_proj"),
+        (another_layout, "GPT2LMHeadModel"),
+    ],
+)
+def test_a_model_that_is_not_whole_is_refused(
+    tmp_path: Path, folder: Path, damage: Callable[[Path], None], reason: str
+) -> None:
+    """Missing weights would be filled with noise, other noise in every process."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    damage(copy)
+    with pytest.raises(EngineError, match=reason) as caught:
+        TransformersEngine(copy, dtype="float32")
+    assert str(copy) in str(caught.value)
+    assert "Next: " in str(caught.value)
+
+
+def test_a_path_that_is_no_folder_is_not_looked_up_elsewhere(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would take models/Tiny for a hub id and load what its cache has under that name."""
+    cached = tmp_path / "hub" / "models--models--Tiny"
+    shutil.copytree(folder, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EngineError, match="models/Tiny is not a folder"):
+        PromptEncoder(Path("models/Tiny"), max_prompt_tokens=64)
+    with pytest.raises(EngineError, match="models/Tiny is not a folder"):
+        TransformersEngine(Path("models/Tiny"))
+
+
+def test_the_version_tells_a_model_from_its_fine_tune(
+    engine: TransformersEngine, tmp_path: Path, folder: Path
+) -> None:
+    """Same config, names, shapes and sizes, one other weight: another model; a copy is the same."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    assert TransformersEngine(copy, dtype="float32").facts.model_version == engine.facts.model_version
+    change_weights(copy, lambda weights: weights["model.layers.5.self_attn.q_proj.weight"].mul_(1.01))
+    assert TransformersEngine(copy, dtype="float32").facts.model_version != engine.facts.model_version
+
+
+def test_the_probe_forgives_rounding_alone() -> None:
+    """How near two logits must be to change places follows from the type they were computed in."""
+    own, swapped = torch.tensor([[10.0, 9.9, 0.0]]), torch.tensor([[9.9, 10.0, 0.0]])
+    assert _argmax_agrees(swapped, own, torch.finfo(torch.bfloat16).eps)
+    assert not _argmax_agrees(swapped, own, torch.finfo(torch.float32).eps)
+    assert not _argmax_agrees(swapped, own - torch.tensor([0.0, 2.0, 0.0]), torch.finfo(torch.bfloat16).eps)
 
 
 def test_a_missing_or_broken_model_is_one_clear_error(tmp_path: Path, folder: Path) -> None:
