@@ -12,6 +12,8 @@
     ├── LedgerError          the metadata store (control plane)                                       6
     │   ├── FencedError            a newer process took over this role
     │   ├── IllegalTransitionError the protocol forbids this change of state
+    │   ├── IntentRevokedError     the bytes of this commit were given up; write them again
+    │   ├── UnknownResultError     it is not known whether the change was made; repeat it
     │   └── SchemaError            the database is not one this version can open
     ├── CheckpointError      no valid checkpoint where one is needed                                  7
     └── TrainingError        the optimizer step itself failed (loss is not a number)                  8
@@ -78,6 +80,14 @@ class FencedError(LedgerError):
 
 
 class IllegalTransitionError(LedgerError):
+    pass
+
+
+class IntentRevokedError(LedgerError):
+    pass
+
+
+class UnknownResultError(LedgerError):
     pass
 
 

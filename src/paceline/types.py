@@ -28,6 +28,7 @@ class PromptTask:
     max_length: int = 2048
     attempt: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    deaths: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class SampleRef:
     """A pointer to the features of exactly one training sample.
 
     `draft_weight_version` is provenance only: the target is frozen, so a ref never goes stale.
-    `metadata["digest"]` is the digest of the sealed bytes; a reader verifies it (G5).
+    `metadata["digest"]` is the digest of the sealed bytes; a reader verifies it (G5). `generation`
+    is the byte intent they were written under: bytes of another generation are not this sample's.
     """
 
     sample_id: str
@@ -65,6 +67,7 @@ class SampleRef:
     draft_weight_version: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    generation: int = 0
 
 
 _SCALARS = (str, bytes, bool, int, float, type(None))

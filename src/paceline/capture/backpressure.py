@@ -8,39 +8,68 @@ unfinished batch is resident, and a capture group fits beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
 from paceline.errors import ConfigError
 from paceline.features.store import FeatureStore
-from paceline.ledger.store import Fence, MetadataStore
+from paceline.ledger.facts import CHECKPOINT_WANTED
+from paceline.ledger.records import Fence
+from paceline.ledger.store import MetadataStore
 
-CHECKPOINT_WANTED = "checkpoint_wanted"
+LOW = 0.75
 WAIT_S = 1.0
 
 
 @dataclass(frozen=True)
 class Watermarks:
-    """Pause when the next group would not fit under `budget_bytes`; resume below `low` of it."""
+    """Pause when the next group would not fit into a budget; resume below `low` of it.
+
+    Both budgets hold, that of bytes and (unless None) that of samples.
+    """
 
     budget_bytes: int
     group_bytes: int
-    low: float = 0.75
+    low: float = LOW
+    budget_samples: int | None = None
+    group_samples: int = 1
 
     @property
     def resume_bytes(self) -> int:
         """The most that may be resident when a paused producer goes on."""
         return min(int(self.low * self.budget_bytes), self.budget_bytes - self.group_bytes)
 
+    @property
+    def resume_samples(self) -> int:
+        """The same in samples, where those are limited."""
+        assert self.budget_samples is not None
+        return min(int(self.low * self.budget_samples), self.budget_samples - self.group_samples)
 
-def check_feasible(*, budget_bytes: int, sample_bytes: int, group_size: int, window_size: int) -> None:
-    """Raise ConfigError unless a run within this budget can never wait for itself.
+
+def check_feasible(
+    *,
+    budget_bytes: int,
+    sample_bytes: int,
+    group_size: int,
+    window_size: int,
+    budget_samples: int | None = None,
+) -> None:
+    """Raise ConfigError unless a run within these budgets can never wait for itself.
 
     `sample_bytes` is the largest one sample can be. Needed at once: one capture group, the samples
     the consumer must collect before it can go on, and the slack of the low watermark.
     """
-    needed = int((group_size + window_size) * sample_bytes / 0.75) + 1
+    least_samples = math.ceil((group_size + window_size) / LOW) + 1
+    if budget_samples is not None and budget_samples < least_samples:
+        raise ConfigError(
+            f"features.budget_samples is {budget_samples}, but a group of {group_size} and the "
+            f"{window_size} samples the consumer collects need {least_samples}.",
+            why="With fewer, producer and consumer could wait for each other for ever.",
+            next=f"set features.budget_samples to {least_samples}, or lower capture.group_size.",
+        )
+    needed = int((group_size + window_size) * sample_bytes / LOW) + 1
     if needed > budget_bytes:
         raise ConfigError(
             f"features.budget_mib gives {budget_bytes >> 20} MiB, but a group of {group_size} and the "
@@ -59,6 +88,11 @@ class Backpressure:
         self._paused = False
         self.waited_s = 0.0
 
+    @property
+    def sample_bytes(self) -> int:
+        """What is reserved for one sample before its size is known."""
+        return self._marks.group_bytes // max(1, self._marks.group_samples)
+
     def wait_for_credit(self, should_stop: Callable[[], bool], fence: Fence | None) -> bool:
         """Block until a group fits; False if asked to stop first. Never busy-polls."""
         started = monotonic()
@@ -74,12 +108,17 @@ class Backpressure:
 
     def has_credit(self) -> bool:
         """Whether a group fits now; below the low watermark only, once it did not."""
-        resident = self._features.usage().resident_bytes
-        limit = (
-            self._marks.resume_bytes if self._paused else self._marks.budget_bytes - self._marks.group_bytes
-        )
-        self._paused = resident > limit
-        return not self._paused
+        marks, ledger = self._marks, self._store.usage()
+        # What the ledger counts includes bytes that are only promised; what the store counts, its slack.
+        promised = ledger.resident_bytes + ledger.reserved_bytes
+        resident = max(self._features.usage().resident_bytes, promised)
+        limit = marks.resume_bytes if self._paused else marks.budget_bytes - marks.group_bytes
+        full = resident > limit
+        if marks.budget_samples is not None:
+            most = marks.resume_samples if self._paused else marks.budget_samples - marks.group_samples
+            full = full or ledger.resident_samples + ledger.reserved_samples > most
+        self._paused = full
+        return not full
 
     def _ask_for_checkpoint(self, fence: Fence | None) -> None:
         if self._store.usage().provisional_samples and not self._store.facts().get(CHECKPOINT_WANTED):

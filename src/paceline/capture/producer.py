@@ -4,25 +4,29 @@ Prompts are captured in fixed groups (the g-th `group_size` of the run's prompt 
 the bits of a captured state depend on the batch it was computed in. A group that is captured
 again, after a crash or because a feature was lost, is computed whole and gives the same bits;
 only the samples that are wanted are stored. Commits happen in prompt order, so the committed log,
-and with it every step plan, is the same in every run of the same configuration.
+and with it every step plan, is the same in every run of the same configuration. A prompt that the
+engine cannot bear is found (blame.py) and set aside with its reason; its group goes on without it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 
 from paceline.capture.backpressure import Backpressure
+from paceline.capture.blame import ENGINE_FAILURES, Blame
 from paceline.crashpoints import reach
 from paceline.engines.engine import CapturedSample, CaptureRequest, TargetEngine
-from paceline.errors import EngineError, LedgerError
+from paceline.errors import LedgerError
 from paceline.features.store import FeatureStore
 from paceline.ledger.channel import CommittedRefLog
 from paceline.ledger.controller import DataFlowController
-from paceline.ledger.store import Fence
+from paceline.ledger.records import Fence
 from paceline.types import PromptTask, SampleRef
+
+UNREADABLE = "unreadable"  # payload key of a prompt that could not be encoded: the reason
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,13 @@ class Producer:
         self.engine = engine
         self.worker_id = worker_id
         self._features = features
-        self._tasks = tasks
+        self._tasks = [replace(task, ordinal=place) for place, task in enumerate(tasks)]
         self._settings = settings
         self._backpressure = backpressure
         self._report = report
         self._log = CommittedRefLog(controller.store)
         self._fence: Fence | None = None
+        self._blame = Blame(controller, worker_id, engine.probe, report)
         controller.ingest_prompts(tasks)
 
     def run(self, max_rounds: int | None = None, should_stop: Callable[[], bool] | None = None) -> int:
@@ -86,13 +91,17 @@ class Producer:
         return committed
 
     def _take_over(self) -> None:
-        """Become the producer, free what a dead one never committed, and report what is gone."""
+        """Become the producer, free what a dead one never committed, and report what is gone.
+
+        Taking the role revokes every byte intent, in one transaction; only then are bytes deleted.
+        """
         store = self.controller.store
-        self._fence = self.controller.take_role("producer")
-        counts = store.task_counts()
-        if self._log.is_closed() and store.committed_count() + counts["failed"] < sum(counts.values()):
+        self._fence = self._log.fence = self.controller.take_role("producer")
+        reach("producer.after_acquire")
+        if self._log.is_closed() and store.task_counts()["pending"] > len(store.lost_ids()):
             self._log.reopen()  # prompts were added; a sample captured again adds nothing to the log
-        orphans = self._features.sweep(keep=set(store.all_committed_ids()))
+        orphans = self._features.sweep(keep=store.present_generations())
+        reach("producer.after_sweep")
         # After a reboot the ledger knows samples that the memory forgot: all are reported at once.
         here = set(self._features.sample_ids())
         gone = [i for i in store.present_ids() if i not in here]
@@ -110,15 +119,20 @@ class Producer:
         lost = store.lost_ids()
         if not lost or self._backpressure.has_credit():
             return
-        order = store.all_committed_ids()
-        behind = set(order[order.index(lost[0]) + 1 :])
+        needed = store.sample_record(lost[0])
+        assert needed is not None, "a lost sample is committed"
         given_up = []
-        for sample_id in reversed([i for i in store.present_ids() if i in behind]):
+        for entry in reversed(store.read_committed(needed.seq, store.committed_count())):
+            sample_id = entry.ref.sample_id
+            if not entry.present or entry.quarantined or entry.ref.feature_keys == {}:
+                continue
+            store.report_lost([sample_id], fence=self._fence)
+            if sample_id not in store.lost_ids():
+                continue  # durable weights contain it: its bytes go with the next release
             self._features.abort(sample_id, reason="makes room for a sample that is needed first")
             given_up.append(sample_id)
             if self._backpressure.has_credit():
                 break
-        store.report_lost(given_up, fence=self._fence)
         self._report("made_room", given_up=len(given_up), needed=lost[0])
 
     def _finish(self) -> None:
@@ -131,27 +145,26 @@ class Producer:
         """Capture the group of `wanted` whole, store and commit the wanted; how many were new."""
         started = monotonic()
         group = wanted[0].ordinal // self._settings.group_size
-        first = group * self._settings.group_size
-        members = self._tasks[first : first + self._settings.group_size]
-        if members[wanted[0].ordinal - first].task_id != wanted[0].task_id:
-            raise LedgerError(
-                f"Prompt {wanted[0].ordinal} of the ledger is {wanted[0].task_id!r}, but this producer was "
-                f"given {members[wanted[0].ordinal - first].task_id!r} there.",
-                why="Groups are slices of the prompt order; another order gives other features.",
-                next="pass the prompts the run was started with, in the same order.",
-            )
+        readable = self._blame.set_aside_unreadable(wanted, UNREADABLE)
+        if not readable:
+            return 0
+        members = self._members(group, readable[0])
+        convicted = self._blame.try_deadly(readable, members, self._answer)
+        readable = [task for task in readable if task.task_id not in convicted]
+        members = [task for task in members if task.task_id not in convicted]
+        if not readable:
+            return 0
+        size = self._backpressure.sample_bytes
+        generations = self.controller.reserve({sample_id(task): size for task in readable})
+        reach("producer.after_reserve")
         try:
-            captured = self.engine.capture([self._request(task, first + i) for i, task in enumerate(members)])
-        except EngineError as error:
-            if any(self.controller.store.is_committed(sample_id(task)) for task in wanted):
-                raise  # a committed sample is never given up; the leases return with the next start
-            buried = self.controller.fail_prompt_tasks(
-                self.worker_id, [task.task_id for task in wanted], str(error), retryable=True
-            )
-            self._report("group_failed", group=group, buried=len(buried), message=str(error))
+            captured = self._answer(members)
+        except ENGINE_FAILURES as error:
+            self.controller.revoke(list(generations.values()))
+            self._blame.find(readable, members, self._answer, error)
             return 0
         by_id = {sample.sample_id: sample for sample in captured}
-        refs = [self._store(task, by_id[sample_id(task)]) for task in wanted]
+        refs = [self._store(task, by_id[sample_id(task)], generations[sample_id(task)]) for task in readable]
         reach("producer.before_commit")
         fresh = self.controller.commit_samples(self.worker_id, refs)
         reach("producer.after_commit")
@@ -165,21 +178,36 @@ class Producer:
         )
         return len(fresh)
 
-    def _request(self, task: PromptTask, ordinal: int) -> CaptureRequest:
+    def _members(self, group: int, wanted: PromptTask) -> list[PromptTask]:
+        """The group's prompts but those set aside for good: the same ones whenever it is captured."""
+        first = group * self._settings.group_size
+        slice_of_run = self._tasks[first : first + self._settings.group_size]
+        there = slice_of_run[wanted.ordinal - first].task_id
+        if there != wanted.task_id:
+            raise LedgerError(
+                f"Prompt {wanted.ordinal} of the ledger is {wanted.task_id!r}, but this producer was "
+                f"given {there!r} there.",
+                why="Groups are slices of the prompt order; another order gives other features.",
+                next="pass the prompts the run was started with, in the same order.",
+            )
+        failed = self.controller.store.failed_tasks()
+        return [task for task in slice_of_run if task.task_id not in failed]
+
+    def _answer(self, members: Sequence[PromptTask]) -> list[CapturedSample]:
+        return self.engine.capture([self._request(task) for task in members])
+
+    def _request(self, task: PromptTask) -> CaptureRequest:
         s = self._settings
-        greedy_round = ordinal < s.num_prompts
+        greedy_round = task.ordinal < s.num_prompts
         return CaptureRequest(
             sample_id=sample_id(task),
             prompt_ids=tuple(task.payload["prompt_ids"]),
             max_new_tokens=s.max_answer_tokens,
             temperature=s.first_round_temperature if greedy_round else s.temperature,
-            seed=sample_seed(s.seed, ordinal),
+            seed=sample_seed(s.seed, task.ordinal),
         )
 
-    def _store(self, task: PromptTask, sample: CapturedSample) -> SampleRef:
-        if self.controller.store.is_committed(sample.sample_id):
-            # A lost sample: what may be left of its old bytes must not be taken for the new ones.
-            self._features.abort(sample.sample_id, reason="captured again")
+    def _store(self, task: PromptTask, sample: CapturedSample, generation: int) -> SampleRef:
         sealed = self._features.put(
             sample.sample_id,
             {
@@ -188,6 +216,7 @@ class Producer:
                 "aux_hidden_states": sample.aux_hidden_states,
                 "last_hidden_states": sample.last_hidden_states,
             },
+            generation=generation,
         )
         facts = self.engine.facts
         return SampleRef(
@@ -203,6 +232,7 @@ class Producer:
             target_model_version=facts.model_version,
             tokenizer_version=facts.tokenizer_version,
             metadata={"digest": sealed.digest},
+            generation=generation,
         )
 
 

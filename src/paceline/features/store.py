@@ -1,7 +1,7 @@
 """The data plane's contract: tensors in, a `SampleRef`'s keys out.
 
-A stored sample is immutable once sealed: `put` under a key that is already sealed returns the
-sealed key and writes nothing. Only `abort` frees bytes, and only the control plane decides when
+A stored sample is immutable once sealed: `put` of a sample and generation that is already sealed
+returns the sealed key and writes nothing. Only `abort` frees bytes, and only the control plane decides when
 (after a durable checkpoint covers the sample). A crash between `put` and the ledger's commit
 leaves an orphan, which `sweep` reclaims.
 """
@@ -38,8 +38,12 @@ class Sealed:
 class FeatureStore(Protocol):
     """Tensors by sample id. Adapters: stores/memory.py, stores/shm.py."""
 
-    def put(self, sample_id: str, tensors: Mapping[str, Any]) -> Sealed:
-        """Copy the tensors in and seal them. Raises StoreFullError, and then holds nothing new."""
+    def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:
+        """Copy the tensors in and seal them. Raises StoreFullError, and then holds nothing new.
+
+        `generation`: the byte intent they are written under (0: none, the store counts itself). Bytes
+        of the sample under another generation are freed first.
+        """
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
         """Tensors whose bytes match the ref's digest and specs.
@@ -47,12 +51,16 @@ class FeatureStore(Protocol):
         Raises FeatureMissingError (never sealed, or freed) or FeatureCorruptError.
         """
 
-    def abort(self, sample_id: str, reason: str = "") -> None:
-        """Free the sample's bytes. Idempotent: unknown or already freed is not an error."""
+    def abort(self, sample_id: str, reason: str = "", *, generation: int | None = None) -> None:
+        """Free the sample's bytes. Idempotent: unknown or already freed is not an error.
+
+        With a generation, only if they were written under it: what was captured since stays.
+        """
 
     def sweep(self, keep: Collection[str]) -> list[str]:
         """Free every sample whose id is not in `keep`; return their ids.
 
+        A mapping keeps a sample only if its bytes are of the generation named (0: of any).
         Only the producer that owns the store may call this, before it writes.
         """
 
@@ -67,3 +75,10 @@ class FeatureStore(Protocol):
 
     def destroy(self) -> None:
         """Give all memory back. Only at the end of a run."""
+
+
+def is_kept(keep: Collection[str], sample_id: str, generation: int) -> bool:
+    """Whether a sweep with `keep` leaves these bytes alone."""
+    if isinstance(keep, Mapping):
+        return keep.get(sample_id) in (0, generation)
+    return sample_id in keep

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
+from paceline.ledger.facts import END_OF_STREAM
+from paceline.ledger.records import Fence
 from paceline.ledger.store import MetadataStore
 from paceline.types import SampleRef
 
 PAGE = 256
-END_OF_STREAM = "end_of_stream"
 
 
 class RefChannel(Protocol):
@@ -47,23 +48,27 @@ class RefChannel(Protocol):
 
 
 class CommittedRefLog:
-    """The metadata store's committed log, in durable sequence order."""
+    """The metadata store's committed log, in durable sequence order: every sample once."""
 
-    def __init__(self, store: MetadataStore, *, after_seq: int = 0) -> None:
+    distinct = True
+
+    def __init__(self, store: MetadataStore, *, after_seq: int = 0, fence: Fence | None = None) -> None:
+        """`fence`: of the role that closes and reopens the log."""
+        self.fence = fence
         self._store = store
         self._after_seq = after_seq
         self._seqs: dict[str, int] = {}
 
     def publish_many(self, refs: Sequence[SampleRef]) -> None:
         """To commit is to publish."""
-        self._store.commit_samples(refs)
+        self._store.commit_samples(refs, fence=self.fence)
 
     def close(self) -> None:
-        self._store.set_facts({END_OF_STREAM: True})
+        self._store.set_facts({END_OF_STREAM: True}, fence=self.fence)
 
     def reopen(self) -> None:
-        """More will follow after all (a producer that came back to capture again)."""
-        self._store.set_facts({END_OF_STREAM: False})
+        """More will follow after all: prompts were added."""
+        self._store.set_facts({END_OF_STREAM: False}, fence=self.fence)
 
     def is_closed(self) -> bool:
         return bool(self._store.facts().get(END_OF_STREAM, False))
@@ -124,7 +129,8 @@ class StreamingRefQueue:
         self.poll_s = poll_s
         self.idle_timeout_s = idle_timeout_s
         self._skip_ids = frozenset(skip_ids or ())
-        self._seen: set[str] = set()
+        # A channel that cannot repeat a sample needs no memory of what it gave.
+        self._seen: set[str] | None = None if getattr(channel, "distinct", False) else set()
         self._should_stop = should_stop
         self._on_wait = on_wait
         self._clock = clock
@@ -179,11 +185,12 @@ class StreamingRefQueue:
         refs = self.channel.poll()
         dropped = 0
         for ref in refs:
-            if ref.sample_id in self._skip_ids or ref.sample_id in self._seen:
+            if ref.sample_id in self._skip_ids or (self._seen is not None and ref.sample_id in self._seen):
                 dropped += 1
-            else:
+                continue
+            self._ready.append(ref)
+            if self._seen is not None:
                 self._seen.add(ref.sample_id)
-                self._ready.append(ref)
         if dropped:
             self.channel.mark_consumed(dropped)
         return len(refs)

@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from paceline.errors import LedgerError
-from paceline.ledger.store import Fence, MetadataStore, StepPlan
+from paceline.crashpoints import reach
+from paceline.errors import LedgerError, UnknownResultError
+from paceline.ledger.facts import RUN_ID
+from paceline.ledger.records import BegunStep, Fence, StepPlan
+from paceline.ledger.store import MetadataStore
 from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.types import PromptTask, SampleRef, assert_no_tensors
 
 ATTEMPT_MAX = 5
+RELEASE_AT_ONCE = 1000
+TRIES = 3  # of a call whose result stays unknown
+T = TypeVar("T")
 
 
 class Aborts(Protocol):
     """The one thing the controller asks of a feature store."""
 
-    def abort(self, sample_id: str, reason: str = "") -> None: ...
+    def abort(self, sample_id: str, reason: str = "", *, generation: int | None = None) -> None: ...
 
 
 class DataFlowController:
@@ -40,9 +47,9 @@ class DataFlowController:
         self._bind()
 
     def _bind(self) -> None:
-        owner = self.store.facts().get("run_id")
+        owner = self.store.facts().get(RUN_ID)
         if owner is None:
-            self.store.set_facts({"run_id": self.run_id})
+            self.store.set_facts({RUN_ID: self.run_id})
         elif owner != self.run_id:
             raise LedgerError(
                 f"This metadata store belongs to run {owner!r}, not to {self.run_id!r}.",
@@ -60,6 +67,17 @@ class DataFlowController:
         """The fence this controller holds for the role, if it took it."""
         return self._fences.get(role)
 
+    def _settled(self, call: Callable[[str], T]) -> T:
+        """Make a call under an op id, and repeat it under the same one while its result is unknown."""
+        op_id = uuid.uuid4().hex
+        for tries_left in reversed(range(TRIES)):
+            try:
+                return call(op_id)
+            except UnknownResultError:
+                if not tries_left:
+                    raise
+        raise AssertionError("unreachable")
+
     # -- producer --------------------------------------------------------------------------
 
     def ingest_prompts(self, prompts: Sequence[Mapping[str, Any] | PromptTask]) -> list[str]:
@@ -70,7 +88,7 @@ class DataFlowController:
         field of PromptTask is its payload.
         """
         tasks = [self._task(prompt, place) for place, prompt in enumerate(prompts)]
-        self.store.add_tasks([task.task_id for task in tasks])
+        self.store.add_tasks([task.task_id for task in tasks], fence=self.fence("producer"))
         self._tasks.update({task.task_id: task for task in tasks})
         return [task.task_id for task in tasks]
 
@@ -96,8 +114,11 @@ class DataFlowController:
 
         With `group_size` the lease keeps to one capture group.
         """
-        leases = self.store.lease_tasks(
-            worker_id, max_tasks, group_size=group_size, fence=self.fence("producer")
+        fence = self.fence("producer")
+        leases = self._settled(
+            lambda op_id: self.store.lease_tasks(
+                worker_id, max_tasks, group_size=group_size, fence=fence, op_id=op_id
+            )
         )
         unknown = [lease.task_id for lease in leases if lease.task_id not in self._tasks]
         if unknown:
@@ -107,7 +128,12 @@ class DataFlowController:
                 next="call ingest_prompts with the run's whole prompt file before leasing.",
             )
         return [
-            replace(self._tasks[lease.task_id], ordinal=lease.ordinal, attempt=lease.attempt)
+            replace(
+                self._tasks[lease.task_id],
+                ordinal=lease.ordinal,
+                attempt=lease.attempt,
+                deaths=lease.deaths,
+            )
             for lease in leases
         ]
 
@@ -127,6 +153,19 @@ class DataFlowController:
             fence=self.fence("producer"),
         )
 
+    def return_prompt_tasks(self, worker_id: str, task_ids: Sequence[str]) -> None:
+        """Give leases back without a failure."""
+        self.store.return_tasks(worker_id, task_ids, fence=self.fence("producer"))
+
+    def reserve(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Byte intents for samples about to be written (id to bytes); the generation of each."""
+        fence = self.fence("producer")
+        return self._settled(lambda op_id: self.store.reserve(sizes, fence=fence, op_id=op_id))
+
+    def revoke(self, generations: Sequence[int]) -> None:
+        """Give intents up; only then may their bytes be deleted."""
+        self.store.revoke(generations, fence=self.fence("producer"))
+
     def commit_samples(
         self,
         worker_id: str,  # noqa: ARG002 (says who, for the reader of the call)
@@ -138,15 +177,29 @@ class DataFlowController:
         """
         if not refs:
             return []
-        fresh = self.store.commit_samples(refs, fence=self.fence("producer"))
+        fence = self.fence("producer")
+        fresh = self._settled(lambda op_id: self.store.commit_samples(refs, fence=fence, op_id=op_id))
         return [ref for ref, is_new in zip(refs, fresh, strict=True) if is_new]
 
     # -- consumer --------------------------------------------------------------------------
 
-    def plan_step(self, step: int, refs: Sequence[SampleRef], last_seq: int) -> StepPlan:
+    def begin_step(self, plan: StepPlan) -> BegunStep:
         """Write down what the step will train before it does; the plan on record wins."""
-        plan = StepPlan(step, tuple(ref.sample_id for ref in refs), last_seq)
-        return self.store.record_plan(plan, fence=self.fence("consumer"))
+        fence = self.fence("consumer")
+        return self._settled(lambda op_id: self.store.begin_step(plan, fence=fence, op_id=op_id))
+
+    def leave_step(self, step: int) -> None:
+        """The step is not trained now after all; it will be, with the same plan."""
+        self.store.leave_step(step, fence=self.fence("consumer"))
+
+    def ack_step(self, step: int, rev: int, finished: Sequence[str]) -> None:
+        """The weights in memory contain the step; `finished` had their last visit in it."""
+        fence = self.fence("consumer")
+        self._settled(lambda op_id: self.store.ack_step(step, rev, finished, fence=fence, op_id=op_id))
+
+    def quarantine(self, sample_ids: Sequence[str], *, step: int | None, reason: str) -> None:
+        """Never train these samples (again), and say why for good."""
+        self.store.quarantine(sample_ids, step=step, reason=reason, fence=self.fence("consumer"))
 
     def ack_train_refs(
         self,
@@ -165,17 +218,22 @@ class DataFlowController:
         )
 
     def release(self, feature_store: Aborts) -> int:
-        """Free the features of every sample that a durable checkpoint covers; how many.
+        """Free the features of every sample that no step will need again; how many.
 
-        The bytes go first and the record second: a crash between them repeats an abort, which
-        is idempotent. The other order would leak the bytes.
+        A fenced call first, so that a consumer that was replaced frees nothing; then the bytes, by
+        generation, so that not even a slow one can free what was captured since; the record last:
+        a crash before it repeats the aborts, which are idempotent.
         """
         freed = 0
-        while ids := self.store.releasable(limit=1000):
-            for sample_id in ids:
-                feature_store.abort(sample_id, reason="covered by a durable checkpoint")
-            self.store.record_released(ids, fence=self.fence("consumer"))
-            freed += len(ids)
+        while refs := self.store.begin_release(RELEASE_AT_ONCE, fence=self.fence("consumer")):
+            for ref in refs:
+                guard = {"generation": ref.generation} if ref.generation else {}
+                feature_store.abort(ref.sample_id, reason="covered by a durable checkpoint", **guard)
+            reach("release.after_abort")
+            self.store.record_released([ref.sample_id for ref in refs], fence=self.fence("consumer"))
+            freed += len(refs)
+            if len(refs) < RELEASE_AT_ONCE:
+                break
         return freed
 
     def reconcile_on_restart(self, feature_store: Aborts | None = None) -> dict[str, Any]:
@@ -213,6 +271,7 @@ class DataFlowController:
             "prompts_leased": tasks["leased"],
             "prompts_failed": tasks["failed"],
             "samples_committed": self.store.committed_count(),
+            "samples_quarantined": len(self.store.quarantined()),
             "samples_resident": usage.resident_samples,
             "samples_provisional": usage.provisional_samples,
             "resident_bytes": usage.resident_bytes,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paceline.errors import FencedError, IllegalTransitionError
-from paceline.ledger.store import Fence
+from paceline.errors import ConfigError, FencedError, IllegalTransitionError, IntentRevokedError
+from paceline.ledger.records import CheckpointRecord, Fence, StepPlan
 
 
 def fenced(fence: Fence, current: int) -> FencedError:
@@ -37,4 +37,45 @@ def not_covered(sample_ids: Sequence[str]) -> IllegalTransitionError:
         f"{len(sample_ids)} samples are not covered by a durable checkpoint yet (first: {sample_ids[0]}).",
         why="Their features would be needed again after a crash.",
         next="release them after record_checkpoint has named a step that covers them.",
+    )
+
+
+def intent_revoked(sample_ids: Sequence[str]) -> IntentRevokedError:
+    return IntentRevokedError(
+        f"The byte intents of {len(sample_ids)} samples were revoked (first: {sample_ids[0]}).",
+        why="Their bytes may have been deleted meanwhile, so nothing of this batch was committed.",
+        next="reserve again and write the bytes under the new generation.",
+    )
+
+
+def out_of_turn(step: int, rev: int, trained: int, plan: StepPlan | None) -> IllegalTransitionError:
+    on_record = "none" if plan is None else f"revision {plan.rev}"
+    return IllegalTransitionError(
+        f"An ack of step {step}, revision {rev}, cannot follow step {trained} (plan on record: {on_record}).",
+        why="Steps are acked one after another, as planned; another order would train a sample twice.",
+        next="resume from the head checkpoint: run the same command again.",
+    )
+
+
+def contradicts(checkpoint: CheckpointRecord, because: str) -> IllegalTransitionError:
+    return IllegalTransitionError(
+        f"The checkpoint {checkpoint.name} of step {checkpoint.step} contradicts the ledger: {because}.",
+        why="Ledger and weights must tell the same story of what was trained; nothing was changed.",
+        next="run `paceline fsck RUN`; restore the ledger or the checkpoints from the same backup.",
+    )
+
+
+def history_is_folded(step: int, folded: int) -> IllegalTransitionError:
+    return IllegalTransitionError(
+        f"The ledger cannot go back to step {step}: its history up to step {folded} is folded away.",
+        why="Samples trained up to there have no rows any more that could be undone.",
+        next=f"restore a checkpoint of step {folded} or later, or start a new run.",
+    )
+
+
+def prompts_differ(known: int) -> ConfigError:
+    return ConfigError(
+        f"These prompts do not begin with the {known} that this run knows.",
+        why="A sample is identified by its prompt's place; what was trained already would be trained again.",
+        next="pass the prompts the run was started with, in the same order; new ones go to the end.",
     )

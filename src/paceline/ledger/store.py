@@ -3,94 +3,61 @@
 It holds metadata only (`assert_no_tensors` guards every write). A sample's life, with the verb
 that moves it and the role that may:
 
-    commit (producer) -> plan (consumer) -> ack (consumer, provisional)
-        -> cover (consumer's checkpoint: THE commit point) -> release (consumer) -> bytes freed
+    reserve (producer) -> commit (producer) -> begin_step (consumer) -> ack_step (consumer, provisional)
+        -> record_checkpoint (consumer: THE commit point) -> begin_release, bytes freed, record_released
 
-Invariants: `seq` is the order of commit and never changes; an ack is judged one by one and a
-durable one is never undone by a later one; a sample is released only once it is durable; a
-call that carries a `Fence` of an older epoch changes nothing and raises FencedError. Every
-mutation is one transaction and raises the store's log sequence number (`lsn`) by one.
+Invariants: `seq` counts commits from 1 without gaps and never changes; an ack is judged one by one
+and a durable one is never undone by a later one; bytes are freed only once a durable checkpoint
+covers them; a call that carries a `Fence` of an older epoch changes nothing and raises FencedError;
+a call repeated with its `op_id` changes nothing and returns what the first one did. Every mutation
+is one transaction and raises the store's log sequence number (`lsn`) by one.
 """
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from paceline.ledger.records import (
+    BegunStep,
+    CheckpointRecord,
+    CommittedRef,
+    Fence,
+    Intent,
+    LedgerUsage,
+    SampleRecord,
+    StepPlan,
+    TaskLease,
+    TrainedStep,
+)
 from paceline.types import SampleRef
-
-
-@dataclass(frozen=True)
-class Fence:
-    """The right to write as `role`, until another process acquires the role."""
-
-    role: str
-    epoch: int
-
-
-@dataclass(frozen=True)
-class CommittedRef:
-    """A committed ref at its place in the stream. `present` is False while its features are lost."""
-
-    seq: int
-    ref: SampleRef
-    present: bool = True
-
-
-@dataclass(frozen=True)
-class TaskLease:
-    """The right to capture one prompt; `ordinal` is its place in the run's prompt order."""
-
-    task_id: str
-    ordinal: int
-    attempt: int
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """The samples of one optimizer step, in order: written before the step, replayed exactly."""
-
-    step: int
-    sample_ids: tuple[str, ...]
-    last_seq: int
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256("\n".join((str(self.step), *self.sample_ids)).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class CheckpointRecord:
-    """A durable checkpoint: the folder's name, and the digest of its manifest."""
-
-    step: int
-    name: str
-    manifest_digest: str
-    last_seq: int
-
-
-@dataclass(frozen=True)
-class LedgerUsage:
-    """Counts and bytes of committed samples that are not released.
-
-    resident: their features occupy the feature store; provisional: resident and acked, but by
-    no durable checkpoint; waiting: not acked at all (lost ones included).
-    """
-
-    resident_samples: int
-    resident_bytes: int
-    provisional_samples: int
-    provisional_bytes: int
-    waiting_samples: int
 
 
 class MetadataStore(ABC):
     """Adapters: stores/memory.py (the readable specification), stores/sqlite.py."""
 
     durable: ClassVar[bool]  # whether the contents outlive the process
+
+    # -- byte intents ----------------------------------------------------------------------
+
+    @abstractmethod
+    def reserve(
+        self, sizes: Mapping[str, int], *, fence: Fence | None = None, op_id: str | None = None
+    ) -> dict[str, int]:
+        """Write down, before any byte is, that these samples (id to bytes) will be stored.
+
+        Returns the generation of each, to be carried by the bytes and by the ref. A new producer's
+        `acquire_role` revokes them all.
+        """
+
+    @abstractmethod
+    def revoke(self, generations: Sequence[int], *, fence: Fence | None = None) -> None:
+        """Take intents back. Only then may their bytes be deleted; a commit of one is refused."""
+
+    @abstractmethod
+    def intents(self) -> list[Intent]:
+        """Those neither committed nor revoked, by generation."""
 
     # -- samples ---------------------------------------------------------------------------
 
@@ -99,25 +66,33 @@ class MetadataStore(ABC):
         return self.commit_samples([ref], fence=fence)[0]
 
     @abstractmethod
-    def commit_samples(self, refs: Sequence[SampleRef], *, fence: Fence | None = None) -> list[bool]:
+    def commit_samples(
+        self, refs: Sequence[SampleRef], *, fence: Fence | None = None, op_id: str | None = None
+    ) -> list[bool]:
         """Commit all refs in one transaction, idempotent on `sample_id`; freshness of each.
 
-        Marks each ref's prompt task done. A sample reported lost takes the new ref, keeps its
-        seq, and counts as fresh. Durable on return. Raises TypeError for a tensor.
+        Ends each ref's intent and marks its prompt task done. A sample reported lost takes the new
+        ref, keeps its seq, and counts as fresh. Raises TypeError for a tensor, and IntentRevokedError
+        (then nothing is committed) if a ref carries a generation whose intent is gone.
         """
 
     @abstractmethod
     def is_committed(self, sample_id: str) -> bool: ...
 
     @abstractmethod
-    def get_committed(self, sample_id: str) -> SampleRef | None: ...
+    def get_committed(self, sample_id: str) -> SampleRef | None:
+        """The ref; without keys, specs and metadata once the sample's history was folded away."""
+
+    @abstractmethod
+    def sample_record(self, sample_id: str) -> SampleRecord | None:
+        """What became of a sample. May search the whole history: for people, not for the data flow."""
 
     @abstractmethod
     def committed_count(self) -> int: ...
 
     @abstractmethod
     def all_committed_ids(self) -> list[str]:
-        """Ids in commit order."""
+        """Ids in commit order, of the whole history."""
 
     @abstractmethod
     def read_committed(self, after_seq: int, limit: int) -> list[CommittedRef]:
@@ -141,6 +116,21 @@ class MetadataStore(ABC):
         """
 
     @abstractmethod
+    def ack_step(
+        self,
+        step: int,
+        rev: int,
+        finished: Sequence[str],
+        *,
+        fence: Fence | None = None,
+        op_id: str | None = None,
+    ) -> None:
+        """The weights in memory now contain `step`; `finished` are the samples visited for the last time.
+
+        Raises IllegalTransitionError unless `rev` is the plan on record and the step before is acked.
+        """
+
+    @abstractmethod
     def durable_marker(self) -> dict[str, Any]:
         """{"acked": set of ids, "global_step": int | None, "optimizer_durable": bool}.
 
@@ -155,8 +145,9 @@ class MetadataStore(ABC):
     def acquire_role(self, role: str, holder: str) -> Fence:
         """Take the role over in one transaction: every earlier fence of it is refused from now on.
 
-        A new producer inherits no leases: they return to pending. A new consumer inherits no
-        provisional acks: those steps' weights died with its predecessor.
+        A new producer inherits neither leases (they return to pending, a death on each) nor intents.
+        A new consumer inherits no provisional acks: those steps' weights died with its predecessor. A
+        step that was begun and not acked counts a death.
         """
 
     @abstractmethod
@@ -166,12 +157,18 @@ class MetadataStore(ABC):
     # -- prompt tasks ----------------------------------------------------------------------
 
     @abstractmethod
-    def add_tasks(self, task_ids: Sequence[str]) -> int:
+    def add_tasks(self, task_ids: Sequence[str], *, fence: Fence | None = None) -> int:
         """Append tasks in order, idempotent on id; how many were new."""
 
     @abstractmethod
     def lease_tasks(
-        self, worker_id: str, limit: int, *, group_size: int | None = None, fence: Fence | None = None
+        self,
+        worker_id: str,
+        limit: int,
+        *,
+        group_size: int | None = None,
+        fence: Fence | None = None,
+        op_id: str | None = None,
     ) -> list[TaskLease]:
         """Lease the pending tasks of lowest ordinal, at most `limit`.
 
@@ -194,6 +191,10 @@ class MetadataStore(ABC):
         """
 
     @abstractmethod
+    def return_tasks(self, worker_id: str, task_ids: Sequence[str], *, fence: Fence | None = None) -> None:
+        """End this worker's leases without a failure; the tasks are pending again."""
+
+    @abstractmethod
     def task_counts(self) -> dict[str, int]:
         """Tasks in each of the states pending, leased, done, failed."""
 
@@ -204,11 +205,28 @@ class MetadataStore(ABC):
     # -- step plans ------------------------------------------------------------------------
 
     @abstractmethod
-    def record_plan(self, plan: StepPlan, *, fence: Fence | None = None) -> StepPlan:
-        """Write the plan of a step once and return the stored one, which is authoritative."""
+    def begin_step(
+        self, plan: StepPlan, *, fence: Fence | None = None, op_id: str | None = None
+    ) -> BegunStep:
+        """Write the step's plan, once, and that it begins now; the plan on record is authoritative.
+
+        A higher `rev` than that on record replaces it, unless the step is acked already.
+        """
+
+    @abstractmethod
+    def leave_step(self, step: int, *, fence: Fence | None = None) -> None:
+        """The step was begun and is not trained now, in good order: no death is counted."""
 
     @abstractmethod
     def get_plan(self, step: int) -> StepPlan | None: ...
+
+    @abstractmethod
+    def plans(self) -> Iterator[StepPlan]:
+        """Every plan in step order, folded ones included."""
+
+    @abstractmethod
+    def trained_step(self) -> int:
+        """The last step acked since the head, or the head's own; 0 before any."""
 
     # -- checkpoints -----------------------------------------------------------------------
 
@@ -216,7 +234,19 @@ class MetadataStore(ABC):
     def record_checkpoint(self, checkpoint: CheckpointRecord, *, fence: Fence | None = None) -> None:
         """THE commit point: the checkpoint becomes head and every ack up to its step durable.
 
-        Call only once the folder is durable. Raises IllegalTransitionError if the step is behind head.
+        Call only once the folder is durable. Idempotent. Raises IllegalTransitionError if the step is
+        behind head, or if its chain is not that of the plans on record.
+        """
+
+    @abstractmethod
+    def adopt_checkpoint(
+        self, checkpoint: CheckpointRecord, lineage: Sequence[TrainedStep], *, fence: Fence | None = None
+    ) -> None:
+        """Roll forward to a durable checkpoint that this ledger never heard of, or forgot.
+
+        `lineage`: the steps from head to it. Samples that the ledger lacks are entered as released,
+        their prompts done. Raises IllegalTransitionError, changing nothing, if the lineage contradicts
+        the head, a plan, a sample's place or a quarantine on record.
         """
 
     @abstractmethod
@@ -232,18 +262,38 @@ class MetadataStore(ABC):
         """Head is damaged: return to the checkpoint at `step` (0: before the first step).
 
         Later acks are undone, durable ones too; samples released meanwhile become lost and
-        their prompts pending again. Returns the lost ids.
+        their prompts pending again. Returns the lost ids. Raises IllegalTransitionError if the
+        history up to there was folded away.
         """
+
+    # -- poison ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def quarantine(
+        self, sample_ids: Sequence[str], *, step: int | None, reason: str, fence: Fence | None = None
+    ) -> None:
+        """These samples are never trained again; terminal, with a durable reason.
+
+        Their features stay until a checkpoint covers `step`, because steps before it may be replayed.
+        """
+
+    @abstractmethod
+    def quarantined(self) -> dict[str, str]:
+        """Quarantined sample ids and the reason of each."""
 
     # -- features --------------------------------------------------------------------------
 
     @abstractmethod
     def releasable(self, limit: int) -> list[str]:
-        """Durable samples whose features are not released yet, in seq order."""
+        """Samples whose features no step will need again and that are not freed yet, in seq order."""
+
+    @abstractmethod
+    def begin_release(self, limit: int, *, fence: Fence | None = None) -> list[SampleRef]:
+        """The refs of `releasable`, for a deleter that holds its role: a fenced one frees nothing."""
 
     @abstractmethod
     def record_released(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
-        """The features may be freed now. Raises IllegalTransitionError unless all are durable."""
+        """The features are freed. Raises IllegalTransitionError unless all were releasable."""
 
     @abstractmethod
     def report_lost(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
@@ -254,6 +304,10 @@ class MetadataStore(ABC):
         """Samples whose features the feature store should hold, in seq order."""
 
     @abstractmethod
+    def present_generations(self) -> dict[str, int]:
+        """The same, each with the generation its bytes were written under."""
+
+    @abstractmethod
     def lost_ids(self) -> list[str]:
         """Samples that wait to be captured again, in seq order."""
 
@@ -261,8 +315,8 @@ class MetadataStore(ABC):
     def usage(self) -> LedgerUsage: ...
 
     @abstractmethod
-    def compact(self) -> int:
-        """Shrink what only replay would need of released samples and covered plans; how many."""
+    def compact(self, *, fence: Fence | None = None) -> int:
+        """Fold what only history needs (trained samples and plans up to the oldest checkpoint kept)."""
 
     # -- run -------------------------------------------------------------------------------
 
@@ -284,8 +338,3 @@ class MetadataStore(ABC):
     @abstractmethod
     def close(self) -> None:
         """Idempotent. What was committed stays."""
-
-
-def compacted(ref: SampleRef) -> SampleRef:
-    """The ref without what only a reader of its (freed) features would need."""
-    return replace(ref, feature_keys={}, feature_specs={}, metadata={})

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 
+from paceline.durable_files import replace_file, sync_folder
 from paceline.errors import LedgerError
 from paceline.ledger.bell import Bell
 from paceline.types import SampleRef, ref_from_json, ref_to_json
@@ -62,7 +63,7 @@ class StreamingRefChannel:
         finally:
             os.close(fd)
         if size == 0:
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         self._bell.ring()
 
     def close(self) -> None:
@@ -70,7 +71,7 @@ class StreamingRefChannel:
         fd = os.open(self._closed_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.fsync(fd)
         os.close(fd)
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
         self._bell.ring()
 
     @property
@@ -105,13 +106,7 @@ class StreamingRefChannel:
         if self._consumed == self.consumed_remote():
             return
         number = str(self._consumed).encode()
-        aside = self._consumed_path.with_name(self._consumed_path.name + ".new")
-        with aside.open("wb") as file:
-            file.write(_checksum(number) + b" " + number)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(self._consumed_path)
-        _sync_folder(self.path.parent)
+        replace_file(self._consumed_path, _checksum(number) + b" " + number)
         self._bell.ring()
 
     def change_mark(self) -> int:
@@ -163,11 +158,3 @@ def _write_all(fd: int, data: bytes) -> None:
             why="The disk is probably full. Readers ignore the torn record, so nothing wrong is read.",
             next="free space and publish the same refs again; readers drop second copies.",
         )
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

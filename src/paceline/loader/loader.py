@@ -8,8 +8,8 @@ again under the same ordinal, and the step goes on with the same samples in the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
@@ -17,26 +17,49 @@ from paceline.errors import FeatureCorruptError, FeatureMissingError, LedgerErro
 from paceline.features.store import FeatureStore
 from paceline.ledger.channel import CommittedRefLog, StreamingRefQueue
 from paceline.ledger.controller import DataFlowController
-from paceline.loader.passes import START, Position, VisitOrder
+from paceline.ledger.records import BegunStep, CommittedRef, StepPlan, TrainedSample, TrainedStep
+from paceline.loader.passes import START, Position, Visit, VisitOrder
 from paceline.types import SampleRef
 
 WAIT_S = 1.0
+RECAPTURES_MAX = 5  # of one sample in one step, before it is put in quarantine
+Visits = list[Visit[CommittedRef]]
 
 
 @dataclass(frozen=True)
 class PlannedStep:
     """One optimizer step: its samples in plan order and the tensors of each.
 
-    `finished` are those whose last visit this is; `after` is where the run stands once it is done.
+    `visits` belong to `samples`; `after` is where the run stands once the step is done; `deaths` counts
+    consumers that died in it.
     """
 
     step: int
-    refs: list[SampleRef]
-    finished: list[SampleRef]
+    rev: int
+    deaths: int
+    visits: Visits
     after: Position
     last_seq: int
     samples: list[dict[str, Any]] = field(repr=False)
     wait_s: float = 0.0
+
+    @property
+    def refs(self) -> list[SampleRef]:
+        return [visit.item.ref for visit in self.visits]
+
+    @property
+    def finished(self) -> list[SampleRef]:
+        """Those whose last visit this is."""
+        return [visit.item.ref for visit in self.visits if visit.is_last]
+
+    @property
+    def trained(self) -> TrainedStep:
+        """The step as a checkpoint's lineage keeps it."""
+        samples = [
+            TrainedSample(v.item.seq, v.item.ref.sample_id, v.item.ref.source_task_id, v.is_last)
+            for v in self.visits
+        ]
+        return TrainedStep(self.step, self.rev, self.last_seq, tuple(samples))
 
 
 class StepLoader:
@@ -64,7 +87,7 @@ class StepLoader:
         self.exhausted = False  # whether every visit of a stream that ended has been planned
         self._recapture_timeout_s = recapture_timeout_s
         self._report = report
-        self._order: VisitOrder[SampleRef] = VisitOrder(
+        self._order: VisitOrder[CommittedRef] = VisitOrder(
             passes=passes, block_size=block_size, position=position
         )
         self._last_seq = VisitOrder.first_block(position, passes) * block_size
@@ -86,44 +109,66 @@ class StepLoader:
         if self._should_stop():
             return None
         started = monotonic()
-        on_record = self._controller.store.get_plan(step)
-        size = self._batch_size if on_record is None else len(on_record.sample_ids)
-        visits = self._order.visits(size, self._read_block)
-        if not visits:
-            self.exhausted = visits is not None
+        taken = self._order.visits(self._batch_size, self._read_block)
+        if not taken:
+            self.exhausted = taken is not None
             return None
-        refs = [visit.item for visit in visits]
-        plan = self._controller.plan_step(step, refs, self._last_seq)
-        if plan.sample_ids != tuple(ref.sample_id for ref in refs):
-            raise LedgerError(
-                f"Step {step} was planned as {list(plan.sample_ids)} but the log now gives "
-                f"{[ref.sample_id for ref in refs]}.",
-                why="Training other samples than planned would break the guarantee of equal weights.",
-                next="report this with the run's ledger.db; nothing was trained.",
-            )
-        try:
-            refs, samples = self.fetch(refs)
-        except _StoppedError:
-            self._order.put_back(visits)
-            return None  # the plan is on record and will be replayed
+        quarantined = self._controller.store.quarantined()
+        on_record = self._controller.store.get_plan(step)
+        if on_record is None:
+            visits = [visit for visit in taken if visit.item.ref.sample_id not in quarantined]
+            plan = _plan(step, visits, self._last_seq)
+        else:
+            visits, rest = _as_planned(on_record, taken, quarantined)
+            plan, taken = on_record, taken[: len(taken) - len(rest)]
+            self._order.put_back(rest)
+        begun = self._controller.begin_step(plan)
+        if begun.plan.sample_ids != plan.sample_ids:
+            raise _differs(begun.plan, plan.sample_ids)
+        return self._fetched(begun, visits, taken, started)
+
+    def _fetched(self, begun: BegunStep, visits: Visits, taken: Visits, started: float) -> PlannedStep | None:
+        """The step with its tensors, less what can never be fetched; None if asked to stop."""
+        plan = begun.plan
+        while True:
+            try:
+                refs, samples = self.fetch([visit.item.ref for visit in visits])
+                break
+            except _StoppedError:
+                self._order.put_back(taken)
+                self._controller.leave_step(plan.step)
+                return None  # the plan is on record and will be replayed
+            except _GivenUpError as gone:
+                visits = [v for v in visits if v.item.ref.sample_id != gone.sample_id]
+                plan = replace(_plan(plan.step, visits, plan.last_seq), rev=plan.rev + 1)
+                begun = self._controller.begin_step(plan)
+        current = [replace(v, item=replace(v.item, ref=ref)) for v, ref in zip(visits, refs, strict=True)]
+        seconds = monotonic() - started
         return PlannedStep(
-            step,
-            refs,
-            finished=[ref for ref, visit in zip(refs, visits, strict=True) if visit.is_last],
-            after=visits[-1].after,
-            last_seq=self._last_seq,
-            samples=samples,
-            wait_s=monotonic() - started,
+            plan.step, plan.rev, begun.deaths, current, taken[-1].after, plan.last_seq, samples, seconds
         )
 
-    def _read_block(self, size: int) -> Sequence[SampleRef] | None:
+    def revise(self, planned: PlannedStep, poison: Collection[str]) -> PlannedStep:
+        """The step without `poison`, which is in quarantine by now: a new revision of its plan."""
+        kept = [
+            (visit, sample)
+            for visit, sample in zip(planned.visits, planned.samples, strict=True)
+            if visit.item.ref.sample_id not in poison
+        ]
+        visits, samples = [visit for visit, _ in kept], [sample for _, sample in kept]
+        plan = replace(_plan(planned.step, visits, planned.last_seq), rev=planned.rev + 1)
+        self._controller.begin_step(plan)
+        return replace(planned, rev=plan.rev, deaths=0, visits=visits, samples=samples)
+
+    def _read_block(self, size: int) -> Sequence[CommittedRef] | None:
         """The next block of the log; a short one only at the true end of the stream."""
         refs = self._queue.get(size)
         if len(refs) < size and not self._queue.ended:
             return None
-        for ref in refs:
-            self._last_seq = self._log.take_seq(ref.sample_id)
-        return refs
+        entries = [CommittedRef(self._log.take_seq(ref.sample_id), ref) for ref in refs]
+        if entries:
+            self._last_seq = entries[-1].seq
+        return entries
 
     def ack(self, planned: PlannedStep) -> None:
         self._queue.ack(planned.finished)
@@ -139,7 +184,10 @@ class StepLoader:
         self._queue.rearm()
 
     def first_samples(self, count: int) -> list[dict[str, Any]]:
-        """The tensors of the first `count` samples of the run (fewer if it has fewer). Waits for them."""
+        """The tensors of the first `count` samples of the run (fewer if it has fewer). Waits for them.
+
+        Those in quarantine are left out.
+        """
         store = self._controller.store
         while not self._should_stop():
             mark, ended = store.lsn(), self._log.is_closed()
@@ -149,9 +197,11 @@ class StepLoader:
                 break
             if len(entries) == count or ended:
                 try:
-                    return self.fetch([entry.ref for entry in entries])[1]
+                    return self.fetch([entry.ref for entry in entries if not entry.quarantined])[1]
                 except _StoppedError:
                     break
+                except _GivenUpError:
+                    continue
             store.wait(mark, WAIT_S)
         return []
 
@@ -160,13 +210,22 @@ class StepLoader:
         current, samples = list(refs), []
         for index in range(len(current)):
             deadline = monotonic() + self._recapture_timeout_s
+            tries_left = RECAPTURES_MAX
             while True:
                 try:
                     samples.append(self._features.get(current[index]))
                     break
                 except (FeatureMissingError, FeatureCorruptError) as error:
+                    tries_left -= 1
+                    if tries_left < 0:
+                        self._give_up(current[index], error)
                     current[index] = self._recaptured(current[index], deadline, error)
         return current, samples
+
+    def _give_up(self, ref: SampleRef, cause: StoreError) -> None:
+        reason = f"captured again {RECAPTURES_MAX} times and never readable: {cause.what}"
+        self._controller.quarantine([ref.sample_id], step=None, reason=reason)
+        self._report("quarantined", sample_id=ref.sample_id, message=reason)
 
     def _recaptured(self, tried: SampleRef, deadline: float, cause: StoreError) -> SampleRef:
         """Report the sample lost, unless that is known already, and wait for its new ref."""
@@ -174,8 +233,11 @@ class StepLoader:
         reported = False
         while True:
             mark, interrupted = store.lsn(), self._interrupted
-            known = store.get_committed(tried.sample_id)
-            lost = tried.sample_id in store.lost_ids()
+            record, known = store.sample_record(tried.sample_id), store.get_committed(tried.sample_id)
+            assert record is not None, "a planned sample is committed"
+            if record.state == "quarantined":
+                raise _GivenUpError(tried.sample_id)
+            lost = record.state == "lost"
             if known is not None and known != tried and not lost:
                 return known
             if not lost and not reported:
@@ -196,5 +258,43 @@ class StepLoader:
         ) from cause
 
 
+def _plan(step: int, visits: Visits, last_seq: int) -> StepPlan:
+    return StepPlan(step, tuple(visit.item.ref.sample_id for visit in visits), last_seq)
+
+
+def _as_planned(plan: StepPlan, taken: Visits, quarantined: Collection[str]) -> tuple[Visits, Visits]:
+    """The visits that a plan on record names, and those behind them that it does not reach.
+
+    It may lack visits (poison), and end before the last of them: it was the stream's tail once.
+    """
+    chosen: Visits = []
+    end = 0
+    for place, visit in enumerate(taken, start=1):
+        if visit.item.ref.sample_id in plan.sample_ids[len(chosen) : len(chosen) + 1]:
+            chosen.append(visit)
+        elif visit.item.ref.sample_id not in quarantined:
+            break
+        end = place
+    if end == 0 or len(chosen) < len(plan.sample_ids):
+        raise _differs(plan, [visit.item.ref.sample_id for visit in taken])
+    return chosen, taken[end:]
+
+
+def _differs(plan: StepPlan, now: Sequence[str]) -> LedgerError:
+    return LedgerError(
+        f"Step {plan.step} was planned as {list(plan.sample_ids)} but the log now gives {list(now)}.",
+        why="Training other samples than planned would break the guarantee of equal weights.",
+        next="run `paceline fsck RUN` and report this with its output; nothing was trained.",
+    )
+
+
 class _StoppedError(Exception):
     """Asked to stop while waiting for a sample to be captured again."""
+
+
+class _GivenUpError(Exception):
+    """The sample that was waited for is in quarantine."""
+
+    def __init__(self, sample_id: str) -> None:
+        super().__init__(sample_id)
+        self.sample_id = sample_id

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from paceline.features.stores.shm import SharedMemoryFeatureStore
+from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.methods.target_head import TargetHead
 from paceline.precision import torch_dtype
@@ -17,8 +18,7 @@ from paceline.roles.plan import RunPlan, bind_run
 from paceline.roles.process import run_role
 from paceline.roles.wire import ConsumerParts, build_disagg_online_consumer
 from paceline.telemetry import EventLog
-from paceline.training.optimizer import OptimizerSettings
-from paceline.training.trainer import TrainerSettings
+from paceline.training.settings import OptimizerSettings, TrainerSettings
 
 
 def trainer_settings(plan: RunPlan) -> TrainerSettings:
@@ -54,7 +54,7 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     features = SharedMemoryFeatureStore(
         config.feature_folder, budget_bytes=config.features.budget_mib << 20, owner=False
     )
-    if "completed_step" in store.facts():
+    if COMPLETED_STEP in store.facts():
         features.destroy()
         return
     trainer, loader = build_disagg_online_consumer(
@@ -77,7 +77,7 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     step = trainer.fit(loader)
     everything_trained = loader.exhausted and store.usage().waiting_samples == 0
     if everything_trained or step == config.training.max_steps:
-        store.set_facts({"completed_step": step}, fence=trainer.controller.fence("consumer"))
+        store.set_facts({COMPLETED_STEP: step}, fence=trainer.controller.fence("consumer"))
         features.destroy()
     store.close()
 

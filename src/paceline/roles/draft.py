@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from paceline.config.run import RunConfig
 from paceline.errors import CheckpointError
 from paceline.ledger.store import MetadataStore
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.method import DraftMethod
-from paceline.methods.target_head import TargetHead
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
 
 
@@ -38,11 +35,3 @@ def newest_checkpoint(config: RunConfig, store: MetadataStore) -> Checkpoint:
         why="There is no draft to measure.",
         next="train first: paceline train RUN.yaml",
     )
-
-
-def restore_draft(method: DraftMethod, head: TargetHead, seed: int, checkpoint: Checkpoint) -> nn.Module:
-    """The draft as the checkpoint has it, frozen target tensors attached."""
-    draft = method.build_draft(head, seed)
-    draft.load_state_dict(dict(checkpoint.tensors["draft"]))
-    method.attach_target(draft, head)
-    return draft

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from paceline.capture.prompts import read_prompts
+from paceline.durable_files import replace_file
 from paceline.engines.prompt_encoder import PromptEncoder
 from paceline.evaluation.acceptance import measure_acceptance
 from paceline.evaluation.speculative import Decoding
@@ -16,10 +17,11 @@ from paceline.evaluation.tree import Drafting
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.methods.target_head import TargetHead
 from paceline.precision import torch_dtype
-from paceline.roles.draft import build_method, newest_checkpoint, restore_draft
+from paceline.roles.draft import build_method, newest_checkpoint
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
 from paceline.telemetry import EventLog
+from paceline.training.torch_learner import restore_draft
 
 
 def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -> None:  # noqa: ARG001
@@ -30,7 +32,7 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
     store.close()
     dtype = torch_dtype(config.evaluation.dtype)
     method, head = build_method(config), TargetHead.load(config.target.model)
-    draft = restore_draft(method, head, config.run.seed, checkpoint)
+    draft = restore_draft(method, head, config.run.seed, checkpoint.files)
     encoder = PromptEncoder(config.target.model, max_prompt_tokens=config.prompts.max_prompt_tokens)
     prompts = read_prompts(config.evaluation.prompts)[: config.evaluation.max_prompts]
     section = config.evaluation
@@ -51,9 +53,7 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
         "chain": reports[-1].to_dict(),
     }
     path = config.run.directory / "evaluation.json"
-    aside = path.with_suffix(".new")
-    aside.write_text(json.dumps(result, indent=1) + "\n")
-    aside.rename(path)
+    replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
     events.write("evaluated", **result)
 
 

@@ -12,6 +12,7 @@ from paceline.capture.prompts import Prompt, prompts_digest, read_prompts
 from paceline.config.load import flat, refuse_changes
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
+from paceline.ledger.facts import CONFIG, PROMPTS_DIGEST
 from paceline.ledger.store import MetadataStore
 
 
@@ -64,12 +65,12 @@ def plan_run(config: RunConfig) -> RunPlan:
 def bind_run(plan: RunPlan, store: MetadataStore) -> None:
     """Record what the run is at its first start; refuse another configuration at every later one."""
     facts = store.facts()
-    recorded = facts.get("config")
+    recorded = facts.get(CONFIG)
     if recorded is None:
-        store.set_facts({"config": flat(plan.config), "prompts_digest": plan.prompts_digest})
+        store.set_facts({CONFIG: flat(plan.config), PROMPTS_DIGEST: plan.prompts_digest})
         return
     refuse_changes(recorded, plan.config)
-    if facts["prompts_digest"] != plan.prompts_digest:
+    if facts[PROMPTS_DIGEST] != plan.prompts_digest:
         raise ConfigError(
             f"The prompts in {plan.config.prompts.path} are not those this run was started with.",
             why="Samples are identified by their place in the file; the run is untouched.",

@@ -12,6 +12,7 @@ from paceline.capture.producer import CaptureSettings
 from paceline.engines.transformers import TransformersEngine
 from paceline.errors import StoreError
 from paceline.features.stores.shm import SharedMemoryFeatureStore
+from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.roles.plan import RunPlan, bind_run, bind_target, window_size
 from paceline.roles.process import run_role
@@ -25,7 +26,7 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     torch.set_num_threads(config.machine.producer_threads)
     store = SQLiteMetadataStore(config.ledger_path)
     bind_run(plan, store)
-    if "completed_step" in store.facts():
+    if COMPLETED_STEP in store.facts():
         return
     engine = TransformersEngine(
         config.target.model, dtype=config.target.dtype, max_prompt_tokens=config.prompts.max_prompt_tokens
@@ -57,13 +58,13 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     )
 
     def training_is_over() -> bool:
-        return should_stop() or "completed_step" in store.facts()
+        return should_stop() or COMPLETED_STEP in store.facts()
 
     try:
         drive_producer(should_stop=training_is_over)
     except StoreError:
         # A consumer that reached its last step has given the memory back under this producer's hands.
-        if "completed_step" not in store.facts():
+        if COMPLETED_STEP not in store.facts():
             raise
     features.close()
     store.close()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.errors import ConfigError
+from paceline.ledger.facts import COMPLETED_STEP, RUN_ID
 from paceline.ledger.gate import live_holder
 from paceline.ledger.store import MetadataStore
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
@@ -65,7 +66,7 @@ def take_snapshot(directory: Path, store: MetadataStore) -> RunSnapshot:
     step, group = _last(events["consumer"], "step"), _last(events["producer"], "group")
     report = directory / "evaluation.json"
     return RunSnapshot(
-        run_id=facts.get("run_id", "?"),
+        run_id=facts.get(RUN_ID, "?"),
         prompts=store.task_counts(),
         samples_committed=store.committed_count(),
         samples_resident=usage.resident_samples,
@@ -73,7 +74,7 @@ def take_snapshot(directory: Path, store: MetadataStore) -> RunSnapshot:
         samples_lost=len(store.lost_ids()),
         resident_bytes=usage.resident_bytes,
         checkpoint_step=checkpoints[-1].step if checkpoints else None,
-        completed_step=facts.get("completed_step"),
+        completed_step=facts.get(COMPLETED_STEP),
         restarts=sum(epoch - 1 for epoch in store.role_epochs().values()),
         failed_prompts=store.failed_tasks(),
         live={role: live_holder(directory, role) for role in ROLES},

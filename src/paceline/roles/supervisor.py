@@ -17,7 +17,7 @@ from pathlib import Path
 
 from paceline.config.run import RunConfig
 from paceline.errors import PacelineError
-from paceline.ledger.channel import END_OF_STREAM
+from paceline.ledger.facts import COMPLETED_STEP, END_OF_STREAM
 from paceline.ledger.gate import live_holder
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.roles.plan import RunPlan, bind_run, events_path, log_path, role_environment
@@ -94,7 +94,7 @@ class Supervisor:
             pass
 
     def _is_complete(self) -> bool:
-        return "completed_step" in self._store.facts()
+        return COMPLETED_STEP in self._store.facts()
 
     def _producer_has_work(self) -> bool:
         counts = self._store.task_counts()

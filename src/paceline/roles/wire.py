@@ -6,6 +6,7 @@ one way in which a run is put together.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
-from paceline.capture.producer import CaptureSettings, Producer
+from paceline.capture.blame import ENGINE_FAILURES
+from paceline.capture.producer import UNREADABLE, CaptureSettings, Producer
 from paceline.engines.engine import TargetEngine
 from paceline.errors import ConfigError, PacelineError
 from paceline.features.store import FeatureStore
@@ -25,7 +27,9 @@ from paceline.loader.loader import StepLoader
 from paceline.methods.method import DraftMethod
 from paceline.methods.target_head import TargetHead
 from paceline.training.checkpoint import CheckpointFolder
-from paceline.training.trainer import Trainer, TrainerSettings
+from paceline.training.settings import TrainerSettings
+from paceline.training.torch_learner import TorchLearner
+from paceline.training.trainer import Trainer
 from paceline.types import PromptTask
 
 Report = Callable[..., None]
@@ -64,6 +68,7 @@ def build_disagg_online_producer(
     prompts: Sequence[PromptTask | Mapping[str, Any] | str],
     capture: CaptureSettings,
     window_size: int = 64,
+    budget_samples: int | None = None,
     metadata_store: MetadataStore | None = None,
     metadata_db_path: str | os.PathLike[str] | None = None,
     attempt_max: int = 3,
@@ -74,14 +79,15 @@ def build_disagg_online_producer(
     `prompts` in run order: tasks, mappings, or plain texts; a payload carries "prompt_ids" (token
     ids) or "prompt" (text, which the engine encodes). `window_size` is how many samples the consumer
     must collect before it can go on (its batch, or what chooses its draft vocabulary), for the
-    start-up check that the feature store's budget cannot deadlock. Give both sides the same
+    start-up check that the feature store's budget cannot deadlock; `budget_samples` is the most samples
+    that may be resident (None: bytes alone decide). Give both sides the same
     durable store: `metadata_store`, or `metadata_db_path` for SQLite; neither = a private
     in-process store. Raises ConfigError if the budget is too small.
     """
     store = resolve_metadata_store(metadata_store, metadata_db_path)
     controller = DataFlowController(run_id, metadata_store=store, attempt_max=attempt_max)
     tasks = encode_prompts(run_id, prompts, engine)
-    longest = max((len(task.payload["prompt_ids"]) for task in tasks), default=1)
+    longest = max((len(task.payload.get("prompt_ids", ())) for task in tasks), default=1)
     sample_bytes = largest_sample_bytes(engine, longest + capture.max_answer_tokens)
     budget = feature_store.usage().budget_bytes
     check_feasible(
@@ -89,8 +95,14 @@ def build_disagg_online_producer(
         sample_bytes=sample_bytes,
         group_size=capture.group_size,
         window_size=window_size,
+        budget_samples=budget_samples,
     )
-    marks = Watermarks(budget_bytes=budget, group_bytes=capture.group_size * sample_bytes)
+    marks = Watermarks(
+        budget_bytes=budget,
+        group_bytes=capture.group_size * sample_bytes,
+        budget_samples=budget_samples,
+        group_samples=capture.group_size,
+    )
     backpressure = Backpressure(feature_store, controller.store, marks)
     producer = Producer(controller, engine, feature_store, tasks, capture, backpressure, report=report)
     return producer, producer.run
@@ -99,19 +111,33 @@ def build_disagg_online_producer(
 def encode_prompts(
     run_id: str, prompts: Sequence[PromptTask | Mapping[str, Any] | str], engine: TargetEngine
 ) -> list[PromptTask]:
-    """Prompts as tasks with token ids, in order. Each text is encoded once, however often it comes."""
-    known: dict[str, tuple[int, ...]] = {}
+    """Prompts as tasks with token ids, in order. Each text is encoded once, however often it comes.
+
+    One that cannot be encoded says why under UNREADABLE instead: the producer sets it aside, and the
+    run goes on. Raises ConfigError for what another configuration would solve.
+    """
+    known: dict[str, dict[str, Any]] = {}
     tasks = []
     for ordinal, prompt in enumerate(prompts):
         task = _as_task(run_id, prompt, ordinal)
-        ids = task.payload.get("prompt_ids")
-        if ids is None:
-            text = task.payload["prompt"]
-            if text not in known:
-                known[text] = engine.encode(text)
-            ids = known[text]
-        tasks.append(PromptTask(task.task_id, run_id, task.source_id, {"prompt_ids": list(ids)}, ordinal))
+        key = json.dumps([task.payload.get("prompt_ids"), task.payload.get("prompt")], default=repr)
+        if key not in known:
+            known[key] = _encode(task, engine)
+        tasks.append(PromptTask(task.task_id, run_id, task.source_id, known[key], ordinal))
     return tasks
+
+
+def _encode(task: PromptTask, engine: TargetEngine) -> dict[str, Any]:
+    try:
+        given = task.payload.get("prompt_ids")
+        ids = [int(token) for token in (engine.encode(task.payload["prompt"]) if given is None else given)]
+        if not ids or not all(0 <= token < engine.facts.vocab_size for token in ids):
+            raise ValueError(f"{len(ids)} token ids, not all within the target's {engine.facts.vocab_size}")
+    except ConfigError:
+        raise
+    except ENGINE_FAILURES as error:
+        return {UNREADABLE: f"the prompt cannot be encoded: {type(error).__name__}: {error}"}
+    return {"prompt_ids": ids}
 
 
 def _as_task(run_id: str, prompt: PromptTask | Mapping[str, Any] | str, ordinal: int) -> PromptTask:
@@ -182,14 +208,11 @@ def build_disagg_online_consumer(
     trainer = Trainer(
         controller,
         feature_store,
-        parts.method,
-        parts.head,
+        TorchLearner(parts.method, parts.head, parts.settings),
         CheckpointFolder(parts.checkpoint_folder, run_id),
         parts.settings,
         report=report,
     )
-    if resume:
-        controller.reconcile_on_restart(feature_store)
     loader = StepLoader(
         controller,
         feature_store,

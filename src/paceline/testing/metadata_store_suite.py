@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from paceline.errors import FencedError, IllegalTransitionError
-from paceline.ledger.store import CheckpointRecord, MetadataStore, StepPlan
+from paceline.ledger.records import CheckpointRecord, SampleRecord, StepPlan
+from paceline.ledger.store import MetadataStore
 from paceline.testing.samples import sample_ref
 from paceline.types import SampleRef
 
@@ -146,13 +148,23 @@ class MetadataStoreSuite(ABC):
             lambda: store.lease_tasks("w", 1, fence=old_p),
             lambda: store.fail_tasks("w", ["t"], reason="", attempt_max=None, fence=old_p),
             lambda: store.record_train_ack(ids, global_step=1, optimizer_durable=True, fence=old_c),
-            lambda: store.record_plan(StepPlan(1, tuple(ids), 1), fence=old_c),
+            lambda: store.begin_step(StepPlan(1, tuple(ids), 1), fence=old_c),
             lambda: store.record_checkpoint(checkpoint(1), fence=old_c),
             lambda: store.forget_checkpoint(1, fence=old_c),
             lambda: store.fall_back(0, fence=old_c),
             lambda: store.record_released(ids, fence=old_c),
             lambda: store.report_lost(ids, fence=old_c),
             lambda: store.set_facts({"x": 1}, fence=old_c),
+            lambda: store.reserve({"s": 1}, fence=old_p),
+            lambda: store.revoke([1], fence=old_p),
+            lambda: store.add_tasks(["u"], fence=old_p),
+            lambda: store.return_tasks("w", ["t"], fence=old_p),
+            lambda: store.ack_step(1, 0, ids, fence=old_c),
+            lambda: store.leave_step(1, fence=old_c),
+            lambda: store.adopt_checkpoint(checkpoint(1), [], fence=old_c),
+            lambda: store.quarantine(ids, step=1, reason="x", fence=old_c),
+            lambda: store.begin_release(1, fence=old_c),
+            lambda: store.compact(fence=old_c),
         ]
         for attempt in attempts:
             with pytest.raises(FencedError, match="taken over"):
@@ -230,8 +242,8 @@ class MetadataStoreSuite(ABC):
         """A step is planned once; a replay gets the plan on record."""
         store = self.make()
         first = StepPlan(1, ("a", "b"), 2)
-        assert store.record_plan(first) == first
-        assert store.record_plan(StepPlan(1, ("x",), 9)) == first
+        assert store.begin_step(first).plan == first
+        assert store.begin_step(StepPlan(1, ("x",), 9)).plan == first
         assert store.get_plan(1) == first
         assert store.get_plan(2) is None
 
@@ -249,9 +261,9 @@ class MetadataStoreSuite(ABC):
         """A checkpoint behind the head is refused, and the head is never forgotten."""
         store = self.make()
         store.record_checkpoint(checkpoint(3))
-        for step in (2, 3):
+        for behind in (checkpoint(2), replace(checkpoint(3), name="another")):
             with pytest.raises(IllegalTransitionError):
-                store.record_checkpoint(checkpoint(step))
+                store.record_checkpoint(behind)
         store.record_checkpoint(checkpoint(6))
         with pytest.raises(IllegalTransitionError):
             store.forget_checkpoint(6)
@@ -317,22 +329,37 @@ class MetadataStoreSuite(ABC):
         assert (store.present_ids(), store.lost_ids()) == (ids[:1], ids[1:])
         assert [lease.task_id for lease in store.lease_tasks("w", 2)] == ["task-1"]
 
-    def test_compaction_keeps_identity_and_drops_the_rest(self) -> None:
-        """A released sample stays known, so that it is never committed or trained again."""
+    def test_history_is_folded_and_stays_readable(self) -> None:
+        """What trained weights contain is known for ever: never committed again, and told to who asks."""
         store = self.make()
-        ids = commit(store, 0, 1)
-        store.record_train_ack(ids[:1], global_step=1, optimizer_durable=False)
-        store.record_plan(StepPlan(1, (ids[0],), 1))
+        tasks = [f"task-{n}" for n in range(4)]
+        store.add_tasks(tasks)
+        store.lease_tasks("w", 3)
+        ids = commit(store, 0, 1, 2)
+        plan = StepPlan(1, (ids[1], ids[0]), 2)
+        store.begin_step(plan)
+        store.ack_step(1, 0, ids[:2])
         store.record_checkpoint(checkpoint(1))
-        store.record_released(ids[:1])
-        assert store.compact() == 1
+        store.record_released(ids[:2])
+        assert store.compact() == 2
         assert store.compact() == 0
         assert store.commit_sample(sample_ref(0)) is False
         assert store.all_committed_ids() == ids
         small = store.get_committed(ids[0])
         assert small is not None
-        assert small.feature_specs == {}
-        assert store.get_plan(1) is None
+        assert (small.sample_id, small.source_task_id, small.feature_specs) == (ids[0], "task-0", {})
+        assert store.sample_record(ids[1]) == SampleRecord(ids[1], 2, "released", "task-1", 1, durable=True)
+        assert store.get_plan(1) == plan
+        assert list(store.plans()) == [plan]
+        entries = store.read_committed(0, 10)
+        assert [(e.seq, e.ref.sample_id) for e in entries] == list(enumerate(ids, start=1))
+        assert store.read_committed(1, 1)[0].ref.sample_id == ids[1]
+        assert store.durable_marker()["acked"] == set(ids[:2])
+        assert store.add_tasks(tasks) == 0
+        assert store.add_tasks([*tasks, "task-4"]) == 1
+        assert store.task_counts() == {"pending": 2, "leased": 0, "done": 3, "failed": 0}
+        with pytest.raises(IllegalTransitionError, match="folded"):
+            store.fall_back(0)
 
     # -- run -------------------------------------------------------------------------------
 

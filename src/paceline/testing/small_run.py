@@ -20,8 +20,8 @@ from paceline.roles.wire import (
     run_disagg_online,
 )
 from paceline.testing.synthetic import SyntheticEngine, synthetic_head
-from paceline.training.optimizer import OptimizerSettings
-from paceline.training.trainer import Trainer, TrainerSettings
+from paceline.training.settings import OptimizerSettings, TrainerSettings
+from paceline.training.trainer import Trainer
 
 RUN_ID = "small"
 

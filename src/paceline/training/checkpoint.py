@@ -1,43 +1,50 @@
 """Durable checkpoints: written aside, fsynced, renamed; damaged ones are found, not trusted.
 
-A checkpoint is a folder of safetensors files and a manifest that names each with its digest,
-together with the run, the step and the place in the committed log. The folder appears under its
-name only when every byte is on disk. It becomes the head by `MetadataStore.record_checkpoint`,
-never by being there: a crash before that leaves a folder nobody refers to, which is swept.
+A checkpoint is a folder of files and a manifest that names each with its digest, together with the
+run, the step and the lineage: which steps trained which samples since the checkpoint before. The
+folder appears under its name only when every byte is on disk. It becomes the head by
+`MetadataStore.record_checkpoint`, never by being there. A crash before that leaves a folder that
+nobody refers to: a ledger it continues may adopt it, else it is swept. No torch here: files are bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-
+from paceline import durable_files
 from paceline.crashpoints import reach
 from paceline.errors import CheckpointError
-from paceline.ledger.store import CheckpointRecord
+from paceline.ledger.records import CheckpointRecord, TrainedSample, TrainedStep
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1 has no lineage
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: tensors by file ("draft", "optimizer", ...) and small JSON values."""
+    """What a checkpoint holds: files by name ("draft.safetensors", ...) and small JSON values.
+
+    `lineage`: the steps since the checkpoint called `previous`; `chain`: the hash of the whole
+    lineage; `epoch` and `lsn`: the consumer's epoch and the ledger's log number when it was written.
+    """
 
     step: int
     last_seq: int
-    tensors: Mapping[str, Mapping[str, torch.Tensor]]
+    files: Mapping[str, bytes]
     values: Mapping[str, Any]
+    lineage: tuple[TrainedStep, ...] = ()
+    previous: str = ""
+    chain: str = ""
+    epoch: int = 0
+    lsn: int = 0
 
 
 class CheckpointFolder:
@@ -53,10 +60,10 @@ class CheckpointFolder:
         try:
             aside.mkdir()
             digest = self._fill(aside, checkpoint)
-            _sync(aside)
+            durable_files.sync_folder(aside)
             reach("checkpoint.before_rename")
             aside.rename(self.folder / name)
-            _sync(self.folder)
+            durable_files.sync_folder(self.folder)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(
@@ -65,24 +72,28 @@ class CheckpointFolder:
                 next="free space on that disk and run the same command again.",
             ) from error
         reach("checkpoint.after_rename")
-        return CheckpointRecord(checkpoint.step, name, digest, checkpoint.last_seq)
+        return CheckpointRecord(checkpoint.step, name, digest, checkpoint.last_seq, checkpoint.chain)
 
     def _fill(self, aside: Path, checkpoint: Checkpoint) -> str:
         files = {}
-        for name, tensors in checkpoint.tensors.items():
-            data = save({key: tensor.contiguous() for key, tensor in tensors.items()})
-            _write_durably(aside / f"{name}.safetensors", data)
-            files[f"{name}.safetensors"] = {"bytes": len(data), "sha256": _sha256(data)}
+        for file_name, content in checkpoint.files.items():
+            durable_files.write_file(aside / file_name, content)
+            files[file_name] = {"bytes": len(content), "sha256": _sha256(content)}
         manifest = {
             "format_version": FORMAT_VERSION,
             "run_id": self.run_id,
             "step": checkpoint.step,
             "last_seq": checkpoint.last_seq,
+            "previous": checkpoint.previous,
+            "chain": checkpoint.chain,
+            "epoch": checkpoint.epoch,
+            "lsn": checkpoint.lsn,
+            "lineage": [_step_to_json(trained) for trained in checkpoint.lineage],
             "values": dict(checkpoint.values),
             "files": files,
         }
-        data = json.dumps(manifest, indent=1, sort_keys=True).encode()
-        _write_durably(aside / MANIFEST, data)
+        data = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
+        durable_files.write_file(aside / MANIFEST, data)
         return _sha256(data)
 
     def read(self, record: CheckpointRecord) -> Checkpoint:
@@ -91,23 +102,54 @@ class CheckpointFolder:
         try:
             data = (folder / MANIFEST).read_bytes()
             if _sha256(data) != record.manifest_digest:
-                raise self._damaged(record, "its manifest does not match the ledger's digest")
-            manifest = json.loads(data)
-            tensors = {}
-            for file_name, expected in manifest["files"].items():
-                content = (folder / file_name).read_bytes()
-                if len(content) != expected["bytes"] or _sha256(content) != expected["sha256"]:
-                    raise self._damaged(record, f"{file_name} does not match its digest")
-                tensors[file_name.removesuffix(".safetensors")] = load(content)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise self._damaged(record, str(error)) from error
-        if manifest["run_id"] != self.run_id or manifest["format_version"] != FORMAT_VERSION:
-            raise self._damaged(record, "it belongs to another run or another version")
-        return Checkpoint(manifest["step"], manifest["last_seq"], tensors, manifest["values"])
+                raise self._damaged(record.name, "its manifest does not match the ledger's digest")
+            return self._read(record.name, json.loads(data))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(record.name, str(error)) from error
 
-    def _damaged(self, record: CheckpointRecord, what: str) -> CheckpointError:
+    def _read(self, name: str, manifest: dict[str, Any]) -> Checkpoint:
+        if manifest["run_id"] != self.run_id or manifest["format_version"] not in READABLE_VERSIONS:
+            raise self._damaged(name, "it belongs to another run or another version")
+        files = {}
+        for file_name, expected in manifest["files"].items():
+            content = (self.folder / name / file_name).read_bytes()
+            if len(content) != expected["bytes"] or _sha256(content) != expected["sha256"]:
+                raise self._damaged(name, f"{file_name} does not match its digest")
+            files[file_name] = content
+        return Checkpoint(
+            manifest["step"],
+            manifest["last_seq"],
+            files,
+            manifest["values"],
+            tuple(_step_from_json(step) for step in manifest.get("lineage", [])),
+            manifest.get("previous", ""),
+            manifest.get("chain", ""),
+            manifest.get("epoch", 0),
+            manifest.get("lsn", 0),
+        )
+
+    def unrecorded(self, records: Collection[CheckpointRecord]) -> list[tuple[CheckpointRecord, Checkpoint]]:
+        """Whole, undamaged checkpoints that none of `records` names, by step: what a crash between
+        the rename and the ledger's record leaves, or a ledger older than its checkpoints."""
+        known = {record.name for record in records}
+        found = []
+        for entry in sorted(self.folder.iterdir()):
+            if not entry.name.startswith("step-") or entry.name.endswith(".new") or entry.name in known:
+                continue
+            try:
+                data = (entry / MANIFEST).read_bytes()
+                checkpoint = self._read(entry.name, json.loads(data))
+            except (OSError, ValueError, KeyError, TypeError, CheckpointError):
+                continue  # damaged, and nobody's: swept
+            record = CheckpointRecord(
+                checkpoint.step, entry.name, _sha256(data), checkpoint.last_seq, checkpoint.chain
+            )
+            found.append((record, checkpoint))
+        return sorted(found, key=lambda pair: pair[0].step)
+
+    def _damaged(self, name: str, what: str) -> CheckpointError:
         return CheckpointError(
-            f"Checkpoint {record.name} of step {record.step} is missing or damaged: {what}.",
+            f"Checkpoint {name} is missing or damaged: {what}.",
             why="Training on from it would give other weights.",
             next="run the same command again; it falls back to the checkpoint before.",
         )
@@ -122,19 +164,14 @@ class CheckpointFolder:
         return swept
 
 
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _step_to_json(trained: TrainedStep) -> list[Any]:
+    samples = [[s.seq, s.sample_id, s.task_id, s.finished] for s in trained.samples]
+    return [trained.step, trained.rev, trained.last_seq, samples]
 
 
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _step_from_json(value: list[Any]) -> TrainedStep:
+    step, rev, last_seq, samples = value
+    return TrainedStep(step, rev, last_seq, tuple(TrainedSample(*sample) for sample in samples))
 
 
 def _sha256(data: bytes) -> str:

@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """Learning rates per step: linear warm-up, then a cosine down to the final one at `total_steps`."""
-
-    total_steps: int
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-5
-    warmup_steps: int = 10
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0
+from paceline.training.settings import OptimizerSettings
 
 
 def learning_rate_at(step: int, settings: OptimizerSettings) -> float:

@@ -15,7 +15,8 @@ from torch import nn
 
 from paceline.errors import TrainingError
 from paceline.methods.method import DraftMethod
-from paceline.training.optimizer import OptimizerSettings, learning_rate_at, set_learning_rate
+from paceline.training.optimizer import learning_rate_at, set_learning_rate
+from paceline.training.settings import OptimizerSettings
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,29 @@ def micro_batches(
     return [list(by_length[i : i + size]) for i in range(0, len(by_length), size)]
 
 
-def train_step(
-    step: int,
+@dataclass(frozen=True)
+class _Accumulated:
+    loss_sum: float
+    num_tokens: int
+    grad_norm: float
+    metrics: dict[str, float]
+
+
+def accumulate_gradients(
     samples: Sequence[Mapping[str, torch.Tensor]],
     draft: nn.Module,
     method: DraftMethod,
-    optimizer: torch.optim.Optimizer,
-    settings: OptimizerSettings,
     *,
     micro_batch_size: int,
-    autocast_dtype: torch.dtype | None = None,
-) -> StepResult:
-    """Raises TrainingError, with the weights unchanged, if loss or gradient is not a finite number."""
-    optimizer.zero_grad(set_to_none=True)
+    autocast_dtype: torch.dtype | None,
+    grad_clip: float,
+    what: str,
+) -> _Accumulated:
+    """Mean gradients over the samples' tokens, clipped, in the draft's parameters; no update.
+
+    Raises TrainingError, about `what`, if loss or gradient is not a finite number.
+    """
+    draft.zero_grad(set_to_none=True)
     loss_sum, num_tokens = 0.0, 0
     metrics: dict[str, float] = {}
     for micro_batch in micro_batches(samples, micro_batch_size):
@@ -62,22 +73,47 @@ def train_step(
         num_tokens += sums.num_tokens
         for name, value in sums.metrics.items():
             metrics[name] = metrics.get(name, 0.0) + value
-    rate = learning_rate_at(step, settings)
     parameters = [p for p in draft.parameters() if p.grad is not None]
     for parameter in parameters:
         assert parameter.grad is not None
         parameter.grad.div_(max(1, num_tokens))
-    grad_norm = float(nn.utils.clip_grad_norm_(parameters, settings.grad_clip))
+    grad_norm = float(nn.utils.clip_grad_norm_(parameters, grad_clip))
     if not (torch.isfinite(torch.tensor([loss_sum, grad_norm])).all()):
         raise TrainingError(
-            f"Step {step} has loss {loss_sum} and gradient norm {grad_norm}.",
+            f"{what} has loss {loss_sum} and gradient norm {grad_norm}.",
             why="An update would destroy the weights; they are as they were after the step before.",
             next="lower training.learning_rate in a new run; the last checkpoint is unharmed.",
         )
+    return _Accumulated(loss_sum, num_tokens, grad_norm, metrics)
+
+
+def train_step(
+    step: int,
+    samples: Sequence[Mapping[str, torch.Tensor]],
+    draft: nn.Module,
+    method: DraftMethod,
+    optimizer: torch.optim.Optimizer,
+    settings: OptimizerSettings,
+    *,
+    micro_batch_size: int,
+    autocast_dtype: torch.dtype | None = None,
+) -> StepResult:
+    """Raises TrainingError, with the weights unchanged, if loss or gradient is not a finite number."""
+    sums = accumulate_gradients(
+        samples,
+        draft,
+        method,
+        micro_batch_size=micro_batch_size,
+        autocast_dtype=autocast_dtype,
+        grad_clip=settings.grad_clip,
+        what=f"Step {step}",
+    )
+    rate = learning_rate_at(step, settings)
     set_learning_rate(optimizer, rate)
     optimizer.step()
-    mean = loss_sum / max(1, num_tokens)
-    return StepResult(mean, num_tokens, grad_norm, rate, method.mean_metrics(metrics, num_tokens))
+    mean = sums.loss_sum / max(1, sums.num_tokens)
+    figures = method.mean_metrics(sums.metrics, sums.num_tokens)
+    return StepResult(mean, sums.num_tokens, sums.grad_norm, rate, figures)
 
 
 def _autocast(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[None]:

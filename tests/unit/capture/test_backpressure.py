@@ -11,7 +11,7 @@ from paceline import InMemoryMetadataStore
 from paceline.capture.backpressure import CHECKPOINT_WANTED, Backpressure, Watermarks, check_feasible
 from paceline.errors import ConfigError
 from paceline.features.store import Usage
-from paceline.ledger.store import CheckpointRecord
+from paceline.ledger.records import CheckpointRecord
 from paceline.testing.samples import sample_ref
 
 

@@ -104,7 +104,7 @@ store.commit_samples([sample_ref(1), sample_ref(2)])
 
 @pytest.mark.parametrize(
     ("point", "survive"),
-    [("ledger.before_commit:3", 1), ("ledger.after_commit:2", 3), ("ledger.after_commit:1", 1)],
+    [("ledger.before_commit:2", 1), ("ledger.after_commit:2", 3), ("ledger.after_commit:1", 1)],
 )
 def test_a_kill_leaves_whole_transactions(tmp_path: Path, point: str, survive: int) -> None:
     """SIGKILL before the commit loses the batch whole, after it keeps the batch whole."""

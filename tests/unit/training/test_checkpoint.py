@@ -12,12 +12,19 @@ import pytest
 import torch
 
 from paceline.errors import CheckpointError
+from paceline.ledger.records import TrainedSample, TrainedStep
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
+from paceline.training.tensor_files import from_bytes, to_bytes
 
 
 def checkpoint(step: int = 3) -> Checkpoint:
     weights = {"w": torch.arange(6, dtype=torch.float32).reshape(2, 3) * step, "d2t": torch.tensor([1, 2])}
-    return Checkpoint(step, 24, {"draft": weights, "rng": {"torch": torch.get_rng_state()}}, {"method": "m"})
+    files = {
+        "draft.safetensors": to_bytes(weights),
+        "rng.safetensors": to_bytes({"torch": torch.get_rng_state()}),
+    }
+    lineage = (TrainedStep(step, 1, 24, (TrainedSample(24, "run0:a", "a", True),)),)
+    return Checkpoint(step, 24, files, {"method": "m"}, lineage, "step-before", "c0ffee", epoch=2, lsn=7)
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -25,10 +32,17 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, "run0")
     record = folder.write(checkpoint())
     got = folder.read(record)
-    assert (got.step, got.last_seq, dict(got.values)) == (3, 24, {"method": "m"})
-    assert torch.equal(got.tensors["draft"]["w"], checkpoint().tensors["draft"]["w"])
-    assert got.tensors["draft"]["d2t"].dtype == torch.int64
-    assert torch.equal(got.tensors["rng"]["torch"], torch.get_rng_state())
+    assert got == checkpoint()
+    assert from_bytes("draft", got.files["draft.safetensors"])["d2t"].dtype == torch.int64
+    assert torch.equal(from_bytes("rng", got.files["rng.safetensors"])["torch"], torch.get_rng_state())
+
+
+def test_a_whole_checkpoint_that_no_ledger_names_is_found(tmp_path: Path) -> None:
+    """What a crash between the rename and the head's record leaves; damaged ones are nobody's."""
+    folder = CheckpointFolder(tmp_path, "run0")
+    known, orphan, damaged = (folder.write(checkpoint(step)) for step in (1, 3, 2))
+    (tmp_path / damaged.name / "draft.safetensors").write_bytes(b"")
+    assert folder.unrecorded([known]) == [(orphan, checkpoint(3))]
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "draft.safetensors", "rng.safetensors"])
@@ -92,10 +106,10 @@ def test_sweep_removes_what_no_record_names(tmp_path: Path) -> None:
 
 
 WRITE = """
-import sys, torch
+import sys
 from pathlib import Path
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
-CheckpointFolder(Path(sys.argv[1]), "run0").write(Checkpoint(1, 1, {"draft": {"w": torch.ones(3)}}, {}))
+CheckpointFolder(Path(sys.argv[1]), "run0").write(Checkpoint(1, 1, {"draft.safetensors": b"weights"}, {}))
 """
 
 

@@ -15,14 +15,15 @@ import torch
 
 from paceline.errors import StoreFullError
 from paceline.features import codec
-from paceline.features.store import Sealed, Usage
-from paceline.features.stores.refusals import corrupt, missing
+from paceline.features.store import Sealed, Usage, is_kept
+from paceline.features.stores.refusals import corrupt, missing, stale
 from paceline.types import SampleRef
 
 
 @dataclass(frozen=True)
 class _Held:
     sealed: Sealed
+    generation: int
     payload: torch.Tensor  # uint8 [num_bytes]
 
 
@@ -33,10 +34,14 @@ class InMemoryFeatureStore:
         self._held: dict[str, _Held] = {}
         self._generation = 0
 
-    def put(self, sample_id: str, tensors: Mapping[str, Any]) -> Sealed:
-        if sample_id in self._held:
-            return self._held[sample_id].sealed
+    def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:
+        held = self._held.get(sample_id)
+        if held is not None and generation in (0, held.generation):
+            return held.sealed
+        if held is not None and generation < held.generation:
+            raise stale(sample_id, generation, held.generation)
         layout = codec.layout_of_tensors(sample_id, tensors)
+        self._held.pop(sample_id, None)
         resident = self.usage().resident_bytes
         if resident + layout.num_bytes > self._budget_bytes:
             raise StoreFullError(
@@ -47,10 +52,11 @@ class InMemoryFeatureStore:
             )
         payload = torch.empty(layout.num_bytes, dtype=torch.uint8)
         digest = codec.write(layout, codec.describe(sample_id, layout), tensors, payload)
-        self._generation += 1  # A ref to freed bytes must not find those of a later put.
+        # A ref to freed bytes must not find those of a later put.
+        self._generation = generation or self._generation + 1
         keys = {name: f"{self._generation}/{name}" for name in layout.specs}
         sealed = Sealed(self._uri, keys, layout.specs, layout.num_bytes, digest)
-        self._held[sample_id] = _Held(sealed, payload)
+        self._held[sample_id] = _Held(sealed, self._generation, payload)
         return sealed
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
@@ -65,12 +71,19 @@ class InMemoryFeatureStore:
             raise corrupt(ref, f"the bytes have digest {digest}")
         return tensors
 
-    def abort(self, sample_id: str, reason: str = "") -> None:  # noqa: ARG002 (the protocol's)
-        self._held.pop(sample_id, None)
+    def abort(
+        self,
+        sample_id: str,
+        reason: str = "",  # noqa: ARG002 (the protocol's)
+        *,
+        generation: int | None = None,
+    ) -> None:
+        held = self._held.get(sample_id)
+        if held is not None and generation in (None, held.generation):
+            del self._held[sample_id]
 
     def sweep(self, keep: Collection[str]) -> list[str]:
-        kept = set(keep)
-        swept = [sample_id for sample_id in self._held if sample_id not in kept]
+        swept = [i for i, held in self._held.items() if not is_kept(keep, i, held.generation)]
         for sample_id in swept:
             del self._held[sample_id]
         return swept

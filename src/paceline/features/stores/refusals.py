@@ -1,8 +1,8 @@
-"""The two ways a read can fail, worded once for every feature store."""
+"""What a feature store refuses, worded once for every feature store."""
 
 from __future__ import annotations
 
-from paceline.errors import FeatureCorruptError, FeatureMissingError
+from paceline.errors import FeatureCorruptError, FeatureMissingError, StoreError
 from paceline.types import SampleRef
 
 
@@ -20,4 +20,12 @@ def corrupt(ref: SampleRef, because: str) -> FeatureCorruptError:
         f"the ref says digest {ref.metadata.get('digest')}.",
         why="Training on other bytes than those sealed would go unnoticed in the weights.",
         next="report it lost; `paceline produce RUN.yaml` captures it again.",
+    )
+
+
+def stale(sample_id: str, generation: int, newer: int) -> StoreError:
+    return StoreError(
+        f"Bytes of {sample_id!r} under generation {generation} come after those of generation {newer}.",
+        why="Another producer has captured the sample since; nothing was written.",
+        next="stop this process; `paceline status RUN` shows who the producer is.",
     )

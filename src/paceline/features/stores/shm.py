@@ -20,9 +20,9 @@ from typing import Any
 from paceline.crashpoints import reach
 from paceline.errors import StoreError
 from paceline.features import codec
-from paceline.features.store import Sealed, Usage
+from paceline.features.store import Sealed, Usage, is_kept
 from paceline.features.stores.arena import Arena, remove
-from paceline.features.stores.refusals import corrupt, missing
+from paceline.features.stores.refusals import corrupt, missing, stale
 from paceline.features.stores.slots import DESCRIPTION_BYTES_MAX, Slot, State
 from paceline.types import SampleRef
 
@@ -41,19 +41,21 @@ class SharedMemoryFeatureStore:
         self._lock = threading.RLock()
         self._arena = Arena.own(directory, budget_bytes) if owner else Arena.attach(directory, budget_bytes)
 
-    def put(self, sample_id: str, tensors: Mapping[str, Any]) -> Sealed:
+    def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:
         with self._lock:
             arena = self._owned("put")
             slot = arena.find(sample_id)
             if slot is not None:
                 sealed = _sealed(arena, slot)
-                if sealed is not None:
+                if sealed is not None and generation in (0, slot.generation):
                     return sealed
+                if sealed is not None and generation < slot.generation:
+                    raise stale(sample_id, generation, slot.generation)
                 slot.free(slot.generation, by_owner=True)
             layout = codec.layout_of_tensors(sample_id, tensors)
             description = _checked(sample_id, codec.describe(sample_id, layout))
             slot = arena.allocate(layout.num_bytes)
-            slot.begin(description, layout.num_bytes)
+            slot.begin(description, layout.num_bytes, generation)
             with ExitStack() as undo:
                 undo.callback(slot.free, slot.generation, by_owner=True)
                 digest = codec.write(layout, description, tensors, slot.payload)
@@ -85,16 +87,22 @@ class SharedMemoryFeatureStore:
                 self._arena.learn(slot, generation, ref.sample_id)
         return tensors
 
-    def abort(self, sample_id: str, reason: str = "") -> None:  # noqa: ARG002 (the protocol's)
+    def abort(
+        self,
+        sample_id: str,
+        reason: str = "",  # noqa: ARG002 (the protocol's)
+        *,
+        generation: int | None = None,
+    ) -> None:
         with self._lock:
             arena = self._attached()
             slot = arena.find(sample_id) if arena is not None else None
-            if slot is not None and slot.known is not None:
+            if slot is not None and slot.known is not None and generation in (None, slot.known[0]):
                 slot.free(slot.known[0], by_owner=self._owner)
 
     def sweep(self, keep: Collection[str]) -> list[str]:
         """Also frees slots whose header is damaged; their sample ids are not known."""
-        kept, swept = set(keep), []
+        swept = []
         with self._lock:
             arena = self._owned("sweep")
             for slot in arena.slots.values():
@@ -102,7 +110,7 @@ class SharedMemoryFeatureStore:
                     continue
                 sealed = _sealed(arena, slot)
                 if sealed is not None and slot.known is not None:
-                    if slot.known[1] in kept:
+                    if is_kept(keep, slot.known[1], slot.generation):
                         continue
                     swept.append(slot.known[1])
                 slot.free(slot.generation, by_owner=True)

@@ -1,11 +1,12 @@
 """One slot of shared memory: a file with a header page and room for one sample.
 
-Life of a slot: FREE -> (begin) WRITING -> (seal) SEALED -> (free) FREE, with generation + 1 at each
-`begin`. Only the owner begins and seals; either process frees. Every word of the header has one
-writer, and freeing writes the *generation that is freed*, so a late free by the reader cannot
-free the sample that has taken the slot since: the slot is FREE while either freed word equals the
-generation. The state word is written last when sealing; readers look at the header before and
-after a copy, and the digest judges the bytes, so a torn read is never trained.
+Life of a slot: FREE -> (begin) WRITING -> (seal) SEALED -> (free) FREE, with a new generation at each
+`begin`: that of the ledger's byte intent, which is never used twice. Only the owner begins and
+seals; either process frees. Every word of the header has one writer, and freeing writes the
+*generation that is freed*, so a late free by the reader cannot free the sample that has taken the
+slot since: the slot is FREE while either freed word equals the generation. The state word is
+written last when sealing; readers look at the header before and after a copy, and the digest
+judges the bytes, so a torn read is never trained.
 """
 
 from __future__ import annotations
@@ -141,14 +142,20 @@ class Slot:
     def payload_bytes(self) -> int:
         return self._words[_PAYLOAD_BYTES]
 
-    def begin(self, description: bytes, payload_bytes: int) -> None:
-        """Take a FREE slot for a new sample. A crash from here to `seal` leaves it WRITING."""
+    def begin(self, description: bytes, payload_bytes: int, generation: int = 0) -> None:
+        """Take a FREE slot for a new sample. A crash from here to `seal` leaves it WRITING.
+
+        `generation`: any but those the slot had before; 0 counts on from the last one.
+        """
         assert self.is_free
         assert len(description) <= DESCRIPTION_BYTES_MAX
         assert payload_bytes <= self.payload.numel()
         words = self._words
         words[_STATE] = State.WRITING
-        words[_GENERATION] += 1  # From this store on the slot is no longer FREE.
+        if generation in (words[_FREED_BY_OWNER], words[_FREED_BY_READER]):
+            words[_FREED_BY_OWNER] = words[_FREED_BY_READER] = 0  # left by another ledger's run
+        # From this store on the slot is no longer FREE.
+        words[_GENERATION] = generation or words[_GENERATION] + 1
         words[_PAYLOAD_BYTES] = payload_bytes
         words[_TEXT_BYTES] = len(description)
         self._header[_TEXT : _TEXT + len(description)] = description

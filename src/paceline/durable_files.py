@@ -1,0 +1,40 @@
+"""Files that are whole or not there, also after power loss: written aside, synced, renamed, synced.
+
+A name appears only after every byte behind it is on the disk, and the rename itself is on the disk
+when the call returns. An error of fsync is an error of the call: what the disk holds is unknown then.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A new file with these bytes, on the disk on return (its name needs `sync_folder`). Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Names made, renamed or removed in `folder` are on the disk on return. Raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """`path` has either its old bytes or these, whenever the machine stops. Raises OSError."""
+    aside = path.with_name(path.name + ".new")
+    write_file(aside, data)
+    aside.rename(path)
+    sync_folder(path.parent)

@@ -1,0 +1,8 @@
+"""The names of the small values that roles leave for each other in the metadata store."""
+
+RUN_ID = "run_id"
+CONFIG = "config"
+PROMPTS_DIGEST = "prompts_digest"
+END_OF_STREAM = "end_of_stream"
+CHECKPOINT_WANTED = "checkpoint_wanted"
+COMPLETED_STEP = "completed_step"

@@ -1,0 +1,209 @@
+"""One SQLite file as every process of a run opens it: transactions, fences, op ids, durability.
+
+WAL. Writers of all processes queue at a gate (see ledger/gate.py), take BEGIN IMMEDIATE, and either
+commit whole or roll back whole; an error leaves no open transaction behind. What a call committed
+survives `kill -9` always. Power loss: with durability "full" every call; with "head" every call
+before the last one that durable weights depend on (a checkpoint, a role change, a fall back, a
+quarantine): later ones may vanish, from the end backwards. An I/O error of a commit is final for
+this object: what the disk holds is unknown then. apsw carries its own SQLite, because versions
+before 3.51.3 can corrupt a write-ahead log with two connections.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import apsw
+
+from paceline.crashpoints import reach
+from paceline.errors import LedgerError, SchemaError, UnknownResultError
+from paceline.ledger.bell import Bell
+from paceline.ledger.gate import WriterGate, refuse_network_filesystem
+from paceline.ledger.records import Fence
+from paceline.ledger.refusals import fenced
+from paceline.ledger.stores.sqlite.schema import open_schema
+
+Durability = Literal["full", "head"]
+SQLITE_FLOOR = (3, 51, 3)
+SQLITE_BACKPORTS = ((3, 44, 6), (3, 50, 7))
+OPS_KEPT = 4096
+
+
+def check_sqlite_version(version: str) -> None:
+    """Raise SchemaError for a SQLite that may carry the WAL-reset bug (fixed in 3.51.3)."""
+    number = tuple(int(part) for part in version.split(".")[:3])
+    fixed = number >= SQLITE_FLOOR or any(number[:2] == b[:2] and number >= b for b in SQLITE_BACKPORTS)
+    if not fixed:
+        raise SchemaError(
+            f"SQLite {version} may corrupt a write-ahead log that two processes write.",
+            why="The ledger is what the guarantee rests on.",
+            next="pip install --upgrade 'apsw>=3.54.1.0'",
+        )
+
+
+class Operation:
+    """One call with an op id: what its first try returned, if there was one, as JSON."""
+
+    def __init__(self, stored: str | None) -> None:
+        self.repeated = stored is not None
+        self.result: Any = None if stored is None else json.loads(stored)
+        self.kept: Any = None
+
+    def keep(self, result: Any) -> None:
+        self.kept = result
+
+
+class Database:
+    def __init__(self, path: str | os.PathLike[str], durability: Durability, vfs: str | None) -> None:
+        check_sqlite_version(apsw.sqlite_lib_version())
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_network_filesystem(self.path.parent)
+        self._durability = durability
+        self._lock = threading.RLock()
+        self._bell = Bell(self.path.with_name(self.path.name + "-bell"))
+        self._gate = WriterGate(self.path.with_name(self.path.name + "-gate"))
+        self._closed = False
+        self._broken = ""
+        with self._lock, self._gate.writing(), self._explained():
+            self._db = apsw.Connection(str(self.path), vfs=vfs)
+            self._db.set_busy_timeout(60_000)
+            open_schema(self._db, self.path)
+            self._synchronous("FULL")
+
+    def _synchronous(self, mode: str) -> None:
+        self._db.execute(f"PRAGMA synchronous={mode}")
+        self._mode = mode
+
+    # -- transactions ----------------------------------------------------------------------
+
+    @contextmanager
+    def _mutation(
+        self, fence: Fence | None, op_id: str | None = None, *, final: bool = False
+    ) -> Iterator[Operation]:
+        """One transaction. `final`: durable weights depend on it, so it is on the disk on return."""
+        with self._lock, self._explained(), self._gate.writing():
+            self._refuse_broken()
+            mode = "FULL" if final or self._durability == "full" else "NORMAL"
+            if mode != self._mode:
+                self._synchronous(mode)
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                operation = Operation(self._stored_result(op_id))
+                if not operation.repeated:
+                    self._check_fence(fence)
+                yield operation
+                if operation.repeated:
+                    self._db.execute("ROLLBACK")
+                    return
+                self._db.execute("UPDATE run SET lsn = lsn + 1")
+                self._store_result(op_id, operation)
+                reach("ledger.before_commit")
+                self._commit()
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+        reach("ledger.after_commit")
+        self._bell.ring()
+
+    def _commit(self) -> None:
+        try:
+            self._db.execute("COMMIT")
+        except (apsw.IOError, apsw.CorruptError) as error:
+            self._broken = str(error)
+            raise UnknownResultError(
+                f"{self.path} could not be synced ({error}); whether the last change is on disk is unknown.",
+                why="After a failed fsync nothing this process wrote may be trusted to be on the disk.",
+                next="check the disk, then run the same command again: it reads what is really there.",
+            ) from error
+
+    def _refuse_broken(self) -> None:
+        if self._broken:
+            raise LedgerError(
+                f"{self.path} failed to sync before ({self._broken}); this process stopped writing to it.",
+                why="What is on the disk is unknown until the file is opened again.",
+                next="check the disk, then run the same command again.",
+            )
+
+    def _check_fence(self, fence: Fence | None) -> None:
+        if fence is None:
+            return
+        epoch = self._value("SELECT epoch FROM role WHERE name = ?", fence.role)
+        if epoch != fence.epoch:
+            raise fenced(fence, epoch or 0)
+
+    def _stored_result(self, op_id: str | None) -> str | None:
+        if op_id is None:
+            return None
+        stored: str | None = self._value("SELECT result FROM operation WHERE op_id = ?", op_id)
+        return stored
+
+    def _store_result(self, op_id: str | None, operation: Operation) -> None:
+        if op_id is not None:
+            self._db.execute(
+                "INSERT INTO operation SELECT ?, lsn, ? FROM run", (op_id, json.dumps(operation.kept))
+            )
+            self._db.execute("DELETE FROM operation WHERE lsn < (SELECT lsn FROM run) - ?", (OPS_KEPT,))
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what SQLite says into what the user can do."""
+        try:
+            yield
+        except apsw.FullError as error:
+            raise LedgerError(
+                f"The disk of {self.path} is full ({error}).",
+                why="The change was rolled back; everything committed before is safe.",
+                next="free space on that disk and run the same command again.",
+            ) from error
+        except (apsw.CorruptError, apsw.NotADBError) as error:
+            raise SchemaError(
+                f"{self.path} is damaged or no database ({error}).",
+                why="The ledger cannot be trusted, so nothing was changed.",
+                next="restore it from a backup, or start a new run in another run.directory.",
+            ) from error
+        except (
+            apsw.IOError,
+            apsw.BusyError,
+            apsw.ReadOnlyError,
+            apsw.CantOpenError,
+            apsw.ProtocolError,
+            apsw.LockedError,
+        ) as error:
+            raise LedgerError(
+                f"{self.path} cannot be read or written ({error}).",
+                why="The change was rolled back; everything committed before is safe.",
+                next="check the disk and its permissions, then run the same command again.",
+            ) from error
+        except apsw.ConnectionClosedError as error:
+            raise LedgerError(f"{self.path} is closed.", next="open a new SQLiteMetadataStore.") from error
+
+    def _rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._lock, self._explained():
+            return list(self._db.execute(sql, values))
+
+    def _value(self, sql: str, *values: Any) -> Any:
+        rows = self._rows(sql, *values)
+        return rows[0][0] if rows else None
+
+    def _change(self, sql: str, *values: Any) -> int:
+        """Run a statement in the open transaction; how many rows it changed."""
+        self._db.execute(sql, values)
+        return self._db.changes()
+
+    def _run(self, column: str) -> Any:
+        return self._value(f"SELECT {column} FROM run")  # noqa: S608 (no outside text)
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._db.close()
+                self._gate.close()

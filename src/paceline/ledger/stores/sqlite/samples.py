@@ -1,0 +1,249 @@
+"""Samples, their byte intents, acks and features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from paceline.ledger.records import CommittedRef, Fence, Intent, LedgerUsage, SampleRecord
+from paceline.ledger.refusals import intent_revoked, not_covered
+from paceline.ledger.stores.sqlite.folding import folded_ref
+from paceline.ledger.stores.sqlite.tasks import TaskTable
+from paceline.types import SampleRef, ref_from_json, ref_to_json
+
+HEAD = "(SELECT coalesce(max(step), -1) FROM checkpoint)"
+COVERED = (
+    "iif(state = 'quarantined', quarantine_step IS NULL OR quarantine_step <= " + HEAD + ", durable = 1)"
+)
+
+
+class SampleTable(TaskTable):
+    # -- byte intents ----------------------------------------------------------------------
+
+    def reserve(
+        self, sizes: Mapping[str, int], *, fence: Fence | None = None, op_id: str | None = None
+    ) -> dict[str, int]:
+        with self._mutation(fence, op_id) as operation:
+            if operation.repeated:
+                return dict(operation.result)
+            first = self._run("next_generation")
+            generations = {sample_id: first + n for n, sample_id in enumerate(sizes)}
+            self._db.executemany(
+                "INSERT INTO intent VALUES (?, ?, ?)",
+                [(generations[i], i, num_bytes) for i, num_bytes in sizes.items()],
+            )
+            self._change("UPDATE run SET next_generation = ?", first + len(sizes))
+            operation.keep(generations)
+            return generations
+
+    def revoke(self, generations: Sequence[int], *, fence: Fence | None = None) -> None:
+        with self._mutation(fence):
+            self._db.executemany("DELETE FROM intent WHERE generation = ?", [(g,) for g in generations])
+
+    def intents(self) -> list[Intent]:
+        return [Intent(*row) for row in self._rows("SELECT * FROM intent ORDER BY generation")]
+
+    # -- samples ---------------------------------------------------------------------------
+
+    def commit_samples(
+        self, refs: Sequence[SampleRef], *, fence: Fence | None = None, op_id: str | None = None
+    ) -> list[bool]:
+        texts = [ref_to_json(ref) for ref in refs]
+        if not refs:
+            return []
+        with self._mutation(fence, op_id) as operation:
+            if operation.repeated:
+                return list(operation.result)
+            gone = [ref.sample_id for ref in refs if not self._may_commit(ref)]
+            if gone:
+                raise intent_revoked(gone)
+            fresh = [self._commit_ref(ref, text) for ref, text in zip(refs, texts, strict=True)]
+            operation.keep(fresh)
+            return fresh
+
+    def _may_commit(self, ref: SampleRef) -> bool:
+        if ref.generation == 0:
+            return True
+        found = self._value(
+            "SELECT 1 FROM intent WHERE generation = ?1 AND sample_id = ?2 UNION "
+            "SELECT 1 FROM sample WHERE generation = ?1 AND sample_id = ?2",
+            *(ref.generation, ref.sample_id),
+        )
+        return found is not None
+
+    def _commit_ref(self, ref: SampleRef, text: str) -> bool:
+        self._change("DELETE FROM intent WHERE generation = ?", ref.generation)
+        known = self._rows("SELECT seq, state, generation FROM sample WHERE sample_id = ?", ref.sample_id)
+        if known:
+            seq, state, generation = known[0]
+            if state != "lost" or generation == ref.generation != 0:
+                return False
+            self._change(
+                "UPDATE sample SET state = 'present', resident = 1, bytes = ?, generation = ?, ref = ? "
+                "WHERE seq = ?",
+                *(ref.estimated_bytes, ref.generation, text, seq),
+            )
+            self._finish_task(ref.source_task_id)
+            return True
+        leased = self._value("SELECT 1 FROM task WHERE task_id = ?", ref.source_task_id)
+        if not leased and self._folded_record(ref.sample_id) is not None:
+            return False
+        ordinal = self._finish_task(ref.source_task_id)
+        self._insert_sample(ref, text, ordinal)
+        return True
+
+    def _insert_sample(self, ref: SampleRef, text: str, ordinal: int | None) -> None:
+        self._change("UPDATE run SET last_seq = last_seq + 1")
+        self._change(
+            "INSERT INTO sample (seq, sample_id, task_id, ordinal, bytes, generation, ref) "
+            "SELECT last_seq, ?, ?, ?, ?, ?, ? FROM run",
+            *(ref.sample_id, ref.source_task_id, ordinal, ref.estimated_bytes, ref.generation, text),
+        )
+
+    def is_committed(self, sample_id: str) -> bool:
+        return self.sample_record(sample_id) is not None
+
+    def get_committed(self, sample_id: str) -> SampleRef | None:
+        ref = self._value("SELECT ref FROM sample WHERE sample_id = ?", sample_id)
+        if ref is not None:
+            return ref_from_json(ref)
+        return next((folded_ref(i, task) for _, i, task, _ in self._folded_samples() if i == sample_id), None)
+
+    def sample_record(self, sample_id: str) -> SampleRecord | None:
+        rows = self._rows(
+            "SELECT seq, state, task_id, coalesce(step, quarantine_step), coalesce(durable, 0), reason "
+            "FROM sample LEFT JOIN ack USING (sample_id) WHERE sample_id = ?",
+            sample_id,
+        )
+        if not rows:
+            return self._folded_record(sample_id)
+        seq, state, task_id, step, durable, reason = rows[0]
+        return SampleRecord(sample_id, seq, state, task_id, step, bool(durable), reason)
+
+    def committed_count(self) -> int:
+        return int(self._run("last_seq"))
+
+    def all_committed_ids(self) -> list[str]:
+        with self._reading():
+            rows = [(seq, i) for seq, i, _, _ in self._folded_samples()]
+            rows += self._rows("SELECT seq, sample_id FROM sample")
+        return [sample_id for _, sample_id in sorted(rows)]
+
+    def read_committed(self, after_seq: int, limit: int) -> list[CommittedRef]:
+        with self._reading():
+            found = self._folded_refs(after_seq, limit)
+            rows = self._rows(
+                "SELECT seq, ref, state FROM sample WHERE seq > ? ORDER BY seq LIMIT ?", after_seq, limit
+            )
+        found += [
+            CommittedRef(seq, ref_from_json(ref), state != "lost", state == "quarantined")
+            for seq, ref, state in rows
+        ]
+        return sorted(found, key=lambda entry: entry.seq)[:limit]
+
+    # -- acks ------------------------------------------------------------------------------
+
+    def record_train_ack(
+        self,
+        sample_ids: Sequence[str],
+        *,
+        global_step: int | None,
+        optimizer_durable: bool,
+        fence: Fence | None = None,
+    ) -> None:
+        with self._mutation(fence, final=optimizer_durable):
+            self._ack(sample_ids, global_step, durable=optimizer_durable)
+
+    def _ack(self, sample_ids: Iterable[str], step: int | None, *, durable: bool) -> None:
+        self._db.executemany(
+            "INSERT INTO ack VALUES (?, ?, ?) ON CONFLICT (sample_id) DO UPDATE "
+            "SET step = excluded.step, durable = excluded.durable WHERE durable = 0",
+            [(i, step, int(durable)) for i in sample_ids],
+        )
+
+    def durable_marker(self) -> dict[str, Any]:
+        with self._reading():
+            folded = list(self._folded_samples())
+            durable = bool(folded) or self._value("SELECT 1 FROM ack WHERE durable = 1 LIMIT 1") is not None
+            rows = self._rows("SELECT sample_id, step FROM ack WHERE durable = ?", int(durable))
+        rows += [(sample_id, step) for _, sample_id, _, step in folded]
+        return {
+            "acked": {sample_id for sample_id, _ in rows},
+            "global_step": max((step for _, step in rows if step is not None), default=None),
+            "optimizer_durable": durable,
+        }
+
+    # -- features --------------------------------------------------------------------------
+
+    def releasable(self, limit: int) -> list[str]:
+        return [row[0] for row in self._covered("sample_id", limit)]
+
+    def _covered(self, columns: str, limit: int) -> list[tuple[Any, ...]]:
+        return self._rows(
+            f"SELECT {columns} FROM sample LEFT JOIN ack USING (sample_id) "  # noqa: S608 (no outside text)
+            f"WHERE resident AND {COVERED} ORDER BY seq LIMIT ?",
+            limit,
+        )
+
+    def begin_release(self, limit: int, *, fence: Fence | None = None) -> list[SampleRef]:
+        with self._mutation(fence):
+            return [ref_from_json(row[0]) for row in self._covered("ref", limit)]
+
+    def record_released(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
+        with self._mutation(fence):
+            early = [i for i in sample_ids if not self._is_covered(i)]
+            if early:
+                raise not_covered(early)
+            self._db.executemany(
+                "UPDATE sample SET resident = 0, state = iif(state = 'present', 'released', state) "
+                "WHERE sample_id = ?",
+                [(i,) for i in sample_ids],
+            )
+
+    def _is_covered(self, sample_id: str) -> bool:
+        rows = self._rows(
+            f"SELECT {COVERED} FROM sample LEFT JOIN ack USING (sample_id) WHERE sample_id = ?",  # noqa: S608
+            sample_id,
+        )
+        return bool(rows[0][0]) if rows else self._folded_record(sample_id) is not None
+
+    def report_lost(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
+        with self._mutation(fence):
+            durable = "SELECT durable FROM ack WHERE sample_id = ?"
+            self._lose(i for i in sample_ids if not self._value(durable, i))
+
+    def _lose(self, sample_ids: Iterable[str]) -> None:
+        for sample_id in sample_ids:
+            self._change(
+                "UPDATE sample SET resident = 0, state = iif(state = 'quarantined', state, 'lost') "
+                "WHERE sample_id = ?",
+                sample_id,
+            )
+            for ordinal, task_id in self._rows(
+                "SELECT ordinal, task_id FROM sample WHERE sample_id = ? AND state = 'lost'", sample_id
+            ):
+                self._reopen_task(ordinal, task_id)
+
+    def present_ids(self) -> list[str]:
+        return [row[0] for row in self._rows("SELECT sample_id FROM sample WHERE resident ORDER BY seq")]
+
+    def present_generations(self) -> dict[str, int]:
+        return dict(self._rows("SELECT sample_id, generation FROM sample WHERE resident ORDER BY seq"))
+
+    def lost_ids(self) -> list[str]:
+        rows = self._rows("SELECT sample_id FROM sample WHERE state = 'lost' ORDER BY seq")
+        return [row[0] for row in rows]
+
+    def usage(self) -> LedgerUsage:
+        with self._reading():
+            [resident] = self._rows("SELECT count(*), coalesce(sum(bytes), 0) FROM sample WHERE resident")
+            [provisional] = self._rows(
+                "SELECT count(*), coalesce(sum(bytes), 0) FROM ack JOIN sample USING (sample_id) "
+                "WHERE durable = 0 AND resident"
+            )
+            waiting = self._value(
+                "SELECT count(*) FROM sample LEFT JOIN ack USING (sample_id) "
+                "WHERE state IN ('present', 'lost') AND durable IS NULL"
+            )
+            [reserved] = self._rows("SELECT count(*), coalesce(sum(bytes), 0) FROM intent")
+        return LedgerUsage(*(*resident, *provisional, waiting, *reserved))

@@ -1,0 +1,81 @@
+"""The metadata store in one SQLite file, opened by every process of a run on one host.
+
+Each base class is one part of the contract in ledger/store.py; `Database` below them all says what
+a transaction is and what survives which fault.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from time import monotonic
+from typing import Any
+
+from paceline.ledger.records import Fence
+from paceline.ledger.store import MetadataStore
+from paceline.ledger.stores.sqlite.database import Durability
+from paceline.ledger.stores.sqlite.steps import StepTable
+
+
+class SQLiteMetadataStore(StepTable, MetadataStore):
+    durable = True
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, durability: Durability = "full", vfs: str | None = None
+    ) -> None:
+        """`durability`: which calls are on the disk on return, see `Database`; "full" is every one.
+
+        `vfs`: the SQLite file layer, for tests that drop writes. Raises SchemaError for a file that is
+        damaged, another program's or a newer version's; ConfigError on a network filesystem.
+        """
+        super().__init__(path, durability, vfs)
+
+    # -- roles -----------------------------------------------------------------------------
+
+    def acquire_role(self, role: str, holder: str) -> Fence:
+        with self._mutation(None, final=True):
+            self._change(
+                "INSERT INTO role VALUES (?, 1, ?) "
+                "ON CONFLICT (name) DO UPDATE SET epoch = epoch + 1, holder = excluded.holder",
+                *(role, holder),
+            )
+            if role == "producer":
+                self._change("DELETE FROM intent")
+                self._change(
+                    "UPDATE task SET state = 'pending', holder = '', deaths = deaths + 1 "
+                    "WHERE state = 'leased'"
+                )
+            if role == "consumer":
+                self._change("DELETE FROM ack WHERE durable = 0")
+                self._change(
+                    "UPDATE plan SET deaths = deaths + 1 WHERE step = (SELECT started_step FROM run)"
+                )
+                self._change(
+                    "UPDATE run SET started_step = NULL, "
+                    "trained_step = (SELECT coalesce(max(step), 0) FROM checkpoint)"
+                )
+            return Fence(role, self._value("SELECT epoch FROM role WHERE name = ?", role))
+
+    def role_epochs(self) -> dict[str, int]:
+        return dict(self._rows("SELECT name, epoch FROM role"))
+
+    # -- run -------------------------------------------------------------------------------
+
+    def set_facts(self, facts: Mapping[str, Any], *, fence: Fence | None = None) -> None:
+        rows = [(key, json.dumps(value)) for key, value in facts.items()]
+        with self._mutation(fence):
+            self._db.executemany("INSERT OR REPLACE INTO fact VALUES (?, ?)", rows)
+
+    def facts(self) -> dict[str, Any]:
+        return {key: json.loads(value) for key, value in self._rows("SELECT key, value FROM fact")}
+
+    def lsn(self) -> int:
+        return int(self._run("lsn"))
+
+    def wait(self, seen_lsn: int, timeout_s: float) -> int:
+        deadline = monotonic() + timeout_s
+        with self._bell.listen() as listener:
+            while (lsn := self.lsn()) == seen_lsn and (left := deadline - monotonic()) > 0:
+                listener.wait(left)
+        return lsn

@@ -1,0 +1,39 @@
+"""What the trainer trains: weights that can be built, stepped, tried, written down and read back.
+
+The trainer keeps the books (plans, acks, checkpoints) and knows nothing of tensors; a learner keeps the
+weights and knows nothing of the ledger. Adapters: torch_learner.py; testing has one without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+Sample = Mapping[str, Any]  # tensors by name, as the feature store returned them
+
+
+class Learner(Protocol):
+    @property
+    def ready(self) -> bool:
+        """Whether there are weights, built or loaded."""
+
+    def build(self, samples: Sequence[Sample]) -> None:
+        """Fresh weights from the run's first samples; a pure function of them and the settings."""
+
+    def step(self, step: int, samples: Sequence[Sample]) -> dict[str, Any]:
+        """One optimizer step; figures for the event log. If it raises, the weights are unchanged.
+
+        Raises TrainingError for a loss or gradient that is no finite number.
+        """
+
+    def attempt(self, samples: Sequence[Sample]) -> None:
+        """Everything of a step but the update: raises what `step` would, and leaves no trace."""
+
+    def files(self) -> dict[str, bytes]:
+        """All state as files of a checkpoint, by name."""
+
+    def load(self, files: Mapping[str, bytes]) -> None:
+        """The state that `files` returned."""
+
+    def describe(self) -> dict[str, Any]:
+        """Small JSON values for the checkpoint's manifest."""

@@ -1,0 +1,57 @@
+"""Which sample of a step cannot be trained: found by trials that leave no trace in the weights.
+
+An error of the step (a loss that is no number, a shape that does not fit) is tried at once. A death of
+the process cannot be caught: a step in which several consumers died is tried before it is trained. If no
+sample is guilty by itself the step is trained as planned, with the same weights as ever; if every one
+of several is, the weights or the machine are, and training halts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from paceline.errors import TrainingError
+from paceline.ledger.controller import DataFlowController
+from paceline.ledger.trial import DEATHS_BEFORE_TRIAL, Trial
+from paceline.loader.loader import PlannedStep
+from paceline.training.learner import Learner
+
+DEADLY = "the consumer's process dies of this sample"
+SAMPLE_FAILURES = (TrainingError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def failing_samples(controller: DataFlowController, learner: Learner, planned: PlannedStep) -> dict[str, str]:
+    """The samples with which a step fails, and why."""
+    return _try(controller, learner, planned)
+
+
+def deadly_samples(controller: DataFlowController, learner: Learner, planned: PlannedStep) -> dict[str, str]:
+    """The same for a step in which consumers died; {} unless that happened often enough to look."""
+    if planned.deaths < DEATHS_BEFORE_TRIAL:
+        return {}
+    return _try(controller, learner, planned)
+
+
+def _try(controller: DataFlowController, learner: Learner, planned: PlannedStep) -> dict[str, str]:
+    tensors = {ref.sample_id: sample for ref, sample in zip(planned.refs, planned.samples, strict=True)}
+    reasons: dict[str, str] = {}
+
+    def is_harmless(sample_ids: Sequence[str]) -> bool:
+        try:
+            learner.attempt([tensors[i] for i in sample_ids])
+        except SAMPLE_FAILURES as error:
+            if len(sample_ids) == 1:
+                reasons[sample_ids[0]] = getattr(error, "what", str(error)) or type(error).__name__
+            return False
+        return True
+
+    name = f"train.{planned.step}.{planned.rev}"
+    guilty = Trial(controller.store, name, list(tensors), fence=controller.fence("consumer")).run(is_harmless)
+    if len(guilty) == len(tensors) > 1:
+        raise TrainingError(
+            f"Step {planned.step} fails with each of its {len(tensors)} samples "
+            f"({reasons.get(guilty[0], DEADLY)}).",
+            why="So the weights or the machine are at fault, and no sample was put in quarantine.",
+            next="lower training.learning_rate in a new run, or free memory and run the same command again.",
+        )
+    return {sample_id: reasons.get(sample_id, DEADLY) for sample_id in guilty}

@@ -1,0 +1,93 @@
+"""Where a new consumer starts: the newest valid checkpoint, with ledger and folder brought together.
+
+Head damaged: fall back to the one before; what was released since is captured again. Ledger older
+than the folder (a crash between the rename and the head's record, or a ledger that lost its last
+transactions): roll it forward from the checkpoint's own lineage, if that continues what the ledger
+knows. If it does not, and the ledger is the older one, stop: neither may be trusted over the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from paceline.errors import CheckpointError, IllegalTransitionError, LedgerError
+from paceline.ledger.records import CheckpointRecord, Fence
+from paceline.ledger.store import MetadataStore
+from paceline.training.checkpoint import Checkpoint, CheckpointFolder
+
+Found = tuple[CheckpointRecord, Checkpoint]
+
+
+def recover(
+    store: MetadataStore,
+    folder: CheckpointFolder,
+    fence: Fence,
+    epoch_before: int,
+    report: Callable[..., None],
+) -> Found | None:
+    """The checkpoint to go on from, which is the ledger's head then; None before the first.
+
+    `epoch_before`: the consumer's epoch before this one took over. Raises CheckpointError if there are
+    checkpoints but none is valid, LedgerError if the ledger is older than a checkpoint it contradicts.
+    """
+    found = _newest_valid(store, folder, fence, report)
+    return _roll_forward(store, folder, fence, epoch_before, report, found)
+
+
+def _newest_valid(
+    store: MetadataStore, folder: CheckpointFolder, fence: Fence, report: Callable[..., None]
+) -> Found | None:
+    records = store.checkpoints()
+    for record in reversed(records):
+        try:
+            checkpoint = folder.read(record)
+        except CheckpointError as error:
+            report("checkpoint_damaged", step=record.step, message=str(error))
+            continue
+        if record != records[-1]:
+            lost = store.fall_back(record.step, fence=fence)
+            report("fall_back", step=record.step, lost_samples=len(lost))
+        return record, checkpoint
+    if records:
+        raise CheckpointError(
+            f"None of the {len(records)} checkpoints in {folder.folder} is valid.",
+            why="Starting over would train every sample a second time under the same run.",
+            next="restore the folder from a backup, or start a new run.",
+        )
+    return None
+
+
+def _roll_forward(
+    store: MetadataStore,
+    folder: CheckpointFolder,
+    fence: Fence,
+    epoch_before: int,
+    report: Callable[..., None],
+    found: Found | None,
+) -> Found | None:
+    for record, checkpoint in folder.unrecorded(store.checkpoints()):
+        head = found[0] if found else None
+        if head is not None and record.step <= head.step:
+            continue
+        try:
+            if checkpoint.previous != (head.name if head else ""):
+                raise IllegalTransitionError(f"It follows {checkpoint.previous!r}, which is not the head.")
+            store.adopt_checkpoint(record, checkpoint.lineage, fence=fence)
+        except IllegalTransitionError as error:
+            if checkpoint.epoch > epoch_before or checkpoint.lsn > store.lsn():
+                raise _ledger_is_older(record, folder, error) from error
+            continue  # written by a consumer that was replaced before it could be recorded
+        report("rolled_forward", step=record.step, steps=len(checkpoint.lineage))
+        found = record, checkpoint
+    return found
+
+
+def _ledger_is_older(
+    record: CheckpointRecord, folder: CheckpointFolder, because: IllegalTransitionError
+) -> LedgerError:
+    return LedgerError(
+        f"The ledger is older than checkpoint {record.name} (step {record.step}) in {folder.folder} and "
+        f"cannot be rolled forward to it. {because}",
+        why="Going on from the ledger alone would train samples twice that those weights contain.",
+        next=f"restore the ledger's newest backup, or move {record.name} away to give its steps up.",
+    )

@@ -1,0 +1,110 @@
+"""The draft model and its optimizer as the trainer's learner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from paceline.methods.method import DraftMethod
+from paceline.methods.target_head import TargetHead
+from paceline.training import tensor_files
+from paceline.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
+from paceline.training.settings import TrainerSettings
+from paceline.training.step import accumulate_gradients, train_step
+
+DRAFT, OPTIMIZER, RNG = "draft.safetensors", "optimizer.safetensors", "rng.safetensors"
+
+
+class TorchLearner:
+    def __init__(self, method: DraftMethod, head: TargetHead, settings: TrainerSettings) -> None:
+        self.draft: nn.Module | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._method = method
+        self._head = head
+        self._settings = settings
+
+    @property
+    def ready(self) -> bool:
+        return self.draft is not None
+
+    def build(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        weights = self._method.token_weights(self._head, samples)
+        seed = self._settings.seed
+        torch.manual_seed(seed)
+        draft = self._method.build_draft(self._head, seed, weights)
+        self._method.warm_start(draft, self._head, samples, seed)
+        self._adopt(draft)
+
+    def _adopt(self, draft: nn.Module) -> None:
+        self.draft = draft
+        scales = self._method.learning_rate_scales()
+        self.optimizer = build_optimizer(draft, self._settings.optimizer, scales)
+
+    def step(self, step: int, samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+        assert self.draft is not None
+        assert self.optimizer is not None
+        result = train_step(
+            step,
+            samples,
+            self.draft,
+            self._method,
+            self.optimizer,
+            self._settings.optimizer,
+            micro_batch_size=self._settings.micro_batch_size,
+            autocast_dtype=self._settings.autocast_dtype,
+        )
+        return {
+            "loss": result.loss,
+            "num_tokens": result.num_tokens,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            **result.metrics,
+        }
+
+    def attempt(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        assert self.draft is not None
+        before = torch.get_rng_state()
+        try:
+            accumulate_gradients(
+                samples,
+                self.draft,
+                self._method,
+                micro_batch_size=self._settings.micro_batch_size,
+                autocast_dtype=self._settings.autocast_dtype,
+                grad_clip=self._settings.optimizer.grad_clip,
+                what=f"A trial of {len(samples)} samples",
+            )
+        finally:
+            self.draft.zero_grad(set_to_none=True)
+            torch.set_rng_state(before)
+
+    def files(self) -> dict[str, bytes]:
+        assert self.draft is not None
+        assert self.optimizer is not None
+        return {
+            DRAFT: tensor_files.to_bytes(self.draft.state_dict()),
+            OPTIMIZER: tensor_files.to_bytes(optimizer_tensors(self.draft, self.optimizer)),
+            RNG: tensor_files.to_bytes({"torch": torch.get_rng_state()}),
+        }
+
+    def load(self, files: Mapping[str, bytes]) -> None:
+        draft = restore_draft(self._method, self._head, self._settings.seed, files)
+        self._adopt(draft)
+        assert self.optimizer is not None
+        restore_optimizer(draft, self.optimizer, tensor_files.from_bytes(OPTIMIZER, files[OPTIMIZER]))
+        torch.set_rng_state(tensor_files.from_bytes(RNG, files[RNG])["torch"])
+
+    def describe(self) -> dict[str, Any]:
+        assert self.draft is not None
+        return {"method": self._method.name, "draft_config": self._method.describe(self.draft)}
+
+
+def restore_draft(method: DraftMethod, head: TargetHead, seed: int, files: Mapping[str, bytes]) -> nn.Module:
+    """The draft as the checkpoint's files have it, frozen target tensors attached."""
+    draft = method.build_draft(head, seed)
+    draft.load_state_dict(tensor_files.from_bytes(DRAFT, files[DRAFT]))
+    method.attach_target(draft, head)
+    return draft
