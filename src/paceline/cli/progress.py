@@ -67,6 +67,8 @@ def _line(s: RunSnapshot, plan: RunPlan, elapsed: float) -> str:
 
 def _step_text(s: RunSnapshot) -> str:
     step = s.last_step
+    if "loss" not in step:
+        return f"step {step['step']}: every sample of it is in quarantine"
     estimate = step.get("acceptance_length_estimate")
     tail = f", estimated acceptance length {estimate:.2f}" if estimate is not None else ""
     return f"step {step['step']}: loss {step['loss']:.3f}{tail}"
@@ -114,7 +116,8 @@ def describe(console: Console, s: RunSnapshot) -> None:
         "consumer": _process(s, "consumer"),
         "prompts": ", ".join(f"{count} {name}" for name, count in s.prompts.items()),
         "samples": f"{s.samples_committed} committed, {s.samples_trained} trained "
-        f"({s.samples_provisional} not yet covered by a checkpoint), {s.samples_lost} to capture again",
+        f"({s.samples_provisional} not yet covered by a checkpoint), {s.samples_lost} to capture again, "
+        f"{len(s.quarantined)} in quarantine",
         "features": f"{s.samples_resident} samples, {s.resident_bytes / 2**20:.1f} MiB resident",
         "checkpoint": f"step {s.checkpoint_step}" if s.checkpoint_step is not None else "none yet",
         "last step": _step_text(s) if s.last_step else "none yet",
@@ -127,6 +130,8 @@ def describe(console: Console, s: RunSnapshot) -> None:
     console.print(table)
     for task_id, reason in s.failed_prompts.items():
         console.print(f"failed prompt {task_id}: {reason}", highlight=False, soft_wrap=True)
+    for sample_id, reason in s.quarantined.items():
+        console.print(f"quarantined {sample_id}: {reason}", highlight=False, soft_wrap=True)
     if s.evaluation:
         console.print(evaluation_lines(s), highlight=False, soft_wrap=True)
         console.print(final_line(s), highlight=False, soft_wrap=True)

@@ -50,11 +50,22 @@ class CaptureSection(Section):
 
 
 class FeaturesSection(Section):
-    """`directory` holds the shared memory; `budget_mib` bounds it."""
+    """`directory` holds the shared memory; `budget_mib` and, if given, `budget_samples` bound it."""
 
     store: Literal["shm"] = "shm"
     directory: Path = Path("/dev/shm")  # noqa: S108 (shared memory is what it is for)
     budget_mib: Count = 1024
+    budget_samples: Count | None = None
+
+
+class LedgerSection(Section):
+    """What survives power loss: "head" syncs what durable weights depend on, "full" every change.
+
+    Both survive `kill -9` whole. With "head" the newest commits and leases may vanish in a power loss;
+    their prompts are then captured again (docs/guarantees.md).
+    """
+
+    durability: Literal["head", "full"] = "head"
 
 
 class MethodSection(Section):
@@ -119,6 +130,7 @@ class RunConfig(Section):
     prompts: PromptsSection
     capture: CaptureSection = CaptureSection()
     features: FeaturesSection = FeaturesSection()
+    ledger: LedgerSection = LedgerSection()
     method: MethodSection = MethodSection()
     training: TrainingSection = TrainingSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -153,6 +165,8 @@ CHANGEABLE = (
     "capture.attempt_max",
     "features.directory",
     "features.budget_mib",
+    "features.budget_samples",
+    "ledger",
     "checkpoint.interval_steps",
     "checkpoint.keep",
     "evaluation",

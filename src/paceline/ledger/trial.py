@@ -2,9 +2,9 @@
 
 A batch that failed is tried in halves, and halves of halves, with the result thrown away. What is
 about to be tried is written down first, so a process that dies of it convicts it: its successor finds
-the trial where it stood. A death may be chance (somebody killed the process), so only the
-second in the same trial counts. An error is no chance and counts at once. Nothing is decided about
-who is not found guilty: the batch then goes on as planned, and its weights are those it always had.
+the trial where it stood. A death may be chance (somebody killed the process), so it takes two to
+convict a single member. An error is no chance and counts at once. Nothing is decided about who is not
+found guilty: the batch then goes on as planned, and its weights are those it always had.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Trial:
         state = self._state
         if state["trying"]:
             state["deaths"] += 1
-            if state["deaths"] >= DEATHS_TO_CONVICT:
+            if len(state["queue"][0]) > 1 or state["deaths"] >= DEATHS_TO_CONVICT:
                 self._failed()
         while state["queue"]:
             state["trying"] = True

@@ -49,7 +49,7 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     config = plan.config
     torch.set_num_threads(config.machine.consumer_threads)
     torch.use_deterministic_algorithms(True)
-    store = SQLiteMetadataStore(config.ledger_path)
+    store = SQLiteMetadataStore(config.ledger_path, durability=config.ledger.durability)
     bind_run(plan, store)
     features = SharedMemoryFeatureStore(
         config.feature_folder, budget_bytes=config.features.budget_mib << 20, owner=False

@@ -24,7 +24,7 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     """Capture every prompt that is not committed yet (or is lost), then end."""
     config = plan.config
     torch.set_num_threads(config.machine.producer_threads)
-    store = SQLiteMetadataStore(config.ledger_path)
+    store = SQLiteMetadataStore(config.ledger_path, durability=config.ledger.durability)
     bind_run(plan, store)
     if COMPLETED_STEP in store.facts():
         return
@@ -52,6 +52,7 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
             strategy=config.method.name,
         ),
         window_size=window_size(config),
+        budget_samples=config.features.budget_samples,
         metadata_store=store,
         attempt_max=config.capture.attempt_max,
         report=events.write,

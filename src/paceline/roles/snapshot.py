@@ -28,6 +28,7 @@ class RunSnapshot:
     samples_resident: int
     samples_provisional: int
     samples_lost: int
+    quarantined: dict[str, str]
     resident_bytes: int
     checkpoint_step: int | None
     completed_step: int | None
@@ -42,7 +43,7 @@ class RunSnapshot:
     @property
     def samples_trained(self) -> int:
         """Acked, durably or not."""
-        return self.samples_committed - self._waiting
+        return self.samples_committed - self._waiting - len(self.quarantined)
 
     _waiting: int = 0
 
@@ -72,6 +73,7 @@ def take_snapshot(directory: Path, store: MetadataStore) -> RunSnapshot:
         samples_resident=usage.resident_samples,
         samples_provisional=usage.provisional_samples,
         samples_lost=len(store.lost_ids()),
+        quarantined=store.quarantined(),
         resident_bytes=usage.resident_bytes,
         checkpoint_step=checkpoints[-1].step if checkpoints else None,
         completed_step=facts.get(COMPLETED_STEP),

@@ -48,7 +48,8 @@ class Supervisor:
         self._config: RunConfig = plan.config
         self._show = show
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._restarts = 0
+        self._restarts = 0  # without progress between them
+        self._progress_before: object = None
         self._stopping = 0
         self._started_at = time.time()
         self._store = SQLiteMetadataStore(self._config.ledger_path)
@@ -114,14 +115,23 @@ class Supervisor:
             self._restart(role, code)
 
     def _restart(self, role: str, code: int) -> None:
-        self._restarts += 1
+        progress = self._progress()
+        self._restarts = self._restarts + 1 if progress == self._progress_before else 1
+        self._progress_before = progress
         if self._restarts > self._config.machine.restarts_max:
             raise PacelineError(
-                f"The {role} ended {self._restarts} times (last with {code}).",
+                f"The {role} ended {self._restarts} times (last with {code}) without any progress between.",
                 why="Something kills it again and again; everything checkpointed is safe.",
                 next=f"read {log_path(self._config, role)}, then run the same command again.",
             )
         self._start(role)
+
+    def _progress(self) -> object:
+        """What moves while a run, or the search for the sample that kills it, gets anywhere."""
+        facts = self._store.facts()
+        trials = {key: value["queue"] for key, value in facts.items() if key.startswith("trial.") and value}
+        heads = [record.step for record in self._store.checkpoints()]
+        return self._store.committed_count(), heads, trials
 
     def _last_error(self, role: str) -> str:
         events = read_events(events_path(self._config, role))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,6 +51,7 @@ class SmallRun:
         self.batch_size = batch_size
         self.features = features or InMemoryFeatureStore(budget_bytes=8 << 20)
         self.engine = SyntheticEngine()
+        self.prompts: list[Any] = [f"prompt {n}" for n in range(num_prompts)]
 
     @property
     def db(self) -> Path:
@@ -60,7 +62,7 @@ class SmallRun:
             run_id=RUN_ID,
             engine=self.engine,
             feature_store=self.features,
-            prompts=[f"prompt {n}" for n in range(self.num_prompts)],
+            prompts=self.prompts,
             capture=CaptureSettings(group_size=4, num_prompts=self.num_prompts, max_answer_tokens=6),
             window_size=16,
             metadata_db_path=self.db,

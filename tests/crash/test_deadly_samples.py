@@ -1,0 +1,74 @@
+"""A sample that kills the process: the run is started again and again, and ends without that sample.
+
+The kills are real. Nothing of the process that died can report what killed it; the trial in the ledger
+(ledger/trial.py) narrows it down over the restarts.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from paceline import SQLiteMetadataStore
+
+RUN = """
+import os, signal, sys
+from pathlib import Path
+from paceline.features.stores.shm import SharedMemoryFeatureStore
+from paceline.testing.small_run import SmallRun
+folder, where, deadly = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(",")
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+features = SharedMemoryFeatureStore(folder / "features", budget_bytes=8 << 20, owner=True)
+run = SmallRun(folder, features=features, passes=2)
+if where == "engine":
+    real = run.engine.capture
+    def capture(group):
+        return die() if any(r.sample_id in deadly for r in group) else real(group)
+    run.engine.capture = capture
+if where == "trainer":
+    from paceline.methods.eagle3 import method
+    from paceline.testing.synthetic import synthetic_sample
+    from paceline.loader.loader import StepLoader
+    real_fetch, real_collate = StepLoader.fetch, method.Eagle3Method.collate
+    poison = []
+    def fetch(self, refs):
+        current, samples = real_fetch(self, refs)
+        poison.extend(id(s) for r, s in zip(current, samples) if r.sample_id in deadly)
+        return current, samples
+    def collate(self, samples):
+        return die() if any(id(s) in poison for s in samples) else real_collate(self, samples)
+    StepLoader.fetch, method.Eagle3Method.collate = fetch, collate
+run.run()
+assert features.usage().resident_samples == 0, "nothing may stay behind"
+"""
+STARTS_MAX = 12
+
+
+def run_to_the_end(folder: Path, where: str, deadly: str) -> int:
+    """Start the run until it ends by itself, as a supervisor would; how often it was started."""
+    for starts in range(1, STARTS_MAX + 1):
+        code = subprocess.run([sys.executable, "-c", RUN, str(folder), where, deadly], check=False).returncode
+        if code == 0:
+            return starts
+        assert code == -9, "it may die of the sample and of nothing else"
+    raise AssertionError(f"{STARTS_MAX} starts were not enough")
+
+
+def test_a_prompt_that_kills_the_engine_is_set_aside(tmp_path: Path) -> None:
+    """All other samples are trained."""
+    assert run_to_the_end(tmp_path, "engine", "small:5") > 1
+    store = SQLiteMetadataStore(tmp_path / "ledger.db")
+    assert store.failed_tasks() == {"5": "the engine's process dies of this prompt"}
+    assert store.durable_marker()["acked"] == {f"small:{n}" for n in range(14)} - {"small:5"}
+
+
+def test_a_sample_that_kills_the_trainer_is_quarantined(tmp_path: Path) -> None:
+    """The steps before its own count, its own goes on without it, and everything else is trained."""
+    assert run_to_the_end(tmp_path, "trainer", "small:5") > 1
+    store = SQLiteMetadataStore(tmp_path / "ledger.db")
+    assert store.quarantined() == {"small:5": "the consumer's process dies of this sample"}
+    assert store.durable_marker()["acked"] == {f"small:{n}" for n in range(14)} - {"small:5"}

@@ -1,0 +1,160 @@
+"""Poison: what cannot be captured or trained is set aside with its reason, and the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paceline import SQLiteMetadataStore
+from paceline.engines.engine import CapturedSample, CaptureRequest
+from paceline.errors import EngineError, FeatureCorruptError
+from paceline.features.stores.memory import InMemoryFeatureStore
+from paceline.testing.small_run import SmallRun, same_bits, weights
+from paceline.testing.synthetic import SyntheticEngine
+from paceline.types import SampleRef
+
+ALL = [f"small:{n}" for n in range(14)]
+
+
+class PoisonedEngine(SyntheticEngine):
+    """Answers `nan` prompts with states that are no numbers, and fails on `deadly` ones."""
+
+    def __init__(self, *, nan: Sequence[int] = (), deadly: Sequence[int] = (), broken: bool = False) -> None:
+        super().__init__()
+        self.nan = {f"small:{n}" for n in nan}
+        self.deadly = {f"small:{n}" for n in deadly}
+        self.broken = broken
+
+    def probe(self) -> None:
+        if self.broken:
+            raise EngineError("The engine is broken.", next="mend it.")
+
+    def capture(self, group: Sequence[CaptureRequest]) -> list[CapturedSample]:
+        for request in group:
+            if request.sample_id in self.deadly:
+                raise RuntimeError(f"index out of range at {request.sample_id}")
+        samples = super().capture(group)
+        for sample in samples:
+            if sample.sample_id in self.nan:
+                sample.last_hidden_states.fill_(float("nan"))
+        return samples
+
+
+def run_with(folder: Path, engine: SyntheticEngine, **shape: Any) -> SmallRun:
+    run = SmallRun(folder, **shape)
+    run.engine = engine
+    return run
+
+
+def acked(run: SmallRun) -> set[str]:
+    acked: set[str] = SQLiteMetadataStore(run.db).durable_marker()["acked"]
+    return acked
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("nan", [[0], [5], [5, 6], [13]])
+def test_a_sample_whose_loss_is_no_number_is_quarantined(tmp_path: Path, passes: int, nan: list[int]) -> None:
+    """The others of its step are trained without it, everything later too; its reason is kept."""
+    run = run_with(tmp_path, PoisonedEngine(nan=nan), passes=passes)
+    trainer = run.run()
+    poison = [f"small:{n}" for n in nan]
+    store = SQLiteMetadataStore(run.db)
+    assert list(store.quarantined()) == poison
+    assert all("loss nan" in reason for reason in store.quarantined().values())
+    assert acked(run) == set(ALL) - set(poison)
+    assert all(bool(torch.isfinite(w).all()) for w in weights(trainer).values() if w.is_floating_point())
+    assert run.features.usage().resident_samples == 0
+    assert store.usage().waiting_samples == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
+def test_a_run_with_poison_resumes_to_the_same_weights(tmp_path: Path, steps: int) -> None:
+    """Also when it dies before, in or after the step that convicts: the verdict is durable."""
+    engine = PoisonedEngine(nan=[5])
+    plain = weights(run_with(tmp_path / "plain", engine, passes=2).run())
+    run = run_with(tmp_path / "killed", engine, passes=2)
+    run.producer()[1]()
+    doomed, loader = run.consumer()
+    real, calls = loader.ack, []
+
+    def die(planned: Any) -> None:
+        calls.append(planned)
+        if len(calls) == steps:
+            raise KeyboardInterrupt
+        real(planned)
+
+    loader.ack = die  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        doomed.fit(loader)
+    assert same_bits(weights(run.run()), plain)
+
+
+def test_a_prompt_that_the_engine_cannot_bear_is_set_aside_alone(tmp_path: Path) -> None:
+    """Its group goes on without it; after as many attempts as configured the reason is durable."""
+    run = run_with(tmp_path, PoisonedEngine(deadly=[5]))
+    run.run()
+    store = SQLiteMetadataStore(run.db)
+    assert store.failed_tasks() == {"5": "index out of range at small:5"}
+    assert store.all_committed_ids() == [i for i in ALL if i != "small:5"]
+    assert acked(run) == set(ALL) - {"small:5"}
+    assert ["small:4", "small:6", "small:7"] in run.engine.captured
+
+
+def test_a_broken_engine_blames_no_prompt(tmp_path: Path) -> None:
+    """If all prompts of a group fail and the probe fails too, the producer stops; nothing is set aside."""
+    run = run_with(tmp_path, PoisonedEngine(deadly=range(4), broken=True))
+    with pytest.raises(EngineError, match="broken"):
+        run.producer()[1]()
+    assert SQLiteMetadataStore(run.db).failed_tasks() == {}
+
+
+def test_a_prompt_that_cannot_be_encoded_is_set_aside(tmp_path: Path) -> None:
+    """Bad input loses nothing else: no text at all, or token ids that the target does not have."""
+    run = SmallRun(tmp_path)
+    run.prompts[3] = {"task_id": "3", "no": "prompt"}
+    run.prompts[4] = {"task_id": "4", "prompt_ids": [1, 10**6]}
+    run.run()
+    store = SQLiteMetadataStore(run.db)
+    assert list(store.failed_tasks()) == ["3", "4"]
+    assert all("cannot be encoded" in reason for reason in store.failed_tasks().values())
+    assert acked(run) == set(ALL) - {"small:3", "small:4"}
+
+
+def test_a_lost_sample_that_cannot_be_captured_again_is_quarantined(tmp_path: Path) -> None:
+    """The consumer does not wait for ever for what will never come back."""
+    run = run_with(tmp_path, PoisonedEngine())
+    run.producer()[1]()
+    run.features.abort("small:5")
+    run.engine = PoisonedEngine(deadly=[5])
+    run.run()
+    store = SQLiteMetadataStore(run.db)
+    assert store.quarantined() == {"small:5": "index out of range at small:5"}
+    assert acked(run) == set(ALL) - {"small:5"}
+
+
+class RottenStore(InMemoryFeatureStore):
+    """One sample's bytes are damaged whenever they are read."""
+
+    def get(self, ref: SampleRef) -> dict[str, Any]:
+        if ref.sample_id == "small:5":
+            raise FeatureCorruptError("The bytes of small:5 are damaged.")
+        return super().get(ref)
+
+
+def test_a_sample_that_is_damaged_every_time_is_quarantined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured again a bounded number of times, then given up with the reason."""
+    run = SmallRun(tmp_path, features=RottenStore(8 << 20))
+    run.producer()[1]()
+    trainer, loader = run.consumer()
+    # While the consumer waits for the sample, a producer comes and captures it again.
+    monkeypatch.setattr(trainer, "_relieve_pressure", lambda: run.producer()[1]())
+    trainer.fit(loader)
+    store = SQLiteMetadataStore(run.db)
+    assert "never readable" in store.quarantined()["small:5"]
+    assert acked(run) == set(ALL) - {"small:5"}
