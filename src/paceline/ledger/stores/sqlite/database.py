@@ -186,8 +186,11 @@ class Database:
             raise LedgerError(f"{self.path} is closed.", next="open a new SQLiteMetadataStore.") from error
 
     def _rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._lock, self._explained():
-            return list(self._db.execute(sql, values))
+        with self._lock:
+            if not self._closed and self._db.in_transaction:  # whoever began it explains its errors
+                return list(self._db.execute(sql, values))
+            with self._explained():
+                return list(self._db.execute(sql, values))
 
     def _value(self, sql: str, *values: Any) -> Any:
         rows = self._rows(sql, *values)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import apsw
 
+from paceline.crashpoints import reach
 from paceline.errors import SchemaError
 
 APPLICATION_ID = 0x50414345  # "PACE"
@@ -64,6 +65,7 @@ def _in_one_transaction(db: apsw.Connection, change: object) -> None:
         change(db)
         db.execute(f"PRAGMA application_id={APPLICATION_ID}")
         db.execute(f"PRAGMA user_version={SCHEMA_USER_VERSION}")
+        reach("ledger.before_migration_commit")
         db.execute("COMMIT")
     except BaseException:
         if db.in_transaction:

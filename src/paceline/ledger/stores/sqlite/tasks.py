@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from paceline.ledger.records import Fence, TaskLease
 from paceline.ledger.stores.sqlite.folding import Folding
@@ -51,7 +50,7 @@ class TaskTable(Folding):
             if first_times:
                 self._change("UPDATE run SET next_ordinal = ?", first_times[-1] + 1)
                 self._change("DELETE FROM task WHERE state = 'done' AND ordinal <= ?", first_times[-1])
-            operation.keep([asdict(lease) for lease in leases])
+            operation.keep([vars(lease) for lease in leases])
             return leases
 
     def _never_leased(self, limit: int) -> list[TaskLease]:

@@ -1,0 +1,119 @@
+"""Ledgers of earlier versions: opened, migrated behind a backup, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import apsw
+import pytest
+
+from paceline import SQLiteMetadataStore
+from paceline.ledger.records import CheckpointRecord, StepPlan, TaskLease
+from paceline.ledger.stores.sqlite.schema import SCHEMA_USER_VERSION, open_schema
+from paceline.testing.samples import sample_ref
+
+GOLDEN = Path(__file__).parent / "golden" / "ledger-v1.sql"
+IDS = [f"run0:s{n}" for n in range(6)]
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Path:
+    """The golden ledger of schema version 1."""
+    path = tmp_path / "ledger.db"
+    db = apsw.Connection(str(path))
+    db.execute("PRAGMA journal_mode=WAL")
+    db.execute(GOLDEN.read_text())
+    db.close()
+    return path
+
+
+def version(path: Path) -> int:
+    db = apsw.Connection(str(path))
+    number = int(next(iter(db.execute("PRAGMA user_version")))[0])
+    db.close()
+    return number
+
+
+def check(store: SQLiteMetadataStore) -> None:
+    """Everything that the golden ledger says, in the words of today."""
+    assert store.facts() == {"run_id": "run0"}
+    assert store.all_committed_ids() == IDS
+    assert store.durable_marker()["acked"] == set(IDS[:4])
+    assert store.checkpoints() == [
+        CheckpointRecord(1, "step-1", "digest-1", 2),
+        CheckpointRecord(2, "step-2", "digest-2", 4),
+    ]
+    assert store.trained_step() == 2
+    assert store.get_plan(3) == StepPlan(3, (IDS[4], IDS[5]), 6)
+    assert store.present_ids() == IDS[2:5]
+    assert store.lost_ids() == [IDS[5]]
+    assert store.releasable(9) == IDS[2:4]
+    assert store.failed_tasks() == {"task-6": "too long"}
+    assert store.task_counts() == {"pending": 2, "leased": 1, "done": 5, "failed": 1}
+    assert store.role_epochs() == {"producer": 1, "consumer": 1}
+    assert store.usage().waiting_samples == 2
+    assert store.lsn() >= 19
+
+
+def test_a_ledger_of_version_1_is_migrated_and_goes_on(ledger: Path) -> None:
+    """Nothing it knew is forgotten, and the run can be continued."""
+    store = SQLiteMetadataStore(ledger)
+    check(store)
+    assert version(ledger) == SCHEMA_USER_VERSION
+    fence = store.acquire_role("producer", "next")
+    leases = store.lease_tasks("w", 9, fence=fence)
+    assert leases == [TaskLease("task-5", 5, 0), TaskLease("task-7", 7, 0, 1), TaskLease("task-8", 8, 0)]
+    assert store.commit_sample(sample_ref(5, num_bytes=7)) is True
+    assert store.lost_ids() == []
+    assert store.commit_sample(sample_ref(1)) is False
+    assert store.add_tasks([f"task-{n}" for n in range(10)]) == 1
+    store.ack_step(3, 0, IDS[4:6])
+
+
+def test_the_old_ledger_is_kept_beside(ledger: Path) -> None:
+    """The backup is a whole ledger of the old version: who wants to go back can."""
+    SQLiteMetadataStore(ledger).close()
+    backup = ledger.with_name("ledger.db.v1.bak")
+    assert version(backup) == 1
+    check(SQLiteMetadataStore(backup))
+
+
+def test_an_error_in_the_middle_leaves_the_old_version(ledger: Path) -> None:
+    """Whichever statement fails: the next start finds version 1 untouched and migrates it."""
+    failed = 0
+    while True:
+        statements = 0
+        db = apsw.Connection(str(ledger))
+
+        def fail_at(cursor: apsw.Cursor, sql: str, bindings: object, last: int = failed + 1) -> bool:
+            nonlocal statements
+            statements += 1
+            if statements == last and "ROLLBACK" not in sql:
+                raise apsw.FullError("database or disk is full")
+            return True
+
+        db.exec_trace = fail_at
+        try:
+            open_schema(db, ledger)
+            break
+        except apsw.FullError:
+            failed += 1
+        finally:
+            db.exec_trace = None
+            db.close()
+        assert version(ledger) == 1
+    assert failed > 30, "every statement of the migration was made to fail"
+    check(SQLiteMetadataStore(ledger))
+
+
+def test_a_kill_in_the_middle_leaves_the_old_version(ledger: Path) -> None:
+    """SIGKILL right before the migration's commit."""
+    env = {**os.environ, "PACELINE_CRASH_AT": "ledger.before_migration_commit"}
+    code = "import sys; from paceline import SQLiteMetadataStore; SQLiteMetadataStore(sys.argv[1])"
+    died = subprocess.run([sys.executable, "-c", code, str(ledger)], env=env, check=False)
+    assert died.returncode == -9
+    assert version(ledger) == 1
+    check(SQLiteMetadataStore(ledger))
