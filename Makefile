@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= recipes/smollm2-cpu.yaml
 MODEL ?= models/SmolLM2-135M-Instruct
+SCALE ?= 1
 BIN := $(VENV)/bin
 
-.PHONY: help install model train evaluate test lint types layers check bench clean
+.PHONY: help install model train evaluate test lint types layers check bench reliability clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,8 +42,12 @@ layers: install ## the dependency rule
 
 check: lint types layers ## all that is not a test
 
-bench: install ## data-plane figures, as ratios to memcpy in the same run
+bench: install ## data plane as ratios to memcpy in the same run; ledger size over history
 	$(BIN)/python benchmarks/feature_store.py
+	$(BIN)/python benchmarks/ledger_retention.py
+
+reliability: install ## the long proof: simulation, kills, power loss, bit flips (SCALE=1: half an hour)
+	$(BIN)/python -m reliability --scale $(SCALE)
 
 clean: ## remove the virtual environment and caches, keep models and runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,4 +1,4 @@
-"""How large the ledger is, and how long a restart takes, as the run grows: `ledger_retention.py [SAMPLES...]`.
+"""How large the ledger gets, and how long a restart takes, as a run grows.
 
 Drives the ledger as producer and consumer do (lease, reserve, commit, begin, ack, checkpoint, release,
 fold), without engines, features or models. Both figures must not grow with history: the size by a few
@@ -109,11 +109,11 @@ def measure(samples: int) -> dict[str, float]:
 
 
 def main() -> None:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
     rows = []
     for samples in [int(word) for word in sys.argv[1:]] or [1_000, 100_000]:
         rows.append(measure(samples))
         print(json.dumps(rows[-1]), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
     result = {"benchmark": "ledger_retention", "commit": commit.stdout.strip(), "rows": rows}
     day = datetime.now(tz=UTC).date().isoformat()
     path = Path(__file__).parent / "results" / f"{day}-ledger-retention.json"

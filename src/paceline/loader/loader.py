@@ -183,10 +183,10 @@ class StepLoader:
         self._interrupted = False
         self._queue.rearm()
 
-    def first_samples(self, count: int) -> list[dict[str, Any]]:
-        """The tensors of the first `count` samples of the run (fewer if it has fewer). Waits for them.
+    def first_samples(self, count: int) -> tuple[list[SampleRef], list[dict[str, Any]]]:
+        """The first `count` samples of the run (fewer if it has fewer) with their tensors. Waits for them.
 
-        Those in quarantine are left out.
+        Those in quarantine are left out. Empty if asked to stop.
         """
         store = self._controller.store
         while not self._should_stop():
@@ -197,13 +197,13 @@ class StepLoader:
                 break
             if len(entries) == count or ended:
                 try:
-                    return self.fetch([entry.ref for entry in entries if not entry.quarantined])[1]
+                    return self.fetch([entry.ref for entry in entries if not entry.quarantined])
                 except _StoppedError:
                     break
                 except _GivenUpError:
                     continue
             store.wait(mark, WAIT_S)
-        return []
+        return [], []
 
     def fetch(self, refs: list[SampleRef]) -> tuple[list[SampleRef], list[dict[str, Any]]]:
         """Verified tensors of each ref, captured again where they are gone; the refs now valid."""

@@ -18,7 +18,10 @@ class Learner(Protocol):
         """Whether there are weights, built or loaded."""
 
     def build(self, samples: Sequence[Sample]) -> None:
-        """Fresh weights from the run's first samples; a pure function of them and the settings."""
+        """Fresh weights from the run's first samples; a pure function of them and the settings.
+
+        Raises TrainingError if they are no finite numbers; there are no weights then.
+        """
 
     def step(self, step: int, samples: Sequence[Sample]) -> dict[str, Any]:
         """One optimizer step; figures for the event log. If it raises, the weights are unchanged.

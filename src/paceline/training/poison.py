@@ -8,48 +8,43 @@ of several is, the weights or the machine are, and training halts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from paceline.errors import TrainingError
 from paceline.ledger.controller import DataFlowController
-from paceline.ledger.trial import DEATHS_BEFORE_TRIAL, Trial
-from paceline.loader.loader import PlannedStep
-from paceline.training.learner import Learner
+from paceline.ledger.trial import Trial
+from paceline.training.learner import Sample
 
 DEADLY = "the consumer's process dies of this sample"
 SAMPLE_FAILURES = (TrainingError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def failing_samples(controller: DataFlowController, learner: Learner, planned: PlannedStep) -> dict[str, str]:
-    """The samples with which a step fails, and why."""
-    return _try(controller, learner, planned)
+def failing_samples(
+    controller: DataFlowController,
+    attempt: Callable[[Sequence[Sample]], None],
+    name: str,
+    samples: Mapping[str, Sample],
+) -> dict[str, str]:
+    """The samples (by id) with which `attempt` fails, or has killed processes, and why.
 
-
-def deadly_samples(controller: DataFlowController, learner: Learner, planned: PlannedStep) -> dict[str, str]:
-    """The same for a step in which consumers died; {} unless that happened often enough to look."""
-    if planned.deaths < DEATHS_BEFORE_TRIAL:
-        return {}
-    return _try(controller, learner, planned)
-
-
-def _try(controller: DataFlowController, learner: Learner, planned: PlannedStep) -> dict[str, str]:
-    tensors = {ref.sample_id: sample for ref, sample in zip(planned.refs, planned.samples, strict=True)}
+    `name`: of the trial, for a successor. Raises TrainingError if each of several fails.
+    """
     reasons: dict[str, str] = {}
 
     def is_harmless(sample_ids: Sequence[str]) -> bool:
         try:
-            learner.attempt([tensors[i] for i in sample_ids])
+            attempt([samples[i] for i in sample_ids])
         except SAMPLE_FAILURES as error:
             if len(sample_ids) == 1:
                 reasons[sample_ids[0]] = getattr(error, "what", str(error)) or type(error).__name__
             return False
         return True
 
-    name = f"train.{planned.step}.{planned.rev}"
-    guilty = Trial(controller.store, name, list(tensors), fence=controller.fence("consumer")).run(is_harmless)
-    if len(guilty) == len(tensors) > 1:
+    fence = controller.fence("consumer")
+    guilty = Trial(controller.store, name, list(samples), fence=fence).run(is_harmless)
+    if len(guilty) == len(samples) > 1:
         raise TrainingError(
-            f"Step {planned.step} fails with each of its {len(tensors)} samples "
+            f"The trial {name} fails with each of its {len(samples)} samples "
             f"({reasons.get(guilty[0], DEADLY)}).",
             why="So the weights or the machine are at fault, and no sample was put in quarantine.",
             next="lower training.learning_rate in a new run, or free memory and run the same command again.",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from paceline.errors import TrainingError
 from paceline.methods.method import DraftMethod
 from paceline.methods.target_head import TargetHead
 from paceline.training import tensor_files
@@ -36,6 +37,12 @@ class TorchLearner:
         torch.manual_seed(seed)
         draft = self._method.build_draft(self._head, seed, weights)
         self._method.warm_start(draft, self._head, samples, seed)
+        if not all(bool(torch.isfinite(weight).all()) for weight in draft.parameters()):
+            raise TrainingError(
+                f"The first weights, from {len(samples)} samples, are not finite numbers.",
+                why="Nothing can be trained from there.",
+                next="look at the target: its hidden states on these prompts are no numbers.",
+            )
         self._adopt(draft)
 
     def _adopt(self, draft: nn.Module) -> None:

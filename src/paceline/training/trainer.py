@@ -18,11 +18,12 @@ from paceline.features.store import FeatureStore
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.facts import CHECKPOINT_WANTED
 from paceline.ledger.records import CheckpointRecord, TrainedStep, chain_of
+from paceline.ledger.trial import DEATHS_BEFORE_TRIAL
 from paceline.loader.loader import PlannedStep, StepLoader
 from paceline.loader.passes import Position
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
 from paceline.training.learner import Learner
-from paceline.training.poison import SAMPLE_FAILURES, deadly_samples, failing_samples
+from paceline.training.poison import SAMPLE_FAILURES, failing_samples
 from paceline.training.recovery import recover
 from paceline.training.settings import TrainerSettings
 
@@ -75,10 +76,19 @@ class Trainer:
 
     def _initialise(self, loader: StepLoader) -> bool:
         """Build the draft from the run's first samples and make it checkpoint 0; False if stopped."""
-        samples = loader.first_samples(self._settings.first_samples)
-        if not samples:
-            return False
-        self.learner.build(samples)
+        while True:
+            refs, samples = loader.first_samples(self._settings.first_samples)
+            if not samples:
+                return False
+            try:
+                self.learner.build(samples)
+                break
+            except SAMPLE_FAILURES:
+                tensors = dict(zip([ref.sample_id for ref in refs], samples, strict=True))
+                failing = failing_samples(self.controller, self.learner.build, "build", tensors)
+                if not failing:
+                    raise
+                self._quarantine(failing, step=0)
         self.checkpoint()
         return True
 
@@ -105,9 +115,9 @@ class Trainer:
     def _train(self, planned: PlannedStep, loader: StepLoader) -> PlannedStep:
         """Train the step, without what turns out to be poison in it; the step as it was trained."""
         started = monotonic()
-        deadly = deadly_samples(self.controller, self.learner, planned)
-        if deadly:
-            planned = self._without(planned, deadly, loader)
+        if planned.deaths >= DEATHS_BEFORE_TRIAL:
+            deadly = failing_samples(self.controller, self.learner.attempt, *_trial_of(planned))
+            planned = self._without(planned, deadly, loader) if deadly else planned
         reach("trainer.before_step")
         while True:
             try:
@@ -115,7 +125,7 @@ class Trainer:
                 figures = self.learner.step(planned.step, planned.samples) if planned.refs else {}
                 break
             except SAMPLE_FAILURES as error:
-                failing = failing_samples(self.controller, self.learner, planned)
+                failing = failing_samples(self.controller, self.learner.attempt, *_trial_of(planned))
                 if not failing:
                     raise
                 self._report("step_failed", step=planned.step, message=str(error))
@@ -133,11 +143,14 @@ class Trainer:
         return planned
 
     def _without(self, planned: PlannedStep, poison: dict[str, str], loader: StepLoader) -> PlannedStep:
-        for sample_id, reason in poison.items():
-            self.controller.quarantine([sample_id], step=planned.step, reason=reason)
-            self._report("quarantined", step=planned.step, sample_id=sample_id, message=reason)
-        reach("trainer.after_quarantine")
+        self._quarantine(poison, step=planned.step)
         return loader.revise(planned, set(poison))
+
+    def _quarantine(self, poison: dict[str, str], *, step: int) -> None:
+        for sample_id, reason in poison.items():
+            self.controller.quarantine([sample_id], step=step, reason=reason)
+            self._report("quarantined", step=step, sample_id=sample_id, message=reason)
+        reach("trainer.after_quarantine")
 
     # -- the commit point ------------------------------------------------------------------
 
@@ -186,3 +199,9 @@ class Trainer:
             return
         if self.controller.store.facts().get(CHECKPOINT_WANTED):
             self.checkpoint()
+
+
+def _trial_of(planned: PlannedStep) -> tuple[str, dict[str, Any]]:
+    """The name of a trial of this step, and its samples by id."""
+    ids = [ref.sample_id for ref in planned.refs]
+    return f"train.{planned.step}.{planned.rev}", dict(zip(ids, planned.samples, strict=True))

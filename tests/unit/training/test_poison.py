@@ -13,6 +13,7 @@ from paceline import SQLiteMetadataStore
 from paceline.engines.engine import CapturedSample, CaptureRequest
 from paceline.errors import EngineError, FeatureCorruptError
 from paceline.features.stores.memory import InMemoryFeatureStore
+from paceline.methods.eagle3.method import Eagle3Method
 from paceline.testing.small_run import SmallRun, same_bits, weights
 from paceline.testing.synthetic import SyntheticEngine
 from paceline.types import SampleRef
@@ -69,6 +70,24 @@ def test_a_sample_whose_loss_is_no_number_is_quarantined(tmp_path: Path, passes:
     assert all(bool(torch.isfinite(w).all()) for w in weights(trainer).values() if w.is_floating_point())
     assert run.features.usage().resident_samples == 0
     assert store.usage().waiting_samples == 0
+
+
+def test_poison_among_the_first_samples_does_not_spoil_the_first_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They warm-start the draft, so one of them could ruin everything."""
+
+    def warm_start(_: object, draft: torch.nn.Module, __: object, samples: Any, ___: int) -> None:
+        factor = sum(sample["last_hidden_states"].sum() for sample in samples)
+        for weight in draft.parameters():
+            weight.data.mul_(1 + 0 * factor)
+
+    monkeypatch.setattr(Eagle3Method, "warm_start", warm_start)
+    run = run_with(tmp_path, PoisonedEngine(nan=[2]))
+    trainer = run.run()
+    assert list(SQLiteMetadataStore(run.db).quarantined()) == ["small:2"]
+    assert all(bool(torch.isfinite(w).all()) for w in weights(trainer).values() if w.is_floating_point())
+    assert acked(run) == set(ALL) - {"small:2"}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])

@@ -308,7 +308,7 @@ def test_a_loss_that_is_no_number_changes_no_weight(tmp_path: Path, monkeypatch:
     before = weights(trainer)
     trainer, loader = run.consumer()
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
-    with pytest.raises(TrainingError, match="Step 3 fails with each of its 3 samples"):
+    with pytest.raises(TrainingError, match=r"train.3.0 fails with each of its 3 samples"):
         trainer.fit(loader)
     assert same_bits(weights(trainer), before)
     assert trainer.controller.store.quarantined() == {}, "it is not the samples' fault"

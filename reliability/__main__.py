@@ -1,0 +1,111 @@
+"""`python -m reliability [--scale X] [--seed N] [SUITE...]`: run the long suites, say what they counted.
+
+Every suite is a module here with `run(scale, seed) -> counts`; it raises at the first violation, with
+the command that repeats it. Two suites run at a time, each in a process of its own. The counts go, with
+seed, commit and machine, to benchmarks/results/DATE-reliability.json, and into one summary line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+HERE = Path(__file__).parent
+SUITES = [
+    "simulation",
+    "kill_schedules",
+    "mutants",
+    "ledger_model",
+    "power_loss_ledger",
+    "power_loss_files",
+    "bit_flips_ledger",
+    "bit_flips_files",
+]
+
+
+def one(suite: str, scale: float, seed: int) -> dict[str, Any]:
+    """Run one suite in this process."""
+    started = monotonic()
+    counts = import_module(f"reliability.{suite}").run(scale, seed)
+    return {"suite": suite, "seed": seed, "seconds": round(monotonic() - started), "counts": counts}
+
+
+def apart(suite: str, scale: float, seed: int) -> dict[str, Any]:
+    """Run one suite in a process of its own; what went wrong, if anything, under "error"."""
+    command = [
+        sys.executable,
+        "-m",
+        "reliability",
+        "--one",
+        suite,
+        "--scale",
+        str(scale),
+        "--seed",
+        str(seed),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=HERE.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        return {"suite": suite, "seed": seed, "error": (done.stdout + done.stderr)[-4000:]}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def commit() -> str:
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(prog="reliability", description=__doc__)
+    arguments.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all")
+    arguments.add_argument("--scale", type=float, default=1.0, help="1: about half an hour on two cores")
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--one", help=argparse.SUPPRESS)
+    given = arguments.parse_args()
+    if given.one:
+        print(json.dumps(one(given.one, given.scale, given.seed)))
+        return 0
+    started = monotonic()
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        chosen = given.suites or SUITES
+        results = list(pool.map(lambda suite: _told(apart(suite, given.scale, given.seed)), chosen))
+    failed = [result["suite"] for result in results if "error" in result]
+    report = {
+        "benchmark": "reliability",
+        "commit": commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "scale": given.scale,
+        "violations": len(failed),
+        "suites": results,
+    }
+    path = HERE.parent / "benchmarks" / "results" / f"{datetime.now(tz=UTC).date()}-reliability.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    verdict = f"VIOLATIONS in {', '.join(failed)}" if failed else "0 violations"
+    print(f"reliability: {len(results)} suites, {verdict}, {monotonic() - started:.0f} s -> {path.name}")
+    return 1 if failed else 0
+
+
+def _told(result: dict[str, Any]) -> dict[str, Any]:
+    if "error" in result:
+        print(f"{result['suite']}: FAILED\n{result['error']}", flush=True)
+    else:
+        counts = ", ".join(f"{count} {name}" for name, count in result["counts"].items())
+        print(f"{result['suite']}: {counts} ({result['seconds']} s)", flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
