@@ -207,6 +207,44 @@ class FeatureStoreSuite(ABC):
             store.get(refs["a"])
         assert store.sweep(keep={"b", "d"}) == []
 
+    # -- generations -----------------------------------------------------------------------
+
+    def test_a_new_generation_replaces_the_bytes_before(self) -> None:
+        """A sample captured again lies once; the ref of the old bytes is missing."""
+        store = self.make()
+        old = feature_ref("a", store.put("a", features(1), generation=5))
+        assert store.put("a", features(3), generation=5).keys == old.feature_keys
+        new = feature_ref("a", store.put("a", features(2), generation=8))
+        assert_same(store.get(new), features(2))
+        with pytest.raises(FeatureMissingError):
+            store.get(old)
+        assert store.usage().resident_samples == 1
+
+    def test_bytes_of_an_older_generation_are_refused(self) -> None:
+        """A producer that was taken over cannot replace what its successor captured."""
+        store = self.make()
+        new = feature_ref("a", store.put("a", features(2), generation=8))
+        with pytest.raises(StoreError, match="generation 8"):
+            store.put("a", features(1), generation=5)
+        assert_same(store.get(new), features(2))
+
+    def test_an_abort_of_an_older_generation_frees_nothing(self) -> None:
+        """A deleter that was taken over cannot free what was captured since."""
+        store = self.make()
+        ref = feature_ref("a", store.put("a", features(2), generation=8))
+        store.abort("a", reason="late", generation=5)
+        assert_same(store.get(ref), features(2))
+        store.abort("a", reason="in time", generation=8)
+        assert store.usage().resident_samples == 0
+
+    def test_a_sweep_keeps_only_the_generations_it_names(self) -> None:
+        """Bytes of a revoked intent are an orphan, also where the sample itself is to be kept."""
+        store = self.make()
+        for generation, sample_id in enumerate("abc", start=1):
+            store.put(sample_id, features(generation), generation=generation)
+        assert sorted(store.sweep(keep={"a": 1, "b": 7, "c": 0})) == ["b"]
+        assert sorted(store.sample_ids()) == ["a", "c"]
+
     # -- damage ----------------------------------------------------------------------------
 
     def test_a_flipped_bit_is_found(self) -> None:

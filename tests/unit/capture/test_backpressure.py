@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import pytest
 
 from paceline import InMemoryMetadataStore
-from paceline.capture.backpressure import CHECKPOINT_WANTED, Backpressure, Watermarks, check_feasible
+from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
 from paceline.errors import ConfigError
 from paceline.features.store import Usage
+from paceline.ledger.facts import CHECKPOINT_WANTED
 from paceline.ledger.records import CheckpointRecord
 from paceline.testing.samples import sample_ref
 
@@ -93,3 +94,35 @@ def test_a_budget_that_could_deadlock_is_refused_at_the_start() -> None:
     check_feasible(budget_bytes=97 << 20, **sizes)
     with pytest.raises(ConfigError, match="budget_mib to 97"):
         check_feasible(budget_bytes=95 << 20, **sizes)
+
+
+def test_bytes_that_are_only_promised_count() -> None:
+    """Of several producers each reserves before it captures, so together they keep to the budget."""
+    store = InMemoryMetadataStore()
+    pressure = backpressure(Room(), store)
+    generations = store.reserve({"a": 400, "b": 401})
+    assert not pressure.has_credit()
+    store.revoke(list(generations.values()))
+    assert pressure.has_credit()
+
+
+def test_samples_can_be_limited_like_bytes() -> None:
+    """The same hysteresis, in samples."""
+    store = InMemoryMetadataStore()
+    marks = Watermarks(1000, 200, budget_samples=8, group_samples=2)
+    pressure = Backpressure(Room(), store, marks)  # type: ignore[arg-type]
+    store.commit_samples([sample_ref(n, num_bytes=1) for n in range(6)])
+    assert pressure.has_credit()
+    store.commit_sample(sample_ref(6, num_bytes=1))
+    assert not pressure.has_credit()
+    store.record_train_ack(["run0:s0"], global_step=1, optimizer_durable=True)
+    store.record_released(["run0:s0"])
+    assert pressure.has_credit(), "six are the low watermark"
+
+
+def test_a_sample_budget_that_could_deadlock_is_refused_at_the_start() -> None:
+    """The message names the least that works, and the least works."""
+    sizes = {"budget_bytes": 1 << 30, "sample_bytes": 1, "group_size": 4, "window_size": 5}
+    with pytest.raises(ConfigError, match="budget_samples to 13"):
+        check_feasible(budget_samples=12, **sizes)
+    check_feasible(budget_samples=13, **sizes)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from paceline import SQLiteMetadataStore, StreamingRefChannel, StreamingRefQueue
-from paceline.errors import LedgerError
+from paceline.errors import FencedError, LedgerError
 from paceline.ledger.channel import CommittedRefLog
 from paceline.testing.samples import sample_ref
 
@@ -225,3 +225,25 @@ def test_the_committed_log_is_the_same_interface(tmp_path: Path) -> None:
     consumer.record_train_ack(IDS[2:5], global_step=2, optimizer_durable=False)
     assert log.in_flight_remote() == 0
     assert CommittedRefLog(consumer, after_seq=4).poll() == REFS[4:5]
+
+
+def test_a_replaced_producer_neither_closes_nor_reopens_the_log(tmp_path: Path) -> None:
+    """The end of the stream is the current producer's to declare."""
+    store = SQLiteMetadataStore(tmp_path / "db")
+    log = CommittedRefLog(store, fence=store.acquire_role("producer", "first"))
+    store.acquire_role("producer", "second")
+    for change in (log.close, log.reopen):
+        with pytest.raises(FencedError):
+            change()
+    assert not log.is_closed()
+
+
+def test_reading_the_committed_log_needs_no_memory_of_it(tmp_path: Path) -> None:
+    """The log cannot repeat a sample, so the queue keeps no list of what it gave out."""
+    store = SQLiteMetadataStore(tmp_path / "db")
+    log = CommittedRefLog(store)
+    log.publish_many(REFS[:5])
+    log.close()
+    queue = StreamingRefQueue(log, poll_s=0.0)
+    assert drain(queue) == IDS[:5]
+    assert queue._seen is None
