@@ -13,8 +13,9 @@ import errno
 import os
 import select
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 
 
 class Bell:
@@ -45,6 +46,14 @@ class Bell:
                 os.write(fd, b"!")
         finally:
             os.close(fd)
+
+    def wait_for_change(self, mark: Callable[[], int], seen: int, timeout_s: float) -> int:
+        """Block until `mark() != seen` or the timeout; the mark then."""
+        deadline = monotonic() + timeout_s
+        with self.listen() as listener:
+            while (now := mark()) == seen and (left := deadline - monotonic()) > 0:
+                listener.wait(left)
+        return now
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[Listener]:

@@ -14,7 +14,6 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from time import monotonic
 
 from paceline.durable_files import replace_file, sync_folder
 from paceline.errors import LedgerError
@@ -114,11 +113,7 @@ class StreamingRefChannel:
         return 2 * size + self.is_closed()
 
     def wait(self, seen: int, timeout_s: float) -> int:
-        deadline = monotonic() + timeout_s
-        with self._bell.listen() as listener:
-            while (mark := self.change_mark()) == seen and (left := deadline - monotonic()) > 0:
-                listener.wait(left)
-        return mark
+        return self._bell.wait_for_change(self.change_mark, seen, timeout_s)
 
 
 class _Tail:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from time import monotonic
 from typing import Any
 
 from paceline.ledger.records import Fence
@@ -74,8 +73,4 @@ class SQLiteMetadataStore(StepTable, MetadataStore):
         return int(self._run("lsn"))
 
     def wait(self, seen_lsn: int, timeout_s: float) -> int:
-        deadline = monotonic() + timeout_s
-        with self._bell.listen() as listener:
-            while (lsn := self.lsn()) == seen_lsn and (left := deadline - monotonic()) > 0:
-                listener.wait(left)
-        return lsn
+        return self._bell.wait_for_change(self.lsn, seen_lsn, timeout_s)
