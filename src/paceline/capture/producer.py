@@ -100,7 +100,8 @@ class Producer:
         reach("producer.after_acquire")
         if self._log.is_closed() and store.task_counts()["pending"] > len(store.lost_ids()):
             self._log.reopen()  # prompts were added; a sample captured again adds nothing to the log
-        orphans = self._features.sweep(keep=store.present_generations())
+        keep = store.present_generations()
+        orphans = self._features.sweep(keep=keep, before=self._fence.generation)
         reach("producer.after_sweep")
         # After a reboot the ledger knows samples that the memory forgot: all are reported at once.
         here = set(self._features.sample_ids())

@@ -57,10 +57,11 @@ class FeatureStore(Protocol):
         With a generation, only if they were written under it: what was captured since stays.
         """
 
-    def sweep(self, keep: Collection[str]) -> list[str]:
+    def sweep(self, keep: Collection[str], *, before: int | None = None) -> list[str]:
         """Free every sample whose id is not in `keep`; return their ids.
 
-        A mapping keeps a sample only if its bytes are of the generation named (0: of any).
+        A mapping keeps a sample only if its bytes are of the generation named (0: of any). With
+        `before`, bytes of that generation and later ones stay: they may be a successor's.
         Only the producer that owns the store may call this, before it writes.
         """
 
@@ -77,8 +78,10 @@ class FeatureStore(Protocol):
         """Give all memory back. Only at the end of a run."""
 
 
-def is_kept(keep: Collection[str], sample_id: str, generation: int) -> bool:
-    """Whether a sweep with `keep` leaves these bytes alone."""
+def is_kept(keep: Collection[str], before: int | None, sample_id: str, generation: int) -> bool:
+    """Whether a sweep leaves these bytes alone."""
+    if before is not None and generation >= before:
+        return True
     if isinstance(keep, Mapping):
         return keep.get(sample_id) in (0, generation)
     return sample_id in keep

@@ -11,10 +11,15 @@ from paceline.types import SampleRef
 
 @dataclass(frozen=True)
 class Fence:
-    """The right to write as `role`, until another process acquires the role."""
+    """The right to write as `role`, until another process acquires the role.
+
+    `generation`: the first that this epoch may reserve; every intent below it was committed or revoked
+    before, so bytes below it that the ledger does not name are nobody's.
+    """
 
     role: str
     epoch: int
+    generation: int = 0
 
 
 @dataclass(frozen=True)

@@ -245,6 +245,14 @@ class FeatureStoreSuite(ABC):
         assert sorted(store.sweep(keep={"a": 1, "b": 7, "c": 0})) == ["b"]
         assert sorted(store.sample_ids()) == ["a", "c"]
 
+    def test_a_late_sweep_leaves_a_successors_bytes_alone(self) -> None:
+        """What a producer that was taken over believes to be orphans ends where its epoch began."""
+        store = self.make()
+        for generation, sample_id in enumerate("abc", start=1):
+            store.put(sample_id, features(generation), generation=generation)
+        assert store.sweep(keep={}, before=3) == ["a", "b"]
+        assert store.sample_ids() == ["c"]
+
     # -- damage ----------------------------------------------------------------------------
 
     def test_a_flipped_bit_is_found(self) -> None:

@@ -55,7 +55,7 @@ class CheckpointFolder:
 
     def write(self, checkpoint: Checkpoint) -> CheckpointRecord:
         """Durable on return. Raises CheckpointError if the disk is full; older checkpoints stay."""
-        name = f"step-{checkpoint.step:08d}-{uuid.uuid4().hex[:8]}"
+        name = f"step-{checkpoint.step:08d}-{checkpoint.epoch:06d}-{uuid.uuid4().hex[:8]}"
         aside = self.folder / f"{name}.new"
         try:
             aside.mkdir()
@@ -154,14 +154,26 @@ class CheckpointFolder:
             next="run the same command again; it falls back to the checkpoint before.",
         )
 
-    def sweep(self, keep: set[str]) -> list[str]:
-        """Remove every folder that is not in `keep`: half-written, never recorded or retired."""
+    def sweep(self, keep: set[str], *, epoch: int | None = None) -> list[str]:
+        """Remove every folder that is not in `keep`: half-written, never recorded or retired.
+
+        With `epoch`, only those of that consumer's epoch and earlier ones: a consumer that was taken
+        over must not remove what its successor has written since it looked at the ledger.
+        """
         swept = []
         for entry in sorted(self.folder.iterdir()):
-            if entry.is_dir() and entry.name.startswith("step-") and entry.name not in keep:
+            if not entry.is_dir() or not entry.name.startswith("step-") or entry.name in keep:
+                continue
+            if epoch is None or epoch_of(entry.name) <= epoch:
                 shutil.rmtree(entry)
                 swept.append(entry.name)
         return swept
+
+
+def epoch_of(name: str) -> int:
+    """The epoch of the consumer that wrote the folder of this name; 0 in names of version 1."""
+    parts = name.removesuffix(".new").split("-")
+    return int(parts[2]) if len(parts) == 4 and parts[2].isdecimal() else 0
 
 
 def _step_to_json(trained: TrainedStep) -> list[Any]:

@@ -57,7 +57,7 @@ class Trainer:
         found = recover(controller.store, checkpoints, self._fence, epoch_before, report)
         if found is not None:
             self._load(*found)
-        self._checkpoints.sweep(keep={record.name for record in controller.store.checkpoints()})
+        self._sweep_checkpoints()
         controller.release(features)
 
     @property
@@ -191,7 +191,11 @@ class Trainer:
         reach("checkpoint.after_forget")
         store.compact(fence=self._fence)
         reach("checkpoint.after_compact")
-        self._checkpoints.sweep(keep={record.name for record in store.checkpoints()})
+        self._sweep_checkpoints()
+
+    def _sweep_checkpoints(self) -> None:
+        keep = {record.name for record in self.controller.store.checkpoints()}
+        self._checkpoints.sweep(keep, epoch=self._fence.epoch)
 
     def _relieve_pressure(self) -> None:
         """Checkpoint early if the producer waits for bytes that only a checkpoint can free."""

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,15 @@ def test_sweep_removes_what_no_record_names(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     assert folder.sweep(keep={kept.name}) == [orphan.name, "step-00000009-abc.new"]
     assert {p.name for p in tmp_path.iterdir()} == {kept.name, "notes"}
+
+
+def test_a_late_sweep_leaves_a_successors_checkpoint_alone(tmp_path: Path) -> None:
+    """A consumer that was taken over looked at the ledger before its successor wrote a checkpoint."""
+    folder = CheckpointFolder(tmp_path, "run0")
+    old, new = folder.write(replace(checkpoint(1), epoch=1)), folder.write(replace(checkpoint(2), epoch=2))
+    assert folder.sweep(keep=set(), epoch=1) == [old.name]
+    assert folder.read(new).step == 2
+    assert folder.sweep(keep=set(), epoch=2) == [new.name]
 
 
 WRITE = """

@@ -82,8 +82,8 @@ class InMemoryFeatureStore:
         if held is not None and generation in (None, held.generation):
             del self._held[sample_id]
 
-    def sweep(self, keep: Collection[str]) -> list[str]:
-        swept = [i for i, held in self._held.items() if not is_kept(keep, i, held.generation)]
+    def sweep(self, keep: Collection[str], *, before: int | None = None) -> list[str]:
+        swept = [i for i, held in self._held.items() if not is_kept(keep, before, i, held.generation)]
         for sample_id in swept:
             del self._held[sample_id]
         return swept

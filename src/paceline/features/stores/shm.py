@@ -100,7 +100,7 @@ class SharedMemoryFeatureStore:
             if slot is not None and slot.known is not None and generation in (None, slot.known[0]):
                 slot.free(slot.known[0], by_owner=self._owner)
 
-    def sweep(self, keep: Collection[str]) -> list[str]:
+    def sweep(self, keep: Collection[str], *, before: int | None = None) -> list[str]:
         """Also frees slots whose header is damaged; their sample ids are not known."""
         swept = []
         with self._lock:
@@ -110,7 +110,7 @@ class SharedMemoryFeatureStore:
                     continue
                 sealed = _sealed(arena, slot)
                 if sealed is not None and slot.known is not None:
-                    if is_kept(keep, slot.known[1], slot.generation):
+                    if is_kept(keep, before, slot.known[1], slot.generation):
                         continue
                     swept.append(slot.known[1])
                 slot.free(slot.generation, by_owner=True)

@@ -36,7 +36,7 @@ class InMemoryMetadataStore(Steps, MetadataStore):
                 if self._started_step is not None:
                     self._deaths[self._started_step] = self._deaths.get(self._started_step, 0) + 1
                     self._started_step = None
-            return Fence(role, self._roles[role])
+            return Fence(role, self._roles[role], self._next_generation)
 
     def role_epochs(self) -> dict[str, int]:
         with self._changed:

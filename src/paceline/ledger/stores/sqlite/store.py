@@ -54,7 +54,8 @@ class SQLiteMetadataStore(StepTable, MetadataStore):
                     "UPDATE run SET started_step = NULL, "
                     "trained_step = (SELECT coalesce(max(step), 0) FROM checkpoint)"
                 )
-            return Fence(role, self._value("SELECT epoch FROM role WHERE name = ?", role))
+            [row] = self._rows("SELECT epoch, next_generation FROM role, run WHERE name = ?", role)
+            return Fence(role, *row)
 
     def role_epochs(self) -> dict[str, int]:
         return dict(self._rows("SELECT name, epoch FROM role"))
