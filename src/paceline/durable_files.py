@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from paceline.crashpoints import reach
+
 
 def write_file(path: Path, data: bytes) -> None:
     """A new file with these bytes, on the disk on return (its name needs `sync_folder`). Raises OSError."""
@@ -18,7 +20,9 @@ def write_file(path: Path, data: bytes) -> None:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
+        reach("file.before_fsync")
         os.fsync(fd)
+        reach("file.after_fsync")
     finally:
         os.close(fd)
 
@@ -36,5 +40,7 @@ def replace_file(path: Path, data: bytes) -> None:
     """`path` has either its old bytes or these, whenever the machine stops. Raises OSError."""
     aside = path.with_name(path.name + ".new")
     write_file(aside, data)
+    reach("file.before_rename")
     aside.rename(path)
+    reach("file.after_rename")
     sync_folder(path.parent)

@@ -16,6 +16,8 @@ from typing import Annotated, ParamSpec
 import typer
 from rich.console import Console
 
+from paceline.cli.fsck import fsck_directory
+from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
 from paceline.cli.progress import Progress, describe, evaluation_lines, final_line
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
@@ -105,6 +107,34 @@ def evaluate(run: Run) -> None:
         store.close()
     _evaluate(run_file)
     _print_evaluation(load_run_config(run_file))
+
+
+@app.command()
+@advises
+def fsck(run: Run) -> None:
+    """Check, independently of the code that wrote it, that a run has kept its promise. Changes nothing."""
+    directory = _directory(run)
+    if not (directory / "ledger.db").exists():
+        open_run(directory)  # says what to do
+    raise typer.Exit(fsck_directory(out, directory))
+
+
+@app.command()
+@advises
+def inspect(
+    run: Run,
+    step: Annotated[int | None, typer.Option(help="Which samples trained this step.")] = None,
+    sample: Annotated[str | None, typer.Option(help="What became of this sample or prompt.")] = None,
+) -> None:
+    """Tell from the ledger alone what was trained, and what was set aside and why."""
+    store = open_run(_directory(run))
+    if step is not None:
+        inspect_step(out, store, step)
+    if sample is not None:
+        inspect_sample(out, store, sample)
+    if step is None and sample is None:
+        inspect_all(out, store)
+    store.close()
 
 
 def _evaluate(run_file: Path) -> None:

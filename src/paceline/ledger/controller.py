@@ -228,9 +228,11 @@ class DataFlowController:
         while refs := self.store.begin_release(RELEASE_AT_ONCE, fence=self.fence("consumer")):
             for ref in refs:
                 guard = {"generation": ref.generation} if ref.generation else {}
+                reach("release.before_abort")
                 feature_store.abort(ref.sample_id, reason="covered by a durable checkpoint", **guard)
             reach("release.after_abort")
             self.store.record_released([ref.sample_id for ref in refs], fence=self.fence("consumer"))
+            reach("release.after_record")
             freed += len(refs)
             if len(refs) < RELEASE_AT_ONCE:
                 break

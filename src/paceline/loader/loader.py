@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
+from paceline.crashpoints import reach
 from paceline.errors import FeatureCorruptError, FeatureMissingError, LedgerError, StoreError
 from paceline.features.store import FeatureStore
 from paceline.ledger.channel import CommittedRefLog, StreamingRefQueue
@@ -113,6 +114,7 @@ class StepLoader:
         if not taken:
             self.exhausted = taken is not None
             return None
+        reach("loader.before_plan")
         quarantined = self._controller.store.quarantined()
         on_record = self._controller.store.get_plan(step)
         if on_record is None:
@@ -122,7 +124,9 @@ class StepLoader:
             visits, rest = _as_planned(on_record, taken, quarantined)
             plan, taken = on_record, taken[: len(taken) - len(rest)]
             self._order.put_back(rest)
+        reach("loader.before_begin")
         begun = self._controller.begin_step(plan)
+        reach("loader.after_begin")
         if begun.plan.sample_ids != plan.sample_ids:
             raise _differs(begun.plan, plan.sample_ids)
         return self._fetched(begun, visits, taken, started)
@@ -139,9 +143,11 @@ class StepLoader:
                 self._controller.leave_step(plan.step)
                 return None  # the plan is on record and will be replayed
             except _GivenUpError as gone:
+                reach("loader.before_revise")
                 visits = [v for v in visits if v.item.ref.sample_id != gone.sample_id]
                 plan = replace(_plan(plan.step, visits, plan.last_seq), rev=plan.rev + 1)
                 begun = self._controller.begin_step(plan)
+        reach("loader.after_fetch")
         current = [replace(v, item=replace(v.item, ref=ref)) for v, ref in zip(visits, refs, strict=True)]
         seconds = monotonic() - started
         return PlannedStep(
@@ -157,7 +163,9 @@ class StepLoader:
         ]
         visits, samples = [visit for visit, _ in kept], [sample for _, sample in kept]
         plan = replace(_plan(planned.step, visits, planned.last_seq), rev=planned.rev + 1)
+        reach("loader.before_revise")
         self._controller.begin_step(plan)
+        reach("loader.after_revise")
         return replace(planned, rev=plan.rev, deaths=0, visits=visits, samples=samples)
 
     def _read_block(self, size: int) -> Sequence[CommittedRef] | None:
@@ -224,7 +232,9 @@ class StepLoader:
 
     def _give_up(self, ref: SampleRef, cause: StoreError) -> None:
         reason = f"captured again {RECAPTURES_MAX} times and never readable: {cause.what}"
+        reach("loader.before_give_up")
         self._controller.quarantine([ref.sample_id], step=None, reason=reason)
+        reach("loader.after_give_up")
         self._report("quarantined", sample_id=ref.sample_id, message=reason)
 
     def _recaptured(self, tried: SampleRef, deadline: float, cause: StoreError) -> SampleRef:
@@ -239,9 +249,12 @@ class StepLoader:
                 raise _GivenUpError(tried.sample_id)
             lost = record.state == "lost"
             if known is not None and known != tried and not lost:
+                reach("loader.after_recapture")
                 return known
             if not lost and not reported:
+                reach("loader.before_report_lost")
                 store.report_lost([tried.sample_id], fence=self._controller.fence("consumer"))
+                reach("loader.after_report_lost")
                 reported = True
                 self._report("waiting_for_recapture", sample_id=tried.sample_id, cause=cause.what)
                 continue

@@ -59,10 +59,12 @@ class CheckpointFolder:
         aside = self.folder / f"{name}.new"
         try:
             aside.mkdir()
+            reach("checkpoint.after_mkdir")
             digest = self._fill(aside, checkpoint)
             durable_files.sync_folder(aside)
             reach("checkpoint.before_rename")
             aside.rename(self.folder / name)
+            reach("checkpoint.before_sync")
             durable_files.sync_folder(self.folder)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
@@ -78,6 +80,7 @@ class CheckpointFolder:
         files = {}
         for file_name, content in checkpoint.files.items():
             durable_files.write_file(aside / file_name, content)
+            reach("checkpoint.after_file")
             files[file_name] = {"bytes": len(content), "sha256": _sha256(content)}
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -94,6 +97,7 @@ class CheckpointFolder:
         }
         data = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
         durable_files.write_file(aside / MANIFEST, data)
+        reach("checkpoint.after_manifest")
         return _sha256(data)
 
     def read(self, record: CheckpointRecord) -> Checkpoint:
@@ -165,7 +169,9 @@ class CheckpointFolder:
             if not entry.is_dir() or not entry.name.startswith("step-") or entry.name in keep:
                 continue
             if epoch is None or epoch_of(entry.name) <= epoch:
+                reach("checkpoint.before_remove")
                 shutil.rmtree(entry)
+                reach("checkpoint.after_remove")
                 swept.append(entry.name)
         return swept
 

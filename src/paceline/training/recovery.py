@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from paceline.crashpoints import reach
 from paceline.errors import CheckpointError, IllegalTransitionError, LedgerError
 from paceline.ledger.records import CheckpointRecord, Fence
 from paceline.ledger.store import MetadataStore
@@ -45,7 +46,9 @@ def _newest_valid(
             report("checkpoint_damaged", step=record.step, message=str(error))
             continue
         if record != records[-1]:
+            reach("recovery.before_fall_back")
             lost = store.fall_back(record.step, fence=fence)
+            reach("recovery.after_fall_back")
             report("fall_back", step=record.step, lost_samples=len(lost))
         return record, checkpoint
     if records:
@@ -72,7 +75,9 @@ def _roll_forward(
         try:
             if checkpoint.previous != (head.name if head else ""):
                 raise IllegalTransitionError(f"It follows {checkpoint.previous!r}, which is not the head.")
+            reach("recovery.before_adopt")
             store.adopt_checkpoint(record, checkpoint.lineage, fence=fence)
+            reach("recovery.after_adopt")
         except IllegalTransitionError as error:
             if checkpoint.epoch > epoch_before or checkpoint.lsn > store.lsn():
                 raise _ledger_is_older(record, folder, error) from error

@@ -51,14 +51,18 @@ class Trainer:
         self._report = report
         self._head: CheckpointRecord | None = None
         self._since_head: list[TrainedStep] = []
+        reach("trainer.before_acquire")
         epoch_before = controller.store.role_epochs().get("consumer", 0)
         self._fence = controller.take_role("consumer")
         reach("trainer.after_acquire")
         found = recover(controller.store, checkpoints, self._fence, epoch_before, report)
         if found is not None:
             self._load(*found)
+        reach("trainer.after_recover")
         self._sweep_checkpoints()
+        reach("trainer.after_sweep")
         controller.release(features)
+        reach("trainer.after_release")
 
     @property
     def draft(self) -> Any:
@@ -80,6 +84,7 @@ class Trainer:
             refs, samples = loader.first_samples(self._settings.first_samples)
             if not samples:
                 return False
+            reach("trainer.before_build")
             try:
                 self.learner.build(samples)
                 break
@@ -89,6 +94,7 @@ class Trainer:
                 if not failing:
                     raise
                 self._quarantine(failing, step=0)
+        reach("trainer.after_build")
         self.checkpoint()
         return True
 
@@ -147,6 +153,7 @@ class Trainer:
         return loader.revise(planned, set(poison))
 
     def _quarantine(self, poison: dict[str, str], *, step: int) -> None:
+        reach("trainer.before_quarantine")
         for sample_id, reason in poison.items():
             self.controller.quarantine([sample_id], step=step, reason=reason)
             self._report("quarantined", step=step, sample_id=sample_id, message=reason)
@@ -158,6 +165,7 @@ class Trainer:
         """Make everything up to this step durable, then free what it covers."""
         started = monotonic()
         store, head = self.controller.store, self._head
+        reach("checkpoint.before_write")
         lineage = tuple(self._since_head)
         record = self._checkpoints.write(
             Checkpoint(
@@ -175,18 +183,22 @@ class Trainer:
                 lsn=store.lsn(),
             )
         )
+        reach("checkpoint.before_head")
         store.record_checkpoint(record, fence=self._fence)
         self._head, self._since_head = record, []
         reach("checkpoint.after_head")
         released = self.controller.release(self._features)
         reach("checkpoint.after_release")
         self._retire_old()
+        reach("checkpoint.after_retire")
         store.set_facts({CHECKPOINT_WANTED: False}, fence=self._fence)
+        reach("checkpoint.after_all")
         self._report("checkpoint", step=self.step, released=released, seconds=monotonic() - started)
 
     def _retire_old(self) -> None:
         store = self.controller.store
         for record in store.checkpoints()[: -self._settings.checkpoints_kept]:
+            reach("checkpoint.before_forget")
             store.forget_checkpoint(record.step, fence=self._fence)
         reach("checkpoint.after_forget")
         store.compact(fence=self._fence)
@@ -195,6 +207,7 @@ class Trainer:
 
     def _sweep_checkpoints(self) -> None:
         keep = {record.name for record in self.controller.store.checkpoints()}
+        reach("checkpoint.before_sweep")
         self._checkpoints.sweep(keep, epoch=self._fence.epoch)
 
     def _relieve_pressure(self) -> None:

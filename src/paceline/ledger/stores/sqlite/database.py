@@ -95,6 +95,7 @@ class Database:
                 self._synchronous(mode)
             self._db.execute("BEGIN IMMEDIATE")
             try:
+                reach("ledger.after_begin")
                 operation = Operation(self._stored_result(op_id))
                 if not operation.repeated:
                     self._check_fence(fence)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from paceline.crashpoints import reach
 from paceline.errors import SchemaError
 from paceline.ledger.records import CommittedRef, Fence, SampleRecord, StepPlan
 from paceline.ledger.refusals import prompts_differ
@@ -126,8 +127,10 @@ class Folding(Database):
             folded = 0
             if max(ready, plans) >= self.fold_from:
                 self._fold_plans(oldest)
+                reach("ledger.between_folds")
                 folded = self._fold_samples(oldest)
                 self._fold_task_ids()
+                reach("ledger.after_folds")
             return folded
 
     def _fold_plans(self, oldest: int) -> None:

@@ -44,8 +44,11 @@ def open_schema(db: apsw.Connection, path: Path) -> None:
     if is_new:
         _in_one_transaction(db, _create)
     elif version == 1:
+        reach("ledger.before_backup")
         back_up(db, path.with_name(f"{path.name}.v{version}.bak"))
+        reach("ledger.after_backup")
         _in_one_transaction(db, _from_1_to_2)
+        reach("ledger.after_migration")
 
 
 def back_up(db: apsw.Connection, path: Path) -> None:

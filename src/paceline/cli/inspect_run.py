@@ -1,0 +1,86 @@
+"""`paceline inspect`: which samples trained a step, and what became of a sample, from the ledger alone."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from paceline.errors import ConfigError
+from paceline.ledger.records import SampleRecord
+from paceline.ledger.store import MetadataStore
+
+
+def inspect_step(console: Console, store: MetadataStore, step: int) -> None:
+    """The samples of a step, in the order they were trained. Raises ConfigError for an unknown step."""
+    plan = store.get_plan(step)
+    if plan is None:
+        raise ConfigError(
+            f"Step {step} has no plan in this ledger.",
+            why=f"The last step acked is {store.trained_step()}.",
+            next="paceline inspect RUN shows how far the run is.",
+        )
+    revision = f", plan revision {plan.rev}" if plan.rev else ""
+    _say(console, f"step {step}: {_progress(store, step)}{revision}, {len(plan.sample_ids)} samples")
+    for place, sample_id in enumerate(plan.sample_ids, start=1):
+        record = store.sample_record(sample_id)
+        _say(console, f"{place:4}  {sample_id}  {_state(record) if record else 'unknown to this ledger'}")
+
+
+def inspect_sample(console: Console, store: MetadataStore, sample_id: str) -> None:
+    """A sample's life. `sample_id` may be the prompt's task id. Raises ConfigError if nobody knows it."""
+    run_id = store.facts().get("run_id", "")
+    task_id = sample_id.removeprefix(f"{run_id}:")
+    record = store.sample_record(sample_id) or store.sample_record(f"{run_id}:{sample_id}")
+    failed = store.failed_tasks().get(task_id)
+    if record is None and failed is None:
+        raise ConfigError(
+            f"No sample {sample_id!r} was ever committed, and no prompt {task_id!r} has failed.",
+            why="Its prompt waits to be captured, is being captured, or is not of this run.",
+            next="paceline status RUN shows how many prompts are pending.",
+        )
+    if record is None:
+        _say(console, f"prompt {task_id}: never committed; set aside: {failed}")
+        return
+    _say(console, f"sample {record.sample_id} (prompt {record.task_id}), place {record.seq} in the log")
+    for plan in store.plans():
+        if record.sample_id in plan.sample_ids:
+            _say(console, f"  visited by step {plan.step} ({_progress(store, plan.step)})")
+    _say(console, f"  {_state(record)}")
+    if failed is not None:
+        _say(console, f"  its prompt was set aside: {failed}")
+
+
+def inspect_all(console: Console, store: MetadataStore) -> None:
+    """How far the run is, and what was set aside and why."""
+    heads = store.checkpoints()
+    _say(
+        console,
+        f"{store.committed_count()} samples committed, step {store.trained_step()} acked, "
+        f"head {heads[-1].name if heads else 'none yet'}, retained: {[head.step for head in heads]}",
+    )
+    for sample_id, reason in store.quarantined().items():
+        _say(console, f"quarantined {sample_id}: {reason}")
+    for task_id, reason in store.failed_tasks().items():
+        _say(console, f"failed prompt {task_id}: {reason}")
+    for sample_id in store.lost_ids():
+        _say(console, f"to be captured again {sample_id}")
+
+
+def _progress(store: MetadataStore, step: int) -> str:
+    heads = store.checkpoints()
+    if heads and step <= heads[-1].step:
+        return "durable"
+    return "provisional" if step <= store.trained_step() else "planned"
+
+
+def _state(record: SampleRecord) -> str:
+    if record.state == "quarantined":
+        return f"in quarantine: {record.reason}"
+    trained = "not trained to the end yet"
+    if record.step is not None:
+        trained = f"trained, last by step {record.step}, {'durable' if record.durable else 'provisional'}"
+    features = {"present": "resident", "lost": "lost, to be captured again", "released": "freed"}
+    return f"{trained}; features {features[record.state]}"
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)

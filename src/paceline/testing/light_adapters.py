@@ -1,0 +1,381 @@
+"""Adapters without torch, for thousands of whole runs: an engine, feature stores, and a learner of hashes.
+
+A captured "tensor" is a run of bytes that follows from the sample's id, its seed and the group it was
+captured in; the "weights" are a hash chain over every step's samples. So one sample lost, repeated,
+out of order or of other bytes changes 32 bytes at the end. The file store is for processes that are
+killed and stopped anywhere: a file for each sample, written aside and renamed, judged by its header.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import struct
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paceline.crashpoints import reach
+from paceline.engines.engine import CapturedSample, CaptureRequest, TargetFacts
+from paceline.errors import StoreFullError, TrainingError
+from paceline.features.store import Sealed, Usage, is_kept
+from paceline.features.stores.refusals import corrupt, missing, stale
+from paceline.training.learner import Sample
+from paceline.types import FeatureSpec, SampleRef
+
+NAMES = ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_states")
+SAMPLE_BYTES = 256  # at least as many as any sample of `light_sample` takes
+MAGIC = b"PLLIGHT1"
+HEADER = struct.Struct("<8sQI32s")  # magic, generation, bytes of the description, digest of what follows
+
+
+@dataclass(frozen=True)
+class LightTensor:
+    """Bytes where a tensor would be."""
+
+    data: bytes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.data),)
+
+
+def light_sample(request: CaptureRequest, group: Sequence[str] = ()) -> CapturedSample:
+    """What the engine captures; `input_ids` begins with the sample's id, so that a learner can name it."""
+    key = json.dumps([request.sample_id, request.seed, request.temperature, list(group)]).encode()
+
+    def bytes_of(name: str, size: int) -> Any:
+        return LightTensor(hashlib.shake_128(name.encode() + key).digest(size))
+
+    named = request.sample_id.encode()
+    ids: Any = LightTensor(named + b"\0" + bytes_of("input_ids", 8).data)
+    return CapturedSample(
+        sample_id=request.sample_id,
+        input_ids=ids,
+        loss_mask=bytes_of("loss_mask", 8),
+        aux_hidden_states=bytes_of("aux_hidden_states", 64),
+        last_hidden_states=bytes_of("last_hidden_states", 32),
+    )
+
+
+def id_of(sample: Sample) -> str:
+    """The sample id in its `input_ids`."""
+    name: bytes = sample["input_ids"].data.partition(b"\0")[0]
+    return name.decode()
+
+
+class LightEngine:
+    """A TargetEngine. `refuses` may raise (or kill) over a group: a poison prompt."""
+
+    def __init__(self, refuses: Callable[[Sequence[str]], None] | None = None) -> None:
+        self._refuses = refuses
+        self.captured: list[list[str]] = []
+
+    @property
+    def facts(self) -> TargetFacts:
+        return TargetFacts(8, 4, 256, "uint8", (1, 2, 3), (0,), "light", "bytes")
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        return tuple(prompt.encode())
+
+    def probe(self) -> None:
+        """Nothing to check."""
+
+    def capture(self, group: Sequence[CaptureRequest]) -> list[CapturedSample]:
+        """The bytes of each depend on the whole group, as those of a real batch do."""
+        ids = [request.sample_id for request in group]
+        if self._refuses is not None:
+            self._refuses(ids)
+        self.captured.append(ids)
+        return [light_sample(request, ids) for request in group]
+
+
+class HashLearner:
+    """A Learner whose weights are H(weights before, step, every byte of every sample in order).
+
+    `trained` lists the sample ids of every step that the weights contain. `refuses` may raise
+    TrainingError (or kill) over the ids of a batch: a poison sample.
+    """
+
+    def __init__(self, refuses: Callable[[Sequence[str]], None] | None = None) -> None:
+        self._refuses = refuses
+        self.weights = b""
+        self.trained: list[list[str]] = []
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.weights)
+
+    def build(self, samples: Sequence[Sample]) -> None:
+        self.attempt(samples)
+        self.weights = _hashed(b"build", samples)
+
+    def step(self, step: int, samples: Sequence[Sample]) -> dict[str, Any]:
+        self.attempt(samples)
+        self.weights = _hashed(self.weights + step.to_bytes(8, "little"), samples)
+        self.trained.append([id_of(sample) for sample in samples])
+        return {"loss": self.weights[0] / 256}
+
+    def attempt(self, samples: Sequence[Sample]) -> None:
+        if any(sample.keys() != set(NAMES) for sample in samples):
+            raise TrainingError("A sample lacks a tensor.", next="report this: the store lost it.")
+        if self._refuses is not None:
+            self._refuses([id_of(sample) for sample in samples])
+
+    def files(self) -> dict[str, bytes]:
+        return {"weights.bin": self.weights, "trained.json": json.dumps(self.trained).encode()}
+
+    def load(self, files: Mapping[str, bytes]) -> None:
+        self.weights = files["weights.bin"]
+        self.trained = json.loads(files["trained.json"])
+
+    def describe(self) -> dict[str, Any]:
+        return {"learner": "hash chain"}
+
+
+def _hashed(before: bytes, samples: Sequence[Sample]) -> bytes:
+    chain = hashlib.sha256(before)
+    for sample in samples:
+        chain.update(_digest(_pack(sample)))
+    return chain.digest()
+
+
+# -- feature stores ------------------------------------------------------------------------
+
+
+def _pack(tensors: Mapping[str, Any]) -> bytes:
+    return b"".join(len(tensors[name].data).to_bytes(4, "little") + tensors[name].data for name in NAMES)
+
+
+def _unpack(payload: bytes) -> dict[str, Any]:
+    tensors, at = {}, 0
+    for name in NAMES:
+        size = int.from_bytes(payload[at : at + 4], "little")
+        tensors[name] = LightTensor(payload[at + 4 : at + 4 + size])
+        at += 4 + size
+    return tensors
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _sealed(uri: str, sample_id: str, payload: bytes, generation: int) -> Sealed:
+    shapes = {name: tensor.shape for name, tensor in _unpack(payload).items()}
+    specs = {name: FeatureSpec(name, shape, "uint8") for name, shape in shapes.items()}
+    keys = {name: f"{sample_id}/{generation}/{name}" for name in NAMES}
+    return Sealed(uri, keys, specs, len(payload), _digest(payload).hex())
+
+
+def _full(sample_id: str, budget_bytes: int) -> StoreFullError:
+    return StoreFullError(
+        f"Sample {sample_id!r} does not fit into {budget_bytes} bytes.",
+        why="A sample's bytes stay until a durable checkpoint covers it.",
+        next="raise the budget, or save a checkpoint sooner.",
+    )
+
+
+class InMemoryLightFeatureStore:
+    """In a dictionary, for runs in one process. `wipe` is a reboot: another uri, nothing there."""
+
+    def __init__(self, budget_bytes: int = 1 << 20, *, uri: str = "light://0") -> None:
+        self.uri = uri
+        self.budget_bytes = budget_bytes
+        self.held: dict[str, tuple[int, bytes]] = {}  # generation and payload by sample id
+        self._newest = 0
+
+    def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:
+        known = self.held.get(sample_id)
+        if known is not None and generation in (0, known[0]):
+            return _sealed(self.uri, sample_id, known[1], known[0])
+        if generation and generation < self._newest:
+            raise stale(sample_id, generation, self._newest)
+        payload = _pack(tensors)
+        self.held.pop(sample_id, None)
+        if self.usage().resident_bytes + len(payload) > self.budget_bytes:
+            raise _full(sample_id, self.budget_bytes)
+        self._newest = generation or self._newest + 1
+        self.held[sample_id] = self._newest, payload
+        return _sealed(self.uri, sample_id, payload, self._newest)
+
+    def get(self, ref: SampleRef) -> dict[str, Any]:
+        generation, payload = self.held.get(ref.sample_id, (0, b""))
+        keys = _sealed(self.uri, ref.sample_id, payload, generation).keys
+        if not payload or ref.feature_store_uri != self.uri or ref.feature_keys != keys:
+            raise missing(ref, "they were freed, or never sealed here")
+        if _digest(payload).hex() != ref.metadata.get("digest"):
+            raise corrupt(ref, "other bytes lie there")
+        return _unpack(payload)
+
+    def abort(self, sample_id: str, reason: str = "", *, generation: int | None = None) -> None:
+        if sample_id in self.held and generation in (None, self.held[sample_id][0]):
+            del self.held[sample_id]
+
+    def sweep(self, keep: Collection[str], *, before: int | None = None) -> list[str]:
+        swept = [i for i, (generation, _) in self.held.items() if not is_kept(keep, before, i, generation)]
+        for sample_id in swept:
+            del self.held[sample_id]
+        return swept
+
+    def sample_ids(self) -> list[str]:
+        return list(self.held)
+
+    def usage(self) -> Usage:
+        resident = sum(len(payload) for _, payload in self.held.values())
+        return Usage(resident, len(self.held), self.budget_bytes)
+
+    def wipe(self, uri: str) -> None:
+        self.held.clear()
+        self.uri, self._newest = uri, 0
+
+    def close(self) -> None:
+        """Nothing to detach from."""
+
+    def destroy(self) -> None:
+        self.held.clear()
+
+
+class LightFeatureStore:
+    """A file for each sample in one folder, for several processes.
+
+    A file appears whole, by a rename, and its header names the generation. Renames and removals are
+    judged under a lock of the folder, so a process that was stopped for long can neither put bytes
+    over newer ones nor free them. No crash point lies inside the lock: a stopped process never holds it.
+    """
+
+    def __init__(self, folder: Path, *, budget_bytes: int = 1 << 20, owner: bool) -> None:
+        self.folder = folder
+        self._budget_bytes = budget_bytes
+        self._owner = owner
+        if owner:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not self._uri_path.exists():
+                aside = folder / f"uri-{os.getpid()}"
+                aside.write_text(f"light://{uuid.uuid4().hex}")
+                aside.rename(self._uri_path)
+
+    @property
+    def _uri_path(self) -> Path:
+        return self.folder / "uri"
+
+    def _uri(self) -> str:
+        try:
+            return self._uri_path.read_text()
+        except FileNotFoundError:
+            return ""
+
+    def path_of(self, sample_id: str) -> Path:
+        return self.folder / f"{sample_id.encode().hex()}.sample"
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        """The folder's lock file; it holds the newest generation that was ever sealed here."""
+        fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield fd
+        finally:
+            os.close(fd)
+
+    def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:
+        known = _read(self.path_of(sample_id))
+        if known is not None and generation in (0, known[0]):
+            return _sealed(self._uri(), sample_id, known[1], known[0])
+        payload = _pack(tensors)
+        if self.usage().resident_bytes + len(payload) > self._budget_bytes:
+            raise _full(sample_id, self._budget_bytes)
+        aside = self.folder / f"{sample_id.encode().hex()}.{os.getpid()}.new"
+        aside.write_bytes(_with_header(sample_id, payload, generation))
+        reach("features.put.before_seal")
+        with self._locked() as fd:
+            newest = int.from_bytes(os.pread(fd, 8, 0), "little")
+            if generation < newest:
+                aside.unlink(missing_ok=True)
+                raise stale(sample_id, generation, newest)
+            try:
+                aside.rename(self.path_of(sample_id))
+            except FileNotFoundError:  # a successor swept it
+                raise stale(sample_id, generation, newest) from None
+            os.pwrite(fd, generation.to_bytes(8, "little"), 0)
+        reach("features.put.after_seal")
+        return _sealed(self._uri(), sample_id, payload, generation)
+
+    def get(self, ref: SampleRef) -> dict[str, Any]:
+        if ref.feature_store_uri != self._uri():
+            raise missing(ref, "the store was made anew since")
+        path = self.path_of(ref.sample_id)
+        known = _read(path)
+        if known is None:
+            if path.exists():
+                raise corrupt(ref, "the header is damaged")
+            raise missing(ref, "they were freed, or never sealed here")
+        generation, payload = known
+        if generation != ref.generation:
+            raise missing(ref, f"generation {generation} lies there")
+        if _digest(payload).hex() != ref.metadata.get("digest"):
+            raise corrupt(ref, "other bytes lie there")
+        reach("features.get.after_read")
+        return _unpack(payload)
+
+    def abort(self, sample_id: str, reason: str = "", *, generation: int | None = None) -> None:
+        path = self.path_of(sample_id)
+        if path.exists():
+            with self._locked():
+                known = _read(path)
+                if known is None or generation in (None, known[0]):
+                    path.unlink(missing_ok=True)
+
+    def sweep(self, keep: Collection[str], *, before: int | None = None) -> list[str]:
+        swept = []
+        with self._locked():
+            for path in sorted(self.folder.iterdir()):
+                known = _read(path) if path.suffix == ".sample" else None
+                sample_id = bytes.fromhex(path.stem).decode() if path.suffix == ".sample" else ""
+                kept = known is not None and is_kept(keep, before, sample_id, known[0])
+                if path.suffix in (".sample", ".new") and not kept:
+                    path.unlink(missing_ok=True)
+                    swept.append(sample_id)
+        return [sample_id for sample_id in swept if sample_id]
+
+    def sample_ids(self) -> list[str]:
+        """Those with a whole header: a damaged one is found by its reader."""
+        paths = sorted(self.folder.glob("*.sample"))
+        return [bytes.fromhex(path.stem).decode() for path in paths if _read(path) is not None]
+
+    def usage(self) -> Usage:
+        try:
+            sizes = [entry.stat().st_size for entry in os.scandir(self.folder) if ".sample" in entry.name]
+        except FileNotFoundError:
+            sizes = []
+        return Usage(sum(sizes), len(sizes), self._budget_bytes)
+
+    def close(self) -> None:
+        """Nothing to detach from."""
+
+    def destroy(self) -> None:
+        self.sweep(())
+
+
+def _with_header(sample_id: str, payload: bytes, generation: int) -> bytes:
+    rest = sample_id.encode() + payload
+    return HEADER.pack(MAGIC, generation, len(sample_id.encode()), _digest(rest)) + rest
+
+
+def _read(path: Path) -> tuple[int, bytes] | None:
+    """Generation and payload; None if there is no such file or it is damaged."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    if len(data) < HEADER.size:
+        return None
+    magic, generation, size, digest = HEADER.unpack_from(data)
+    rest = data[HEADER.size :]
+    if magic != MAGIC or _digest(rest) != digest:
+        return None
+    return generation, rest[size:]

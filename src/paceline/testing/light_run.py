@@ -1,0 +1,252 @@
+"""A whole run without torch, out of the product's own classes, as two processes or one.
+
+Controller, ledger, producer, loader, trainer, recovery and checkpoint folder are the real ones; engine,
+features and weights are those of light_adapters.py. `produce` and `consume` do what the two roles'
+processes do (roles/producer.py, roles/consumer.py), but for freeing the features at the end: what is
+left behind must show. A run ends in the same 32 bytes whatever happened to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
+from paceline.capture.producer import CaptureSettings, Producer
+from paceline.errors import EngineError, TrainingError
+from paceline.features.store import FeatureStore
+from paceline.ledger.controller import DataFlowController
+from paceline.ledger.facts import COMPLETED_STEP
+from paceline.ledger.store import MetadataStore
+from paceline.ledger.stores.memory import InMemoryMetadataStore
+from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.loader.loader import StepLoader
+from paceline.testing.light_adapters import (
+    SAMPLE_BYTES,
+    HashLearner,
+    InMemoryLightFeatureStore,
+    LightEngine,
+    LightFeatureStore,
+)
+from paceline.training.checkpoint import CheckpointFolder
+from paceline.training.settings import OptimizerSettings, TrainerSettings
+from paceline.training.trainer import Trainer
+from paceline.types import PromptTask
+
+RUN_ID = "light"
+FOLD_FROM = 6  # history is folded after so few samples, so that runs this small have some
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """What decides the weights of a light run, and how much room it has.
+
+    `tight`: the fewest resident samples with which the run cannot wait for itself. `bad_prompt` is one
+    the engine cannot bear, `bad_sample` one that cannot be trained (-1: none).
+    """
+
+    prompts: int = 12
+    group: int = 3
+    batch: int = 3
+    passes: int = 1
+    interval: int = 2
+    tight: bool = False
+    kept: int = 2
+    bad_prompt: int = -1
+    bad_sample: int = -1
+
+    @property
+    def window(self) -> int:
+        """As in roles/plan.py."""
+        return max((self.passes + 1) * self.group + self.batch, self.first_samples)
+
+    @property
+    def first_samples(self) -> int:
+        return self.group
+
+    @property
+    def budget_samples(self) -> int | None:
+        return -(-(self.group + self.window) * 4 // 3) + 1 if self.tight else None
+
+    @property
+    def budget_bytes(self) -> int:
+        return 64 * SAMPLE_BYTES * (self.group + self.window)
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """In commit order."""
+        return [f"{RUN_ID}:{n}" for n in range(self.prompts) if n != self.bad_prompt]
+
+    def tasks(self) -> list[PromptTask]:
+        payloads = [{"prompt_ids": [n % 256, n // 256]} for n in range(self.prompts)]
+        return [PromptTask(str(n), RUN_ID, "prompts", p, n) for n, p in enumerate(payloads)]
+
+    def engine(self) -> LightEngine:
+        def refuse(sample_ids: Sequence[str]) -> None:
+            if f"{RUN_ID}:{self.bad_prompt}" in sample_ids:
+                raise EngineError("The target cannot bear this prompt.")
+
+        return LightEngine(refuse)
+
+    def learner(self) -> HashLearner:
+        def refuse(sample_ids: Sequence[str]) -> None:
+            if f"{RUN_ID}:{self.bad_sample}" in sample_ids:
+                raise TrainingError("The loss is no number.")
+
+        return HashLearner(refuse)
+
+    def settings(self) -> TrainerSettings:
+        return TrainerSettings(
+            optimizer=OptimizerSettings(total_steps=1),
+            first_samples=self.first_samples,
+            checkpoint_interval_steps=self.interval,
+            checkpoints_kept=self.kept,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its weights, the samples of every step, and the chain of its head."""
+
+    weights: bytes
+    trained: list[list[str]]
+    chain: str
+
+
+def no_report(event: str, **fields: Any) -> None:
+    """Say nothing to nobody."""
+
+
+def build_producer(
+    shape: RunShape,
+    store: MetadataStore,
+    features: FeatureStore,
+    *,
+    report: Callable[..., None] = no_report,
+) -> Producer:
+    budget = features.usage().budget_bytes
+    check_feasible(
+        budget_bytes=budget,
+        sample_bytes=SAMPLE_BYTES,
+        group_size=shape.group,
+        window_size=shape.window,
+        budget_samples=shape.budget_samples,
+    )
+    marks = Watermarks(
+        budget_bytes=budget,
+        group_bytes=shape.group * SAMPLE_BYTES,
+        budget_samples=shape.budget_samples,
+        group_samples=shape.group,
+    )
+    controller = DataFlowController(RUN_ID, metadata_store=store)
+    settings = CaptureSettings(group_size=shape.group, num_prompts=shape.prompts, max_answer_tokens=4)
+    backpressure = Backpressure(features, store, marks)
+    return Producer(
+        controller, shape.engine(), features, shape.tasks(), settings, backpressure, report=report
+    )
+
+
+def build_consumer(
+    shape: RunShape,
+    store: MetadataStore,
+    features: FeatureStore,
+    checkpoints: Path,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    report: Callable[..., None] = no_report,
+) -> tuple[Trainer, StepLoader]:
+    controller = DataFlowController(RUN_ID, metadata_store=store)
+    folder = CheckpointFolder(checkpoints, RUN_ID)
+    trainer = Trainer(controller, features, shape.learner(), folder, shape.settings(), report=report)
+    loader = StepLoader(
+        controller,
+        features,
+        batch_size=shape.batch,
+        passes=shape.passes,
+        block_size=shape.group,
+        position=trainer.position,
+        should_stop=should_stop,
+        report=report,
+    )
+    return trainer, loader
+
+
+class LightRun:
+    """One run folder for two processes: ledger, checkpoints, features."""
+
+    def __init__(self, folder: Path, shape: RunShape) -> None:
+        self.folder = folder
+        self.shape = shape
+        self.ledger = folder / "ledger.db"
+        self.checkpoints = folder / "checkpoints"
+        self.feature_folder = folder / "features"
+
+    def open_store(self) -> SQLiteMetadataStore:
+        store = SQLiteMetadataStore(self.ledger, durability="head")
+        store.fold_from = FOLD_FROM
+        return store
+
+    def open_features(self, *, owner: bool) -> LightFeatureStore:
+        return LightFeatureStore(self.feature_folder, budget_bytes=self.shape.budget_bytes, owner=owner)
+
+    def produce(self, report: Callable[..., None] = no_report) -> None:
+        """The producer's process."""
+        store = self.open_store()
+        if COMPLETED_STEP not in store.facts():
+            report("found", intents=len(store.intents()))
+            features = self.open_features(owner=True)
+            producer = build_producer(self.shape, store, features, report=report)
+            producer.run(should_stop=lambda: COMPLETED_STEP in store.facts())
+        store.close()
+
+    def consume(self, report: Callable[..., None] = no_report) -> None:
+        """The consumer's process."""
+        store = self.open_store()
+        if COMPLETED_STEP not in store.facts():
+            known = {record.name for record in store.checkpoints()}
+            report("found", orphan_checkpoints=len(self.checkpoint_names() - known))
+            features = self.open_features(owner=False)
+            trainer, loader = build_consumer(self.shape, store, features, self.checkpoints, report=report)
+            step = trainer.fit(loader)
+            if loader.exhausted and store.usage().waiting_samples == 0:
+                store.set_facts({COMPLETED_STEP: step}, fence=trainer.controller.fence("consumer"))
+        store.close()
+
+    def checkpoint_names(self) -> set[str]:
+        return {path.name for path in self.checkpoints.glob("step-*")}
+
+
+def head_of(store: MetadataStore, checkpoints: Path) -> Outcome:
+    """What the head checkpoint holds."""
+    head = store.checkpoints()[-1]
+    files = CheckpointFolder(checkpoints, RUN_ID).read(head).files
+    return Outcome(files["weights.bin"], json.loads(files["trained.json"]), head.chain)
+
+
+def uninterrupted(shape: RunShape, folder: Path) -> Outcome:
+    """The same run in one process, in memory: first everything is captured, then it is trained."""
+    store = InMemoryMetadataStore()
+    # Weights do not depend on how much room there is, and one process cannot wait for itself.
+    roomy = RunShape(**{**vars(shape), "tight": False})
+    features = InMemoryLightFeatureStore(shape.budget_bytes)
+    build_producer(roomy, store, features).run()
+    trainer, loader = build_consumer(roomy, store, features, folder)
+    trainer.fit(loader)
+    assert features.usage().resident_samples == 0, "nothing may stay behind"
+    return head_of(store, folder)
+
+
+def expected_steps(shape: RunShape) -> list[list[str]]:
+    """Which samples each step trains, written down without the product: the order in passes.py."""
+    ids = shape.sample_ids
+    blocks = [ids[i : i + shape.group] for i in range(0, len(ids), shape.group)]
+    visits: list[str] = []
+    for stage in range(len(blocks) + shape.passes - 1):
+        window = [blocks[stage - age] for age in range(shape.passes) if 0 <= stage - age < len(blocks)]
+        for place in range(shape.group):
+            visits += [block[place] for block in window if place < len(block)]
+    batches = [visits[i : i + shape.batch] for i in range(0, len(visits), shape.batch)]
+    return [[i for i in batch if i != f"{RUN_ID}:{shape.bad_sample}"] for batch in batches]
