@@ -93,14 +93,23 @@ class Backpressure:
         """What is reserved for one sample before its size is known."""
         return self._marks.group_bytes // max(1, self._marks.group_samples)
 
-    def wait_for_credit(self, should_stop: Callable[[], bool], fence: Fence | None) -> bool:
-        """Block until a group fits; False if asked to stop first. Never busy-polls."""
+    def wait_for_credit(
+        self,
+        should_stop: Callable[[], bool],
+        fence: Fence | None,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Block until a group fits; False if asked to stop first. Never busy-polls.
+
+        `on_wait` is called before each wait: the consumer may come to need something meanwhile.
+        """
         started = monotonic()
         while not self.has_credit():
             if should_stop():
                 return False
             self._ask_for_checkpoint(fence)
             mark = self._store.lsn()  # before the last look, so that no release is missed
+            on_wait()
             if not self.has_credit():
                 self._store.wait(mark, WAIT_S)
         self.waited_s += monotonic() - started

@@ -78,8 +78,7 @@ class Producer:
         self._take_over()
         committed, rounds = 0, 0
         while not stop() and (max_rounds is None or rounds < max_rounds):
-            self._make_room_for_lost()
-            if not self._backpressure.wait_for_credit(stop, self._fence):
+            if not self._backpressure.wait_for_credit(stop, self._fence, self._make_room_for_lost):
                 return committed
             size = self._settings.group_size
             reach("producer.before_lease")
@@ -116,7 +115,7 @@ class Producer:
         self._report("started", orphans=len(orphans), lost=len(gone), epoch=self._fence.epoch)
 
     def _make_room_for_lost(self) -> None:
-        """The consumer may wait for a lost sample while samples behind it fill the store.
+        """The consumer may wait for a lost sample while this producer waits for room.
 
         Those are given up, the last first, until a group fits: features are a cache, and they are
         captured again when the consumer has come closer.
@@ -132,9 +131,12 @@ class Producer:
             sample_id = entry.ref.sample_id
             if not entry.present or entry.quarantined or entry.ref.feature_keys == {}:
                 continue
+            record = store.sample_record(sample_id)
+            if record is None or record.durable:
+                continue  # durable weights contain it: its bytes go with the next release
             store.report_lost([sample_id], fence=self._fence)
             if sample_id not in store.lost_ids():
-                continue  # durable weights contain it: its bytes go with the next release
+                continue  # they do by now
             reach("producer.before_give_up")
             self._features.abort(sample_id, reason="makes room for a sample that is needed first")
             given_up.append(sample_id)
@@ -180,6 +182,7 @@ class Producer:
         reach("producer.before_commit")
         fresh = self.controller.commit_samples(self.worker_id, refs)
         reach("producer.after_commit")
+        self._free_unwanted(refs, fresh)
         self._report(
             "group",
             group=group,
@@ -189,6 +192,15 @@ class Producer:
             waited_seconds=self._backpressure.waited_s,
         )
         return len(fresh)
+
+    def _free_unwanted(self, refs: Sequence[SampleRef], fresh: Sequence[SampleRef]) -> None:
+        """Bytes that the ledger did not take: while they were written, the sample was settled otherwise."""
+        for ref in refs:
+            if ref in fresh:
+                continue
+            known = self.controller.store.get_committed(ref.sample_id)
+            if known is None or known.generation != ref.generation:
+                self._features.abort(ref.sample_id, reason="not wanted any more", generation=ref.generation)
 
     def _members(self, group: int, wanted: PromptTask) -> list[PromptTask]:
         """The group's prompts but those set aside for good: the same ones whenever it is captured."""

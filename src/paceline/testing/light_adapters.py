@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import struct
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from paceline.types import FeatureSpec, SampleRef
 NAMES = ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_states")
 SAMPLE_BYTES = 256  # at least as many as any sample of `light_sample` takes
 MAGIC = b"PLLIGHT1"
-HEADER = struct.Struct("<8sQI32s")  # magic, generation, bytes of the description, digest of what follows
+HEADER = struct.Struct("<8sQI32s")  # magic, generation, bytes of the id, digest of both and what follows
 
 
 @dataclass(frozen=True)
@@ -354,6 +355,22 @@ class LightFeatureStore:
             sizes = []
         return Usage(sum(sizes), len(sizes), self._budget_bytes)
 
+    def damage(self, rng: random.Random) -> None:
+        """Delete or alter one sample's file, if there is any."""
+        with self._locked():
+            files = sorted(self.folder.glob("*.sample"))
+            if not files:
+                return
+            path = rng.choice(files)
+            if rng.random() < 0.5:
+                path.unlink()
+                return
+            data = bytearray(path.read_bytes())
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            altered = path.with_suffix(".flipped")
+            altered.write_bytes(data)
+            altered.rename(path)  # in one piece: a reader must meet the damage, not our writing of it
+
     def close(self) -> None:
         """Nothing to detach from."""
 
@@ -363,7 +380,8 @@ class LightFeatureStore:
 
 def _with_header(sample_id: str, payload: bytes, generation: int) -> bytes:
     rest = sample_id.encode() + payload
-    return HEADER.pack(MAGIC, generation, len(sample_id.encode()), _digest(rest)) + rest
+    size = len(sample_id.encode())
+    return HEADER.pack(MAGIC, generation, size, _digest(b"%d %d " % (generation, size) + rest)) + rest
 
 
 def _read(path: Path) -> tuple[int, bytes] | None:
@@ -376,6 +394,6 @@ def _read(path: Path) -> tuple[int, bytes] | None:
         return None
     magic, generation, size, digest = HEADER.unpack_from(data)
     rest = data[HEADER.size :]
-    if magic != MAGIC or _digest(rest) != digest:
+    if magic != MAGIC or _digest(b"%d %d " % (generation, size) + rest) != digest:
         return None
     return generation, rest[size:]

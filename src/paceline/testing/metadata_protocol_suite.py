@@ -263,6 +263,20 @@ class MetadataProtocolSuite(ABC):
         assert store.durable_marker()["acked"] == set()
         store.adopt_checkpoint(checkpoint_of([good]), [good])
 
+    def test_a_lineage_may_know_a_revision_that_the_ledger_forgot(self) -> None:
+        """Power failed after the quarantine and before the revised plan was on the disk."""
+        store = self.make()
+        store.commit_samples([sample_ref(0), sample_ref(1)])
+        store.begin_step(StepPlan(1, ("run0:s0", "run0:s1"), 2))
+        store.quarantine(["run0:s1"], step=1, reason="poison")
+        revised = TrainedStep(1, 1, 2, trained(1, 0).samples)
+        store.adopt_checkpoint(checkpoint_of([revised]), [revised])
+        assert store.get_plan(1) == revised.plan
+        older = TrainedStep(2, 0, 2, trained(2, 0).samples)
+        store.begin_step(StepPlan(2, (), 2, rev=1))
+        with pytest.raises(IllegalTransitionError, match="planned otherwise"):
+            store.adopt_checkpoint(checkpoint_of([older], checkpoint_of([revised]).chain), [older])
+
     # -- poison ----------------------------------------------------------------------------
 
     def test_a_quarantined_sample_is_terminal_and_keeps_its_reason(self) -> None:

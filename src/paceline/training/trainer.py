@@ -16,7 +16,7 @@ from typing import Any
 from paceline.crashpoints import reach
 from paceline.features.store import FeatureStore
 from paceline.ledger.controller import DataFlowController
-from paceline.ledger.facts import CHECKPOINT_WANTED
+from paceline.ledger.facts import BUILDS_BEGUN, CHECKPOINT_WANTED
 from paceline.ledger.records import CheckpointRecord, TrainedStep, chain_of
 from paceline.ledger.trial import DEATHS_BEFORE_TRIAL
 from paceline.loader.loader import PlannedStep, StepLoader
@@ -80,20 +80,27 @@ class Trainer:
 
     def _initialise(self, loader: StepLoader) -> bool:
         """Build the draft from the run's first samples and make it checkpoint 0; False if stopped."""
+        store = self.controller.store
         while True:
             refs, samples = loader.first_samples(self._settings.first_samples)
             if not samples:
                 return False
-            reach("trainer.before_build")
-            try:
-                self.learner.build(samples)
-                break
-            except SAMPLE_FAILURES:
-                tensors = dict(zip([ref.sample_id for ref in refs], samples, strict=True))
+            tensors = dict(zip([ref.sample_id for ref in refs], samples, strict=True))
+            begun = store.facts().get(BUILDS_BEGUN, 0)
+            if begun < DEATHS_BEFORE_TRIAL:
+                store.set_facts({BUILDS_BEGUN: begun + 1}, fence=self._fence)
+                reach("trainer.before_build")
+                try:
+                    self.learner.build(samples)
+                    break
+                except SAMPLE_FAILURES:
+                    failing = failing_samples(self.controller, self.learner.build, "build", tensors)
+                    if not failing:
+                        raise
+            else:  # consumers died over it, or were killed
                 failing = failing_samples(self.controller, self.learner.build, "build", tensors)
-                if not failing:
-                    raise
-                self._quarantine(failing, step=0)
+            self._quarantine(failing, step=0)
+            store.set_facts({BUILDS_BEGUN: 0}, fence=self._fence)
         reach("trainer.after_build")
         self.checkpoint()
         return True

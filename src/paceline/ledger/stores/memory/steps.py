@@ -115,7 +115,7 @@ class Steps(Samples):
         with self._mutation(fence):
             self._check_lineage(checkpoint, lineage)
             for trained in lineage:
-                self._plans.setdefault(trained.step, trained.plan)
+                self._plans[trained.step] = trained.plan
                 for sample in trained.samples:
                     self._enter(sample)
                     if sample.finished:
@@ -139,6 +139,8 @@ class Steps(Samples):
         seqs = {sample.seq: i for i, sample in self._samples.items()}
         for trained in lineage:
             on_record = self._plans.get(trained.step)
+            if on_record is not None and trained.rev > on_record.rev:
+                on_record = None  # a revision that the ledger has forgotten
             if on_record is not None and on_record.digest != trained.plan.digest:
                 raise contradicts(checkpoint, f"step {trained.step} was planned otherwise")
             for sample in trained.samples:

@@ -161,7 +161,7 @@ class StepTable(SampleTable):
             for trained in lineage:
                 plan = trained.plan
                 self._change(
-                    "INSERT OR IGNORE INTO plan (step, rev, sample_ids, last_seq) VALUES (?, ?, ?, ?)",
+                    "INSERT OR REPLACE INTO plan (step, rev, sample_ids, last_seq) VALUES (?, ?, ?, ?)",
                     *(plan.step, plan.rev, json.dumps(plan.sample_ids), plan.last_seq),
                 )
                 for sample in trained.samples:
@@ -181,6 +181,8 @@ class StepTable(SampleTable):
             raise contradicts(checkpoint, "its chain does not continue that of the head")
         for trained in lineage:
             on_record = self._plan_on_record(trained.step)
+            if on_record is not None and trained.rev > on_record.rev:
+                on_record = None  # a revision that the ledger has forgotten
             if on_record is not None and on_record.digest != trained.plan.digest:
                 raise contradicts(checkpoint, f"step {trained.step} was planned otherwise")
             for sample in trained.samples:

@@ -1,0 +1,262 @@
+"""Ledger, features and checkpoints as actors of a simulation see them: every change is a scheduling point.
+
+Each actor has its own view. Before a change the actor gives way to the scheduler (`Way.point`), which
+may let others run first, or never come back. A dead actor's calls do nothing at all. The views also hold
+the oracle's rules that can be judged on the spot: no change by a replaced process, no features freed
+before a checkpoint covers them, no recorded checkpoint deleted, no head off the expected trajectory.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol
+
+from paceline.errors import CheckpointError, UnknownResultError
+from paceline.features.store import Sealed, Usage
+from paceline.ledger.records import CheckpointRecord
+from paceline.ledger.stores.memory import InMemoryMetadataStore
+from paceline.testing.light_adapters import InMemoryLightFeatureStore
+from paceline.training.checkpoint import Checkpoint, epoch_of
+from paceline.types import SampleRef
+
+
+class ViolationError(AssertionError):
+    """The promise was broken."""
+
+
+class Way(Protocol):
+    """What an actor asks of the scheduler."""
+
+    def point(self, name: str) -> None:
+        """Give way. Does not return if the actor is killed here."""
+
+    def wait(self, seen_lsn: int) -> None:
+        """Sleep until the ledger's number differs, or nobody else can run."""
+
+    def loses_result(self) -> bool:
+        """Whether the answer to the call just made gets lost."""
+
+    def count(self, name: str) -> None: ...
+
+    def took(self, role: str) -> None:
+        """The actor that runs now has acquired the role."""
+
+    @property
+    def epochs(self) -> dict[str, int]: ...
+
+
+FINAL = {  # on the disk on return, see ledger/stores/sqlite/database.py
+    "acquire_role",
+    "record_checkpoint",
+    "adopt_checkpoint",
+    "fall_back",
+    "quarantine",
+    "fail_tasks",
+}
+CHANGES = FINAL | {
+    *("reserve", "revoke", "commit_samples", "record_train_ack", "ack_step", "add_tasks", "lease_tasks"),
+    *("return_tasks", "begin_step", "leave_step", "forget_checkpoint", "begin_release", "record_released"),
+    *("report_lost", "compact", "set_facts"),
+}
+REPEATABLE = {"reserve", "commit_samples", "lease_tasks", "begin_step", "ack_step"}
+Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+
+
+class SimulatedDisk:
+    """The one ledger of a simulated run, with what a power loss may take back (durability "head")."""
+
+    def __init__(self, *, may_lose_power: bool) -> None:
+        self.store = InMemoryMetadataStore()
+        self._may_lose_power = may_lose_power
+        self._synced = self._copy()
+        self._since: list[Call] = []
+
+    def _copy(self) -> dict[str, Any]:
+        if not self._may_lose_power:
+            return {}
+        return copy.deepcopy({k: v for k, v in vars(self.store).items() if k != "_changed"})
+
+    def changed(self, call: Call) -> None:
+        if call[0] in FINAL:
+            self._since, self._synced = [], self._copy()
+        elif self._may_lose_power:
+            self._since.append(call)
+
+    def lose_power(self, keep: float) -> None:
+        """Back to a state between the last final call and now."""
+        vars(self.store).update(copy.deepcopy(self._synced))
+        kept = self._since[: round(keep * len(self._since))]
+        self._since = []
+        for name, args, kwargs in kept:
+            getattr(self.store, name)(*args, **kwargs)
+            self._since.append((name, args, kwargs))
+
+
+class SimulatedStore:
+    """One actor's view of the ledger."""
+
+    durable = True
+
+    def __init__(
+        self, disk: SimulatedDisk, way: Way, may_be_head: Callable[[CheckpointRecord], None]
+    ) -> None:
+        self._disk = disk
+        self._way = way
+        self._may_be_head = may_be_head
+        self._role = ""
+
+    def wait(self, seen_lsn: int, timeout_s: float) -> int:
+        self._way.wait(seen_lsn)
+        return self._disk.store.lsn()
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self._disk.store, name)
+        if name not in CHANGES:
+            return real
+
+        def change(*args: Any, **kwargs: Any) -> Any:
+            self._way.point(name)
+            before = self._disk.store.lsn()
+            result = real(*args, **kwargs)
+            if self._disk.store.lsn() != before:
+                self._judge(name, args, kwargs)
+                self._disk.changed((name, args, kwargs))
+            if name in REPEATABLE and kwargs.get("op_id") and self._way.loses_result():
+                raise UnknownResultError("The answer got lost.", next="repeat the call.")
+            return result
+
+        return change
+
+    def _judge(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        epochs = self._way.epochs
+        if name == "acquire_role":
+            self._role = args[0]
+            self._way.took(self._role)
+            return
+        fence = kwargs.get("fence")
+        if fence is None and self._role:
+            raise ViolationError(f"{name} by a {self._role} without its fence")
+        if fence is not None and fence.epoch != epochs[fence.role]:
+            raise ViolationError(
+                f"{name} by epoch {fence.epoch} of the {fence.role}, but {epochs[fence.role]} rules"
+            )
+        if name in ("record_checkpoint", "adopt_checkpoint"):
+            self._may_be_head(args[0])
+
+
+class SimulatedFeatures:
+    """One actor's view of the feature store; nothing may be freed that a step may need again."""
+
+    def __init__(self, store: InMemoryLightFeatureStore, disk: SimulatedDisk, way: Way) -> None:
+        self._features = store
+        self._disk = disk
+        self._way = way
+
+    def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:
+        self._way.point("put")
+        return self._features.put(sample_id, tensors, generation=generation)
+
+    def get(self, ref: SampleRef) -> dict[str, Any]:
+        return self._features.get(ref)
+
+    def abort(self, sample_id: str, reason: str = "", *, generation: int | None = None) -> None:
+        self._way.point("abort")
+        before = dict(self._features.held)
+        self._features.abort(sample_id, reason, generation=generation)
+        self._judge(before)
+
+    def sweep(self, keep: Collection[str], *, before: int | None = None) -> list[str]:
+        self._way.point("sweep")
+        held = dict(self._features.held)
+        swept = self._features.sweep(keep, before=before)
+        self._judge(held)
+        return swept
+
+    def _judge(self, before: Mapping[str, tuple[int, bytes]]) -> None:
+        for sample_id in before.keys() - self._features.held.keys():
+            if self._is_needed(sample_id, before[sample_id][0]):
+                raise ViolationError(f"the features of {sample_id} were freed before a checkpoint covers it")
+
+    def _is_needed(self, sample_id: str, generation: int) -> bool:
+        """By the rows alone, not by the store's own idea of what is covered."""
+        store = self._disk.store
+        sample, ack = store._samples.get(sample_id), store._acks.get(sample_id)
+        if sample is None or sample.ref.generation != generation or not sample.resident:
+            return False
+        head = max(store._checkpoints, default=-1)
+        step = sample.quarantine_step if sample.state == "quarantined" else ack.step if ack else head + 1
+        return step is not None and step > head
+
+    def sample_ids(self) -> list[str]:
+        return self._features.sample_ids()
+
+    def usage(self) -> Usage:
+        return self._features.usage()
+
+    def close(self) -> None:
+        """Nothing to detach from."""
+
+    def destroy(self) -> None:
+        self._features.destroy()
+
+
+class SimulatedFolders:
+    """The checkpoint folder itself: what was renamed into place is there, whatever happens."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, tuple[CheckpointRecord, Checkpoint]] = {}
+        self.damaged: set[str] = set()
+        self.recorded: set[str] = set()  # ever
+        self.made = 0
+
+
+class SimulatedFolder:
+    """One actor's view of it."""
+
+    def __init__(self, folders: SimulatedFolders, disk: SimulatedDisk, way: Way) -> None:
+        self.folder = "checkpoints"
+        self._folders = folders
+        self._disk = disk
+        self._way = way
+
+    def write(self, checkpoint: Checkpoint) -> CheckpointRecord:
+        self._way.point("write")
+        folders = self._folders
+        folders.made += 1
+        name = f"step-{checkpoint.step:08d}-{checkpoint.epoch:06d}-{folders.made:08x}"
+        content = json.dumps([repr(checkpoint), name]).encode()
+        record = CheckpointRecord(
+            checkpoint.step,
+            name,
+            hashlib.sha256(content).hexdigest(),
+            checkpoint.last_seq,
+            checkpoint.chain,
+        )
+        folders.held[name] = record, checkpoint
+        return record
+
+    def read(self, record: CheckpointRecord) -> Checkpoint:
+        known = self._folders.held.get(record.name)
+        if known is None or known[0] != record or record.name in self._folders.damaged:
+            raise CheckpointError(f"{record.name} is damaged.", next="fall back.")
+        return known[1]
+
+    def unrecorded(self, records: Collection[CheckpointRecord]) -> list[tuple[CheckpointRecord, Checkpoint]]:
+        known = {record.name for record in records} | self._folders.damaged
+        found = [pair for name, pair in self._folders.held.items() if name not in known]
+        return sorted(found, key=lambda pair: pair[0].step)
+
+    def sweep(self, keep: set[str], *, epoch: int | None = None) -> list[str]:
+        self._way.point("sweep_checkpoints")
+        swept = [n for n in self._folders.held if n not in keep and (epoch is None or epoch_of(n) <= epoch)]
+        recorded = {record.name for record in self._disk.store.checkpoints()}
+        for name in swept:
+            if name in recorded:
+                raise ViolationError(f"the recorded checkpoint {name} was deleted")
+            del self._folders.held[name]
+        if any(name not in self._folders.recorded for name in swept):
+            self._way.count("orphan checkpoints swept")
+        return swept

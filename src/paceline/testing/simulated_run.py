@@ -1,0 +1,106 @@
+"""The shape of a simulated run, and the product's classes joined over simulated parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
+from paceline.capture.producer import CaptureSettings, Producer
+from paceline.ledger.controller import DataFlowController
+from paceline.loader.loader import StepLoader
+from paceline.testing.light_adapters import SAMPLE_BYTES, HashLearner, LightEngine
+from paceline.training.settings import OptimizerSettings, TrainerSettings
+from paceline.training.trainer import Trainer
+from paceline.types import PromptTask
+
+RUN_ID = "light"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the weights of a run, how often it checkpoints, and how much room it has.
+
+    `spare`: samples of room beyond the least that is allowed; None: all that anyone could want.
+    """
+
+    prompts: int = 12
+    group: int = 3
+    batch: int = 3
+    passes: int = 1
+    interval: int = 2
+    spare: int | None = None
+
+    @property
+    def window(self) -> int:
+        return max((self.passes + 1) * self.group + self.batch, self.group)
+
+    @property
+    def least_samples(self) -> int:
+        return -(-(self.group + self.window) * 4 // 3) + 1
+
+    @property
+    def budget_samples(self) -> int | None:
+        return None if self.spare is None else self.least_samples + self.spare
+
+    @property
+    def budget_bytes(self) -> int:
+        return 64 * SAMPLE_BYTES * (self.group + self.window)
+
+    @property
+    def sample_ids(self) -> list[str]:
+        return [f"{RUN_ID}:{n}" for n in range(self.prompts)]
+
+    @property
+    def weights_only(self) -> Shape:
+        """The part that decides the weights."""
+        return Shape(self.prompts, self.group, self.batch, self.passes, interval=1)
+
+    def tasks(self) -> list[PromptTask]:
+        return [PromptTask(str(n), RUN_ID, "prompts", {"prompt_ids": [n]}, n) for n in range(self.prompts)]
+
+
+def simulated_producer(
+    shape: Shape, store: Any, features: Any, engine: LightEngine, report: Callable[..., None]
+) -> Producer:
+    budget = features.usage().budget_bytes
+    check_feasible(
+        budget_bytes=budget,
+        sample_bytes=SAMPLE_BYTES,
+        group_size=shape.group,
+        window_size=shape.window,
+        budget_samples=shape.budget_samples,
+    )
+    marks = Watermarks(
+        budget_bytes=budget,
+        group_bytes=shape.group * SAMPLE_BYTES,
+        budget_samples=shape.budget_samples,
+        group_samples=shape.group,
+    )
+    controller = DataFlowController(RUN_ID, metadata_store=store, attempt_max=3)
+    settings = CaptureSettings(group_size=shape.group, num_prompts=shape.prompts, max_answer_tokens=4)
+    pressure = Backpressure(features, store, marks)
+    return Producer(controller, engine, features, shape.tasks(), settings, pressure, report=report)
+
+
+def simulated_consumer(
+    shape: Shape, store: Any, features: Any, folder: Any, learner: HashLearner, report: Callable[..., None]
+) -> tuple[Trainer, StepLoader]:
+    controller = DataFlowController(RUN_ID, metadata_store=store)
+    settings = TrainerSettings(
+        optimizer=OptimizerSettings(total_steps=1),
+        first_samples=shape.group,
+        checkpoint_interval_steps=shape.interval,
+    )
+    trainer = Trainer(controller, features, learner, folder, settings, report=report)
+    loader = StepLoader(
+        controller,
+        features,
+        batch_size=shape.batch,
+        passes=shape.passes,
+        block_size=shape.group,
+        position=trainer.position,
+        report=report,
+    )
+    return trainer, loader

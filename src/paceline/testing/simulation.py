@@ -1,0 +1,436 @@
+"""A deterministic simulation of whole runs: the product's own producer, loader, trainer and controller.
+
+Producers and consumers are greenlets over simulated parts; a scheduler, seeded, decides who makes the
+next change, and who is killed, suspended while a successor takes over (and resumed later: a zombie),
+whose answers get lost, which features and checkpoints are lost, and when the power fails. A seed
+draws its own run and its own mix of faults. Whatever happened, the run must end, and in the weights of
+the run to which nothing happened; and every rule in simulated_parts.py must hold all the time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from greenlet import getcurrent, greenlet  # type: ignore[import-untyped]
+
+from paceline.errors import ConfigError, FencedError, PacelineError, TrainingError, UnknownResultError
+from paceline.ledger.facts import COMPLETED_STEP, END_OF_STREAM
+from paceline.ledger.records import CheckpointRecord
+from paceline.testing.light_adapters import HashLearner, InMemoryLightFeatureStore, LightEngine
+from paceline.testing.simulated_parts import (
+    SimulatedDisk,
+    SimulatedFeatures,
+    SimulatedFolder,
+    SimulatedFolders,
+    SimulatedStore,
+    ViolationError,
+)
+from paceline.testing.simulated_run import RUN_ID, Shape, simulated_consumer, simulated_producer
+
+SWITCHES_MAX = 6_000  # twenty times what the longest run needs
+IDLE_MAX = 400
+ROLES = ("producer", "consumer")
+KINDS = ("kill", "kill", "kill_both", "zombie", "zombie", "lose", "corrupt", "damage", "power", "forget")
+
+
+class Killed(BaseException):
+    """The process is gone; nothing it still does counts."""
+
+
+@dataclass(frozen=True)
+class Poison:
+    """Samples (by number) that the engine or the trainer fails on, or dies of."""
+
+    engine_fails: tuple[int, ...] = ()
+    engine_dies: tuple[int, ...] = ()
+    trainer_fails: tuple[int, ...] = ()
+    trainer_dies: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
+
+@dataclass
+class Fault:
+    kind: str
+    role: str
+    after: int  # scheduling points of the run
+
+
+@dataclass(eq=False)
+class Actor:
+    """One process."""
+
+    role: str
+    run: greenlet
+    dead: bool = False
+    suspended: bool = False
+    replaced: bool = False
+    waits_for: int | None = None  # the ledger's number it has seen
+    at: str = "start"
+    learner: HashLearner | None = None
+
+
+@dataclass
+class World:
+    """Everything of one simulated run. It is also every actor's `Way`."""
+
+    shape: Shape
+    poison: Poison
+    rng: random.Random
+    faults: list[Fault]
+    lossy: float = 0.0
+    expected: dict[int, bytes] | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.disk = SimulatedDisk(may_lose_power=any(f.kind == "power" for f in self.faults))
+        self.features = InMemoryLightFeatureStore(self.shape.budget_bytes)
+        self.folders = SimulatedFolders()
+        self.actors: list[Actor] = []
+        self.epochs: dict[str, int] = {}
+        self.switches = self.idle = self.reboots = 0
+        self.scheduler = getcurrent()
+        self.running: Actor | None = None
+        self.trajectory: dict[int, bytes] = {}
+        self.failure: PacelineError | None = None
+
+    # -- what actors see -------------------------------------------------------------------
+
+    def point(self, name: str) -> None:
+        actor = self.running
+        assert actor is not None
+        if not actor.dead:
+            actor.at = name
+            self.scheduler.switch()
+        if actor.dead:
+            raise Killed
+
+    def wait(self, seen_lsn: int) -> None:
+        actor = self.running
+        assert actor is not None
+        actor.waits_for = seen_lsn
+        self.point("wait")
+        actor.waits_for = None
+
+    def loses_result(self) -> bool:
+        lost = self.rng.random() < self.lossy
+        self.counts["answers lost"] += lost
+        return lost
+
+    def count(self, name: str) -> None:
+        self.counts[name] += 1
+
+    def took(self, role: str) -> None:
+        """Who takes a role last has it, also if that process was started earlier and held up."""
+        self.epochs[role] = self.epochs.get(role, 0) + 1
+        for actor in self.actors:
+            if actor.role == role:
+                actor.replaced = actor is not self.running
+
+    def _report(self, event: str, **fields: Any) -> None:
+        if event in ("fall_back", "rolled_forward", "made_room", "waiting_for_recapture", "quarantined"):
+            self.counts[event] += 1
+        if event == "started" and fields["orphans"]:
+            self.counts["orphan features swept"] += 1
+
+    def may_be_head(self, record: CheckpointRecord) -> None:
+        """Every head's weights lie on the trajectory of the run to which nothing happened."""
+        weights = self.folders.held[record.name][1].files["weights.bin"]
+        if self.expected is not None and self.expected.get(record.step) != weights:
+            raise ViolationError(f"the head at step {record.step} has other weights than that step has")
+        self.trajectory[record.step] = weights
+        self.folders.recorded.add(record.name)
+
+    # -- actors ----------------------------------------------------------------------------
+
+    def _spawn(self, role: str) -> None:
+        for other in self.actors:
+            other.replaced = other.replaced or other.role == role
+        actor = Actor(role, greenlet(lambda: None))
+        actor.run = greenlet(
+            lambda: self._live(actor, self._produce if role == "producer" else self._consume)
+        )
+        self.actors.append(actor)
+        self.counts[f"{role}s"] += 1
+
+    def _live(self, actor: Actor, work: Callable[[Actor], None]) -> None:
+        try:
+            work(actor)
+        except Killed:
+            pass
+        except FencedError:
+            if not actor.replaced:
+                raise ViolationError(
+                    f"a {actor.role} that nobody replaced was fenced at {actor.at}"
+                ) from None
+            self.counts[f"zombie rejected at {actor.at}"] += 1
+        except UnknownResultError:
+            self.counts["gave up after unknown results"] += 1  # and is started again
+        except PacelineError as error:
+            if not actor.replaced:
+                self.failure = error
+        actor.dead = True
+
+    def _parts(self, actor: Actor) -> tuple[Any, Any]:
+        store = SimulatedStore(self.disk, self, self.may_be_head)
+        return store, SimulatedFeatures(self.features, self.disk, self)
+
+    def _produce(self, actor: Actor) -> None:
+        store, features = self._parts(actor)
+        engine = LightEngine(
+            self._refuses(actor, self.poison.engine_fails, self.poison.engine_dies, RuntimeError)
+        )
+        producer = simulated_producer(self.shape, store, features, engine, self._report)
+        producer.run(should_stop=lambda: COMPLETED_STEP in store.facts())
+
+    def _consume(self, actor: Actor) -> None:
+        store, features = self._parts(actor)
+        refuses = self._refuses(actor, self.poison.trainer_fails, self.poison.trainer_dies, TrainingError)
+        actor.learner = HashLearner(refuses)
+        folder: Any = SimulatedFolder(self.folders, self.disk, self)
+        trainer, loader = simulated_consumer(self.shape, store, features, folder, actor.learner, self._report)
+        step = trainer.fit(loader)
+        if loader.exhausted and store.usage().waiting_samples == 0:
+            store.set_facts({COMPLETED_STEP: step}, fence=trainer.controller.fence("consumer"))
+
+    def _refuses(
+        self, actor: Actor, fails: Sequence[int], dies: Sequence[int], error: type[Exception]
+    ) -> Callable[[Sequence[str]], None] | None:
+        failing, deadly = ({self.shape.sample_ids[n] for n in numbers} for numbers in (fails, dies))
+
+        def refuses(ids: Sequence[str]) -> None:
+            if deadly & set(ids):
+                actor.dead = True
+                self.counts["deaths of poison"] += 1
+                raise Killed
+            if failing & set(ids):
+                raise error(f"{sorted(failing & set(ids))[0]} is poison")
+
+        return refuses if failing or deadly else None
+
+    # -- the scheduler ---------------------------------------------------------------------
+
+    def run(self) -> None:
+        while not self._is_complete():
+            self.switches += 1
+            if self.switches > SWITCHES_MAX:
+                raise ViolationError("the run does not come to an end")
+            self._inject()
+            self._start_what_is_missing()
+            self._continue_zombies()
+            ready = [a for a in self._living() if not a.suspended and self._is_awake(a)]
+            if ready:
+                self.idle = 0
+                self._resume(self.rng.choice(ready))
+            else:
+                self._nobody_is_ready()
+            if self.failure is not None:
+                raise self.failure
+        for actor in self._living():
+            self._kill(actor)
+
+    def _living(self) -> list[Actor]:
+        return [actor for actor in self.actors if not actor.dead]
+
+    def _is_awake(self, actor: Actor) -> bool:
+        return actor.waits_for is None or self.disk.store.lsn() != actor.waits_for
+
+    def _resume(self, actor: Actor) -> None:
+        self.running = actor
+        actor.run.switch()
+        self.running = None
+
+    def _continue_zombies(self) -> None:
+        for actor in self._living():
+            if actor.suspended and actor.replaced and self.rng.random() < 0.05:
+                actor.suspended = False
+                self.counts["zombies continued"] += 1
+
+    def _nobody_is_ready(self) -> None:
+        stopped = [actor for actor in self._living() if actor.suspended]
+        if stopped:
+            stopped[0].suspended = False
+            return
+        self.idle += 1
+        if self.idle > IDLE_MAX:
+            waiting = [(actor.role, actor.at) for actor in self._living()]
+            raise ViolationError(f"producer and consumer wait for each other: {waiting}")
+        for actor in self._living():  # every time-out strikes
+            self._resume(actor)
+
+    def _is_complete(self) -> bool:
+        return COMPLETED_STEP in self.disk.store.facts()
+
+    def _start_what_is_missing(self) -> None:
+        for role in ROLES:
+            if any(a.role == role and not a.suspended and not a.replaced for a in self._living()):
+                continue
+            store = self.disk.store
+            counts = store.task_counts()
+            idle = store.facts().get(END_OF_STREAM) and not counts["pending"] + counts["leased"]
+            if role == "consumer" or not idle or not self.epochs.get("producer"):
+                self._spawn(role)
+
+    def _kill(self, actor: Actor) -> None:
+        actor.dead = True
+        self.counts[f"killed at {actor.at}"] += 1
+        if actor.run:  # it has begun
+            self._resume(actor)
+
+    def _inject(self) -> None:
+        while self.faults and self.faults[0].after <= self.switches:
+            fault = self.faults.pop(0)
+            self._FAULTS[fault.kind](self, fault)
+            self.counts[f"fault {fault.kind}"] += 1
+
+    # -- faults ----------------------------------------------------------------------------
+
+    def _victims(self, fault: Fault) -> list[Actor]:
+        return [a for a in self._living() if a.role == fault.role and not a.suspended]
+
+    def _kill_fault(self, victims: Sequence[Actor]) -> None:
+        for actor in victims:
+            self._kill(actor)
+
+    def _kill_role(self, fault: Fault) -> None:
+        self._kill_fault(self._victims(fault))
+
+    def _kill_both(self, _: Fault) -> None:
+        self._kill_fault(self._living())
+
+    def _zombie(self, fault: Fault) -> None:
+        for actor in self._victims(fault):
+            actor.suspended = True
+
+    def _lose(self, _: Fault) -> None:
+        if self.features.held:
+            del self.features.held[self.rng.choice(sorted(self.features.held))]
+
+    def _corrupt(self, _: Fault) -> None:
+        if self.features.held:
+            sample_id = self.rng.choice(sorted(self.features.held))
+            generation, payload = self.features.held[sample_id]
+            self.features.held[sample_id] = generation, payload[:-1] + bytes([payload[-1] ^ 1])
+
+    def _damage(self, _: Fault) -> None:
+        """The newest of several retained checkpoints; found when the next consumer starts."""
+        heads = self.disk.store.checkpoints()
+        whole = [head for head in heads if head.name not in self.folders.damaged]
+        if len(whole) > 1:
+            self.folders.damaged.add(whole[-1].name)
+            self._kill_fault([a for a in self._living() if a.role == "consumer"])
+
+    def _forget(self, _: Fault) -> None:
+        """A reboot: shared memory is gone, and with it every process."""
+        self._kill_fault(self._living())
+        self.reboots += 1
+        self.features.wipe(f"light://{self.reboots}")
+
+    def _power(self, fault: Fault) -> None:
+        self._forget(fault)
+        self.disk.lose_power(self.rng.random())
+        self.epochs.update(self.disk.store.role_epochs())
+
+    _FAULTS = {
+        "kill": _kill_role,
+        "kill_both": _kill_both,
+        "zombie": _zombie,
+        "lose": _lose,
+        "corrupt": _corrupt,
+        "damage": _damage,
+        "forget": _forget,
+        "power": _power,
+    }
+
+    # -- the end ---------------------------------------------------------------------------
+
+    def check_the_end(self) -> None:
+        """Nothing is lost, nothing is left, and nothing was trained more often than configured."""
+        store, ids = self.disk.store, self.shape.sample_ids
+        aside = set(store.quarantined()) | {f"{RUN_ID}:{task}" for task in store.failed_tasks()}
+        acked = store.durable_marker()["acked"]
+        if acked | aside != set(ids) or acked & aside:
+            raise ViolationError(
+                f"not trained: {sorted(set(ids) - acked - aside)}; both: {sorted(acked & aside)}"
+            )
+        self._spawn("producer")
+        last = self.actors[-1]
+        while not last.dead:
+            last.waits_for = None
+            self._resume(last)
+        left = set(self.features.held)
+        if left or store.present_ids() or store.intents():
+            raise ViolationError(f"left behind: {sorted(left)}, {store.present_ids()}, {store.intents()}")
+        head = store.checkpoints()[-1]
+        visits = Counter(i for plan in store.plans() if plan.step <= head.step for i in plan.sample_ids)
+        if any(visits[i] != self.shape.passes for i in acked):
+            raise ViolationError("a sample was visited more or less often than configured")
+
+
+@cache
+def crash_free(shape: Shape, poison: Poison) -> tuple[dict[int, bytes], frozenset[str]] | None:
+    """Weights by step, and what is set aside, of the run to which nothing but its poison happens.
+
+    None if the poison halts it: then there is nothing to compare with.
+    """
+    world = World(shape, poison, random.Random(0), [])
+    try:
+        world.run()
+    except PacelineError:
+        return None
+    store = world.disk.store
+    aside = set(store.quarantined()) | {f"{RUN_ID}:{task}" for task in store.failed_tasks()}
+    return world.trajectory, frozenset(aside)
+
+
+def draw(seed: int) -> World:
+    """The run and the faults of a seed."""
+    rng = random.Random(seed)
+    shape = Shape(
+        prompts=rng.choice((5, 8, 12)),
+        group=rng.choice((2, 3, 4)),
+        batch=rng.choice((1, 2, 3)),
+        passes=rng.choice((1, 1, 2)),
+        interval=rng.choice((1, 2, 3, 5)),
+        spare=rng.choice((None, 0, 0, 1, 3)),
+    )
+    poison = Poison()
+    if rng.random() < 0.2:
+        kind = rng.choice(tuple(vars(poison)))
+        poison = replace(poison, **{kind: (rng.randrange(shape.prompts),)})
+    kinds = rng.sample(KINDS, rng.randint(1, 4))
+    faults = [
+        Fault(rng.choice(kinds), rng.choice(ROLES), round(rng.random() ** 2 * 400))
+        for _ in range(rng.choice((0, 1, 2, 3, 4, 6, 8)) if not poison else rng.choice((0, 1, 2)))
+    ]
+    lossy = rng.choice((0.0, 0.0, 0.02, 0.1))
+    return World(shape, poison, rng, sorted(faults, key=lambda f: f.after), lossy)
+
+
+def simulate(seed: int) -> Counter[str]:
+    """One seed; what happened in it. Raises ViolationError."""
+    world = draw(seed)
+    known = crash_free(world.shape.weights_only, world.poison)
+    if known is None:
+        return Counter({"halted by poison": 1})
+    world.expected, aside = known
+    world.scheduler = getcurrent()
+    try:
+        world.run()
+        world.check_the_end()
+    except ViolationError as violation:
+        raise ViolationError(f"seed {seed}: {violation}") from violation
+    except (PacelineError, ConfigError) as error:
+        raise ViolationError(f"seed {seed}: {type(error).__name__}: {error}") from error
+    store = world.disk.store
+    found = set(store.quarantined()) | {f"{RUN_ID}:{task}" for task in store.failed_tasks()}
+    if found != aside:
+        raise ViolationError(f"seed {seed}: set aside {sorted(found)} instead of {sorted(aside)}")
+    world.counts["runs"] += 1
+    return world.counts
