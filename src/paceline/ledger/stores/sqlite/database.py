@@ -27,6 +27,7 @@ from paceline.ledger.bell import Bell
 from paceline.ledger.gate import WriterGate, refuse_network_filesystem
 from paceline.ledger.records import Fence
 from paceline.ledger.refusals import fenced
+from paceline.ledger.stores.sqlite.page_checksums import RESERVED_BYTES, checksum_layer, refuse_unchecked
 from paceline.ledger.stores.sqlite.schema import open_schema
 
 Durability = Literal["full", "head"]
@@ -72,8 +73,13 @@ class Database:
         self._closed = False
         self._broken = ""
         with self._lock, self._gate.writing(), self._explained():
-            self._db = apsw.Connection(str(self.path), vfs=vfs)
+            refuse_unchecked(self.path)
+            self._db = apsw.Connection(str(self.path), vfs=vfs or checksum_layer())
             self._db.set_busy_timeout(60_000)
+            if vfs is not None:  # such file layers have no shared memory; one process alone then
+                self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            elif checksum_layer() is not None:
+                self._db.reserve_bytes(None, RESERVED_BYTES)  # of a new database
             open_schema(self._db, self.path)
             self._synchronous("FULL")
 
@@ -165,11 +171,7 @@ class Database:
                 next="free space on that disk and run the same command again.",
             ) from error
         except (apsw.CorruptError, apsw.NotADBError) as error:
-            raise SchemaError(
-                f"{self.path} is damaged or no database ({error}).",
-                why="The ledger cannot be trusted, so nothing was changed.",
-                next="restore it from a backup, or start a new run in another run.directory.",
-            ) from error
+            raise self._damaged(error) from error
         except (
             apsw.IOError,
             apsw.BusyError,
@@ -178,6 +180,10 @@ class Database:
             apsw.ProtocolError,
             apsw.LockedError,
         ) as error:
+            if (
+                getattr(error, "extendedresult", 0) == apsw.SQLITE_IOERR_DATA
+            ):  # a page does not match its checksum
+                raise self._damaged(error) from error
             raise LedgerError(
                 f"{self.path} cannot be read or written ({error}).",
                 why="The change was rolled back; everything committed before is safe.",
@@ -185,6 +191,13 @@ class Database:
             ) from error
         except apsw.ConnectionClosedError as error:
             raise LedgerError(f"{self.path} is closed.", next="open a new SQLiteMetadataStore.") from error
+
+    def _damaged(self, error: apsw.Error) -> SchemaError:
+        return SchemaError(
+            f"{self.path} is damaged or no database ({error}).",
+            why="The ledger cannot be trusted, so nothing was changed.",
+            next="restore it from a backup, or start a new run in another run.directory.",
+        )
 
     def _rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._lock:

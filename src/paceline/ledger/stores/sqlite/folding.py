@@ -40,7 +40,8 @@ class Folding(Database):
             try:
                 yield
             finally:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # an error may have ended it
+                    self._db.execute("ROLLBACK")
 
     @staticmethod
     def _digest(data: bytes) -> str:
@@ -150,10 +151,12 @@ class Folding(Database):
         return [i if seq is None else seq for i, seq in zip(sample_ids, seqs, strict=True)]
 
     def _fold_samples(self, oldest: int) -> int:
-        """Only samples of known prompts: those can never be committed again by mistake."""
+        """Only samples of known prompts that have no row: those are never committed again by mistake."""
         rows = self._rows(
             "SELECT seq, sample_id, task_id, step FROM sample JOIN ack USING (sample_id) "
-            "WHERE state = 'released' AND durable = 1 AND step <= ? AND ordinal NOT NULL ORDER BY seq",
+            "WHERE state = 'released' AND durable = 1 AND step <= ? AND ordinal NOT NULL "
+            "AND ordinal < (SELECT next_ordinal FROM run) AND ordinal NOT IN (SELECT ordinal FROM task) "
+            "ORDER BY seq",
             oldest,
         )
         for start in range(0, len(rows), BLOCK):

@@ -47,6 +47,7 @@ def open_schema(db: apsw.Connection, path: Path) -> None:
         reach("ledger.before_backup")
         back_up(db, path.with_name(f"{path.name}.v{version}.bak"))
         reach("ledger.after_backup")
+        db.execute("VACUUM")  # into pages with room for a checksum
         _in_one_transaction(db, _from_1_to_2)
         reach("ledger.after_migration")
 

@@ -1,0 +1,31 @@
+"""Power failures under the ledger by the thousand, and failing file operations (testing/broken_files.py)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import apsw
+
+from paceline.testing.broken_files import fail_calls, lose_power
+
+HISTORIES = 40
+
+
+def run(scale: float, seed: int) -> dict[str, int]:
+    """Images of `HISTORIES * scale` histories in either mode, and every n-th fault of a few more."""
+    counts: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(round(HISTORIES * scale)):
+            for durability in ("full", "head"):
+                place = Path(folder) / f"{durability}-{number}"
+                found = lose_power(place, 1000 * seed + number, durability, calls=150, per_interval=4)  # type: ignore[arg-type]
+                counts.update({f"{name} ({durability})": count for name, count in found.items()})
+        for number in range(max(1, round(3 * scale))):
+            for error in (apsw.IOError, apsw.FullError):
+                for kinds in (("write",), ("sync",)):
+                    place = Path(folder) / f"fault-{number}-{error.__name__}-{kinds[0]}"
+                    found = fail_calls(place, 1000 * seed + number, error, kinds, lasting=False)
+                    counts[f"{error.__name__} at a {kinds[0]}"] += found["faults"]
+    return dict(counts)

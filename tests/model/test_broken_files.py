@@ -1,0 +1,67 @@
+"""Under the ledger: power failures, failing file operations, flipped bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import apsw
+import pytest
+
+from paceline.errors import LedgerError, UnknownResultError
+from paceline.testing import broken_files
+from paceline.testing.broken_files import fail_calls, flip_bits, lose_power, open_ledger
+from paceline.testing.recording_vfs import FaultyVFS
+from paceline.testing.samples import sample_ref
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_was_acknowledged_survives_power_loss(tmp_path: Path, seed: int) -> None:
+    """durability="full": every call that returned is there, whatever the disk did with unsynced writes."""
+    counts = lose_power(tmp_path, seed, "full", calls=60, per_interval=3)
+    assert counts["images"] > 200
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_weights_depend_on_survives_power_loss(tmp_path: Path, seed: int) -> None:
+    """durability="head": every call up to the last final one is there; what else is there is a prefix."""
+    counts = lose_power(tmp_path, seed, "head", calls=120, per_interval=6)
+    assert counts["images"] > 50
+
+
+def test_a_promise_that_is_not_kept_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask of "head" what only "full" promises, and the images show that it is not so."""
+    monkeypatch.setattr(broken_files, "FINAL", {*broken_files.FINAL, "commit_samples", "ack_step"})
+    with pytest.raises(AssertionError, match="was acknowledged"):
+        lose_power(tmp_path, 0, "head", calls=120, per_interval=6)
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize(
+    ("error", "kinds"), [(apsw.IOError, ("sync",)), (apsw.FullError, ("write",)), (apsw.IOError, ("write",))]
+)
+def test_a_failing_file_operation_leaves_whole_calls(
+    tmp_path: Path, error: type[Exception], kinds: tuple[str, ...], lasting: bool
+) -> None:
+    """Whichever operation fails, once or from then on: the error advises and the next process goes on."""
+    counts = fail_calls(tmp_path, 3, error, kinds, lasting=lasting, calls=8)
+    assert counts["faults"] >= 10
+
+
+def test_after_a_failed_sync_the_process_writes_no_more(tmp_path: Path) -> None:
+    """What the disk holds is unknown then; the next process reads what is really there."""
+    vfs = FaultyVFS("failed-sync")
+    store = open_ledger(tmp_path, "full", vfs.name)
+    vfs.arm(apsw.IOError, ("sync",), 1, lasting=False)
+    with pytest.raises(UnknownResultError, match="check the disk"):
+        store.commit_sample(sample_ref(0))
+    with pytest.raises(LedgerError, match="stopped writing"):
+        store.commit_sample(sample_ref(1))
+    store.close()
+    assert open_ledger(tmp_path).commit_sample(sample_ref(1)) is True
+
+
+def test_no_flipped_bit_of_the_ledger_is_believed(tmp_path: Path) -> None:
+    """Every page has a checksum: a flip is an error with advice, or lies where nothing is read."""
+    counts = flip_bits(tmp_path, 7, flips=300)
+    assert counts["found"] > 150
+    assert counts["found"] + counts["harmless"] == 300
