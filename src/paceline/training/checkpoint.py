@@ -14,6 +14,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from paceline.ledger.records import CheckpointRecord, TrainedSample, TrainedStep
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # 1 has no lineage
 MANIFEST = "manifest.json"
+DIGITS_IN_NAME = 16  # of the manifest's digest, for who finds the folder without a record of it
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,13 @@ class CheckpointFolder:
 
     def write(self, checkpoint: Checkpoint) -> CheckpointRecord:
         """Durable on return. Raises CheckpointError if the disk is full; older checkpoints stay."""
-        name = f"step-{checkpoint.step:08d}-{checkpoint.epoch:06d}-{uuid.uuid4().hex[:8]}"
-        aside = self.folder / f"{name}.new"
+        prefix = f"step-{checkpoint.step:08d}-{checkpoint.epoch:06d}"
+        aside = self.folder / f"{prefix}-{uuid.uuid4().hex[:8]}.new"
         try:
             aside.mkdir()
             reach("checkpoint.after_mkdir")
             digest = self._fill(aside, checkpoint)
+            name = f"{prefix}-{digest[:DIGITS_IN_NAME]}"
             durable_files.sync_folder(aside)
             reach("checkpoint.before_rename")
             aside.rename(self.folder / name)
@@ -142,6 +145,8 @@ class CheckpointFolder:
                 continue
             try:
                 data = (entry / MANIFEST).read_bytes()
+                if not entry.name.endswith(_sha256(data)[:DIGITS_IN_NAME]):
+                    continue  # altered since it was named
                 checkpoint = self._read(entry.name, json.loads(data))
             except (OSError, ValueError, KeyError, TypeError, CheckpointError):
                 continue  # damaged, and nobody's: swept
@@ -170,7 +175,8 @@ class CheckpointFolder:
                 continue
             if epoch is None or epoch_of(entry.name) <= epoch:
                 reach("checkpoint.before_remove")
-                shutil.rmtree(entry)
+                with suppress(FileNotFoundError):  # its successor may sweep the same
+                    shutil.rmtree(entry)
                 reach("checkpoint.after_remove")
                 swept.append(entry.name)
         return swept

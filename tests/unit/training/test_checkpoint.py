@@ -133,3 +133,13 @@ def test_a_kill_leaves_a_whole_checkpoint_or_none(tmp_path: Path, point: str, vi
     assert died.returncode == -9
     names = [p.name for p in tmp_path.iterdir()]
     assert [not name.endswith(".new") for name in names] == [visible]
+
+
+def test_an_altered_manifest_nobody_has_on_record_is_not_adopted(tmp_path: Path) -> None:
+    """After a fall back the ledger no longer knows the damaged head's digest; the folder's name does."""
+    folder = CheckpointFolder(tmp_path, "run0")
+    record = folder.write(checkpoint(3))
+    assert [found.name for found, _ in folder.unrecorded([])] == [record.name]
+    manifest = tmp_path / record.name / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"last_seq":', '"last_seq":1'))
+    assert folder.unrecorded([]) == []
