@@ -6,29 +6,59 @@ from pathlib import Path
 
 from rich.console import Console
 
+from paceline.errors import SchemaError
 from paceline.fsck.checker import check
+from paceline.fsck.report import OF_A_HISTORY, RULES
 
 UNSOUND = 9  # exit code
 
 
-def fsck_directory(console: Console, directory: Path) -> int:
-    """Print what the checker finds in the run; 0 if the promise is kept, else UNSOUND."""
-    report = check(directory)
-    counted = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.counts.items())
-    console.print(f"looked at {counted or 'what could be read'}", highlight=False, soft_wrap=True)
-    for note in report.notes:
-        console.print(f"note   {note}", highlight=False, soft_wrap=True)
-    for error in report.errors:
-        console.print(f"ERROR  {error}", highlight=False, soft_wrap=True)
-    if report.errors:
-        console.print(
-            f"UNSOUND: {len(report.errors)} errors. Nothing was changed. Keep a copy of {directory} before "
-            "you go on; restore the ledger or the checkpoints named above from a backup.",
-            highlight=False,
-            soft_wrap=True,
+def fsck_directory(console: Console, directory: Path, features: Path | None = None) -> int:
+    """Print what the checker finds in the run; 0 if the promise is kept, else UNSOUND.
+
+    `features`: where the run keeps its features, if that is not where its first start did. Raises
+    SchemaError for a ledger that is empty or of another version.
+    """
+    report = check(directory, features=features)
+    if report.unchecked:
+        raise SchemaError(
+            f"{directory} was not checked: {report.unchecked}.",
+            why="Nothing was changed, and nothing in it was judged.",
+            next=f"paceline status {directory}, which opens it and brings an earlier version up to this one "
+            f"behind a backup; then paceline fsck {directory} again.",
         )
-        return UNSOUND
-    console.print(
-        "sound: nothing lost, nothing twice, every checkpoint is what was recorded", highlight=False
+    counted = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.counts.items())
+    _say(console, f"looked at {counted or 'what could be read'}")
+    for rule, promise in RULES.items():
+        errors = report.errors_of(rule)
+        # What could not be read was not looked at by any rule.
+        if rule not in OF_A_HISTORY and (errors or report.counts):
+            _say(console, f"{rule} {f'{len(errors)} ERRORS' if errors else 'ok'}: {promise}")
+        for error in errors:
+            _say(console, f"   ERROR {error}")
+    for note in report.notes:
+        _say(console, f"note   {note}")
+    if not report.errors:
+        _say(console, "sound: nothing lost, nothing twice, every checkpoint is what was recorded")
+        return 0
+    _say(
+        console,
+        f"UNSOUND: {len(report.errors)} errors. Nothing was changed. {_advice(directory, report.errors)}",
     )
-    return 0
+    return UNSOUND
+
+
+def _advice(directory: Path, errors: list[str]) -> str:
+    if all(error.startswith("C5 ") for error in errors):
+        return (
+            "The ledger is sound: restore the checkpoints named above from a backup, or run the same "
+            "`paceline train` again, which goes on from the newest checkpoint that is whole."
+        )
+    return (
+        f"Keep a copy of {directory} before you go on; restore ledger and checkpoints from one backup, "
+        "or start a new run."
+    )
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rich.console import Console
 
 from paceline.errors import ConfigError
+from paceline.ledger.facts import RUN_ID
 from paceline.ledger.records import SampleRecord
 from paceline.ledger.store import MetadataStore
 
 
 def inspect_step(console: Console, store: MetadataStore, step: int) -> None:
     """The samples of a step, in the order they were trained. Raises ConfigError for an unknown step."""
-    plan = store.get_plan(step)
-    if plan is None:
+    plan, visits = None, Counter[str]()
+    for plan in store.plans():
+        if plan.step >= step:
+            break
+        visits.update(plan.sample_ids)
+    if plan is None or plan.step != step:
         raise ConfigError(
             f"Step {step} has no plan in this ledger.",
             why=f"The last step acked is {store.trained_step()}.",
@@ -21,13 +28,21 @@ def inspect_step(console: Console, store: MetadataStore, step: int) -> None:
     revision = f", plan revision {plan.rev}" if plan.rev else ""
     _say(console, f"step {step}: {_progress(store, step)}{revision}, {len(plan.sample_ids)} samples")
     for place, sample_id in enumerate(plan.sample_ids, start=1):
+        visits[sample_id] += 1
         record = store.sample_record(sample_id)
-        _say(console, f"{place:4}  {sample_id}  {_state(record) if record else 'unknown to this ledger'}")
+        if record is None:
+            _say(console, f"{place:4}  {sample_id}  unknown to this ledger")
+            continue
+        last = " and last" if record.step == step and record.state != "quarantined" else ""
+        _say(
+            console,
+            f"{place:4}  {sample_id}  seq {record.seq}, visit {visits[sample_id]}{last}; {_state(record)}",
+        )
 
 
 def inspect_sample(console: Console, store: MetadataStore, sample_id: str) -> None:
     """A sample's life. `sample_id` may be the prompt's task id. Raises ConfigError if nobody knows it."""
-    run_id = store.facts().get("run_id", "")
+    run_id = store.facts().get(RUN_ID, "")
     task_id = sample_id.removeprefix(f"{run_id}:")
     record = store.sample_record(sample_id) or store.sample_record(f"{run_id}:{sample_id}")
     failed = store.failed_tasks().get(task_id)
@@ -74,7 +89,8 @@ def _progress(store: MetadataStore, step: int) -> str:
 
 def _state(record: SampleRecord) -> str:
     if record.state == "quarantined":
-        return f"in quarantine: {record.reason}"
+        at = "" if record.step is None else f" by step {record.step}"
+        return f"in quarantine{at}: {record.reason}"
     trained = "not trained to the end yet"
     if record.step is not None:
         trained = f"trained, last by step {record.step}, {'durable' if record.durable else 'provisional'}"

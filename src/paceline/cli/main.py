@@ -116,7 +116,8 @@ def fsck(run: Run) -> None:
     directory = _directory(run)
     if not (directory / "ledger.db").exists():
         open_run(directory)  # says what to do
-    raise typer.Exit(fsck_directory(out, directory))
+    features = None if run.is_dir() else load_run_config(run).feature_folder
+    raise typer.Exit(fsck_directory(out, directory, features))
 
 
 @app.command()

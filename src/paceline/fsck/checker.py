@@ -1,333 +1,237 @@
 """The checker: does what lies on the disk keep the promise? It shares no code with what it checks.
 
-It reads a run's ledger and checkpoints, and nothing else of Paceline: the rules below are written from the
-documents (docs/guarantees.md, ledger/stores/sqlite/schema.sql), so a bug in the product is not also a
-bug here. It never writes, and it may look at a run that is live: what it reads is one moment.
-
-C1 every committed sample is in the lineage of the head, terminal with a reason, or still to come;
-C2 no sample is in the lineage more often than configured; C3 every checkpoint's chain is the hash of the
-steps it covers; C4 steps are without gaps and first visits in log order; C5 checkpoints on disk are the
-ones recorded, byte for byte; C8 counters and folded history agree; C9 bytes are promised or owned once.
+It reads a run's ledger, checkpoints and slots, and imports nothing of Paceline but its own package: the
+rules are written from the documents (docs/guarantees.md, ledger/stores/sqlite/schema.sql), so a bug in the
+product is not also a bug here. It never writes, and it may look at a live run: what was removed or added
+after the moment it looks at is not held against the run. The rules, C1 to C9, are in report.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import lzma
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import apsw
 
-APPLICATION_ID = 0x50414345
-SCHEMA = 2
-SHOWN = 5  # ids in one line
+from paceline.fsck.artefacts import SCHEMA, Ledger, sha256, slots_in_use
+from paceline.fsck.lineage import check_folders, check_lineage
+from paceline.fsck.report import SHOWN, Report
+
+NONSENSE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
-@dataclass
-class Report:
-    """`errors` break the promise; `notes` are harmless; `counts` say how much was looked at."""
+def check(directory: Path, *, features: Path | None = None, passes: int | None = None) -> Report:
+    """Look at the run in `directory`. Never raises for what it finds, and never writes.
 
-    errors: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def error(self, rule: str, what: str, ids: Any = ()) -> None:
-        self.errors.append(f"{rule} {what}{_named(ids)}")
-
-    def note(self, what: str, ids: Any = ()) -> None:
-        self.notes.append(f"{what}{_named(ids)}")
-
-
-@dataclass
-class Sample:
-    seq: int
-    sample_id: str
-    state: str  # present | lost | released | quarantined
-    resident: bool
-    generation: int
-    ack_step: int | None
-    durable: bool
-    reason: str
-    folded: bool = False
-
-
-@dataclass
-class Step:
-    step: int
-    rev: int
-    ids: list[str]
-
-    @property
-    def digest(self) -> str:
-        head = str(self.step) if self.rev == 0 else f"{self.step}.{self.rev}"
-        return _sha256("\n".join([head, *self.ids]).encode())
-
-
-class Ledger:
-    """One moment of ledger.db, decoded."""
-
-    def __init__(self, path: Path, report: Report) -> None:
-        self._report = report
-        self._db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
-        self._db.set_busy_timeout(60_000)
-        self._db.execute("BEGIN")
-        self.version = self._value("PRAGMA user_version")
-        if self._value("PRAGMA application_id") != APPLICATION_ID or self.version != SCHEMA:
-            return
-        damage = [row[0] for row in self._db.execute("PRAGMA quick_check(5)")]
-        if damage != ["ok"]:
-            report.error("C8", f"the database is damaged: {'; '.join(map(str, damage))}")
-        names = [row[1] for row in self._db.execute("PRAGMA table_info(run)")]
-        self.run = dict(zip(names, next(iter(self._db.execute("SELECT * FROM run"))), strict=True))
-        self.facts = {k: json.loads(v) for k, v in self._db.execute("SELECT key, value FROM fact")}
-        self.tasks = list(self._db.execute("SELECT ordinal, task_id, state, reason FROM task"))
-        self.intents = dict(self._db.execute("SELECT generation, sample_id FROM intent"))
-        self.checkpoints = list(
-            self._db.execute("SELECT step, name, manifest_digest, chain FROM checkpoint ORDER BY step")
-        )
-        self.acked = {row[0] for row in self._db.execute("SELECT sample_id FROM ack")}
-        self.samples = self._samples()
-        self.steps = self._steps()
-        self.task_blocks = list(
-            self._db.execute("SELECT first, last FROM folded WHERE kind = 'tasks' ORDER BY first")
-        )
-        list(self._blocks("tasks"))
-
-    def _value(self, sql: str) -> Any:
-        return next(iter(self._db.execute(sql)))[0]
-
-    def close(self) -> None:
-        self._db.close()
-
-    def _blocks(self, kind: str) -> Iterator[Any]:
-        for first, last, digest, content in self._db.execute(
-            "SELECT first, last, digest, content FROM folded WHERE kind = ? ORDER BY first", (kind,)
-        ):
-            if content is None:
-                continue
-            try:
-                data = lzma.decompress(content)
-            except lzma.LZMAError:
-                data = b""
-            if _sha256(data) != digest:
-                self._report.error("C8", f"the folded {kind} {first} to {last} are damaged")
-                continue
-            yield json.loads(data)
-
-    def _samples(self) -> dict[int, Sample]:
-        found: dict[int, Sample] = {}
-        for block in self._blocks("samples"):
-            columns = (block["seq"], block["sample_id"], block["step"])
-            for seq, sample_id, step in zip(*columns, strict=True):
-                found[seq] = Sample(seq, sample_id, "released", False, 0, step, True, "", folded=True)
-        for row in self._db.execute(
-            "SELECT seq, sample_id, state, resident, generation, step, coalesce(durable, 0), reason "
-            "FROM sample LEFT JOIN ack USING (sample_id)"
-        ):
-            sample = Sample(*row[:3], bool(row[3]), *row[4:6], bool(row[6]), row[7])  # type: ignore[call-arg]
-            if sample.seq in found:
-                self._report.error("C8", f"seq {sample.seq} is both folded and live", [sample.sample_id])
-            found[sample.seq] = sample
-        return dict(sorted(found.items()))
-
-    def _steps(self) -> list[Step]:
-        names = {seq: sample.sample_id for seq, sample in self.samples.items()}
-        found = []
-        for block in self._blocks("steps"):
-            for step, rev, _, seqs in block:
-                ids = [names.get(seq, f"seq {seq}") if isinstance(seq, int) else seq for seq in seqs]
-                found.append(Step(step, rev, ids))
-        for step, rev, ids in self._db.execute("SELECT step, rev, sample_ids FROM plan ORDER BY step"):
-            found.append(Step(step, rev, json.loads(ids)))
-        return found
-
-
-def check(directory: Path) -> Report:
-    """Look at the run in `directory`. Never raises for what it finds, and never writes."""
-    report = Report()
+    `features`: the folder of its slots; `passes`: how often each sample is visited. Not given, they are
+    what the run recorded, or what most of its samples say.
+    """
+    report, path = Report(), directory / "ledger.db"
+    before, at_rest = _stamp(path), False
     try:
-        ledger = Ledger(directory / "ledger.db", report)
-    except (apsw.Error, ValueError, KeyError, TypeError, StopIteration) as error:
-        report.error("C8", f"ledger.db cannot be read ({type(error).__name__}: {error})")
-        return report
-    if ledger.version != SCHEMA or not hasattr(ledger, "steps"):
-        report.error("C8", f"ledger.db has schema version {ledger.version}; this checker knows {SCHEMA}")
+        ledger = Ledger(path, report)
+        at_rest = ledger.at_rest
+        if ledger.version == SCHEMA:
+            _check_all(ledger, directory, features, passes, report)
+        elif ledger.is_empty and any((directory / "checkpoints").glob("step-*")):
+            report.error("C8", "ledger.db is empty, but there are checkpoints")
+        elif ledger.is_empty:
+            report.unchecked = "ledger.db is empty, the run has not begun"
+        else:
+            report.unchecked = f"ledger.db has schema version {ledger.version}, this checker knows {SCHEMA}"
         ledger.close()
-        return report
-    head = ledger.checkpoints[-1][0] if ledger.checkpoints else 0
+    except (apsw.Error, *NONSENSE) as error:
+        report.error("C8", f"ledger.db cannot be read ({type(error).__name__}: {error})")
+    if at_rest and _stamp(path) != before:
+        return check(directory, features=features, passes=passes)  # somebody began to write meanwhile
+    return report
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_mtime_ns, facts.st_size
+
+
+def _check_all(
+    ledger: Ledger, directory: Path, features: Path | None, passes: int | None, report: Report
+) -> None:
     _check_counters(ledger, report)
-    _check_steps(ledger, report)
-    _check_samples(ledger, head, report)
-    _check_chains(ledger, report)
-    _check_folders(ledger, directory / "checkpoints", report)
-    report.counts = {
-        "samples": len(ledger.samples),
+    _check_prompts(ledger, report)
+    check_lineage(ledger, passes, report)
+    _check_states(ledger, report)
+    check_folders(ledger, directory / "checkpoints", report)
+    _check_bytes(ledger, features or _feature_folder(ledger.facts, directory), report)
+    samples = ledger.samples.values()
+    report.counts |= {
+        "samples": len(samples),
         "steps": len(ledger.steps),
         "checkpoints": len(ledger.checkpoints),
-        "head_step": head,
-        "folded_samples": sum(sample.folded for sample in ledger.samples.values()),
-        "quarantined": sum(sample.state == "quarantined" for sample in ledger.samples.values()),
-        "failed_prompts": sum(state == "failed" for _, _, state, _ in ledger.tasks),
+        "head_step": ledger.head,
+        "folded_samples": sum(sample.ref is None for sample in samples),
+        "quarantined": sum(sample.state == "quarantined" for sample in samples),
+        "failed_prompts": sum(state == "failed" for _, state, _ in ledger.tasks.values()),
     }
-    ledger.close()
-    return report
+
+
+# -- C8: counters and prompts ------------------------------------------------------------------
 
 
 def _check_counters(ledger: Ledger, report: Report) -> None:
     run, samples = ledger.run, ledger.samples
-    missing = sorted(set(range(1, run["last_seq"] + 1)) - samples.keys())
-    if missing or len(samples) != run["last_seq"]:
-        report.error("C8", f"{run['last_seq']} samples were committed, {len(samples)} are known", missing)
-    twice = [i for i, n in Counter(s.sample_id for s in samples.values()).items() if n > 1]
+    last = run["last_seq"]
+    if len(samples) != last or any(not 1 <= seq <= last for seq in samples):
+        missing = islice((seq for seq in range(1, last + 1) if seq not in samples), SHOWN)
+        report.error("C8", f"{last} samples were committed, {len(samples)} are known; seqs missing", missing)
+    if ledger.last_operation > run["lsn"]:
+        report.error("C8", f"operation {ledger.last_operation} is on record, the log ends at {run['lsn']}")
+    places = Counter(sample.sample_id for sample in samples.values())
+    twice = [i for i, count in places.items() if count > 1]
     if twice:
         report.error("C2", "samples have two places in the log", twice)
-    used = [*ledger.intents, *(s.generation for s in samples.values())]
-    if max(used, default=0) >= run["next_generation"]:
-        report.error("C9", f"generation {max(used)} is in use, but {run['next_generation']} is the next")
-    both = [s.sample_id for s in samples.values() if s.generation and s.generation in ledger.intents]
-    if both:
-        report.error("C9", "committed bytes are still promised", both)
-    owned = Counter(s.generation for s in samples.values() if s.generation and s.resident)
-    if any(n > 1 for n in owned.values()):
-        report.error("C9", "one generation belongs to two samples", [g for g, n in owned.items() if n > 1])
-    expected = 0
-    for first, last in ledger.task_blocks:
-        if first != expected:
-            report.error("C8", f"the prompts' blocks have a gap or an overlap at {expected}")
-        expected = last + 1
-    if expected != run["num_tasks"]:
-        report.error("C8", f"{run['num_tasks']} prompts are known, their blocks hold {expected}")
-    if run["next_ordinal"] > run["num_tasks"]:
-        report.error("C8", f"prompt {run['next_ordinal']} is the next of only {run['num_tasks']}")
+    strangers = sorted(ledger.acked - places.keys())
+    if strangers:
+        report.error("C1", "acked, but never committed", strangers)
+    oldest = min((step for step, *_ in ledger.checkpoints), default=0)
+    if not ledger.last_folded_step <= run["folded_step"] <= oldest:
+        folded = (
+            f"history is folded up to step {ledger.last_folded_step}, the counter says {run['folded_step']}"
+        )
+        report.error("C8", f"{folded}, the oldest checkpoint is that of step {oldest}")
+    used = max([*ledger.intents, *(sample.generation for sample in samples.values())], default=0)
+    if used >= run["next_generation"]:
+        report.error("C9", f"generation {used} is in use, but {run['next_generation']} is the next")
 
 
-def _check_steps(ledger: Ledger, report: Report) -> None:
-    numbers = [step.step for step in ledger.steps]
-    if numbers and numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-        report.error("C4", "steps are missing or repeated", numbers)
-    last = numbers[-1] if numbers else 0
-    if ledger.run["trained_step"] > max(last, *(c[0] for c in ledger.checkpoints), 0):
-        report.error("C4", f"step {ledger.run['trained_step']} is acked, the last plan is {last}")
-    if numbers and numbers[0] != 1:
-        report.note(f"plans before step {numbers[0]} were not kept by an earlier version")
-    places = {sample.sample_id: sample.seq for sample in ledger.samples.values()}
-    seen: set[str] = set()
-    before = 0
-    for step in ledger.steps:
-        unknown = [i for i in step.ids if i not in places]
-        if unknown:
-            report.error("C4", f"step {step.step} trains what was never committed", unknown)
-        for sample_id in step.ids:
-            if sample_id in places and sample_id not in seen:
-                seen.add(sample_id)
-                if places[sample_id] < before and numbers[0] == 1:
-                    report.error("C4", f"step {step.step} visits out of log order", [sample_id])
-                before = max(before, places[sample_id])
+def _check_prompts(ledger: Ledger, report: Report) -> None:
+    """A prompt without a row is done below `next_ordinal`, and pending from there on."""
+    run, tasks = ledger.run, ledger.tasks
+    following, known = run["next_ordinal"], run["num_tasks"]
+    ends = [(-1, -1), *ledger.prompt_blocks, (known, known)]
+    if any(after[0] != before[1] + 1 for before, after in pairwise(ends)):
+        blocks = [f"{first} to {last}" for first, last in ledger.prompt_blocks]
+        report.error("C8", f"{known} prompts are known, but their blocks have a gap or an overlap", blocks)
+    if following > known or any(not 0 <= ordinal < known for ordinal in tasks):
+        report.error("C8", f"{known} prompts are known, but {following} or a later one is in work")
+    named = {s.ordinal: s.task_id for s in ledger.samples.values() if s.ordinal is not None}
+    named |= {ordinal: task_id for ordinal, (task_id, *_) in tasks.items()}
+    other = [f"{i} at {n}" for n, i in named.items() if ledger.prompts.get(n, i) != i]
+    if other:
+        report.error("C8", "a prompt's place is that of another prompt", other)
+    done = following + sum((state == "done") - (n < following) for n, (_, state, _) in tasks.items())
+    have = {s.ordinal for s in ledger.samples.values() if s.ordinal is not None and s.state != "lost"}
+    have -= {n for n, (_, state, _) in tasks.items() if state != "done"}
+    count = len(have) + sum(s.ref is None for s in ledger.samples.values())
+    if count < done:
+        committed = {sample.task_id for sample in ledger.samples.values()}
+        behind = {n: i for n, i in ledger.prompts.items() if n < following and n not in tasks}
+        names = [i for i in behind.values() if i not in committed]
+        report.error("C1", f"{done - count} prompts are done, but their samples are gone", names)
 
 
-def _check_samples(ledger: Ledger, head: int, report: Report) -> None:
-    passes = int(ledger.facts.get("config", {}).get("training.passes") or 0)
-    whole = not ledger.steps or ledger.steps[0].step == 1
-    visits = Counter(i for step in ledger.steps if step.step <= head for i in step.ids)
-    last_visit = {i: step.step for step in ledger.steps for i in step.ids}
-    passes = passes or max(visits.values(), default=1)
-    often = [i for i, n in visits.items() if n > passes]
-    if often:
-        report.error("C2", f"visited more than {passes} times in the weights of the head", often)
+# -- C1: what became of every sample -----------------------------------------------------------
+
+
+def _check_states(ledger: Ledger, report: Report) -> None:
+    head = ledger.head
     for s in ledger.samples.values():
-        quarantined = s.state == "quarantined"
-        if quarantined and not s.reason:
+        if s.state == "quarantined" and not s.reason:
             report.error("C1", "quarantined without a reason", [s.sample_id])
-        if s.durable and s.state == "lost":
-            report.error("C1", "durably trained, and yet waited for", [s.sample_id])
         if s.state == "released" and not s.durable:
             report.error("C1", "its features were freed before a checkpoint covered it", [s.sample_id])
-        if s.durable and s.ack_step is not None and s.ack_step > head:
+        if s.durable and ledger.checkpoints and s.ack_step is not None and s.ack_step > head:
             report.error("C1", f"durable by step {s.ack_step}, but the head is {head}", [s.sample_id])
-        if not s.durable and s.ack_step is not None and s.ack_step <= head and not quarantined:
-            report.error("C1", "in the head's weights, and yet to be trained again", [s.sample_id])
-        if s.durable and whole and not visits[s.sample_id]:
-            report.error("C1", "durable, but in no step of the head's lineage", [s.sample_id])
-        elif s.durable and whole and visits[s.sample_id] != passes:
-            report.error("C2", f"durable after {visits[s.sample_id]} of {passes} visits", [s.sample_id])
-        if s.durable and whole and s.ack_step not in (None, last_visit.get(s.sample_id)):
-            report.error("C1", f"acked by step {s.ack_step}, which is not its last visit", [s.sample_id])
-        if not s.durable and not quarantined and visits[s.sample_id] >= passes and whole:
-            report.error("C1", "fully visited in the head's lineage, and yet not durable", [s.sample_id])
-    strangers = ledger.acked - {s.sample_id for s in ledger.samples.values()}
-    if strangers:
-        report.error("C1", "acked, but never committed", sorted(strangers))
+        covered = s.ack_step is not None and s.ack_step <= head
+        if covered and not s.durable and s.state != "quarantined":
+            report.error(
+                "C1", f"acked by step {s.ack_step}, which the head covers, but not durable", [s.sample_id]
+            )
+        if s.state == "lost" and s.ordinal is not None and not _is_open(ledger, s.ordinal):
+            report.error("C1", "lost, and nobody will capture it again", [s.sample_id])
+        if s.resident != (s.state == "present") and s.state != "quarantined":
+            told = "should" if s.resident else "should not"
+            report.error("C9", f"{s.state}, yet the feature store {told} hold its bytes", [s.sample_id])
     lost = [s.sample_id for s in ledger.samples.values() if s.state == "lost"]
     if lost:
         report.note(f"{len(lost)} samples wait to be captured again", lost)
     for s in ledger.samples.values():
         if s.state == "quarantined":
             report.note(f"quarantined: {s.sample_id}: {s.reason}")
-    for _, task_id, state, reason in ledger.tasks:
+    for task_id, state, reason in ledger.tasks.values():
         if state == "failed":
             report.note(f"failed prompt: {task_id}: {reason}")
 
 
-def _check_chains(ledger: Ledger, report: Report) -> None:
-    steps = {step.step: step for step in ledger.steps}
-    records = {step: chain for step, _, _, chain in ledger.checkpoints}
-    chain, known = "", 1 in steps or not any(records)
-    for number in range(max(records, default=0) + 1):
-        if number in steps:
-            chain = _sha256(f"{chain}{steps[number].digest}".encode())
-        elif number and known:
-            known = False
-        if number in records and not known:
-            chain = records[number]  # what an earlier version trained: believed, and continued
-        elif number in records and records[number] not in ("", chain):
-            report.error("C3", f"the checkpoint of step {number} does not cover the steps on record")
-    if not known:
-        report.note("the chain of the first checkpoint could not be checked: its steps were not kept")
+def _is_open(ledger: Ledger, ordinal: int) -> bool:
+    """Whether the prompt waits, is in work, or failed for good (with a reason)."""
+    _, state, _ = ledger.tasks.get(ordinal, ("", "done", ""))
+    return state != "done" or (ordinal not in ledger.tasks and ordinal >= ledger.run["next_ordinal"])
 
 
-def _check_folders(ledger: Ledger, folder: Path, report: Report) -> None:
-    plans = {step.step: step for step in ledger.steps}
-    for step, name, digest, chain in ledger.checkpoints:
-        problem = _folder_problem(folder / name, digest, step, chain, plans)
-        if problem:
-            report.error("C5", f"checkpoint {name} (step {step}): {problem}")
-    recorded = {name for _, name, _, _ in ledger.checkpoints}
-    found = {path.name for path in folder.glob("step-*")} if folder.is_dir() else set()
-    if found - recorded:
-        report.note("folders of no recorded checkpoint, swept at the next start", sorted(found - recorded))
+# -- C9: bytes ---------------------------------------------------------------------------------
 
 
-def _folder_problem(folder: Path, digest: str, step: int, chain: str, plans: dict[int, Step]) -> str:
-    try:
-        data = (folder / "manifest.json").read_bytes()
-        if _sha256(data) != digest:
-            return "its manifest is not the one that was recorded"
-        manifest = json.loads(data)
-        for name, expected in manifest["files"].items():
-            content = (folder / name).read_bytes()
-            if len(content) != expected["bytes"] or _sha256(content) != expected["sha256"]:
-                return f"{name} is damaged"
-    except (OSError, ValueError, KeyError) as error:
-        return f"it cannot be read ({error})"
-    if manifest["step"] != step or manifest.get("chain", "") != chain:
-        return "its manifest tells of another step or lineage than the ledger"
-    for number, rev, _, samples in manifest.get("lineage", []):
-        ids = [sample[1] for sample in samples]
-        if number in plans and (plans[number].rev, plans[number].ids) != (rev, ids):
-            return f"its step {number} is not the one on record"
-    return ""
+def _check_bytes(ledger: Ledger, folder: Path | None, report: Report) -> None:
+    owners: dict[int, str] = {}
+    for s in ledger.samples.values():
+        if s.generation and s.generation in ledger.intents:
+            report.error("C9", f"generation {s.generation} is committed and still promised", [s.sample_id])
+        if s.generation and owners.setdefault(s.generation, s.sample_id) != s.sample_id:
+            report.error(
+                "C9", f"generation {s.generation} has two owners", [owners[s.generation], s.sample_id]
+            )
+        if s.ref is not None:
+            ref = json.loads(s.ref)
+            told = (ref["sample_id"], ref.get("generation", 0), ref["estimated_bytes"])
+            if told != (s.sample_id, s.generation, s.num_bytes):
+                report.error("C9", f"its ref tells of other bytes: {told}", [s.sample_id])
+    if folder is not None and folder.is_dir():
+        _check_slots(ledger, folder, report)
+    elif folder is not None and (gone := [s.sample_id for s in ledger.samples.values() if s.resident]):
+        report.note(f"there is no {folder}; captured again at the next start", gone)
 
 
-def _named(ids: Any) -> str:
-    shown = [str(i) for i in ids]
-    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
-    return f": {', '.join(shown[:SHOWN])}{more}" if shown else ""
+def _check_slots(ledger: Ledger, folder: Path, report: Report) -> None:
+    slots, damaged = slots_in_use(folder)
+    resident = {s.sample_id: s for s in ledger.samples.values() if s.resident}
+    by_generation = {s.generation: s for s in resident.values() if s.generation}
+    held, left = set(), []
+    for slot in slots:
+        sample = resident.get(slot.sample_id or "")
+        if slot.generation >= ledger.run["next_generation"] > 1:
+            continue  # begun after the moment that is looked at
+        owner = by_generation.get(slot.generation)
+        if slot.sealed and owner is not None and slot.sample_id != owner.sample_id:
+            what = f"{slot.name} holds {slot.sample_id} under the generation of"
+            report.error("C9", what, [owner.sample_id])
+        elif slot.sealed and sample is not None and sample.generation in (0, slot.generation):
+            if sample.sample_id in held:
+                report.error("C9", f"{slot.name} and another slot hold the same sample", [sample.sample_id])
+            held.add(sample.sample_id)
+        elif ledger.intents.get(slot.generation) is None or (
+            slot.sealed and ledger.intents[slot.generation] != slot.sample_id
+        ):
+            left.append(f"{slot.name} ({slot.sample_id or 'unreadable'})")
+    gone = [sample_id for sample_id in resident if sample_id not in held]
+    if gone:  # and not freed by a live run meanwhile
+        still = ledger.now("SELECT sample_id FROM sample WHERE resident")
+        gone = [sample_id for sample_id in gone if sample_id in still]
+    if gone:
+        report.note(f"{len(gone)} samples have no sealed bytes; they will be captured again", gone)
+    if left or damaged:
+        report.note("slots that nobody owns, swept when a producer starts", [*left, *damaged])
+    report.counts["slots"] = len(slots)
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _feature_folder(facts: dict[str, Any], directory: Path) -> Path | None:
+    """Where a run of this configuration keeps its features."""
+    config = facts.get("config", {})
+    if "features.directory" not in config or "run.name" not in config:
+        return None
+    place = sha256(str(directory.resolve()))[:8]
+    return Path(config["features.directory"]) / f"paceline-{config['run.name']}-{place}"

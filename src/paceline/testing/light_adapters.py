@@ -290,7 +290,7 @@ class LightFeatureStore:
         payload = _pack(tensors)
         if self.usage().resident_bytes + len(payload) > self._budget_bytes:
             raise _full(sample_id, self._budget_bytes)
-        aside = self.folder / f"{sample_id.encode().hex()}.{os.getpid()}.new"
+        aside = self.folder / f"{sample_id.encode().hex()}.{generation}.{os.getpid()}.new"
         aside.write_bytes(_with_header(sample_id, payload, generation))
         reach("features.put.before_seal")
         with self._locked() as fd:
@@ -332,16 +332,20 @@ class LightFeatureStore:
                     path.unlink(missing_ok=True)
 
     def sweep(self, keep: Collection[str], *, before: int | None = None) -> list[str]:
+        """Also removes damaged files, and what was written aside and never renamed."""
         swept = []
         with self._locked():
-            for path in sorted(self.folder.iterdir()):
-                known = _read(path) if path.suffix == ".sample" else None
-                sample_id = bytes.fromhex(path.stem).decode() if path.suffix == ".sample" else ""
-                kept = known is not None and is_kept(keep, before, sample_id, known[0])
-                if path.suffix in (".sample", ".new") and not kept:
-                    path.unlink(missing_ok=True)
+            for path in sorted(self.folder.glob("*.new")):
+                # Half-written perhaps, so its name must say whose it is.
+                if before is None or int(path.name.split(".")[1]) < before:
+                    path.unlink()
+            for path in sorted(self.folder.glob("*.sample")):
+                sample_id = bytes.fromhex(path.stem).decode()
+                known = _read(path)
+                if known is None or not is_kept(keep, before, sample_id, known[0]):
+                    path.unlink()
                     swept.append(sample_id)
-        return [sample_id for sample_id in swept if sample_id]
+        return swept
 
     def sample_ids(self) -> list[str]:
         """Those with a whole header: a damaged one is found by its reader."""

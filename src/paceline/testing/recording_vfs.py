@@ -30,7 +30,7 @@ class Event:
     note: Any = None
 
 
-class RecordingVFS(apsw.VFS):  # type: ignore[misc]
+class RecordingVFS(apsw.VFS):
     """Registered under its name while it lives."""
 
     def __init__(self, name: str) -> None:
@@ -49,7 +49,7 @@ class RecordingVFS(apsw.VFS):  # type: ignore[misc]
         self.events.append(event)
 
 
-class _RecordingFile(apsw.VFSFile):  # type: ignore[misc]
+class _RecordingFile(apsw.VFSFile):
     def __init__(self, vfs: RecordingVFS, name: Any, flags: list[int]) -> None:
         self._vfs = vfs
         path = name.filename() if isinstance(name, apsw.URIFilename) else name

@@ -70,20 +70,22 @@ class Samples(Tasks):
         if ref.generation == 0 or (intent is not None and intent.sample_id == ref.sample_id):
             return True
         known = self._samples.get(ref.sample_id)
-        return known is not None and known.ref.generation == ref.generation  # committed before
+        # Committed before. Of what is released the generation need not be known any more.
+        return known is not None and (known.ref.generation == ref.generation or known.state == "released")
 
     def _commit(self, ref: SampleRef) -> bool:
         self._intents.pop(ref.generation, None)
         known = self._samples.get(ref.sample_id)
-        if known is not None and (known.state != "lost" or known.ref.generation == ref.generation != 0):
+        if known is not None and known.state != "lost":
+            self._finish_task(ref.source_task_id)
+            return False
+        if known is not None and known.ref.generation == ref.generation != 0:
             return False
         if known is None:
             self._samples[ref.sample_id] = SampleRow(seq=len(self._samples) + 1, ref=ref)
         else:
             known.ref, known.state, known.resident = ref, "present", True
-        task = self._tasks.get(ref.source_task_id or "")
-        if task is not None:
-            task.state, task.holder, task.attempt, task.deaths = "done", "", 0, 0
+        self._finish_task(ref.source_task_id, failed_too=True)
         return True
 
     def is_committed(self, sample_id: str) -> bool:

@@ -35,6 +35,8 @@ class Steps(Samples):
             if operation.repeated:
                 begun: BegunStep = operation.result
                 return begun
+            if plan.step <= self._folded_step:
+                raise history_is_folded(plan.step, self._folded_step)
             stored = self._plans.setdefault(plan.step, plan)
             if plan.rev > stored.rev and plan.step > self._trained_step:
                 stored = self._plans[plan.step] = plan
@@ -137,6 +139,7 @@ class Steps(Samples):
         if chain_of(head.chain if head else "", [trained.plan for trained in lineage]) != checkpoint.chain:
             raise contradicts(checkpoint, "its chain does not continue that of the head")
         seqs = {sample.seq: i for i, sample in self._samples.items()}
+        done = {i for i in self._acks if self._is_durable(i)}
         for trained in lineage:
             on_record = self._plans.get(trained.step)
             if on_record is not None and trained.rev > on_record.rev:
@@ -149,6 +152,10 @@ class Steps(Samples):
                     known is not None and known.seq != sample.seq
                 ):
                     raise contradicts(checkpoint, f"{sample.sample_id} has another place in the log")
+                if sample.sample_id in done:
+                    raise contradicts(checkpoint, f"{sample.sample_id} was trained for the last time before")
+                if sample.finished:
+                    done.add(sample.sample_id)
                 if on_record is None and known is not None and known.state == "quarantined":
                     raise contradicts(checkpoint, f"{sample.sample_id} is quarantined")
         if sorted(seqs) != list(range(1, len(seqs) + 1)):
@@ -159,11 +166,6 @@ class Steps(Samples):
         if sample.sample_id not in self._samples:
             ref = SampleRef(sample.sample_id, "", sample.task_id, "", {}, {}, "")
             self._samples[sample.sample_id] = SampleRow(sample.seq, ref, "lost", resident=False)
-
-    def _finish_task(self, task_id: str | None) -> None:
-        task = self._tasks.get(task_id or "")
-        if task is not None and task.state != "failed":
-            task.state, task.holder = "done", ""
 
     def checkpoints(self) -> list[CheckpointRecord]:
         with self._changed:

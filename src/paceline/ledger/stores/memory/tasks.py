@@ -77,6 +77,11 @@ class Tasks(Rows):
                 if task is not None and task.state == "leased" and task.holder == worker_id:
                     task.state, task.holder = "pending", ""
 
+    def _finish_task(self, task_id: str | None, *, failed_too: bool = False) -> None:
+        task = self._tasks.get(task_id or "")
+        if task is not None and (failed_too or task.state != "failed"):
+            task.state, task.holder, task.attempt, task.deaths = "done", "", 0, 0
+
     def task_counts(self) -> dict[str, int]:
         counts = dict.fromkeys(("pending", "leased", "done", "failed"), 0)
         with self._changed:

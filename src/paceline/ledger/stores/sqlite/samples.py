@@ -66,16 +66,21 @@ class SampleTable(TaskTable):
             return True
         found = self._value(
             "SELECT 1 FROM intent WHERE generation = ?1 AND sample_id = ?2 UNION "
-            "SELECT 1 FROM sample WHERE generation = ?1 AND sample_id = ?2",
+            "SELECT 1 FROM sample WHERE sample_id = ?2 AND (generation = ?1 OR state = 'released')",
             *(ref.generation, ref.sample_id),
         )
-        return found is not None
+        return found is not None or self._is_folded(ref.sample_id)
 
     def _commit_ref(self, ref: SampleRef, text: str) -> bool:
         self._change("DELETE FROM intent WHERE generation = ?", ref.generation)
-        known = self._rows("SELECT seq, state, generation FROM sample WHERE sample_id = ?", ref.sample_id)
+        has_row = self._value("SELECT 1 FROM task WHERE task_id = ?", ref.source_task_id) is not None
+        known = self._rows(
+            "SELECT seq, state, generation, ordinal FROM sample WHERE sample_id = ?", ref.sample_id
+        )
         if known:
-            seq, state, generation = known[0]
+            seq, state, generation, ordinal = known[0]
+            if state != "lost" and (has_row or ordinal is None):
+                self._finish_task_of(seq, ref.source_task_id)
             if state != "lost" or generation == ref.generation != 0:
                 return False
             self._change(
@@ -83,14 +88,19 @@ class SampleTable(TaskTable):
                 "WHERE seq = ?",
                 *(ref.estimated_bytes, ref.generation, text, seq),
             )
-            self._finish_task(ref.source_task_id)
+            self._finish_task_of(seq, ref.source_task_id, failed_too=True)
             return True
-        leased = self._value("SELECT 1 FROM task WHERE task_id = ?", ref.source_task_id)
-        if not leased and self._folded_record(ref.sample_id) is not None:
+        # Samples are folded only when their prompts have no row any more.
+        if not has_row and self._folded_record(ref.sample_id) is not None:
             return False
-        ordinal = self._finish_task(ref.source_task_id)
+        ordinal = self._finish_task(ref.source_task_id, failed_too=True)
         self._insert_sample(ref, text, ordinal)
         return True
+
+    def _finish_task_of(self, seq: int, task_id: str | None, *, failed_too: bool = False) -> None:
+        """Its prompt may have become known only after the sample was entered."""
+        ordinal = self._finish_task(task_id, failed_too=failed_too)
+        self._change("UPDATE sample SET ordinal = coalesce(ordinal, ?) WHERE seq = ?", ordinal, seq)
 
     def _insert_sample(self, ref: SampleRef, text: str, ordinal: int | None) -> None:
         self._change("UPDATE run SET last_seq = last_seq + 1")
@@ -111,8 +121,8 @@ class SampleTable(TaskTable):
 
     def sample_record(self, sample_id: str) -> SampleRecord | None:
         rows = self._rows(
-            "SELECT seq, state, task_id, coalesce(step, quarantine_step), coalesce(durable, 0), reason "
-            "FROM sample LEFT JOIN ack USING (sample_id) WHERE sample_id = ?",
+            "SELECT seq, state, task_id, iif(durable IS NULL, quarantine_step, step), coalesce(durable, 0), "
+            "reason FROM sample LEFT JOIN ack USING (sample_id) WHERE sample_id = ?",
             sample_id,
         )
         if not rows:
@@ -158,8 +168,12 @@ class SampleTable(TaskTable):
         self._db.executemany(
             "INSERT INTO ack VALUES (?, ?, ?) ON CONFLICT (sample_id) DO UPDATE "
             "SET step = excluded.step, durable = excluded.durable WHERE durable = 0",
-            [(i, step, int(durable)) for i in sample_ids],
+            [(i, step, int(durable)) for i in sample_ids if not self._is_folded(i)],
         )
+
+    def _is_folded(self, sample_id: str) -> bool:
+        known = self._value("SELECT 1 FROM sample WHERE sample_id = ?", sample_id)
+        return known is None and self._folded_record(sample_id) is not None
 
     def durable_marker(self) -> dict[str, Any]:
         with self._reading():

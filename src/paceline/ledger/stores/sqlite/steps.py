@@ -35,6 +35,8 @@ class StepTable(SampleTable):
             if operation.repeated:
                 step, ids, last_seq, rev, deaths = operation.result
                 return BegunStep(StepPlan(step, tuple(ids), last_seq, rev), deaths)
+            if plan.step <= self._run("folded_step"):
+                raise history_is_folded(plan.step, self._run("folded_step"))
             self._change(
                 "INSERT INTO plan (step, rev, sample_ids, last_seq) VALUES (?1, ?2, ?3, ?4) "
                 "ON CONFLICT (step) DO UPDATE SET rev = excluded.rev, sample_ids = excluded.sample_ids, "
@@ -187,6 +189,22 @@ class StepTable(SampleTable):
                 raise contradicts(checkpoint, f"step {trained.step} was planned otherwise")
             for sample in trained.samples:
                 self._check_place(checkpoint, sample, planned=on_record is not None)
+        self._check_trained(checkpoint, [sample for trained in lineage for sample in trained.samples])
+
+    def _check_trained(self, checkpoint: CheckpointRecord, samples: Sequence[TrainedSample]) -> None:
+        """No sample comes after its last visit, neither in this lineage nor in what it continues."""
+        ack, row = "SELECT durable FROM ack WHERE sample_id = ?", "SELECT 1 FROM sample WHERE sample_id = ?"
+        done = {s.sample_id for s in samples if self._value(ack, s.sample_id)}
+        unknown = {s.seq: s.sample_id for s in samples if self._value(row, s.sample_id) is None}
+        ids = set(unknown.values())
+        for seq, sample_id, _, _ in self._folded_samples() if unknown else ():
+            if seq in unknown or sample_id in ids:
+                raise contradicts(checkpoint, f"{sample_id} is folded history at place {seq}")
+        for sample in samples:
+            if sample.sample_id in done:
+                raise contradicts(checkpoint, f"{sample.sample_id} was trained for the last time before")
+            if sample.finished:
+                done.add(sample.sample_id)
 
     def _check_place(self, checkpoint: CheckpointRecord, sample: TrainedSample, *, planned: bool) -> None:
         for seq, sample_id, state in self._rows(
@@ -207,17 +225,15 @@ class StepTable(SampleTable):
             *(sample.seq, sample.sample_id, sample.task_id, ref),
         )
         if entered:
-            ordinal = self._finish_task(sample.task_id)
+            ordinal = self._ordinal_of(sample.task_id)
             self._change("UPDATE sample SET ordinal = ? WHERE seq = ?", ordinal, sample.seq)
             self._change("UPDATE run SET last_seq = max(last_seq, ?)", sample.seq)
-            if not sample.finished:
-                self._reopen_task(ordinal, sample.task_id)
         if sample.finished:
             self._ack([sample.sample_id], step, durable=True)
             if self._change(
                 "UPDATE sample SET state = 'released' WHERE seq = ? AND state = 'lost'", sample.seq
             ):
-                self._finish_task(sample.task_id)
+                self._finish_task_of(sample.seq, sample.task_id)
 
     def _refuse_gaps(self, checkpoint: CheckpointRecord) -> None:
         known = self._value("SELECT count(*) FROM sample WHERE seq > (SELECT folded_seq FROM run)")
@@ -239,11 +255,10 @@ class StepTable(SampleTable):
                 )
                 if changed:
                     self._change("DELETE FROM ack WHERE sample_id = ?", sample_id)
-                    self._change(
-                        "UPDATE task SET state = 'failed', reason = ? WHERE state = 'pending' "
-                        "AND task_id = (SELECT task_id FROM sample WHERE sample_id = ?)",
-                        *(reason, sample_id),
+                    [(ordinal, task_id)] = self._rows(
+                        "SELECT ordinal, task_id FROM sample WHERE sample_id = ?", sample_id
                     )
+                    self._bury_task(ordinal, task_id, reason)
 
     def quarantined(self) -> dict[str, str]:
         return dict(

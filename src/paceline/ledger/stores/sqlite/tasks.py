@@ -63,27 +63,40 @@ class TaskTable(Folding):
             ordinal += 1
         return found
 
-    def _finish_task(self, task_id: str | None) -> int | None:
-        """Its sample is committed; the prompt's ordinal, None if the ledger does not know the prompt."""
+    def _ordinal_of(self, task_id: str | None) -> int | None:
+        """Of a prompt with a row or one that was never leased; None if the ledger knows neither."""
         if task_id is None:
             return None
-        row = self._rows("SELECT ordinal FROM task WHERE task_id = ?", task_id)
-        if row:
-            ordinal = int(row[0][0])
-        else:
-            unleased = self._unleased_ordinal(task_id)
-            if unleased is None:
-                return None
-            ordinal = unleased
+        ordinal: int | None = self._value("SELECT ordinal FROM task WHERE task_id = ?", task_id)
+        return self._unleased_ordinal(task_id) if ordinal is None else ordinal
+
+    def _finish_task(self, task_id: str | None, *, failed_too: bool = False) -> int | None:
+        """Its sample is committed; the prompt's ordinal, None if the ledger does not know the prompt."""
+        ordinal = self._ordinal_of(task_id)
+        if ordinal is None:
+            return None
+        if not failed_too and self._value("SELECT state FROM task WHERE ordinal = ?", ordinal) == "failed":
+            return ordinal
         if ordinal < self._run("next_ordinal"):
             self._change("DELETE FROM task WHERE ordinal = ?", ordinal)
         else:
             self._change(
                 "INSERT INTO task (ordinal, task_id, state) VALUES (?, ?, 'done') "
-                "ON CONFLICT (ordinal) DO UPDATE SET state = 'done', holder = ''",
+                "ON CONFLICT (ordinal) DO UPDATE SET state = 'done', holder = '', attempt = 0, deaths = 0",
                 *(ordinal, task_id),
             )
         return ordinal
+
+    def _bury_task(self, ordinal: int | None, task_id: str | None, reason: str) -> None:
+        """Its sample is in quarantine: nobody captures the prompt again, if it was still to be captured."""
+        ordinal = self._ordinal_of(task_id) if ordinal is None else ordinal
+        self._change(
+            "INSERT INTO task (ordinal, task_id, state, reason) SELECT ?1, ?2, 'failed', ?3 FROM run "
+            "WHERE ?1 >= next_ordinal OR ?1 IN (SELECT ordinal FROM task) "
+            "ON CONFLICT (ordinal) DO UPDATE SET state = 'failed', reason = excluded.reason "
+            "WHERE state = 'pending'",
+            *(ordinal, task_id, reason),
+        )
 
     def _reopen_task(self, ordinal: int | None, task_id: str | None) -> None:
         """Its sample is lost: capture the prompt again, unless that failed for good."""

@@ -1,0 +1,47 @@
+"""What the checker says: which rule is broken, by which ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+RULES = {
+    "C1": "every committed sample is trained, set aside with a reason, or still to come",
+    "C2": "no sample is trained more often than configured, or finished twice",
+    "C3": "every checkpoint continues the one before, and its chain is the hash of its steps",
+    "C4": "steps have no gaps, first visits follow the log, checkpoints tell the same steps",
+    "C5": "checkpoints on disk are the ones recorded, byte for byte",
+    "C6": "what failed changed nothing",
+    "C7": "who was taken over changed nothing any more",
+    "C8": "counters, prompts and folded history agree",
+    "C9": "bytes have one owner, and no generation is used twice",
+}
+OF_A_HISTORY = ("C6", "C7")  # not asked of what lies on the disk
+SHOWN = 5  # ids in one line
+
+
+@dataclass
+class Report:
+    """`errors` break the promise, and each begins with its rule; `notes` are harmless; `counts` say how
+    much was looked at; `unchecked` says why nothing was, if the ledger is of another version."""
+
+    errors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    unchecked: str = ""
+
+    def error(self, rule: str, what: str, ids: Iterable[Any] = ()) -> None:
+        self.errors.append(f"{rule} {what}{_named(ids)}")
+
+    def note(self, what: str, ids: Iterable[Any] = ()) -> None:
+        self.notes.append(f"{what}{_named(ids)}")
+
+    def errors_of(self, rule: str) -> list[str]:
+        return [error.removeprefix(f"{rule} ") for error in self.errors if error.startswith(f"{rule} ")]
+
+
+def _named(ids: Iterable[Any]) -> str:
+    shown = [str(i) for i in ids]
+    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+    return f": {', '.join(shown[:SHOWN])}{more}" if shown else ""

@@ -1,0 +1,357 @@
+"""Schedules of kills over whole light runs: every named point, and seeded mixtures; what must hold after.
+
+    python -m paceline.testing.kill_schedules --seed 17 [--repeat 50]    one random schedule
+    python -m paceline.testing.kill_schedules --name "..."               one systematic schedule
+    python -m paceline.testing.kill_schedules --systematic --random 500  many; counts as JSON
+
+A schedule is fixed by its seed or name; how two real processes interleave is not, so a failure may take
+several repetitions to come back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from paceline import crashpoints
+from paceline.errors import PacelineError
+from paceline.testing import killed_run
+from paceline.testing.killed_run import Fault, KilledRun, Violation, qualified
+from paceline.testing.light_run import LightRun, Outcome, RunShape, expected_steps, head_of, uninterrupted
+from paceline.training.checkpoint import epoch_of
+
+DEATHS_MAX = 4  # of one role in a schedule: five kills at one place may convict a sample of them
+PLAIN = RunShape(prompts=13, group=3, batch=3, passes=2, interval=2)
+POISON = replace(PLAIN, bad_prompt=4, bad_sample=8)
+FULL = RunShape(prompts=14, group=2, batch=2, passes=2, interval=1, tight=True)
+MODULE = "paceline.testing.kill_schedules"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    name: str  # what to pass to --seed or --name
+    shape: RunShape
+    faults: tuple[Fault, ...]
+
+    @property
+    def command(self) -> str:
+        how = f"--seed {self.name}" if self.name.isdecimal() else f'--name "{self.name}"'
+        return f"python -m {MODULE} {how} --repeat 50"
+
+
+# -- which points there are ----------------------------------------------------------------
+
+
+@cache
+def points_of(shape: RunShape) -> dict[str, dict[str, int]]:
+    """For each role, every point of an undisturbed run and how often it is reached."""
+    folder = new_folder()
+    run, found = LightRun(folder, replace(shape, tight=False)), {}
+    for role, work in (("producer", run.produce), ("consumer", run.consume)):
+        reached: Counter[str] = Counter()
+        crashpoints.watch(lambda name, to=reached: to.update([qualified(name, sys._getframe(2))]))
+        work()
+        crashpoints.watch(None)
+        found[role] = dict(reached)
+    shutil.rmtree(folder)
+    return found
+
+
+# What an undisturbed run never reaches, with the shape and the faults that lead there.
+DETOURS: list[tuple[str, str, RunShape, tuple[Fault, ...]]] = [
+    (
+        "consumer",
+        "recovery.before_fall_back recovery.after_fall_back @fall_back",
+        PLAIN,
+        (Fault("consumer", "damage_head", "checkpoint.after_all", 3),),
+    ),
+    (
+        "consumer",
+        "recovery.before_adopt recovery.after_adopt @adopt_checkpoint",
+        PLAIN,
+        (Fault("consumer", "kill", "checkpoint.before_head", 2),),
+    ),
+    (
+        "consumer",
+        "loader.before_report_lost loader.after_report_lost loader.after_recapture @report_lost",
+        PLAIN,
+        tuple(Fault("consumer", "lose", "loader.before_begin", 2, salt=salt) for salt in (0, 1)),
+    ),
+    (
+        "producer",
+        "producer.after_sweep producer.after_take_over @report_lost",
+        PLAIN,
+        (Fault("producer", "reboot", "producer.before_commit", 3),),
+    ),
+    ("consumer", "loader.after_recapture", PLAIN, (Fault("consumer", "reboot", "loader.after_fetch", 2),)),
+    (
+        "producer",
+        "producer.before_give_up producer.after_give_up",
+        FULL,
+        (Fault("consumer", "damage_head", "release.after_abort"),),
+    ),
+    (
+        "producer",
+        "trial.before_try trial.after_try trial.before_verdict",
+        PLAIN,
+        tuple(Fault("producer", "kill", "producer.after_capture") for _ in range(3)),
+    ),
+    (
+        "consumer",
+        "trial.before_try trial.after_try trial.before_verdict poison.before_attempt",
+        PLAIN,
+        tuple(Fault("consumer", "kill", "trainer.before_ack") for _ in range(3)),
+    ),
+]
+IN_TRANSACTION = ("ledger.after_begin", "ledger.before_commit", "ledger.after_commit")
+
+
+def detours() -> Iterator[tuple[str, str, RunShape, tuple[Fault, ...]]]:
+    for role, names, shape, prelude in DETOURS:
+        for name in names.split():
+            for point in [f"{part}{name}" for part in IN_TRANSACTION] if name[0] == "@" else [name]:
+                yield role, point, shape, prelude
+
+
+def systematic() -> list[Schedule]:
+    """Every point of both roles, at its first, second and third reach, killed once and twice."""
+    schedules = []
+    for label, shape in (("plain", PLAIN), ("poison", POISON)):
+        for role, points in points_of(shape).items():
+            known = points_of(PLAIN)[role] if label == "poison" else {}
+            for point, count in sorted(points.items()):
+                if point not in known:
+                    schedules += _at(f"{label}/{role}/{point}", shape, role, point, min(count, 3), ())
+    for role, point, shape, prelude in detours():
+        label = f"after {len(prelude)} {prelude[0].kind}/{role}/{point}"
+        schedules += _at(label, shape, role, point, 1, prelude)
+    return schedules
+
+
+def _at(
+    label: str, shape: RunShape, role: str, point: str, turns: int, before: tuple[Fault, ...]
+) -> Iterator[Schedule]:
+    for turn in range(1, turns + 1):
+        kill = Fault(role, "kill", point, turn)
+        stop = Fault(role, "stop", point, turn, wake_after=6)
+        yield Schedule(f"{label}/{turn}/once", shape, (*before, kill))
+        if len(before) < DEATHS_MAX - 1:
+            yield Schedule(f"{label}/{turn}/twice", shape, (*before, kill, replace(kill, turn=1)))
+        yield Schedule(f"{label}/{turn}/stopped", shape, (*before, stop))
+
+
+def random_schedule(seed: int) -> Schedule:
+    rng = random.Random(seed)
+    shape = RunShape(
+        prompts=rng.randint(6, 20),
+        group=rng.randint(2, 4),
+        batch=rng.randint(2, 4),
+        passes=rng.randint(1, 2),
+        interval=rng.randint(1, 4),
+        tight=rng.random() < 0.5,
+        kept=rng.randint(2, 3),
+        bad_prompt=rng.randint(0, 5) if rng.random() < 0.15 else -1,
+        bad_sample=rng.randint(0, 5) if rng.random() < 0.15 else -1,
+    )
+    faults: list[Fault] = []
+    deaths: Counter[str] = Counter()
+    for _ in range(rng.randint(1, 5)):
+        fault = _random_fault(rng)
+        victims = ["producer", "consumer"] if fault.kind in ("kill_both", "reboot") else [fault.victim]
+        if fault.kind != "lose":
+            if any(deaths[role] == deaths_max(shape, role) for role in victims):
+                continue
+            deaths.update(victims)
+        faults.append(fault)
+    return Schedule(str(seed), shape, tuple(faults))
+
+
+def deaths_max(shape: RunShape, role: str) -> int:
+    """A death during a trial counts against who was tried; where trials are held anyway, one is enough."""
+    return 1 if role == "consumer" and shape.bad_sample >= 0 else DEATHS_MAX
+
+
+KINDS = {"kill": 9, "stop": 5, "kill_both": 2, "reboot": 1, "damage_head": 2, "lose": 3}
+
+
+def _random_fault(rng: random.Random) -> Fault:
+    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    victim = "consumer" if kind == "damage_head" else rng.choice(["producer", "consumer"])
+    points = points_of(POISON)[victim]
+    if rng.random() < 0.25:
+        point, turn = rng.choice([point for role, point, *_ in detours() if role == victim]), 1
+    else:
+        point = rng.choice(sorted(points))
+        turn = rng.randint(1, 2 if rng.random() < 0.4 else points[point])
+    return Fault(victim, kind, point, turn, wake_after=rng.randint(0, 14), salt=rng.randrange(1 << 30))
+
+
+# -- running them --------------------------------------------------------------------------
+
+
+def new_folder() -> Path:
+    """In memory where the machine has such a filesystem: what a kill leaves does not depend on the disk."""
+    memory = Path("/dev/shm")  # noqa: S108 (a new private folder in it)
+    return Path(tempfile.mkdtemp(prefix="paceline-kills-", dir=memory if memory.is_dir() else None))
+
+
+@cache
+def reference(shape: RunShape) -> Outcome:
+    folder = new_folder()
+    outcome = uninterrupted(shape, folder)
+    shutil.rmtree(folder)
+    assert outcome.trained == [batch for batch in expected_steps(shape) if batch]
+    return outcome
+
+
+def execute(schedule: Schedule) -> Counter[str]:
+    """Run it and check what must hold after. Raises Violation, with the command that repeats it."""
+    folder = new_folder()
+    # The weights do not depend on how much room there is, nor on how often they are made durable.
+    wanted = reference(replace(schedule.shape, tight=False, interval=4, kept=2))
+    killed = KilledRun(LightRun(folder, schedule.shape), schedule.faults)
+    try:
+        killed.drive()
+        check(killed, wanted)
+    except (Violation, PacelineError) as violation:
+        story = "\n".join([*map(str, schedule.faults), *killed.history[-60:]])
+        raise Violation(
+            f"{violation}\n{schedule.shape}\n{story}\nthe run is in {folder}\nrepeat: {schedule.command}"
+        ) from violation
+    shutil.rmtree(folder)
+    counts = +killed.counts
+    counts["schedules"] = 1
+    counts["faults that struck"] = len(schedule.faults) - len(killed.pending)
+    return counts
+
+
+def check(killed: KilledRun, wanted: Outcome) -> None:
+    """The weights, the ledger, and nothing left behind. Raises Violation."""
+    run, shape = killed.run, killed.run.shape
+    bad = [f"light:{shape.bad_sample}"] if 0 <= shape.bad_sample < shape.prompts else []
+    bad = [sample_id for sample_id in bad if shape.bad_sample != shape.bad_prompt]
+    store = run.open_store()
+    tasks, usage = store.task_counts(), store.usage()
+    found = head_of(store, run.checkpoints)
+    records = {record.name for record in store.checkpoints()}
+    epoch = store.role_epochs()["consumer"]
+    losses = {"lose", "reboot", "damage_head"} & {fault.kind for fault in killed.faults}
+    facts = {key for key, value in store.facts().items() if key.startswith("trial.") and value}
+    left = {
+        "weights that differ": found.weights != wanted.weights,
+        "steps that differ": found.trained != wanted.trained,
+        "lineage that differs": found.chain != wanted.chain,
+        "log that differs": store.all_committed_ids() != shape.sample_ids,
+        "samples not durable": set(shape.sample_ids) - store.durable_marker()["acked"] - set(bad),
+        "samples convicted": set(store.quarantined()) ^ set(bad),
+        "prompts convicted": set(store.failed_tasks()) - {str(shape.bad_prompt)} - {b[6:] for b in bad},
+        "prompts open": tasks["pending"] + tasks["leased"],
+        "intents": store.intents(),
+        "bytes on the books": usage.resident_bytes + usage.reserved_bytes + usage.waiting_samples,
+        "lost samples": store.lost_ids(),
+        "features missed that nobody took away": not losses and killed.counts["captured again"],
+        "trials": facts,
+        "features": [path.name for path in run.feature_folder.glob("*.*")],
+        "checkpoints missing": records - run.checkpoint_names(),
+        # A zombie's last checkpoint, never on record, lies there until the next start sweeps it.
+        "folders": [
+            name
+            for name in run.checkpoint_names() - records
+            if not (killed.has_zombies and epoch_of(name) < epoch)
+        ],
+    }
+    store.close()
+    wrong = {what: value for what, value in left.items() if value}
+    if wrong:
+        raise Violation(f"after the run: {wrong}")
+
+
+def execute_all(schedules: Sequence[Schedule], jobs: int) -> Counter[str]:
+    """`jobs` schedules at a time, in forked workers. Raises Violation with the first few that broke."""
+    points_of(PLAIN), points_of(POISON)
+    gc.collect()
+    gc.freeze()  # forks copy less
+    readers = []
+    for job in range(jobs):
+        read, write = os.pipe()
+        if os.fork() == 0:
+            os.close(read)
+            _worker(schedules[job::jobs], write)
+        os.close(write)
+        readers.append(read)
+    total: Counter[str] = Counter()
+    violations: list[str] = []
+    for read in readers:
+        with os.fdopen(read, "rb") as pipe:
+            answer = json.loads(pipe.read() or b'{"counts": {}, "violations": ["a worker died"]}')
+        total.update(answer["counts"])
+        violations += answer["violations"]
+        os.wait()
+    if violations:
+        first_lines = [violation.partition("\n")[0] for violation in violations[3:]]
+        raise Violation(f"{len(violations)} violations:\n" + "\n\n".join([*violations[:3], *first_lines]))
+    return total
+
+
+def _worker(schedules: Sequence[Schedule], write: int) -> None:
+    """Never returns."""
+    counts: Counter[str] = Counter()
+    violations: list[str] = []
+    try:
+        for schedule in schedules:
+            try:
+                counts.update(execute(schedule))
+            except Violation as violation:
+                violations.append(str(violation))
+                if len(violations) == 5:
+                    break
+    except BaseException:  # noqa: BLE001 (told to the parent; a fork must not return into its stack)
+        violations.append(traceback.format_exc())
+    answer = json.dumps({"counts": counts, "violations": violations}).encode()
+    while answer:
+        answer = answer[os.write(write, answer) :]
+    os._exit(0)
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(prog=MODULE)
+    arguments.add_argument("--seed", type=int)
+    arguments.add_argument("--name")
+    arguments.add_argument("--repeat", type=int, default=1)
+    arguments.add_argument("--systematic", action="store_true")
+    arguments.add_argument("--random", type=int, default=0)
+    arguments.add_argument("--first-seed", type=int, default=0)
+    arguments.add_argument("--jobs", type=int, default=1)
+    arguments.add_argument("--deadline", type=float, default=30.0, help="seconds a run may take")
+    given = arguments.parse_args()
+    killed_run.DEADLINE_S = given.deadline
+    schedules = systematic() if given.systematic else []
+    schedules += [random_schedule(given.first_seed + n) for n in range(given.random)]
+    if given.seed is not None:
+        schedules += [random_schedule(given.seed)] * given.repeat
+    if given.name:
+        schedules += [s for s in systematic() if s.name == given.name] * given.repeat
+    try:
+        counts = execute_all(schedules, given.jobs)
+    except Violation as violation:
+        sys.stderr.write(f"{violation}\n")
+        return 1
+    assert "torch" not in sys.modules, "light mode imports no torch"
+    sys.stdout.write(json.dumps(counts) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

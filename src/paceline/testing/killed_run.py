@@ -1,0 +1,427 @@
+"""One light run as real processes that are killed, stopped and started again until it is complete.
+
+The parent forks a producer and a consumer, each armed with the next fault meant for it, and starts again
+whatever died. A stopped process gets a successor and is then woken up: a zombie. From then on none of
+its transactions may be committed. The parent decides nothing about samples; it is a supervisor with a
+plan of accidents. A run that does not end in time is a violation like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import random
+import select
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import apsw
+
+from paceline import crashpoints
+from paceline.errors import CheckpointError, FencedError, PacelineError
+from paceline.ledger.facts import COMPLETED_STEP, END_OF_STREAM
+from paceline.ledger.gate import RoleLock
+from paceline.ledger.records import CheckpointRecord
+from paceline.testing.light_run import RUN_ID, LightRun
+from paceline.training.checkpoint import CheckpointFolder
+
+DEADLINE_S = 30.0
+QUIET_MS = 40  # no news for so long: a stopped process may hold a lock, so it is woken up
+DONE, FENCED, STALE, FAILED, BROKEN = range(10, 15)
+NOTED = {
+    "loader.after_recapture": "captured again",
+    "producer.after_give_up": "gave up samples to make room",
+    "trial.before_try": "trial held",
+    "ledger.after_folds": "history folded",
+    "recovery.after_adopt": "rolled forward",
+    "recovery.after_fall_back": "fell back",
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens when `victim` reaches `point` for the `turn`-th time in one of its lives.
+
+    kill; kill_both: the other role, too; stop: it is continued `wake_after` events after a successor has
+    taken its role; reboot: everything dies and the features are gone; damage_head: killed, and the newest
+    checkpoint is deleted or altered; lose: a feature file is deleted or altered, nobody dies.
+    """
+
+    victim: str
+    kind: str
+    point: str
+    turn: int = 1
+    wake_after: int = 0
+    salt: int = 0
+
+
+@dataclass
+class Child:
+    pid: int
+    role: str
+    faults: list[Fault]  # what it is armed with, in this order
+    pidfd: int
+    stale: mmap.mmap  # one byte, written by the parent: a successor has taken the role over
+    acquired: bool = False
+    stopped: bool = False
+    fired: Fault | None = None
+    wake_in: int = 0
+
+
+class Violation(AssertionError):  # noqa: N818 (it is what the tests look for)
+    """The run broke a promise."""
+
+
+def qualified(name: str, frame: FrameType | None) -> str:
+    """A point inside a ledger transaction, with the store's method whose transaction it is."""
+    if not name.startswith(("ledger.after_begin", "ledger.before_commit", "ledger.after_commit")):
+        return name
+    return f"{name}@{_store_method(frame)}"
+
+
+def _store_method(frame: FrameType | None) -> str:
+    """The outermost method of the SQLite store on the stack."""
+    method = "?"
+    while frame is not None:
+        code = frame.f_code
+        if "/ledger/stores/sqlite/" in code.co_filename and not code.co_name.startswith("_"):
+            method = code.co_name
+        frame = frame.f_back
+    return method
+
+
+class Watcher:
+    """In a child: executes its fault, reports what the parent wants to know."""
+
+    def __init__(self, run: LightRun, tell: int, faults: Sequence[Fault], stale: mmap.mmap) -> None:
+        self._run, self._tell, self._faults, self._stale = run, tell, list(faults), stale
+        self.reached: Counter[str] = Counter()
+
+    def __call__(self, name: str) -> None:
+        name = qualified(name, sys._getframe(2))
+        self.reached[name] += 1
+        if name in NOTED:
+            self.send("noted", what=NOTED[name])
+        if name.endswith(".after_acquire"):
+            self.send("acquired")
+        if self._stale[0] and name.startswith("ledger.after_commit"):
+            self.send("violation", what=f"a zombie committed {name}")
+        if self._faults and name == self._faults[0].point and self.reached[name] == self._faults[0].turn:
+            self.send("fired")
+            self._strike(self._faults.pop(0))
+
+    def _strike(self, fault: Fault) -> None:
+        if fault.kind == "lose":
+            self.reached.clear()
+            if self._run.feature_folder.exists():
+                self._run.open_features(owner=False).damage(random.Random(fault.salt))
+            return
+        number = signal.SIGSTOP if fault.kind == "stop" else signal.SIGKILL
+        os.kill(os.getpid(), number)
+        self._faults.clear()  # what follows is meant for the successor
+
+    def report(self, event: str, **fields: Any) -> None:
+        kept = {key: value for key, value in fields.items() if isinstance(value, int)}
+        self.send("event", event=event, **kept)
+
+    def send(self, kind: str, **fields: Any) -> None:
+        line = json.dumps({"pid": os.getpid(), "kind": kind, **fields})[:4000] + "\n"
+        os.write(self._tell, line.encode())  # below PIPE_BUF, so it arrives whole
+
+
+def damage_head(run: LightRun, rng: random.Random) -> bool:
+    """Delete or alter the newest checkpoint on record, if a whole one is left to fall back to."""
+    rows = look(run, "SELECT step, name, manifest_digest, last_seq, chain FROM checkpoint ORDER BY step")
+    checkpoints = CheckpointFolder(run.checkpoints, RUN_ID)
+    try:
+        checkpoints.read(CheckpointRecord(*rows[-2]))
+        folder = run.checkpoints / CheckpointRecord(*rows[-1]).name
+        if rng.random() < 0.5:
+            shutil.rmtree(folder)
+            return True
+        path = folder / rng.choice(sorted(file.name for file in folder.iterdir()))
+    except (IndexError, CheckpointError, FileNotFoundError):
+        return False
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+    return True
+
+
+def look(run: LightRun, sql: str, *values: str) -> list[tuple[Any, ...]]:
+    """Rows of the ledger, past the writers' gate: a stopped process may hold it."""
+    try:
+        db = apsw.Connection(str(run.ledger), flags=apsw.SQLITE_OPEN_READWRITE)
+    except apsw.CantOpenError:
+        return []
+    db.set_busy_timeout(5000)  # another connection may just be closing, or recovering from a kill
+    try:
+        return list(db.execute(sql, values))
+    except apsw.SQLError:  # killed before there was a schema
+        return []
+    finally:
+        db.close()
+
+
+@dataclass
+class KilledRun:
+    """Drives `run` through `faults` to its end; `counts` and `points` say what happened on the way."""
+
+    run: LightRun
+    faults: Sequence[Fault]
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.pending = list(self.faults)
+        self._children: dict[int, Child] = {}
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        self._poll = select.poll()
+        self._poll.register(self._read, select.POLLIN)
+        self._rest = b""
+        self._producer_done = False
+        self._complete = False
+        self._newest: dict[str, int] = {}  # who took each role last
+        self._steps_of: dict[int, int] = {}  # the process that last trained a step
+        self.has_zombies = any(fault.kind == "stop" for fault in self.faults)
+        self.history: list[str] = []
+
+    # -- the supervisor --------------------------------------------------------------------
+
+    def drive(self) -> None:
+        """To the end. Raises Violation."""
+        deadline = time.monotonic() + DEADLINE_S
+        try:
+            while not (self._complete and not self._children):
+                self._staff()
+                if time.monotonic() > deadline:
+                    raise Violation(f"the run did not end within {DEADLINE_S:g} s")
+                self._look(QUIET_MS)
+        finally:
+            with suppress(Violation):
+                for child in list(self._children.values()):
+                    self._kill(child)
+            os.close(self._read)
+            os.close(self._write)
+
+    def _staff(self) -> None:
+        """Whoever is needed and not there is started; at the end every zombie is woken up."""
+        if self._complete:
+            for child in self._stopped():
+                self._wake(child)
+            return
+        for role in ("producer", "consumer"):
+            running = [c for c in self._children.values() if c.role == role and not c.stopped]
+            if not running and not (role == "producer" and self._producer_done):
+                self._start(role)
+
+    def _look(self, timeout_ms: int) -> None:
+        ready = self._poll.poll(timeout_ms)
+        self._hear()
+        for child in list(self._children.values()):
+            if child.pid in self._children:  # looking after one may end others
+                self._look_after(child)
+        for child in self._stopped():
+            if child.wake_in < 0 or not ready:
+                self._wake(child)
+        if not ready and self._producer_done:
+            self._producer_done = not self._producer_has_work()
+
+    def _stopped(self) -> list[Child]:
+        return [child for child in self._children.values() if child.stopped]
+
+    # -- processes -------------------------------------------------------------------------
+
+    def _start(self, role: str) -> None:
+        faults = [fault for fault in self.pending if fault.victim == role]
+        stale = mmap.mmap(-1, 1)
+        pid = os.fork()
+        if pid == 0:
+            self._work(role, faults, stale)
+        pidfd = os.pidfd_open(pid)
+        self._poll.register(pidfd, select.POLLIN)
+        self._children[pid] = Child(pid, role, faults, pidfd, stale)
+        self.counts["processes"] += 1
+        self.history.append(f"{role} {pid} starts, armed with {faults[:1]}")
+
+    def _work(self, role: str, faults: list[Fault], stale: mmap.mmap) -> None:
+        """The child's life. Never returns."""
+        watcher = Watcher(self.run, self._write, faults, stale)
+        code = FAILED
+        try:
+            if not self.has_zombies:
+                RoleLock(self.run.folder, role)
+            crashpoints.watch(watcher)
+            (self.run.produce if role == "producer" else self.run.consume)(watcher.report)
+            code = DONE
+        except FencedError as error:
+            watcher.send("refused", what=_refused_method(error))
+            code = FENCED
+        except PacelineError as error:
+            watcher.send("failed", what=f"{type(error).__name__}: {error}")
+        except BaseException:  # noqa: BLE001 (a child must not return into its parent's stack)
+            code = BROKEN
+            watcher.send("failed", what=traceback.format_exc()[-3000:])
+        finally:
+            os._exit(code)
+
+    def _look_after(self, child: Child) -> None:
+        pid, status = os.waitpid(child.pid, os.WNOHANG | os.WUNTRACED)
+        if pid == 0:
+            return
+        if os.WIFSTOPPED(status):
+            self._hear()
+            child.stopped, child.wake_in = True, child.fired.wake_after if child.fired else 0
+            self.history.append(f"{child.role} {pid} is stopped at {child.fired}")
+            return
+        self._hear()
+        self._bury(child)
+        if os.WIFSIGNALED(status):
+            self.history.append(f"{child.role} {pid} was killed")
+            if child.fired is None:
+                raise Violation(f"the {child.role} died of signal {os.WTERMSIG(status)}, and nobody sent it")
+            self._aftermath(child.fired)
+            return
+        code = os.WEXITSTATUS(status)
+        self.history.append(f"{child.role} {pid} ends with {code}")
+        if code == FAILED and self._newest.get(child.role, pid) != pid:
+            code = STALE  # it lost its role while it ran; whatever it ran into then is its own affair
+        if code in (FAILED, BROKEN):
+            raise Violation(f"the {child.role} failed: {self.history[-2:]}")
+        if code in (FENCED, STALE) and not self.has_zombies:
+            raise Violation(f"the {child.role} was fenced, and nobody took its role: {self.history[-2:]}")
+        if code == DONE:
+            self._ended(child)
+
+    def _ended(self, child: Child) -> None:
+        if child.role == "consumer":
+            self._complete = self._complete or self._is_true(COMPLETED_STEP)
+        else:
+            self._producer_done = not self._producer_has_work()
+
+    def _bury(self, child: Child) -> None:
+        self._poll.unregister(child.pidfd)
+        os.close(child.pidfd)
+        child.stale.close()
+        del self._children[child.pid]
+
+    def _kill(self, child: Child) -> None:
+        os.kill(child.pid, signal.SIGKILL)
+        os.waitpid(child.pid, 0)
+        self._hear()
+        self._bury(child)
+        self.history.append(f"{child.role} {child.pid} is killed")
+
+    def _wake(self, child: Child) -> None:
+        """Continue a stopped process; a zombie if its role has been taken over meanwhile."""
+        child.stopped = False
+        if child.acquired and self._newest[child.role] != child.pid:
+            child.stale[0] = 1
+            self.counts["zombies"] += 1
+        self.history.append(f"{child.role} {child.pid} is continued, stale={child.stale[0]}")
+        os.kill(child.pid, signal.SIGCONT)
+
+    def _aftermath(self, fault: Fault) -> None:
+        """What the fault does besides ending its victim."""
+        if fault.kind in ("kill_both", "reboot"):
+            for other in list(self._children.values()):
+                if fault.kind == "reboot" or not other.stopped:
+                    self._kill(other)
+        if fault.kind == "reboot":
+            shutil.rmtree(self.run.feature_folder, ignore_errors=True)
+            self._producer_done = False
+        if fault.kind == "damage_head" and not self._is_true(COMPLETED_STEP):  # then nobody would look
+            damaged = damage_head(self.run, random.Random(fault.salt))
+            self.counts["heads damaged"] += damaged
+            self.history.append(f"the head is damaged: {damaged}")
+
+    # -- news ------------------------------------------------------------------------------
+
+    def _hear(self) -> None:
+        try:
+            while data := os.read(self._read, 1 << 16):
+                self._rest += data
+        except BlockingIOError:
+            pass
+        *lines, self._rest = self._rest.split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            self._take(message, self._children[message["pid"]])
+            for child in self._stopped():
+                child.wake_in -= self._newest.get(child.role, child.pid) != child.pid
+
+    def _take(self, message: dict[str, Any], child: Child) -> None:
+        kind = message["kind"]
+        self.history.append(f"{child.role} {line_of(message)}")
+        if kind == "violation":
+            raise Violation(message["what"])
+        if kind == "fired":
+            child.fired = child.faults.pop(0)
+            self.pending.remove(child.fired)
+            self.counts[f"faults: {child.fired.kind}"] += 1
+        elif kind == "acquired":
+            child.acquired = True
+            self._newest[child.role] = child.pid
+        elif kind == "refused":
+            self.counts[f"zombie rejected at {message['what']}"] += 1
+        elif kind == "noted":
+            self.counts[message["what"]] += 1
+        elif kind == "event":
+            self._count(message, child)
+
+    def _count(self, message: dict[str, Any], child: Child) -> None:
+        event, step = message["event"], message.get("step", 0)
+        if event == "found":
+            self.counts["intents revoked"] += message.get("intents", 0) > 0
+            self.counts["orphan checkpoints found"] += message.get("orphan_checkpoints", 0) > 0
+        elif event == "started":
+            self.counts["orphan features swept"] += message["orphans"] > 0
+        elif event == "step":
+            self.counts["steps replayed"] += self._steps_of.get(step, child.pid) != child.pid
+            self._steps_of[step] = child.pid
+        elif event == "checkpoint":
+            self.counts["checkpoints"] += 1
+            last = -(-self.run.shape.prompts * self.run.shape.passes // self.run.shape.batch)
+            self.counts["checkpoints on pressure"] += step % self.run.shape.interval > 0 and step != last
+        elif event in ("fall_back", "waiting_for_recapture", "rolled_forward") and self._producer_done:
+            self._producer_done = not self._producer_has_work()
+
+    # -- the ledger, looked at -------------------------------------------------------------
+
+    def _is_true(self, fact: str) -> bool:
+        return look(self.run, "SELECT value FROM fact WHERE key = ?", fact) not in ([], [("false",)])
+
+    def _producer_has_work(self) -> bool:
+        """As in roles/supervisor.py."""
+        open_tasks = look(self.run, "SELECT 1 FROM task WHERE state IN ('pending', 'leased')")
+        untouched = look(self.run, "SELECT 1 FROM run WHERE next_ordinal < num_tasks")
+        return bool(open_tasks or untouched) or not self._is_true(END_OF_STREAM)
+
+
+def line_of(message: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in message.items())
+
+
+def _refused_method(error: BaseException) -> str:
+    """The store's method that refused, out of the traceback."""
+    method, trace = "?", error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if (
+            "/ledger/stores/sqlite/" in code.co_filename
+            and not code.co_name.startswith("_")
+            and method == "?"
+        ):
+            method = code.co_name
+        trace = trace.tb_next
+    return method

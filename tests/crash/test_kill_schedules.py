@@ -1,0 +1,92 @@
+"""Whole runs over real processes that are killed and stopped everywhere: the same weights, every time.
+
+No torch, so that a run takes less than a tenth of a second; everything else is the product. What may
+happen is in paceline.testing.killed_run, what must hold afterwards in paceline.testing.kill_schedules.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+MODULE = "paceline.testing.kill_schedules"
+RANDOM = 400
+HAPPENED = {  # and how often at least, over all schedules
+    "schedules": 1000,
+    "zombies": 100,
+    "zombie rejected at commit_samples": 1,
+    "zombie rejected at reserve": 1,
+    "zombie rejected at begin_step": 1,
+    "zombie rejected at ack_step": 1,
+    "zombie rejected at record_checkpoint": 1,
+    "zombie rejected at begin_release": 1,
+    "zombie rejected at record_released": 1,
+    "steps replayed": 50,
+    "orphan checkpoints found": 50,
+    "orphan features swept": 20,
+    "intents revoked": 50,
+    "rolled forward": 20,
+    "fell back": 10,
+    "captured again": 50,
+    "gave up samples to make room": 1,
+    "checkpoints on pressure": 5,
+    "history folded": 100,
+    "trial held": 50,
+    "faults: kill": 500,
+    "faults: stop": 200,
+    "faults: kill_both": 10,
+    "faults: reboot": 10,
+    "faults: damage_head": 10,
+    "faults: lose": 20,
+}
+
+
+def test_a_thousand_schedules_end_in_the_same_weights() -> None:
+    """Every point at its first three reaches: killed once, killed twice, stopped; and mixtures by seed."""
+    command = [sys.executable, "-m", MODULE, "--systematic", "--random", str(RANDOM), "--jobs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    rare = {what: counts.get(what, 0) for what, least in HAPPENED.items() if counts.get(what, 0) < least}
+    assert not rare, f"these hardly happened, so they were hardly tested: {rare}"
+
+
+PLANTED = {
+    "no fence": (
+        "from paceline.ledger.stores.sqlite.database import Database\n"
+        "Database._check_fence = lambda self, fence: None",
+        "plain/consumer/checkpoint.after_retire/2/stopped",
+    ),
+    "half-written checkpoints stay": (
+        "from paceline.training.checkpoint import CheckpointFolder\n"
+        "CheckpointFolder.sweep = lambda self, keep, *, epoch: []",
+        "plain/consumer/checkpoint.after_file/2/once",
+    ),
+    "a resumed consumer reads from the start": (
+        "from paceline.loader.passes import START, VisitOrder\n"
+        "real = VisitOrder.__init__\n"
+        "VisitOrder.__init__ = lambda self, **given: real(self, **{**given, 'position': START})",
+        "plain/consumer/checkpoint.after_all/2/once",
+    ),
+    "a new producer inherits leases": (
+        "from paceline.ledger.stores.sqlite.database import Database\n"
+        "real = Database._change\n"
+        "skipped = lambda sql: 'deaths = deaths' in sql\n"
+        "Database._change = lambda self, sql, *v: 0 if skipped(sql) else real(self, sql, *v)",
+        "plain/producer/producer.after_lease/2/once",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_found(bug: str) -> None:
+    """The test above could fail: each of these breaks a promise that one of its schedules keeps."""
+    code, schedule = PLANTED[bug]
+    script = f"{code}\nimport sys\nfrom {MODULE} import main\nsys.exit(main())"
+    command = [sys.executable, "-c", script, "--name", schedule, "--deadline", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, "nobody noticed"
+    assert f"python -m {MODULE}" in done.stderr

@@ -1,0 +1,147 @@
+"""`paceline fsck` and `paceline inspect` on runs made by hand: what a person reads, and the exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import apsw
+import pytest
+from typer.testing import CliRunner
+
+from paceline.cli.main import app
+from paceline.testing.light_run import LightRun, RunShape
+from paceline.testing.run_by_hand import RunByHand
+
+GOLDEN = Path(__file__).parents[1] / "ledger" / "golden" / "ledger-v1.sql"
+SHAPE = RunShape(prompts=20, group=4, batch=3, passes=2, interval=3)
+
+
+def told(*arguments: object, code: int = 0) -> str:
+    """What the command prints; it must end with `code`."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run: most of its history folded, two checkpoints kept."""
+    run = LightRun(tmp_path_factory.mktemp("finished"), SHAPE)
+    run.produce()
+    run.consume()
+    return run.folder
+
+
+def head_file(run: RunByHand, name: str) -> Path:
+    return run.checkpoints.folder / run.store.checkpoints()[-1].name / name
+
+
+def test_fsck_says_sound_rule_by_rule(finished: Path) -> None:
+    """One line for every rule, the counts, the verdict."""
+    output = told("fsck", finished)
+    lines = output.splitlines()
+    assert lines[0].startswith("looked at 20 samples, 14 steps, 2 checkpoints, 14 head step, 16 folded")
+    assert [line.split(":")[0] for line in lines[1:-1]] == [f"C{n} ok" for n in (1, 2, 3, 4, 5, 8, 9)]
+    assert lines[-1].startswith("sound: nothing lost")
+
+
+def test_fsck_names_what_is_wrong_and_what_to_do(by_hand: RunByHand) -> None:
+    """A damaged checkpoint alone is something the run recovers from by itself; a lost commit is not."""
+    by_hand.train(by_hand.capture(3))
+    by_hand.checkpoint()
+    assert "sound: nothing lost" in told("fsck", by_hand.folder)
+    head_file(by_hand, "weights.bin").write_bytes(b"damaged")
+    output = told("fsck", by_hand.folder, code=9)
+    assert "C5 1 ERRORS: checkpoints on disk are the ones recorded" in output
+    assert "weights.bin is damaged" in output
+    assert "C1 ok" in output
+    assert "UNSOUND: 1 errors" in output
+    assert "run the same `paceline train` again" in output
+    by_hand.store._db.execute("DELETE FROM folded WHERE kind = 'samples'")
+    output = told("fsck", by_hand.folder, code=9)
+    assert "ERROR 3 samples were committed, 0 are known; seqs missing: 1, 2, 3" in output
+    assert f"Keep a copy of {by_hand.folder}" in output
+
+
+def test_fsck_takes_what_nobody_can_open(by_hand: RunByHand, tmp_path: Path) -> None:
+    """No run, a run not begun, a ledger of version 1, a ledger that is none: each says what to do next."""
+    assert "There is no run in" in told("fsck", tmp_path, code=2)
+    ledger = tmp_path / "ledger.db"
+    ledger.write_bytes(b"")
+    assert "the run has not begun" in told("fsck", tmp_path, code=6)
+    db = apsw.Connection(str(ledger))
+    db.execute(GOLDEN.read_text())
+    db.close()
+    output = told("fsck", tmp_path, code=6)
+    assert "schema version 1" in output
+    assert f"paceline status {tmp_path}" in output
+    assert "looked at" in told("status", tmp_path) + told("fsck", tmp_path, code=9)  # no checkpoints there
+    by_hand.checkpoint()
+    by_hand.store.close()
+    for content in (b"", b"x" * 5000):
+        (by_hand.folder / "ledger.db").write_bytes(content)
+        output = told("fsck", by_hand.folder, code=9)
+        assert "UNSOUND: 1 errors" in output
+        assert "C1 ok" not in output
+
+
+def test_inspect_tells_a_steps_samples_and_a_samples_life(finished: Path) -> None:
+    """From the ledger alone, folded history included."""
+    first = told("inspect", finished, "--step", 1)
+    assert "step 1: durable, 3 samples" in first
+    assert "1  light:0  seq 1, visit 1; trained, last by step 2, durable; features freed" in first
+    assert "light:0  seq 1, visit 2 and last" in told("inspect", finished, "--step", 2)
+    life = told("inspect", finished, "--sample", "light:0")
+    assert "sample light:0 (prompt 0), place 1 in the log" in life
+    assert life.count("visited by step") == SHAPE.passes
+    assert "durable; features freed" in life
+    assert told("inspect", finished, "--sample", "0") == life
+    assert "20 samples committed, step 14 acked" in told("inspect", finished)
+    assert "Step 15 has no plan" in told("inspect", finished, "--step", 15, code=2)
+
+
+def test_inspect_tells_what_is_provisional_planned_and_set_aside(by_hand: RunByHand) -> None:
+    """Every way a sample may stand, each with its reason; the unknown is an error that says so."""
+    ids = by_hand.capture(6)
+    by_hand.train(ids[:1])
+    by_hand.checkpoint()
+    by_hand.begin(ids[1:3])
+    by_hand.store.quarantine([ids[2]], step=2, reason="loss is nan", fence=by_hand.consumer)
+    by_hand.train(ids[1:2], rev=1)
+    by_hand.begin(ids[3:4])
+    by_hand.store.report_lost(ids[4:5])
+    by_hand.store.lease_tasks("w", 2, fence=by_hand.producer)
+    by_hand.store.fail_tasks("w", ["task-6"], reason="no text", attempt_max=None, fence=by_hand.producer)
+    by_hand.store.set_facts({"run_id": "run0"})
+    run = by_hand.folder
+
+    everything = told("inspect", run)
+    assert "6 samples committed, step 2 acked, head step-00000001" in everything
+    assert "quarantined run0:s2: loss is nan" in everything
+    assert "failed prompt task-6: no text" in everything
+    assert "to be captured again run0:s4" in everything
+    assert "step 1: durable, 1 samples" in told("inspect", run, "--step", 1)
+    second = told("inspect", run, "--step", 2)
+    assert "step 2: provisional, plan revision 1, 1 samples" in second
+    assert "run0:s1  seq 2, visit 1 and last; trained, last by step 2, provisional" in second
+    third = told("inspect", run, "--step", 3)
+    assert "step 3: planned, 1 samples" in third
+    assert "visit 1; not trained to the end yet; features resident" in third
+    assert "in quarantine by step 2: loss is nan" in told("inspect", run, "--sample", ids[2])
+    assert "features lost, to be captured again" in told("inspect", run, "--sample", ids[4])
+    assert "never committed; set aside: no text" in told("inspect", run, "--sample", "task-6")
+    assert "never committed; set aside: no text" in told("inspect", run, "--sample", "run0:task-6")
+    assert "nobody" in told("inspect", run, "--sample", "nobody", code=2)
+
+
+def test_both_commands_load_no_torch(finished: Path) -> None:
+    """They answer at once, on a machine that has none."""
+    code = (
+        "import sys\nfrom paceline.cli.main import app\n"
+        "for words in (['fsck', sys.argv[1]], ['inspect', sys.argv[1], '--step', '1']):\n"
+        "    try:\n        app(words)\n    except SystemExit as end:\n        assert end.code == 0\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(finished)], check=True, capture_output=True)

@@ -1,0 +1,234 @@
+"""The checker finds nothing wrong with a run at any moment of its life, and says what it saw."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import apsw
+import pytest
+import torch
+
+from paceline import crashpoints
+from paceline.features.stores.shm import SharedMemoryFeatureStore
+from paceline.fsck.checker import check
+from paceline.testing.light_run import LightRun, RunShape
+from paceline.testing.run_by_hand import RunByHand
+
+GOLDEN = Path(__file__).parents[1] / "ledger" / "golden" / "ledger-v1.sql"
+
+
+def passes_as_live_and_as_crashed(run: RunByHand, scratch: Path) -> str:
+    """The notes on the run as it is, open for writing; a copy without its shared index says the same."""
+    live = check(run.folder)
+    assert live.errors == []
+    assert (run.folder / "ledger.db-wal").stat().st_size > 0, "the ledger is open"
+    shutil.copytree(run.folder, scratch, ignore=shutil.ignore_patterns("*-shm", "*-bell", "*-gate"))
+    assert check(scratch) == live
+    shutil.rmtree(scratch)
+    return "\n".join(live.notes)
+
+
+def test_every_moment_of_a_run_is_sound(by_hand: RunByHand, tmp_path: Path) -> None:
+    """Looked at after every call, while the writer has it open, and as a crash would leave it."""
+    copy = tmp_path / "crashed"
+
+    def look() -> str:
+        return passes_as_live_and_as_crashed(by_hand, copy)
+
+    look()
+    ids = by_hand.capture(4)
+    look()
+    by_hand.checkpoint()  # step 0
+    by_hand.store.lease_tasks("w", 2, fence=by_hand.producer)
+    by_hand.store.reserve({"run0:s4": 9}, fence=by_hand.producer)
+    by_hand.begin(ids[:2])
+    look()
+    by_hand.train(ids[:2])
+    look()
+    record, _ = by_hand.write_checkpoint()
+    assert f"unfinished or swept at the next start: {record.name}" in look()
+    by_hand.store.record_checkpoint(record, fence=by_hand.consumer)
+    look()
+    by_hand.store.begin_release(9, fence=by_hand.consumer)
+    by_hand.store.record_released(ids[:1], fence=by_hand.consumer)
+    look()
+    for sample_id in ids[2:]:
+        by_hand.train([sample_id])
+        by_hand.checkpoint(keep=1)
+        look()
+    assert check(by_hand.folder).counts["folded_samples"] == 4
+    by_hand.store.close()
+    assert check(by_hand.folder).errors == []
+    by_hand.open()
+    by_hand.train(by_hand.capture(8))
+    by_hand.checkpoint()
+    assert look() == ""
+    assert check(by_hand.folder).counts["samples"] == 12
+
+
+def test_quarantine_revisions_and_failed_prompts_are_sound(by_hand: RunByHand, tmp_path: Path) -> None:
+    """What was set aside is told with its reason, and the step without it is the one that counts."""
+    ids = by_hand.capture(4)
+    by_hand.begin(ids[:3])
+    by_hand.store.quarantine([ids[1]], step=1, reason="loss is nan", fence=by_hand.consumer)
+    by_hand.train([ids[0], ids[2]], rev=1)
+    by_hand.store.quarantine([ids[3]], step=None, reason="never readable", fence=by_hand.consumer)
+    by_hand.train([])  # all its samples are poison
+    by_hand.store.lease_tasks("w", 1, fence=by_hand.producer)
+    by_hand.store.fail_tasks("w", ["task-4"], reason="no text", attempt_max=None, fence=by_hand.producer)
+    by_hand.checkpoint()
+    notes = passes_as_live_and_as_crashed(by_hand, tmp_path / "crashed")
+    assert "quarantined: run0:s1: loss is nan" in notes
+    assert "failed prompt: task-4: no text" in notes
+
+
+def test_a_run_that_fell_back_is_sound(by_hand: RunByHand, tmp_path: Path) -> None:
+    """Its head was damaged: what was freed since is lost, is captured again and trained once."""
+    ids = by_hand.capture(6)
+    for at in (0, 2, 4):
+        by_hand.train(ids[at : at + 2])
+        by_hand.checkpoint()
+    head = by_hand.store.checkpoints()[-1]
+    (by_hand.checkpoints.folder / head.name / "weights.bin").write_bytes(b"damaged")
+    assert any("weights.bin is damaged" in error for error in check(by_hand.folder).errors)
+    by_hand.consumer = by_hand.store.acquire_role("consumer", "successor")
+    assert by_hand.store.fall_back(2, fence=by_hand.consumer) == ids[4:]
+    notes = passes_as_live_and_as_crashed(by_hand, tmp_path / "crashed")
+    assert "2 samples wait to be captured again: run0:s4, run0:s5" in notes
+    by_hand.capture(2)
+    by_hand.train(ids[4:])
+    by_hand.checkpoint()
+    assert passes_as_live_and_as_crashed(by_hand, tmp_path / "crashed") == ""
+
+
+def test_a_run_that_rolled_forward_is_sound(by_hand: RunByHand, tmp_path: Path) -> None:
+    """A checkpoint that the ledger had forgotten is adopted, with the samples it trained."""
+    ids = by_hand.capture(2)
+    by_hand.train(ids)
+    by_hand.checkpoint()
+    older = tmp_path / "older.db"
+    by_hand.store._db.execute("VACUUM INTO ?", (str(older),))
+    by_hand.train(by_hand.capture(3))
+    record, lineage = by_hand.write_checkpoint()
+    by_hand.store.close()
+    older.rename(by_hand.folder / "ledger.db")
+    assert check(by_hand.folder).errors == []
+    by_hand.open()
+    by_hand.store.adopt_checkpoint(record, lineage, fence=by_hand.consumer)
+    passes_as_live_and_as_crashed(by_hand, tmp_path / "crashed")
+    by_hand.train(by_hand.capture(7))
+    by_hand.checkpoint(keep=1)
+    passes_as_live_and_as_crashed(by_hand, tmp_path / "crashed")
+    assert check(by_hand.folder).counts["samples"] == 12
+
+
+def test_features_lost_after_their_ack_are_no_harm(by_hand: RunByHand) -> None:
+    """The weights contain the sample; it is captured once more, and freed."""
+    ids = by_hand.capture(2)
+    by_hand.train(ids)
+    by_hand.store.report_lost(ids[:1])
+    assert check(by_hand.folder).errors == []
+    by_hand.checkpoint()
+    assert check(by_hand.folder).errors == []
+    assert by_hand.capture(1) == ids[:1]
+    by_hand.store.record_released(ids[:1], fence=by_hand.consumer)
+    assert check(by_hand.folder).errors == []
+
+
+@pytest.mark.parametrize("shape", [RunShape(passes=3), RunShape(prompts=2, batch=5, passes=2)])
+def test_several_passes_are_sound(tmp_path: Path, shape: RunShape) -> None:
+    """Every sample is visited so often, also twice in one step where a run is smaller than a batch."""
+    run = LightRun(tmp_path, shape)
+    run.produce()
+    run.consume()
+    assert check(tmp_path).errors == []
+    assert check(tmp_path, passes=shape.passes).errors == []
+    assert any("C2 durable after" in error for error in check(tmp_path, passes=4).errors)
+    assert any(error.startswith("C2 visited more than 1") for error in check(tmp_path, passes=1).errors)
+
+
+def test_a_ledger_of_version_1_is_left_to_be_opened_and_goes_on_as_a_sound_one(tmp_path: Path) -> None:
+    """Before the migration nothing is judged; after it, all but the history that version 1 did not keep."""
+    db = apsw.Connection(str(tmp_path / "ledger.db"))
+    db.execute(GOLDEN.read_text())
+    db.close()
+    before = (tmp_path / "ledger.db").read_bytes()
+    report = check(tmp_path)
+    assert (report.errors, report.unchecked) == ([], "ledger.db has schema version 1, this checker knows 2")
+    assert (tmp_path / "ledger.db").read_bytes() == before
+    run = RunByHand(tmp_path)
+    run.capture(1)  # the lost one
+    run.train(["run0:s4", "run0:s5"])
+    run.checkpoint(keep=1)
+    report = check(tmp_path)
+    assert report.errors == []
+    assert report.notes[0].startswith("the steps up to 2 were trained by an earlier version")
+
+
+def test_slots_are_held_against_the_ledger(by_hand: RunByHand, directory: Path) -> None:
+    """Orphans and missing bytes are notes; bytes under another sample's generation are an error."""
+    features = SharedMemoryFeatureStore(directory, budget_bytes=1 << 20, owner=True)
+    ids = by_hand.capture(3)
+    generations = by_hand.store.present_generations()
+    intent = by_hand.store.reserve({"run0:s3": 9, "run0:s4": 9}, fence=by_hand.producer)
+    for sample_id, generation in [*generations.items(), *intent.items()]:
+        features.put(sample_id, {"x": torch.zeros(3)}, generation=generation)
+    report = check(by_hand.folder, features=directory)
+    assert (report.errors, report.notes, report.counts["slots"]) == ([], [], 5)
+    by_hand.store.revoke([intent["run0:s3"]])
+    features.abort(ids[1])
+    features.put("run0:s9", {"x": torch.zeros(3)}, generation=1000)  # begun after the ledger was read
+    report = check(by_hand.folder, features=directory)
+    assert report.errors == []
+    assert any(note.startswith("1 samples have no sealed bytes") and ids[1] in note for note in report.notes)
+    assert any(note.startswith("slots that nobody owns") and "run0:s3" in note for note in report.notes)
+    features.put("run0:s7", {"x": torch.zeros(3)}, generation=generations[ids[1]])
+    [error] = check(by_hand.folder, features=directory).errors
+    assert error.startswith("C9 slot-")
+    assert "holds run0:s7 under the generation of: run0:s1" in error
+    features.destroy()
+    report = check(by_hand.folder, features=directory)
+    assert report.errors == []
+    assert any("captured again at the next start: run0:s0" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_is_sound_at_every_named_place(tmp_path: Path, seed: int) -> None:
+    """Looked at in the middle of whatever producer, trainer, recovery and ledger do, over three deaths."""
+    rng = random.Random(seed)
+    run = LightRun(
+        tmp_path, RunShape(prompts=9, passes=1 + seed % 2, bad_prompt=1, bad_sample=7, kept=1 + seed // 2)
+    )
+    looked: Counter[str] = Counter()
+    lives = iter([*(rng.randrange(60, 200) for _ in range(3)), 100_000])
+    left = [next(lives)]
+
+    def look(name: str) -> None:
+        if looked[name] < 6:
+            looked[name] += 1
+            report = check(run.folder, passes=run.shape.passes)
+            assert report.errors == [], name
+        left[0] -= 1
+        if left[0] == 0:
+            left[0] = next(lives)
+            raise KilledError
+
+    crashpoints.watch(look)
+    try:
+        for _ in range(4):
+            try:
+                run.produce()
+                run.consume()
+            except KilledError:
+                shutil.rmtree(run.feature_folder, ignore_errors=True)
+    finally:
+        crashpoints.watch(None)
+    assert sum(looked.values()) > 150
+    assert check(run.folder, passes=run.shape.passes).errors == []
+
+
+class KilledError(BaseException):
+    """The process is gone."""
