@@ -13,6 +13,8 @@ from paceline.errors import ConfigError
 from paceline.features.store import Usage
 from paceline.ledger.facts import CHECKPOINT_WANTED
 from paceline.ledger.records import CheckpointRecord
+from paceline.testing.light_adapters import InMemoryLightFeatureStore
+from paceline.testing.light_run import RunShape, build_producer
 from paceline.testing.samples import sample_ref
 
 
@@ -126,3 +128,25 @@ def test_a_sample_budget_that_could_deadlock_is_refused_at_the_start() -> None:
     with pytest.raises(ConfigError, match="budget_samples to 13"):
         check_feasible(budget_samples=12, **sizes)
     check_feasible(budget_samples=13, **sizes)
+
+
+def test_a_sample_lost_while_the_producer_waits_for_room_is_captured_again() -> None:
+    """Else the consumer would wait for the sample, and the producer for the consumer."""
+    shape = RunShape(prompts=20, group=2, batch=2, tight=True)
+    store, features = InMemoryMetadataStore(), InMemoryLightFeatureStore(shape.budget_bytes)
+    producer = build_producer(shape, store, features)
+    needed = shape.sample_ids[0]
+    lost: list[str] = []
+
+    def should_stop() -> bool:
+        """Asked before every wait: the first time the consumer finds its next sample gone."""
+        full = store.usage().resident_samples + shape.group > (shape.budget_samples or 0)
+        if full and not lost:
+            lost.append(needed)
+            features.abort(needed)
+            store.report_lost([needed])
+        return bool(lost) and needed not in store.lost_ids()
+
+    producer.run(should_stop=should_stop)
+    assert needed in features.sample_ids()
+    assert store.usage().resident_samples <= (shape.budget_samples or 0)
