@@ -9,7 +9,7 @@ from pathlib import Path
 from paceline.testing.ledger_machine import DisagreementError
 from paceline.testing.ledger_moves import play_at_random
 
-RUNS = 3000
+RUNS = 1500
 MOVES = 90
 MEMORY = Path("/dev/shm")  # noqa: S108 (the ledger itself is what is tested, not the disk)
 

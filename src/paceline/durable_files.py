@@ -27,6 +27,19 @@ def write_file(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
+def make_folder(path: Path) -> None:
+    """`path` is a folder on return; its name, and those of the folders above, are on the disk.
+
+    Whoever made them may have died before it could see to that. Raises OSError.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    device = path.stat().st_dev
+    for folder in path.absolute().parents:
+        if folder.stat().st_dev != device or not os.access(folder, os.R_OK):
+            break  # a mount point, or a folder whose owner saw to it
+        sync_folder(folder)
+
+
 def sync_folder(folder: Path) -> None:
     """Names made, renamed or removed in `folder` are on the disk on return. Raises OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 MODULE = "paceline.testing.kill_schedules"
-RANDOM = 400
+RANDOM = 250
 HAPPENED = {  # and how often at least, over all schedules
     "schedules": 1000,
     "zombies": 100,

@@ -1,8 +1,9 @@
 """StreamingRefChannel: an append-only log of refs in one file, across processes.
 
 A record is one line, `crc32 json`; a reader takes only whole lines with the right checksum, so
-a torn write is never read as a record. A writer that finds a torn last line ends it before it
-appends, so the fragment cannot glue to the next record. Both counters are durable and exact
+a torn write is never read as a record. A writer ends the last line before it appends, even one that
+looks whole (after a failed fsync that may not be what the disk holds), so no fragment can glue to the
+next record. Both counters are durable and exact
 over restarts: published = records in the file, consumed = a sidecar written aside, fsynced and
 renamed (a damaged sidecar counts as nothing consumed, which only slows the producer down).
 """
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from paceline.durable_files import replace_file, sync_folder
+from paceline.durable_files import make_folder, replace_file, sync_folder
 from paceline.errors import LedgerError
 from paceline.ledger.bell import Bell
 from paceline.types import SampleRef, ref_from_json, ref_to_json
@@ -26,7 +27,7 @@ class StreamingRefChannel:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         self._closed_path = self.path.with_name(self.path.name + ".closed")
         self._consumed_path = self.path.with_name(self.path.name + ".consumed")
         self._bell = Bell(self.path.with_name(self.path.name + "-bell"))
@@ -34,7 +35,9 @@ class StreamingRefChannel:
         self._counting = _Tail(self.path)
         self._published = 0
         self._consumed = 0
+        self._marked: int | None = None  # what of it this object has made durable
         self._backlog: list[bytes] = []
+        self._is_named = False  # on the disk, as far as this object knows
 
     # -- writer ----------------------------------------------------------------------------
 
@@ -55,14 +58,13 @@ class StreamingRefChannel:
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            size = os.fstat(fd).st_size
-            torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-            _write_all(fd, b"\n" + records if torn else records)
+            _write_all(fd, b"\n" + records if os.fstat(fd).st_size else records)
             os.fsync(fd)
         finally:
             os.close(fd)
-        if size == 0:
+        if not self._is_named:  # who made the file may have died before this
             sync_folder(self.path.parent)
+            self._is_named = True
         self._bell.ring()
 
     def close(self) -> None:
@@ -102,10 +104,11 @@ class StreamingRefChannel:
 
     def mark_consumed(self, n: int) -> None:
         self._consumed += n
-        if self._consumed == self.consumed_remote():
+        if self._consumed == self._marked:
             return
         number = str(self._consumed).encode()
         replace_file(self._consumed_path, _checksum(number) + b" " + number)
+        self._marked = self._consumed
         self._bell.ring()
 
     def change_mark(self) -> int:

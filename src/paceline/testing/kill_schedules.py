@@ -22,11 +22,12 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from paceline import crashpoints
 from paceline.errors import PacelineError
+from paceline.fsck.checker import check as fsck
 from paceline.testing import killed_run
 from paceline.testing.killed_run import Fault, KilledRun, Violation, qualified
 from paceline.testing.light_run import LightRun, Outcome, RunShape, expected_steps, head_of, uninterrupted
@@ -61,12 +62,16 @@ def points_of(shape: RunShape) -> dict[str, dict[str, int]]:
     run, found = LightRun(folder, replace(shape, tight=False)), {}
     for role, work in (("producer", run.produce), ("consumer", run.consume)):
         reached: Counter[str] = Counter()
-        crashpoints.watch(lambda name, to=reached: to.update([qualified(name, sys._getframe(2))]))
+        crashpoints.watch(partial(_count, reached))
         work()
         crashpoints.watch(None)
         found[role] = dict(reached)
     shutil.rmtree(folder)
     return found
+
+
+def _count(reached: Counter[str], name: str) -> None:
+    reached[qualified(name, sys._getframe(2))] += 1
 
 
 # What an undisturbed run never reaches, with the shape and the faults that lead there.
@@ -127,7 +132,7 @@ def detours() -> Iterator[tuple[str, str, RunShape, tuple[Fault, ...]]]:
 
 def systematic() -> list[Schedule]:
     """Every point of both roles, at its first, second and third reach, killed once and twice."""
-    schedules = []
+    schedules: list[Schedule] = []
     for label, shape in (("plain", PLAIN), ("poison", POISON)):
         for role, points in points_of(shape).items():
             known = points_of(PLAIN)[role] if label == "poison" else {}
@@ -263,6 +268,7 @@ def check(killed: KilledRun, wanted: Outcome) -> None:
         "lost samples": store.lost_ids(),
         "features missed that nobody took away": not losses and killed.counts["captured again"],
         "trials": facts,
+        "what the checker finds": fsck(run.folder, passes=shape.passes).errors,
         "features": [path.name for path in run.feature_folder.glob("*.*")],
         "checkpoints missing": records - run.checkpoint_names(),
         # A zombie's last checkpoint, never on record, lies there until the next start sweeps it.
@@ -334,7 +340,9 @@ def main() -> int:
     arguments.add_argument("--random", type=int, default=0)
     arguments.add_argument("--first-seed", type=int, default=0)
     arguments.add_argument("--jobs", type=int, default=1)
-    arguments.add_argument("--deadline", type=float, default=30.0, help="seconds a run may take")
+    arguments.add_argument(
+        "--deadline", type=float, default=killed_run.DEADLINE_S, help="seconds a run may take"
+    )
     given = arguments.parse_args()
     killed_run.DEADLINE_S = given.deadline
     schedules = systematic() if given.systematic else []

@@ -35,7 +35,7 @@ from paceline.ledger.records import CheckpointRecord
 from paceline.testing.light_run import RUN_ID, LightRun
 from paceline.training.checkpoint import CheckpointFolder
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 QUIET_MS = 40  # no news for so long: a stopped process may hold a lock, so it is woken up
 DONE, FENCED, STALE, FAILED, BROKEN = range(10, 15)
 NOTED = {

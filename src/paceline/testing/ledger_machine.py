@@ -210,7 +210,8 @@ class LedgerTwins:
         if name == "compact" and expected.error is None:
             found = replace(found, value=expected.value)  # how much is folded is the store's own affair
         if name == "begin_release" and expected.value is not None and found.value is not None:
-            compare_refs(*({r.sample_id: r for r in o.value} for o in (expected, found)), text)
+            refs = [{ref.sample_id: ref for ref in o.value} for o in (expected, found)]
+            compare_refs(refs[0], refs[1], text)
             found = replace(found, value=expected.value)
         if expected != found:
             raise DisagreementError(self._told(f"{text}\n  expected {expected}\n  found    {found}"))

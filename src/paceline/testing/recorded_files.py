@@ -178,6 +178,8 @@ class _Os:
     def open(self, path: Any, flags: int, mode: int = 0o777) -> int:
         new = bool(flags & os.O_CREAT) and not Path(path).exists()
         fd = os.open(path, flags, mode)
+        if not self._files._is_mine(Path(path)):
+            return fd
         self._files._fds[fd] = Path(path)
         if new:
             self._files._appear(Path(path), Node(is_folder=False))
@@ -188,14 +190,16 @@ class _Os:
 
     def write(self, fd: int, data: Any) -> int:
         written = os.write(fd, data)
-        self._files._names[self._files._fds[fd]].data += bytes(data[:written])
-        self._files._step()
+        if fd in self._files._fds:
+            self._files._names[self._files._fds[fd]].data += bytes(data[:written])
+            self._files._step()
         return written
 
     def fsync(self, fd: int) -> None:
         os.fsync(fd)
-        self._files.synced(self._files._fds[fd])
+        if fd in self._files._fds:
+            self._files.synced(self._files._fds[fd])
 
     def close(self, fd: int) -> None:
         os.close(fd)
-        del self._files._fds[fd]
+        self._files._fds.pop(fd, None)

@@ -53,17 +53,18 @@ class CheckpointFolder:
     def __init__(self, folder: Path, run_id: str) -> None:
         self.folder = folder
         self.run_id = run_id
-        folder.mkdir(parents=True, exist_ok=True)
+        durable_files.make_folder(folder)
 
     def write(self, checkpoint: Checkpoint) -> CheckpointRecord:
         """Durable on return. Raises CheckpointError if the disk is full; older checkpoints stay."""
         prefix = f"step-{checkpoint.step:08d}-{checkpoint.epoch:06d}"
-        aside = self.folder / f"{prefix}-{uuid.uuid4().hex[:8]}.new"
+        attempt = uuid.uuid4().hex[:8]  # the name of no earlier attempt at the same checkpoint
+        aside = self.folder / f"{prefix}-{attempt}.new"
         try:
             aside.mkdir()
             reach("checkpoint.after_mkdir")
             digest = self._fill(aside, checkpoint)
-            name = f"{prefix}-{digest[:DIGITS_IN_NAME]}"
+            name = f"{prefix}-{attempt}{digest[:DIGITS_IN_NAME]}"
             durable_files.sync_folder(aside)
             reach("checkpoint.before_rename")
             aside.rename(self.folder / name)
@@ -137,7 +138,8 @@ class CheckpointFolder:
 
     def unrecorded(self, records: Collection[CheckpointRecord]) -> list[tuple[CheckpointRecord, Checkpoint]]:
         """Whole, undamaged checkpoints that none of `records` names, by step: what a crash between
-        the rename and the ledger's record leaves, or a ledger older than its checkpoints."""
+        the rename and the ledger's record leaves, or a ledger older than its checkpoints. Their names
+        are on the disk on return, so the ledger may adopt them. Raises CheckpointError."""
         known = {record.name for record in records}
         found = []
         for entry in sorted(self.folder.iterdir()):
@@ -154,6 +156,10 @@ class CheckpointFolder:
                 checkpoint.step, entry.name, _sha256(data), checkpoint.last_seq, checkpoint.chain
             )
             found.append((record, checkpoint))
+        try:
+            durable_files.sync_folder(self.folder)  # its writer may have died before it could
+        except OSError as error:
+            raise self._disk_fails("looked through", error) from error
         return sorted(found, key=lambda pair: pair[0].step)
 
     def _damaged(self, name: str, what: str) -> CheckpointError:
@@ -163,11 +169,19 @@ class CheckpointFolder:
             next="run the same command again; it falls back to the checkpoint before.",
         )
 
+    def _disk_fails(self, verb: str, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"The checkpoints in {self.folder} could not be {verb} ({error}).",
+            why="No recorded checkpoint is harmed by that.",
+            next="check that disk and run the same command again.",
+        )
+
     def sweep(self, keep: set[str], *, epoch: int | None = None) -> list[str]:
         """Remove every folder that is not in `keep`: half-written, never recorded or retired.
 
         With `epoch`, only those of that consumer's epoch and earlier ones: a consumer that was taken
-        over must not remove what its successor has written since it looked at the ledger.
+        over must not remove what its successor has written since it looked at the ledger. Raises
+        CheckpointError if the disk refuses.
         """
         swept = []
         for entry in sorted(self.folder.iterdir()):
@@ -175,8 +189,11 @@ class CheckpointFolder:
                 continue
             if epoch is None or epoch_of(entry.name) <= epoch:
                 reach("checkpoint.before_remove")
-                with suppress(FileNotFoundError):  # its successor may sweep the same
-                    shutil.rmtree(entry)
+                try:
+                    with suppress(FileNotFoundError):  # its successor may sweep the same
+                        shutil.rmtree(entry)
+                except OSError as error:
+                    raise self._disk_fails("swept", error) from error
                 reach("checkpoint.after_remove")
                 swept.append(entry.name)
         return swept
