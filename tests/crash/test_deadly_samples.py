@@ -42,6 +42,9 @@ if where == "trainer":
     def collate(self, samples):
         return die() if any(id(s) in poison for s in samples) else real_collate(self, samples)
     StepLoader.fetch, method.Eagle3Method.collate = fetch, collate
+if where == "engine":
+    # The producer alone: in one process its deaths would be laid to the consumer's samples, too.
+    run.producer()[1]()
 run.run()
 assert features.usage().resident_samples == 0, "nothing may stay behind"
 """

@@ -29,7 +29,7 @@ HAPPENED = {  # and how often at least, over all schedules
     "orphan features swept": 20,
     "intents revoked": 50,
     "rolled forward": 20,
-    "fell back": 10,
+    "fell back": 3,
     "captured again": 50,
     "gave up samples to make room": 1,
     "checkpoints on pressure": 5,
@@ -37,9 +37,9 @@ HAPPENED = {  # and how often at least, over all schedules
     "trial held": 50,
     "faults: kill": 500,
     "faults: stop": 200,
-    "faults: kill_both": 10,
-    "faults: reboot": 10,
-    "faults: damage_head": 10,
+    "faults: kill_both": 3,
+    "faults: reboot": 3,
+    "faults: damage_head": 3,
     "faults: lose": 20,
 }
 

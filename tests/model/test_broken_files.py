@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import apsw
@@ -10,6 +11,7 @@ import pytest
 from paceline.errors import LedgerError, UnknownResultError
 from paceline.testing import broken_files
 from paceline.testing.broken_files import fail_calls, flip_bits, lose_power, open_ledger
+from paceline.testing.ledger_history import History, state_of
 from paceline.testing.recording_vfs import FaultyVFS
 from paceline.testing.samples import sample_ref
 
@@ -65,3 +67,46 @@ def test_no_flipped_bit_of_the_ledger_is_believed(tmp_path: Path) -> None:
     counts = flip_bits(tmp_path, 7, flips=300)
     assert counts["found"] > 150
     assert counts["found"] + counts["harmless"] == 300
+
+
+def test_the_byte_that_turns_checksums_on_is_checked_too(tmp_path: Path) -> None:
+    """Flipped, it would change no value, and no flip after it would be found any more."""
+    store = open_ledger(tmp_path)
+    store.commit_sample(sample_ref(0))
+    store.close()
+    whole = (tmp_path / "ledger.db").read_bytes()
+    for bit in range(8):
+        data = bytearray(whole)
+        data[20] ^= 1 << bit
+        (tmp_path / "ledger.db").write_bytes(data)
+        with pytest.raises(LedgerError, match="byte 20"):
+            open_ledger(tmp_path)
+    (tmp_path / "ledger.db").write_bytes(whole)
+    assert open_ledger(tmp_path).committed_count() == 1
+
+
+def test_a_flipped_bit_of_the_write_ahead_log_takes_calls_from_the_end_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    """SQLite ends the log before the damaged frame: what is read is what was true at an earlier call."""
+    live = tmp_path / "live"
+    live.mkdir()
+    store = open_ledger(live)
+    states = {0: state_of(store)}
+    for _, call in History(store, random.Random(9)).calls(30):
+        call()
+        states[store.lsn()] = state_of(store)
+    database, log = ((live / name).read_bytes() for name in ("ledger.db", "ledger.db-wal"))
+    store.close()
+    rng = random.Random(1)
+    for number in range(60):
+        place = tmp_path / f"flip-{number}"
+        place.mkdir()
+        data = bytearray(log)
+        bit = rng.randrange(len(data) * 8)
+        data[bit // 8] ^= 1 << (bit % 8)
+        (place / "ledger.db").write_bytes(database)
+        (place / "ledger.db-wal").write_bytes(data)
+        read = open_ledger(place)
+        assert state_of(read) == states[read.lsn()], f"bit {bit}"
+        read.close()

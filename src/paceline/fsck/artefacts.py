@@ -76,7 +76,7 @@ class Ledger:
             self._read()
 
     def _read(self) -> None:
-        damage = [str(row[0]) for row in self._rows("PRAGMA quick_check(5)")]
+        damage = [" ".join(str(row[0]).split()) for row in self._rows("PRAGMA quick_check(5)")]
         if damage != ["ok"]:
             self._report.error("C8", "the database is damaged", damage)
         names = [row[1] for row in self._rows("PRAGMA table_info(run)")]

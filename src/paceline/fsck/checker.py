@@ -20,6 +20,8 @@ from paceline.fsck.artefacts import SCHEMA, Ledger, sha256, slots_in_use
 from paceline.fsck.lineage import check_folders, check_lineage
 from paceline.fsck.report import SHOWN, Report
 
+STATES = ("present", "lost", "released", "quarantined")
+TASK_STATES = ("pending", "leased", "done", "failed")
 NONSENSE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
@@ -139,6 +141,11 @@ def _check_prompts(ledger: Ledger, report: Report) -> None:
 
 def _check_states(ledger: Ledger, report: Report) -> None:
     head = ledger.head
+    # SQLite does not look at CHECK constraints through a connection that only reads.
+    odd = [s.sample_id for s in ledger.samples.values() if s.state not in STATES]
+    odd += [task_id for task_id, state, _ in ledger.tasks.values() if state not in TASK_STATES]
+    if odd:
+        report.error("C1", "in a state that there is not", odd)
     for s in ledger.samples.values():
         if s.state == "quarantined" and not s.reason:
             report.error("C1", "quarantined without a reason", [s.sample_id])

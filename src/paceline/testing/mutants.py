@@ -150,17 +150,6 @@ def acks_survive(real: Any) -> Any:
     return fall_back
 
 
-def released_stay(real: Any) -> Any:
-    def fall_back(self: Store, step: int, **kwargs: Any) -> Any:
-        before = {i: s.state for i, s in self._samples.items()}
-        real(self, step, **kwargs)
-        for sample_id, state in before.items():
-            self._samples[sample_id].state = state
-        return []
-
-    return fall_back
-
-
 def adopted_without_acks(real: Any) -> Any:
     def adopt(self: Store, checkpoint: Any, lineage: Any, **kwargs: Any) -> None:
         acks = {i: replace(a) for i, a in self._acks.items()}
@@ -352,10 +341,6 @@ MUTANTS: dict[str, Mutant] = {
         "both sides wait", ((Backpressure, "_ask_for_checkpoint", nothing),)
     ),
     "fall back keeps acks": Mutant("samples are skipped", ((Store, "fall_back", acks_survive),)),
-    "fall back loses nothing": Mutant("freed bytes are waited for", ((Store, "fall_back", released_stay),)),
-    "roll forward without acks": Mutant(
-        "trained twice", ((Store, "adopt_checkpoint", adopted_without_acks),)
-    ),
     "newest folder wins": Mutant("ledger and weights differ", ((training, "recover", newest_folder_wins),)),
     "position not restored": Mutant("visits again", ((Trainer, "_load", starts_over),)),
     "lineage left out": Mutant("heads tell no story", ((Trainer, "checkpoint", no_lineage),)),

@@ -14,7 +14,7 @@ import apsw
 import pytest
 
 from paceline.fsck.checker import check
-from paceline.testing.harm import head_file, one, sql, sql_unchanged, statement
+from paceline.testing.harm import head_file, one, sql, sql_unchecked, statement
 from paceline.testing.light_run import LightRun, RunShape
 
 SHAPE = RunShape(prompts=20, group=4, batch=3, passes=2, interval=3)
@@ -117,8 +117,10 @@ HARMS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "a checkpoint's file is gone": ("C5", lambda run: head_file(run, "weights.bin").unlink()),
     "the head's folder is gone": ("C5", lambda run: shutil.rmtree(head_file(run, "weights.bin").parent)),
     "a folded block's bit flipped": (
-        "C8",
-        statement("UPDATE folded SET content = substr(content, 1, 70) || x'00' || substr(content, 72)"),
+        "C8 the folded tasks 0 to 19 are damaged",
+        statement(
+            "UPDATE folded SET content = CAST(substr(content, 1, 70) || x'00' || substr(content, 72) AS BLOB)"
+        ),
     ),
     "the log's counter is off": ("C8", statement("UPDATE run SET last_seq = last_seq + 1")),
     "the prompts' counter is off": ("C8", statement("UPDATE run SET num_tasks = num_tasks + 1")),
@@ -137,7 +139,7 @@ HARMS: dict[str, tuple[str, Callable[[Path], None]]] = {
         ),
     ),
     "a sample has two places": (
-        "C2",
+        "C2 samples have two places in the log: light:0",
         harm_folded("samples", lambda b: b["sample_id"].__setitem__(1, "light:0")),
     ),  # type: ignore[call-overload,index]
     "a folded block of steps is gone": ("C4", statement("DELETE FROM folded WHERE kind = 'steps'")),
@@ -176,7 +178,22 @@ HARMS: dict[str, tuple[str, Callable[[Path], None]]] = {
         statement(f"UPDATE sample SET ref = replace(ref, 'light:', 'other:') WHERE seq = {LIVE}"),
     ),
     "an intent is of the future": ("C9", statement("INSERT INTO intent VALUES (999, 'light:99', 1)")),
-    "a table is gone": ("C8", lambda run: sql_unchanged(run, "DROP TABLE ack")),
+    "a block of samples is there twice": (
+        "C8 seq 1 is folded twice: light:0",
+        statement(
+            "INSERT INTO folded SELECT kind, first + 99, last + 99, digest, content FROM folded "
+            "WHERE kind = 'samples'"
+        ),
+    ),
+    "a row is none that the schema allows": (
+        "C1 in a state that there is not: light:19",
+        lambda run: sql_unchecked(run, f"UPDATE sample SET state = 'odd' WHERE seq = {LIVE}"),
+    ),
+    "pages belong to nothing": (
+        "C8 the database is damaged: *** in database main *** Page",
+        lambda run: sql_unchecked(run, "DELETE FROM sqlite_schema WHERE name = 'sample_open'"),
+    ),
+    "a table is gone": ("C8", lambda run: sql_unchecked(run, "DROP TABLE ack")),
     "no database": ("C8", lambda run: (run / "ledger.db").write_bytes(b"x" * 5000) and None),
 }
 

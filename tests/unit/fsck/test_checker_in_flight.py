@@ -57,6 +57,17 @@ HARMS: dict[str, tuple[str, Callable[[Path], None]]] = {
         "C1 acked by step 3, which the head covers, but not durable: run0:s2",
         statement("UPDATE ack SET durable = 0 WHERE sample_id = 'run0:s2'"),
     ),
+    "an ack is of a sample that no step trained": (
+        "C1 durable, but in no step of the head's lineage: run0:s9",
+        statement("INSERT INTO ack VALUES ('run0:s9', 3, 1)"),
+    ),
+    "what the head contains is as if it were not": (
+        "C1 fully trained in the head's weights, and yet to be trained again: run0:s2",
+        statement(
+            "DELETE FROM ack WHERE sample_id = 'run0:s2'",
+            "UPDATE sample SET state = 'present', resident = 1 WHERE seq = 3",
+        ),
+    ),
     "features were freed with a provisional ack": (
         "C1 its features were freed before a checkpoint covered it: run0:s3",
         statement("UPDATE sample SET state = 'released', resident = 0 WHERE seq = 4"),

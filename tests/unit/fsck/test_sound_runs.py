@@ -160,6 +160,7 @@ def test_a_ledger_of_version_1_is_left_to_be_opened_and_goes_on_as_a_sound_one(t
     assert (report.errors, report.unchecked) == ([], "ledger.db has schema version 1, this checker knows 2")
     assert (tmp_path / "ledger.db").read_bytes() == before
     run = RunByHand(tmp_path)
+    assert "checkpoints of an earlier version have no chain to check, at steps: 1, 2" in check(tmp_path).notes
     run.capture(1)  # the lost one
     run.train(["run0:s4", "run0:s5"])
     run.checkpoint(keep=1)
@@ -189,7 +190,13 @@ def test_slots_are_held_against_the_ledger(by_hand: RunByHand, directory: Path) 
     [error] = check(by_hand.folder, features=directory).errors
     assert error.startswith("C9 slot-")
     assert "holds run0:s7 under the generation of: run0:s1" in error
+    features.abort("run0:s7")
+    slot = min(directory.glob("slot-*"))
+    shutil.copy(slot, directory / "slot-00000099")
+    [error] = check(by_hand.folder, features=directory).errors
+    assert error == "C9 slot-00000099 and another slot hold the same sample: run0:s0"
     features.destroy()
+    shutil.rmtree(directory, ignore_errors=True)
     report = check(by_hand.folder, features=directory)
     assert report.errors == []
     assert any("captured again at the next start: run0:s0" in note for note in report.notes)

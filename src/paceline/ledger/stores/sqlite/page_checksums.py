@@ -6,6 +6,7 @@ eight bytes of each page for a checksum. Who writes such a database must do so t
 
 from __future__ import annotations
 
+import struct
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from paceline.errors import SchemaError
 LAYER = "cksmvfs"
 RESERVED_BYTES = 8
 RESERVED_AT = 20  # place in the database header
+PAGE_BYTES = 4096  # the first page of a ledger, which SQLite made with its default size
 
 
 @cache
@@ -32,13 +34,38 @@ def checksum_layer() -> str | None:
 
 
 def refuse_unchecked(path: Path) -> None:
-    """Raise SchemaError if the database has checksums that this process could not keep."""
-    if checksum_layer() is not None or not path.exists():
+    """Raise SchemaError if the database has checksums that would not be checked.
+
+    Either this process cannot keep them, or the one byte that tells SQLite of them is damaged: then
+    every other page would be believed again.
+    """
+    if not path.exists():
         return
-    header = path.read_bytes()[: RESERVED_AT + 1]
-    if len(header) > RESERVED_AT and header[RESERVED_AT] == RESERVED_BYTES:
+    with path.open("rb") as file:
+        page = bytearray(file.read(PAGE_BYTES))
+    if len(page) < PAGE_BYTES:
+        return
+    marked = page[RESERVED_AT] == RESERVED_BYTES
+    if marked and checksum_layer() is None:
         raise SchemaError(
             f"{path} has a checksum on every page, and this apsw cannot keep them.",
             why="A page written without would look damaged to everybody else.",
             next="pip install --force-reinstall --only-binary=:all: apsw",
         )
+    page[RESERVED_AT] = RESERVED_BYTES
+    if not marked and page_checksum(page) == page[-RESERVED_BYTES:]:
+        raise SchemaError(
+            f"{path} is damaged: byte {RESERVED_AT} is not as it was written.",
+            why="It says that pages have checksums; without it no page would be checked.",
+            next="restore it from a backup, or start a new run in another run.directory.",
+        )
+
+
+def page_checksum(page: bytes | bytearray) -> bytes:
+    """That of cksumvfs (sqlite.org/cksumvfs.html): two sums over the 32-bit words before it."""
+    words = struct.unpack(f"<{(len(page) - RESERVED_BYTES) // 4}I", page[:-RESERVED_BYTES])
+    one = two = 0
+    for even, odd in zip(words[::2], words[1::2], strict=True):
+        one = (one + even + two) & 0xFFFFFFFF
+        two = (two + odd + one) & 0xFFFFFFFF
+    return struct.pack("<II", one, two)
