@@ -23,7 +23,7 @@ PROFILE = settings(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=120,
+    max_examples=80,
     stateful_step_count=50,
     suppress_health_check=list(HealthCheck),
 )

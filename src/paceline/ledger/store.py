@@ -210,7 +210,8 @@ class MetadataStore(ABC):
     ) -> BegunStep:
         """Write the step's plan, once, and that it begins now; the plan on record is authoritative.
 
-        A higher `rev` than that on record replaces it, unless the step is acked already.
+        A higher `rev` than that on record replaces it, unless the step is acked already. Raises
+        IllegalTransitionError for a step whose history was folded away.
         """
 
     @abstractmethod
@@ -246,7 +247,7 @@ class MetadataStore(ABC):
 
         `lineage`: the steps from head to it. Samples that the ledger lacks are entered as released,
         their prompts done. Raises IllegalTransitionError, changing nothing, if the lineage contradicts
-        the head, a plan, a sample's place or a quarantine on record.
+        the head, a plan, a sample's place, its last visit or a quarantine on record.
         """
 
     @abstractmethod

@@ -173,7 +173,7 @@ class LedgerMoves:
         self._call("return_tasks", f"w{picks.below(2)}", tasks, fence=self._fence("producer", picks))
 
     def report_lost(self, picks: Picks) -> None:
-        ids = picks.some(IDS if picks.rarely() else self._state("present") or IDS)
+        ids = picks.some(IDS if picks.rarely() else self._state("present", "lost") or IDS)
         self._call("report_lost", ids, fence=self._fence(picks.one(["producer", "consumer"]), picks))
 
     def acquire(self, picks: Picks) -> None:
@@ -274,7 +274,7 @@ class LedgerMoves:
         for _ in range(1 + picks.below(2)):
             step += 1
             plan = memory.get_plan(step)
-            if plan is not None and not picks.rarely():
+            if plan is not None and picks.below(3):
                 lineage.append(self._trained(plan))
                 continue
             samples = [
@@ -283,10 +283,11 @@ class LedgerMoves:
                 if r is not None
             ]
             for number in unknown[: picks.below(3)]:
-                seq += 1 if picks.below(8) != 7 else 2
+                seq += 1 if picks.below(5) != 4 else 2
                 samples.append(TrainedSample(seq, IDS[number], TASKS[number], picks.below(4) != 3))
                 unknown = unknown[1:]
-            lineage.append(TrainedStep(step, 0, seq, tuple(samples)))
+            rev = (plan.rev if plan else 0) + picks.below(2)
+            lineage.append(TrainedStep(step, rev, seq, tuple(samples)))
         before = head.chain if head else ""
         chain = "wrong" if picks.rarely() else chain_of(before, [t.plan for t in lineage])
         record = CheckpointRecord(step, f"step-{step}-adopted", "digest", seq, chain)
