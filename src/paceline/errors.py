@@ -16,6 +16,7 @@
     │   ├── UnknownResultError     it is not known whether the change was made; repeat it
     │   └── SchemaError            the database is not one this version can open
     ├── CheckpointError      no valid checkpoint where one is needed                                  7
+    │   └── CheckpointDamagedError it is missing, or not as it was written
     └── TrainingError        the optimizer step itself failed (loss is not a number)                  8
 
 The numbers are exit codes. A message has three parts: what happened with which ids or values; why it
@@ -97,6 +98,10 @@ class SchemaError(LedgerError):
 
 class CheckpointError(PacelineError):
     exit_code = 7
+
+
+class CheckpointDamagedError(CheckpointError):
+    pass
 
 
 class TrainingError(PacelineError):

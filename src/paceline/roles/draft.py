@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from paceline.config.run import RunConfig
-from paceline.errors import CheckpointError
+from paceline.errors import CheckpointDamagedError, CheckpointError
 from paceline.ledger.store import MetadataStore
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.method import DraftMethod
@@ -28,7 +28,7 @@ def newest_checkpoint(config: RunConfig, store: MetadataStore) -> Checkpoint:
     for record in reversed(store.checkpoints()):
         try:
             return folder.read(record)
-        except CheckpointError:
+        except CheckpointDamagedError:
             continue  # damaged; the one before it is as good as it was
     raise CheckpointError(
         f"The run in {config.run.directory} has no valid checkpoint yet.",

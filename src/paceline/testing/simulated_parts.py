@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
-from paceline.errors import CheckpointError, UnknownResultError
+from paceline.errors import CheckpointDamagedError, UnknownResultError
 from paceline.features.store import Sealed, Usage
 from paceline.ledger.records import CheckpointRecord
 from paceline.ledger.stores.memory import InMemoryMetadataStore
@@ -241,7 +241,7 @@ class SimulatedFolder:
     def read(self, record: CheckpointRecord) -> Checkpoint:
         known = self._folders.held.get(record.name)
         if known is None or known[0] != record or record.name in self._folders.damaged:
-            raise CheckpointError(f"{record.name} is damaged.", next="fall back.")
+            raise CheckpointDamagedError(f"{record.name} is damaged.", next="fall back.")
         return known[1]
 
     def unrecorded(self, records: Collection[CheckpointRecord]) -> list[tuple[CheckpointRecord, Checkpoint]]:

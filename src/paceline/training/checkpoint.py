@@ -21,12 +21,14 @@ from typing import Any
 
 from paceline import durable_files
 from paceline.crashpoints import reach
-from paceline.errors import CheckpointError
+from paceline.errors import CheckpointDamagedError, CheckpointError
 from paceline.ledger.records import CheckpointRecord, TrainedSample, TrainedStep
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # 1 has no lineage
 MANIFEST = "manifest.json"
+GONE = ".gone"  # ends the name of a folder that is being removed
+NOT_AS_WRITTEN = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, LookupError, TypeError)
 DIGITS_IN_NAME = 16  # of the manifest's digest, for who finds the folder without a record of it
 
 
@@ -105,15 +107,18 @@ class CheckpointFolder:
         return _sha256(data)
 
     def read(self, record: CheckpointRecord) -> Checkpoint:
-        """Raises CheckpointError if anything differs from what was written."""
+        """Raises CheckpointDamagedError if anything differs from what was written, CheckpointError if
+        that cannot be told because the disk or this process fails."""
         folder = self.folder / record.name
         try:
             data = (folder / MANIFEST).read_bytes()
             if _sha256(data) != record.manifest_digest:
                 raise self._damaged(record.name, "its manifest does not match the ledger's digest")
             return self._read(record.name, json.loads(data))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except NOT_AS_WRITTEN as error:
             raise self._damaged(record.name, str(error)) from error
+        except OSError as error:
+            raise self._disk_fails("read", error) from error
 
     def _read(self, name: str, manifest: dict[str, Any]) -> Checkpoint:
         if manifest["run_id"] != self.run_id or manifest["format_version"] not in READABLE_VERSIONS:
@@ -143,15 +148,17 @@ class CheckpointFolder:
         known = {record.name for record in records}
         found = []
         for entry in sorted(self.folder.iterdir()):
-            if not entry.name.startswith("step-") or entry.name.endswith(".new") or entry.name in known:
+            if not entry.name.startswith("step-") or entry.suffix or entry.name in known:
                 continue
             try:
                 data = (entry / MANIFEST).read_bytes()
                 if not entry.name.endswith(_sha256(data)[:DIGITS_IN_NAME]):
                     continue  # altered since it was named
                 checkpoint = self._read(entry.name, json.loads(data))
-            except (OSError, ValueError, KeyError, TypeError, CheckpointError):
+            except (*NOT_AS_WRITTEN, CheckpointDamagedError):
                 continue  # damaged, and nobody's: swept
+            except OSError as error:
+                raise self._disk_fails("read", error) from error
             record = CheckpointRecord(
                 checkpoint.step, entry.name, _sha256(data), checkpoint.last_seq, checkpoint.chain
             )
@@ -162,8 +169,8 @@ class CheckpointFolder:
             raise self._disk_fails("looked through", error) from error
         return sorted(found, key=lambda pair: pair[0].step)
 
-    def _damaged(self, name: str, what: str) -> CheckpointError:
-        return CheckpointError(
+    def _damaged(self, name: str, what: str) -> CheckpointDamagedError:
+        return CheckpointDamagedError(
             f"Checkpoint {name} is missing or damaged: {what}.",
             why="Training on from it would give other weights.",
             next="run the same command again; it falls back to the checkpoint before.",
@@ -172,8 +179,9 @@ class CheckpointFolder:
     def _disk_fails(self, verb: str, error: OSError) -> CheckpointError:
         return CheckpointError(
             f"The checkpoints in {self.folder} could not be {verb} ({error}).",
-            why="No recorded checkpoint is harmed by that.",
-            next="check that disk and run the same command again.",
+            why="Paceline takes none of them for damaged because of that, and removes nothing.",
+            next="check that disk and run the same command again; if one file stays unreadable, move its "
+            "checkpoint's folder away, and training goes on from the one before.",
         )
 
     def sweep(self, keep: set[str], *, epoch: int | None = None) -> list[str]:
@@ -191,7 +199,7 @@ class CheckpointFolder:
                 reach("checkpoint.before_remove")
                 try:
                     with suppress(FileNotFoundError):  # its successor may sweep the same
-                        shutil.rmtree(entry)
+                        _remove(entry)
                 except OSError as error:
                     raise self._disk_fails("swept", error) from error
                 reach("checkpoint.after_remove")
@@ -199,9 +207,18 @@ class CheckpointFolder:
         return swept
 
 
+def _remove(folder: Path) -> None:
+    """Under another name first: whoever was taken over while it filled the folder finds it no more."""
+    gone = folder.with_suffix(GONE)
+    if folder != gone:
+        folder.rename(gone)
+        reach("checkpoint.after_set_aside")
+    shutil.rmtree(gone)
+
+
 def epoch_of(name: str) -> int:
     """The epoch of the consumer that wrote the folder of this name; 0 in names of version 1."""
-    parts = name.removesuffix(".new").split("-")
+    parts = name.removesuffix(".new").removesuffix(GONE).split("-")
     return int(parts[2]) if len(parts) == 4 and parts[2].isdecimal() else 0
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from paceline.crashpoints import reach
-from paceline.errors import CheckpointError, IllegalTransitionError, LedgerError
+from paceline.errors import CheckpointDamagedError, CheckpointError, IllegalTransitionError, LedgerError
 from paceline.ledger.records import CheckpointRecord, Fence
 from paceline.ledger.store import MetadataStore
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
@@ -29,7 +29,7 @@ def recover(
     """The checkpoint to go on from, which is the ledger's head then; None before the first.
 
     `epoch_before`: the consumer's epoch before this one took over. Raises CheckpointError if there are
-    checkpoints but none is valid, LedgerError if the ledger is older than a checkpoint it contradicts.
+    checkpoints but none is valid, or one cannot be read though it may be, LedgerError if the ledger is older than a checkpoint it contradicts.
     """
     found = _newest_valid(store, folder, fence, report)
     return _roll_forward(store, folder, fence, epoch_before, report, found)
@@ -42,7 +42,7 @@ def _newest_valid(
     for record in reversed(records):
         try:
             checkpoint = folder.read(record)
-        except CheckpointError as error:
+        except CheckpointDamagedError as error:
             report("checkpoint_damaged", step=record.step, message=str(error))
             continue
         if record != records[-1]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from paceline.errors import CheckpointError
+from paceline import crashpoints
+from paceline.errors import CheckpointDamagedError, CheckpointError
 from paceline.ledger.records import TrainedSample, TrainedStep
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
 from paceline.training.tensor_files import from_bytes, to_bytes
@@ -104,6 +105,56 @@ def test_sweep_removes_what_no_record_names(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     assert folder.sweep(keep={kept.name}) == [orphan.name, "step-00000009-abc.new"]
     assert {p.name for p in tmp_path.iterdir()} == {kept.name, "notes"}
+
+
+def test_who_was_taken_over_cannot_fill_a_folder_that_is_being_swept(tmp_path: Path) -> None:
+    """Its next file has no folder to go to, and nothing of its checkpoint stays behind."""
+    zombie, successor = CheckpointFolder(tmp_path, "run0"), CheckpointFolder(tmp_path, "run0")
+
+    def sweep_once(point: str) -> None:
+        if point == "checkpoint.after_file":
+            crashpoints.watch(sweep_meanwhile)
+            successor.sweep(keep=set())
+
+    def sweep_meanwhile(point: str) -> None:
+        if point == "checkpoint.after_set_aside":
+            crashpoints.watch(None)
+            [gone] = tmp_path.glob("*.gone")
+            with pytest.raises(FileNotFoundError):
+                gone.with_suffix(".new").joinpath("late").write_bytes(b"")
+
+    crashpoints.watch(sweep_once)
+    with pytest.raises(CheckpointError, match="could not be written"):
+        zombie.write(checkpoint())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_half_removed_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
+    """A crash between the two halves of a removal leaves what the next sweep removes."""
+    folder = CheckpointFolder(tmp_path, "run0")
+    record = folder.write(checkpoint())
+    (tmp_path / record.name).rename(tmp_path / f"{record.name}.gone")
+    assert folder.unrecorded([]) == []
+    assert folder.sweep(keep=set(), epoch=1) == []
+    assert folder.sweep(keep=set(), epoch=2) == [f"{record.name}.gone"]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """To fall back because a process ran out of file descriptors would throw good weights away."""
+    folder = CheckpointFolder(tmp_path, "run0")
+    record = folder.write(checkpoint())
+
+    def fail(_: Path) -> bytes:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    for read in (lambda: folder.read(record), lambda: folder.unrecorded([])):
+        with pytest.raises(CheckpointError, match="check that disk") as caught:
+            read()
+        assert not isinstance(caught.value, CheckpointDamagedError)
 
 
 def test_a_late_sweep_leaves_a_successors_checkpoint_alone(tmp_path: Path) -> None:
