@@ -26,6 +26,7 @@ SUITES = [
     "kill_schedules",
     "mutants",
     "ledger_model",
+    "power_cuts",
     "power_loss_ledger",
     "power_loss_files",
     "bit_flips_ledger",

@@ -28,7 +28,14 @@ FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # 1 has no lineage
 MANIFEST = "manifest.json"
 GONE = ".gone"  # ends the name of a folder that is being removed
-NOT_AS_WRITTEN = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, LookupError, TypeError)
+NOT_AS_WRITTEN = (
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    ValueError,
+    LookupError,
+    TypeError,
+)
 DIGITS_IN_NAME = 16  # of the manifest's digest, for who finds the folder without a record of it
 
 

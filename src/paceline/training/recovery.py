@@ -29,7 +29,8 @@ def recover(
     """The checkpoint to go on from, which is the ledger's head then; None before the first.
 
     `epoch_before`: the consumer's epoch before this one took over. Raises CheckpointError if there are
-    checkpoints but none is valid, or one cannot be read though it may be, LedgerError if the ledger is older than a checkpoint it contradicts.
+    checkpoints but none is valid, or if one that may be cannot be read now; LedgerError if the ledger is
+    older than a checkpoint it contradicts.
     """
     found = _newest_valid(store, folder, fence, report)
     return _roll_forward(store, folder, fence, epoch_before, report, found)

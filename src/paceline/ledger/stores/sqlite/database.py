@@ -87,6 +87,11 @@ class Database:
         self._db.execute(f"PRAGMA synchronous={mode}")
         self._mode = mode
 
+    @property
+    def synced(self) -> bool:
+        """Whether what this object committed last was on the disk when the call returned."""
+        return self._mode == "FULL"
+
     # -- transactions ----------------------------------------------------------------------
 
     @contextmanager

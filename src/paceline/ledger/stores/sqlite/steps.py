@@ -131,7 +131,7 @@ class StepTable(SampleTable):
         return [CheckpointRecord(*row) for row in rows]
 
     def forget_checkpoint(self, step: int, *, fence: Fence | None = None) -> None:
-        with self._mutation(fence):
+        with self._mutation(fence, final=True):  # its folder is removed next
             head = self._head()
             if head is not None and step == head.step:
                 raise head_is_kept(step)
