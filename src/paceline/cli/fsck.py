@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -9,6 +10,8 @@ from rich.console import Console
 from paceline.errors import SchemaError
 from paceline.fsck.checker import check
 from paceline.fsck.report import OF_A_HISTORY, RULES
+from paceline.ledger.gate import RoleLock
+from paceline.ledger.stores.sqlite.page_checksums import accept_pages
 
 UNSOUND = 9  # exit code
 
@@ -48,7 +51,24 @@ def fsck_directory(console: Console, directory: Path, features: Path | None = No
     return UNSOUND
 
 
+def accept_pages_of(console: Console, directory: Path) -> None:
+    """Take the ledger's pages as they are. Raises RunBusyError while a role runs, SchemaError if they are
+    damaged."""
+    with ExitStack() as held:
+        for role in ("producer", "consumer"):
+            held.callback(RoleLock(directory, role).release)
+        accepted = accept_pages(directory / "ledger.db")
+    _say(console, f"{accepted} pages of {directory / 'ledger.db'} have new checksums")
+
+
 def _advice(directory: Path, errors: list[str]) -> str:
+    if all(error.startswith("C10 ") for error in errors):
+        return (
+            "What is in the pages makes sense. Did another program (sqlite3, a database browser) open "
+            "ledger.db after a crash? It writes such pages even if it only reads. Then keep a copy of the "
+            f"file, and `paceline fsck {directory} --accept-pages` takes them as they are. If not, the disk "
+            "has changed bits: restore ledger and checkpoints from one backup."
+        )
     if all(error.startswith("C5 ") for error in errors):
         return (
             "The ledger is sound: restore the checkpoints named above from a backup, or run the same "

@@ -16,7 +16,7 @@ from typing import Annotated, ParamSpec
 import typer
 from rich.console import Console
 
-from paceline.cli.fsck import fsck_directory
+from paceline.cli.fsck import accept_pages_of, fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
 from paceline.cli.progress import Progress, describe, evaluation_lines, final_line
 from paceline.config.load import load_run_config, recorded_config
@@ -111,12 +111,19 @@ def evaluate(run: Run) -> None:
 
 @app.command()
 @advises
-def fsck(run: Run) -> None:
+def fsck(
+    run: Run,
+    accept_pages: Annotated[
+        bool, typer.Option(help="First take pages that another program wrote into the ledger as they are.")
+    ] = False,
+) -> None:
     """Check, independently of the code that wrote it, that a run has kept its promise. Changes nothing."""
     directory = _directory(run)
     if not (directory / "ledger.db").exists():
         open_run(directory)  # says what to do
     features = None if run.is_dir() else load_run_config(run).feature_folder
+    if accept_pages:
+        accept_pages_of(out, directory)
     raise typer.Exit(fsck_directory(out, directory, features))
 
 

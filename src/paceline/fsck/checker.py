@@ -3,7 +3,7 @@
 It reads a run's ledger, checkpoints and slots, and imports nothing of Paceline but its own package: the
 rules are written from the documents (docs/guarantees.md, ledger/stores/sqlite/schema.sql), so a bug in the
 product is not also a bug here. It never writes, and it may look at a live run: what was removed or added
-after the moment it looks at is not held against the run. The rules, C1 to C9, are in report.py.
+after the moment it looks at is not held against the run. The rules, C1 to C10, are in report.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import apsw
 
 from paceline.fsck.artefacts import SCHEMA, Ledger, sha256, slots_in_use
 from paceline.fsck.lineage import check_folders, check_lineage
+from paceline.fsck.pages import damaged_pages
 from paceline.fsck.report import SHOWN, Report
 
 STATES = ("present", "lost", "released", "quarantined")
@@ -34,6 +35,9 @@ def check(directory: Path, *, features: Path | None = None, passes: int | None =
     report, path = Report(), directory / "ledger.db"
     before, at_rest = _stamp(path), False
     try:
+        foreign = damaged_pages(path)
+        if foreign:
+            report.error("C10", f"{len(foreign)} pages do not match their checksums", foreign)
         ledger = Ledger(path, report)
         at_rest = ledger.at_rest
         if ledger.version == SCHEMA:

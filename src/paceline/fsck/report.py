@@ -16,6 +16,7 @@ RULES = {
     "C7": "who was taken over changed nothing any more",
     "C8": "counters, prompts and folded history agree",
     "C9": "bytes have one owner, and no generation is used twice",
+    "C10": "every page of the ledger is as Paceline wrote it",
 }
 OF_A_HISTORY = ("C6", "C7")  # not asked of what lies on the disk
 SHOWN = 5  # ids in one line

@@ -45,7 +45,11 @@ class StreamingRefChannel:
         self.publish_many([ref])
 
     def publish_many(self, refs: Sequence[SampleRef]) -> None:
-        """Append all refs with one write and one fsync. Raises TypeError for a tensor."""
+        """Append all refs with one write and one fsync.
+
+        Raises TypeError for a tensor, LedgerError if the disk refuses: then any of them may be in the
+        channel, and readers drop second copies.
+        """
         if not refs:
             return
         if self.is_closed():
@@ -55,6 +59,17 @@ class StreamingRefChannel:
                 next="open a new channel for more refs.",
             )
         records = b"".join(_record(ref) for ref in refs)
+        try:
+            self._append(records)
+        except OSError as error:
+            raise LedgerError(
+                f"{len(refs)} refs may not be on the disk: {self.path} cannot be written ({error}).",
+                why="A reader could miss them.",
+                next="check that disk and publish the same refs again; readers drop second copies.",
+            ) from error
+        self._bell.ring()
+
+    def _append(self, records: bytes) -> None:
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -65,7 +80,6 @@ class StreamingRefChannel:
         if not self._is_named:  # who made the file may have died before this
             sync_folder(self.path.parent)
             self._is_named = True
-        self._bell.ring()
 
     def close(self) -> None:
         """Drop the end-of-stream mark, durably. Idempotent."""

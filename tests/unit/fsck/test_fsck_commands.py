@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import random
+import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import apsw
 import pytest
 from typer.testing import CliRunner
 
+from paceline import crashpoints
 from paceline.cli.main import app
+from paceline.errors import SchemaError
+from paceline.ledger.gate import RoleLock
 from paceline.testing.light_run import LightRun, RunShape
+from paceline.testing.power_cuts import MainsRun, PowerCutError
 from paceline.testing.run_by_hand import RunByHand
 
 GOLDEN = Path(__file__).parents[1] / "ledger" / "golden" / "ledger-v1.sql"
@@ -43,7 +51,7 @@ def test_fsck_says_sound_rule_by_rule(finished: Path) -> None:
     output = told("fsck", finished)
     lines = output.splitlines()
     assert lines[0].startswith("looked at 20 samples, 14 steps, 2 checkpoints, 14 head step, 16 folded")
-    assert [line.split(":")[0] for line in lines[1:-1]] == [f"C{n} ok" for n in (1, 2, 3, 4, 5, 8, 9)]
+    assert [line.split(":")[0] for line in lines[1:-1]] == [f"C{n} ok" for n in (1, 2, 3, 4, 5, 8, 9, 10)]
     assert lines[-1].startswith("sound: nothing lost")
 
 
@@ -145,3 +153,40 @@ def test_both_commands_load_no_torch(finished: Path) -> None:
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, str(finished)], check=True, capture_output=True)
+
+
+def test_a_ledger_that_another_program_opened_after_a_crash_is_mended(tmp_path: Path) -> None:
+    """One SELECT of plain SQLite empties the log into pages without checksums: refused, told, accepted."""
+    crashed = MainsRun(tmp_path / "crashed", SHAPE)
+    crashed.produce()
+    crashed.cut_at = 300
+    crashpoints.watch(crashed.watch)
+    with pytest.raises(PowerCutError):
+        crashed.consume()
+    run = crashed.boot(tmp_path / "run", random.Random(0))
+    shutil.copytree(crashed.feature_folder, run.feature_folder)
+    with closing(sqlite3.connect(run.ledger)) as browser:
+        assert browser.execute("SELECT count(*) FROM sample").fetchone() == (20,)
+    with pytest.raises(SchemaError, match="paceline fsck"):
+        run.consume()
+    output = told("fsck", run.folder, code=9)
+    assert "C10 1 ERRORS" in output
+    assert f"paceline fsck {run.folder} --accept-pages" in output
+    lock = RoleLock(run.folder, "consumer")
+    assert "already running" in told("fsck", run.folder, "--accept-pages", code=3)
+    lock.release()
+    assert "sound: nothing lost" in told("fsck", run.folder, "--accept-pages")
+    run.consume()
+    assert "sound: nothing lost" in told("fsck", run.folder)
+
+
+def test_pages_whose_content_is_damaged_are_not_accepted(finished: Path, tmp_path: Path) -> None:
+    """New checksums must not hide what SQLite itself finds wrong."""
+    shutil.copytree(finished, tmp_path / "run")
+    ledger = tmp_path / "run" / "ledger.db"
+    data = bytearray(ledger.read_bytes())
+    data[4096 : 2 * 4096] = b"\xff" * 4096
+    ledger.write_bytes(data)
+    assert "C10" in told("fsck", tmp_path / "run", code=9)
+    assert "New checksums would only hide that" in told("fsck", tmp_path / "run", "--accept-pages", code=6)
+    assert ledger.read_bytes() == data

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from pathlib import Path
 
@@ -94,6 +96,24 @@ def test_a_closed_channel_takes_no_more_refs(path: Path) -> None:
     assert StreamingRefChannel(path).is_closed()
     with pytest.raises(LedgerError, match="closed"):
         channel.publish(REFS[0])
+
+
+def test_a_disk_that_fails_says_which_refs_to_publish_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failed fsync nobody knows what is on the disk; a second copy of a ref does no harm."""
+    channel, fsync = StreamingRefChannel(path), os.fsync
+
+    def fail(fd: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(LedgerError, match="publish the same refs again"):
+        channel.publish_many(REFS[:2])
+    channel.publish_many(REFS[:2])
+    channel.close()
+    assert drain(StreamingRefQueue(StreamingRefChannel(path), poll_s=0.0)) == IDS[:2]
 
 
 def test_counters_survive_a_restart_of_either_end(path: Path) -> None:

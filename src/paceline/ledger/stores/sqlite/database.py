@@ -22,6 +22,7 @@ from typing import Any, Literal
 import apsw
 
 from paceline.crashpoints import reach
+from paceline.durable_files import make_folder
 from paceline.errors import LedgerError, SchemaError, UnknownResultError
 from paceline.ledger.bell import Bell
 from paceline.ledger.gate import WriterGate, refuse_network_filesystem
@@ -64,7 +65,7 @@ class Database:
     def __init__(self, path: str | os.PathLike[str], durability: Durability, vfs: str | None) -> None:
         check_sqlite_version(apsw.sqlite_lib_version())
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         refuse_network_filesystem(self.path.parent)
         self._durability = durability
         self._lock = threading.RLock()
@@ -201,7 +202,7 @@ class Database:
         return SchemaError(
             f"{self.path} is damaged or no database ({error}).",
             why="The ledger cannot be trusted, so nothing was changed.",
-            next="restore it from a backup, or start a new run in another run.directory.",
+            next=f"`paceline fsck {self.path.parent}` tells what is wrong and what to do.",
         )
 
     def _rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:

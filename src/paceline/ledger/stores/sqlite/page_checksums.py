@@ -1,7 +1,9 @@
 """A checksum on every page of the database, checked on every read: a flipped bit is an error, not a value.
 
 SQLite itself believes what it reads. Its checksum file layer (cksumvfs, compiled into apsw's wheels) keeps
-eight bytes of each page for a checksum. Who writes such a database must do so through that layer.
+eight bytes of each page for a checksum. Who writes such a database must do so through that layer: pages
+get their checksum on the way from the write-ahead log into the database, so any other program that opens
+a ledger after a crash, if only to read it, and empties the log leaves pages without. `accept_pages` mends.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from pathlib import Path
 import apsw
 from apsw import sqlite_extra
 
+from paceline.durable_files import replace_file
 from paceline.errors import SchemaError
 
 LAYER = "cksmvfs"
 RESERVED_BYTES = 8
 RESERVED_AT = 20  # place in the database header
-PAGE_BYTES = 4096  # the first page of a ledger, which SQLite made with its default size
+PAGE_BYTES = 4096  # SQLite's default, which a ledger is made with
 
 
 @cache
@@ -59,6 +62,39 @@ def refuse_unchecked(path: Path) -> None:
             why="It says that pages have checksums; without it no page would be checked.",
             next="restore it from a backup, or start a new run in another run.directory.",
         )
+
+
+def accept_pages(path: Path) -> int:
+    """Give each page the checksum of what it holds now; how many had another. No one may have it open.
+
+    For a ledger that another program has written to. Raises SchemaError, changing nothing, if SQLite
+    finds the content itself damaged; OSError.
+    """
+    plain = apsw.Connection(str(path), vfs="unix")
+    try:
+        problems = [str(row[0]) for row in plain.execute("PRAGMA integrity_check(5)")]
+        if problems == ["ok"]:
+            plain.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    except apsw.Error as error:
+        problems = [str(error)]
+    finally:
+        plain.close()
+    if problems != ["ok"]:
+        raise SchemaError(
+            f"The content of {path} is damaged: {'; '.join(problems)}.",
+            why="New checksums would only hide that. Nothing was changed.",
+            next="restore it from a backup, or start a new run in another run.directory.",
+        )
+    data = bytearray(path.read_bytes())
+    accepted = 0
+    if data[RESERVED_AT] == RESERVED_BYTES:
+        for end in range(PAGE_BYTES, len(data) + 1, PAGE_BYTES):
+            found = page_checksum(data[end - PAGE_BYTES : end])
+            if found != data[end - RESERVED_BYTES : end]:
+                data[end - RESERVED_BYTES : end] = found
+                accepted += 1
+        replace_file(path, bytes(data))
+    return accepted
 
 
 def page_checksum(page: bytes | bytearray) -> bytes:
