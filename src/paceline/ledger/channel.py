@@ -168,6 +168,11 @@ class StreamingRefQueue:
             self.channel.wait(mark, self.poll_s)
         return []
 
+    def has(self, n: int) -> bool:
+        """Whether `get(n)` would return `n` refs without waiting."""
+        self._fill()
+        return len(self._ready) >= n
+
     def interrupt(self) -> None:
         """The writer is gone and did not close: give out what is whole, then end."""
         self._interrupted = True

@@ -9,6 +9,7 @@ again under the same ordinal, and the step goes on with the same samples in the 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
@@ -20,6 +21,7 @@ from paceline.ledger.channel import CommittedRefLog, StreamingRefQueue
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.records import BegunStep, CommittedRef, StepPlan, TrainedSample, TrainedStep
 from paceline.loader.passes import START, Position, Visit, VisitOrder
+from paceline.loader.read_ahead import ReadAhead
 from paceline.types import SampleRef
 
 WAIT_S = 1.0
@@ -77,11 +79,15 @@ class StepLoader:
         idle_timeout_s: float | None = None,
         report: Callable[..., None] = lambda *_, **__: None,
         recapture_timeout_s: float = 1800.0,
+        executor: Executor | None = None,
     ) -> None:
-        """`position`: what the weights already contain; see passes.py for passes and blocks."""
+        """`position`: what the weights already contain; see passes.py for passes and blocks.
+
+        `executor`: reads the next step's features while the current one trains; None: nobody does.
+        """
         self.on_wait: Callable[[], None] = lambda: None
         self._controller = controller
-        self._features = features
+        self._ahead = ReadAhead(features.get, executor)
         self._batch_size = batch_size
         self._should_stop = should_stop
         self._interrupted = False
@@ -91,8 +97,9 @@ class StepLoader:
         self._order: VisitOrder[CommittedRef] = VisitOrder(
             passes=passes, block_size=block_size, position=position
         )
-        self._last_seq = VisitOrder.first_block(position, passes) * block_size
-        self._log = CommittedRefLog(controller.store, after_seq=self._last_seq)
+        self._next_block = VisitOrder.first_block(position, passes)
+        self._block_ends = {self._next_block - 1: self._next_block * block_size}  # the last seq of each
+        self._log = CommittedRefLog(controller.store, after_seq=self._next_block * block_size)
         self._queue = StreamingRefQueue(
             self._log,
             poll_s=WAIT_S,
@@ -119,7 +126,7 @@ class StepLoader:
         on_record = self._controller.store.get_plan(step)
         if on_record is None:
             visits = [visit for visit in taken if visit.item.ref.sample_id not in quarantined]
-            plan = _plan(step, visits, self._last_seq)
+            plan = _plan(step, visits, self._read_up_to(taken[-1].stage))
         else:
             visits, rest = _as_planned(on_record, taken, quarantined)
             plan, taken = on_record, taken[: len(taken) - len(rest)]
@@ -129,7 +136,16 @@ class StepLoader:
         reach("loader.after_begin")
         if begun.plan.sample_ids != plan.sample_ids:
             raise _differs(begun.plan, plan.sample_ids)
-        return self._fetched(begun, visits, taken, started)
+        planned = self._fetched(begun, visits, taken, started)
+        following = self._order.look_ahead(self._batch_size, self._read_block_if_there)
+        self._ahead.start([visit.item.ref for visit in following])
+        return planned
+
+    def _read_up_to(self, stage: int) -> int:
+        """The last seq of the newest block that the stage visits: where the log has been read up to."""
+        newest = max(block for block in self._block_ends if block <= stage)
+        self._block_ends = {block: end for block, end in self._block_ends.items() if block >= newest}
+        return self._block_ends[newest]
 
     def _fetched(self, begun: BegunStep, visits: Visits, taken: Visits, started: float) -> PlannedStep | None:
         """The step with its tensors, less what can never be fetched; None if asked to stop."""
@@ -175,8 +191,12 @@ class StepLoader:
             return None
         entries = [CommittedRef(self._log.take_seq(ref.sample_id), ref) for ref in refs]
         if entries:
-            self._last_seq = entries[-1].seq
+            self._block_ends[self._next_block] = entries[-1].seq
+            self._next_block += 1
         return entries
+
+    def _read_block_if_there(self, size: int) -> Sequence[CommittedRef] | None:
+        return self._read_block(size) if self._queue.has(size) else None
 
     def ack(self, planned: PlannedStep) -> None:
         self._queue.ack(planned.finished)
@@ -221,7 +241,7 @@ class StepLoader:
             tries_left = RECAPTURES_MAX
             while True:
                 try:
-                    samples.append(self._features.get(current[index]))
+                    samples.append(self._ahead.get(current[index]))
                     break
                 except (FeatureMissingError, FeatureCorruptError) as error:
                     tries_left -= 1

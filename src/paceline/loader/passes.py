@@ -36,6 +36,10 @@ class Visit(Generic[T]):
     is_last: bool
     after: Position
 
+    @property
+    def stage(self) -> int:
+        return self.after.stage if self.after.offset else self.after.stage - 1
+
 
 class VisitOrder(Generic[T]):
     """Turns blocks of the log, read one after another, into visits."""
@@ -62,13 +66,23 @@ class VisitOrder(Generic[T]):
         `read_block(size)` gives the next block, a short or empty one at the log's end, or None if it
         was interrupted; then nothing is taken and None comes back.
         """
+        if not self._fill(count, read_block):
+            return None
+        taken, self._ready = self._ready[:count], self._ready[count:]
+        return taken
+
+    def look_ahead(self, count: int, read_block: Callable[[int], Sequence[T] | None]) -> list[Visit[T]]:
+        """Up to `count` of the visits that come next, which stay; fewer if `read_block` has no more now."""
+        self._fill(count, read_block)
+        return self._ready[:count]
+
+    def _fill(self, count: int, read_block: Callable[[int], Sequence[T] | None]) -> bool:
         while len(self._ready) < count and not self._is_over():
             block: Sequence[T] | None = [] if self._ended else read_block(self._block_size)
             if block is None:
-                return None
+                return False
             self._enter_stage(list(block))
-        taken, self._ready = self._ready[:count], self._ready[count:]
-        return taken
+        return True
 
     def put_back(self, visits: Sequence[Visit[T]]) -> None:
         """Give visits that were not made to the next call of `visits`."""

@@ -10,6 +10,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -205,12 +206,15 @@ def build_disagg_online_consumer(
             why="Starting over would train its samples a second time.",
             next="pass resume=True, or use a new store for a new run.",
         )
+    # One thread writes checkpoints, one reads the next step's features.
+    executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="paceline-consumer")
     trainer = Trainer(
         controller,
         feature_store,
         TorchLearner(parts.method, parts.head, parts.settings),
         CheckpointFolder(parts.checkpoint_folder, run_id),
         parts.settings,
+        executor=executor,
         report=report,
     )
     loader = StepLoader(
@@ -223,6 +227,7 @@ def build_disagg_online_consumer(
         should_stop=should_stop,
         idle_timeout_s=idle_timeout_s,
         report=report,
+        executor=executor,
     )
     return trainer, loader
 

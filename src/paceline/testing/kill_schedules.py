@@ -34,9 +34,9 @@ from paceline.testing.light_run import LightRun, Outcome, RunShape, expected_ste
 from paceline.training.checkpoint import epoch_of
 
 DEATHS_MAX = 4  # of one role in a schedule: five kills at one place may convict a sample of them
-PLAIN = RunShape(prompts=13, group=3, batch=3, passes=2, interval=2)
+PLAIN = RunShape(prompts=13, group=3, batch=3, passes=2, interval=2, threads=True)
 POISON = replace(PLAIN, bad_prompt=4, bad_sample=8)
-FULL = RunShape(prompts=14, group=2, batch=2, passes=2, interval=1, tight=True)
+FULL = RunShape(prompts=14, group=2, batch=2, passes=2, interval=1, tight=True, threads=True)
 MODULE = "paceline.testing.kill_schedules"
 
 
@@ -84,7 +84,8 @@ DETOURS: list[tuple[str, str, RunShape, tuple[Fault, ...]]] = [
     ),
     (
         "consumer",
-        "recovery.before_adopt recovery.after_adopt @adopt_checkpoint",
+        "recovery.before_claim checkpoint.after_claim recovery.before_adopt recovery.after_adopt"
+        " @adopt_checkpoint",
         PLAIN,
         (Fault("consumer", "kill", "checkpoint.before_head", 2),),
     ),
@@ -169,6 +170,7 @@ def random_schedule(seed: int) -> Schedule:
         kept=rng.randint(2, 3),
         bad_prompt=rng.randint(0, 5) if rng.random() < 0.15 else -1,
         bad_sample=rng.randint(0, 5) if rng.random() < 0.15 else -1,
+        threads=rng.random() < 0.7,
     )
     faults: list[Fault] = []
     deaths: Counter[str] = Counter()
@@ -225,7 +227,7 @@ def execute(schedule: Schedule) -> Counter[str]:
     """Run it and check what must hold after. Raises Violation, with the command that repeats it."""
     folder = new_folder()
     # The weights do not depend on how much room there is, nor on how often they are made durable.
-    wanted = reference(replace(schedule.shape, tight=False, interval=4, kept=2))
+    wanted = reference(replace(schedule.shape, tight=False, interval=4, kept=2, threads=False))
     killed = KilledRun(LightRun(folder, schedule.shape), schedule.faults)
     try:
         killed.drive()

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ class RunShape:
     """What decides the weights of a light run, and how much room it has.
 
     `tight`: the fewest resident samples with which the run cannot wait for itself. `bad_prompt` is one
-    the engine cannot bear, `bad_sample` one that cannot be trained (-1: none).
+    the engine cannot bear, `bad_sample` one that cannot be trained (-1: none). `threads`: checkpoints are
+    written and features read ahead in threads, as the consumer's process does it.
     """
 
     prompts: int = 12
@@ -57,6 +59,7 @@ class RunShape:
     kept: int = 2
     bad_prompt: int = -1
     bad_sample: int = -1
+    threads: bool = False
 
     @property
     def window(self) -> int:
@@ -155,12 +158,15 @@ def build_consumer(
     features: FeatureStore,
     checkpoints: Path,
     *,
+    executor: Executor | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     report: Callable[..., None] = no_report,
 ) -> tuple[Trainer, StepLoader]:
     controller = DataFlowController(RUN_ID, metadata_store=store)
     folder = CheckpointFolder(checkpoints, RUN_ID)
-    trainer = Trainer(controller, features, shape.learner(), folder, shape.settings(), report=report)
+    trainer = Trainer(
+        controller, features, shape.learner(), folder, shape.settings(), executor=executor, report=report
+    )
     loader = StepLoader(
         controller,
         features,
@@ -170,6 +176,7 @@ def build_consumer(
         position=trainer.position,
         should_stop=should_stop,
         report=report,
+        executor=executor,
     )
     return trainer, loader
 
@@ -209,8 +216,13 @@ class LightRun:
             known = {record.name for record in store.checkpoints()}
             report("found", orphan_checkpoints=len(self.checkpoint_names() - known))
             features = self.open_features(owner=False)
-            trainer, loader = build_consumer(self.shape, store, features, self.checkpoints, report=report)
+            executor = ThreadPoolExecutor(2) if self.shape.threads else None
+            trainer, loader = build_consumer(
+                self.shape, store, features, self.checkpoints, executor=executor, report=report
+            )
             step = trainer.fit(loader)
+            if executor is not None:
+                executor.shutdown()
             if loader.exhausted and store.usage().waiting_samples == 0:
                 store.set_facts({COMPLETED_STEP: step}, fence=trainer.controller.fence("consumer"))
         store.close()
@@ -230,7 +242,7 @@ def uninterrupted(shape: RunShape, folder: Path) -> Outcome:
     """The same run in one process, in memory: first everything is captured, then it is trained."""
     store = InMemoryMetadataStore()
     # Weights do not depend on how much room there is, and one process cannot wait for itself.
-    roomy = RunShape(**{**vars(shape), "tight": False})
+    roomy = replace(shape, tight=False, threads=False)
     features = InMemoryLightFeatureStore(shape.budget_bytes)
     build_producer(roomy, store, features).run()
     trainer, loader = build_consumer(roomy, store, features, folder)

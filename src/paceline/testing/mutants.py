@@ -6,7 +6,7 @@ A mutant is a name, what it breaks, and a patch of the product that lasts for a 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +24,7 @@ from paceline.loader.passes import Position
 from paceline.testing.light_adapters import InMemoryLightFeatureStore
 from paceline.testing.simulated_parts import SimulatedFolder
 from paceline.training import trainer as training
+from paceline.training.commits import Commits
 from paceline.training.trainer import Trainer
 
 Change = Callable[[Any], Any]  # a function to the one that takes its place
@@ -186,11 +187,34 @@ def starts_over(real: Any) -> Any:
 
 
 def no_lineage(real: Any) -> Any:
-    def checkpoint(self: Trainer) -> None:
-        self._since_head = []
-        real(self)
+    def stage(self: Commits, *args: Any) -> None:
+        self._since_staged = []
+        real(self, *args)
 
-    return checkpoint
+    return stage
+
+
+class _Late(Mapping[str, bytes]):
+    """Files whose bytes are taken when somebody looks."""
+
+    def __init__(self, files: Callable[[], dict[str, bytes]]) -> None:
+        self._files = files
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._files()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files())
+
+    def __len__(self) -> int:
+        return len(self._files())
+
+
+def staged_late(real: Any) -> Any:
+    def stage(self: Commits, step: int, last_seq: int, files: Any, values: Any) -> None:
+        real(self, step, last_seq, lambda: _Late(files), values)
+
+    return stage
 
 
 def unchecked_intents(_: Any) -> Any:
@@ -343,7 +367,8 @@ MUTANTS: dict[str, Mutant] = {
     "fall back keeps acks": Mutant("samples are skipped", ((Store, "fall_back", acks_survive),)),
     "newest folder wins": Mutant("ledger and weights differ", ((training, "recover", newest_folder_wins),)),
     "position not restored": Mutant("visits again", ((Trainer, "_load", starts_over),)),
-    "lineage left out": Mutant("heads tell no story", ((Trainer, "checkpoint", no_lineage),)),
+    "lineage left out": Mutant("heads tell no story", ((Commits, "stage", no_lineage),)),
+    "weights taken while they train": Mutant("a head of later weights", ((Commits, "stage", staged_late),)),
     "first visit is the last": Mutant("freed between passes", ((PlannedStep, "finished", all_finished),)),
     "retry under a new op id": Mutant(
         "a call happens twice", ((DataFlowController, "_settled", new_op_ids),)

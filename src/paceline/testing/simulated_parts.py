@@ -12,6 +12,9 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Executor, Future
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from paceline.errors import CheckpointDamagedError, UnknownResultError
@@ -19,7 +22,7 @@ from paceline.features.store import Sealed, Usage
 from paceline.ledger.records import CheckpointRecord
 from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.testing.light_adapters import InMemoryLightFeatureStore
-from paceline.training.checkpoint import Checkpoint, epoch_of
+from paceline.training.checkpoint import Checkpoint, epoch_of, identity_of
 from paceline.types import SampleRef
 
 
@@ -55,10 +58,11 @@ FINAL = {  # on the disk on return, see ledger/stores/sqlite/database.py
     "fall_back",
     "quarantine",
     "fail_tasks",
+    "forget_checkpoint",
 }
 CHANGES = FINAL | {
     *("reserve", "revoke", "commit_samples", "record_train_ack", "ack_step", "add_tasks", "lease_tasks"),
-    *("return_tasks", "begin_step", "leave_step", "forget_checkpoint", "begin_release", "record_released"),
+    *("return_tasks", "begin_step", "leave_step", "begin_release", "record_released"),
     *("report_lost", "compact", "set_facts"),
 }
 REPEATABLE = {"reserve", "commit_samples", "lease_tasks", "begin_step", "ack_step"}
@@ -93,6 +97,41 @@ class SimulatedDisk:
         for name, args, kwargs in kept:
             getattr(self.store, name)(*args, **kwargs)
             self._since.append((name, args, kwargs))
+
+
+class SlowDisk(Executor):
+    """Does the work at some later look at it, and says so at a look after that."""
+
+    def __init__(self, patience: Callable[[], int]) -> None:
+        """`patience`: how many looks to let pass, drawn twice for each piece of work."""
+        self._patience = patience
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        return _Slow(partial(work, *args, **kwargs), self._patience(), self._patience())
+
+
+class _Slow(Future[Any]):
+    def __init__(self, work: Callable[[], Any], until_run: int, until_told: int) -> None:
+        super().__init__()
+        self._work: Callable[[], Any] | None = work
+        self._until_run = until_run
+        self._until_told = until_told
+
+    def done(self) -> bool:
+        self._until_run -= 1
+        if self._until_run < 0:
+            self._run()
+            self._until_told -= 1
+        return self._until_told < 0
+
+    def result(self, timeout: float | None = None) -> Any:
+        self._run()
+        return super().result()
+
+    def _run(self) -> None:
+        if self._work is not None:
+            work, self._work = self._work, None
+            self.set_result(work())
 
 
 class SimulatedStore:
@@ -224,6 +263,7 @@ class SimulatedFolder:
 
     def write(self, checkpoint: Checkpoint) -> CheckpointRecord:
         self._way.point("write")
+        checkpoint = replace(checkpoint, files=dict(checkpoint.files))
         folders = self._folders
         folders.made += 1
         name = f"step-{checkpoint.step:08d}-{checkpoint.epoch:06d}-{folders.made:08x}"
@@ -248,6 +288,16 @@ class SimulatedFolder:
         known = {record.name for record in records} | self._folders.damaged
         found = [pair for name, pair in self._folders.held.items() if name not in known]
         return sorted(found, key=lambda pair: pair[0].step)
+
+    def claim(self, record: CheckpointRecord, epoch: int) -> CheckpointRecord | None:
+        self._way.point("claim")
+        _, checkpoint = self._folders.held.pop(record.name, (None, None))
+        if checkpoint is None:
+            return None
+        name = f"step-{record.step:08d}-{epoch:06d}-{identity_of(record.name)}"
+        claimed = replace(record, name=name)
+        self._folders.held[name] = claimed, checkpoint
+        return claimed
 
     def sweep(self, keep: set[str], *, epoch: int | None = None) -> list[str]:
         self._way.point("sweep_checkpoints")

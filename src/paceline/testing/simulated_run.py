@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,13 @@ def simulated_producer(
 
 
 def simulated_consumer(
-    shape: Shape, store: Any, features: Any, folder: Any, learner: HashLearner, report: Callable[..., None]
+    shape: Shape,
+    store: Any,
+    features: Any,
+    folder: Any,
+    learner: HashLearner,
+    executor: Executor,
+    report: Callable[..., None],
 ) -> tuple[Trainer, StepLoader]:
     controller = DataFlowController(RUN_ID, metadata_store=store)
     settings = TrainerSettings(
@@ -93,7 +100,7 @@ def simulated_consumer(
         first_samples=shape.group,
         checkpoint_interval_steps=shape.interval,
     )
-    trainer = Trainer(controller, features, learner, folder, settings, report=report)
+    trainer = Trainer(controller, features, learner, folder, settings, executor=executor, report=report)
     loader = StepLoader(
         controller,
         features,

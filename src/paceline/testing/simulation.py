@@ -28,6 +28,7 @@ from paceline.testing.simulated_parts import (
     SimulatedFolder,
     SimulatedFolders,
     SimulatedStore,
+    SlowDisk,
     ViolationError,
 )
 from paceline.testing.simulated_run import RUN_ID, Shape, simulated_consumer, simulated_producer
@@ -194,7 +195,10 @@ class World:
         refuses = self._refuses(actor, self.poison.trainer_fails, self.poison.trainer_dies, TrainingError)
         actor.learner = HashLearner(refuses)
         folder: Any = SimulatedFolder(self.folders, self.disk, self)
-        trainer, loader = simulated_consumer(self.shape, store, features, folder, actor.learner, self._report)
+        disk = SlowDisk(lambda: self.rng.randrange(3))
+        trainer, loader = simulated_consumer(
+            self.shape, store, features, folder, actor.learner, disk, self._report
+        )
         step = trainer.fit(loader)
         if loader.exhausted and store.usage().waiting_samples == 0:
             store.set_facts({COMPLETED_STEP: step}, fence=trainer.controller.fence("consumer"))

@@ -15,7 +15,7 @@ import shutil
 import uuid
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,23 @@ class CheckpointFolder:
             raise self._disk_fails("looked through", error) from error
         return sorted(found, key=lambda pair: pair[0].step)
 
+    def claim(self, record: CheckpointRecord, epoch: int) -> CheckpointRecord | None:
+        """Put the folder of an unrecorded checkpoint under a name of `epoch`, durably; None if it is gone.
+
+        From then on no older consumer's sweep can remove it, not even one that has begun. Raises
+        CheckpointError if the disk refuses.
+        """
+        name = f"step-{record.step:08d}-{epoch:06d}-{identity_of(record.name)}"
+        try:
+            (self.folder / record.name).rename(self.folder / name)
+            reach("checkpoint.after_claim")
+            durable_files.sync_folder(self.folder)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._disk_fails("renamed", error) from error
+        return replace(record, name=name)
+
     def _damaged(self, name: str, what: str) -> CheckpointDamagedError:
         return CheckpointDamagedError(
             f"Checkpoint {name} is missing or damaged: {what}.",
@@ -221,6 +238,11 @@ def _remove(folder: Path) -> None:
         folder.rename(gone)
         reach("checkpoint.after_set_aside")
     shutil.rmtree(gone)
+
+
+def identity_of(name: str) -> str:
+    """What of a folder's name stays when a later consumer claims it: its attempt and its digest."""
+    return name.rpartition("-")[2]
 
 
 def epoch_of(name: str) -> int:

@@ -14,7 +14,7 @@ from paceline.crashpoints import reach
 from paceline.errors import CheckpointDamagedError, CheckpointError, IllegalTransitionError, LedgerError
 from paceline.ledger.records import CheckpointRecord, Fence
 from paceline.ledger.store import MetadataStore
-from paceline.training.checkpoint import Checkpoint, CheckpointFolder
+from paceline.training.checkpoint import Checkpoint, CheckpointFolder, identity_of
 
 Found = tuple[CheckpointRecord, Checkpoint]
 
@@ -74,8 +74,13 @@ def _roll_forward(
         if head is not None and record.step <= head.step:
             continue
         try:
-            if checkpoint.previous != (head.name if head else ""):
+            if identity_of(checkpoint.previous) != identity_of(head.name if head else ""):
                 raise IllegalTransitionError(f"It follows {checkpoint.previous!r}, which is not the head.")
+            reach("recovery.before_claim")
+            claimed = folder.claim(record, fence.epoch)
+            if claimed is None:
+                continue  # swept by the consumer that this one takes over from
+            record = claimed
             reach("recovery.before_adopt")
             store.adopt_checkpoint(record, checkpoint.lineage, fence=fence)
             reach("recovery.after_adopt")

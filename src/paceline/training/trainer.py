@@ -1,8 +1,8 @@
 """The consumer's loop: plan, fetch, step, ack; and now and then the checkpoint that commits it all.
 
 An ack is provisional: it says that the weights in memory contain the step. The checkpoint is
-the commit: once its folder is durable and the ledger names it head, and not before, the features
-it covers are freed. A trainer that dies goes back to the newest valid checkpoint and replays the
+the commit (commits.py): once its folder is durable and the ledger names it head, and not before, the
+features it covers are freed. A trainer that dies goes back to the newest valid checkpoint and replays the
 recorded plans from there, so the weights come out bit for bit as if it had never died. No torch
 here: the weights are the learner's (learner.py).
 """
@@ -10,6 +10,7 @@ here: the weights are the learner's (learner.py).
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Executor
 from time import monotonic
 from typing import Any
 
@@ -17,11 +18,12 @@ from paceline.crashpoints import reach
 from paceline.features.store import FeatureStore
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.facts import BUILDS_BEGUN, CHECKPOINT_WANTED
-from paceline.ledger.records import CheckpointRecord, TrainedStep, chain_of
+from paceline.ledger.records import CheckpointRecord
 from paceline.ledger.trial import DEATHS_BEFORE_TRIAL
 from paceline.loader.loader import PlannedStep, StepLoader
 from paceline.loader.passes import Position
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
+from paceline.training.commits import Commits, Inline
 from paceline.training.learner import Learner
 from paceline.training.poison import SAMPLE_FAILURES, failing_samples
 from paceline.training.recovery import recover
@@ -37,29 +39,38 @@ class Trainer:
         checkpoints: CheckpointFolder,
         settings: TrainerSettings,
         *,
+        executor: Executor | None = None,
         report: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
-        """Takes the consumer role: an older consumer of the run is fenced from here on."""
+        """Takes the consumer role: an older consumer of the run is fenced from here on.
+
+        `executor`: writes checkpoints while training goes on; None: training waits for them.
+        """
         self.controller = controller
         self.learner = learner
         self.step = 0
         self.last_seq = 0
         self.position = Position()
-        self._features = features
-        self._checkpoints = checkpoints
         self._settings = settings
         self._report = report
-        self._head: CheckpointRecord | None = None
-        self._since_head: list[TrainedStep] = []
         reach("trainer.before_acquire")
         epoch_before = controller.store.role_epochs().get("consumer", 0)
         self._fence = controller.take_role("consumer")
         reach("trainer.after_acquire")
+        self._commits = Commits(
+            controller,
+            features,
+            checkpoints,
+            self._fence,
+            executor or Inline(),
+            kept=settings.checkpoints_kept,
+            report=report,
+        )
         found = recover(controller.store, checkpoints, self._fence, epoch_before, report)
         if found is not None:
             self._load(*found)
         reach("trainer.after_recover")
-        self._sweep_checkpoints()
+        self._commits.sweep()
         reach("trainer.after_sweep")
         controller.release(features)
         reach("trainer.after_release")
@@ -75,7 +86,7 @@ class Trainer:
         self.learner.load(checkpoint.files)
         self.step, self.last_seq = checkpoint.step, checkpoint.last_seq
         self.position = Position(*checkpoint.values["position"])
-        self._head = record
+        self._commits.head = record
         self._report("resumed", step=self.step)
 
     def _initialise(self, loader: StepLoader) -> bool:
@@ -118,11 +129,9 @@ class Trainer:
                 break
             loader.ack(self._train(planned, loader))
             if self.step % self._settings.checkpoint_interval_steps == 0:
-                self.checkpoint()
-            else:
-                self._relieve_pressure()
-        if self._head is None or self.step != self._head.step:
-            self.checkpoint()
+                self._stage()
+            self._relieve_pressure()
+        self.checkpoint()
         return self.step
 
     def _train(self, planned: PlannedStep, loader: StepLoader) -> PlannedStep:
@@ -149,7 +158,7 @@ class Trainer:
         self.controller.ack_step(planned.step, planned.rev, finished)
         reach("trainer.after_ack")
         self.step, self.last_seq, self.position = planned.step, planned.last_seq, planned.after
-        self._since_head.append(planned.trained)
+        self._commits.add(planned.trained)
         seconds = monotonic() - started
         fields = {"samples": len(planned.refs), "wait_seconds": planned.wait_s, "step_seconds": seconds}
         self._report("step", step=planned.step, **figures, **fields)
@@ -170,59 +179,24 @@ class Trainer:
 
     def checkpoint(self) -> None:
         """Make everything up to this step durable, then free what it covers."""
-        started = monotonic()
-        store, head = self.controller.store, self._head
-        reach("checkpoint.before_write")
-        lineage = tuple(self._since_head)
-        record = self._checkpoints.write(
-            Checkpoint(
-                step=self.step,
-                last_seq=self.last_seq,
-                files=self.learner.files(),
-                values={
-                    **self.learner.describe(),
-                    "position": [self.position.stage, self.position.offset],
-                },
-                lineage=lineage,
-                previous=head.name if head else "",
-                chain=chain_of(head.chain if head else "", [trained.plan for trained in lineage]),
-                epoch=self._fence.epoch,
-                lsn=store.lsn(),
-            )
-        )
-        reach("checkpoint.before_head")
-        store.record_checkpoint(record, fence=self._fence)
-        self._head, self._since_head = record, []
-        reach("checkpoint.after_head")
-        released = self.controller.release(self._features)
-        reach("checkpoint.after_release")
-        self._retire_old()
-        reach("checkpoint.after_retire")
-        store.set_facts({CHECKPOINT_WANTED: False}, fence=self._fence)
-        reach("checkpoint.after_all")
-        self._report("checkpoint", step=self.step, released=released, seconds=monotonic() - started)
+        self._stage()
+        self._commits.settle()
 
-    def _retire_old(self) -> None:
-        store = self.controller.store
-        for record in store.checkpoints()[: -self._settings.checkpoints_kept]:
-            reach("checkpoint.before_forget")
-            store.forget_checkpoint(record.step, fence=self._fence)
-        reach("checkpoint.after_forget")
-        store.compact(fence=self._fence)
-        reach("checkpoint.after_compact")
-        self._sweep_checkpoints()
-
-    def _sweep_checkpoints(self) -> None:
-        keep = {record.name for record in self.controller.store.checkpoints()}
-        reach("checkpoint.before_sweep")
-        self._checkpoints.sweep(keep, epoch=self._fence.epoch)
+    def _stage(self) -> None:
+        if self.step == self._commits.step:
+            return
+        position = [self.position.stage, self.position.offset]
+        values = {**self.learner.describe(), "position": position}
+        self._commits.stage(self.step, self.last_seq, self.learner.files, values)
 
     def _relieve_pressure(self) -> None:
-        """Checkpoint early if the producer waits for bytes that only a checkpoint can free."""
-        if self._head is None or self.step == self._head.step:
-            return
-        if self.controller.store.facts().get(CHECKPOINT_WANTED):
-            self.checkpoint()
+        """Commit early if the producer waits for bytes that only a checkpoint can free."""
+        self._commits.poll()
+        uncommitted = self._commits.is_writing or self.step != self._commits.step
+        if uncommitted and self.controller.store.facts().get(CHECKPOINT_WANTED):
+            if not self._commits.is_writing:
+                self._stage()
+            self._commits.settle()
 
 
 def _trial_of(planned: PlannedStep) -> tuple[str, dict[str, Any]]:

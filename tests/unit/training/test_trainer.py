@@ -211,6 +211,7 @@ def test_a_damaged_head_falls_back_and_captures_again(
     die_after(loader, 4)
     with pytest.raises(Killed):
         doomed.fit(loader)
+    doomed.checkpoint()  # it may still be being written
     head = SQLiteMetadataStore(run.db).checkpoints()[-1]
     assert head.step == 4
     (tmp_path / "checkpoints" / head.name / "draft.safetensors").write_bytes(b"damaged")
@@ -305,6 +306,7 @@ def test_a_loss_that_is_no_number_changes_no_weight(tmp_path: Path, monkeypatch:
     die_after(loader, 2)
     with pytest.raises(Killed):
         trainer.fit(loader)
+    trainer.checkpoint()  # it may still be being written
     before = weights(trainer)
     trainer, loader = run.consumer()
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))

@@ -1,0 +1,149 @@
+"""The commit: a checkpoint is written aside while training goes on, and then made head.
+
+`stage` takes the weights' bytes, which is all that training waits for; `executor` writes and syncs
+them. What follows happens in the trainer's own thread at a step's end: the ledger names the folder
+head, and only then are the features it covers freed and older checkpoints retired. Until then the
+steps since the head are provisional, those of a checkpoint being written too. At most one is being
+written. A crash in between leaves a folder that the next consumer adopts or sweeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from paceline.crashpoints import reach
+from paceline.errors import PacelineError
+from paceline.features.store import FeatureStore
+from paceline.ledger.controller import DataFlowController
+from paceline.ledger.facts import CHECKPOINT_WANTED
+from paceline.ledger.records import CheckpointRecord, Fence, TrainedStep, chain_of
+from paceline.training.checkpoint import Checkpoint, CheckpointFolder
+
+
+class Inline(Executor):
+    """Does the work in the caller's thread, before `submit` returns."""
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(work(*args, **kwargs))
+        except PacelineError as error:
+            done.set_exception(error)
+        return done
+
+
+@dataclass(frozen=True)
+class _Staged:
+    step: int
+    writing: Future[CheckpointRecord]
+    began: float
+    stall_s: float
+
+
+class Commits:
+    def __init__(
+        self,
+        controller: DataFlowController,
+        features: FeatureStore,
+        folder: CheckpointFolder,
+        fence: Fence,
+        executor: Executor,
+        *,
+        kept: int,
+        report: Callable[..., None],
+    ) -> None:
+        """`kept`: how many checkpoints stay, the head included."""
+        self.head: CheckpointRecord | None = None
+        self._controller = controller
+        self._features = features
+        self._folder = folder
+        self._fence = fence
+        self._executor = executor
+        self._kept = kept
+        self._report = report
+        self._staged: _Staged | None = None
+        self._since_staged: list[TrainedStep] = []
+
+    def add(self, trained: TrainedStep) -> None:
+        """The weights contain the step."""
+        self._since_staged.append(trained)
+
+    @property
+    def step(self) -> int:
+        """The last step that is in a checkpoint, recorded or being written; -1: none."""
+        if self._staged is not None:
+            return self._staged.step
+        return -1 if self.head is None else self.head.step
+
+    @property
+    def is_writing(self) -> bool:
+        return self._staged is not None
+
+    def stage(self, step: int, last_seq: int, files: Callable[[], dict[str, bytes]], values: Any) -> None:
+        """Begin the checkpoint of `step`; one that is still being written is recorded first."""
+        self.settle()
+        began = monotonic()
+        head, lineage = self.head, tuple(self._since_staged)
+        reach("checkpoint.before_write")
+        checkpoint = Checkpoint(
+            step=step,
+            last_seq=last_seq,
+            files=files(),
+            values=values,
+            lineage=lineage,
+            previous=head.name if head else "",
+            chain=chain_of(head.chain if head else "", [trained.plan for trained in lineage]),
+            epoch=self._fence.epoch,
+            lsn=self._controller.store.lsn(),
+        )
+        writing = self._executor.submit(self._folder.write, checkpoint)
+        self._staged = _Staged(step, writing, began, monotonic() - began)
+        self._since_staged = []
+
+    def poll(self) -> None:
+        """Record the checkpoint that was being written, if it is durable by now."""
+        if self._staged is not None and self._staged.writing.done():
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until no checkpoint is being written, and record it. Raises CheckpointError."""
+        staged = self._staged
+        if staged is None:
+            return
+        waited_from = monotonic()
+        record = staged.writing.result()
+        stall_s = staged.stall_s + monotonic() - waited_from
+        reach("checkpoint.before_head")
+        self._controller.store.record_checkpoint(record, fence=self._fence)
+        self.head, self._staged = record, None
+        reach("checkpoint.after_head")
+        released = self._controller.release(self._features)
+        reach("checkpoint.after_release")
+        self._retire_old()
+        reach("checkpoint.after_retire")
+        self._controller.store.set_facts({CHECKPOINT_WANTED: False}, fence=self._fence)
+        reach("checkpoint.after_all")
+        seconds = monotonic() - staged.began
+        self._report(
+            "checkpoint", step=record.step, released=released, seconds=seconds, stall_seconds=stall_s
+        )
+
+    def _retire_old(self) -> None:
+        store = self._controller.store
+        for record in store.checkpoints()[: -self._kept]:
+            reach("checkpoint.before_forget")
+            store.forget_checkpoint(record.step, fence=self._fence)
+        reach("checkpoint.after_forget")
+        store.compact(fence=self._fence)
+        reach("checkpoint.after_compact")
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove what no record names; nothing is being written then."""
+        keep = {record.name for record in self._controller.store.checkpoints()}
+        reach("checkpoint.before_sweep")
+        self._folder.sweep(keep, epoch=self._fence.epoch)
