@@ -44,7 +44,7 @@ check: lint types layers ## all that is not a test
 
 bench: install ## data plane as ratios to memcpy in the same run; ledger size over history
 	$(BIN)/python benchmarks/feature_store.py
-	$(BIN)/python benchmarks/ledger_retention.py
+	$(BIN)/python -m benchmarks.growth
 
 reliability: install ## the long proof: simulation, kills, power loss, bit flips (SCALE=1: half an hour)
 	$(BIN)/python -m reliability --scale $(SCALE)

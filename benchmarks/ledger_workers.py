@@ -1,0 +1,284 @@
+"""Processes that write to one ledger at full speed, and the hand-written SQLite they are compared with.
+
+    python -m benchmarks.ledger_workers KIND OPTIONS
+
+`together` starts several, lets them open their files, starts them at once and returns what each of them
+counted. They load no torch. `Plain` has the rows and the transactions of the product and nothing else: no
+fence, no op id, no refusal, one table for each kind of row, and the product's queue for writers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import apsw
+
+from paceline.ledger.gate import WriterGate
+from paceline.ledger.records import Fence, StepPlan
+from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.testing.samples import sample_ref
+from paceline.types import SampleRef, ref_to_json
+
+ROOT = Path(__file__).parents[1]
+Counts = dict[str, Any]
+WAIT_S = 1.0  # a consumer that sees nothing new for so long is done
+
+
+def together(*workers: tuple[str, dict[str, Any]]) -> list[Counts]:
+    """Run (kind, options) each in its own process, all starting at one moment."""
+    processes = []
+    for kind, options in workers:
+        command = [sys.executable, "-m", "benchmarks.ledger_workers", kind, json.dumps(options)]
+        processes.append(
+            subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
+    pipes = [(process.stdin, process.stdout) for process in processes]
+    assert all(stdin and stdout and stdout.readline() == "ready\n" for stdin, stdout in pipes)
+    for stdin, _ in pipes:
+        assert stdin is not None
+        stdin.write("go\n")
+        stdin.flush()
+    counts = [json.loads(process.communicate()[0]) for process in processes]
+    assert not any(process.returncode for process in processes)
+    return counts
+
+
+def ready() -> None:
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+
+def refs_of(worker: str, first: int, count: int) -> list[SampleRef]:
+    template = sample_ref(0, run_id="bench")
+    names = [f"{worker}-{n}" for n in range(first, first + count)]
+    return [replace(template, sample_id=f"bench:{name}", source_task_id=name) for name in names]
+
+
+def op_id() -> str:
+    return uuid.uuid4().hex
+
+
+def timed(seconds: float, work: Callable[[], int]) -> Counts:
+    """Call `work`, which returns how many refs it moved, until the time is over or it returns 0."""
+    moved, calls = 0, []
+    started = now = time.perf_counter()
+    while now - started < seconds and (count := work()):
+        moved += count
+        calls.append(-now + (now := time.perf_counter()))
+    return {"refs": moved, "calls": len(calls), "seconds": now - started, "call_seconds": calls}
+
+
+# -- the product ---------------------------------------------------------------------------
+
+
+def commit(path: str, durability: str, batch: int, seconds: float, worker: str) -> Counts:
+    """Commit fresh refs, `batch` in a transaction."""
+    store = SQLiteMetadataStore(path, durability=durability)  # type: ignore[arg-type]
+    ready()
+    first = 0
+
+    def one() -> int:
+        nonlocal first
+        refs = refs_of(worker, first, batch)
+        first += batch
+        return sum(store.commit_samples(refs, op_id=op_id()))
+
+    return timed(seconds, one)
+
+
+def produce(path: str, batch: int, seconds: float, worker: str, epoch: int) -> Counts:
+    """Lease, reserve, commit: what a producer asks of the ledger. All workers of a run share the role."""
+    store = SQLiteMetadataStore(path, durability="head")
+    fence = Fence("producer", epoch)
+    template = sample_ref(0, run_id="bench")
+    ready()
+
+    def one() -> int:
+        leases = store.lease_tasks(worker, batch, fence=fence, op_id=op_id())
+        sizes = {f"bench:{lease.task_id}": 100 for lease in leases}
+        generations = store.reserve(sizes, fence=fence, op_id=op_id())
+        refs = [
+            replace(
+                template,
+                sample_id=f"bench:{lease.task_id}",
+                source_task_id=lease.task_id,
+                generation=generations[f"bench:{lease.task_id}"],
+            )
+            for lease in leases
+        ]
+        return sum(store.commit_samples(refs, fence=fence, op_id=op_id())) if refs else 0
+
+    return timed(seconds, one)
+
+
+def consume(path: str, batch: int, seconds: float) -> Counts:
+    """Read the log, begin and ack steps of `batch` samples: what a consumer asks of the ledger."""
+    store = SQLiteMetadataStore(path, durability="head")
+    fence = store.acquire_role("consumer", "benchmark")
+    ready()
+    after = step = 0
+
+    def one() -> int:
+        nonlocal after, step
+        seen = store.lsn()
+        entries = store.read_committed(after, batch)
+        if not entries:
+            if store.wait(seen, WAIT_S) == seen:
+                return 0
+            entries = store.read_committed(after, batch)
+        if not entries:
+            return one()
+        after, step = entries[-1].seq, step + 1
+        plan = StepPlan(step, tuple(entry.ref.sample_id for entry in entries), after)
+        begun = store.begin_step(plan, fence=fence, op_id=op_id())
+        store.ack_step(step, begun.plan.rev, plan.sample_ids, fence=fence, op_id=op_id())
+        return len(entries)
+
+    return timed(seconds, one)
+
+
+def listen(path: str, idle_s: float, commits: int) -> Counts:
+    """Asleep at the bell: when each change was seen, and what waiting costs."""
+    store = SQLiteMetadataStore(path, durability="head")
+    seen, seen_at = store.lsn(), {}
+    last = seen + commits
+    ready()
+    cpu = time.process_time()
+    seen = store.wait(seen, idle_s)
+    idle = time.process_time() - cpu
+    while seen < last:
+        seen = store.wait(seen, 10.0)
+        seen_at[seen] = time.monotonic()
+    return {"seen_at": seen_at, "cpu_per_idle_s": idle / idle_s}
+
+
+def ring(path: str, idle_s: float, commits: int, gap_s: float) -> Counts:
+    """Commit now and then, after a time without any."""
+    store = SQLiteMetadataStore(path, durability="head")
+    called_at = {}
+    ready()
+    time.sleep(2 * idle_s)
+    for number in range(commits):
+        time.sleep(gap_s)
+        called = time.monotonic()
+        store.commit_samples(refs_of("ring", number, 1), op_id=op_id())
+        called_at[store.lsn()] = called
+    return {"called_at": called_at, "cpu": resource.getrusage(resource.RUSAGE_SELF).ru_utime}
+
+
+# -- hand-written --------------------------------------------------------------------------
+
+
+class Plain:
+    """The same rows in as few statements as SQLite allows."""
+
+    def __init__(self, path: str, synchronous: str) -> None:
+        self.gate = WriterGate(Path(path + "-gate"))
+        self.db = apsw.Connection(path)
+        self.db.set_busy_timeout(60_000)
+        with self.gate.writing():
+            list(
+                self.db.execute(  # the cursor runs the later statements
+                    f"PRAGMA journal_mode=WAL; PRAGMA synchronous={synchronous};"
+                    "CREATE TABLE IF NOT EXISTS sample (seq INTEGER PRIMARY KEY, sample_id TEXT UNIQUE, ref);"
+                    "CREATE TABLE IF NOT EXISTS lease (ordinal INTEGER PRIMARY KEY, task_id, holder);"
+                    "CREATE TABLE IF NOT EXISTS intent (generation INTEGER PRIMARY KEY, sample_id, n);"
+                    "CREATE TABLE IF NOT EXISTS plan (step INTEGER PRIMARY KEY, sample_ids TEXT);"
+                    "CREATE TABLE IF NOT EXISTS ack (sample_id TEXT PRIMARY KEY, step INTEGER) WITHOUT ROWID;"
+                )
+            )
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        with self.gate.writing():
+            self.db.execute("BEGIN IMMEDIATE")
+            yield
+            self.db.execute("COMMIT")
+
+    def insert(self, refs: list[SampleRef]) -> None:
+        self.db.executemany(
+            "INSERT INTO sample (sample_id, ref) VALUES (?, ?)", [(r.sample_id, ref_to_json(r)) for r in refs]
+        )
+
+
+def plain_commit(path: str, synchronous: str, batch: int, seconds: float, worker: str) -> Counts:
+    plain = Plain(path, synchronous)
+    ready()
+    first = 0
+
+    def one() -> int:
+        nonlocal first
+        refs = refs_of(worker, first, batch)
+        first += batch
+        with plain.transaction():
+            plain.insert(refs)
+        return batch
+
+    return timed(seconds, one)
+
+
+def plain_produce(path: str, batch: int, seconds: float) -> Counts:
+    plain = Plain(path, "NORMAL")
+    ready()
+    first = 0
+
+    def one() -> int:
+        nonlocal first
+        numbers = range(first, first + batch)
+        with plain.transaction():
+            plain.db.executemany("INSERT INTO lease VALUES (?, ?, 'w')", [(n, f"w-{n}") for n in numbers])
+        with plain.transaction():
+            plain.db.executemany("INSERT INTO intent VALUES (?, ?, 100)", [(n, f"w-{n}") for n in numbers])
+        refs = refs_of("w", first, batch)
+        with plain.transaction():
+            plain.insert(refs)
+            for table, key in (("lease", "ordinal"), ("intent", "generation")):
+                plain.db.execute(f"DELETE FROM {table} WHERE {key} BETWEEN ? AND ?", (first, numbers[-1]))  # noqa: S608
+        first += batch
+        return batch
+
+    return timed(seconds, one)
+
+
+def plain_consume(path: str, batch: int, seconds: float) -> Counts:
+    plain = Plain(path, "NORMAL")
+    ready()
+    after = step = 0
+
+    def one() -> int:
+        nonlocal after, step
+        waited = time.perf_counter()
+        new = "SELECT seq, ref FROM sample WHERE seq > ? LIMIT ?"
+        while not (rows := list(plain.db.execute(new, (after, batch)))):
+            if time.perf_counter() - waited > WAIT_S:
+                return 0
+            os.sched_yield()
+        after, step = rows[-1][0], step + 1
+        ids = [json.loads(ref)["sample_id"] for _, ref in rows]
+        with plain.transaction():
+            plain.db.execute("INSERT INTO plan VALUES (?, ?)", (step, json.dumps(ids)))
+        with plain.transaction():
+            plain.db.executemany("INSERT INTO ack VALUES (?, ?)", [(i, step) for i in ids])
+        return len(ids)
+
+    return timed(seconds, one)
+
+
+KINDS: dict[str, Callable[..., Counts]] = {
+    work.__name__: work
+    for work in (commit, produce, consume, listen, ring, plain_commit, plain_produce, plain_consume)
+}
+
+if __name__ == "__main__":
+    print(json.dumps(KINDS[sys.argv[1]](**json.loads(sys.argv[2]))))
