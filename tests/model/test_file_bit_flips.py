@@ -9,14 +9,14 @@ from paceline.testing.flipped_files import FOUND, IDENTITY, SLOT, flip_checkpoin
 
 def test_no_flipped_bit_of_a_checkpoint_is_believed(memory: Path) -> None:
     """In the manifest and in every file: refused on record, and never adopted off record."""
-    counts = flip_checkpoints(memory, 0, flips=100)
+    counts = flip_checkpoints(memory, 0, flips=300)
     assert len(counts) == 4
-    assert counts.total() == 100
+    assert counts.total() == 300
 
 
 def test_no_flipped_bit_of_the_feature_store_is_believed(memory: Path) -> None:
     """Missing, corrupt, refused as a whole, or exactly what was sealed; other samples are not touched."""
-    counts = flip_features(memory, 0, flips=120)
-    assert counts.total() == 120
+    counts = flip_features(memory, 0, flips=300)
+    assert counts.total() == 300
     assert {name.partition(":")[0] for name in counts} == SLOT.keys() | IDENTITY.keys()
     assert not any(counts[f"{name}: exact"] for name in FOUND)

@@ -14,7 +14,7 @@ from paceline.testing.file_images import images
 from paceline.testing.recording_files import CODES, RecordedFiles, failing
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(10))
 def test_recorded_checkpoints_survive_power_loss(memory: Path, seed: int) -> None:
     """From every image: records read bit for bit, the rest is whole or ignored, and a consumer goes on."""
     counts = checkpoint_history.lose_power(memory, seed, saves=4, per_point=1)
@@ -30,10 +30,10 @@ def test_a_failed_sync_is_not_believed_later(memory: Path) -> None:
     assert counts["images"] > 100
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(12))
 def test_published_refs_and_replaced_files_survive_power_loss(memory: Path, seed: int) -> None:
     """Refs are read in order and never torn; a replaced file has its old bytes or the new ones."""
-    assert channel_history.lose_power(memory, seed, rounds=14, per_point=2)["images"] > 20
+    assert channel_history.lose_power(memory, seed, rounds=14, per_point=2)["images"] > 40
 
 
 def contents(files: RecordedFiles, name: str) -> set[bytes | None]:
