@@ -28,9 +28,9 @@ SUITES = [
     "ledger_model",
     "power_cuts",
     "power_loss_ledger",
-    "power_loss_files",
     "bit_flips_ledger",
-    "bit_flips_files",
+    "file_histories",
+    "file_flips",
 ]
 
 

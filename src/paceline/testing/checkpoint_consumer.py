@@ -1,0 +1,183 @@
+"""What the trainer does with a checkpoint folder and a ledger, in its order: write, record, forget, sweep.
+
+The ledger is a journal of calls on the readable store, each durable when it returns.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from paceline.ledger.records import (
+    CheckpointRecord,
+    Fence,
+    StepPlan,
+    TrainedSample,
+    TrainedStep,
+    chain_of,
+)
+from paceline.ledger.store import MetadataStore
+from paceline.ledger.stores.memory import InMemoryMetadataStore
+from paceline.testing.samples import sample_ref
+from paceline.training.checkpoint import Checkpoint, CheckpointFolder
+from paceline.training.recovery import recover
+
+KEPT = 2
+RUN = "run0"
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What the program may count on: the ledger after `calls` calls, and these folders, whole."""
+
+    calls: int
+    whole: frozenset[CheckpointRecord]
+
+
+@dataclass
+class Ledger:
+    """A store whose calls are noted, so that it can be had again as it was after any of them."""
+
+    store: MetadataStore = field(default_factory=InMemoryMetadataStore)
+    calls: list[Callable[[MetadataStore], Any]] = field(default_factory=list)
+
+    def do(self, call: Callable[[MetadataStore], Any]) -> Any:
+        result = call(self.store)
+        self.calls.append(call)
+        return result
+
+    def as_of(self, calls: int) -> Ledger:
+        then = Ledger()
+        for call in self.calls[:calls]:
+            then.do(call)
+        return then
+
+
+class Noted:
+    """The part of a store that `recover` uses; what it changes goes through the consumer's journal."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self._consumer = consumer
+        store = consumer.ledger.store
+        self.checkpoints, self.lsn = store.checkpoints, store.lsn
+
+    def adopt_checkpoint(self, record: CheckpointRecord, lineage: Any, *, fence: Fence) -> None:
+        self._consumer.do(lambda store: store.adopt_checkpoint(record, lineage, fence=fence))
+
+    def fall_back(self, step: int, *, fence: Fence) -> list[str]:
+        lost: list[str] = self._consumer.do(lambda store: store.fall_back(step, fence=fence))
+        return lost
+
+
+@dataclass
+class Consumer:
+    """One consumer after another on the same folder. `attempted` and `written` outlive them."""
+
+    place: Path
+    ledger: Ledger
+    rng: random.Random
+    promise: Callable[[Promise], None] = lambda _: None
+    attempted: list[Checkpoint] = field(default_factory=list)  # before any of their bytes are on the disk
+    written: dict[CheckpointRecord, Checkpoint] = field(default_factory=dict)
+    whole: set[CheckpointRecord] = field(default_factory=set)  # `write` returned, not given up since
+    reports: list[str] = field(default_factory=list)
+    head: CheckpointRecord | None = None
+
+    def start(self) -> None:
+        """Take over as the trainer does: recover, then sweep."""
+        self.fence: Fence = self.do(lambda store: store.acquire_role("consumer", "c"))
+        self.folder = CheckpointFolder(self.place, RUN)
+        report = lambda event, **_: self.reports.append(event)  # noqa: E731
+        found = recover(Noted(self), self.folder, self.fence, self.fence.epoch - 1, report)  # type: ignore[arg-type]
+        self.head = None
+        if found is not None:
+            self.head, checkpoint = found
+            assert checkpoint in self.attempted, f"{self.head.name} holds what nobody wrote"
+            self.written[self.head] = checkpoint
+        self._sweep()
+
+    def do(self, call: Callable[[MetadataStore], Any]) -> Any:
+        result = self.ledger.do(call)
+        self._promise()
+        return result
+
+    def _promise(self) -> None:
+        self.promise(Promise(len(self.ledger.calls), frozenset(self.whole)))
+
+    def train(self) -> Checkpoint:
+        """A step or two (none before the first checkpoint); what is to be saved then."""
+        rng, head = self.rng, self.head
+        last = head.step + rng.randint(1, 2) if head else 0
+        lineage = tuple(self._step(step) for step in range(head.step + 1 if head else 1, last + 1))
+        return Checkpoint(
+            step=last,
+            last_seq=lineage[-1].last_seq if lineage else 0,
+            files={
+                "draft.safetensors": rng.randbytes(rng.randint(4500, 9000)),
+                "optimizer.safetensors": rng.randbytes(rng.randint(1, 1500)),
+                "empty.bin": b"",
+            },
+            values={"position": [0, rng.randrange(100)]},
+            lineage=lineage,
+            previous=head.name if head else "",
+            chain=chain_of(head.chain if head else "", [trained.plan for trained in lineage]),
+            epoch=self.fence.epoch,
+            lsn=self.ledger.store.lsn(),
+        )
+
+    def _step(self, step: int) -> TrainedStep:
+        """Commit two samples, plan them, ack them: the same ones whoever gets to this step."""
+        refs = [sample_ref(2 * step), sample_ref(2 * step + 1)]
+        self.do(lambda store: store.commit_samples(refs))
+        seqs = {e.ref.sample_id: e.seq for e in self.ledger.store.read_committed(0, 10_000)}
+        plan = StepPlan(step, tuple(ref.sample_id for ref in refs), seqs[refs[-1].sample_id])
+        fence = self.fence
+        self.do(lambda store: store.begin_step(plan, fence=fence))
+        self.do(lambda store: store.ack_step(step, 0, plan.sample_ids, fence=fence))
+        samples = [TrainedSample(seqs[r.sample_id], r.sample_id, r.source_task_id, True) for r in refs]
+        return TrainedStep(step, 0, plan.last_seq, tuple(samples))
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        self.attempted.append(checkpoint)
+        record = self.folder.write(checkpoint)
+        self.written[record] = checkpoint
+        self.whole.add(record)
+        self._promise()
+        fence = self.fence
+        self.do(lambda store: store.record_checkpoint(record, fence=fence))
+        self.head = record
+
+    def retire(self) -> None:
+        for record in self.ledger.store.checkpoints()[:-KEPT]:
+            self.whole.discard(record)
+            self.do(partial(_forget, record.step, self.fence))
+        self._sweep()
+
+    def _sweep(self) -> None:
+        records = self.ledger.store.checkpoints()
+        self.whole &= set(records)
+        self._promise()
+        self.folder.sweep({record.name for record in records}, epoch=self.fence.epoch)
+
+    def check(self) -> None:
+        """Every record reads back bit for bit, and what no record names is whole or not offered."""
+        records = self.ledger.store.checkpoints()
+        for record in {*records, *self.whole}:
+            assert self.folder.read(record) == self.written[record], f"{record.name} reads otherwise"
+        for record, checkpoint in self.folder.unrecorded(records):
+            assert checkpoint in self.attempted, f"{record.name} holds what nobody wrote"
+            assert self.folder.read(record) == checkpoint, f"{record} is not its record"
+            assert (record.step, record.last_seq) == (checkpoint.step, checkpoint.last_seq)
+            assert record.chain == checkpoint.chain
+
+    def check_swept(self) -> None:
+        names = {record.name for record in self.ledger.store.checkpoints()}
+        assert {path.name for path in self.place.iterdir()} == names
+
+
+def _forget(step: int, fence: Fence, store: MetadataStore) -> None:
+    store.forget_checkpoint(step, fence=fence)

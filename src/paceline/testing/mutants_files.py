@@ -1,0 +1,339 @@
+"""Bugs planted below checkpoints, the ref channel and feature slots; each with the check that must find it.
+
+See testing/mutants.py for those of the protocol.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from errno import EIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+from paceline import durable_files
+from paceline.features import codec
+from paceline.features.stores.shm import SharedMemoryFeatureStore
+from paceline.ledger import streaming_channel
+from paceline.ledger.streaming_channel import StreamingRefChannel
+from paceline.testing import channel_history, checkpoint_history
+from paceline.testing.flipped_files import flip_checkpoints, flip_features
+from paceline.testing.mutants import Mutant
+from paceline.testing.recording_files import failing
+from paceline.training import checkpoint
+from paceline.training.checkpoint import MANIFEST, CheckpointFolder
+
+CHECKS: dict[str, Callable[[Path, int], Any]] = {
+    "checkpoints and power": lambda place, seed: checkpoint_history.lose_power(
+        place, seed, saves=4, per_point=1
+    ),
+    "checkpoints and failing calls": lambda place, seed: checkpoint_history.fail_every_call(
+        place, seed, failing(EIO)
+    ),
+    "checkpoints and short writes": lambda place, seed: checkpoint_history.fail_every_call(
+        place, seed, None, kinds=("write",)
+    ),
+    "checkpoints and flips": lambda place, seed: flip_checkpoints(place, seed, flips=12),
+    "channel and power": lambda place, seed: channel_history.lose_power(place, seed, rounds=14, per_point=2),
+    "features and flips": lambda place, seed: flip_features(place, seed, flips=20),
+}
+
+
+def nothing(_: Any) -> Any:
+    return lambda *_: None
+
+
+def without_fsync(real: Any) -> Any:
+    """The same call, but what it syncs is not."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with patch.object(os, "fsync", lambda _: None):
+            return real(*args, **kwargs)
+
+    return call
+
+
+def fsync_errors_ignored(real: Any) -> Any:
+    def write_file(path: Path, data: bytes) -> None:
+        fsync = os.fsync
+
+        def ignored(fd: int) -> None:
+            with suppress(OSError):
+                fsync(fd)
+
+        with patch.object(os, "fsync", ignored):
+            real(path, data)
+
+    return write_file
+
+
+def only_of(wanted: Callable[[Path], bool]) -> Callable[[Any], Any]:
+    """`sync_folder` for some folders only."""
+
+    def change(real: Any) -> Any:
+        def sync_folder(folder: Path) -> None:
+            if wanted(folder):
+                real(folder)
+
+        return sync_folder
+
+    return change
+
+
+def one_write(_: Any) -> Any:
+    def write_file(path: Path, data: bytes) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.write(fd, data)
+        os.fsync(fd)
+        os.close(fd)
+
+    return write_file
+
+
+def unsynced_adoption(real: Any) -> Any:
+    def unrecorded(self: CheckpointFolder, records: Any) -> Any:
+        with patch.object(durable_files, "sync_folder", lambda _: None):
+            return real(self, records)
+
+    return unrecorded
+
+
+def any_content(real: Any) -> Any:
+    def read(self: CheckpointFolder, name: str, manifest: Any) -> Any:
+        for file_name, expected in manifest["files"].items():
+            content = (self.folder / name / file_name).read_bytes()
+            expected.update(bytes=len(content), sha256=checkpoint._sha256(content))
+        return real(self, name, manifest)
+
+    return read
+
+
+def any_manifest(real: Any) -> Any:
+    def read(self: CheckpointFolder, record: Any) -> Any:
+        digest = checkpoint._sha256((self.folder / record.name / MANIFEST).read_bytes())
+        return real(self, replace(record, manifest_digest=digest))
+
+    return read
+
+
+def keeps_nothing(real: Any) -> Any:
+    return lambda self, *_, **bound: real(self, set(), **bound)
+
+
+def keeps(suffix: str) -> Callable[[Any], Any]:
+    """`sweep` leaves the folders whose names end so."""
+
+    def change(real: Any) -> Any:
+        def sweep(self: CheckpointFolder, keep: set[str], *, epoch: int | None = None) -> Any:
+            kept = {path.name for path in self.folder.iterdir() if path.suffix == suffix}
+            return real(self, keep | kept, epoch=epoch)
+
+        return sweep
+
+    return change
+
+
+def cleans_up_too_much(real: Any) -> Any:
+    def write(self: CheckpointFolder, given: Any) -> Any:
+        self.sweep({path.name for path in sorted(self.folder.iterdir())[1:]})  # room for the new one
+        return real(self, given)
+
+    return write
+
+
+def errors_unexplained(real: Any) -> Any:
+    def write(self: CheckpointFolder, given: Any) -> Any:
+        with patch.object(checkpoint, "CheckpointError", lambda what, **_: OSError(what)):
+            return real(self, given)
+
+    return write
+
+
+def same_attempt(_: Any) -> Any:
+    return SimpleNamespace(uuid4=lambda: SimpleNamespace(hex="0" * 32))
+
+
+def in_place(_: Any) -> Any:
+    def replace_file(path: Path, data: bytes) -> None:
+        durable_files.write_file(path, data)
+        durable_files.sync_folder(path.parent)
+
+    return replace_file
+
+
+def named_before_synced(_: Any) -> Any:
+    def replace_file(path: Path, data: bytes) -> None:
+        aside = path.with_name(path.name + ".new")
+        without_fsync(durable_files.write_file)(aside, data)
+        aside.rename(path)
+        fd = os.open(path, os.O_RDWR)
+        os.fsync(fd)
+        os.close(fd)
+        durable_files.sync_folder(path.parent)
+
+    return replace_file
+
+
+def glued(real: Any) -> Any:
+    return lambda fd, data: real(fd, data.removeprefix(b"\n"))
+
+
+def glued_if_it_looks_whole(real: Any) -> Any:
+    def write_all(fd: int, data: bytes) -> None:
+        whole = data.startswith(b"\n") and os.pread(fd, 1, os.fstat(fd).st_size - 1) == b"\n"
+        real(fd, data[whole:])
+
+    return write_all
+
+
+def undigested(_: Any) -> Any:
+    def get(self: SharedMemoryFeatureStore, ref: Any) -> Any:
+        layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
+        slot, _ = self._locate(ref)
+        return codec.read(layout, codec.describe(ref.sample_id, layout), slot.payload)[0]
+
+    return get
+
+
+MUTANTS: dict[str, tuple[str, Mutant]] = {
+    "files not synced": (
+        "checkpoints and power",
+        Mutant("names of bytes that are not there", ((durable_files, "write_file", without_fsync),)),
+    ),
+    "failed sync ignored": (
+        "checkpoints and failing calls",
+        Mutant("bytes that never reach the disk", ((durable_files, "write_file", fsync_errors_ignored),)),
+    ),
+    "folders not synced": (
+        "checkpoints and power",
+        Mutant("bytes without a name", ((durable_files, "sync_folder", nothing),)),
+    ),
+    "files have no names": (
+        "checkpoints and power",
+        Mutant(
+            "a checkpoint without its files",
+            ((durable_files, "sync_folder", only_of(lambda folder: folder.suffix != ".new")),),
+        ),
+    ),
+    "rename not synced": (
+        "checkpoints and power",
+        Mutant(
+            "the ledger names what is gone",
+            ((durable_files, "sync_folder", only_of(lambda folder: folder.name != "checkpoints")),),
+        ),
+    ),
+    "folders above not synced": (
+        "checkpoints and power",
+        Mutant(
+            "all checkpoints go at once",
+            ((durable_files, "make_folder", lambda _: lambda path: path.mkdir(parents=True, exist_ok=True)),),
+        ),
+    ),
+    "adopted unsynced": (
+        "checkpoints and power",
+        Mutant("a dead writer's rename is lost", ((CheckpointFolder, "unrecorded", unsynced_adoption),)),
+    ),
+    "short write": (
+        "checkpoints and short writes",
+        Mutant("the rest is never written", ((durable_files, "write_file", one_write),)),
+    ),
+    "file digests not checked": (
+        "checkpoints and flips",
+        Mutant("other weights", ((CheckpointFolder, "_read", any_content),)),
+    ),
+    "manifest not compared": (
+        "checkpoints and flips",
+        Mutant("another story", ((CheckpointFolder, "read", any_manifest),)),
+    ),
+    "adopted unjudged": (
+        "checkpoints and flips",
+        Mutant("an altered manifest is head", ((checkpoint, "DIGITS_IN_NAME", lambda _: 0),)),
+    ),
+    "sweep removes the recorded": (
+        "checkpoints and power",
+        Mutant("no way back", ((CheckpointFolder, "sweep", keeps_nothing),)),
+    ),
+    "sweep leaves the half-written": (
+        "checkpoints and power",
+        Mutant("the disk fills up", ((CheckpointFolder, "sweep", keeps(".new")),)),
+    ),
+    "sweep leaves the half-removed": (
+        "checkpoints and power",
+        Mutant("the disk fills up", ((CheckpointFolder, "sweep", keeps(checkpoint.GONE)),)),
+    ),
+    "old ones make room": (
+        "checkpoints and power",
+        Mutant("removed before it is replaced", ((CheckpointFolder, "write", cleans_up_too_much),)),
+    ),
+    "error without advice": (
+        "checkpoints and failing calls",
+        Mutant("a traceback", ((CheckpointFolder, "write", errors_unexplained),)),
+    ),
+    "one name for every attempt": (
+        "checkpoints and failing calls",
+        Mutant("no second attempt can succeed", ((checkpoint, "uuid", same_attempt),)),
+    ),
+    "replaced in place": (
+        "channel and power",
+        Mutant("half a file", ((durable_files, "replace_file", in_place),)),
+    ),
+    "renamed before it is synced": (
+        "channel and power",
+        Mutant("an empty file", ((durable_files, "replace_file", named_before_synced),)),
+    ),
+    "replaced without a sync of the folder": (
+        "channel and power",
+        Mutant(
+            "the old file comes back",
+            (
+                (
+                    durable_files,
+                    "sync_folder",
+                    only_of(lambda folder: not (folder / "evaluation.json").exists()),
+                ),
+            ),
+        ),
+    ),
+    "refs not synced": (
+        "channel and power",
+        Mutant("published refs are gone", ((StreamingRefChannel, "publish_many", without_fsync),)),
+    ),
+    "ref checksums not checked": (
+        "channel and power",
+        Mutant("torn refs are read", ((streaming_channel, "_checksum", lambda _: lambda _: b"00000000"),)),
+    ),
+    "fragments glue": (
+        "channel and power",
+        Mutant("a published ref is unreadable", ((streaming_channel, "_write_all", glued),)),
+    ),
+    "a tail that looks whole is trusted": (
+        "channel and power",
+        Mutant(
+            "after a failed fsync it is not", ((streaming_channel, "_write_all", glued_if_it_looks_whole),)
+        ),
+    ),
+    "channel has no name": (
+        "channel and power",
+        Mutant("the whole channel is gone", ((streaming_channel, "sync_folder", nothing),)),
+    ),
+    "features not digested": (
+        "features and flips",
+        Mutant("damage is trained", ((SharedMemoryFeatureStore, "get", undigested),)),
+    ),
+}
+
+
+def seeds_to_detect(name: str, folder: Path, seeds_max: int) -> int | None:
+    """How many seeds its check needs to find the mutant; None if it survives them all."""
+    check, mutant = MUTANTS[name]
+    for seed in range(seeds_max):
+        with mutant.planted():
+            try:
+                CHECKS[check](folder / f"seed-{seed}", seed)
+            except Exception:  # noqa: BLE001 (whatever it breaks, it is found)
+                return seed + 1
+    return None
