@@ -11,7 +11,7 @@ from paceline.errors import FeatureCorruptError, FeatureMissingError, StoreError
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.testing.feature_store_suite import assert_same, feature_ref, features
 
-USED = (range(88), range(128, 420), range(4096, 4096 + 640))  # words, description, the sample's bytes
+USED = (range(96), range(128, 420), range(4096, 4096 + 640))  # words, description, the sample's bytes
 
 
 def flip_bits(folder: Path, seed: int, *, flips: int) -> Counter[str]:

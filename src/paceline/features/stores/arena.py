@@ -130,7 +130,7 @@ class Arena:
             sample_id, layout = codec.undescribe(slot.description)
         except ValueError:
             return False
-        if layout.num_bytes != slot.payload_bytes or layout.num_bytes > slot.payload.numel():
+        if layout.num_bytes != slot.payload_bytes or layout.num_bytes > len(slot.payload):
             return False
         if slot.generation == generation:
             self.learn(slot, generation, sample_id)

@@ -51,7 +51,7 @@ class InMemoryFeatureStore:
                 next="raise the budget, or save a checkpoint sooner.",
             )
         payload = torch.empty(layout.num_bytes, dtype=torch.uint8)
-        digest = codec.write(layout, codec.describe(sample_id, layout), tensors, payload)
+        digest = codec.write(layout, codec.describe(sample_id, layout), tensors, payload.numpy().data)
         # A ref to freed bytes must not find those of a later put.
         self._generation = generation or self._generation + 1
         keys = {name: f"{self._generation}/{name}" for name in layout.specs}
@@ -66,7 +66,7 @@ class InMemoryFeatureStore:
         layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
         if layout.specs != held.sealed.specs:
             raise corrupt(ref, "the sealed tensors have other shapes or dtypes")
-        tensors, digest = codec.read(layout, codec.describe(ref.sample_id, layout), held.payload)
+        tensors, digest = codec.read(layout, codec.describe(ref.sample_id, layout), held.payload.numpy().data)
         if digest != ref.metadata.get("digest"):
             raise corrupt(ref, f"the bytes have digest {digest}")
         return tensors

@@ -213,7 +213,7 @@ def _check_header(
     state = slot.state
     if slot.generation != generation or state in (State.FREE, State.WRITING):
         raise missing(ref, f"{slot.name} generation {generation} was freed")
-    fits = layout.num_bytes == slot.payload_bytes <= slot.payload.numel()
+    fits = layout.num_bytes == slot.payload_bytes <= len(slot.payload)
     if state is not State.SEALED or not fits:
         raise corrupt(ref, f"the header of {slot.name} is not whole")
     if slot.description != description:
