@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +70,16 @@ class SharedMemoryFeatureStore:
         description = codec.describe(ref.sample_id, layout)
         with self._lock:
             slot, generation = self._locate(ref)
-        # The owner may free and reuse the slot while it is copied, so the header must say the
-        # same before and after; the digest then judges the copy itself.
-        check = partial(_check_header, ref, slot, generation, description, layout)
-        check()
         if ref.feature_keys != _keys(slot, layout, generation):
             raise corrupt(ref, "its keys are not those of its tensors")
+        if layout.num_bytes > len(slot.payload):
+            raise corrupt(ref, f"{slot.name} has no room for its tensors")
+        # The owner may free and reuse the slot before or while it is copied. The header afterwards says
+        # so; it is the digest that judges the copy.
         tensors, digest = codec.read(layout, description, slot.payload)
-        sealed_digest = slot.digest
-        check()
-        if not digest == sealed_digest == ref.metadata.get("digest"):
-            raise corrupt(ref, f"the header says digest {sealed_digest} and the bytes have {digest}")
+        _check_header(ref, slot, generation, description, layout)
+        if not digest == slot.digest == ref.metadata.get("digest"):
+            raise corrupt(ref, f"the header says digest {slot.digest} and the bytes have {digest}")
         with self._lock:
             if self._arena is not None and self._arena.slots.get(slot.name) is slot:
                 self._arena.learn(slot, generation, ref.sample_id)
@@ -213,8 +211,7 @@ def _check_header(
     state = slot.state
     if slot.generation != generation or state in (State.FREE, State.WRITING):
         raise missing(ref, f"{slot.name} generation {generation} was freed")
-    fits = layout.num_bytes == slot.payload_bytes <= len(slot.payload)
-    if state is not State.SEALED or not fits:
+    if state is not State.SEALED or layout.num_bytes != slot.payload_bytes:
         raise corrupt(ref, f"the header of {slot.name} is not whole")
     if slot.description != description:
         raise corrupt(ref, f"{slot.name} describes other tensors")
