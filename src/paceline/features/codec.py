@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -46,32 +47,31 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor lies in the payload."""
+    """Where one tensor lies in the payload: `count` numbers in bytes `offset` to `stop`."""
 
-    spec: FeatureSpec
+    name: str
+    shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
-    num_bytes: int
+    stop: int
+    count: int
 
     @property
-    def name(self) -> str:
-        return self.spec.name
+    def num_bytes(self) -> int:
+        return self.stop - self.offset
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Every tensor's place; a function of the specs alone, so writer and reader agree on it.
+    """Every tensor's place; a function of `specs` alone, so writer and reader agree on it.
 
     `text`: the specs in one canonical form.
     """
 
+    specs: Mapping[str, FeatureSpec]
     places: tuple[Place, ...]
     num_bytes: int
     text: str
-
-    @property
-    def specs(self) -> dict[str, FeatureSpec]:
-        return {place.spec.name: place.spec for place in self.places}
 
 
 def layout_of_tensors(sample_id: str, tensors: Mapping[str, Any]) -> Layout:
@@ -128,7 +128,7 @@ def write(layout: Layout, description: bytes, tensors: Mapping[str, Any], payloa
     digest = xxhash.xxh3_128(description)
     for place in layout.places:
         tensor = tensors[place.name].detach()
-        room = payload[place.offset : place.offset + place.num_bytes]
+        room = payload[place.offset : place.stop]
         if place.num_bytes <= BLOCK_BYTES:
             _typed(place, payload).copy_(tensor)
             digest.update(room)
@@ -148,13 +148,16 @@ def read(layout: Layout, description: bytes, payload: memoryview) -> tuple[dict[
     digest, copy = xxhash.xxh3_128(description), _memory(layout.num_bytes)
     tensors = {}
     for place in layout.places:
-        start, stop = place.offset, place.offset + place.num_bytes
-        _copy(payload[start:stop], copy[start:stop], digest)
+        _copy(payload[place.offset : place.stop], copy[place.offset : place.stop], digest)
         tensors[place.name] = _typed(place, copy)
     return tensors, digest.hexdigest()
 
 
 def _copy(source: memoryview, target: memoryview, digest: Any) -> None:
+    if len(target) <= BLOCK_BYTES:
+        target[:] = source
+        digest.update(target)
+        return
     for start in range(0, len(target), BLOCK_BYTES):
         block = target[start : start + BLOCK_BYTES]
         block[:] = source[start : start + BLOCK_BYTES]
@@ -163,11 +166,10 @@ def _copy(source: memoryview, target: memoryview, digest: Any) -> None:
 
 def _typed(place: Place, payload: memoryview) -> torch.Tensor:
     """The tensor that lies in `payload`, which it keeps alive."""
-    if not place.num_bytes:
-        return torch.empty(place.spec.shape, dtype=place.dtype)
-    count = place.num_bytes // place.dtype.itemsize
-    flat = torch.frombuffer(payload, dtype=place.dtype, count=count, offset=place.offset)
-    return flat.view(place.spec.shape)
+    if not place.count:
+        return torch.empty(place.shape, dtype=place.dtype)
+    flat = torch.frombuffer(payload, dtype=place.dtype, count=place.count, offset=place.offset)
+    return flat if len(place.shape) == 1 else flat.view(place.shape)
 
 
 def _memory(num_bytes: int) -> memoryview:
@@ -182,18 +184,19 @@ def _memory(num_bytes: int) -> memoryview:
 
 
 @lru_cache(maxsize=LAYOUTS_MAX)
-def _layout(specs: tuple[tuple[str, tuple[int, ...], str], ...]) -> Layout:
-    """Of name, shape and dtype. Raises KeyError for a dtype that is not stored, ValueError for a bad shape."""
-    places, end = [], 0
-    for name, shape, dtype_name in sorted(specs):
+def _layout(tensors: tuple[tuple[str, tuple[int, ...], str], ...]) -> Layout:
+    """Of names, shapes and dtypes. Raises KeyError for a dtype not stored, ValueError for a bad shape."""
+    specs, places, text, end = {}, [], [], 0
+    for name, shape, dtype_name in sorted(tensors):
         if any(size < 0 for size in shape):
             raise ValueError(f"{name!r} has shape {list(shape)}")
         offset, dtype = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES, DTYPES[dtype_name]
-        num_bytes = math.prod(shape) * dtype.itemsize
-        places.append(Place(FeatureSpec(name, shape, dtype_name), dtype, offset, num_bytes))
-        end = offset + num_bytes
-    said = [[name, dtype_name, shape] for name, shape, dtype_name in sorted(specs)]
-    return Layout(tuple(places), end, json.dumps(said, separators=(",", ":")))
+        count = math.prod(shape)
+        end = offset + count * dtype.itemsize
+        specs[name] = FeatureSpec(name, shape, dtype_name)
+        places.append(Place(name, shape, dtype, offset, end, count))
+        text.append([name, dtype_name, shape])
+    return Layout(MappingProxyType(specs), tuple(places), end, json.dumps(text, separators=(",", ":")))
 
 
 def _unstorable(sample_id: str, name: str, what: str) -> StoreError:

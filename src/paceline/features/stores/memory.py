@@ -55,7 +55,7 @@ class InMemoryFeatureStore:
         # A ref to freed bytes must not find those of a later put.
         self._generation = generation or self._generation + 1
         keys = {name: f"{self._generation}/{name}" for name in layout.specs}
-        sealed = Sealed(self._uri, keys, layout.specs, layout.num_bytes, digest)
+        sealed = Sealed(self._uri, keys, dict(layout.specs), layout.num_bytes, digest)
         self._held[sample_id] = _Held(sealed, self._generation, payload)
         return sealed
 

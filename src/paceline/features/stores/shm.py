@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +54,16 @@ class SharedMemoryFeatureStore:
             description = _checked(sample_id, codec.describe(sample_id, layout))
             slot = arena.allocate(layout.num_bytes)
             slot.begin(description, layout.num_bytes, generation)
-            with ExitStack() as undo:
-                undo.callback(slot.free, slot.generation, by_owner=True)
+            try:
                 digest = codec.write(layout, description, tensors, slot.payload)
                 reach("features.put.before_seal")
                 slot.seal(digest)
-                undo.pop_all()
+            except BaseException:
+                slot.free(slot.generation, by_owner=True)
+                raise
             arena.note_sealed(slot, sample_id)
             reach("features.put.after_seal")
-            return Sealed(arena.uri, _keys(slot, layout), layout.specs, layout.num_bytes, digest)
+            return Sealed(arena.uri, _keys(slot, layout), dict(layout.specs), layout.num_bytes, digest)
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
         layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
@@ -191,7 +191,7 @@ def _sealed(arena: Arena, slot: Slot) -> Sealed | None:
         return None
     if slot.known != (slot.generation, sample_id) or layout.num_bytes != slot.payload_bytes:
         return None
-    return Sealed(arena.uri, _keys(slot, layout), layout.specs, layout.num_bytes, slot.digest)
+    return Sealed(arena.uri, _keys(slot, layout), dict(layout.specs), layout.num_bytes, slot.digest)
 
 
 def _checked(sample_id: str, description: bytes) -> bytes:
