@@ -129,17 +129,12 @@ def write(layout: Layout, description: bytes, tensors: Mapping[str, Any], payloa
     for place in layout.places:
         tensor = tensors[place.name].detach()
         room = payload[place.offset : place.stop]
-        if place.num_bytes <= BLOCK_BYTES:
+        if len(room) > BLOCK_BYTES and tensor.device.type == "cpu" and tensor.stride(-1) == 1:
+            source = tensor.view(torch.uint8).numpy()
+            _copy_rows(source.reshape(-1) if tensor.is_contiguous() else source, room, digest)
+        else:
             _typed(place, payload).copy_(tensor)
             digest.update(room)
-        elif tensor.device.type == "cpu" and tensor.is_contiguous():
-            _copy(tensor.view(torch.uint8).numpy().data.cast("B"), room, digest)
-        else:
-            target = _typed(place, payload)
-            rows = max(1, BLOCK_BYTES * len(target) // place.num_bytes)
-            for first in range(0, len(target), rows):
-                target[first : first + rows].copy_(tensor[first : first + rows])
-                digest.update(target[first : first + rows].view(torch.uint8).numpy().data.cast("B"))
     return digest.hexdigest()
 
 
@@ -148,19 +143,21 @@ def read(layout: Layout, description: bytes, payload: memoryview) -> tuple[dict[
     digest, copy = xxhash.xxh3_128(description), _memory(layout.num_bytes)
     tensors = {}
     for place in layout.places:
-        _copy(payload[place.offset : place.stop], copy[place.offset : place.stop], digest)
+        for start in range(place.offset, place.stop, BLOCK_BYTES):
+            stop = min(start + BLOCK_BYTES, place.stop)
+            copy[start:stop] = payload[start:stop]
+            digest.update(copy[start:stop])
         tensors[place.name] = _typed(place, copy)
     return tensors, digest.hexdigest()
 
 
-def _copy(source: memoryview, target: memoryview, digest: Any) -> None:
-    if len(target) <= BLOCK_BYTES:
-        target[:] = source
-        digest.update(target)
-        return
-    for start in range(0, len(target), BLOCK_BYTES):
-        block = target[start : start + BLOCK_BYTES]
-        block[:] = source[start : start + BLOCK_BYTES]
+def _copy_rows(source: np.ndarray, room: memoryview, digest: Any) -> None:
+    """`source`: uint8, of any shape but with dense rows; cut into blocks along its first dimension."""
+    target = np.frombuffer(room, np.uint8).reshape(source.shape)
+    rows = max(1, BLOCK_BYTES * len(source) // source.size)
+    for start in range(0, len(source), rows):
+        block = target[start : start + rows]
+        block[...] = source[start : start + rows]
         digest.update(block)
 
 
