@@ -15,6 +15,7 @@ import torch
 
 from paceline.errors import StoreFullError
 from paceline.features import codec
+from paceline.features.landing import fresh
 from paceline.features.store import Sealed, Usage, is_kept
 from paceline.features.stores.refusals import corrupt, missing, stale
 from paceline.types import SampleRef
@@ -66,7 +67,8 @@ class InMemoryFeatureStore:
         layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
         if layout.specs != held.sealed.specs:
             raise corrupt(ref, "the sealed tensors have other shapes or dtypes")
-        tensors, digest = codec.read(layout, codec.describe(ref.sample_id, layout), held.payload.numpy().data)
+        description, payload = codec.describe(ref.sample_id, layout), held.payload.numpy().data
+        tensors, digest = codec.read(layout, description, payload, fresh(layout.num_bytes))
         if digest != ref.metadata.get("digest"):
             raise corrupt(ref, f"the bytes have digest {digest}")
         return tensors

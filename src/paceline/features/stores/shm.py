@@ -18,6 +18,7 @@ from typing import Any
 from paceline.crashpoints import reach
 from paceline.errors import StoreError
 from paceline.features import codec
+from paceline.features.landing import Landing
 from paceline.features.store import Sealed, Usage, is_kept
 from paceline.features.stores.arena import Arena, remove
 from paceline.features.stores.refusals import corrupt, missing, stale
@@ -37,6 +38,7 @@ class SharedMemoryFeatureStore:
         self._owner = owner
         self._closed = False
         self._lock = threading.RLock()
+        self._landing = Landing()
         self._arena = Arena.own(directory, budget_bytes) if owner else Arena.attach(directory, budget_bytes)
 
     def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:
@@ -76,7 +78,7 @@ class SharedMemoryFeatureStore:
             raise corrupt(ref, f"{slot.name} has no room for its tensors")
         # The owner may free and reuse the slot before or while it is copied. The header afterwards says
         # so; it is the digest that judges the copy.
-        tensors, digest = codec.read(layout, description, slot.payload)
+        tensors, digest = codec.read(layout, description, slot.payload, self._landing.take(layout.num_bytes))
         _check_header(ref, slot, generation, description, layout)
         if not digest == slot.digest == ref.metadata.get("digest"):
             raise corrupt(ref, f"the header says digest {slot.digest} and the bytes have {digest}")
