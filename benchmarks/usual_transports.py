@@ -6,7 +6,6 @@ import ctypes
 import importlib.util
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker, shared_memory
 from typing import Any
@@ -118,9 +117,10 @@ class RedisStream(Transport):
     def prepare(self) -> None:
         self.socket = self.disk / "redis.sock"
         command = ["redis-server", "--port", "0", "--unixsocket", str(self.socket), "--save", ""]
-        self.server = subprocess.Popen(command, cwd=self.disk, stdout=subprocess.DEVNULL)
-        while not self.socket.exists():
-            time.sleep(0.01)
+        self.server = subprocess.Popen(command, cwd=self.disk, stdout=subprocess.PIPE, text=True)
+        assert self.server.stdout is not None
+        if not any("eady to accept" in line for line in self.server.stdout):
+            raise RuntimeError("redis-server did not start")
 
     def client(self) -> Any:
         return importlib.import_module("redis").Redis(unix_socket_path=str(self.socket))

@@ -6,6 +6,10 @@ slot serves another sample by now; `get` returns bytes that match the ref's dige
 may be the owner is decided outside (a role lock); within a process any thread may call. A crash
 of either process at any moment leaves sealed samples and slots that the next owner reclaims;
 a crash of the machine loses the store, which shows as missing features.
+
+`get` copies, once, and digests the copy while it is in the cache; it gives no view of a slot. A view
+would have to be read twice, for the digest and for the batch, and in between the owner may reuse the
+slot: what was verified need not be what is trained.
 """
 
 from __future__ import annotations
