@@ -27,7 +27,10 @@ class StreamingRefChannel:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        make_folder(self.path.parent)
+        try:
+            make_folder(self.path.parent)
+        except OSError as error:
+            raise self._disk_fails("be made", error) from error
         self._closed_path = self.path.with_name(self.path.name + ".closed")
         self._consumed_path = self.path.with_name(self.path.name + ".consumed")
         self._bell = Bell(self.path.with_name(self.path.name + "-bell"))
@@ -83,10 +86,15 @@ class StreamingRefChannel:
 
     def close(self) -> None:
         """Drop the end-of-stream mark, durably. Idempotent."""
-        fd = os.open(self._closed_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.fsync(fd)
-        os.close(fd)
-        sync_folder(self.path.parent)
+        try:
+            fd = os.open(self._closed_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise self._disk_fails("be closed", error) from error
         self._bell.ring()
 
     @property
@@ -121,9 +129,19 @@ class StreamingRefChannel:
         if self._consumed == self._marked:
             return
         number = str(self._consumed).encode()
-        replace_file(self._consumed_path, _checksum(number) + b" " + number)
+        try:
+            replace_file(self._consumed_path, _checksum(number) + b" " + number)
+        except OSError as error:
+            raise self._disk_fails("count what was consumed", error) from error
         self._marked = self._consumed
         self._bell.ring()
+
+    def _disk_fails(self, what: str, error: OSError) -> LedgerError:
+        return LedgerError(
+            f"The channel {self.path} cannot {what} ({error}).",
+            why="What was published before is untouched.",
+            next="check that disk and run the same command again.",
+        )
 
     def change_mark(self) -> int:
         size = self.path.stat().st_size if self.path.exists() else 0

@@ -62,7 +62,10 @@ class CheckpointFolder:
     def __init__(self, folder: Path, run_id: str) -> None:
         self.folder = folder
         self.run_id = run_id
-        durable_files.make_folder(folder)
+        try:
+            durable_files.make_folder(folder)
+        except OSError as error:
+            raise self._disk_fails("found a place", error) from error
 
     def write(self, checkpoint: Checkpoint) -> CheckpointRecord:
         """Durable on return. Raises CheckpointError if the disk is full; older checkpoints stay."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+import xxhash
 
 from paceline.features import codec
+from paceline.features.landing import fresh
+from paceline.testing.feature_store_suite import assert_same
 from paceline.types import FeatureSpec
 
 
 def digest_of(sample_id: str, tensors: dict[str, torch.Tensor]) -> str:
     layout = codec.layout_of_tensors(sample_id, tensors)
     payload = torch.empty(layout.num_bytes, dtype=torch.uint8)
-    return codec.write(layout, codec.describe(sample_id, layout), tensors, payload)
+    return codec.write(layout, codec.describe(sample_id, layout), tensors, payload.numpy().data)
 
 
 def test_layout_is_aligned_and_ordered_by_name() -> None:
@@ -52,13 +55,36 @@ def test_digest_covers_id_names_shapes_dtypes_and_bytes() -> None:
     assert len(set(digests)) == len(digests)
 
 
+def test_large_tensors_are_copied_whole_and_digested_as_small_ones() -> None:
+    """Contiguous, strided and of odd size: in blocks, the bytes and the digest are those of one piece."""
+    generator = torch.Generator().manual_seed(1)
+    wide = torch.randint(0, 256, (1031, 2 * codec.BLOCK_BYTES // 1000), generator=generator).to(torch.uint8)
+    tensors = {
+        "contiguous": wide,
+        "one_row": wide.view(1, -1),
+        "strided": wide[:, 1::2],
+        "transposed": wide.T,
+        "typed": torch.randn(3 * codec.BLOCK_BYTES // 7, generator=generator).to(torch.bfloat16),
+    }
+    layout = codec.layout_of_tensors("s", tensors)
+    description = codec.describe("s", layout)
+    payload = torch.empty(layout.num_bytes, dtype=torch.uint8)
+    digest = codec.write(layout, description, tensors, payload.numpy().data)
+    pieces = [t.contiguous().view(torch.uint8).numpy().tobytes() for _, t in sorted(tensors.items())]
+    assert digest == xxhash.xxh3_128_hexdigest(description + b"".join(pieces))
+    got, again = codec.read(layout, description, payload.numpy().data, fresh(layout.num_bytes))
+    assert again == digest
+    assert_same(got, tensors)
+    assert all(tensor.data_ptr() % codec.ALIGNMENT_BYTES == 0 for tensor in got.values())
+
+
 def test_digest_ignores_what_lies_between_tensors() -> None:
     """A recycled slot has old bytes in the gaps; they belong to no tensor."""
     tensors = {"a": torch.ones(1), "b": torch.ones(1)}
     layout = codec.layout_of_tensors("s", tensors)
     description = codec.describe("s", layout)
     clean, dirty = (torch.full((layout.num_bytes,), fill, dtype=torch.uint8) for fill in (0, 255))
-    digests = {codec.write(layout, description, tensors, payload) for payload in (clean, dirty)}
+    digests = {codec.write(layout, description, tensors, payload.numpy().data) for payload in (clean, dirty)}
     assert len(digests) == 1
 
 

@@ -224,6 +224,19 @@ def test_slots_are_recycled(directory: Path) -> None:
     assert len(owner._arena._slot_of) == 1
 
 
+def test_a_sample_that_is_held_keeps_its_memory(directory: Path) -> None:
+    """Large samples are read into the memory of earlier ones, but only of those nobody holds."""
+    owner, reader = owner_of(directory, budget_bytes=32 * MIB), reader_of(directory)
+    samples = [bulk(number, num_bytes=5 * MIB) for number in range(3)]
+    refs = [feature_ref(f"s{n}", owner.put(f"s{n}", tensors)) for n, tensors in enumerate(samples)]
+    held = reader.get(refs[0])
+    dropped = reader.get(refs[1])["bulk"].data_ptr()
+    again = reader.get(refs[2])
+    assert again["bulk"].data_ptr() == dropped
+    assert_same(held, samples[0])
+    assert_same(again, samples[2])
+
+
 def test_mapped_slots_hold_no_file_descriptors(directory: Path) -> None:
     """The number of open files does not grow with the number of samples."""
     owner = owner_of(directory)

@@ -13,7 +13,7 @@ from paceline.errors import FeatureCorruptError, FeatureMissingError, StoreError
 from paceline.features import codec
 from paceline.features.stores import arena as arena_module
 from paceline.features.stores.slots import Slot
-from paceline.testing.feature_store_suite import MIB, assert_same, bulk, features
+from paceline.testing.feature_store_suite import MIB, assert_same, bulk, feature_ref, features
 from paceline.testing.shared_memory import owner_of, put, reader_of, slot_files
 
 TEXT_AT = 128  # Where a slot's description begins.
@@ -46,10 +46,11 @@ def test_a_flipped_bit_anywhere_is_found_or_harmless(directory: Path) -> None:
     for word in (0, 1, 2):  # Magic, version and file size, which are looked at when the slot is opened.
         assert outcomes.pop(word) == harmless
     assert outcomes.pop(3) == corrupt  # State.
-    assert outcomes.pop(4) == missing  # Generation, here 1.
+    for word in (4, 11):  # The generation, here 1, and its inverse: where they disagree the slot is free.
+        assert outcomes.pop(word) == missing
     for word in (5, 6):  # The generation freed, here 0: one bit frees the sample.
         assert outcomes.pop(word) == harmless | missing
-    for word in range(11, TEXT_AT // 8):  # Unused.
+    for word in range(12, TEXT_AT // 8):  # Unused.
         assert outcomes.pop(word) == harmless
     assert all(seen == corrupt for seen in outcomes.values())  # Sizes, digest, description.
 
@@ -75,6 +76,22 @@ def test_a_damaged_header_neither_stops_the_next_owner_nor_keeps_its_bytes(direc
         assert_same(owner.get(put(owner, 1)), features(1))
         owner.sweep(keep=())
         assert len(slot_files(directory)) == 1
+
+
+@pytest.mark.parametrize("word", [4, 11])
+@pytest.mark.parametrize("bit", [0, 45, 63])
+def test_a_sample_with_a_damaged_generation_can_be_captured_again(
+    directory: Path, word: int, bit: int
+) -> None:
+    """A high bit makes it look newer than any; a new owner neither keeps those bytes nor obeys them."""
+    owner_of(directory).put("s1", features(1), generation=5)
+    Slot.open(slot_files(directory)[0])._words[word] ^= 1 << bit
+    owner = owner_of(directory)
+    owner.sweep({"s1": 5}, before=100)
+    assert owner.usage().resident_bytes == 0
+    ref = feature_ref("s1", owner.put("s1", features(1), generation=101))
+    assert_same(reader_of(directory).get(ref), features(1))
+    assert len(slot_files(directory)) == 1
 
 
 @pytest.mark.parametrize("word", [3, 10])

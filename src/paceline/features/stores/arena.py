@@ -15,6 +15,7 @@ import os
 import re
 import stat
 import uuid
+from collections import defaultdict, deque
 from pathlib import Path
 
 import torch
@@ -43,10 +44,12 @@ class Arena:
         self.uri = f"shm://{directory.name}/{bytes(header[_UUID]).decode(errors='replace')}"
         self.slots: dict[str, Slot] = {}
         self._directory = directory
+        self._identity = directory / IDENTITY
         self._words = header.cast("Q")
         self._inode = inode
         self._budget_bytes = budget_bytes
         self._slot_of: dict[str, Slot] = {}
+        self._rings: defaultdict[int, deque[Slot]] = defaultdict(deque)  # The owner's, by size.
         self._seen_layout = -1
         self._learned_at = (-1, -1)
 
@@ -63,7 +66,7 @@ class Arena:
         for path in directory.iterdir():
             if HALF_MADE.fullmatch(path.name):
                 path.unlink()
-        arena = cls(directory, identity, _inode(directory), budget_bytes)
+        arena = cls(directory, identity, _inode(directory / IDENTITY), budget_bytes)
         arena._take_over()
         return arena
 
@@ -73,13 +76,13 @@ class Arena:
         if not _is_private(directory):
             return None
         # Looked at before it is opened: if it is replaced in between, `is_current` says so.
-        inode = _inode(directory)
+        inode = _inode(directory / IDENTITY)
         identity = _open_identity(directory)
         return None if identity is None else cls(directory, identity, inode, budget_bytes)
 
     def is_current(self) -> bool:
         """Whether the directory still holds this store, and not one made since, or none."""
-        return _inode(self._directory) == self._inode != 0
+        return _inode(self._identity) == self._inode != 0
 
     # -- both processes ---------------------------------------------------------------------
 
@@ -113,6 +116,8 @@ class Arena:
 
     def learn(self, slot: Slot, generation: int, sample_id: str) -> None:
         """Remember what lies in the slot: one memo per slot, so the memory is bounded."""
+        if slot.known == (generation, sample_id) and self._slot_of.get(sample_id) is slot:
+            return
         if slot.known is not None and self._slot_of.get(slot.known[1]) is slot:
             del self._slot_of[slot.known[1]]
         slot.known = (generation, sample_id)
@@ -130,7 +135,7 @@ class Arena:
             sample_id, layout = codec.undescribe(slot.description)
         except ValueError:
             return False
-        if layout.num_bytes != slot.payload_bytes or layout.num_bytes > slot.payload.numel():
+        if layout.num_bytes != slot.payload_bytes or layout.num_bytes > len(slot.payload):
             return False
         if slot.generation == generation:
             self.learn(slot, generation, sample_id)
@@ -138,6 +143,8 @@ class Arena:
 
     def _forget(self, name: str) -> None:
         slot = self.slots.pop(name)
+        if slot in self._rings[slot.num_bytes]:
+            self._rings[slot.num_bytes].remove(slot)
         if slot.known is not None and self._slot_of.get(slot.known[1]) is slot:
             del self._slot_of[slot.known[1]]
 
@@ -146,10 +153,13 @@ class Arena:
     def allocate(self, payload_bytes: int) -> Slot:
         """A FREE slot that takes the payload. Raises StoreFullError, and then nothing has changed."""
         size = slot_bytes(payload_bytes)
-        for slot in [slot for slot in self.slots.values() if slot.num_bytes == size and slot.is_free]:
-            if slot.path.exists():
-                return slot
-            self._forget(slot.name)  # Deleted behind our back: the reader could not open it.
+        ring = self._rings[size]
+        for slot in tuple(ring):
+            ring.rotate(-1)  # Samples are freed in the order they came, so the next is soon found.
+            if slot.is_free:
+                if slot.path.exists():
+                    return slot
+                self._forget(slot.name)  # Deleted behind our back: the reader could not open it.
         self._make_room(size)
         return self._create(size)
 
@@ -165,7 +175,7 @@ class Arena:
             except ValueError:
                 path.unlink()
                 continue
-            self.slots[slot.name] = slot
+            self._add(slot)
             sealed = slot.state is State.SEALED and self._learn_from_header(slot)
             if not sealed:
                 slot.free(slot.generation, by_owner=True)
@@ -204,9 +214,13 @@ class Arena:
             slot = Slot.create(self._directory / f"slot-{serial:08d}", size)
         except OSError as error:
             raise _no_room(self._directory, size, error) from error
-        self.slots[slot.name] = slot
+        self._add(slot)
         self._words[_LAYOUT] += 1
         return slot
+
+    def _add(self, slot: Slot) -> None:
+        self.slots[slot.name] = slot
+        self._rings[slot.num_bytes].append(slot)
 
 
 def remove(directory: Path) -> None:
@@ -275,10 +289,10 @@ def _open_identity(directory: Path) -> torch.Tensor | None:
     return identity if bytes(header[_BOOT]) == _boot_id() else None
 
 
-def _inode(directory: Path) -> int:
+def _inode(identity: Path) -> int:
     """Of the identity file, which nobody can take over while it is mapped; 0 if there is none."""
     try:
-        return (directory / IDENTITY).stat().st_ino
+        return identity.stat().st_ino
     except FileNotFoundError:
         return 0
 

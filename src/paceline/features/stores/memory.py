@@ -15,6 +15,7 @@ import torch
 
 from paceline.errors import StoreFullError
 from paceline.features import codec
+from paceline.features.landing import fresh
 from paceline.features.store import Sealed, Usage, is_kept
 from paceline.features.stores.refusals import corrupt, missing, stale
 from paceline.types import SampleRef
@@ -51,11 +52,11 @@ class InMemoryFeatureStore:
                 next="raise the budget, or save a checkpoint sooner.",
             )
         payload = torch.empty(layout.num_bytes, dtype=torch.uint8)
-        digest = codec.write(layout, codec.describe(sample_id, layout), tensors, payload)
+        digest = codec.write(layout, codec.describe(sample_id, layout), tensors, payload.numpy().data)
         # A ref to freed bytes must not find those of a later put.
         self._generation = generation or self._generation + 1
         keys = {name: f"{self._generation}/{name}" for name in layout.specs}
-        sealed = Sealed(self._uri, keys, layout.specs, layout.num_bytes, digest)
+        sealed = Sealed(self._uri, keys, dict(layout.specs), layout.num_bytes, digest)
         self._held[sample_id] = _Held(sealed, self._generation, payload)
         return sealed
 
@@ -66,7 +67,8 @@ class InMemoryFeatureStore:
         layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
         if layout.specs != held.sealed.specs:
             raise corrupt(ref, "the sealed tensors have other shapes or dtypes")
-        tensors, digest = codec.read(layout, codec.describe(ref.sample_id, layout), held.payload)
+        description, payload = codec.describe(ref.sample_id, layout), held.payload.numpy().data
+        tensors, digest = codec.read(layout, description, payload, fresh(layout.num_bytes))
         if digest != ref.metadata.get("digest"):
             raise corrupt(ref, f"the bytes have digest {digest}")
         return tensors

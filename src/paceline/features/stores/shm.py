@@ -6,20 +6,23 @@ slot serves another sample by now; `get` returns bytes that match the ref's dige
 may be the owner is decided outside (a role lock); within a process any thread may call. A crash
 of either process at any moment leaves sealed samples and slots that the next owner reclaims;
 a crash of the machine loses the store, which shows as missing features.
+
+`get` copies, once, and digests the copy while it is in the cache; it gives no view of a slot. A view
+would have to be read twice, for the digest and for the batch, and in between the owner may reuse the
+slot: what was verified need not be what is trained.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from paceline.crashpoints import reach
 from paceline.errors import StoreError
 from paceline.features import codec
+from paceline.features.landing import Landing
 from paceline.features.store import Sealed, Usage, is_kept
 from paceline.features.stores.arena import Arena, remove
 from paceline.features.stores.refusals import corrupt, missing, stale
@@ -39,6 +42,7 @@ class SharedMemoryFeatureStore:
         self._owner = owner
         self._closed = False
         self._lock = threading.RLock()
+        self._landing = Landing()
         self._arena = Arena.own(directory, budget_bytes) if owner else Arena.attach(directory, budget_bytes)
 
     def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:
@@ -56,32 +60,32 @@ class SharedMemoryFeatureStore:
             description = _checked(sample_id, codec.describe(sample_id, layout))
             slot = arena.allocate(layout.num_bytes)
             slot.begin(description, layout.num_bytes, generation)
-            with ExitStack() as undo:
-                undo.callback(slot.free, slot.generation, by_owner=True)
+            try:
                 digest = codec.write(layout, description, tensors, slot.payload)
                 reach("features.put.before_seal")
                 slot.seal(digest)
-                undo.pop_all()
+            except BaseException:
+                slot.free(slot.generation, by_owner=True)
+                raise
             arena.note_sealed(slot, sample_id)
             reach("features.put.after_seal")
-            return Sealed(arena.uri, _keys(slot, layout), layout.specs, layout.num_bytes, digest)
+            return Sealed(arena.uri, _keys(slot, layout), dict(layout.specs), layout.num_bytes, digest)
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
         layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
         description = codec.describe(ref.sample_id, layout)
         with self._lock:
             slot, generation = self._locate(ref)
-        # The owner may free and reuse the slot while it is copied, so the header must say the
-        # same before and after; the digest then judges the copy itself.
-        check = partial(_check_header, ref, slot, generation, description, layout)
-        check()
         if ref.feature_keys != _keys(slot, layout, generation):
             raise corrupt(ref, "its keys are not those of its tensors")
-        tensors, digest = codec.read(layout, description, slot.payload)
-        sealed_digest = slot.digest
-        check()
-        if not digest == sealed_digest == ref.metadata.get("digest"):
-            raise corrupt(ref, f"the header says digest {sealed_digest} and the bytes have {digest}")
+        if layout.num_bytes > len(slot.payload):
+            raise corrupt(ref, f"{slot.name} has no room for its tensors")
+        # The owner may free and reuse the slot before or while it is copied. The header afterwards says
+        # so; it is the digest that judges the copy.
+        tensors, digest = codec.read(layout, description, slot.payload, self._landing.take(layout.num_bytes))
+        _check_header(ref, slot, generation, description, layout)
+        if not digest == slot.digest == ref.metadata.get("digest"):
+            raise corrupt(ref, f"the header says digest {slot.digest} and the bytes have {digest}")
         with self._lock:
             if self._arena is not None and self._arena.slots.get(slot.name) is slot:
                 self._arena.learn(slot, generation, ref.sample_id)
@@ -193,7 +197,7 @@ def _sealed(arena: Arena, slot: Slot) -> Sealed | None:
         return None
     if slot.known != (slot.generation, sample_id) or layout.num_bytes != slot.payload_bytes:
         return None
-    return Sealed(arena.uri, _keys(slot, layout), layout.specs, layout.num_bytes, slot.digest)
+    return Sealed(arena.uri, _keys(slot, layout), dict(layout.specs), layout.num_bytes, slot.digest)
 
 
 def _checked(sample_id: str, description: bytes) -> bytes:
@@ -213,8 +217,7 @@ def _check_header(
     state = slot.state
     if slot.generation != generation or state in (State.FREE, State.WRITING):
         raise missing(ref, f"{slot.name} generation {generation} was freed")
-    fits = layout.num_bytes == slot.payload_bytes <= slot.payload.numel()
-    if state is not State.SEALED or not fits:
+    if state is not State.SEALED or layout.num_bytes != slot.payload_bytes:
         raise corrupt(ref, f"the header of {slot.name} is not whole")
     if slot.description != description:
         raise corrupt(ref, f"{slot.name} describes other tensors")

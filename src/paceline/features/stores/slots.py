@@ -4,9 +4,11 @@ Life of a slot: FREE -> (begin) WRITING -> (seal) SEALED -> (free) FREE, with a 
 `begin`: that of the ledger's byte intent, which is never used twice. Only the owner begins and
 seals; either process frees. Every word of the header has one writer, and freeing writes the
 *generation that is freed*, so a late free by the reader cannot free the sample that has taken the
-slot since: the slot is FREE while either freed word equals the generation. The state word is
-written last when sealing; readers look at the header before and after a copy, and the digest
-judges the bytes, so a torn read is never trained.
+slot since: the slot is FREE while either freed word equals the generation. The generation is written
+twice, the second time with every bit inverted; a slot where the two disagree is FREE as well, since
+no ref can name a generation that is not certain. The state word is written last when sealing; readers
+look at the header before and after a copy, and the digest judges the bytes, so a torn read is never
+trained.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ import torch
 HEADER_BYTES = 4096
 PAGE_BYTES = 4096
 MAGIC = int.from_bytes(b"PACESLOT", "little")
-VERSION = 1
+VERSION = 2
 
 # Words of 8 bytes, so that each store is one store. The description follows at TEXT.
 _MAGIC, _VERSION, _FILE_BYTES, _STATE, _GENERATION, _FREED_BY_OWNER, _FREED_BY_READER = range(7)
-_PAYLOAD_BYTES, _DIGEST_HIGH, _DIGEST_LOW, _TEXT_BYTES = range(7, 11)
+_PAYLOAD_BYTES, _DIGEST_HIGH, _DIGEST_LOW, _TEXT_BYTES, _INVERTED_GENERATION = range(7, 12)
+_ALL_BITS = (1 << 64) - 1
 _TEXT = 128
 DESCRIPTION_BYTES_MAX = HEADER_BYTES - _TEXT
 
@@ -92,9 +95,10 @@ class Slot:
         self.path = path
         self.name = path.name
         self.num_bytes = memory.numel()
-        self.payload = memory[HEADER_BYTES:]
         self.known: tuple[int, str] | None = None
-        self._header = memory[:HEADER_BYTES].numpy().data
+        content = memory.numpy().data
+        self.payload = content[HEADER_BYTES:]
+        self._header = content[:HEADER_BYTES]
         self._words = self._header.cast("Q")
 
     @classmethod
@@ -122,7 +126,11 @@ class Slot:
     def is_free(self) -> bool:
         words = self._words
         generation = words[_GENERATION]
-        return generation == words[_FREED_BY_OWNER] or generation == words[_FREED_BY_READER]
+        return (
+            generation == words[_FREED_BY_OWNER]
+            or generation == words[_FREED_BY_READER]
+            or generation ^ words[_INVERTED_GENERATION] != _ALL_BITS
+        )
 
     @property
     def state(self) -> State:
@@ -149,13 +157,15 @@ class Slot:
         """
         assert self.is_free
         assert len(description) <= DESCRIPTION_BYTES_MAX
-        assert payload_bytes <= self.payload.numel()
+        assert payload_bytes <= len(self.payload)
         words = self._words
         words[_STATE] = State.WRITING
+        generation = generation or (words[_GENERATION] + 1) & _ALL_BITS or 1
         if generation in (words[_FREED_BY_OWNER], words[_FREED_BY_READER]):
             words[_FREED_BY_OWNER] = words[_FREED_BY_READER] = 0  # left by another ledger's run
+        words[_GENERATION] = generation
         # From this store on the slot is no longer FREE.
-        words[_GENERATION] = generation or words[_GENERATION] + 1
+        words[_INVERTED_GENERATION] = generation ^ _ALL_BITS
         words[_PAYLOAD_BYTES] = payload_bytes
         words[_TEXT_BYTES] = len(description)
         self._header[_TEXT : _TEXT + len(description)] = description
