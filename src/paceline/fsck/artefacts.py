@@ -169,6 +169,9 @@ class Ledger:
         return found + [Step(step, rev, json.loads(ids)) for step, rev, ids in rows]
 
 
+ALL_BITS = (1 << 64) - 1
+
+
 @dataclass(frozen=True)
 class Slot:
     """What a slot's header says; `sample_id` None if its description cannot be read."""
@@ -193,8 +196,8 @@ def slots_in_use(folder: Path) -> tuple[list[Slot], list[str]]:
             damaged.append(path.name)
             continue
         state, generation, *freed = struct.unpack_from("<4Q", header, 24)
-        if generation not in freed:
-            [length] = struct.unpack_from("<Q", header, 80)
+        [length, inverted] = struct.unpack_from("<2Q", header, 80)
+        if generation not in freed and generation ^ inverted == ALL_BITS:
             text = header[TEXT_AT : TEXT_AT + length]
             found.append(Slot(path.name, generation, state == SEALED, _described(text)))
     return found, damaged

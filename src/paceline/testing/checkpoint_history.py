@@ -82,7 +82,7 @@ def _survive(
             files.arm(Strike(failing(code), turn, kinds, lasting=rng.random() < 0.5))
         try:
             act()
-        except (Killed, CheckpointError, OSError) as error:
+        except (Killed, CheckpointError) as error:
             assert files.struck, "only what was injected may fail"
             counts[type(error).__name__] += 1
             act = consumer.start

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 from paceline import durable_files
 from paceline.features import codec
+from paceline.features.landing import fresh
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.ledger import streaming_channel
 from paceline.ledger.streaming_channel import StreamingRefChannel
@@ -194,7 +195,9 @@ def undigested(_: Any) -> Any:
     def get(self: SharedMemoryFeatureStore, ref: Any) -> Any:
         layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
         slot, _ = self._locate(ref)
-        return codec.read(layout, codec.describe(ref.sample_id, layout), slot.payload)[0]
+        return codec.read(
+            layout, codec.describe(ref.sample_id, layout), slot.payload, fresh(layout.num_bytes)
+        )[0]
 
     return get
 

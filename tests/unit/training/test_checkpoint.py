@@ -194,3 +194,15 @@ def test_an_altered_manifest_nobody_has_on_record_is_not_adopted(tmp_path: Path)
     manifest = tmp_path / record.name / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"last_seq":', '"last_seq":1'))
     assert folder.unrecorded([]) == []
+
+
+def test_a_claimed_checkpoint_is_out_of_reach_of_an_older_consumer(tmp_path: Path) -> None:
+    """A sweep that began before it, and one that comes after, leave it alone; one that was first wins."""
+    folder = CheckpointFolder(tmp_path, "run0")
+    record = folder.write(checkpoint())
+    claimed = folder.claim(record, 5)
+    assert claimed is not None
+    assert folder.sweep(set(), epoch=4) == []
+    assert folder.unrecorded([]) == [(claimed, checkpoint())]
+    assert folder.sweep(set(), epoch=5) == [claimed.name]
+    assert folder.claim(claimed, 6) is None
