@@ -42,10 +42,8 @@ layers: install ## the dependency rule
 
 check: lint types layers ## all that is not a test
 
-bench: install ## data plane as ratios to memcpy in the same run; ledger size over history
-	$(BIN)/python -m benchmarks.data_plane --quick
-	$(BIN)/python -m benchmarks.control_plane --quick
-	$(BIN)/python -m benchmarks.growth --quick
+bench: install ## data plane, control plane and growth, as ratios to limits of the same run
+	$(BIN)/python -m benchmarks --quick
 
 reliability: install ## the long proof: simulation, kills, power loss, bit flips (SCALE=1: half an hour)
 	$(BIN)/python -m reliability --scale $(SCALE)
