@@ -158,7 +158,7 @@ def _survive(
     try:
         for act in acts:
             act()
-    except (Killed, LedgerError) as refusal:
+    except (Killed, OSError, LedgerError) as refusal:
         assert files.struck, "only what was injected may fail"
         counts[type(refusal).__name__] += 1
         files.arm(None)

@@ -16,6 +16,7 @@ import select
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -113,6 +114,7 @@ class Watcher:
     def __init__(self, run: LightRun, tell: int, faults: Sequence[Fault], stale: mmap.mmap) -> None:
         self._run, self._tell, self._faults, self._stale = run, tell, list(faults), stale
         self.reached: Counter[str] = Counter()
+        self._stopped_midway = False
 
     def __call__(self, name: str) -> None:
         name = qualified(name, sys._getframe(2))
@@ -121,11 +123,16 @@ class Watcher:
             self.send("noted", what=NOTED[name])
         if name.endswith(".after_acquire"):
             self.send("acquired")
-        if self._stale[0] and name.startswith("ledger.after_commit"):
+        if self._stale[0] and name.startswith("ledger.after_commit") and not self._came_before_the_stop():
             self.send("violation", what=f"a zombie committed {name}")
         if self._faults and name == self._faults[0].point and self.reached[name] == self._faults[0].turn:
             self.send("fired")
             self._strike(self._faults.pop(0))
+
+    def _came_before_the_stop(self) -> bool:
+        """Stopped by its other thread, this one may have committed before and be about to say so."""
+        before, self._stopped_midway = self._stopped_midway, False
+        return before
 
     def _strike(self, fault: Fault) -> None:
         if fault.kind == "lose":
@@ -133,6 +140,7 @@ class Watcher:
             if self._run.feature_folder.exists():
                 self._run.open_features(owner=False).damage(random.Random(fault.salt))
             return
+        self._stopped_midway = threading.current_thread() is not threading.main_thread()
         number = signal.SIGSTOP if fault.kind == "stop" else signal.SIGKILL
         os.kill(os.getpid(), number)
         self._faults.clear()  # what follows is meant for the successor

@@ -96,11 +96,11 @@ def one_write(_: Any) -> Any:
 
 
 def unsynced_adoption(real: Any) -> Any:
-    def unrecorded(self: CheckpointFolder, records: Any) -> Any:
+    def unsynced(self: CheckpointFolder, *args: Any) -> Any:
         with patch.object(durable_files, "sync_folder", lambda _: None):
-            return real(self, records)
+            return real(self, *args)
 
-    return unrecorded
+    return unsynced
 
 
 def any_content(real: Any) -> Any:
@@ -238,7 +238,10 @@ MUTANTS: dict[str, tuple[str, Mutant]] = {
     ),
     "adopted unsynced": (
         "checkpoints and power",
-        Mutant("a dead writer's rename is lost", ((CheckpointFolder, "unrecorded", unsynced_adoption),)),
+        Mutant(
+            "a dead writer's rename is lost",
+            tuple((CheckpointFolder, name, unsynced_adoption) for name in ("unrecorded", "claim")),
+        ),
     ),
     "short write": (
         "checkpoints and short writes",
