@@ -7,17 +7,16 @@ with date, device and commit, to benchmarks/results/DATE-benchmarks.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+from benchmarks.record import commit, keep
+
 MODULES = ("data_plane", "control_plane", "growth")
 COLUMNS = ("value", "unit", "limit", "limit_name", "ratio", "goal", "note")
 
@@ -27,11 +26,6 @@ def device() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{(names or [platform.processor()])[0]}, {len(os.sched_getaffinity(0))} cores"
-
-
-def commit() -> str:
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def cell(value: Any) -> str:
@@ -60,10 +54,9 @@ def main() -> None:
         found = import_module(f"benchmarks.{name}").run(options.quick)
         print(table(found), flush=True)
         rows += [{"module": name, **row} for row in found]
-    now = datetime.now(UTC)
-    told = {"date": now.isoformat(timespec="seconds"), "device": device(), "commit": commit()}
-    path = HERE / "results" / f"{now:%Y-%m-%d}-benchmarks.json"
-    path.write_text(json.dumps({**told, "quick": options.quick, "rows": rows}, indent=1) + "\n")
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    told = {"date": date, "device": device(), "commit": commit(), "quick": options.quick}
+    path = keep("benchmarks", {**told, "rows": rows})
     print(f"\n{len(rows)} rows in {path}")
 
 

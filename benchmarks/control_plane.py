@@ -18,26 +18,13 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from benchmarks.ledger_workers import Counts, together
+from benchmarks.rows import Row, against, row
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 
-Row = dict[str, Any]
 WRITERS = 8  # of the group commit
 PROMPTS = 150_000  # more than a round of the mixed load can use
-
-
-def row(name: str, value: float, unit: str, **more: Any) -> Row:
-    empty = {"limit": None, "limit_name": None, "ratio": None, "goal": None}
-    return {"name": name, "value": value, "unit": unit, **empty, **more}
-
-
-def against(name: str, values: Sequence[float], limits: Sequence[float], unit: str, **more: Any) -> Row:
-    """Of values and limits measured in pairs."""
-    ratio = statistics.median(value / limit for value, limit in zip(values, limits, strict=True))
-    middle = statistics.median
-    return row(name, middle(values), unit, limit=middle(limits), ratio=ratio, **more)
 
 
 def rate(counts: Sequence[Counts]) -> float:

@@ -22,11 +22,11 @@ import uuid
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
 
+from benchmarks.rows import Row, against, row
 from benchmarks.transports import (
     FORK,
     GROUPS,
@@ -48,24 +48,6 @@ STREAMS = {"1 MB": (1 << 20, 16), "8 MB": (8 << 20, 4)}  # bytes a sample, sampl
 GET_GOAL_US = 25.0
 # The design's prototype streamed 3.4 GB/s where memcpy of 8 MB reached 14.8; the goal is 1.5 times that.
 STREAM_GOAL = 1.5 * 3.4 / 14.8
-
-Row = dict[str, Any]
-
-
-def row(name: str, value: float, unit: str, **more: Any) -> Row:
-    return {"name": name, "value": value, "unit": unit, "limit": None, "limit_name": None, "ratio": None} | {
-        "goal": None,
-        **more,
-    }
-
-
-def against(name: str, ours: list[float], limit: list[float], limit_name: str, goal: float | None) -> Row:
-    """Of GB/s measured in pairs."""
-    ratio = statistics.median(mine / most for mine, most in zip(ours, limit, strict=True))
-    middle = statistics.median
-    more = {"limit": middle(limit), "limit_name": limit_name, "ratio": ratio, "goal": goal}
-    return row(name, middle(ours), "GB/s", **more)
-
 
 # -- one process: put and get --------------------------------------------------------------
 
@@ -114,15 +96,38 @@ def put_and_get(folder: Path, label: str, num_bytes: int, rounds: int) -> list[R
     large = num_bytes >= 8 << 20  # Below, it is the cost of a call that matters; see `overhead`.
     goal = {"put": 0.8 if large else None, "get": 0.7 if large else None}
     return [
-        against(f"put {label}", speed["put"], speed["memcpy"], "memcpy", 0.85 if label == "8 MB" else None),
         against(
-            f"put {label}, of copy then digest", speed["put"], copy_digest, "copy then digest", goal["put"]
+            f"put {label}",
+            speed["put"],
+            speed["memcpy"],
+            "GB/s",
+            limit_name="memcpy",
+            goal=0.85 if label == "8 MB" else None,
         ),
-        against(f"get {label}", speed["get"], speed["memcpy"], "memcpy", None),
         against(
-            f"get {label}, of copy then digest", speed["get"], copy_digest, "copy then digest", goal["get"]
+            f"put {label}, of copy then digest",
+            speed["put"],
+            copy_digest,
+            "GB/s",
+            limit_name="copy then digest",
+            goal=goal["put"],
         ),
-        against(f"clone {label} (fresh memory, no digest)", speed["clone"], speed["memcpy"], "memcpy", None),
+        against(f"get {label}", speed["get"], speed["memcpy"], "GB/s", limit_name="memcpy"),
+        against(
+            f"get {label}, of copy then digest",
+            speed["get"],
+            copy_digest,
+            "GB/s",
+            limit_name="copy then digest",
+            goal=goal["get"],
+        ),
+        against(
+            f"clone {label} (fresh memory, no digest)",
+            speed["clone"],
+            speed["memcpy"],
+            "GB/s",
+            limit_name="memcpy",
+        ),
     ]
 
 
@@ -209,12 +214,20 @@ def streams(label: str, num_bytes: int, group: int, rounds: int) -> list[Row]:
     note = {"note": "two processes; ledger in head durability, digest on both sides"}
     ours, plain = speed[Durable], speed[PlainCopy]
     rows = [
-        against(f"stream {label}", ours, memcpy, "memcpy of 8 MB", STREAM_GOAL) | note,
-        against(f"stream {label}, of plain copy", ours, plain, "plain copy between processes", None) | note,
+        against(f"stream {label}", ours, memcpy, "GB/s", limit_name="memcpy of 8 MB", goal=STREAM_GOAL)
+        | note,
+        against(
+            f"stream {label}, of plain copy", ours, plain, "GB/s", limit_name="plain copy between processes"
+        )
+        | note,
     ]
     for kind in kinds:
         if kind is not Durable:
-            rows.append(against(f"stream {label}: {kind.name}", speed[kind], memcpy, "memcpy of 8 MB", None))
+            rows.append(
+                against(
+                    f"stream {label}: {kind.name}", speed[kind], memcpy, "GB/s", limit_name="memcpy of 8 MB"
+                )
+            )
     if RedisStream not in kinds:
         missing = "not measured: no redis-server on PATH, or no redis package"
         rows.append(row(f"stream {label}: {RedisStream.name}", 0.0, "GB/s", note=missing))

@@ -21,8 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks.control_plane import Row, rate, row
+from benchmarks.control_plane import rate
 from benchmarks.ledger_workers import together
+from benchmarks.rows import Row, row
 from paceline.ledger.records import CheckpointRecord, Fence, StepPlan, chain_of
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.testing.samples import sample_ref

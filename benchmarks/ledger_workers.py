@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,15 @@ def ready() -> None:
     sys.stdin.readline()
 
 
-def refs_of(worker: str, first: int, count: int) -> list[SampleRef]:
+def refs_of(worker: str, first: int, number: int) -> list[SampleRef]:
     template = sample_ref(0, run_id="bench")
-    names = [f"{worker}-{n}" for n in range(first, first + count)]
+    names = [f"{worker}-{n}" for n in range(first, first + number)]
     return [replace(template, sample_id=f"bench:{name}", source_task_id=name) for name in names]
+
+
+def batches(worker: str, size: int) -> Iterator[list[SampleRef]]:
+    """Refs that nobody has committed yet, for ever."""
+    return (refs_of(worker, first, size) for first in count(0, size))
 
 
 def op_id() -> str:
@@ -73,8 +79,8 @@ def timed(seconds: float, work: Callable[[], int]) -> Counts:
     """Call `work`, which returns how many refs it moved, until the time is over or it returns 0."""
     moved, calls = 0, []
     started = now = time.perf_counter()
-    while now - started < seconds and (count := work()):
-        moved += count
+    while now - started < seconds and (refs := work()):
+        moved += refs
         calls.append(-now + (now := time.perf_counter()))
     return {"refs": moved, "calls": len(calls), "seconds": now - started, "call_seconds": calls}
 
@@ -85,16 +91,9 @@ def timed(seconds: float, work: Callable[[], int]) -> Counts:
 def commit(path: str, durability: str, batch: int, seconds: float, worker: str) -> Counts:
     """Commit fresh refs, `batch` in a transaction."""
     store = SQLiteMetadataStore(path, durability=durability)  # type: ignore[arg-type]
+    fresh = batches(worker, batch)
     ready()
-    first = 0
-
-    def one() -> int:
-        nonlocal first
-        refs = refs_of(worker, first, batch)
-        first += batch
-        return sum(store.commit_samples(refs, op_id=op_id()))
-
-    return timed(seconds, one)
+    return timed(seconds, lambda: sum(store.commit_samples(next(fresh), op_id=op_id())))
 
 
 def produce(path: str, batch: int, seconds: float, worker: str, epoch: int) -> Counts:
@@ -214,13 +213,11 @@ class Plain:
 
 def plain_commit(path: str, synchronous: str, batch: int, seconds: float, worker: str) -> Counts:
     plain = Plain(path, synchronous)
+    fresh = batches(worker, batch)
     ready()
-    first = 0
 
     def one() -> int:
-        nonlocal first
-        refs = refs_of(worker, first, batch)
-        first += batch
+        refs = next(fresh)
         with plain.transaction():
             plain.insert(refs)
         return batch

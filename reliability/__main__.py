@@ -14,11 +14,12 @@ import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from time import monotonic
 from typing import Any
+
+from benchmarks.record import commit, keep
 
 HERE = Path(__file__).parent
 SUITES = [
@@ -64,11 +65,6 @@ def apart(suite: str, scale: float, seed: int) -> dict[str, Any]:
     return result
 
 
-def commit() -> str:
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def main() -> int:
     arguments = argparse.ArgumentParser(prog="reliability", description=__doc__)
     arguments.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all")
@@ -92,8 +88,7 @@ def main() -> int:
         "violations": len(failed),
         "suites": results,
     }
-    path = HERE.parent / "benchmarks" / "results" / f"{datetime.now(tz=UTC).date()}-reliability.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path = keep("reliability", report)
     verdict = f"VIOLATIONS in {', '.join(failed)}" if failed else "0 violations"
     print(f"reliability: {len(results)} suites, {verdict}, {monotonic() - started:.0f} s -> {path.name}")
     return 1 if failed else 0
