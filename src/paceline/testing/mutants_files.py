@@ -95,12 +95,12 @@ def one_write(_: Any) -> Any:
     return write_file
 
 
-def unsynced_adoption(real: Any) -> Any:
-    def unsynced(self: CheckpointFolder, *args: Any) -> Any:
+def unsynced_claim(real: Any) -> Any:
+    def claim(self: CheckpointFolder, record: Any, epoch: int) -> Any:
         with patch.object(durable_files, "sync_folder", lambda _: None):
-            return real(self, *args)
+            return real(self, record, epoch)
 
-    return unsynced
+    return claim
 
 
 def any_content(real: Any) -> Any:
@@ -240,7 +240,7 @@ MUTANTS: dict[str, tuple[str, Mutant]] = {
         "checkpoints and power",
         Mutant(
             "a dead writer's rename is lost",
-            tuple((CheckpointFolder, name, unsynced_adoption) for name in ("unrecorded", "claim")),
+            ((CheckpointFolder, "claim", unsynced_claim),),
         ),
     ),
     "short write": (

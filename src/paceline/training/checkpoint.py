@@ -153,8 +153,8 @@ class CheckpointFolder:
 
     def unrecorded(self, records: Collection[CheckpointRecord]) -> list[tuple[CheckpointRecord, Checkpoint]]:
         """Whole, undamaged checkpoints that none of `records` names, by step: what a crash between
-        the rename and the ledger's record leaves, or a ledger older than its checkpoints. Their names
-        are on the disk on return, so the ledger may adopt them. Raises CheckpointError."""
+        the rename and the ledger's record leaves, or a ledger older than its checkpoints. To be claimed
+        before the ledger adopts one: its name may not be on the disk yet. Raises CheckpointError."""
         known = {record.name for record in records}
         found = []
         for entry in sorted(self.folder.iterdir()):
@@ -173,10 +173,6 @@ class CheckpointFolder:
                 checkpoint.step, entry.name, _sha256(data), checkpoint.last_seq, checkpoint.chain
             )
             found.append((record, checkpoint))
-        try:
-            durable_files.sync_folder(self.folder)  # its writer may have died before it could
-        except OSError as error:
-            raise self._disk_fails("looked through", error) from error
         return sorted(found, key=lambda pair: pair[0].step)
 
     def claim(self, record: CheckpointRecord, epoch: int) -> CheckpointRecord | None:
