@@ -23,6 +23,7 @@ from paceline.fsck.report import Report
 APPLICATION_ID, SCHEMA = 0x50414345, 2
 HEADER_BYTES, TEXT_AT = 4096, 128
 MAGIC, SEALED = int.from_bytes(b"PACESLOT", "little"), 0x5345414C45442E2E
+ALL_BITS = (1 << 64) - 1
 
 
 @dataclass(slots=True)
@@ -167,9 +168,6 @@ class Ledger:
         self.last_folded_step = max((step.step for step in found), default=0)
         rows = self._rows("SELECT step, rev, sample_ids FROM plan ORDER BY step")
         return found + [Step(step, rev, json.loads(ids)) for step, rev, ids in rows]
-
-
-ALL_BITS = (1 << 64) - 1
 
 
 @dataclass(frozen=True)

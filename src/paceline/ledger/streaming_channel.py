@@ -13,7 +13,8 @@ from __future__ import annotations
 import fcntl
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from paceline.durable_files import make_folder, replace_file, sync_folder
@@ -27,10 +28,8 @@ class StreamingRefChannel:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        try:
+        with self._advising("be made"):
             make_folder(self.path.parent)
-        except OSError as error:
-            raise self._disk_fails("be made", error) from error
         self._closed_path = self.path.with_name(self.path.name + ".closed")
         self._consumed_path = self.path.with_name(self.path.name + ".consumed")
         self._bell = Bell(self.path.with_name(self.path.name + "-bell"))
@@ -86,15 +85,13 @@ class StreamingRefChannel:
 
     def close(self) -> None:
         """Drop the end-of-stream mark, durably. Idempotent."""
-        try:
+        with self._advising("be closed"):
             fd = os.open(self._closed_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 os.fsync(fd)
             finally:
                 os.close(fd)
             sync_folder(self.path.parent)
-        except OSError as error:
-            raise self._disk_fails("be closed", error) from error
         self._bell.ring()
 
     @property
@@ -129,19 +126,22 @@ class StreamingRefChannel:
         if self._consumed == self._marked:
             return
         number = str(self._consumed).encode()
-        try:
+        with self._advising("count what was consumed"):
             replace_file(self._consumed_path, _checksum(number) + b" " + number)
-        except OSError as error:
-            raise self._disk_fails("count what was consumed", error) from error
         self._marked = self._consumed
         self._bell.ring()
 
-    def _disk_fails(self, what: str, error: OSError) -> LedgerError:
-        return LedgerError(
-            f"The channel {self.path} cannot {what} ({error}).",
-            why="What was published before is untouched.",
-            next="check that disk and run the same command again.",
-        )
+    @contextmanager
+    def _advising(self, what: str) -> Iterator[None]:
+        """An error of the disk becomes one that says what the channel could not do."""
+        try:
+            yield
+        except OSError as error:
+            raise LedgerError(
+                f"The channel {self.path} cannot {what} ({error}).",
+                why="What was published before is untouched.",
+                next="check that disk and run the same command again.",
+            ) from error
 
     def change_mark(self) -> int:
         size = self.path.stat().st_size if self.path.exists() else 0

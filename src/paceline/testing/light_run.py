@@ -242,7 +242,7 @@ def uninterrupted(shape: RunShape, folder: Path) -> Outcome:
     """The same run in one process, in memory: first everything is captured, then it is trained."""
     store = InMemoryMetadataStore()
     # Weights do not depend on how much room there is, and one process cannot wait for itself.
-    roomy = replace(shape, tight=False, threads=False)
+    roomy = replace(shape, tight=False)
     features = InMemoryLightFeatureStore(shape.budget_bytes)
     build_producer(roomy, store, features).run()
     trainer, loader = build_consumer(roomy, store, features, folder)
