@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from paceline.testing.light_adapters import InMemoryLightFeatureStore, LightEngi
 from paceline.testing.metadata_protocol_suite import MetadataProtocolSuite
 from paceline.testing.mutants import MUTANTS, seeds_to_detect
 from paceline.testing.simulated_run import Shape, simulated_producer
+from paceline.training.checkpoint import Checkpoint, CheckpointFolder
 
 SEEDS = 600
 
@@ -58,12 +60,23 @@ def a_death_by_chance_convicts_nobody() -> None:
     assert Trial(store, "t", ["a", "b"]).run(lambda _: True) == []
 
 
+def the_checkpoint_being_adopted_is_out_of_reach() -> None:
+    """A consumer that was taken over had begun to sweep; simulation seed 17316 met it."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = CheckpointFolder(Path(place), "run0")
+        claimed = folder.claim(folder.write(Checkpoint(1, 1, {}, {}, epoch=1)), 2)
+        assert claimed is not None
+        assert folder.sweep(set(), epoch=1) == []
+        assert folder.read(claimed).step == 1
+
+
 # What the simulation meets too rarely, because something else would have to fail as well.
 DIRECTED: dict[str, Callable[[], None]] = {
     "acks in any order": Suite().test_steps_are_acked_one_after_another,
     "acks of any revision": Suite().test_steps_are_acked_one_after_another,
     "intents not checked": Suite().test_a_commit_of_a_revoked_intent_is_refused_whole,
     "release of any generation": a_held_up_deleter_frees_nothing_captured_since,
+    "adopted without a claim": the_checkpoint_being_adopted_is_out_of_reach,
     "one death convicts": a_death_by_chance_convicts_nobody,
 }
 

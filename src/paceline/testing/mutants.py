@@ -24,6 +24,7 @@ from paceline.loader.passes import Position
 from paceline.testing.light_adapters import InMemoryLightFeatureStore
 from paceline.testing.simulated_parts import SimulatedFolder
 from paceline.training import trainer as training
+from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.commits import Commits
 from paceline.training.trainer import Trainer
 
@@ -192,6 +193,10 @@ def no_lineage(real: Any) -> Any:
         real(self, *args)
 
     return stage
+
+
+def not_claimed(_: Any) -> Any:
+    return lambda self, record, epoch: record
 
 
 class _Late(Mapping[str, bytes]):
@@ -366,6 +371,10 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "fall back keeps acks": Mutant("samples are skipped", ((Store, "fall_back", acks_survive),)),
     "newest folder wins": Mutant("ledger and weights differ", ((training, "recover", newest_folder_wins),)),
+    "adopted without a claim": Mutant(
+        "a zombie sweeps what is being adopted",
+        ((SimulatedFolder, "claim", not_claimed), (CheckpointFolder, "claim", not_claimed)),
+    ),
     "position not restored": Mutant("visits again", ((Trainer, "_load", starts_over),)),
     "lineage left out": Mutant("heads tell no story", ((Commits, "stage", no_lineage),)),
     "weights taken while they train": Mutant("a head of later weights", ((Commits, "stage", staged_late),)),
