@@ -17,6 +17,7 @@ REGRESSIONS = {
     48: "the same with two passes",
     105963: "a revised plan was lost with the power, and the checkpoint that knew it was refused",
     17316: "a consumer that was taken over swept the checkpoint that its successor was adopting",
+    1041800: "a sample captured again while a head came to contain it was never freed",
     144: "an answer that stayed unknown ended the run",
 }
 

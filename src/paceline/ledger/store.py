@@ -72,7 +72,8 @@ class MetadataStore(ABC):
         """Commit all refs in one transaction, idempotent on `sample_id`; freshness of each.
 
         Ends each ref's intent and marks its prompt task done. A sample reported lost takes the new
-        ref, keeps its seq, and counts as fresh. Raises TypeError for a tensor, and IntentRevokedError
+        ref, keeps its seq, and counts as fresh, unless durable weights contain it by now: then it is
+        released and its new bytes are not wanted. Raises TypeError for a tensor, and IntentRevokedError
         (then nothing is committed) if a ref carries a generation whose intent is gone.
         """
 

@@ -113,6 +113,18 @@ class MetadataProtocolSuite(ABC):
         assert store.commit_sample(new) is True
         assert store.present_generations() == {new.sample_id: new.generation}
 
+    def test_a_lost_sample_that_weights_came_to_contain_is_not_committed_again(self) -> None:
+        """Its bytes were read before they were lost; those captured again would never be freed."""
+        store = self.make()
+        store.add_tasks(["task-0"])
+        store.commit_sample(sample_ref(0))
+        store.report_lost(["run0:s0"])
+        new = replace(sample_ref(0), generation=store.reserve({"run0:s0": 1})["run0:s0"])
+        store.record_train_ack(["run0:s0"], global_step=1, optimizer_durable=True)
+        assert store.commit_sample(new) is False
+        assert (store.lost_ids(), store.present_ids(), store.intents()) == ([], [], [])
+        assert store.task_counts()["done"] == 1
+
     # -- op ids ----------------------------------------------------------------------------
 
     def test_a_repeated_call_returns_what_the_first_one_did(self) -> None:

@@ -81,6 +81,10 @@ class Samples(Tasks):
             return False
         if known is not None and known.ref.generation == ref.generation != 0:
             return False
+        if known is not None and self._is_durable(ref.sample_id):
+            known.state = "released"  # by now durable weights contain it
+            self._finish_task(ref.source_task_id, failed_too=True)
+            return False
         if known is None:
             self._samples[ref.sample_id] = SampleRow(seq=len(self._samples) + 1, ref=ref)
         else:

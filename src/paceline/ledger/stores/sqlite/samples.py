@@ -83,12 +83,15 @@ class SampleTable(TaskTable):
                 self._finish_task_of(seq, ref.source_task_id)
             if state != "lost" or generation == ref.generation != 0:
                 return False
+            self._finish_task_of(seq, ref.source_task_id, failed_too=True)
+            if self._value("SELECT durable FROM ack WHERE sample_id = ?", ref.sample_id):
+                self._change("UPDATE sample SET state = 'released' WHERE seq = ?", seq)
+                return False  # by now durable weights contain it
             self._change(
                 "UPDATE sample SET state = 'present', resident = 1, bytes = ?, generation = ?, ref = ? "
                 "WHERE seq = ?",
                 *(ref.estimated_bytes, ref.generation, text, seq),
             )
-            self._finish_task_of(seq, ref.source_task_id, failed_too=True)
             return True
         # Samples are folded only when their prompts have no row any more.
         if not has_row and self._folded_record(ref.sample_id) is not None:
