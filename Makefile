@@ -42,7 +42,11 @@ layers: install ## the dependency rule
 
 check: lint types layers ## all that is not a test
 
-bench: install ## data plane, control plane and growth, as ratios to limits of the same run
+$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt -e ".[bench]"
+	touch $@
+
+bench: install $(VENV)/.bench ## every benchmark: a table of ratios to limits of the same run, JSON and a plot
 	$(BIN)/python -m benchmarks --quick
 
 reliability: install ## the long proof: simulation, kills, power loss, bit flips (SCALE=1: half an hour)

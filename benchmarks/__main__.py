@@ -1,12 +1,15 @@
 """`python -m benchmarks [--quick] [MODULE...]`: run the benchmarks, print a table, keep the figures.
 
 Every module named here has `run(quick) -> rows`; a row's limit was measured in the same run. The rows go,
-with date, device and commit, to benchmarks/results/DATE-benchmarks.json.
+with date, device and commit, to benchmarks/results/DATE-benchmarks.json, a picture of them beside it
+(plot.py). With only some modules named, the rows of the others stay as they are if they are of the same
+day, device, commit and thoroughness; else they go.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 from collections.abc import Sequence
@@ -15,7 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import commit, keep
+from benchmarks.plot import draw
+from benchmarks.record import commit, keep, place
 
 MODULES = ("data_plane", "control_plane", "growth")
 COLUMNS = ("value", "unit", "limit", "limit_name", "ratio", "goal", "note")
@@ -44,20 +48,31 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def earlier(told: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows kept today, if they were measured under the same conditions."""
+    path = place("benchmarks")
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return kept["rows"] if all(kept.get(name) == value for name, value in told.items()) else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("modules", nargs="*", default=MODULES, metavar="MODULE")
     parser.add_argument("--quick", action="store_true", help="about a minute each")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    unknown = set(options.modules) - set(MODULES)
+    if unknown:
+        parser.error(f"no benchmark is called {sorted(unknown)[0]}; there are {', '.join(MODULES)}")
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    told = {"device": device(), "commit": commit(), "quick": options.quick}
+    rows = [row for row in earlier(told) if row["module"] not in options.modules]
     for name in options.modules:
         found = import_module(f"benchmarks.{name}").run(options.quick)
         print(table(found), flush=True)
         rows += [{"module": name, **row} for row in found]
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    told = {"date": date, "device": device(), "commit": commit(), "quick": options.quick}
-    path = keep("benchmarks", {**told, "rows": rows})
-    print(f"\n{len(rows)} rows in {path}")
+        rows.sort(key=lambda row: MODULES.index(row["module"]))
+        path = keep("benchmarks", {"date": date, **told, "rows": rows})
+    print(f"\n{len(rows)} rows in {path}, drawn in {draw(path)}")
 
 
 if __name__ == "__main__":

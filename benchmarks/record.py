@@ -17,8 +17,13 @@ def commit() -> str:
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
+def place(name: str) -> Path:
+    """Today's file of that name, whether it is there or not."""
+    return RESULTS / f"{datetime.now(UTC).date()}-{name}.json"
+
+
 def keep(name: str, report: Mapping[str, Any]) -> Path:
     """The file that was written; an earlier one of the same name and day is gone."""
-    path = RESULTS / f"{datetime.now(UTC).date()}-{name}.json"
+    path = place(name)
     path.write_text(json.dumps(report, indent=1) + "\n")
     return path

