@@ -12,8 +12,10 @@ from pathlib import Path
 
 from paceline.crashpoints import reach
 
+FileContent = bytes | memoryview  # a memoryview of bytes
 
-def write_file(path: Path, data: bytes) -> None:
+
+def write_file(path: Path, data: FileContent) -> None:
     """A new file with these bytes, on the disk on return (its name needs `sync_folder`). Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.crashpoints import reach
+from paceline.durable_files import FileContent
 from paceline.engines.engine import CapturedSample, CaptureRequest, TargetFacts
 from paceline.errors import StoreFullError, TrainingError
 from paceline.features.store import Sealed, Usage, is_kept
@@ -131,9 +132,9 @@ class HashLearner:
     def files(self) -> dict[str, bytes]:
         return {"weights.bin": self.weights, "trained.json": json.dumps(self.trained).encode()}
 
-    def load(self, files: Mapping[str, bytes]) -> None:
-        self.weights = files["weights.bin"]
-        self.trained = json.loads(files["trained.json"])
+    def load(self, files: Mapping[str, FileContent]) -> None:
+        self.weights = bytes(files["weights.bin"])
+        self.trained = json.loads(bytes(files["trained.json"]))
 
     def describe(self) -> dict[str, Any]:
         return {"learner": "hash chain"}

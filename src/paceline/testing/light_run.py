@@ -235,7 +235,7 @@ def head_of(store: MetadataStore, checkpoints: Path) -> Outcome:
     """What the head checkpoint holds."""
     head = store.checkpoints()[-1]
     files = CheckpointFolder(checkpoints, RUN_ID).read(head).files
-    return Outcome(files["weights.bin"], json.loads(files["trained.json"]), head.chain)
+    return Outcome(bytes(files["weights.bin"]), json.loads(bytes(files["trained.json"])), head.chain)
 
 
 def uninterrupted(shape: RunShape, folder: Path) -> Outcome:

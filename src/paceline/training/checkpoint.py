@@ -21,6 +21,7 @@ from typing import Any
 
 from paceline import durable_files
 from paceline.crashpoints import reach
+from paceline.durable_files import FileContent
 from paceline.errors import CheckpointDamagedError, CheckpointError
 from paceline.ledger.records import CheckpointRecord, TrainedSample, TrainedStep
 
@@ -49,7 +50,7 @@ class Checkpoint:
 
     step: int
     last_seq: int
-    files: Mapping[str, bytes]
+    files: Mapping[str, FileContent]
     values: Mapping[str, Any]
     lineage: tuple[TrainedStep, ...] = ()
     previous: str = ""
@@ -260,5 +261,5 @@ def _step_from_json(value: list[Any]) -> TrainedStep:
     return TrainedStep(step, rev, last_seq, tuple(TrainedSample(*sample) for sample in samples))
 
 
-def _sha256(data: bytes) -> str:
+def _sha256(data: FileContent) -> str:
     return hashlib.sha256(data).hexdigest()

@@ -9,13 +9,14 @@ written. A crash in between leaves a folder that the next consumer adopts or swe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
 from paceline.crashpoints import reach
+from paceline.durable_files import FileContent
 from paceline.errors import PacelineError
 from paceline.features.store import FeatureStore
 from paceline.ledger.controller import DataFlowController
@@ -83,7 +84,9 @@ class Commits:
     def is_writing(self) -> bool:
         return self._staged is not None
 
-    def stage(self, step: int, last_seq: int, files: Callable[[], dict[str, bytes]], values: Any) -> None:
+    def stage(
+        self, step: int, last_seq: int, files: Callable[[], Mapping[str, FileContent]], values: Any
+    ) -> None:
         """Begin the checkpoint of `step`; one that is still being written is recorded first."""
         self.settle()
         began = monotonic()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from paceline.durable_files import FileContent
+
 Sample = Mapping[str, Any]  # tensors by name, as the feature store returned them
 
 
@@ -32,10 +34,11 @@ class Learner(Protocol):
     def attempt(self, samples: Sequence[Sample]) -> None:
         """Everything of a step but the update: raises what `step` would, and leaves no trace."""
 
-    def files(self) -> dict[str, bytes]:
-        """All state as files of a checkpoint, by name."""
+    def files(self) -> Mapping[str, FileContent]:
+        """All state as files of a checkpoint, by name. Their memory belongs to the learner: the bytes
+        stay as they are until the next call."""
 
-    def load(self, files: Mapping[str, bytes]) -> None:
+    def load(self, files: Mapping[str, FileContent]) -> None:
         """The state that `files` returned."""
 
     def describe(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from paceline.durable_files import FileContent
 from paceline.errors import TrainingError
 from paceline.methods.method import DraftMethod
 from paceline.methods.target_head import TargetHead
@@ -26,6 +27,7 @@ class TorchLearner:
         self._method = method
         self._head = head
         self._settings = settings
+        self._staging = tensor_files.Staging()
 
     @property
     def ready(self) -> bool:
@@ -88,16 +90,16 @@ class TorchLearner:
             self.draft.zero_grad(set_to_none=True)
             torch.set_rng_state(before)
 
-    def files(self) -> dict[str, bytes]:
+    def files(self) -> dict[str, FileContent]:
         assert self.draft is not None
         assert self.optimizer is not None
         return {
-            DRAFT: tensor_files.to_bytes(self.draft.state_dict()),
-            OPTIMIZER: tensor_files.to_bytes(optimizer_tensors(self.draft, self.optimizer)),
-            RNG: tensor_files.to_bytes({"torch": torch.get_rng_state()}),
+            DRAFT: self._staging.file(DRAFT, self.draft.state_dict()),
+            OPTIMIZER: self._staging.file(OPTIMIZER, optimizer_tensors(self.draft, self.optimizer)),
+            RNG: self._staging.file(RNG, {"torch": torch.get_rng_state()}),
         }
 
-    def load(self, files: Mapping[str, bytes]) -> None:
+    def load(self, files: Mapping[str, FileContent]) -> None:
         draft = restore_draft(self._method, self._head, self._settings.seed, files)
         self._adopt(draft)
         assert self.optimizer is not None
@@ -109,7 +111,9 @@ class TorchLearner:
         return {"method": self._method.name, "draft_config": self._method.describe(self.draft)}
 
 
-def restore_draft(method: DraftMethod, head: TargetHead, seed: int, files: Mapping[str, bytes]) -> nn.Module:
+def restore_draft(
+    method: DraftMethod, head: TargetHead, seed: int, files: Mapping[str, FileContent]
+) -> nn.Module:
     """The draft as the checkpoint's files have it, frozen target tensors attached."""
     draft = method.build_draft(head, seed)
     draft.load_state_dict(tensor_files.from_bytes(DRAFT, files[DRAFT]))

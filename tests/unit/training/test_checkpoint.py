@@ -11,19 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from paceline import crashpoints
 from paceline.errors import CheckpointDamagedError, CheckpointError
 from paceline.ledger.records import TrainedSample, TrainedStep
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
-from paceline.training.tensor_files import from_bytes, to_bytes
+from paceline.training.tensor_files import from_bytes
 
 
 def checkpoint(step: int = 3) -> Checkpoint:
     weights = {"w": torch.arange(6, dtype=torch.float32).reshape(2, 3) * step, "d2t": torch.tensor([1, 2])}
     files = {
-        "draft.safetensors": to_bytes(weights),
-        "rng.safetensors": to_bytes({"torch": torch.get_rng_state()}),
+        "draft.safetensors": save(weights),
+        "rng.safetensors": save({"torch": torch.get_rng_state()}),
     }
     lineage = (TrainedStep(step, 1, 24, (TrainedSample(24, "run0:a", "a", True),)),)
     return Checkpoint(step, 24, files, {"method": "m"}, lineage, "step-before", "c0ffee", epoch=2, lsn=7)
