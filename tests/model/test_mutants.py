@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from paceline.errors import FencedError
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.store import MetadataStore
 from paceline.ledger.stores.memory import InMemoryMetadataStore
@@ -17,6 +18,7 @@ from paceline.testing.metadata_protocol_suite import MetadataProtocolSuite
 from paceline.testing.mutants import MUTANTS, seeds_to_detect
 from paceline.testing.simulated_run import Shape, simulated_producer
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
+from paceline.training.recovery import recover
 
 SEEDS = 600
 
@@ -70,6 +72,18 @@ def the_checkpoint_being_adopted_is_out_of_reach() -> None:
         assert folder.read(claimed).step == 1
 
 
+def a_replaced_consumer_claims_nothing() -> None:
+    """It was held up while it started; real kill schedule 7415 met it."""
+    store = InMemoryMetadataStore()
+    held_up, successor = store.acquire_role("consumer", "a"), store.acquire_role("consumer", "b")
+    with tempfile.TemporaryDirectory() as place:
+        folder = CheckpointFolder(Path(place), "run0")
+        written = folder.write(Checkpoint(0, 0, {}, {}, epoch=successor.epoch))
+        with pytest.raises(FencedError):
+            recover(store, folder, held_up, 0, lambda *_, **__: None)
+        assert folder.read(written).step == 0
+
+
 # What the simulation meets too rarely, because something else would have to fail as well.
 DIRECTED: dict[str, Callable[[], None]] = {
     "acks in any order": Suite().test_steps_are_acked_one_after_another,
@@ -77,6 +91,7 @@ DIRECTED: dict[str, Callable[[], None]] = {
     "intents not checked": Suite().test_a_commit_of_a_revoked_intent_is_refused_whole,
     "release of any generation": a_held_up_deleter_frees_nothing_captured_since,
     "adopted without a claim": the_checkpoint_being_adopted_is_out_of_reach,
+    "claimed though replaced": a_replaced_consumer_claims_nothing,
     "one death convicts": a_death_by_chance_convicts_nobody,
 }
 

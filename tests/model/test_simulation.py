@@ -18,6 +18,7 @@ REGRESSIONS = {
     105963: "a revised plan was lost with the power, and the checkpoint that knew it was refused",
     17316: "a consumer that was taken over swept the checkpoint that its successor was adopting",
     1041800: "a sample captured again while a head came to contain it was never freed",
+    1092736: "the checkpoint that follows a damaged head, never recorded, was taken for a newer ledger's",
     144: "an answer that stayed unknown ended the run",
 }
 

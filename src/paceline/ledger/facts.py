@@ -7,3 +7,4 @@ END_OF_STREAM = "end_of_stream"
 CHECKPOINT_WANTED = "checkpoint_wanted"
 COMPLETED_STEP = "completed_step"
 BUILDS_BEGUN = "builds_begun"
+GIVEN_UP = "given_up"  # identities of recorded checkpoints that were found damaged

@@ -78,7 +78,7 @@ def _count(reached: Counter[str], name: str) -> None:
 DETOURS: list[tuple[str, str, RunShape, tuple[Fault, ...]]] = [
     (
         "consumer",
-        "recovery.before_fall_back recovery.after_fall_back @fall_back",
+        "recovery.before_give_up recovery.before_fall_back recovery.after_fall_back @fall_back",
         PLAIN,
         (Fault("consumer", "damage_head", "checkpoint.after_all", 3),),
     ),

@@ -23,6 +23,7 @@ from paceline.loader.loader import PlannedStep, StepLoader
 from paceline.loader.passes import Position
 from paceline.testing.light_adapters import InMemoryLightFeatureStore
 from paceline.testing.simulated_parts import SimulatedFolder
+from paceline.training import recovery
 from paceline.training import trainer as training
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.commits import Commits
@@ -374,6 +375,10 @@ MUTANTS: dict[str, Mutant] = {
     "adopted without a claim": Mutant(
         "a zombie sweeps what is being adopted",
         ((SimulatedFolder, "claim", not_claimed), (CheckpointFolder, "claim", not_claimed)),
+    ),
+    "claimed though replaced": Mutant(
+        "a zombie renames what its successor is about to record",
+        ((recovery, "_refuse_if_replaced", lambda _: lambda store, fence: None),),
     ),
     "position not restored": Mutant("visits again", ((Trainer, "_load", starts_over),)),
     "lineage left out": Mutant("heads tell no story", ((Commits, "stage", no_lineage),)),

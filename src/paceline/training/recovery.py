@@ -1,6 +1,7 @@
 """Where a new consumer starts: the newest valid checkpoint, with ledger and folder brought together.
 
-Head damaged: fall back to the one before; what was released since is captured again. Ledger older
+Head damaged: fall back to the one before; what was released since is captured again, and what was
+written after the damaged one, never recorded, is given up with it. Ledger older
 than the folder (a crash between the rename and the head's record, or a ledger that lost its last
 transactions): roll it forward from the checkpoint's own lineage, if that continues what the ledger
 knows. If it does not, and the ledger is the older one, stop: neither may be trusted over the other.
@@ -12,7 +13,9 @@ from collections.abc import Callable
 
 from paceline.crashpoints import reach
 from paceline.errors import CheckpointDamagedError, CheckpointError, IllegalTransitionError, LedgerError
+from paceline.ledger.facts import GIVEN_UP
 from paceline.ledger.records import CheckpointRecord, Fence
+from paceline.ledger.refusals import fenced
 from paceline.ledger.store import MetadataStore
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder, identity_of
 
@@ -47,6 +50,10 @@ def _newest_valid(
             report("checkpoint_damaged", step=record.step, message=str(error))
             continue
         if record != records[-1]:
+            damaged = [identity_of(newer.name) for newer in records if newer.step > record.step]
+            known = store.facts().get(GIVEN_UP, [])
+            reach("recovery.before_give_up")
+            store.set_facts({GIVEN_UP: sorted({*known, *damaged})}, fence=fence)
             reach("recovery.before_fall_back")
             lost = store.fall_back(record.step, fence=fence)
             reach("recovery.after_fall_back")
@@ -69,28 +76,51 @@ def _roll_forward(
     report: Callable[..., None],
     found: Found | None,
 ) -> Found | None:
-    for record, checkpoint in folder.unrecorded(store.checkpoints()):
-        head = found[0] if found else None
-        if head is not None and record.step <= head.step:
+    while (following := _adopt_next(store, folder, fence, epoch_before, found)) is not None:
+        found = following
+        report("rolled_forward", step=found[0].step, steps=len(found[1].lineage))
+    return found
+
+
+def _adopt_next(
+    store: MetadataStore, folder: CheckpointFolder, fence: Fence, epoch_before: int, head: Found | None
+) -> Found | None:
+    """The unrecorded checkpoint that continues `head`, and is head by now; None if there is none."""
+    head_step, head_name = (head[0].step, head[0].name) if head else (-1, "")
+    given_up = set(store.facts().get(GIVEN_UP, []))
+    listed = folder.unrecorded(store.checkpoints())
+    if listed:
+        _refuse_if_replaced(store, fence)
+    for record, checkpoint in listed:
+        previous = identity_of(checkpoint.previous)
+        if record.step <= head_step:
+            continue
+        if previous in given_up:
+            given_up.add(identity_of(record.name))  # it followed a damaged one: swept
             continue
         try:
-            if identity_of(checkpoint.previous) != identity_of(head.name if head else ""):
+            if previous != identity_of(head_name):
                 raise IllegalTransitionError(f"It follows {checkpoint.previous!r}, which is not the head.")
             reach("recovery.before_claim")
             claimed = folder.claim(record, fence.epoch)
-            if claimed is None:
-                continue  # swept by the consumer that this one takes over from
-            record = claimed
+            if claimed is None:  # swept or claimed by a consumer that this one takes over from
+                return _adopt_next(store, folder, fence, epoch_before, head)
             reach("recovery.before_adopt")
-            store.adopt_checkpoint(record, checkpoint.lineage, fence=fence)
+            store.adopt_checkpoint(claimed, checkpoint.lineage, fence=fence)
             reach("recovery.after_adopt")
         except IllegalTransitionError as error:
             if checkpoint.epoch > epoch_before or checkpoint.lsn > store.lsn():
                 raise _ledger_is_older(record, folder, error) from error
             continue  # written by a consumer that was replaced before it could be recorded
-        report("rolled_forward", step=record.step, steps=len(checkpoint.lineage))
-        found = record, checkpoint
-    return found
+        return claimed, checkpoint
+    return None
+
+
+def _refuse_if_replaced(store: MetadataStore, fence: Fence) -> None:
+    """Raises FencedError. What was listed before this returns is no successor's, so it may be claimed."""
+    current = store.role_epochs()[fence.role]
+    if current != fence.epoch:
+        raise fenced(fence, current)
 
 
 def _ledger_is_older(

@@ -1,0 +1,97 @@
+"""Which checkpoint a new consumer goes on from, when others write, claim and sweep at the same time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paceline.errors import FencedError
+from paceline.ledger.records import CheckpointRecord, Fence, TrainedSample, TrainedStep, chain_of
+from paceline.ledger.stores.memory import InMemoryMetadataStore
+from paceline.testing.samples import sample_ref
+from paceline.training.checkpoint import Checkpoint, CheckpointFolder
+from paceline.training.recovery import recover
+
+
+class Run:
+    """A ledger with three samples, one a step, and a folder of checkpoints."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.store = InMemoryMetadataStore()
+        self.store.commit_samples([sample_ref(n) for n in range(3)])
+        self.folder = CheckpointFolder(tmp_path, "run0")
+        self.reported: list[str] = []
+
+    def consumer(self) -> Fence:
+        return self.store.acquire_role("consumer", "a test")
+
+    def write(
+        self, step: int, epoch: int, after: CheckpointRecord | None, *, lsn: int = 0
+    ) -> CheckpointRecord:
+        """The checkpoint of one step more than `after` has."""
+        samples = (TrainedSample(step, f"run0:s{step - 1}", f"task-{step - 1}", True),)
+        lineage = (TrainedStep(step, 0, step, samples),)
+        chain = chain_of(after.chain if after else "", [one.plan for one in lineage])
+        previous = after.name if after else ""
+        content = Checkpoint(step, step, {"w": b"w"}, {}, lineage, previous, chain, epoch, lsn)
+        return self.folder.write(content)
+
+    def recover(self, fence: Fence) -> CheckpointRecord | None:
+        def report(event: str, **_: Any) -> None:
+            self.reported.append(event)
+
+        found = recover(self.store, self.folder, fence, fence.epoch - 1, report)
+        return found[0] if found else None
+
+
+def test_a_replaced_consumer_claims_nothing_of_its_successor(tmp_path: Path) -> None:
+    """Held up while it started, it finds a checkpoint that its successor has not recorded yet."""
+    run = Run(tmp_path)
+    held_up, successor = run.consumer(), run.consumer()
+    written = run.write(1, successor.epoch, None)
+    with pytest.raises(FencedError):
+        run.recover(held_up)
+    assert run.folder.read(written).step == 1, "it is where the successor is about to say it is"
+
+
+def test_a_checkpoint_that_a_zombie_claims_first_is_found_under_its_new_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The zombie had looked before it was replaced, and renames what the successor has just listed."""
+    run = Run(tmp_path)
+    run.write(1, 0, None)
+    zombie, successor = run.consumer(), run.consumer()
+    claim = run.folder.claim
+    zombies = [zombie]
+
+    def after_the_zombie(record: CheckpointRecord, epoch: int) -> CheckpointRecord | None:
+        if zombies:
+            claim(record, zombies.pop().epoch)
+        return claim(record, epoch)
+
+    monkeypatch.setattr(run.folder, "claim", after_the_zombie)
+    head = run.recover(successor)
+    assert head is not None
+    assert (head.step, run.store.checkpoints()) == (1, [head])
+    assert run.folder.read(head).step == 1
+
+
+def test_what_follows_a_damaged_head_is_given_up_with_it(tmp_path: Path) -> None:
+    """A checkpoint was being written after it when the power failed: its ledger entries are lost, and the
+    head before it turns out damaged. No ledger is older than anything here: the steps are run again."""
+    run = Run(tmp_path)
+    first = run.consumer()
+    one = run.write(1, first.epoch, None)
+    assert run.recover(first) is not None
+    [one] = run.store.checkpoints()
+    two = run.write(2, first.epoch, one)
+    run.recover(first)
+    two = run.store.checkpoints()[-1]
+    three = run.write(3, first.epoch, two, lsn=1_000)
+    (tmp_path / two.name / "w").write_bytes(b"damaged")
+    for _ in range(2):  # the consumer that fell back died before it swept
+        assert run.recover(run.consumer()) == one
+    assert run.reported[-1] == "fall_back"
+    assert run.folder.read(three).step == 3, "it is for the sweep to remove"
