@@ -39,8 +39,8 @@ if where == "trainer":
         current, samples = real_fetch(self, refs)
         poison.extend(id(s) for r, s in zip(current, samples) if r.sample_id in deadly)
         return current, samples
-    def collate(self, samples):
-        return die() if any(id(s) in poison for s in samples) else real_collate(self, samples)
+    def collate(self, samples, device):
+        return die() if any(id(s) in poison for s in samples) else real_collate(self, samples, device)
     StepLoader.fetch, method.Eagle3Method.collate = fetch, collate
 if where == "engine":
     # The producer alone: in one process its deaths would be laid to the consumer's samples, too.

@@ -29,14 +29,14 @@ def default_aux_layer_ids(num_hidden_layers: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class LossSums:
-    """`loss_sum` carries the graph; `metrics` are detached sums, added up key by key.
+    """`loss_sum` carries the graph; `metrics` are detached sums, added up key by key, on its device.
 
     `num_tokens` is the divisor of both and may be 0, where `loss_sum` is 0 as well.
     """
 
     loss_sum: torch.Tensor  # float32 []
     num_tokens: int
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # scalars
 
 
 class DraftMethod(Protocol):
@@ -82,8 +82,8 @@ class DraftMethod(Protocol):
     def describe(self, draft: nn.Module) -> dict[str, Any]:
         """The draft's sizes as JSON values, for the checkpoint's manifest."""
 
-    def collate(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> Any:
-        """A padded batch, on the CPU, from samples that carry the tensors of `feature_specs`."""
+    def collate(self, samples: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Any:
+        """A padded batch on `device` from samples that carry the tensors of `feature_specs`."""
 
     def loss(self, draft: nn.Module, batch: Any) -> LossSums:
         """Training loss of a batch this method collated. Padding and masked tokens never count."""

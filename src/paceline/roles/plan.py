@@ -108,10 +108,11 @@ def processors_of_roles(config: RunConfig) -> dict[str, list[int]]:
 
 
 def role_environment(threads: int) -> dict[str, str]:
-    """Environment of a role's process: its thread count, and no network for model libraries."""
+    """Environment of a role's process: threads, no network for model libraries, repeatable CUDA products."""
     return {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # torch.use_deterministic_algorithms asks for it
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -54,8 +54,11 @@ def optimizer_tensors(draft: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def restore_optimizer(
     draft: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`, into a fresh optimizer of the same draft."""
+    """The inverse of `optimizer_tensors`, into a fresh optimizer of the same draft, on any device."""
     parameters = dict(draft.named_parameters())
     for name, tensor in tensors.items():
-        parameter, _, key = name.rpartition(".")
-        optimizer.state[parameters[parameter]][key] = tensor.clone()
+        parameter_name, _, key = name.rpartition(".")
+        parameter = parameters[parameter_name]
+        # AdamW counts its steps on the processor, wherever the weights are.
+        device = tensor.device if key == "step" else parameter.device
+        optimizer.state[parameter][key] = tensor.to(device, copy=True)

@@ -18,6 +18,8 @@ from paceline.methods.method import DraftMethod
 from paceline.training.optimizer import learning_rate_at, set_learning_rate
 from paceline.training.settings import OptimizerSettings
 
+_LOSS = "loss sum"  # no method's metric is called that
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -61,23 +63,26 @@ def accumulate_gradients(
     Raises TrainingError, about `what`, if loss or gradient is not a finite number.
     """
     draft.zero_grad(set_to_none=True)
-    loss_sum, num_tokens = 0.0, 0
-    metrics: dict[str, float] = {}
+    device = next(draft.parameters()).device
+    # Summed where they are: reading a number would make the processor wait for the device.
+    totals: dict[str, torch.Tensor] = {}
+    num_tokens = 0
     for micro_batch in micro_batches(samples, micro_batch_size):
-        batch = method.collate(micro_batch)
-        with _autocast(autocast_dtype):
+        batch = method.collate(micro_batch, device)
+        with _autocast(device, autocast_dtype):
             sums = method.loss(draft, batch)
         if sums.num_tokens:
             sums.loss_sum.backward()
-        loss_sum += float(sums.loss_sum.detach())
         num_tokens += sums.num_tokens
-        for name, value in sums.metrics.items():
-            metrics[name] = metrics.get(name, 0.0) + value
+        for name, value in {_LOSS: sums.loss_sum.detach(), **sums.metrics}.items():
+            totals[name] = totals[name] + value.double() if name in totals else value.double()
     parameters = [p for p in draft.parameters() if p.grad is not None]
     for parameter in parameters:
         assert parameter.grad is not None
         parameter.grad.div_(max(1, num_tokens))
     grad_norm = float(nn.utils.clip_grad_norm_(parameters, grad_clip))
+    metrics = {name: float(value) for name, value in totals.items()}
+    loss_sum = metrics.pop(_LOSS, 0.0)
     if not (torch.isfinite(torch.tensor([loss_sum, grad_norm])).all()):
         raise TrainingError(
             f"{what} has loss {loss_sum} and gradient norm {grad_norm}.",
@@ -116,7 +121,7 @@ def train_step(
     return StepResult(mean, sums.num_tokens, sums.grad_norm, rate, figures)
 
 
-def _autocast(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[None]:
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[None]:
     if dtype is None:
         return contextlib.nullcontext()
-    return torch.autocast("cpu", dtype=dtype)
+    return torch.autocast(device.type, dtype=dtype)

@@ -1,4 +1,8 @@
-"""The draft model and its optimizer as the trainer's learner."""
+"""The draft model and its optimizer as the trainer's learner.
+
+The draft is built on the processor (the first weights are a pure function of samples and seed there) and
+trained on a CUDA device if there is one. Nothing in training draws random numbers on the device.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,7 @@ class TorchLearner:
         self._head = head
         self._settings = settings
         self._staging = tensor_files.Staging()
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
     def ready(self) -> bool:
@@ -48,7 +53,7 @@ class TorchLearner:
         self._adopt(draft)
 
     def _adopt(self, draft: nn.Module) -> None:
-        self.draft = draft
+        self.draft = draft.to(self._device)
         scales = self._method.learning_rate_scales()
         self.optimizer = build_optimizer(draft, self._settings.optimizer, scales)
 

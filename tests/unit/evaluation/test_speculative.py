@@ -56,7 +56,7 @@ def trained_draft(folder: Path, model: LlamaForCausalLM) -> Eagle3Draft:
             torch.tensor([prompt]), max_new_tokens=40, min_new_tokens=40, do_sample=False, eos_token_id=None
         )[0, :-1]
         samples.append(captured_sample(model, len(answer), len(prompt), 0, answer))
-    batch = method.collate(samples)
+    batch = method.collate(samples, torch.device("cpu"))
     optimizer = torch.optim.AdamW(draft.parameters(), lr=5e-3)
     for _ in range(150):
         sums = training_time_test(draft, batch, 4, 1.0)

@@ -127,7 +127,7 @@ def test_warm_start_predicts_what_the_target_says_next(tmp_path: Path) -> None:
         method = Eagle3Method({"draft_vocab_size": VOCAB, "ttt_steps": 1, "init": init})
         draft = method.build_draft(head, seed=0)
         method.warm_start(draft, head, seen, seed=0)
-        sums = method.loss(draft, method.collate(unseen))
+        sums = method.loss(draft, method.collate(unseen, torch.device("cpu")))
         losses[init] = float(sums.loss_sum.detach()) / sums.num_tokens
     assert losses["regression"] < 0.9 * losses["random"]
 

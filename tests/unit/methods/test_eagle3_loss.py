@@ -126,6 +126,7 @@ def test_loss_ignores_padding_and_masked_tokens(
         counted=batch.counted,
         anchors=batch.anchors,
         anchor_valid=batch.anchor_valid,
+        num_anchors=batch.num_anchors,
     )
     clean = training_time_test(draft, batch, STEPS, DECAY)
     again = training_time_test(draft, dirty, STEPS, DECAY)
@@ -159,7 +160,7 @@ def test_micro_batches_add_up_to_the_full_batch(
     for name, parameter in draft.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
     for key, value in whole.metrics.items():
-        assert sum(p.metrics[key] for p in parts) == pytest.approx(value, rel=1e-5)
+        assert float(sum(p.metrics[key] for p in parts)) == pytest.approx(float(value), rel=1e-5)
 
 
 def test_sample_without_a_prediction_gives_zero_loss(draft: Eagle3Draft, target: LlamaForCausalLM) -> None:
@@ -175,10 +176,24 @@ def test_chain_metric_counts_leading_hits_only(
 ) -> None:
     """The estimated acceptance length never exceeds what the first step's accuracy allows."""
     sums = training_time_test(draft, collate(samples), STEPS, DECAY)
-    means = method.mean_metrics(sums.metrics, sums.num_tokens)
-    first = sums.metrics["hits_0"]
-    assert first <= sums.metrics["chain"] <= STEPS * first
-    assert means["acceptance_length_estimate"] == 1.0 + sums.metrics["chain"] / sums.num_tokens
+    metrics = {name: float(value) for name, value in sums.metrics.items()}
+    means = method.mean_metrics(metrics, sums.num_tokens)
+    first = metrics["hits_0"]
+    assert first <= metrics["chain"] <= STEPS * first
+    assert means["acceptance_length_estimate"] == 1.0 + metrics["chain"] / sums.num_tokens
+
+
+def test_every_tensor_of_the_loss_is_made_where_the_batch_lies(
+    draft: Eagle3Draft, samples: list[dict[str, torch.Tensor]]
+) -> None:
+    """A tensor made without a device would land on the wrong one, and mixing devices is an error."""
+    batch = collate(samples).to(torch.device("cpu"))
+    with torch.device("meta"):  # whatever names no device lies elsewhere
+        assert torch.zeros(()).is_meta
+        sums = training_time_test(draft, batch, STEPS, DECAY)
+        sums.loss_sum.backward()
+    assert all(not value.is_meta for value in [sums.loss_sum, *sums.metrics.values()])
+    assert all(p.grad is not None and not p.grad.is_meta for p in draft.midlayer.parameters())
 
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 200])

@@ -14,7 +14,7 @@ N heads, d head_dim, H hidden, D draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
@@ -34,10 +34,19 @@ class Eagle3Batch:
     counted: torch.Tensor  # bool [B, L]: the token *after* row j belongs to the answer
     anchors: torch.Tensor  # int64 [B, A], padded with 0
     anchor_valid: torch.Tensor  # bool [B, A]
+    num_anchors: int  # the valid ones
+
+    def to(self, device: torch.device) -> Eagle3Batch:
+        """The batch on `device`; to a CUDA device the copies run beside what the device does."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_anchors"}
+        if device.type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return Eagle3Batch(**moved, num_anchors=self.num_anchors)
 
 
 def collate(samples: Sequence[Mapping[str, torch.Tensor]]) -> Eagle3Batch:
-    """Pad samples (input_ids, loss_mask, aux_hidden_states, last_hidden_states) into one batch."""
+    """Pad samples (input_ids, loss_mask, aux_hidden_states, last_hidden_states) into one batch on the CPU."""
     size, length = len(samples), max(int(s["input_ids"].numel()) for s in samples)
     first = samples[0]
     input_ids = torch.zeros(size, length, dtype=torch.int64)
@@ -57,7 +66,7 @@ def collate(samples: Sequence[Mapping[str, torch.Tensor]]) -> Eagle3Batch:
     width = max(1, int(is_anchor.sum(1).max()))
     anchors = torch.argsort(is_anchor.to(torch.uint8), dim=1, descending=True, stable=True)[:, :width]
     valid = is_anchor.gather(1, anchors)
-    return Eagle3Batch(input_ids, aux, last, counted, anchors.masked_fill(~valid, 0), valid)
+    return Eagle3Batch(input_ids, aux, last, counted, anchors.masked_fill(~valid, 0), valid, int(valid.sum()))
 
 
 @dataclass
@@ -80,7 +89,7 @@ def _targets(draft: Eagle3Draft, batch: Eagle3Batch) -> _Targets:
         known = F.pad(batch.counted[:, 1:], (0, 1))[counted]  # the sample's last token is not in the batch
         reachable = draft.t2d[following[counted]] | ~known
         row_of = torch.zeros_like(batch.input_ids)
-        row_of[counted] = torch.arange(int(counted.sum()))
+        row_of[counted] = torch.arange(last.shape[0], device=last.device)
         return _Targets(logits.softmax(-1), logits.argmax(-1), row_of, reachable)
 
 
@@ -119,8 +128,9 @@ def training_time_test(draft: Eagle3Draft, batch: Eagle3Batch, ttt_steps: int, s
     layer, targets = draft.midlayer, _targets(draft, batch)
     size, length = batch.input_ids.shape
     anchors, valid = batch.anchors, batch.anchor_valid
-    rows = torch.arange(size).unsqueeze(1)
-    positions = torch.arange(length).expand(size, length)
+    device = batch.input_ids.device
+    rows = torch.arange(size, device=device).unsqueeze(1)
+    positions = torch.arange(length, device=device).expand(size, length)
     hidden_mask = (positions[:, None, :] > anchors[:, :, None])[:, None, None]
 
     fused = draft.fc(batch.aux_hidden_states.to(draft.fc.weight.dtype))
@@ -129,9 +139,9 @@ def training_time_test(draft: Eagle3Draft, batch: Eagle3Batch, ttt_steps: int, s
     feature, inputs = fused[rows, anchors], inputs[rows, anchors]
     own: list[tuple[torch.Tensor, torch.Tensor]] = []
     loss_sum = fused.new_zeros((), dtype=torch.float32)
-    metrics: dict[str, float] = {}
+    metrics: dict[str, torch.Tensor] = {}
     leading = valid.clone()
-    chain = 0
+    chain = leading.new_zeros((), dtype=torch.int64)
 
     for step in range(ttt_steps):
         at = (anchors + step).clamp(max=length - 1)  # the clamp only touches rows that cannot count
@@ -153,12 +163,12 @@ def training_time_test(draft: Eagle3Draft, batch: Eagle3Batch, ttt_steps: int, s
         hit = torch.zeros_like(counts)
         hit[counts] = hits
         leading = leading & hit
-        chain += int(leading.sum())
-        metrics[f"loss_{step}"] = float(step_loss.detach())
-        metrics[f"hits_{step}"] = float(hits.sum())
-        metrics[f"count_{step}"] = float(counts.sum())
-    metrics["chain"] = float(chain)
-    return LossSums(loss_sum, int(valid.sum()), metrics)
+        chain = chain + leading.sum()
+        metrics[f"loss_{step}"] = step_loss.detach()
+        metrics[f"hits_{step}"] = hits.sum()
+        metrics[f"count_{step}"] = counts.sum()
+    metrics["chain"] = chain
+    return LossSums(loss_sum, batch.num_anchors, metrics)
 
 
 def _step_loss(

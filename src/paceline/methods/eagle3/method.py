@@ -124,8 +124,8 @@ class Eagle3Method:
         assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type
         return asdict(draft.config)
 
-    def collate(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> Eagle3Batch:
-        return collate(samples)
+    def collate(self, samples: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Eagle3Batch:
+        return collate(samples).to(device)
 
     def loss(self, draft: nn.Module, batch: Any) -> LossSums:
         assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type
