@@ -109,17 +109,23 @@ def _is_tensor(value: Any) -> bool:
 
 def ref_to_json(ref: SampleRef) -> str:
     """One line of JSON. Raises TypeError for a tensor or anything else JSON cannot carry."""
-    assert_no_tensors(ref)
-    # Not dataclasses.asdict: it copies every leaf, which costs more than all the rest of a commit.
-    specs = {name: vars(spec) for name, spec in ref.feature_specs.items()}
-    fields = {**vars(ref), "feature_specs": specs}
-    return json.dumps(fields, separators=(",", ":"), sort_keys=True, allow_nan=False, default=_mapping)
+    try:
+        # Not dataclasses.asdict: it copies every leaf, which costs more than all the rest of a commit.
+        specs = {name: vars(spec) for name, spec in ref.feature_specs.items()}
+        return _ENCODER.encode({**vars(ref), "feature_specs": specs})
+    except TypeError:
+        # JSON has no tensors, so that only a ref that was refused need be searched for one.
+        assert_no_tensors(ref)
+        raise
 
 
 def _mapping(value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), sort_keys=True, allow_nan=False, default=_mapping)
 
 
 def ref_from_json(text: str | bytes) -> SampleRef:
