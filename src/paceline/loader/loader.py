@@ -268,7 +268,7 @@ class StepLoader:
             if record.state == "quarantined":
                 raise _GivenUpError(tried.sample_id)
             lost = record.state == "lost"
-            if known is not None and known != tried and not lost:
+            if known is not None and known != tried and record.state == "present":
                 reach("loader.after_recapture")
                 return known
             if not lost and not reported:
