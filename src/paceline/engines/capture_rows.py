@@ -38,8 +38,11 @@ class CaptureRows:
         self.prompt_ids = torch.tensor(padded, device=device)
         self._answers: list[list[int]] = [[] for _ in group]
         self._done = [False] * len(group)
-        shape = (len(group), self.capacity, (len(facts.aux_layer_ids) + 1) * facts.hidden_size)
-        self._states = torch.empty(shape, dtype=dtype, device=device)
+        # States without padding, the last kind apart: what a sample needs lies in one piece.
+        widths = (len(facts.aux_layer_ids) * facts.hidden_size, facts.hidden_size)
+        self._aux, self._last = (
+            torch.empty((len(group), self.capacity, width), dtype=dtype, device=device) for width in widths
+        )
         self._noise = [torch.Generator().manual_seed(request.seed) for request in group]
         # Temperature 1 stands in for greedy rows, whose sample is not used.
         temperatures = [request.temperature or 1.0 for request in group]
@@ -57,21 +60,28 @@ class CaptureRows:
         device = self.mask.device
         return [(torch.tensor(part, device=device), self._lengths[part[-1]] - self.shared) for part in parts]
 
-    def keep_prompts(
-        self, members: torch.Tensor, start: int, stop: int, states: Sequence[torch.Tensor]
-    ) -> None:
-        """Copy the states of some rows' prompts into the slots from `start` to `stop`."""
-        width = self._facts.hidden_size
-        for place, state in enumerate(states):
-            self._states[members, start:stop, place * width : (place + 1) * width] = state
+    def keep_shared(self, states: Sequence[torch.Tensor]) -> None:
+        """Keep the states of what all prompts begin with, computed for one row."""
+        for kept, state in zip(self._kept(slice(None)), states, strict=True):
+            kept[:, : self.shared] = state
+
+    def keep_prompts(self, members: torch.Tensor, states: Sequence[torch.Tensor]) -> None:
+        """Keep the states of the rest of some rows' prompts; each row's padding comes first."""
+        for place, row in enumerate(members.tolist()):
+            length = self._lengths[row]
+            for kept, state in zip(self._kept(row), states, strict=True):
+                kept[self.shared : length] = state[place, self.shared - length :]
 
     def keep(self, states: Sequence[torch.Tensor]) -> None:
-        """Copy the latest forward's states behind those before it."""
-        stop = self.length + states[0].shape[1]
-        width = self._facts.hidden_size
-        for place, state in enumerate(states):
-            self._states[:, self.length : stop, place * width : (place + 1) * width] = state
-        self.length = stop
+        """Keep the states of the latest forward, one token a row, behind those before it."""
+        rows, tokens = torch.arange(self.count, device=self.mask.device), self.length - self.padding
+        for kept, state in zip(self._kept(slice(None)), states, strict=True):
+            kept[rows, tokens] = state[:, 0]
+        self.length += 1
+
+    def _kept(self, rows: int | slice) -> list[torch.Tensor]:
+        """The places of each kind of state, in the order in which the engine gives them."""
+        return [*self._aux[rows].split(self._facts.hidden_size, dim=-1), self._last[rows]]
 
     def choose(self, logits: torch.Tensor) -> bool:
         """Append every unfinished row's next token; whether any row needs another forward."""
@@ -98,14 +108,13 @@ class CaptureRows:
         tokens = torch.searchsorted(cumulative, points, right=True)[:, 0]
         return [int(token) for token in tokens.clamp(max=logits.shape[-1] - 1)]
 
-    def samples(self, aux_layer_ids: Sequence[int]) -> list[CapturedSample]:
-        aux_width = len(aux_layer_ids) * self._facts.hidden_size
+    def samples(self) -> list[CapturedSample]:
+        """The finished rows. Their states are views of the group's, to be copied once, into a slot."""
         captured, bad = [], []
         for row, request in enumerate(self._group):
-            padding, length, cut = int(self.padding[row]), self._lengths[row], self.shared
-            parts = [self._states[row, :cut], self._states[row, cut + padding : padding + length]]
-            states = torch.cat(parts).cpu()
-            if not torch.isfinite(states).all():
+            length = self._lengths[row]
+            aux, last = self._aux[row, :length], self._last[row, :length]
+            if not (torch.isfinite(aux).all() and torch.isfinite(last).all()):
                 bad.append(request.sample_id)
             prompt = len(request.prompt_ids)
             tokens = list(request.prompt_ids) + self._answers[row][: length - prompt]
@@ -114,8 +123,8 @@ class CaptureRows:
                     sample_id=request.sample_id,
                     input_ids=torch.tensor(tokens, dtype=torch.int32),
                     loss_mask=(torch.arange(length) >= prompt).to(torch.uint8),
-                    aux_hidden_states=states[:, :aux_width].contiguous(),
-                    last_hidden_states=states[:, aux_width:].contiguous(),
+                    aux_hidden_states=aux,
+                    last_hidden_states=last,
                 )
             )
         if bad:

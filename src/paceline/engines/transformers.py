@@ -67,7 +67,7 @@ class TransformersEngine:
                 mask = rows.mask[:, : rows.length + 1]
                 hidden = self._forward(rows.last_ids, mask, positions, cache)
                 rows.keep(states.taken)
-        return rows.samples(self._facts.aux_layer_ids)
+        return rows.samples()
 
     def _prefill(self, rows: CaptureRows, cache: DynamicCache, states: _Hooks) -> torch.Tensor:
         """Read the prompts: what all begin with (the template's system prompt) once, then rows of like
@@ -80,7 +80,7 @@ class TransformersEngine:
         if shared:
             positions = torch.arange(shared, device=self._device)[None]
             self._forward(rows.prompt_ids[:1, :shared], rows.mask[:1, :shared], positions, first)
-            rows.keep_prompts(everyone, 0, shared, states.taken)
+            rows.keep_shared(states.taken)
             copy_cache(first, cache, everyone, 0)
         hidden = torch.empty(
             rows.count, self._facts.hidden_size, dtype=self._model.dtype, device=self._device
@@ -94,7 +94,7 @@ class TransformersEngine:
             mask = torch.cat([rows.mask[members, :shared], rows.mask[members, start : rows.length]], dim=1)
             own_ids = rows.prompt_ids[members, start : rows.length]
             hidden[members] = self._forward(own_ids, mask, positions, part)
-            rows.keep_prompts(members, start, rows.length, states.taken)
+            rows.keep_prompts(members, states.taken)
             copy_cache(part, cache, members, start, skip=shared)
         return hidden
 
