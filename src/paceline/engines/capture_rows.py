@@ -43,7 +43,7 @@ class CaptureRows:
         self._aux, self._last = (
             torch.empty((len(group), self.capacity, width), dtype=dtype, device=device) for width in widths
         )
-        self._noise = [torch.Generator().manual_seed(request.seed) for request in group]
+        self._points = torch.stack([_noise(request, answer) for request in group], dim=1).to(device)
         # Temperature 1 stands in for greedy rows, whose sample is not used.
         temperatures = [request.temperature or 1.0 for request in group]
         self._temperature = torch.tensor(temperatures, device=device)[:, None]
@@ -103,8 +103,7 @@ class CaptureRows:
     def _sample(self, logits: torch.Tensor) -> list[int]:
         """Inverse of each row's cumulative distribution at the row's own next random number."""
         cumulative = (logits.float() / self._temperature).softmax(-1).cumsum(-1)
-        points = torch.cat([torch.rand(1, generator=noise) for noise in self._noise])
-        points = points.to(cumulative.device)[:, None] * cumulative[:, -1:]
+        points = self._points[len(self._answers[0])][:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, points, right=True)[:, 0]
         return [int(token) for token in tokens.clamp(max=logits.shape[-1] - 1)]
 
@@ -134,6 +133,15 @@ class CaptureRows:
                 next="try target.dtype: float32, or remove the prompt.",
             )
         return captured
+
+
+def _noise(request: CaptureRequest, size: int) -> torch.Tensor:
+    """One random number for each token that the request may get, zeros up to `size`."""
+    generator = torch.Generator().manual_seed(request.seed)
+    numbers = torch.zeros(size)
+    if request.temperature > 0:
+        numbers[: request.max_new_tokens] = torch.rand(request.max_new_tokens, generator=generator)
+    return numbers
 
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:

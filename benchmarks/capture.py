@@ -1,0 +1,119 @@
+"""Capture against the target's bare forward: how much of the producer's time is the model's own.
+
+    python -m benchmarks.capture [--quick]
+
+The target of pipeline.py answers groups of 32 prompts with 96 tokens each, and every sample is put into
+shared memory. The limit is the time that the same run spent inside the decoder's forward and lm_head; the rest is
+this project's: keeping states, choosing tokens, cutting samples out, and the put with its digest.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.data_plane import SHARED_MEMORY
+from benchmarks.pipeline import GROUP, make_target
+from benchmarks.rows import Row, against, row
+from paceline.engines.capture_rows import CaptureRows
+from paceline.engines.engine import CapturedSample, CaptureRequest
+from paceline.engines.transformers import TransformersEngine
+from paceline.features.stores.shm import SharedMemoryFeatureStore
+
+ANSWER_TOKENS = 96
+PARTS = {
+    "keep": [(CaptureRows, "keep"), (CaptureRows, "keep_prompts"), (CaptureRows, "keep_shared")],
+    "choose": [(CaptureRows, "choose")],
+    "cut out": [(CaptureRows, "samples")],
+    "put": [(SharedMemoryFeatureStore, "put")],
+}
+
+
+@contextmanager
+def timed(parts: dict[str, list[tuple[Any, str]]], seconds: Counter[str]) -> Iterator[None]:
+    """Adds up the seconds spent in each part's methods."""
+
+    def wrapped(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                seconds[name] += time.perf_counter() - started  # type: ignore[assignment]
+
+        return call
+
+    with ExitStack() as stack:
+        for name, methods in parts.items():
+            for owner, method in methods:
+                stack.enter_context(patch.object(owner, method, wrapped(name, getattr(owner, method))))
+        yield
+
+
+def requests(seed: int) -> list[CaptureRequest]:
+    """Prompts of 8 to 64 tokens, sampled, so that no two groups are alike."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(8, 65, (GROUP,), generator=draw).tolist()
+    prompts = [tuple(torch.randint(3, 4096, (n,), generator=draw).tolist()) for n in lengths]
+    return [
+        CaptureRequest(f"{seed}:{n}", prompt, ANSWER_TOKENS, temperature=1.0, seed=seed * GROUP + n)
+        for n, prompt in enumerate(prompts)
+    ]
+
+
+def store(features: SharedMemoryFeatureStore, sample: CapturedSample) -> None:
+    tensors = {
+        "input_ids": sample.input_ids,
+        "loss_mask": sample.loss_mask,
+        "aux_hidden_states": sample.aux_hidden_states,
+        "last_hidden_states": sample.last_hidden_states,
+    }
+    features.put(sample.sample_id, tensors)
+
+
+def run(quick: bool) -> list[Row]:
+    torch.set_num_threads(1)
+    folder = SHARED_MEMORY / f"paceline-bench-{uuid.uuid4().hex[:8]}"
+    features = SharedMemoryFeatureStore(folder, budget_bytes=1 << 30, owner=True)
+    whole, model = [], []
+    shares: dict[str, list[float]] = {name: [] for name in PARTS}
+    with tempfile.TemporaryDirectory() as place:
+        engine = TransformersEngine(make_target(Path(place)))
+        own: list[tuple[Any, str]] = [(engine, "_forward"), (engine._model.lm_head, "forward")]
+        for seed in range((3 if quick else 12) + 1):
+            seconds: Counter[str] = Counter()
+            with timed({**PARTS, "model": own, "capture": [(engine, "capture")]}, seconds):
+                captured = engine.capture(requests(seed))
+                for sample in captured:
+                    store(features, sample)
+            for sample in captured:
+                features.abort(sample.sample_id)
+            if seed:  # the first warms up
+                tokens = sum(int(sample.input_ids.numel()) for sample in captured)
+                total = seconds["capture"] + seconds["put"]
+                whole.append(tokens / total)
+                model.append(tokens / seconds["model"])
+                for name, found in shares.items():
+                    found.append(seconds[name] / total)
+    features.destroy()
+    limit = {"limit_name": "the model's forward and lm_head in the same run", "goal": 0.95}
+    return [
+        against("answer, capture and put", whole, model, "tokens/s", **limit),
+        *[row(f"share of capture: {name}", statistics.median(found), "") for name, found in shares.items()],
+    ]
+
+
+if __name__ == "__main__":
+    print(json.dumps(run("--quick" in sys.argv), indent=1))
