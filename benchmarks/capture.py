@@ -3,8 +3,8 @@
     python -m benchmarks.capture [--quick]
 
 The target of pipeline.py answers groups of 32 prompts with 96 tokens each, and every sample is put into
-shared memory. The limit is the time that the same run spent inside the decoder's forward and lm_head; the rest is
-this project's: keeping states, choosing tokens, cutting samples out, and the put with its digest.
+shared memory. The limit is the time that the same run spent inside the decoder's forward and lm_head; the
+rest is this project's: keeping states, choosing tokens, cutting samples out, the put with its digest.
 """
 
 from __future__ import annotations

@@ -18,10 +18,13 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
 from benchmarks.ledger_workers import Counts, together
 from benchmarks.rows import Row, against, row
+from paceline.ledger.records import StepPlan
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.testing.samples import sample_ref
 
 WRITERS = 8  # of the group commit
 PROMPTS = 150_000  # more than a round of the mixed load can use
@@ -180,12 +183,32 @@ def latency(disk: Disk, commits: int) -> list[Row]:
     ]
 
 
+def a_step(disk: Disk, durability: Literal["head", "full"], steps: int) -> Row:
+    """Plan and ack of steps of 16 samples by one consumer: what the ledger adds to every step."""
+    store = SQLiteMetadataStore(disk.path(), durability=durability)
+    fence = store.acquire_role("consumer", "benchmark")
+    ids = [f"run0:s{n}" for n in range(16 * steps)]
+    for start in range(0, len(ids), 1024):
+        store.commit_samples([sample_ref(n) for n in range(start, min(start + 1024, len(ids)))])
+    took = []
+    for step in range(1, steps + 1):
+        plan = StepPlan(step, tuple(ids[16 * (step - 1) : 16 * step]), 16 * step)
+        started = time.perf_counter()
+        store.begin_step(plan, fence=fence)
+        store.ack_step(step, 0, plan.sample_ids, fence=fence)
+        took.append(1e3 * (time.perf_counter() - started))
+    store.close()
+    note = f"two transactions; p99 {percentile(took, 0.99):.2f} ms"
+    return row(f"plan and ack of a step of 16 samples, {durability}", percentile(took, 0.5), "ms", note=note)
+
+
 def run(quick: bool) -> list[Row]:
     repeats = 3 if quick else 9
     with tempfile.TemporaryDirectory(dir=os.environ.get("PACELINE_BENCH_DIR")) as folder:
         disk = Disk(Path(folder), 0.6 if quick else 2.0)
         rows = durable(disk, repeats)
         rows += [mixed(disk, repeats, batch) for batch in (32, 256)]
+        rows += [a_step(disk, durability, 200 if quick else 1000) for durability in ("head", "full")]
         return [*rows, fairness(disk, repeats), *latency(disk, 200 if quick else 2000)]
 
 

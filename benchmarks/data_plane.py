@@ -227,6 +227,7 @@ def streams(label: str, num_bytes: int, group: int, rounds: int) -> list[Row]:
                 against(
                     f"stream {label}: {kind.name}", speed[kind], memcpy, "GB/s", limit_name="memcpy of 8 MB"
                 )
+                | {"instead_of": f"stream {label}"}
             )
     if RedisStream not in kinds:
         missing = "not measured: no redis-server on PATH, or no redis package"

@@ -132,8 +132,9 @@ def history(path: Path, points: list[int]) -> list[Row]:
                 if steady
                 else {}
             )
-            rows.append(row(f"{what} {at}", value, "ms", goal=0.8 if steady else None, **more))
-        rows.append(row(f"ledger size {at}", size, "B/ref"))
+            goal = 0.8 if steady else None
+            rows.append(row(f"{what} {at}", value, "ms", goal=goal, curve=what, x=samples, **more))
+        rows.append(row(f"ledger size {at}", size, "B/ref", curve="ledger size", x=samples))
     return rows
 
 
@@ -164,6 +165,8 @@ def producers(folder: Path, seconds: float, repeats: int) -> list[Row]:
             ratio=statistics.median(a / b for a, b in zip(totals[number], totals[PRODUCERS[0]], strict=True)),
             goal=0.8,
             note=f"smallest share of the largest {statistics.median(shares[number]):.2f}",
+            curve="committed by 1, 4, 16 producers",
+            x=number,
         )
         for number in PRODUCERS
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from paceline.methods.eagle3.cross_entropy import soft_cross_entropy
-from paceline.methods.eagle3.loss import Eagle3Batch, collate, training_time_test
+from paceline.methods.eagle3.loss import collate, training_time_test
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.methods.target_head import TargetHead
@@ -111,27 +112,38 @@ def test_training_time_test_equals_decoding_one_token_at_a_time(
         )
 
 
-def test_loss_ignores_padding_and_masked_tokens(
+def test_loss_ignores_neighbours_and_masked_tokens(
     draft: Eagle3Draft, samples: list[dict[str, torch.Tensor]]
 ) -> None:
-    """Garbage in padded rows, and in target states whose successor is a prompt token, changes nothing."""
-    batch = collate(samples)
-    padded = torch.ones_like(batch.counted)
-    for row, sample in enumerate(samples):
-        padded[row, : sample["input_ids"].numel()] = False
-    dirty = Eagle3Batch(
-        input_ids=batch.input_ids.masked_fill(padded, VOCAB - 1),
-        aux_hidden_states=batch.aux_hidden_states.masked_fill(padded[..., None], 1e3),
-        last_hidden_states=batch.last_hidden_states.masked_fill(~batch.counted[..., None], -1e3),
-        counted=batch.counted,
-        anchors=batch.anchors,
-        anchor_valid=batch.anchor_valid,
-        num_anchors=batch.num_anchors,
+    """Garbage in the sample before or behind, and in target states whose successor is a prompt token,
+    changes nothing."""
+    garbage = {**samples[0], "loss_mask": torch.zeros_like(samples[0]["loss_mask"])}
+    garbage["aux_hidden_states"] = torch.full_like(samples[0]["aux_hidden_states"], 1e3)
+    alone = [
+        training_time_test(draft, collate([one]), STEPS, DECAY) for one in (garbage, samples[1], garbage)
+    ]
+    batch = collate([garbage, samples[1], garbage])
+    dirty = replace(
+        batch, last_hidden_states=batch.last_hidden_states.masked_fill(~batch.counted[:, None], -1e3)
     )
-    clean = training_time_test(draft, batch, STEPS, DECAY)
-    again = training_time_test(draft, dirty, STEPS, DECAY)
-    assert torch.equal(clean.loss_sum, again.loss_sum)
-    assert clean.metrics == again.metrics
+    packed = training_time_test(draft, dirty, STEPS, DECAY)
+    assert packed.num_tokens == sum(one.num_tokens for one in alone)
+    expected = torch.stack([one.loss_sum for one in alone]).sum()
+    torch.testing.assert_close(packed.loss_sum, expected, rtol=1e-5, atol=1e-5)
+    for name in packed.metrics:
+        parts = torch.stack([one.metrics[name] for one in alone]).sum()
+        torch.testing.assert_close(packed.metrics[name], parts, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_holds_no_padding(samples: list[dict[str, torch.Tensor]]) -> None:
+    """However the lengths differ, the linear layers see the samples' own tokens and no others."""
+    batch = collate(samples)
+    lengths = [int(sample["input_ids"].numel()) for sample in samples]
+    assert len(set(lengths)) > 1
+    assert batch.input_ids.shape == (sum(lengths),)
+    assert batch.aux_hidden_states.shape[0] == batch.last_hidden_states.shape[0] == sum(lengths)
+    assert batch.cells.unique().numel() == sum(lengths)
+    assert batch.anchor_cells.unique().numel() == batch.anchors.numel()
 
 
 def test_loss_counts_only_predictions_inside_the_answer(

@@ -6,9 +6,10 @@ k = 0 and the output of step k-1 afterwards. Queries of step k attend to the key
 features gave (rows <= i, step 0) and to row i's own keys of steps 1..k, which is exactly what a
 decoder sees that has drafted k tokens after token i+1.
 
-Only anchors are queried, and lm_head runs only where a prediction counts, so padding and prompts
-cost keys and values but nothing else. Legend: B batch, L length, A anchors, M counted rows,
-N heads, d head_dim, H hidden, D draft vocabulary.
+Samples lie one after another without padding, so that the linear layers compute nothing in vain: only
+anchors are queried, lm_head runs only where a prediction counts. Attention alone is computed on a padded
+grid, a row for each sample, where it costs little. Legend: B samples, T tokens in all, L of the longest
+sample, M anchors in all, A of the sample with most, N heads, d head_dim, H hidden, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -26,47 +27,66 @@ from paceline.methods.method import LossSums
 
 @dataclass(frozen=True)
 class Eagle3Batch:
-    """Padded samples. T of a sample counts the tokens the target processed: its last one is absent."""
+    """Samples one after another. A sample counts the tokens that the target processed: its last is absent."""
 
-    input_ids: torch.Tensor  # int64 [B, L]
-    aux_hidden_states: torch.Tensor  # target dtype [B, L, 3H]
-    last_hidden_states: torch.Tensor  # target dtype [B, L, H], pre-norm
-    counted: torch.Tensor  # bool [B, L]: the token *after* row j belongs to the answer
-    anchors: torch.Tensor  # int64 [B, A], padded with 0
-    anchor_valid: torch.Tensor  # bool [B, A]
-    num_anchors: int  # the valid ones
+    input_ids: torch.Tensor  # int64 [T]
+    next_ids: torch.Tensor  # int64 [T]: the token that follows in the sample; 0 behind its last
+    aux_hidden_states: torch.Tensor  # target dtype [T, 3H]
+    last_hidden_states: torch.Tensor  # target dtype [T, H], pre-norm
+    counted: torch.Tensor  # bool [T]: the token *after* this one belongs to the answer
+    next_counted: torch.Tensor  # bool [T]: `counted` of the token that follows; False behind the last
+    positions: torch.Tensor  # int64 [T], from 0 in every sample
+    cells: torch.Tensor  # int64 [T]: the token's place in a [B, L] grid
+    anchors: torch.Tensor  # int64 [M], of T
+    anchor_cells: torch.Tensor  # int64 [M]: the anchor's place in a [B, A] grid
+    ends: torch.Tensor  # int64 [M]: the last token, of T, of the anchor's sample
+    grid: tuple[int, int, int]  # B, L, A
 
     def to(self, device: torch.device) -> Eagle3Batch:
         """The batch on `device`; to a CUDA device the copies run beside what the device does."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_anchors"}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "grid"}
         if device.type == "cuda":
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        return Eagle3Batch(**moved, num_anchors=self.num_anchors)
+        return Eagle3Batch(**moved, grid=self.grid)
 
 
 def collate(samples: Sequence[Mapping[str, torch.Tensor]]) -> Eagle3Batch:
-    """Pad samples (input_ids, loss_mask, aux_hidden_states, last_hidden_states) into one batch on the CPU."""
-    size, length = len(samples), max(int(s["input_ids"].numel()) for s in samples)
-    first = samples[0]
-    input_ids = torch.zeros(size, length, dtype=torch.int64)
-    aux = first["aux_hidden_states"].new_zeros(size, length, first["aux_hidden_states"].shape[-1])
-    last = first["last_hidden_states"].new_zeros(size, length, first["last_hidden_states"].shape[-1])
-    counted = torch.zeros(size, length, dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        tokens = int(sample["input_ids"].numel())
-        input_ids[row, :tokens] = sample["input_ids"]
-        aux[row, :tokens] = sample["aux_hidden_states"]
-        last[row, :tokens] = sample["last_hidden_states"]
-        counted[row, : tokens - 1] = sample["loss_mask"][1:].bool()
-        # The token after the last row was generated but never processed: always an answer token.
-        counted[row, tokens - 1] = True
-    # Row i is an anchor if row i+1, whose target distribution it predicts, counts.
-    is_anchor = F.pad(counted[:, 1:], (0, 1))
-    width = max(1, int(is_anchor.sum(1).max()))
-    anchors = torch.argsort(is_anchor.to(torch.uint8), dim=1, descending=True, stable=True)[:, :width]
-    valid = is_anchor.gather(1, anchors)
-    return Eagle3Batch(input_ids, aux, last, counted, anchors.masked_fill(~valid, 0), valid, int(valid.sum()))
+    """Join samples (input_ids, loss_mask, aux_hidden_states, last_hidden_states) into a batch on the CPU."""
+    lengths = torch.tensor([sample["input_ids"].numel() for sample in samples])
+    stops = lengths.cumsum(0)
+    num_tokens, longest = int(stops[-1]), int(lengths.max())
+    sample_of = torch.repeat_interleave(torch.arange(len(samples)), lengths)
+    positions = torch.arange(num_tokens) - (stops - lengths)[sample_of]
+    is_last = torch.zeros(num_tokens, dtype=torch.bool)
+    is_last[stops - 1] = True
+
+    def following(values: torch.Tensor) -> torch.Tensor:
+        return F.pad(values[1:], (0, 1)).masked_fill(is_last, 0)
+
+    input_ids = torch.cat([sample["input_ids"] for sample in samples]).long()
+    # The token after a sample's last was generated but never processed: always an answer token.
+    counted = following(torch.cat([sample["loss_mask"] for sample in samples]).bool()) | is_last
+    # A row is an anchor if the next one, whose target distribution it predicts, counts.
+    next_counted = following(counted)
+    anchors = next_counted.nonzero()[:, 0]
+    anchors_of = torch.bincount(sample_of[anchors], minlength=len(samples))
+    width = max(1, int(anchors_of.max()))
+    before = (anchors_of.cumsum(0) - anchors_of)[sample_of[anchors]]
+    return Eagle3Batch(
+        input_ids=input_ids,
+        next_ids=following(input_ids),
+        aux_hidden_states=torch.cat([sample["aux_hidden_states"] for sample in samples]),
+        last_hidden_states=torch.cat([sample["last_hidden_states"] for sample in samples]),
+        counted=counted,
+        next_counted=next_counted,
+        positions=positions,
+        cells=sample_of * longest + positions,
+        anchors=anchors,
+        anchor_cells=sample_of[anchors] * width + torch.arange(anchors.numel()) - before,
+        ends=(stops - 1)[sample_of[anchors]],
+        grid=(len(samples), longest, width),
+    )
 
 
 @dataclass
@@ -75,7 +95,7 @@ class _Targets:
 
     probabilities: torch.Tensor  # float32 [M0, D]
     top: torch.Tensor  # int64 [M0]
-    row_of: torch.Tensor  # int64 [B, L] -> index into the M0 rows
+    row_of: torch.Tensor  # int64 [T] -> index into the M0 rows
     reachable: torch.Tensor = field(repr=False)  # bool [M0]: the token that follows can be drafted
 
 
@@ -85,12 +105,23 @@ def _targets(draft: Eagle3Draft, batch: Eagle3Batch) -> _Targets:
         last = batch.last_hidden_states[counted]
         normed = rms_norm(last, draft.target_norm, draft.config.rms_norm_eps)
         logits = F.linear(normed.to(draft.target_rows.dtype), draft.target_rows).float()
-        following = F.pad(batch.input_ids[:, 1:], (0, 1))
-        known = F.pad(batch.counted[:, 1:], (0, 1))[counted]  # the sample's last token is not in the batch
-        reachable = draft.t2d[following[counted]] | ~known
+        # What follows a sample's last token is not in the batch.
+        reachable = draft.t2d[batch.next_ids[counted]] | ~batch.next_counted[counted]
         row_of = torch.zeros_like(batch.input_ids)
         row_of[counted] = torch.arange(last.shape[0], device=last.device)
         return _Targets(logits.softmax(-1), logits.argmax(-1), row_of, reachable)
+
+
+def _on_grid(states: torch.Tensor, cells: torch.Tensor, size: int, width: int) -> torch.Tensor:
+    """`states` [1, N, M, d] at their `cells` [M] of a grid [size, N, width, d], zeros elsewhere."""
+    rows = states[0].transpose(0, 1)
+    grid = rows.new_zeros(size * width, *rows.shape[1:]).index_copy(0, cells, rows)
+    return grid.view(size, width, *rows.shape[1:]).transpose(1, 2)
+
+
+def _off_grid(grid: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_on_grid`."""
+    return grid.transpose(1, 2).flatten(0, 1)[cells].transpose(0, 1).unsqueeze(0)
 
 
 def _attend(
@@ -126,38 +157,39 @@ def training_time_test(draft: Eagle3Draft, batch: Eagle3Batch, ttt_steps: int, s
     and `chain`, the summed number of leading hits, whose mean plus 1 estimates the acceptance length.
     """
     layer, targets = draft.midlayer, _targets(draft, batch)
-    size, length = batch.input_ids.shape
-    anchors, valid = batch.anchors, batch.anchor_valid
-    device = batch.input_ids.device
-    rows = torch.arange(size, device=device).unsqueeze(1)
-    positions = torch.arange(length, device=device).expand(size, length)
-    hidden_mask = (positions[:, None, :] > anchors[:, :, None])[:, None, None]
+    attention, anchors, cells = layer.self_attn, batch.anchors, batch.anchor_cells
+    size, length, width = batch.grid
+    at = batch.positions[anchors]
+    row_at = at.new_zeros(size * width).index_copy(0, cells, at).view(size, 1, 1, width, 1)
+    hidden_mask = torch.arange(length, device=at.device) > row_at
 
-    fused = draft.fc(batch.aux_hidden_states.to(draft.fc.weight.dtype))
-    inputs = layer.inputs(draft.embed(F.pad(batch.input_ids[:, 1:], (0, 1))), fused)
-    keys = layer.self_attn.key_value(inputs, positions)
-    feature, inputs = fused[rows, anchors], inputs[rows, anchors]
+    fused = draft.fc(batch.aux_hidden_states.to(draft.fc.weight.dtype)).unsqueeze(0)
+    inputs = layer.inputs(draft.embed(batch.next_ids).unsqueeze(0), fused)
+    key, value = attention.key_value(inputs, batch.positions.unsqueeze(0))
+    keys = _on_grid(key, batch.cells, size, length), _on_grid(value, batch.cells, size, length)
+    feature, inputs = fused[:, anchors], inputs[:, anchors]
     own: list[tuple[torch.Tensor, torch.Tensor]] = []
     loss_sum = fused.new_zeros((), dtype=torch.float32)
     metrics: dict[str, torch.Tensor] = {}
-    leading = valid.clone()
-    chain = leading.new_zeros((), dtype=torch.int64)
+    leading = torch.ones_like(anchors, dtype=torch.bool)
+    chain = anchors.new_zeros(())
 
     for step in range(ttt_steps):
-        at = (anchors + step).clamp(max=length - 1)  # the clamp only touches rows that cannot count
+        position = (at + step).unsqueeze(0)
         if step:
-            following = batch.input_ids[rows, (at + 1).clamp(max=length - 1)]
-            inputs = layer.inputs(draft.embed(following), feature)
-            own.append(layer.self_attn.key_value(inputs, anchors + step))
-        query = layer.self_attn.query(inputs, anchors + step)
-        feature = layer.finish(feature, _attend(query, keys, own, hidden_mask))
+            # Behind a sample's end there is no token; what stands in for it cannot count.
+            following = batch.input_ids[torch.minimum(anchors + step + 1, batch.ends)]
+            inputs = layer.inputs(draft.embed(following).unsqueeze(0), feature)
+            key, value = attention.key_value(inputs, position)
+            own.append((_on_grid(key, cells, size, width), _on_grid(value, cells, size, width)))
+        query = _on_grid(attention.query(inputs, position), cells, size, width)
+        feature = layer.finish(feature, _off_grid(_attend(query, keys, own, hidden_mask), cells))
 
         predicts = anchors + step + 1
-        counts = valid & (predicts < length)
-        predicts = predicts.clamp(max=length - 1)
-        counts = counts & batch.counted[rows, predicts]
-        picked = targets.row_of[rows, predicts][counts]
-        step_loss, hits = _step_loss(draft, feature[counts], targets, picked)
+        counts = predicts <= batch.ends
+        predicts = torch.minimum(predicts, batch.ends)
+        counts = counts & batch.counted[predicts]
+        step_loss, hits = _step_loss(draft, feature[0, counts], targets, targets.row_of[predicts[counts]])
         loss_sum = loss_sum + step_decay**step * step_loss
 
         hit = torch.zeros_like(counts)
@@ -168,7 +200,7 @@ def training_time_test(draft: Eagle3Draft, batch: Eagle3Batch, ttt_steps: int, s
         metrics[f"hits_{step}"] = hits.sum()
         metrics[f"count_{step}"] = counts.sum()
     metrics["chain"] = chain
-    return LossSums(loss_sum, batch.num_anchors, metrics)
+    return LossSums(loss_sum, anchors.numel(), metrics)
 
 
 def _step_loss(
