@@ -98,18 +98,25 @@ class Folding(Database):
             self._write_block("tasks", first + start, first + start + len(part) - 1, part)
         self._change("UPDATE run SET num_tasks = ?", known + len(task_ids))
 
-    def _task_id_at(self, ordinal: int) -> str:
-        first = self._value("SELECT max(first) FROM folded WHERE kind = 'tasks' AND first <= ?", ordinal)
-        digest = self._value("SELECT digest FROM folded WHERE kind = 'tasks' AND first = ?", first)
-        if self._task_memo is None or self._task_memo[:2] != (first, digest):
-            self._task_memo = (first, digest, self._read_block("tasks", first))
-        task_id: str = self._task_memo[2][ordinal - first]
-        return task_id
+    def _task_ids_between(self, start: int, stop: int) -> list[str]:
+        """The ids of prompts `start` to `stop - 1`, all of them known."""
+        found: list[str] = []
+        while start < stop:
+            first = self._value("SELECT max(first) FROM folded WHERE kind = 'tasks' AND first <= ?", start)
+            digest = self._value("SELECT digest FROM folded WHERE kind = 'tasks' AND first = ?", first)
+            if self._task_memo is None or self._task_memo[:2] != (first, digest):
+                self._task_memo = (first, digest, self._read_block("tasks", first))
+            part = self._task_memo[2][start - first : stop - first]
+            assert part, "blocks follow each other without a gap"
+            found += part
+            start += len(part)
+        return found
 
     def _unleased_ordinal(self, task_id: str) -> int | None:
         """For a commit without a lease; searches every prompt that was never leased."""
         start, end = self._run("next_ordinal"), self._run("num_tasks")
-        return next((n for n in range(start, end) if self._task_id_at(n) == task_id), None)
+        ids = self._task_ids_between(start, end)
+        return start + ids.index(task_id) if task_id in ids else None
 
     def _known_task_ids(self) -> set[str]:
         """Every prompt id. Raises ConfigError once some are history: then the list must begin with them."""

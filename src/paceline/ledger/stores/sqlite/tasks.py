@@ -40,13 +40,13 @@ class TaskTable(Folding):
             leases = sorted(again + self._never_leased(limit), key=lambda lease: lease.ordinal)[:limit]
             if group_size is not None:
                 leases = [x for x in leases if x.ordinal // group_size == leases[0].ordinal // group_size]
-            for lease in leases:
-                self._change(
-                    "INSERT INTO task (ordinal, task_id, state, holder) VALUES (?, ?, 'leased', ?) "
-                    "ON CONFLICT (ordinal) DO UPDATE SET state = 'leased', holder = excluded.holder",
-                    *(lease.ordinal, lease.task_id, worker_id),
-                )
-            first_times = [lease.ordinal for lease in leases if lease not in again]
+            self._db.executemany(
+                "INSERT INTO task (ordinal, task_id, state, holder) VALUES (?, ?, 'leased', ?) "
+                "ON CONFLICT (ordinal) DO UPDATE SET state = 'leased', holder = excluded.holder",
+                [(lease.ordinal, lease.task_id, worker_id) for lease in leases],
+            )
+            known = {lease.ordinal for lease in again}
+            first_times = [lease.ordinal for lease in leases if lease.ordinal not in known]
             if first_times:
                 self._change("UPDATE run SET next_ordinal = ?", first_times[-1] + 1)
                 self._change("DELETE FROM task WHERE state = 'done' AND ordinal <= ?", first_times[-1])
@@ -58,9 +58,12 @@ class TaskTable(Folding):
         found: list[TaskLease] = []
         ordinal, end = self._run("next_ordinal"), self._run("num_tasks")
         while ordinal < end and len(found) < limit:
-            if self._value("SELECT 1 FROM task WHERE ordinal = ?", ordinal) is None:
-                found.append(TaskLease(self._task_id_at(ordinal), ordinal, 0))
-            ordinal += 1
+            stop = min(end, ordinal + limit - len(found))
+            rows = self._rows("SELECT ordinal FROM task WHERE ordinal >= ? AND ordinal < ?", ordinal, stop)
+            taken = {n for (n,) in rows}
+            ids = enumerate(self._task_ids_between(ordinal, stop), start=ordinal)
+            found += [TaskLease(task_id, n, 0) for n, task_id in ids if n not in taken]
+            ordinal = stop
         return found
 
     def _ordinal_of(self, task_id: str | None) -> int | None:
