@@ -6,15 +6,16 @@ k = 0 and the output of step k-1 afterwards. Queries of step k attend to the key
 features gave (rows <= i, step 0) and to row i's own keys of steps 1..k, which is exactly what a
 decoder sees that has drafted k tokens after token i+1.
 
-Only anchors are queried, and lm_head runs only where a prediction counts, so padding and prompts
-cost keys and values but nothing else. Legend: B batch, L length, A anchors, M counted rows,
-N heads, d head_dim, H hidden, D draft vocabulary.
+Only anchors are queried, and lm_head runs only where a prediction counts: prompts cost keys and
+values but nothing else. Nothing is padded: the rows of all samples lie one after another, and only
+attention goes through them sample by sample. Legend: R rows of all samples, A anchors of all
+samples, M counted rows, N heads, d head_dim, H hidden, D draft vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
@@ -26,47 +27,50 @@ from paceline.methods.method import LossSums
 
 @dataclass(frozen=True)
 class Eagle3Batch:
-    """Padded samples. T of a sample counts the tokens the target processed: its last one is absent."""
+    """Packed samples. T of a sample counts the tokens the target processed: its last one is absent."""
 
-    input_ids: torch.Tensor  # int64 [B, L]
-    aux_hidden_states: torch.Tensor  # target dtype [B, L, 3H]
-    last_hidden_states: torch.Tensor  # target dtype [B, L, H], pre-norm
-    counted: torch.Tensor  # bool [B, L]: the token *after* row j belongs to the answer
-    anchors: torch.Tensor  # int64 [B, A], padded with 0
-    anchor_valid: torch.Tensor  # bool [B, A]
-    num_anchors: int  # the valid ones
+    input_ids: torch.Tensor  # int64 [R]
+    aux_hidden_states: torch.Tensor  # target dtype [R, 3H]
+    last_hidden_states: torch.Tensor  # target dtype [R, H], pre-norm
+    counted: torch.Tensor  # bool [R]: the token *after* row j belongs to the answer
+    positions: torch.Tensor  # int64 [R]: of the row in its sample
+    anchors: torch.Tensor  # int64 [A]: rows, ascending
+    ends: torch.Tensor  # int64 [A]: the first row beyond the anchor's sample
+    lengths: tuple[int, ...]  # rows of each sample
+    widths: tuple[int, ...]  # anchors of each sample
 
     def to(self, device: torch.device) -> Eagle3Batch:
         """The batch on `device`; to a CUDA device the copies run beside what the device does."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_anchors"}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
         if device.type == "cuda":
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        return Eagle3Batch(**moved, num_anchors=self.num_anchors)
+        return Eagle3Batch(**{**values, **moved})
 
 
 def collate(samples: Sequence[Mapping[str, torch.Tensor]]) -> Eagle3Batch:
-    """Pad samples (input_ids, loss_mask, aux_hidden_states, last_hidden_states) into one batch on the CPU."""
-    size, length = len(samples), max(int(s["input_ids"].numel()) for s in samples)
-    first = samples[0]
-    input_ids = torch.zeros(size, length, dtype=torch.int64)
-    aux = first["aux_hidden_states"].new_zeros(size, length, first["aux_hidden_states"].shape[-1])
-    last = first["last_hidden_states"].new_zeros(size, length, first["last_hidden_states"].shape[-1])
-    counted = torch.zeros(size, length, dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        tokens = int(sample["input_ids"].numel())
-        input_ids[row, :tokens] = sample["input_ids"]
-        aux[row, :tokens] = sample["aux_hidden_states"]
-        last[row, :tokens] = sample["last_hidden_states"]
-        counted[row, : tokens - 1] = sample["loss_mask"][1:].bool()
-        # The token after the last row was generated but never processed: always an answer token.
-        counted[row, tokens - 1] = True
+    """Pack samples (input_ids, loss_mask, aux_ and last_hidden_states) into one batch on the CPU."""
+    lengths = tuple(int(sample["input_ids"].numel()) for sample in samples)
+    # The token after a sample's last row was generated but never processed: always an answer token.
+    last = torch.ones(1, dtype=torch.bool)
+    counted = [torch.cat((sample["loss_mask"][1:].bool(), last)) for sample in samples]
     # Row i is an anchor if row i+1, whose target distribution it predicts, counts.
-    is_anchor = F.pad(counted[:, 1:], (0, 1))
-    width = max(1, int(is_anchor.sum(1).max()))
-    anchors = torch.argsort(is_anchor.to(torch.uint8), dim=1, descending=True, stable=True)[:, :width]
-    valid = is_anchor.gather(1, anchors)
-    return Eagle3Batch(input_ids, aux, last, counted, anchors.masked_fill(~valid, 0), valid, int(valid.sum()))
+    anchors = [rows[1:].nonzero().squeeze(1) for rows in counted]
+    widths = tuple(rows.numel() for rows in anchors)
+    ends = torch.tensor(lengths).cumsum(0)
+    starts = (ends - torch.tensor(lengths)).tolist()
+    return Eagle3Batch(
+        torch.cat([sample["input_ids"] for sample in samples]).long(),
+        torch.cat([sample["aux_hidden_states"] for sample in samples]),
+        torch.cat([sample["last_hidden_states"] for sample in samples]),
+        torch.cat(counted),
+        torch.cat([torch.arange(length) for length in lengths]),
+        torch.cat([rows + start for rows, start in zip(anchors, starts, strict=True)]),
+        ends.repeat_interleave(torch.tensor(widths)),
+        lengths,
+        widths,
+    )
 
 
 @dataclass
@@ -75,38 +79,36 @@ class _Targets:
 
     probabilities: torch.Tensor  # float32 [M0, D]
     top: torch.Tensor  # int64 [M0]
-    row_of: torch.Tensor  # int64 [B, L] -> index into the M0 rows
-    reachable: torch.Tensor = field(repr=False)  # bool [M0]: the token that follows can be drafted
+    row_of: torch.Tensor  # int64 [R] -> index into the M0 rows
+    reachable: torch.Tensor  # bool [R]: the token that follows can be drafted
 
 
 def _targets(draft: Eagle3Draft, batch: Eagle3Batch) -> _Targets:
-    counted = batch.counted
+    counted, following = batch.counted, batch.input_ids.roll(-1)
     with torch.no_grad():
-        last = batch.last_hidden_states[counted]
-        normed = rms_norm(last, draft.target_norm, draft.config.rms_norm_eps)
+        normed = rms_norm(batch.last_hidden_states[counted], draft.target_norm, draft.config.rms_norm_eps)
         logits = F.linear(normed.to(draft.target_rows.dtype), draft.target_rows).float()
-        following = F.pad(batch.input_ids[:, 1:], (0, 1))
-        known = F.pad(batch.counted[:, 1:], (0, 1))[counted]  # the sample's last token is not in the batch
-        reachable = draft.t2d[following[counted]] | ~known
-        row_of = torch.zeros_like(batch.input_ids)
-        row_of[counted] = torch.arange(last.shape[0], device=last.device)
-        return _Targets(logits.softmax(-1), logits.argmax(-1), row_of, reachable)
+        # The token that follows a sample's last row is not in the batch, and held to be drafted.
+        known = batch.positions.roll(-1) > 0
+        return _Targets(
+            logits.softmax(-1), logits.argmax(-1), counted.cumsum(0) - 1, draft.t2d[following] | ~known
+        )
 
 
 def _attend(
     query: torch.Tensor,
     keys: tuple[torch.Tensor, torch.Tensor],
-    own: list[tuple[torch.Tensor, torch.Tensor]],
+    own: Sequence[tuple[torch.Tensor, torch.Tensor]],
     hidden_mask: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of anchors over step-0 keys and their own later keys; [B, N, A, d].
+    """Attention of a sample's anchors over step-0 keys and their own later keys; [1, N, a, d].
 
-    `query` [B, N, A, d]; `keys` = step-0 (keys, values) [B, N_kv, L, d]; `own` = one (key, value)
-    pair [B, N_kv, A, d] per step 1..k; `hidden_mask` bool [B, 1, 1, A, L], True where row > anchor.
+    `query` [1, N, a, d]; `keys` = step-0 (keys, values) [1, N_kv, T, d]; `own` = one (key, value)
+    pair [1, N_kv, a, d] per step 1..k; `hidden_mask` bool [a, T], True where row > anchor.
     """
     kv_heads = keys[0].shape[1]
     size, heads, width, head_dim = query.shape
-    grouped = query.view(size, kv_heads, heads // kv_heads, width, head_dim) * head_dim**-0.5
+    grouped = query.reshape(size, kv_heads, heads // kv_heads, width, head_dim) * head_dim**-0.5
     scores = grouped @ keys[0].unsqueeze(2).transpose(-1, -2)
     scores = scores.float().masked_fill(hidden_mask, float("-inf"))
     diagonal = [(grouped * key.unsqueeze(2)).sum(-1, keepdim=True).float() for key, _ in own]
@@ -118,6 +120,31 @@ def _attend(
     return mixed.flatten(1, 2)
 
 
+class _Attention:
+    """`_attend` over packed rows: samples one after another, so that none is padded to another's length."""
+
+    def __init__(
+        self, batch: Eagle3Batch, keys: tuple[torch.Tensor, torch.Tensor], places: torch.Tensor
+    ) -> None:
+        self.widths = list(batch.widths)
+        self.keys = list(zip(*(part.split(list(batch.lengths), 2) for part in keys), strict=True))
+        self.own: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self.widths]
+        positions = batch.positions.split(list(batch.lengths))
+        self.hidden_masks = [
+            rows > at[:, None] for rows, at in zip(positions, places.split(self.widths), strict=True)
+        ]
+
+    def add(self, keys: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Take a step's own keys and values of the anchors, each [1, N_kv, A, d]."""
+        for own, key, value in zip(self.own, *(part.split(self.widths, 2) for part in keys), strict=True):
+            own.append((key, value))
+
+    def mix(self, query: torch.Tensor) -> torch.Tensor:
+        """[1, N, A, d] of `query` [1, N, A, d]."""
+        parts = zip(query.split(self.widths, 2), self.keys, self.own, self.hidden_masks, strict=True)
+        return torch.cat([_attend(*part) for part in parts], dim=2)
+
+
 def training_time_test(draft: Eagle3Draft, batch: Eagle3Batch, ttt_steps: int, step_decay: float) -> LossSums:
     """Sum over anchors and steps of step_decay**k times the cross entropy to the target.
 
@@ -125,56 +152,70 @@ def training_time_test(draft: Eagle3Draft, batch: Eagle3Batch, ttt_steps: int, s
     target's argmax over the draft vocabulary, and the token that follows can be drafted), `count_k`;
     and `chain`, the summed number of leading hits, whose mean plus 1 estimates the acceptance length.
     """
-    layer, targets = draft.midlayer, _targets(draft, batch)
-    size, length = batch.input_ids.shape
-    anchors, valid = batch.anchors, batch.anchor_valid
-    device = batch.input_ids.device
-    rows = torch.arange(size, device=device).unsqueeze(1)
-    positions = torch.arange(length, device=device).expand(size, length)
-    hidden_mask = (positions[:, None, :] > anchors[:, :, None])[:, None, None]
-
+    layer, anchors = draft.midlayer, batch.anchors
+    places, final = batch.positions[anchors], batch.ends - 1
     fused = draft.fc(batch.aux_hidden_states.to(draft.fc.weight.dtype))
-    inputs = layer.inputs(draft.embed(F.pad(batch.input_ids[:, 1:], (0, 1))), fused)
-    keys = layer.self_attn.key_value(inputs, positions)
-    feature, inputs = fused[rows, anchors], inputs[rows, anchors]
-    own: list[tuple[torch.Tensor, torch.Tensor]] = []
-    loss_sum = fused.new_zeros((), dtype=torch.float32)
-    metrics: dict[str, torch.Tensor] = {}
-    leading = valid.clone()
-    chain = leading.new_zeros((), dtype=torch.int64)
+    # A sample's last row is given a stranger's token; no anchor attends to that row.
+    inputs = layer.inputs(draft.embed(batch.input_ids.roll(-1)), fused)
+    attention = _Attention(batch, layer.self_attn.key_value(inputs[None], batch.positions[None]), places)
+    feature, inputs = fused[anchors], inputs[anchors]
+    outputs: list[torch.Tensor] = []
+    predicts: list[torch.Tensor] = []
+    counts: list[torch.Tensor] = []
 
     for step in range(ttt_steps):
-        at = (anchors + step).clamp(max=length - 1)  # the clamp only touches rows that cannot count
         if step:
-            following = batch.input_ids[rows, (at + 1).clamp(max=length - 1)]
+            following = batch.input_ids[torch.minimum(anchors + step + 1, final)]
             inputs = layer.inputs(draft.embed(following), feature)
-            own.append(layer.self_attn.key_value(inputs, anchors + step))
-        query = layer.self_attn.query(inputs, anchors + step)
-        feature = layer.finish(feature, _attend(query, keys, own, hidden_mask))
+            attention.add(layer.self_attn.key_value(inputs[None], places[None] + step))
+        query = layer.self_attn.query(inputs[None], places[None] + step)
+        feature = layer.finish(feature[None], attention.mix(query))[0]
 
-        predicts = anchors + step + 1
-        counts = valid & (predicts < length)
-        predicts = predicts.clamp(max=length - 1)
-        counts = counts & batch.counted[rows, predicts]
-        picked = targets.row_of[rows, predicts][counts]
-        step_loss, hits = _step_loss(draft, feature[counts], targets, picked)
-        loss_sum = loss_sum + step_decay**step * step_loss
+        predicted = torch.minimum(anchors + step + 1, final)
+        is_counted = (anchors + step < final) & batch.counted[predicted]
+        outputs.append(feature[is_counted])
+        predicts.append(predicted[is_counted])
+        counts.append(is_counted)
+    return _sums(draft, batch, outputs, predicts, counts, step_decay)
 
-        hit = torch.zeros_like(counts)
-        hit[counts] = hits
+
+def _sums(
+    draft: Eagle3Draft,
+    batch: Eagle3Batch,
+    outputs: Sequence[torch.Tensor],
+    predicts: Sequence[torch.Tensor],
+    counts: Sequence[torch.Tensor],
+    step_decay: float,
+) -> LossSums:
+    """Loss and metrics of every step's counted `outputs` [M_k, H], which predict rows `predicts` [M_k].
+
+    `counts` bool [A] marks the anchors that they belong to.
+    """
+    targets, sizes = _targets(draft, batch), [output.shape[0] for output in outputs]
+    rows = torch.cat(list(predicts))
+    scale = torch.cat(
+        [rows.new_full((size,), step_decay**step, dtype=torch.float32) for step, size in enumerate(sizes)]
+    )
+    loss_sum, losses, hits = soft_cross_entropy(
+        draft.norm(torch.cat(list(outputs))),
+        draft.lm_head.weight,
+        targets.probabilities,
+        targets.top,
+        targets.row_of[rows],
+        scale,
+    )
+    hits &= targets.reachable[rows]
+    metrics: dict[str, torch.Tensor] = {}
+    leading = torch.ones_like(batch.anchors, dtype=torch.bool)
+    chain = leading.new_zeros((), dtype=torch.int64)
+    parts = zip(counts, losses.split(sizes), hits.split(sizes), strict=True)
+    for step, (is_counted, step_losses, step_hits) in enumerate(parts):
+        hit = torch.zeros_like(is_counted)
+        hit[is_counted] = step_hits
         leading = leading & hit
         chain = chain + leading.sum()
-        metrics[f"loss_{step}"] = step_loss.detach()
-        metrics[f"hits_{step}"] = hits.sum()
-        metrics[f"count_{step}"] = counts.sum()
+        metrics[f"loss_{step}"] = step_losses.sum()
+        metrics[f"hits_{step}"] = step_hits.sum()
+        metrics[f"count_{step}"] = is_counted.sum()
     metrics["chain"] = chain
-    return LossSums(loss_sum, batch.num_anchors, metrics)
-
-
-def _step_loss(
-    draft: Eagle3Draft, hidden: torch.Tensor, targets: _Targets, picked: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(summed soft cross entropy [], hits bool [M]) of layer outputs `hidden` [M, H]."""
-    loss, top = soft_cross_entropy(draft.norm(hidden), draft.lm_head.weight, targets.probabilities, picked)
-    hits = (top == targets.top[picked]) & targets.reachable[picked]
-    return loss, hits
+    return LossSums(loss_sum, sum(batch.widths), metrics)
