@@ -1,176 +1,200 @@
-"""The unrolled EAGLE-3 step against a plain forward and backward of the same modules.
+"""The training step of a draft against a plain forward and backward of the same modules.
 
     python -m benchmarks.training_step [--quick]
 
-A draft for a target of SmolLM2-135M's sizes (random weights and states, bfloat16 autocast) takes steps of 8
-samples of 60 to 250 tokens, a third of each prompt. `plain` runs the same linear layers on the same rows
-and nothing of the unrolled bookkeeping: fc, keys and values once for all tokens; then for each of K depths
-the layer on the anchors with torch's own causal attention over as many joined rows, norm, lm_head, and
-F.cross_entropy to one hard label instead of the target's distribution. Tokens are those of the samples.
+Sizes are those of SmolLM2-135M, weights and states random, samples of 60 to 250 tokens. Ours is what the
+trainer runs: micro-batches, `collate`, `loss`, `backward`, in bfloat16 autocast. The limit calls the same
+modules as often on the same number of real rows, none of it padding: fc, norms, keys and values for every
+token; queries, attention output, MLP and lm_head for K passes over the rows that can be drafted from.
+Nothing is unrolled: each pass takes the output of the pass before, attention is stock
+`scaled_dot_product_attention` sample by sample over the target's keys alone, and the loss is stock
+`cross_entropy` with the token that follows as label: no distribution of the target, no metrics.
+
+Bytes kept for backward are counted by autograd's own hooks, each storage once, weights left out.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
 
 from benchmarks.rows import Row, against, row
-from paceline.methods.eagle3.loss import Eagle3Batch
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.methods.target_head import TargetHead
 from paceline.training.step import micro_batches
 
-HIDDEN, VOCAB, DRAFT_VOCAB = 576, 49_152, 8192
+Sample = Mapping[str, torch.Tensor]
+
+# SmolLM2-135M's config.json
 CONFIG = {
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "hidden_size": HIDDEN,
+    "hidden_size": 576,
     "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
     "rms_norm_eps": 1e-5,
     "rope_theta": 100_000.0,
+    "vocab_size": 49_152,
 }
-SAMPLES, MICRO_BATCH, DEPTH = 8, 4, 4
+DEPTH, DEPTHS = 4, (1, 3, 5, 7)
+MICRO_BATCH = 8
 CPU = torch.device("cpu")
-Sample = dict[str, torch.Tensor]
 
 
-def draft_of(depth: int) -> tuple[Eagle3Method, Eagle3Draft]:
-    draw = torch.Generator().manual_seed(0)
-    rows = torch.randn(VOCAB, HIDDEN, generator=draw).bfloat16()
-    head = TargetHead(CONFIG, rows, torch.ones(HIDDEN), rows)
-    method = Eagle3Method({"draft_vocab_size": DRAFT_VOCAB, "ttt_steps": depth, "init": "random"})
-    return method, method.build_draft(head, seed=0)
+def target_head() -> TargetHead:
+    generator = torch.Generator().manual_seed(0)
+    shape = (int(CONFIG["vocab_size"]), int(CONFIG["hidden_size"]))
+    embedding = torch.randn(shape, generator=generator).mul_(0.1).bfloat16()
+    return TargetHead(CONFIG, embedding, torch.ones(shape[1], dtype=torch.bfloat16), embedding)
 
 
-def samples_of(seed: int) -> list[Sample]:
-    draw = torch.Generator().manual_seed(seed)
-    made = []
-    for length in torch.randint(60, 251, (SAMPLES,), generator=draw).tolist():
-        made.append(
+def spread_samples(count: int) -> list[Sample]:
+    """`count` samples of 60 to 250 tokens, a quarter to a half of them prompt."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, samples = int(CONFIG["hidden_size"]), []
+    for _ in range(count):
+        tokens = int(torch.randint(60, 251, (), generator=generator))
+        prompt = int(torch.randint(tokens // 4, tokens // 2, (), generator=generator))
+        states = torch.randn(tokens, 4 * hidden, generator=generator).bfloat16()
+        samples.append(
             {
-                "input_ids": torch.randint(0, VOCAB, (length,), generator=draw, dtype=torch.int32),
-                "loss_mask": (torch.arange(length) >= length // 3).to(torch.uint8),
-                "aux_hidden_states": torch.randn(length, 3 * HIDDEN, generator=draw).bfloat16(),
-                "last_hidden_states": torch.randn(length, HIDDEN, generator=draw).bfloat16(),
+                "input_ids": torch.randint(int(CONFIG["vocab_size"]), (tokens,), generator=generator).int(),
+                "loss_mask": (torch.arange(tokens) >= prompt).to(torch.uint8),
+                "aux_hidden_states": states[:, : 3 * hidden].contiguous(),
+                "last_hidden_states": states[:, 3 * hidden :].contiguous(),
             }
         )
-    return made
+    return samples
 
 
-def plain_loss(draft: Eagle3Draft, batch: Eagle3Batch, depth: int) -> torch.Tensor:
-    """See the module's text."""
+def new_draft(depth: int) -> tuple[Eagle3Method, Eagle3Draft]:
+    method = Eagle3Method({"ttt_steps": depth, "init": "random"})
+    return method, method.build_draft(target_head(), seed=0)
+
+
+def ours(method: Eagle3Method, draft: Eagle3Draft, samples: Sequence[Sample]) -> None:
+    for micro_batch in micro_batches(samples, MICRO_BATCH):
+        batch = method.collate(micro_batch, CPU)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = method.loss(draft, batch).loss_sum
+        loss.backward()
+
+
+def plain(draft: Eagle3Draft, samples: Sequence[Sample]) -> None:
+    for micro_batch in micro_batches(samples, MICRO_BATCH):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = _plain_loss(draft, micro_batch, DEPTH)
+        loss.backward()
+
+
+def _plain_loss(draft: Eagle3Draft, samples: Sequence[Sample], depth: int) -> torch.Tensor:
     layer, attention = draft.midlayer, draft.midlayer.self_attn
-    fused = draft.fc(batch.aux_hidden_states).unsqueeze(0)
-    inputs = layer.inputs(draft.embed(batch.next_ids).unsqueeze(0), fused)
-    keys, values = attention.key_value(inputs, batch.positions.unsqueeze(0))
-    feature, inputs = fused[:, batch.anchors], inputs[:, batch.anchors]
-    number, at = batch.anchors.numel(), batch.positions[batch.anchors].unsqueeze(0)
-    loss = fused.new_zeros((), dtype=torch.float32)
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    starts = [int(sample["loss_mask"].argmax()) - 1 for sample in samples]  # the first row that predicts
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    queried = torch.cat([torch.arange(n) >= first for n, first in zip(lengths, starts, strict=True)])
+    # The last row has no successor in the batch.
+    queried[torch.tensor(lengths).cumsum(0) - 1] = False
+    ids = torch.cat([sample["input_ids"] for sample in samples])
+    fused = draft.fc(torch.cat([sample["aux_hidden_states"] for sample in samples]).float())
+    inputs = layer.inputs(draft.embed(ids.roll(-1)), fused)
+    keys, values = attention.key_value(inputs[None], positions[None])
+    key_parts, value_parts = keys.split(lengths, 2), values.split(lengths, 2)
+    per_sample = [n - 1 - first for n, first in zip(lengths, starts, strict=True)]
+    masks = [
+        torch.arange(n) <= torch.arange(first, n - 1)[:, None]
+        for n, first in zip(lengths, starts, strict=True)
+    ]
+    feature, inputs = fused[queried], inputs[queried]
+    labels = ids.roll(-2)[queried].long() % draft.config.draft_vocab_size
+    loss = feature.new_zeros((), dtype=torch.float32)
     for step in range(depth):
         if step:
-            inputs = layer.inputs(draft.embed(batch.input_ids[batch.anchors]).unsqueeze(0), feature)
-            attention.key_value(inputs, at)
-        query = attention.query(inputs, at)
-        mixed = F.scaled_dot_product_attention(
-            query, keys[:, :, -number:], values[:, :, -number:], is_causal=True, enable_gqa=True
-        )
-        feature = layer.finish(feature, mixed)
-        logits = draft.logits(feature[0])
-        labels = torch.zeros(number, dtype=torch.int64)
-        loss = loss + F.cross_entropy(logits.float(), labels, reduction="sum")
+            inputs = layer.inputs(draft.embed(labels), feature)
+            attention.key_value(inputs[None], positions[None, queried])
+        query = attention.query(inputs[None], positions[None, queried])
+        mixed = [
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            for q, k, v, mask in zip(query.split(per_sample, 2), key_parts, value_parts, masks, strict=True)
+        ]
+        feature = layer.finish(feature[None], torch.cat(mixed, 2))[0]
+        # As many rows as ours: a pass deeper in predicts one token less of each sample.
+        counts = torch.cat([torch.arange(n) < n - step for n in per_sample])
+        loss = loss + F.cross_entropy(draft.logits(feature[counts]), labels[counts], reduction="sum")
     return loss
 
 
-def seconds_of(work: Callable[..., object], *arguments: Any) -> float:
-    started = time.perf_counter()
-    work(*arguments)
-    return time.perf_counter() - started
+def speed(quick: bool) -> Row:
+    """Pairs, so that what else the machine does hits both."""
+    method, draft = new_draft(DEPTH)
+    samples = spread_samples(16 if quick else 32)
+    tokens = sum(len(sample["input_ids"]) for sample in samples)
+
+    def rate(work: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        work()
+        took = time.perf_counter() - start
+        draft.zero_grad(set_to_none=True)
+        return tokens / took
+
+    pairs = []
+    for turn in range(4 if quick else 10):
+        pair = rate(lambda: ours(method, draft, samples)), rate(lambda: plain(draft, samples))
+        if turn:  # the first touches fresh memory
+            pairs.append(pair)
+    return against(
+        "training step",
+        [pair[0] for pair in pairs],
+        [pair[1] for pair in pairs],
+        "tokens/s",
+        limit_name="forward+backward of the same modules",
+        goal=0.9,
+        note=f"depth {DEPTH}, draft vocabulary {draft.config.draft_vocab_size}, one process",
+    )
 
 
-def step(draft: Eagle3Draft, parts: Sequence[Any], loss: Callable[[Any], torch.Tensor]) -> None:
-    """Forward and backward of a whole step, without the optimizer."""
-    draft.zero_grad(set_to_none=True)
-    for part in parts:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            value = loss(part)
-        value.backward()  # type: ignore[no-untyped-call]
+def kept(depth: int, samples: Sequence[Sample]) -> Row:
+    """Bytes that the graph of one micro-batch holds between forward and backward, per token."""
+    method, draft = new_draft(depth)
+    batch = method.collate(samples, CPU)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in [*draft.parameters(), *draft.buffers()]}
+    # Autocast's bfloat16 copies of the weights are kept once, whatever the depth and the tokens.
+    copies = {tuple(weight.shape) for weight in draft.parameters() if weight.dim() == 2}
+    storages: dict[int, int] = {}
+    held = []  # so that no address is used twice
 
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        is_copy = tensor.dtype is torch.bfloat16 and {tuple(tensor.shape), tuple(tensor.shape)[::-1]} & copies
+        if storage.data_ptr() not in weights and not is_copy:
+            storages[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
 
-def loss_of(method: Eagle3Method, draft: Eagle3Draft, samples: Sequence[Sample]) -> torch.Tensor:
-    return method.loss(draft, method.collate(samples, CPU)).loss_sum
-
-
-def speed(rounds: int) -> list[Row]:
-    method, draft = draft_of(DEPTH)
-    ours, plain, padding = [], [], []
-    for seed in range(rounds + 1):
-        samples = samples_of(seed)
-        lengths = sorted(int(sample["input_ids"].numel()) for sample in samples)
-        parts = micro_batches(samples, MICRO_BATCH)
-        batches = [method.collate(part, CPU) for part in parts]
-        real = seconds_of(step, draft, parts, lambda part: loss_of(method, draft, part))
-        bare = seconds_of(step, draft, batches, lambda batch: plain_loss(draft, batch, DEPTH))
-        if seed:
-            ours.append(sum(lengths) / real)
-            plain.append(sum(lengths) / bare)
-            padded = MICRO_BATCH * sum(lengths[MICRO_BATCH - 1 :: MICRO_BATCH])
-            padding.append(1 - sum(lengths) / padded)
-    return [
-        against(
-            f"training step, {DEPTH} depths, collate included",
-            ours,
-            plain,
-            "tokens/s",
-            limit_name="plain forward and backward of the same modules",
-            goal=0.9,
-        ),
-        row(
-            "padding that packing leaves out",
-            statistics.median(padding),
-            "",
-            note=f"of all rows, {MICRO_BATCH} samples of like length padded to the longest",
-        ),
-    ]
-
-
-def memory() -> list[Row]:
-    """Bytes that the forward keeps for the backward, a token of the samples; every storage once."""
-    rows = []
-    samples = samples_of(0)[:MICRO_BATCH]
-    tokens = sum(int(sample["input_ids"].numel()) for sample in samples)
-    for depth in (1, 2, 4, 8):
-        method, draft = draft_of(depth)
-        own = {parameter.untyped_storage().data_ptr() for parameter in draft.parameters()}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:  # noqa: B023
-                kept[storage.data_ptr()] = storage.nbytes()  # noqa: B023
-            return tensor
-
-        batch = method.collate(samples, CPU)
-        watched = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with watched, torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = method.loss(draft, batch).loss_sum
-        name = "bytes kept for the backward, a token"
-        rows.append(row(f"{name}, {depth} depths", sum(kept.values()) / tokens, "B", curve=name, x=depth))
-        del loss
-    return rows
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = method.loss(draft, batch).loss_sum
+    loss.backward()
+    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    return row(
+        f"bytes kept for backward, depth {depth}",
+        sum(storages.values()) / tokens / 1024,
+        "KiB/token",
+        curve="bytes kept for backward by depth",
+        x=depth,
+    )
 
 
 def run(quick: bool) -> list[Row]:
     torch.set_num_threads(1)
-    return speed(4 if quick else 20) + memory()
+    like = micro_batches(spread_samples(16), MICRO_BATCH)[1]
+    return [speed(quick), *(kept(depth, like) for depth in DEPTHS)]
 
 
 if __name__ == "__main__":

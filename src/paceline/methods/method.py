@@ -86,7 +86,7 @@ class DraftMethod(Protocol):
         """A batch on `device` from samples that carry the tensors of `feature_specs`."""
 
     def loss(self, draft: nn.Module, batch: Any) -> LossSums:
-        """Training loss of a batch this method collated. Padding and masked tokens never count."""
+        """Training loss of a batch this method collated. Masked tokens, and padding if any, never count."""
 
     def drafter(self, draft: nn.Module, dtype: torch.dtype) -> Any:
         """The draft as lossless decoding uses it; what it must offer is evaluation's `Drafter`."""

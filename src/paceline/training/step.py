@@ -35,9 +35,8 @@ class StepResult:
 def micro_batches(
     samples: Sequence[Mapping[str, torch.Tensor]], size: int
 ) -> list[list[Mapping[str, torch.Tensor]]]:
-    """Samples of like length together: attention pads to the longest. A pure function of the lengths."""
-    by_length = sorted(samples, key=lambda sample: sample["input_ids"].shape[0])
-    return [list(by_length[i : i + size]) for i in range(0, len(by_length), size)]
+    """The samples in their order, `size` at a time; methods pack them, so lengths need not be alike."""
+    return [list(samples[i : i + size]) for i in range(0, len(samples), size)]
 
 
 @dataclass(frozen=True)

@@ -112,38 +112,58 @@ def test_training_time_test_equals_decoding_one_token_at_a_time(
         )
 
 
-def test_loss_ignores_neighbours_and_masked_tokens(
+def test_loss_ignores_masked_tokens(draft: Eagle3Draft, samples: list[dict[str, torch.Tensor]]) -> None:
+    """Garbage in target states whose successor is a prompt token changes nothing."""
+    batch = collate(samples)
+    garbage = batch.last_hidden_states.masked_fill(~batch.counted[:, None], -1e3)
+    assert not torch.equal(garbage, batch.last_hidden_states)
+    clean = training_time_test(draft, batch, STEPS, DECAY)
+    again = training_time_test(draft, replace(batch, last_hidden_states=garbage), STEPS, DECAY)
+    assert torch.equal(clean.loss_sum, again.loss_sum)
+    assert clean.metrics == again.metrics
+
+
+def test_packed_samples_do_not_see_each_other(
     draft: Eagle3Draft, samples: list[dict[str, torch.Tensor]]
 ) -> None:
-    """Garbage in the sample before or behind, and in target states whose successor is a prompt token,
-    changes nothing."""
-    garbage = {**samples[0], "loss_mask": torch.zeros_like(samples[0]["loss_mask"])}
-    garbage["aux_hidden_states"] = torch.full_like(samples[0]["aux_hidden_states"], 1e3)
-    alone = [
-        training_time_test(draft, collate([one]), STEPS, DECAY) for one in (garbage, samples[1], garbage)
-    ]
-    batch = collate([garbage, samples[1], garbage])
-    dirty = replace(
-        batch, last_hidden_states=batch.last_hidden_states.masked_fill(~batch.counted[:, None], -1e3)
-    )
-    packed = training_time_test(draft, dirty, STEPS, DECAY)
-    assert packed.num_tokens == sum(one.num_tokens for one in alone)
-    expected = torch.stack([one.loss_sum for one in alone]).sum()
-    torch.testing.assert_close(packed.loss_sum, expected, rtol=1e-5, atol=1e-5)
-    for name in packed.metrics:
-        parts = torch.stack([one.metrics[name] for one in alone]).sum()
-        torch.testing.assert_close(packed.metrics[name], parts, rtol=1e-5, atol=1e-5)
+    """A sample's loss and gradients are the same whichever neighbours it is packed with."""
+    first, second = samples[:2]
+    strange = {**second, "aux_hidden_states": second["aux_hidden_states"] * 3.0 + 1.0}
+
+    def alone_by_difference(neighbour: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        both = training_time_test(draft, collate([first, neighbour, first]), STEPS, DECAY).loss_sum
+        other = training_time_test(draft, collate([neighbour]), STEPS, DECAY).loss_sum
+        return [both - other, *torch.autograd.grad(both - other, list(draft.parameters()))]
+
+    for left, right in zip(alone_by_difference(second), alone_by_difference(strange), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=2e-4)
 
 
-def test_a_batch_holds_no_padding(samples: list[dict[str, torch.Tensor]]) -> None:
-    """However the lengths differ, the linear layers see the samples' own tokens and no others."""
-    batch = collate(samples)
-    lengths = [int(sample["input_ids"].numel()) for sample in samples]
-    assert len(set(lengths)) > 1
-    assert batch.input_ids.shape == (sum(lengths),)
-    assert batch.aux_hidden_states.shape[0] == batch.last_hidden_states.shape[0] == sum(lengths)
-    assert batch.cells.unique().numel() == sum(lengths)
-    assert batch.anchor_cells.unique().numel() == batch.anchors.numel()
+@pytest.mark.parametrize("lengths", [(3, 40, 7), (25, 25), (64, 5, 5, 33, 12)])
+def test_packed_samples_train_like_samples_one_by_one(
+    draft: Eagle3Draft, target: LlamaForCausalLM, lengths: tuple[int, ...]
+) -> None:
+    """Loss and gradients of packed samples are the sums of each sample's own, whatever their lengths."""
+    spread = [captured_sample(target, n, 1 + n // 3, seed) for seed, n in enumerate(lengths)]
+    packed = training_time_test(draft, collate(spread), STEPS, DECAY)
+    single = [training_time_test(draft, collate([sample]), STEPS, DECAY) for sample in spread]
+    total = torch.stack([part.loss_sum for part in single]).sum()
+    torch.testing.assert_close(packed.loss_sum, total, rtol=1e-5, atol=1e-5)
+    parameters = list(draft.parameters())
+    got, expected = (torch.autograd.grad(loss, parameters) for loss in (packed.loss_sum, total))
+    for left, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
+
+
+def test_same_batch_gives_the_same_bits(draft: Eagle3Draft, samples: list[dict[str, torch.Tensor]]) -> None:
+    """Loss and every gradient, under bfloat16 autocast as the trainer runs."""
+
+    def once() -> list[torch.Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = training_time_test(draft, collate(samples), STEPS, DECAY).loss_sum
+        return [loss.detach(), *torch.autograd.grad(loss, list(draft.parameters()))]
+
+    assert all(torch.equal(left, right) for left, right in zip(once(), once(), strict=True))
 
 
 def test_loss_counts_only_predictions_inside_the_answer(
@@ -208,20 +228,22 @@ def test_every_tensor_of_the_loss_is_made_where_the_batch_lies(
     assert all(p.grad is not None and not p.grad.is_meta for p in draft.midlayer.parameters())
 
 
-@pytest.mark.parametrize("rows", [1, 64, 65, 200])
+@pytest.mark.parametrize("rows", [1, 64, 65, 600])
 def test_soft_cross_entropy_equals_the_plain_formula(rows: int) -> None:
-    """Loss, argmax and both gradients are those of log_softmax, whatever the number of row blocks."""
+    """Losses, hits and both gradients are those of log_softmax, whatever the number of chunks and blocks."""
     generator = torch.Generator().manual_seed(rows)
     hidden = torch.randn(rows, 16, generator=generator, requires_grad=True)
     weight = torch.randn(40, 16, generator=generator, requires_grad=True)
-    wanted = torch.randn(rows, 40, generator=generator).softmax(-1)
+    wanted = (torch.randn(rows, 40, generator=generator) * 2).softmax(-1)
+    best, scale = wanted.argmax(-1), torch.rand(rows, generator=generator)
     picked = torch.randperm(rows, generator=generator)
-    loss, top = soft_cross_entropy(hidden, weight, wanted, picked)
+    loss, losses, hits = soft_cross_entropy(hidden, weight, wanted, best, picked, scale)
     got = torch.autograd.grad(loss * 0.5, (hidden, weight))
     logits = hidden @ weight.T
-    plain = -(wanted[picked] * logits.log_softmax(-1)).sum()
-    expected = torch.autograd.grad(plain * 0.5, (hidden, weight))
-    torch.testing.assert_close(loss, plain)
-    assert torch.equal(top, logits.argmax(-1))
+    each = -(wanted[picked] * logits.log_softmax(-1)).sum(-1)
+    expected = torch.autograd.grad((each * scale).sum() * 0.5, (hidden, weight))
+    torch.testing.assert_close(loss, (each * scale).sum())
+    torch.testing.assert_close(losses, each)
+    assert torch.equal(hits, best[picked] == logits.argmax(-1))
     for left, right in zip(got, expected, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
