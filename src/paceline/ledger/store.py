@@ -31,6 +31,7 @@ from paceline.ledger.records import (
     TaskLease,
     TrainedStep,
 )
+from paceline.ledger.refusals import fenced
 from paceline.types import SampleRef
 
 
@@ -154,6 +155,11 @@ class MetadataStore(ABC):
     @abstractmethod
     def role_epochs(self) -> dict[str, int]:
         """How often each role has been acquired."""
+
+    def refuse_if_replaced(self, fence: Fence | None) -> None:
+        """Raises FencedError if another process holds the role by now; for who waits, or touches files."""
+        if fence is not None and (current := self.role_epochs()[fence.role]) != fence.epoch:
+            raise fenced(fence, current)
 
     # -- prompt tasks ----------------------------------------------------------------------
 

@@ -263,6 +263,8 @@ class StepLoader:
         reported = False
         while True:
             mark, interrupted = store.lsn(), self._interrupted
+            # A successor may have trained and freed the sample: then nobody will capture it again.
+            store.refuse_if_replaced(self._controller.fence("consumer"))
             record, known = store.sample_record(tried.sample_id), store.get_committed(tried.sample_id)
             assert record is not None, "a planned sample is committed"
             if record.state == "quarantined":

@@ -23,7 +23,6 @@ from paceline.loader.loader import PlannedStep, StepLoader
 from paceline.loader.passes import Position
 from paceline.testing.light_adapters import InMemoryLightFeatureStore
 from paceline.testing.simulated_parts import SimulatedFolder
-from paceline.training import recovery
 from paceline.training import trainer as training
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.commits import Commits
@@ -378,7 +377,7 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "claimed though replaced": Mutant(
         "a zombie renames what its successor is about to record",
-        ((recovery, "_refuse_if_replaced", lambda _: lambda store, fence: None),),
+        ((Store, "refuse_if_replaced", nothing),),
     ),
     "position not restored": Mutant("visits again", ((Trainer, "_load", starts_over),)),
     "lineage left out": Mutant("heads tell no story", ((Commits, "stage", no_lineage),)),

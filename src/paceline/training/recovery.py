@@ -15,7 +15,6 @@ from paceline.crashpoints import reach
 from paceline.errors import CheckpointDamagedError, CheckpointError, IllegalTransitionError, LedgerError
 from paceline.ledger.facts import GIVEN_UP
 from paceline.ledger.records import CheckpointRecord, Fence
-from paceline.ledger.refusals import fenced
 from paceline.ledger.store import MetadataStore
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder, identity_of
 
@@ -89,8 +88,8 @@ def _adopt_next(
     head_step, head_name = (head[0].step, head[0].name) if head else (-1, "")
     given_up = set(store.facts().get(GIVEN_UP, []))
     listed = folder.unrecorded(store.checkpoints())
-    if listed:
-        _refuse_if_replaced(store, fence)
+    if listed:  # what was listed before this answer is no successor's, so it may be claimed
+        store.refuse_if_replaced(fence)
     for record, checkpoint in listed:
         previous = identity_of(checkpoint.previous)
         if record.step <= head_step:
@@ -114,13 +113,6 @@ def _adopt_next(
             continue  # written by a consumer that was replaced before it could be recorded
         return claimed, checkpoint
     return None
-
-
-def _refuse_if_replaced(store: MetadataStore, fence: Fence) -> None:
-    """Raises FencedError. What was listed before this returns is no successor's, so it may be claimed."""
-    current = store.role_epochs()[fence.role]
-    if current != fence.epoch:
-        raise fenced(fence, current)
 
 
 def _ledger_is_older(

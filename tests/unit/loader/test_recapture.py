@@ -16,11 +16,13 @@ from paceline.loader.loader import StepLoader
 from paceline.testing.samples import sample_ref
 
 
-def test_what_a_successor_freed_and_folded_is_not_taken_for_captured_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stopped_after_reporting", [False, True])
+def test_what_a_successor_freed_and_folded_is_neither_read_nor_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_after_reporting: bool
 ) -> None:
     """The ledger answers a replaced consumer with another ref, the folded one; it must learn that it is
-    replaced instead of trying that one. Real kill schedule 4919 met it."""
+    replaced instead of trying that one, or waiting for a capture that nobody makes. Real kill schedules
+    4919 and "after 2 lose/consumer/loader.after_report_lost/1/stopped" met it."""
     store = SQLiteMetadataStore(tmp_path / "ledger.db")
     store.fold_from = 1
     store.add_tasks(["task-0"])
@@ -39,6 +41,9 @@ def test_what_a_successor_freed_and_folded_is_not_taken_for_captured_again(
     store.record_released(["run0:s0"], fence=fence)
     store.compact(fence=fence)
     assert store.get_committed("run0:s0") != ref, "folded: its keys and specs are gone"
+    if stopped_after_reporting:
+        # It had reported the sample lost and was stopped while it waited for the new capture.
+        monkeypatch.setattr(store, "report_lost", lambda *_, **__: None)
     seen: list[str] = []
     monkeypatch.setattr(crashpoints, "_watch", seen.append)
     with pytest.raises(FencedError):
