@@ -218,7 +218,7 @@ def test_slots_are_recycled(directory: Path) -> None:
             reader.get(ref)
         (owner if number % 2 else reader).abort(ref.sample_id)
     assert len(slot_files(directory)) == 1
-    assert open_files() == descriptors
+    assert open_files() <= descriptors
     assert owner.usage().resident_bytes == reader.usage().resident_bytes == 0
     assert owner._arena is not None
     assert len(owner._arena._slot_of) == 1
