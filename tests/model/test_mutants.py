@@ -15,6 +15,7 @@ from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.ledger.trial import Trial
 from paceline.testing.light_adapters import InMemoryLightFeatureStore, LightEngine
 from paceline.testing.metadata_protocol_suite import MetadataProtocolSuite
+from paceline.testing.metadata_store_suite import MetadataStoreSuite
 from paceline.testing.mutants import MUTANTS, seeds_to_detect
 from paceline.testing.simulated_run import Shape, simulated_producer
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
@@ -24,6 +25,11 @@ SEEDS = 600
 
 
 class Suite(MetadataProtocolSuite):
+    def make(self) -> MetadataStore:
+        return InMemoryMetadataStore()
+
+
+class StoreSuite(MetadataStoreSuite):
     def make(self) -> MetadataStore:
         return InMemoryMetadataStore()
 
@@ -91,6 +97,8 @@ DIRECTED: dict[str, Callable[[], None]] = {
     "intents not checked": Suite().test_a_commit_of_a_revoked_intent_is_refused_whole,
     "release of any generation": a_held_up_deleter_frees_nothing_captured_since,
     "adopted without a claim": the_checkpoint_being_adopted_is_out_of_reach,
+    # Captured again for nothing and refused at the commit: no weight and no byte shows it.
+    "durable samples lost": StoreSuite().test_a_lost_sample_is_captured_again_but_a_durable_one_is_not,
     "claimed though replaced": a_replaced_consumer_claims_nothing,
     "one death convicts": a_death_by_chance_convicts_nobody,
 }

@@ -63,7 +63,11 @@ class Noted:
     def __init__(self, consumer: Consumer) -> None:
         self._consumer = consumer
         store = consumer.ledger.store
-        self.checkpoints, self.lsn = store.checkpoints, store.lsn
+        self.checkpoints, self.lsn, self.facts = store.checkpoints, store.lsn, store.facts
+        self.refuse_if_replaced = store.refuse_if_replaced
+
+    def set_facts(self, facts: dict[str, Any], *, fence: Fence) -> None:
+        self._consumer.do(lambda store: store.set_facts(facts, fence=fence))
 
     def adopt_checkpoint(self, record: CheckpointRecord, lineage: Any, *, fence: Fence) -> None:
         self._consumer.do(lambda store: store.adopt_checkpoint(record, lineage, fence=fence))
