@@ -86,13 +86,16 @@ class Violation(AssertionError):  # noqa: N818 (it is what the tests look for)
 
 def patience_ms(fault: Fault | None) -> int:
     """How long a quiet run waits for a stopped process: inside a transaction it holds everybody up."""
-    inside = fault is not None and fault.point.startswith("ledger.") and "after_commit" not in fault.point
+    inside = fault is not None and fault.point.startswith(("ledger.after_begin", "ledger.before_commit"))
     return QUIET_MS if inside else 50 * QUIET_MS
 
 
+TRANSACTION = ("ledger.after_begin", "ledger.before_commit", "ledger.after_commit", "ledger.after_sync")
+
+
 def qualified(name: str, frame: FrameType | None) -> str:
-    """A point inside a ledger transaction, with the store's method whose transaction it is."""
-    if not name.startswith(("ledger.after_begin", "ledger.before_commit", "ledger.after_commit")):
+    """A point of a ledger transaction, with the store's method whose transaction it is."""
+    if not name.startswith(TRANSACTION):
         return name
     return f"{name}@{_store_method(frame)}"
 

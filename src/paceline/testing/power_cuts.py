@@ -42,13 +42,12 @@ class MainsRun(LightRun):
     def open_store(self) -> SQLiteMetadataStore:
         store = SQLiteMetadataStore(self.ledger, durability="head")
         store.fold_from = FOLD_FROM
-        self._store = store
         self._note(synced=True)
         return store
 
     def watch(self, name: str) -> None:
-        if name == "ledger.after_commit":
-            self._note(synced=self._store.synced)
+        if name in ("ledger.after_commit", "ledger.after_sync"):
+            self._note(synced=name == "ledger.after_sync")
         self.reached += 1
         if self.reached == self.cut_at:
             crashpoints.watch(None)

@@ -4,9 +4,10 @@ WAL. Writers of all processes queue at a gate (see ledger/gate.py), take BEGIN I
 commit whole or roll back whole; an error leaves no open transaction behind. What a call committed
 survives `kill -9` always. Power loss: with durability "full" every call; with "head" every call
 before the last one that durable weights depend on (a checkpoint, a role change, a fall back, a
-quarantine): later ones may vanish, from the end backwards. An I/O error of a commit is final for
-this object: what the disk holds is unknown then. apsw carries its own SQLite, because versions
-before 3.51.3 can corrupt a write-ahead log with two connections.
+quarantine): later ones may vanish, from the end backwards. Such a call returns once the log is synced,
+by it or by another process that synced at that moment (see group_sync.py). An I/O error of a commit
+or a sync is final for this object: what the disk holds is unknown then. apsw carries its own SQLite,
+because versions before 3.51.3 can corrupt a write-ahead log with two connections.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from paceline.ledger.bell import Bell
 from paceline.ledger.gate import WriterGate, refuse_network_filesystem
 from paceline.ledger.records import Fence
 from paceline.ledger.refusals import fenced
+from paceline.ledger.stores.sqlite.group_sync import GroupSync
 from paceline.ledger.stores.sqlite.page_checksums import RESERVED_BYTES, checksum_layer, refuse_unchecked
 from paceline.ledger.stores.sqlite.schema import open_schema
 
@@ -70,9 +72,12 @@ class Database:
         self._durability = durability
         self._lock = threading.RLock()
         self._bell = Bell(self.path.with_name(self.path.name + "-bell"))
-        self._gate = WriterGate(self.path.with_name(self.path.name + "-gate"))
+        gate = self.path.with_name(self.path.name + "-gate")
+        self._gate = WriterGate(gate)
+        self._vfs = vfs or "unix"
         self._closed = False
         self._broken = ""
+        self._log: apsw.VFSFile | None = None
         with self._lock, self._gate.writing(), self._explained():
             refuse_unchecked(self.path)
             self._db = apsw.Connection(str(self.path), vfs=vfs or checksum_layer())
@@ -82,16 +87,8 @@ class Database:
             elif checksum_layer() is not None:
                 self._db.reserve_bytes(None, RESERVED_BYTES)  # of a new database
             open_schema(self._db, self.path)
-            self._synchronous("FULL")
-
-    def _synchronous(self, mode: str) -> None:
-        self._db.execute(f"PRAGMA synchronous={mode}")
-        self._mode = mode
-
-    @property
-    def synced(self) -> bool:
-        """Whether what this object committed last was on the disk when the call returned."""
-        return self._mode == "FULL"
+            self._db.execute("PRAGMA synchronous=NORMAL")  # a commit itself syncs nothing
+            self._group_sync = GroupSync(gate, self._sync_log)
 
     # -- transactions ----------------------------------------------------------------------
 
@@ -100,36 +97,52 @@ class Database:
         self, fence: Fence | None, op_id: str | None = None, *, final: bool = False
     ) -> Iterator[Operation]:
         """One transaction. `final`: durable weights depend on it, so it is on the disk on return."""
-        with self._lock, self._explained(), self._gate.writing():
-            self._refuse_broken()
-            mode = "FULL" if final or self._durability == "full" else "NORMAL"
-            if mode != self._mode:
-                self._synchronous(mode)
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                reach("ledger.after_begin")
-                operation = Operation(self._stored_result(op_id))
-                if not operation.repeated:
-                    self._check_fence(fence)
-                yield operation
-                if operation.repeated:
-                    self._db.execute("ROLLBACK")
-                    return
-                self._db.execute("UPDATE run SET lsn = lsn + 1")
-                self._store_result(op_id, operation)
-                reach("ledger.before_commit")
-                self._commit()
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-        reach("ledger.after_commit")
-        self._bell.ring()
+        with self._lock, self._explained():
+            with self._gate.writing():
+                self._refuse_broken()
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    reach("ledger.after_begin")
+                    operation = Operation(self._stored_result(op_id))
+                    if not operation.repeated:
+                        self._check_fence(fence)
+                    yield operation
+                    if operation.repeated:
+                        self._db.execute("ROLLBACK")
+                        lsn = self.lsn()
+                    else:
+                        lsn = self._value("UPDATE run SET lsn = lsn + 1 RETURNING lsn")
+                        self._store_result(op_id, operation)
+                        reach("ledger.before_commit")
+                        self._commit()
+                except BaseException:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    raise
+            if not operation.repeated:
+                reach("ledger.after_commit")
+                self._bell.ring()
+            if final or self._durability == "full":
+                self._group_sync.wait_for(lsn, self.lsn)
+                reach("ledger.after_sync")
 
     def _commit(self) -> None:
-        try:
+        with self._final_errors():
             self._db.execute("COMMIT")
-        except (apsw.IOError, apsw.CorruptError) as error:
+
+    def _sync_log(self) -> None:
+        """Bring the write-ahead log to the disk, through the same file layer that wrote it."""
+        with self._final_errors():
+            if self._log is None:
+                flags = apsw.SQLITE_OPEN_WAL | apsw.SQLITE_OPEN_READWRITE
+                self._log = apsw.VFSFile(self._vfs, f"{self.path}-wal", [flags, 0])
+            self._log.xSync(apsw.SQLITE_SYNC_NORMAL | apsw.SQLITE_SYNC_DATAONLY)
+
+    @contextmanager
+    def _final_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (apsw.IOError, apsw.CorruptError, apsw.CantOpenError) as error:
             self._broken = str(error)
             raise UnknownResultError(
                 f"{self.path} could not be synced ({error}); whether the last change is on disk is unknown.",
@@ -221,6 +234,9 @@ class Database:
         self._db.execute(sql, values)
         return self._db.changes()
 
+    def lsn(self) -> int:
+        return int(self._run("lsn"))
+
     def _run(self, column: str) -> Any:
         return self._value(f"SELECT {column} FROM run")  # noqa: S608 (no outside text)
 
@@ -228,5 +244,8 @@ class Database:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                if self._log is not None:
+                    self._log.xClose()
                 self._db.close()
+                self._group_sync.close()
                 self._gate.close()

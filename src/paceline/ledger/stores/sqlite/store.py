@@ -70,8 +70,5 @@ class SQLiteMetadataStore(StepTable, MetadataStore):
     def facts(self) -> dict[str, Any]:
         return {key: json.loads(value) for key, value in self._rows("SELECT key, value FROM fact")}
 
-    def lsn(self) -> int:
-        return int(self._run("lsn"))
-
     def wait(self, seen_lsn: int, timeout_s: float) -> int:
         return self._bell.wait_for_change(self.lsn, seen_lsn, timeout_s)
