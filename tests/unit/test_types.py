@@ -56,6 +56,18 @@ def test_metadata_passes() -> None:
 
 
 def test_what_json_cannot_carry_is_refused() -> None:
-    """A NaN would not survive every reader."""
-    with pytest.raises(ValueError, match="JSON"):
-        ref_to_json(dataclasses.replace(sample_ref(0), metadata={"x": float("nan")}))
+    """A NaN would not survive every reader; bytes and sets would come back as something else."""
+    with pytest.raises(ValueError, match=r"metadata\['x'\]\[1\] is nan"):
+        ref_to_json(dataclasses.replace(sample_ref(0), metadata={"x": [0.5, float("nan")]}))
+    for value in (b"bytes", {1, 2}, object(), np.float32(1.0)):
+        with pytest.raises(TypeError):
+            ref_to_json(dataclasses.replace(sample_ref(0), metadata={"x": {"y": value}}))
+
+
+def test_text_that_is_no_ref_is_refused() -> None:
+    """Damaged, incomplete, of a wrong type, or of a version this one does not know."""
+    text = ref_to_json(sample_ref(0))
+    newer = text.replace('"schema_version":1', '"schema_version":2')
+    for wrong in (text[:-2], "{}", text.replace('"num_tokens":4', '"num_tokens":"4"'), newer):
+        with pytest.raises(ValueError, match="ref"):
+            ref_from_json(wrong)

@@ -12,7 +12,6 @@ because versions before 3.51.3 can corrupt a write-ahead log with two connection
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import apsw
+import msgspec
 
 from paceline.crashpoints import reach
 from paceline.durable_files import make_folder
@@ -56,7 +56,7 @@ class Operation:
 
     def __init__(self, stored: str | None) -> None:
         self.repeated = stored is not None
-        self.result: Any = None if stored is None else json.loads(stored)
+        self.result: Any = None if stored is None else msgspec.json.decode(stored)
         self.kept: Any = None
 
     def keep(self, result: Any) -> None:
@@ -174,7 +174,8 @@ class Database:
     def _store_result(self, op_id: str | None, operation: Operation) -> None:
         if op_id is not None:
             self._db.execute(
-                "INSERT INTO operation SELECT ?, lsn, ? FROM run", (op_id, json.dumps(operation.kept))
+                "INSERT INTO operation SELECT ?, lsn, ? FROM run",
+                (op_id, msgspec.json.encode(operation.kept).decode()),
             )
             self._db.execute("DELETE FROM operation WHERE lsn < (SELECT lsn FROM run) - ?", (OPS_KEPT,))
 
