@@ -121,12 +121,15 @@ def ref_to_json(ref: SampleRef) -> str:
         raise
     _refuse_what_would_change(ref.metadata, "metadata")
     for spec in ref.feature_specs.values():
-        _refuse_what_would_change(spec.target_meta, f"feature_specs[{spec.name!r}].target_meta")
+        if spec.target_meta:
+            _refuse_what_would_change(spec.target_meta, f"feature_specs[{spec.name!r}].target_meta")
     return text
 
 
 def _refuse_what_would_change(value: Any, path: str) -> None:
     """The encoder writes a NaN as null, bytes and a set as what they are not."""
+    if type(value) in (str, int):
+        return
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{path} is {value}, which JSON cannot carry.")
     if isinstance(value, Mapping):
