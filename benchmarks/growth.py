@@ -24,7 +24,7 @@ from time import perf_counter
 from benchmarks.control_plane import rate
 from benchmarks.ledger_workers import together
 from benchmarks.rows import Row, row
-from paceline.ledger.records import CheckpointRecord, Fence, StepPlan, chain_of
+from paceline.ledger.records import CheckpointRecord, Fence, StepAck, StepPlan, chain_of
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.testing.samples import sample_ref
 
@@ -73,7 +73,7 @@ class Run:
             self.step += 1
             plan = StepPlan(self.step, tuple(names[start : start + BATCH]), last_seq)
             store.begin_step(plan, fence=self.consumer)
-            store.ack_step(self.step, 0, plan.sample_ids, fence=self.consumer)
+            store.ack_step(StepAck(self.step, 0, plan.sample_ids), fence=self.consumer)
             self.chain = chain_of(self.chain, [plan])
         self._checkpoint(last_seq)
         return True

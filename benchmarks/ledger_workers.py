@@ -26,7 +26,7 @@ from typing import Any
 import apsw
 
 from paceline.ledger.gate import WriterGate
-from paceline.ledger.records import Fence, StepPlan
+from paceline.ledger.records import Fence, StepAck, StepPlan
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.testing.samples import sample_ref
 from paceline.types import SampleRef, ref_to_json
@@ -127,12 +127,16 @@ def consume(path: str, batch: int, seconds: float) -> Counts:
     fence = store.acquire_role("consumer", "benchmark")
     ready()
     after = step = 0
+    ack: StepAck | None = None
 
     def one() -> int:
-        nonlocal after, step
+        nonlocal after, step, ack
         seen = store.lsn()
         entries = store.read_committed(after, batch)
         if not entries:
+            if ack is not None:
+                store.ack_step(ack, fence=fence, op_id=op_id())
+                ack = None
             if store.wait(seen, WAIT_S) == seen:
                 return 0
             entries = store.read_committed(after, batch)
@@ -140,8 +144,8 @@ def consume(path: str, batch: int, seconds: float) -> Counts:
             return one()
         after, step = entries[-1].seq, step + 1
         plan = StepPlan(step, tuple(entry.ref.sample_id for entry in entries), after)
-        begun = store.begin_step(plan, fence=fence, op_id=op_id())
-        store.ack_step(step, begun.plan.rev, plan.sample_ids, fence=fence, op_id=op_id())
+        begun = store.begin_step(plan, ack=ack, fence=fence, op_id=op_id())
+        ack = StepAck(step, begun.plan.rev, plan.sample_ids)
         return len(entries)
 
     return timed(seconds, one)

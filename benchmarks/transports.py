@@ -19,7 +19,7 @@ import torch
 import xxhash
 
 from paceline.features.stores.shm import SharedMemoryFeatureStore
-from paceline.ledger.records import CheckpointRecord, StepPlan, chain_of
+from paceline.ledger.records import CheckpointRecord, StepAck, StepPlan, chain_of
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.types import SampleRef
 
@@ -212,7 +212,7 @@ class Durable(Transport):
     def consume(self) -> Iterator[None]:
         ledger, features = self.ledger(), self.features(owner=False)
         fence = ledger.acquire_role("consumer", "benchmark")
-        seq, chain = 0, ""
+        seq, chain, ack = 0, "", None
         for step in itertools.count(1):
             entries = []
             while len(entries) < self.group:
@@ -222,14 +222,16 @@ class Durable(Transport):
                     ledger.wait(seen, WAIT_S)
             seq = entries[-1].seq
             plan = StepPlan(step, tuple(entry.ref.sample_id for entry in entries), seq)
-            ledger.begin_step(plan, fence=fence)
+            ledger.begin_step(plan, ack=ack, fence=fence)
             samples = []
             for entry in entries:
                 samples.append(features.get(entry.ref))
                 yield
-            ledger.ack_step(step, 0, plan.sample_ids, fence=fence)
+            ack = StepAck(step, 0, plan.sample_ids)
             chain = chain_of(chain, [plan])
             if step % GROUPS_OF_A_CHECKPOINT == 0:
+                ledger.ack_step(ack, fence=fence)
+                ack = None
                 record = CheckpointRecord(step, f"step-{step}", "0" * 64, seq, chain)
                 ledger.record_checkpoint(record, fence=fence)
                 refs = ledger.begin_release(seq, fence=fence)

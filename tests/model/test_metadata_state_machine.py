@@ -79,7 +79,7 @@ def test_long_lives_of_samples_leave_both_stores_alike(tmp_path: Path) -> None:
     """Seeded runs that get through capture, training, release, folding, going back and rolling forward."""
     counts = play_many(tmp_path, range(60))
     met = {name: count for name, count in counts.items() if name.startswith("met:")}
-    assert len(met) == 7, met
+    assert len(met) == 8, met
     assert min(met.values()) > 0, met
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from paceline.errors import FencedError
 from paceline.ledger.controller import DataFlowController
+from paceline.ledger.records import TrainedSample, TrainedStep
 from paceline.ledger.store import MetadataStore
 from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.ledger.trial import Trial
@@ -19,6 +20,7 @@ from paceline.testing.metadata_store_suite import MetadataStoreSuite
 from paceline.testing.mutants import MUTANTS, seeds_to_detect
 from paceline.testing.simulated_run import Shape, simulated_producer
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
+from paceline.training.commits import Commits, Inline
 from paceline.training.recovery import recover
 
 SEEDS = 600
@@ -90,6 +92,20 @@ def a_replaced_consumer_claims_nothing() -> None:
         assert folder.read(written).step == 0
 
 
+def a_checkpoint_tells_the_steps_it_contains() -> None:
+    """A ledger that never heard of it is rolled forward by them."""
+    controller = DataFlowController("run0")
+    trained = TrainedStep(1, 0, 1, (TrainedSample(1, "run0:s0", None, True),))
+    with tempfile.TemporaryDirectory() as place:
+        folder = CheckpointFolder(Path(place), "run0")
+        features, fence = InMemoryLightFeatureStore(), controller.take_role("consumer")
+        commits = Commits(controller, features, folder, fence, Inline(), kept=2, report=lambda *_, **__: None)
+        commits.add(trained)
+        commits.stage(1, 1, dict, {})
+        [(_, checkpoint)] = folder.unrecorded([])
+        assert checkpoint.lineage == (trained,)
+
+
 # What the simulation meets too rarely, because something else would have to fail as well.
 DIRECTED: dict[str, Callable[[], None]] = {
     "acks in any order": Suite().test_steps_are_acked_one_after_another,
@@ -99,6 +115,7 @@ DIRECTED: dict[str, Callable[[], None]] = {
     "adopted without a claim": the_checkpoint_being_adopted_is_out_of_reach,
     # Captured again for nothing and refused at the commit: no weight and no byte shows it.
     "durable samples lost": StoreSuite().test_a_lost_sample_is_captured_again_but_a_durable_one_is_not,
+    "lineage left out": a_checkpoint_tells_the_steps_it_contains,
     "claimed though replaced": a_replaced_consumer_claims_nothing,
     "one death convicts": a_death_by_chance_convicts_nobody,
 }

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 from paceline.crashpoints import reach
 from paceline.errors import LedgerError, UnknownResultError
 from paceline.ledger.facts import RUN_ID
-from paceline.ledger.records import BegunStep, Fence, StepPlan
+from paceline.ledger.records import BegunStep, Fence, StepAck, StepPlan
 from paceline.ledger.store import MetadataStore
 from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.types import PromptTask, SampleRef, assert_no_tensors
@@ -44,6 +44,7 @@ class DataFlowController:
         self.attempt_max = attempt_max
         self._tasks: dict[str, PromptTask] = {}
         self._fences: dict[str, Fence] = {}
+        self._unwritten_ack: StepAck | None = None
         self._bind()
 
     def _bind(self) -> None:
@@ -59,6 +60,8 @@ class DataFlowController:
 
     def take_role(self, role: str) -> Fence:
         """Become the `role` of this run; every earlier holder is fenced from now on."""
+        if role == "consumer":
+            self._unwritten_ack = None
         holder = f"{socket.gethostname()}:{os.getpid()}"
         self._fences[role] = self.store.acquire_role(role, holder)
         return self._fences[role]
@@ -184,18 +187,34 @@ class DataFlowController:
     # -- consumer --------------------------------------------------------------------------
 
     def begin_step(self, plan: StepPlan) -> BegunStep:
-        """Write down what the step will train before it does; the plan on record wins."""
-        fence = self.fence("consumer")
-        return self._settled(lambda op_id: self.store.begin_step(plan, fence=fence, op_id=op_id))
+        """Write down what the step will train before it does; the plan on record wins.
+
+        The ack of the step before goes with it: one transaction for each step of a busy trainer.
+        """
+        fence, ack = self.fence("consumer"), self._unwritten_ack
+        begun = self._settled(lambda op_id: self.store.begin_step(plan, ack=ack, fence=fence, op_id=op_id))
+        self._unwritten_ack = None
+        return begun
 
     def leave_step(self, step: int) -> None:
         """The step is not trained now after all; it will be, with the same plan."""
         self.store.leave_step(step, fence=self.fence("consumer"))
 
     def ack_step(self, step: int, rev: int, finished: Sequence[str]) -> None:
-        """The weights in memory contain the step; `finished` had their last visit in it."""
-        fence = self.fence("consumer")
-        self._settled(lambda op_id: self.store.ack_step(step, rev, finished, fence=fence, op_id=op_id))
+        """The weights in memory contain the step; `finished` had their last visit in it.
+
+        Written down with the plan of the next step, or by `write_ack`. An ack is provisional: one that a
+        crash takes away is of weights that it takes away, too.
+        """
+        self.write_ack()
+        self._unwritten_ack = StepAck(step, rev, tuple(finished))
+
+    def write_ack(self) -> None:
+        """For who does not begin another step now: before a wait, a checkpoint, the end."""
+        fence, ack = self.fence("consumer"), self._unwritten_ack
+        if ack is not None:
+            self._settled(lambda op_id: self.store.ack_step(ack, fence=fence, op_id=op_id))
+            self._unwritten_ack = None
 
     def quarantine(self, sample_ids: Sequence[str], *, step: int | None, reason: str) -> None:
         """Never train these samples (again), and say why for good."""

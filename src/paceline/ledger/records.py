@@ -93,6 +93,18 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
+class StepAck:
+    """The weights in memory contain `step` as revision `rev` of its plan has it.
+
+    `finished` are the samples that were visited for the last time.
+    """
+
+    step: int
+    rev: int
+    finished: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class BegunStep:
     """The plan on record, and how many consumers died between beginning and acking it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paceline.errors import ConfigError, FencedError, IllegalTransitionError, IntentRevokedError
-from paceline.ledger.records import CheckpointRecord, Fence, StepPlan
+from paceline.ledger.records import CheckpointRecord, Fence, StepAck, StepPlan
 
 
 def fenced(fence: Fence, current: int) -> FencedError:
@@ -48,10 +48,11 @@ def intent_revoked(sample_ids: Sequence[str]) -> IntentRevokedError:
     )
 
 
-def out_of_turn(step: int, rev: int, trained: int, plan: StepPlan | None) -> IllegalTransitionError:
+def out_of_turn(ack: StepAck, trained: int, plan: StepPlan | None) -> IllegalTransitionError:
     on_record = "none" if plan is None else f"revision {plan.rev}"
     return IllegalTransitionError(
-        f"An ack of step {step}, revision {rev}, cannot follow step {trained} (plan on record: {on_record}).",
+        f"An ack of step {ack.step}, revision {ack.rev}, cannot follow step {trained} "
+        f"(plan on record: {on_record}).",
         why="Steps are acked one after another, as planned; another order would train a sample twice.",
         next="resume from the head checkpoint: run the same command again.",
     )

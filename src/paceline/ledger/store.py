@@ -3,7 +3,7 @@
 It holds metadata only (`assert_no_tensors` guards every write). A sample's life, with the verb
 that moves it and the role that may:
 
-    reserve (producer) -> commit (producer) -> begin_step (consumer) -> ack_step (consumer, provisional)
+    reserve (producer) -> commit (producer) -> begin_step (consumer) -> ack (consumer, provisional)
         -> record_checkpoint (consumer: THE commit point) -> begin_release, bytes freed, record_released
 
 Invariants: `seq` counts commits from 1 without gaps and never changes; an ack is judged one by one
@@ -27,6 +27,7 @@ from paceline.ledger.records import (
     Intent,
     LedgerUsage,
     SampleRecord,
+    StepAck,
     StepPlan,
     TaskLease,
     TrainedStep,
@@ -118,18 +119,10 @@ class MetadataStore(ABC):
         """
 
     @abstractmethod
-    def ack_step(
-        self,
-        step: int,
-        rev: int,
-        finished: Sequence[str],
-        *,
-        fence: Fence | None = None,
-        op_id: str | None = None,
-    ) -> None:
-        """The weights in memory now contain `step`; `finished` are the samples visited for the last time.
+    def ack_step(self, ack: StepAck, *, fence: Fence | None = None, op_id: str | None = None) -> None:
+        """Provisional: the weights in memory contain the step; see also `begin_step`.
 
-        Raises IllegalTransitionError unless `rev` is the plan on record and the step before is acked.
+        Raises IllegalTransitionError unless its `rev` is the plan on record and the step before is acked.
         """
 
     @abstractmethod
@@ -213,12 +206,18 @@ class MetadataStore(ABC):
 
     @abstractmethod
     def begin_step(
-        self, plan: StepPlan, *, fence: Fence | None = None, op_id: str | None = None
+        self,
+        plan: StepPlan,
+        *,
+        ack: StepAck | None = None,
+        fence: Fence | None = None,
+        op_id: str | None = None,
     ) -> BegunStep:
         """Write the step's plan, once, and that it begins now; the plan on record is authoritative.
 
-        A higher `rev` than that on record replaces it, unless the step is acked already. Raises
-        IllegalTransitionError for a step whose history was folded away.
+        A higher `rev` than that on record replaces it, unless the step is acked already. `ack`: of the
+        step before, in the same transaction (see `ack_step`). Raises IllegalTransitionError, and then
+        nothing has changed, for a step whose history was folded away or an ack that is refused.
         """
 
     @abstractmethod

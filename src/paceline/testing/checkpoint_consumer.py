@@ -15,6 +15,7 @@ from typing import Any
 from paceline.ledger.records import (
     CheckpointRecord,
     Fence,
+    StepAck,
     StepPlan,
     TrainedSample,
     TrainedStep,
@@ -141,7 +142,7 @@ class Consumer:
         plan = StepPlan(step, tuple(ref.sample_id for ref in refs), seqs[refs[-1].sample_id])
         fence = self.fence
         self.do(lambda store: store.begin_step(plan, fence=fence))
-        self.do(lambda store: store.ack_step(step, 0, plan.sample_ids, fence=fence))
+        self.do(lambda store: store.ack_step(StepAck(step, 0, plan.sample_ids), fence=fence))
         samples = [TrainedSample(seqs[r.sample_id], r.sample_id, r.source_task_id, True) for r in refs]
         return TrainedStep(step, 0, plan.last_seq, tuple(samples))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from paceline.ledger.records import CheckpointRecord, Fence, StepPlan, chain_of
+from paceline.ledger.records import CheckpointRecord, Fence, StepAck, StepPlan, chain_of
 from paceline.ledger.store import MetadataStore
 from paceline.testing.samples import sample_ref
 
@@ -86,7 +86,7 @@ class History:
         yield "begin_step", lambda: store.begin_step(begun, fence=fence, op_id=op)
         yield (
             "ack_step",
-            lambda: store.ack_step(step, begun.rev, begun.sample_ids, fence=fence, op_id=ack),
+            lambda: store.ack_step(StepAck(step, begun.rev, begun.sample_ids), fence=fence, op_id=ack),
         )
 
     def _cover(self) -> Iterator[Call]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from paceline.ledger.records import (
     CheckpointRecord,
     Fence,
+    StepAck,
     StepPlan,
     TrainedSample,
     TrainedStep,
@@ -199,16 +201,26 @@ class LedgerMoves:
             step = 1 + picks.below(step)  # replayed, or long done
         elif turn == 7:
             step += 1 + picks.below(2)
+        ack = self._ack(picks) if turn in (5, 7) else None
         known = memory.get_plan(step)
         rev = (known.rev if known else 0) + (1 if picks.below(6) == 5 else 0)
         plan = self._plan(step, rev, picks)
-        self._call("begin_step", plan, fence=self._fence("consumer", picks), op=picks.below(2) == 1)
+        fence, op, trained = self._fence("consumer", picks), picks.below(2) == 1, memory.trained_step()
+        with self._acking(ack):
+            self._call("begin_step", plan, ack=ack, fence=fence, op=op)
+        self.twins.counts["met: an ack with the next plan"] += memory.trained_step() > trained
 
     def leave(self, picks: Picks) -> None:
         step = self.twins.memory.trained_step() + picks.below(3)
         self._call("leave_step", step, fence=self._fence("consumer", picks))
 
     def ack(self, picks: Picks) -> None:
+        ack = self._ack(picks)
+        with self._acking(ack):
+            self._call("ack_step", ack, fence=self._fence("consumer", picks), op=True)
+
+    def _ack(self, picks: Picks) -> StepAck:
+        """Of the next step, as a rule as its plan has it."""
         memory = self.twins.memory
         step = memory.trained_step() + (1 if not picks.rarely() else picks.below(3))
         plan = memory.get_plan(step)
@@ -216,10 +228,15 @@ class LedgerMoves:
         finished = list(plan.sample_ids) if plan else []
         if picks.below(4) == 3:
             finished = finished[1:]
-        trained = memory.trained_step()
-        self._call("ack_step", step, rev, finished, fence=self._fence("consumer", picks), op=True)
-        if memory.trained_step() == trained + 1:
-            self._finished[step] = finished
+        return StepAck(step, rev, tuple(finished))
+
+    @contextmanager
+    def _acking(self, ack: StepAck | None) -> Iterator[None]:
+        """Remembers what the ack finished, if it is taken in the block."""
+        trained = self.twins.memory.trained_step()
+        yield
+        if ack is not None and self.twins.memory.trained_step() == trained + 1:
+            self._finished[ack.step] = list(ack.finished)
 
     def train_ack(self, picks: Picks) -> None:
         """The simple way, without plans; only of what is not folded: nobody acks what he cannot read."""
@@ -354,9 +371,9 @@ class LedgerMoves:
         plan = self._plan(self.twins.memory.trained_step() + 1, 0, picks)
         begun = self._call("begin_step", plan, fence=fence, op=True)
         if begun is not None:
-            ids = list(begun.plan.sample_ids)
-            self._call("ack_step", plan.step, begun.plan.rev, ids, fence=fence, op=True)
-            self._finished[plan.step] = ids
+            ack = StepAck(plan.step, begun.plan.rev, begun.plan.sample_ids)
+            self._call("ack_step", ack, fence=fence, op=True)
+            self._finished[plan.step] = list(ack.finished)
 
     def cover(self, picks: Picks) -> None:
         """Checkpoint, free, forget the older checkpoints, fold."""

@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from paceline.errors import IllegalTransitionError, IntentRevokedError
+from paceline.errors import FencedError, IllegalTransitionError, IntentRevokedError
 from paceline.ledger.records import (
     BegunStep,
     CheckpointRecord,
     Intent,
+    StepAck,
     StepPlan,
     TrainedSample,
     TrainedStep,
@@ -135,13 +136,13 @@ class MetadataProtocolSuite(ABC):
         generations = store.reserve({"run0:s0": 1}, op_id="op-2")
         fresh = store.commit_samples([sample_ref(0)], op_id="op-3")
         begun = store.begin_step(StepPlan(1, ("run0:s0",), 1), op_id="op-4")
-        store.ack_step(1, 0, ["run0:s0"], op_id="op-5")
+        store.ack_step(StepAck(1, 0, ("run0:s0",)), op_id="op-5")
         before = store.lsn()
         assert store.lease_tasks("w", 1, op_id="op-1") == leases
         assert store.reserve({"run0:s0": 1}, op_id="op-2") == generations
         assert store.commit_samples([sample_ref(0)], op_id="op-3") == fresh == [True]
         assert store.begin_step(StepPlan(1, ("run0:s0",), 1), op_id="op-4") == begun
-        store.ack_step(1, 0, ["run0:s0"], op_id="op-5")
+        store.ack_step(StepAck(1, 0, ("run0:s0",)), op_id="op-5")
         assert store.lsn() == before
         assert store.task_counts()["leased"] == 1
 
@@ -153,28 +154,50 @@ class MetadataProtocolSuite(ABC):
         for step in (1, 2):
             store.begin_step(StepPlan(step, (f"s{step}",), step))
         with pytest.raises(IllegalTransitionError, match="step 2"):
-            store.ack_step(2, 0, ["s2"])
+            store.ack_step(StepAck(2, 0, ("s2",)))
         with pytest.raises(IllegalTransitionError, match="revision"):
-            store.ack_step(1, 1, ["s1"])
-        store.ack_step(1, 0, ["s1"])
+            store.ack_step(StepAck(1, 1, ("s1",)))
+        store.ack_step(StepAck(1, 0, ("s1",)))
         assert store.trained_step() == 1
         with pytest.raises(IllegalTransitionError):
-            store.ack_step(1, 0, ["s1"])
-        store.ack_step(2, 0, ["s2"])
+            store.ack_step(StepAck(1, 0, ("s1",)))
+        store.ack_step(StepAck(2, 0, ("s2",)))
         with pytest.raises(IllegalTransitionError, match="none"):
-            store.ack_step(3, 0, [])
+            store.ack_step(StepAck(3, 0, ()))
+
+    def test_an_ack_goes_with_the_plan_of_the_next_step(self) -> None:
+        """In one transaction: both, or, if either is refused, neither; repeated, once."""
+        store = self.make()
+        store.commit_samples([sample_ref(0), sample_ref(1)])
+        old = store.acquire_role("consumer", "old")
+        fence = store.acquire_role("consumer", "new")
+        first, second = (StepPlan(n, (f"run0:s{n - 1}",), 2) for n in (1, 2))
+        store.begin_step(first, fence=fence)
+        with pytest.raises(IllegalTransitionError, match="revision"):
+            store.begin_step(second, ack=StepAck(1, 1, ("run0:s0",)), fence=fence)
+        with pytest.raises(FencedError):
+            store.begin_step(second, ack=StepAck(1, 0, ("run0:s0",)), fence=old)
+        assert (store.trained_step(), store.get_plan(2)) == (0, None)
+        ack, before = StepAck(1, 0, ("run0:s0",)), store.lsn()
+        begun = store.begin_step(second, ack=ack, fence=fence, op_id="op-1")
+        assert store.begin_step(second, ack=ack, fence=fence, op_id="op-1") == begun == BegunStep(second, 0)
+        assert (store.trained_step(), store.lsn()) == (1, before + 1)
+        assert store.durable_marker()["acked"] == {"run0:s0"}
+        assert store.usage().waiting_samples == 1
+        store.acquire_role("consumer", "next")
+        assert [store.begin_step(plan).deaths for plan in (first, second)] == [0, 1]
 
     def test_a_new_consumer_trains_on_from_the_head(self) -> None:
         """Steps after the head are to be acked again."""
         store = self.make()
         for step in (1, 2):
             store.begin_step(StepPlan(step, (f"s{step}",), step))
-            store.ack_step(step, 0, [f"s{step}"])
+            store.ack_step(StepAck(step, 0, (f"s{step}",)))
             if step == 1:
                 store.record_checkpoint(CheckpointRecord(1, "one", "d", 1))
         store.acquire_role("consumer", "next")
         assert store.trained_step() == 1
-        store.ack_step(2, 0, ["s2"])
+        store.ack_step(StepAck(2, 0, ("s2",)))
 
     def test_a_revised_plan_replaces_the_one_before(self) -> None:
         """Without the poison; not backwards, and not once the step is acked."""
@@ -184,7 +207,7 @@ class MetadataProtocolSuite(ABC):
         assert store.begin_step(revised).plan == revised
         assert store.begin_step(first).plan == revised
         assert revised.digest != StepPlan(1, ("a",), 2).digest
-        store.ack_step(1, 1, ["a"])
+        store.ack_step(StepAck(1, 1, ("a",)))
         assert store.begin_step(StepPlan(1, (), 2, rev=2)).plan == revised
 
     def test_deaths_in_a_step_are_counted(self) -> None:
@@ -197,7 +220,7 @@ class MetadataProtocolSuite(ABC):
         store.leave_step(1)
         store.acquire_role("consumer", "c")
         assert store.begin_step(plan).deaths == 2
-        store.ack_step(1, 0, ["a"])
+        store.ack_step(StepAck(1, 0, ("a",)))
         store.acquire_role("consumer", "c")
         assert store.begin_step(plan).deaths == 0
 
@@ -221,7 +244,7 @@ class MetadataProtocolSuite(ABC):
         one, two = trained(1, 0), trained(2, 1, 2)
         for step in (one, two):
             store.begin_step(step.plan)
-            store.ack_step(step.step, 0, [s.sample_id for s in step.samples])
+            store.ack_step(StepAck(step.step, 0, tuple(s.sample_id for s in step.samples)))
         with pytest.raises(IllegalTransitionError, match="plans on record"):
             store.record_checkpoint(checkpoint_of([one, trained(2, 1)]))
         head = checkpoint_of([one, two])

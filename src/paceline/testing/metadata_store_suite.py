@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from paceline.errors import FencedError, IllegalTransitionError
-from paceline.ledger.records import CheckpointRecord, SampleRecord, StepPlan
+from paceline.ledger.records import CheckpointRecord, SampleRecord, StepAck, StepPlan
 from paceline.ledger.store import MetadataStore
 from paceline.testing.samples import sample_ref
 from paceline.types import SampleRef
@@ -159,7 +159,7 @@ class MetadataStoreSuite(ABC):
             lambda: store.revoke([1], fence=old_p),
             lambda: store.add_tasks(["u"], fence=old_p),
             lambda: store.return_tasks("w", ["t"], fence=old_p),
-            lambda: store.ack_step(1, 0, ids, fence=old_c),
+            lambda: store.ack_step(StepAck(1, 0, tuple(ids)), fence=old_c),
             lambda: store.leave_step(1, fence=old_c),
             lambda: store.adopt_checkpoint(checkpoint(1), [], fence=old_c),
             lambda: store.quarantine(ids, step=1, reason="x", fence=old_c),
@@ -338,7 +338,7 @@ class MetadataStoreSuite(ABC):
         ids = commit(store, 0, 1, 2)
         plan = StepPlan(1, (ids[1], ids[0]), 2)
         store.begin_step(plan)
-        store.ack_step(1, 0, ids[:2])
+        store.ack_step(StepAck(1, 0, tuple(ids[:2])))
         store.record_checkpoint(checkpoint(1))
         store.record_released(ids[:2])
         assert store.compact() == 2

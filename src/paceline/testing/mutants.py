@@ -17,7 +17,7 @@ from paceline.capture.backpressure import Backpressure
 from paceline.capture.producer import Producer
 from paceline.ledger import trial
 from paceline.ledger.controller import DataFlowController
-from paceline.ledger.records import Fence
+from paceline.ledger.records import Fence, StepAck
 from paceline.ledger.stores.memory import InMemoryMetadataStore as Store
 from paceline.loader.loader import PlannedStep, StepLoader
 from paceline.loader.passes import Position
@@ -302,19 +302,32 @@ def not_undone(real: Any) -> Any:
 
 
 def any_rev(real: Any) -> Any:
-    def ack_step(self: Store, step: int, rev: int, *args: Any, **kwargs: Any) -> None:
-        plan = self._plans.get(step)
-        real(self, step, plan.rev if plan else rev, *args, **kwargs)
+    def take_ack(self: Store, ack: StepAck) -> None:
+        plan = self._plans.get(ack.step)
+        real(self, replace(ack, rev=plan.rev) if plan else ack)
 
-    return ack_step
+    return take_ack
 
 
 def any_step(real: Any) -> Any:
-    def ack_step(self: Store, step: int, *args: Any, **kwargs: Any) -> None:
-        self._trained_step = step - 1
-        real(self, step, *args, **kwargs)
+    def take_ack(self: Store, ack: StepAck) -> None:
+        self._trained_step = ack.step - 1
+        real(self, ack)
 
-    return ack_step
+    return take_ack
+
+
+def ack_unfenced(real: Any) -> Any:
+    def begin_step(self: Store, plan: Any, *, ack: StepAck | None = None, **kwargs: Any) -> Any:
+        if ack is not None:
+            self._take_ack(ack)
+        return real(self, plan, **kwargs)
+
+    return begin_step
+
+
+def ack_left_out(real: Any) -> Any:
+    return lambda self, plan, ack=None, **kwargs: real(self, plan, **kwargs)
 
 
 MUTANTS: dict[str, Mutant] = {
@@ -324,7 +337,13 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "reserve without fence": Mutant("a zombie producer reserves", ((Store, "reserve", unfenced),)),
     "lease without fence": Mutant("a zombie producer leases", ((Store, "lease_tasks", unfenced),)),
-    "ack without fence": Mutant("a zombie consumer acks", ((Store, "ack_step", unfenced),)),
+    "ack without fence": Mutant(
+        "a zombie consumer acks", ((Store, "ack_step", unfenced), (Store, "begin_step", ack_unfenced))
+    ),
+    "ack not taken with the plan": Mutant("trained, never freed", ((Store, "begin_step", ack_left_out),)),
+    "ack kept over a checkpoint": Mutant(
+        "the head covers what is not acked", ((DataFlowController, "write_ack", nothing),)
+    ),
     "head without fence": Mutant("a zombie's checkpoint is head", ((Store, "record_checkpoint", unfenced),)),
     "release without fence": Mutant("a zombie deleter frees", ((Store, "begin_release", unfenced),)),
     "facts without fence": Mutant("a zombie ends the stream", ((Store, "set_facts", unfenced),)),
@@ -332,8 +351,8 @@ MUTANTS: dict[str, Mutant] = {
     "collected at ack": Mutant("features go before the head", ((Store, "_is_covered", covered_by_ack),)),
     "acks inherited": Mutant("steps of dead weights count", ((Store, "acquire_role", not_undone),)),
     "plans not written": Mutant("a replay knows no plan", ((Store, "begin_step", plan_forgotten),)),
-    "acks in any order": Mutant("steps are acked twice", ((Store, "ack_step", any_step),)),
-    "acks of any revision": Mutant("a revised step is acked as it was", ((Store, "ack_step", any_rev),)),
+    "acks in any order": Mutant("steps are acked twice", ((Store, "_take_ack", any_step),)),
+    "acks of any revision": Mutant("a revised step is acked as it was", ((Store, "_take_ack", any_rev),)),
     "leases inherited": Mutant(
         "a dead producer's prompts are stuck", ((Store, "acquire_role", acquire("producer", "_tasks")),)
     ),

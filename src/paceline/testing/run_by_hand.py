@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from paceline.ledger.records import CheckpointRecord, TrainedSample, TrainedStep, chain_of
+from paceline.ledger.records import CheckpointRecord, StepAck, TrainedSample, TrainedStep, chain_of
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.testing.samples import sample_ref
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
@@ -53,7 +53,8 @@ class RunByHand:
     def train(self, sample_ids: Sequence[str], rev: int = 0) -> None:
         """Begin and ack the next step; every sample is visited once."""
         trained = self.begin(sample_ids, rev)
-        self.store.ack_step(trained.step, rev, [s.sample_id for s in trained.samples], fence=self.consumer)
+        finished = tuple(s.sample_id for s in trained.samples)
+        self.store.ack_step(StepAck(trained.step, rev, finished), fence=self.consumer)
         self.since_head.append(trained)
 
     def write_checkpoint(self) -> tuple[CheckpointRecord, list[TrainedStep]]:

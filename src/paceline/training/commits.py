@@ -89,6 +89,9 @@ class Commits:
     ) -> None:
         """Begin the checkpoint of `step`; one that is still being written is recorded first."""
         self.settle()
+        reach("checkpoint.before_write_ack")
+        self._controller.write_ack()
+        reach("checkpoint.after_write_ack")
         began = monotonic()
         head, lineage = self.head, tuple(self._since_staged)
         reach("checkpoint.before_write")

@@ -120,7 +120,7 @@ class Trainer:
 
     def fit(self, loader: StepLoader) -> int:
         """Train until the stream ends, `max_steps`, or a stop; the last step. Ends with a checkpoint."""
-        loader.on_wait = self._relieve_pressure
+        loader.on_wait = self._wait
         if not self.learner.ready and not self._initialise(loader):
             return self.step
         while self._settings.max_steps is None or self.step < self._settings.max_steps:
@@ -188,6 +188,13 @@ class Trainer:
         position = [self.position.stage, self.position.offset]
         values = {**self.learner.describe(), "position": position}
         self._commits.stage(self.step, self.last_seq, self.learner.files, values)
+
+    def _wait(self) -> None:
+        """Samples are waited for, and whoever looks meanwhile is to see the ack of the last step."""
+        reach("trainer.before_write_ack")
+        self.controller.write_ack()
+        reach("trainer.after_write_ack")
+        self._relieve_pressure()
 
     def _relieve_pressure(self) -> None:
         """Commit early if the producer waits for bytes that only a checkpoint can free."""

@@ -11,7 +11,7 @@ import apsw
 import pytest
 
 from paceline import SQLiteMetadataStore
-from paceline.ledger.records import CheckpointRecord, StepPlan, TaskLease
+from paceline.ledger.records import CheckpointRecord, StepAck, StepPlan, TaskLease
 from paceline.ledger.stores.sqlite.schema import SCHEMA_USER_VERSION, open_schema
 from paceline.testing.samples import sample_ref
 
@@ -70,7 +70,7 @@ def test_a_ledger_of_version_1_is_migrated_and_goes_on(ledger: Path) -> None:
     assert store.lost_ids() == []
     assert store.commit_sample(sample_ref(1)) is False
     assert store.add_tasks([f"task-{n}" for n in range(10)]) == 1
-    store.ack_step(3, 0, IDS[4:6])
+    store.ack_step(StepAck(3, 0, tuple(IDS[4:6])))
 
 
 def test_the_old_ledger_is_kept_beside(ledger: Path) -> None:

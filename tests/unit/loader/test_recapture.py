@@ -37,6 +37,7 @@ def test_what_a_successor_freed_and_folded_is_neither_read_nor_waited_for(
     plan = StepPlan(1, ("run0:s0",), 1)
     successor.begin_step(plan)
     successor.ack_step(1, 0, ["run0:s0"])
+    successor.write_ack()
     store.record_checkpoint(CheckpointRecord(1, "c", "d", 1, chain_of("", [plan])), fence=fence)
     store.record_released(["run0:s0"], fence=fence)
     store.compact(fence=fence)

@@ -8,6 +8,7 @@ from paceline.ledger.records import (
     BegunStep,
     CheckpointRecord,
     Fence,
+    StepAck,
     StepPlan,
     TrainedSample,
     TrainedStep,
@@ -29,7 +30,12 @@ class Steps(Samples):
     # -- step plans ------------------------------------------------------------------------
 
     def begin_step(
-        self, plan: StepPlan, *, fence: Fence | None = None, op_id: str | None = None
+        self,
+        plan: StepPlan,
+        *,
+        ack: StepAck | None = None,
+        fence: Fence | None = None,
+        op_id: str | None = None,
     ) -> BegunStep:
         with self._mutation(fence, op_id) as operation:
             if operation.repeated:
@@ -37,6 +43,8 @@ class Steps(Samples):
                 return begun
             if plan.step <= self._folded_step:
                 raise history_is_folded(plan.step, self._folded_step)
+            if ack is not None:
+                self._take_ack(ack)
             stored = self._plans.setdefault(plan.step, plan)
             if plan.rev > stored.rev and plan.step > self._trained_step:
                 stored = self._plans[plan.step] = plan
@@ -63,25 +71,19 @@ class Steps(Samples):
         with self._changed:
             return self._trained_step
 
-    def ack_step(
-        self,
-        step: int,
-        rev: int,
-        finished: Sequence[str],
-        *,
-        fence: Fence | None = None,
-        op_id: str | None = None,
-    ) -> None:
+    def ack_step(self, ack: StepAck, *, fence: Fence | None = None, op_id: str | None = None) -> None:
         with self._mutation(fence, op_id) as operation:
-            if operation.repeated:
-                return
-            plan = self._plans.get(step)
-            if step != self._trained_step + 1 or plan is None or plan.rev != rev:
-                raise out_of_turn(step, rev, self._trained_step, plan)
-            self._ack(finished, step, durable=False)
-            self._trained_step, self._started_step = step, None
-            self._deaths.pop(step, None)
-            operation.keep(None)
+            if not operation.repeated:
+                self._take_ack(ack)
+                operation.keep(None)
+
+    def _take_ack(self, ack: StepAck) -> None:
+        plan = self._plans.get(ack.step)
+        if ack.step != self._trained_step + 1 or plan is None or plan.rev != ack.rev:
+            raise out_of_turn(ack, self._trained_step, plan)
+        self._ack(ack.finished, ack.step, durable=False)
+        self._trained_step, self._started_step = ack.step, None
+        self._deaths.pop(ack.step, None)
 
     # -- checkpoints -----------------------------------------------------------------------
 

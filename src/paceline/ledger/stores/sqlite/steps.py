@@ -9,6 +9,7 @@ from paceline.ledger.records import (
     BegunStep,
     CheckpointRecord,
     Fence,
+    StepAck,
     StepPlan,
     TrainedSample,
     TrainedStep,
@@ -29,7 +30,12 @@ class StepTable(SampleTable):
     # -- step plans ------------------------------------------------------------------------
 
     def begin_step(
-        self, plan: StepPlan, *, fence: Fence | None = None, op_id: str | None = None
+        self,
+        plan: StepPlan,
+        *,
+        ack: StepAck | None = None,
+        fence: Fence | None = None,
+        op_id: str | None = None,
     ) -> BegunStep:
         with self._mutation(fence, op_id) as operation:
             if operation.repeated:
@@ -37,6 +43,8 @@ class StepTable(SampleTable):
                 return BegunStep(StepPlan(step, tuple(ids), last_seq, rev), deaths)
             if plan.step <= self._run("folded_step"):
                 raise history_is_folded(plan.step, self._run("folded_step"))
+            if ack is not None:
+                self._take_ack(ack)
             self._change(
                 "INSERT INTO plan (step, rev, sample_ids, last_seq) VALUES (?1, ?2, ?3, ?4) "
                 "ON CONFLICT (step) DO UPDATE SET rev = excluded.rev, sample_ids = excluded.sample_ids, "
@@ -55,24 +63,18 @@ class StepTable(SampleTable):
         with self._mutation(fence):
             self._change("UPDATE run SET started_step = NULL WHERE started_step = ?", step)
 
-    def ack_step(
-        self,
-        step: int,
-        rev: int,
-        finished: Sequence[str],
-        *,
-        fence: Fence | None = None,
-        op_id: str | None = None,
-    ) -> None:
+    def ack_step(self, ack: StepAck, *, fence: Fence | None = None, op_id: str | None = None) -> None:
         with self._mutation(fence, op_id) as operation:
-            if operation.repeated:
-                return
-            plan, trained = self._plan_on_record(step), self._run("trained_step")
-            if step != trained + 1 or plan is None or plan.rev != rev:
-                raise out_of_turn(step, rev, trained, plan)
-            self._ack(finished, step, durable=False)
-            self._change("UPDATE run SET trained_step = ?, started_step = NULL", step)
-            self._change("UPDATE plan SET deaths = 0 WHERE step = ?", step)
+            if not operation.repeated:
+                self._take_ack(ack)
+
+    def _take_ack(self, ack: StepAck) -> None:
+        plan, trained = self._plan_on_record(ack.step), self._run("trained_step")
+        if ack.step != trained + 1 or plan is None or plan.rev != ack.rev:
+            raise out_of_turn(ack, trained, plan)
+        self._ack(ack.finished, ack.step, durable=False)
+        self._change("UPDATE run SET trained_step = ?, started_step = NULL", ack.step)
+        self._change("UPDATE plan SET deaths = 0 WHERE step = ? AND deaths > 0", ack.step)
 
     def _plan_on_record(self, step: int) -> StepPlan | None:
         rows = self._rows("SELECT sample_ids, last_seq, rev FROM plan WHERE step = ?", step)
