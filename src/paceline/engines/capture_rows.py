@@ -72,9 +72,8 @@ class CaptureRows:
     def keep(self, states: Sequence[torch.Tensor]) -> None:
         """Keep the states of the latest forward, one token a row, behind those before it."""
         *aux, last = states
-        tokens = self.length - self.padding
-        self._aux.keep_step(tokens, aux)
-        self._last.keep_step(tokens, [last])
+        self._aux.keep_step(aux)
+        self._last.keep_step([last])
         self.length += 1
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor | None:
@@ -138,33 +137,26 @@ class _Kept:
         device: torch.device,
     ) -> None:
         self._first = [request.first_row(name) for request in group]
-        prompts = max(len(request.prompt_ids) - request.first_row(name) for request in group)
-        size = prompts + max(request.max_new_tokens for request in group) - 1
+        prompts = [len(request.prompt_ids) - request.first_row(name) for request in group]
+        size = max(prompts) + max(request.max_new_tokens for request in group) - 1
         self._states = torch.empty((len(group), size, width), dtype=dtype, device=device)
-        self._offsets = torch.tensor(self._first, device=device)
-        self._rows = torch.arange(len(group), device=device)
+        self._rows, self._next = torch.arange(len(group), device=device), torch.tensor(prompts, device=device)
 
     def keep_tokens(self, row: int, token: int, parts: Sequence[torch.Tensor]) -> None:
         """Keep a row's states of the tokens from `token` on; `parts` [n, ...] lie side by side."""
         first = self._first[row]
+        states = torch.cat([part[max(0, first - token) :] for part in parts], dim=-1)
         at = max(token, first) - first
-        for kept, part in zip(self._columns(parts), parts, strict=True):
-            wanted = part[max(0, first - token) :]
-            kept[row, at : at + len(wanted)] = wanted
+        self._states[row, at : at + len(states)] = states
 
-    def keep_step(self, tokens: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
-        """Keep every row's state of its token number `tokens` [B]; `parts` [B, 1, ...] lie side by side."""
-        places = tokens - self._offsets
-        for kept, part in zip(self._columns(parts), parts, strict=True):
-            kept[self._rows, places] = part[:, 0]
+    def keep_step(self, parts: Sequence[torch.Tensor]) -> None:
+        """Keep the state of every row's next answer token; `parts` [B, 1, ...] lie side by side."""
+        self._states[self._rows, self._next] = torch.cat(list(parts), dim=-1)[:, 0]
+        self._next += 1
 
     def of_row(self, row: int, length: int) -> torch.Tensor:
         """[R, width]: what is kept of a row that has processed `length` tokens."""
         return self._states[row, : length - self._first[row]]
-
-    def _columns(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        columns: tuple[torch.Tensor, ...] = self._states.split([part.shape[-1] for part in parts], dim=-1)
-        return columns
 
 
 def _is_finite(states: torch.Tensor) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.nn import functional as F  # noqa: N812 (the name PyTorch's own documents use)
 
 from paceline.engines.engine import CaptureRequest
 
@@ -27,11 +26,14 @@ class TokenChoice:
         if not sampled:
             return
         size = max(request.max_new_tokens for request in group)
-        self._points = torch.stack([_noise(request, size) for request in sampled], dim=1).to(device)
+        self._points = torch.stack([_noise(request, size) for request in sampled], dim=1)[..., None].to(
+            device
+        )
         temperatures = [request.temperature for request in sampled]
         self._temperature = torch.tensor(temperatures, device=device)[:, None]
         # Kept from step to step: fresh memory of this size costs more in page faults than the arithmetic.
         num_blocks = -(-vocab_size // BLOCK)
+        self._rows = torch.arange(len(sampled), device=device)
         self._logits = torch.full((len(sampled), num_blocks * BLOCK), float("-inf"), device=device)
         self._weights = torch.empty_like(self._logits)
 
@@ -49,29 +51,22 @@ class TokenChoice:
     def _draw(self, logits: torch.Tensor, step: int) -> torch.Tensor:
         """Inverse of each row's cumulative distribution at the row's own random number; int64 [S].
 
-        The numbers are summed by blocks: a running sum over all of them cannot be vectorised.
+        Looked for among blocks, then in one: a running sum over all tokens cannot be vectorised.
         """
         self._logits[:, : logits.shape[-1]] = logits
-        self._logits.div_(self._temperature)
-        torch.softmax(self._logits, -1, out=self._weights)
+        torch.softmax(self._logits.div_(self._temperature), -1, out=self._weights)
         blocks = self._weights.view(len(logits), -1, BLOCK)
-        block, rest = _invert(blocks.sum(-1), self._points[step][:, None])
-        members = blocks[torch.arange(len(logits), device=logits.device), block[:, 0]]
-        within, _ = _invert(members, rest)
-        # Beyond the vocabulary lies only what is chosen from logits that are no numbers.
+        sums = blocks.sum(-1)
+        cumulative = sums.cumsum(-1)
+        points = self._points[step] * cumulative[:, -1:]
+        # Only where logits are no numbers does a point lie beyond the last block, or the last token.
+        block = torch.searchsorted(cumulative, points, right=True).clamp(max=sums.shape[-1] - 1)
+        # How far into its block the point lies. Less than 1 however it is rounded: a token of weight 0,
+        # such as the padding's, is never drawn.
+        into = (points - cumulative.gather(1, block)) / sums.gather(1, block) + 1.0
+        members = blocks[self._rows, block[:, 0]].cumsum(-1)
+        within = torch.searchsorted(members, into.clamp(0.0, BELOW_ONE) * members[:, -1:], right=True)
         return (block * BLOCK + within)[:, 0].clamp(max=logits.shape[-1] - 1)
-
-
-def _invert(weights: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where `points` [S, 1] in [0, 1) lie in the distribution that `weights` [S, n] are in proportion to.
-
-    Returns the place, int64 [S, 1], never one of weight 0, and how far into it the point lies: [0, 1) again.
-    """
-    cumulative = weights.cumsum(-1)
-    points = points * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, points, right=True).clamp(max=weights.shape[-1] - 1)
-    before = F.pad(cumulative, (1, 0)).gather(1, place)
-    return place, ((points - before) / weights.gather(1, place)).clamp(0.0, BELOW_ONE)
 
 
 def _best(logits: torch.Tensor) -> torch.Tensor:

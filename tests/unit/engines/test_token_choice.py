@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paceline.engines.engine import CaptureRequest
-from paceline.engines.token_choice import TokenChoice, _invert
+from paceline.engines.token_choice import TokenChoice
 
 STEPS = 8
 
@@ -43,7 +43,7 @@ def test_a_sampled_row_gets_the_token_where_its_number_falls(vocab_size: int) ->
         tokens = chosen.choose(logits, step)[:, None]
         exact = (logits.double() / torch.tensor(temperatures).double()[:, None]).softmax(-1)
         upper = exact.cumsum(-1).gather(1, tokens)
-        numbers = chosen._points[step].double()[:, None]
+        numbers = chosen._points[step].double()
         assert (numbers < upper + 1e-6).all()
         assert (numbers > upper - exact.gather(1, tokens) - 1e-6).all()
 
@@ -59,14 +59,18 @@ def test_neighbours_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("point", [0.0, 0.3, 1 - 2**-24])
-def test_a_token_without_probability_is_never_drawn(point: float) -> None:
+@pytest.mark.parametrize("vocab_size", [61, 1000])
+def test_a_token_without_probability_is_never_drawn(point: float, vocab_size: int) -> None:
     """At neither end of the distribution, however the sums round."""
+    rows = 2000
     generator = torch.Generator().manual_seed(0)
-    weights = torch.rand(2000, 64, generator=generator) * (torch.rand(2000, 64, generator=generator) > 0.6)
-    weights[:, 0], weights[:, -1] = 0.0, 0.0
-    place, rest = _invert(weights, torch.full((2000, 1), point))
-    assert (weights.gather(1, place) > 0).all()
-    assert ((rest >= 0) & (rest < 1)).all()
+    logits = torch.randn(rows, vocab_size, generator=generator) * 4
+    logits[torch.rand(rows, vocab_size, generator=generator) > 0.4] = float("-inf")
+    logits[:, 0] = logits[:, -1] = float("-inf")
+    logits[:, 7] = 0.0
+    chosen = choice([1.0] * rows, vocab_size)
+    chosen._points[:] = point
+    assert torch.isfinite(logits.gather(1, chosen.choose(logits, 0)[:, None])).all()
 
 
 def test_logits_that_are_no_numbers_still_give_a_token() -> None:
