@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from types import NoneType
 from typing import Any
 
@@ -32,6 +33,13 @@ class PromptTask:
     attempt: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
     deaths: int = 0
+
+
+class Rows(StrEnum):
+    """Which rows of a sample's tensor are kept; row j belongs to the j-th token the target processed."""
+
+    ALL = "all"
+    PREDICTED = "predicted"  # rows whose following token belongs to the answer, the last row included
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ engine cannot bear is found (blame.py) and set aside with its reason; its group 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from time import monotonic
 
 from paceline.capture.backpressure import Backpressure
@@ -24,14 +24,17 @@ from paceline.features.store import FeatureStore
 from paceline.ledger.channel import CommittedRefLog
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.records import Fence
-from paceline.types import PromptTask, SampleRef
+from paceline.types import PromptTask, Rows, SampleRef
 
 UNREADABLE = "unreadable"  # payload key of a prompt that could not be encoded: the reason
 
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """`num_prompts` is the size of the prompt set: from its end on, answers are sampled."""
+    """`num_prompts` is the size of the prompt set: from its end on, answers are sampled.
+
+    `rows`: which rows of each hidden state the draft's method reads; all of one that is not named.
+    """
 
     group_size: int
     num_prompts: int
@@ -40,6 +43,7 @@ class CaptureSettings:
     temperature: float = 0.8
     seed: int = 0
     strategy: str = "eagle3"
+    rows: Mapping[str, Rows] = field(default_factory=dict)
 
 
 class Producer:
@@ -229,6 +233,7 @@ class Producer:
             max_new_tokens=s.max_answer_tokens,
             temperature=s.first_round_temperature if greedy_round else s.temperature,
             seed=sample_seed(s.seed, task.ordinal),
+            rows=s.rows,
         )
 
     def _store(self, task: PromptTask, sample: CapturedSample, generation: int) -> SampleRef:

@@ -1,7 +1,7 @@
-"""The rows of a capture group while it is answered: tokens, masks, noise and the states so far.
+"""The rows of a capture group while it is answered: tokens, masks and the states so far.
 
 Every row keeps its place to the end, finished or not, so that no row's bits depend on when another
-one ended; each draws from its own seeded noise, so that none depends on another's sampling.
+one ended.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from paceline.engines.engine import CapturedSample, CaptureRequest, TargetFacts
+from paceline.engines.token_choice import TokenChoice
 from paceline.errors import EngineError
 
 
@@ -36,22 +37,13 @@ class CaptureRows:
             [*r.prompt_ids[:cut], *[pad] * (longest - len(r.prompt_ids)), *r.prompt_ids[cut:]] for r in group
         ]
         self.prompt_ids = torch.tensor(padded, device=device)
+        self._choice = TokenChoice(group, facts.vocab_size, device)
         self._answers: list[list[int]] = [[] for _ in group]
-        self._done = [False] * len(group)
-        # States without padding, the last kind apart: what a sample needs lies in one piece.
-        widths = (len(facts.aux_layer_ids) * facts.hidden_size, facts.hidden_size)
-        self._aux, self._last = (
-            torch.empty((len(group), self.capacity, width), dtype=dtype, device=device) for width in widths
-        )
-        self._points = torch.stack([_noise(request, answer) for request in group], dim=1).to(device)
-        # Temperature 1 stands in for greedy rows, whose sample is not used.
-        temperatures = [request.temperature or 1.0 for request in group]
-        self._temperature = torch.tensor(temperatures, device=device)[:, None]
-        self._sampled = [request.temperature > 0 for request in group]
-
-    @property
-    def last_ids(self) -> torch.Tensor:
-        return torch.tensor([[answer[-1]] for answer in self._answers], device=self.mask.device)
+        self._open = list(range(len(group)))  # rows whose answer has not ended
+        self._steps = 0
+        num_aux = len(facts.aux_layer_ids)
+        self._aux = _Kept(group, "aux_hidden_states", num_aux * facts.hidden_size, dtype, device)
+        self._last = _Kept(group, "last_hidden_states", facts.hidden_size, dtype, device)
 
     def by_length(self, size: int) -> list[tuple[torch.Tensor, int]]:
         """Rows in parts of `size`, shortest first, with the most tokens one has beyond the shared ones."""
@@ -62,61 +54,55 @@ class CaptureRows:
 
     def keep_shared(self, states: Sequence[torch.Tensor]) -> None:
         """Keep the states of what all prompts begin with, computed for one row."""
-        for kept, state in zip(self._kept(slice(None)), states, strict=True):
-            kept[:, : self.shared] = state
+        for row in range(self.count):
+            self._keep_prompt(row, 0, [state[0] for state in states])
 
     def keep_prompts(self, members: torch.Tensor, states: Sequence[torch.Tensor]) -> None:
         """Keep the states of the rest of some rows' prompts; each row's padding comes first."""
         for place, row in enumerate(members.tolist()):
-            length = self._lengths[row]
-            for kept, state in zip(self._kept(row), states, strict=True):
-                kept[self.shared : length] = state[place, self.shared - length :]
+            own = self._lengths[row] - self.shared
+            self._keep_prompt(row, self.shared, [state[place, -own:] for state in states])
+
+    def _keep_prompt(self, row: int, token: int, states: Sequence[torch.Tensor]) -> None:
+        """Keep one row's states of the tokens from `token` on, each [n, hidden_size]."""
+        *aux, last = states
+        self._aux.keep_tokens(row, token, aux)
+        self._last.keep_tokens(row, token, [last])
 
     def keep(self, states: Sequence[torch.Tensor]) -> None:
         """Keep the states of the latest forward, one token a row, behind those before it."""
-        rows, tokens = torch.arange(self.count, device=self.mask.device), self.length - self.padding
-        for kept, state in zip(self._kept(slice(None)), states, strict=True):
-            kept[rows, tokens] = state[:, 0]
+        *aux, last = states
+        self._aux.keep_step(aux)
+        self._last.keep_step([last])
         self.length += 1
 
-    def _kept(self, rows: int | slice) -> list[torch.Tensor]:
-        """The places of each kind of state, in the order in which the engine gives them."""
-        return [*self._aux[rows].split(self._facts.hidden_size, dim=-1), self._last[rows]]
+    def choose(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """Append every unfinished row's next token; the tokens to process next, [B, 1], or None at the end.
 
-    def choose(self, logits: torch.Tensor) -> bool:
-        """Append every unfinished row's next token; whether any row needs another forward."""
-        chosen = logits.argmax(-1).tolist()
-        sampled = self._sample(logits) if any(self._sampled) else chosen
-        for row, request in enumerate(self._group):
-            if self._done[row]:
-                # A finished row keeps its place, so that its neighbours' bits do not depend on it.
-                self._answers[row].append(self._answers[row][-1])
-                continue
-            token = sampled[row] if self._sampled[row] else chosen[row]
-            self._answers[row].append(token)
-            ended = token in self._facts.eos_token_ids or len(self._answers[row]) == request.max_new_tokens
-            if ended:
-                self._done[row] = True
-                self._lengths[row] += len(self._answers[row]) - 1  # the last token has no state
-        return not all(self._done)
-
-    def _sample(self, logits: torch.Tensor) -> list[int]:
-        """Inverse of each row's cumulative distribution at the row's own next random number."""
-        cumulative = (logits.float() / self._temperature).softmax(-1).cumsum(-1)
-        points = self._points[len(self._answers[0])][:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, points, right=True)[:, 0]
-        return [int(token) for token in tokens.clamp(max=logits.shape[-1] - 1)]
+        A finished row keeps its place and gets tokens that are nowhere kept.
+        """
+        chosen = self._choice.choose(logits, self._steps)
+        self._steps += 1
+        tokens, still_open = chosen.tolist(), []
+        for row in self._open:
+            answer, token = self._answers[row], tokens[row]
+            answer.append(token)
+            if token in self._facts.eos_token_ids or len(answer) == self._group[row].max_new_tokens:
+                self._lengths[row] += len(answer) - 1  # the last token has no state
+            else:
+                still_open.append(row)
+        self._open = still_open
+        return chosen[:, None] if still_open else None
 
     def samples(self) -> list[CapturedSample]:
         """The finished rows. Their states are views of the group's, to be copied once, into a slot."""
         captured, bad = [], []
         for row, request in enumerate(self._group):
-            length = self._lengths[row]
-            aux, last = self._aux[row, :length], self._last[row, :length]
-            if not (torch.isfinite(aux).all() and torch.isfinite(last).all()):
+            length, prompt = self._lengths[row], len(request.prompt_ids)
+            aux, last = self._aux.of_row(row, length), self._last.of_row(row, length)
+            if not (_is_finite(aux) and _is_finite(last)):
                 bad.append(request.sample_id)
-            prompt = len(request.prompt_ids)
-            tokens = list(request.prompt_ids) + self._answers[row][: length - prompt]
+            tokens = [*request.prompt_ids, *self._answers[row][: length - prompt]]
             captured.append(
                 CapturedSample(
                     sample_id=request.sample_id,
@@ -135,13 +121,47 @@ class CaptureRows:
         return captured
 
 
-def _noise(request: CaptureRequest, size: int) -> torch.Tensor:
-    """One random number for each token that the request may get, zeros up to `size`."""
-    generator = torch.Generator().manual_seed(request.seed)
-    numbers = torch.zeros(size)
-    if request.temperature > 0:
-        numbers[: request.max_new_tokens] = torch.rand(request.max_new_tokens, generator=generator)
-    return numbers
+class _Kept:
+    """The states of one name for all rows of the group: no padding, and no row that nobody asked for.
+
+    One buffer because nobody knows an answer's length before its end; what a sample needs of it lies
+    in one piece.
+    """
+
+    def __init__(
+        self,
+        group: Sequence[CaptureRequest],
+        name: str,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._first = [request.first_row(name) for request in group]
+        prompts = [len(request.prompt_ids) - request.first_row(name) for request in group]
+        size = max(prompts) + max(request.max_new_tokens for request in group) - 1
+        self._states = torch.empty((len(group), size, width), dtype=dtype, device=device)
+        self._rows, self._next = torch.arange(len(group), device=device), torch.tensor(prompts, device=device)
+
+    def keep_tokens(self, row: int, token: int, parts: Sequence[torch.Tensor]) -> None:
+        """Keep a row's states of the tokens from `token` on; `parts` [n, ...] lie side by side."""
+        first = self._first[row]
+        states = torch.cat([part[max(0, first - token) :] for part in parts], dim=-1)
+        at = max(token, first) - first
+        self._states[row, at : at + len(states)] = states
+
+    def keep_step(self, parts: Sequence[torch.Tensor]) -> None:
+        """Keep the state of every row's next answer token; `parts` [B, 1, ...] lie side by side."""
+        self._states[self._rows, self._next] = torch.cat(list(parts), dim=-1)[:, 0]
+        self._next += 1
+
+    def of_row(self, row: int, length: int) -> torch.Tensor:
+        """[R, width]: what is kept of a row that has processed `length` tokens."""
+        return self._states[row, : length - self._first[row]]
+
+
+def _is_finite(states: torch.Tensor) -> bool:
+    """Least and greatest in one pass: an infinite number is one of them, a NaN is both."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(states))).all())
 
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:

@@ -7,9 +7,11 @@ the same order give the same bits, which is what makes a lost feature a cache mi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
+
+from paceline.types import Rows
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +33,21 @@ class TargetFacts:
 
 @dataclass(frozen=True)
 class CaptureRequest:
-    """One prompt to answer and capture. `seed` alone decides the sampling (temperature > 0)."""
+    """One prompt to answer and capture. `seed` alone decides the sampling (temperature > 0).
+
+    `rows`: which rows of a hidden state are wanted, by its name in `CapturedSample`; all if not named.
+    """
 
     sample_id: str
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
     temperature: float = 0.0
     seed: int = 0
+    rows: Mapping[str, Rows] = field(default_factory=dict)
+
+    def first_row(self, name: str) -> int:
+        """The first of the rows that are wanted of hidden state `name`; all after it are wanted, too."""
+        return len(self.prompt_ids) - 1 if self.rows.get(name) == Rows.PREDICTED else 0
 
 
 @dataclass(frozen=True)
@@ -45,14 +55,15 @@ class CapturedSample:
     """Features of one sample; T = prompt plus answer, less the last token (which has no state).
 
     Exactly: `input_ids` holds all tokens the target processed (T), `loss_mask` is 1 where the
-    *processed* token belongs to the answer.
+    *processed* token belongs to the answer. Of a hidden state only the R rows from the request's
+    `first_row` on are there: R = T if all are wanted, else 1 + the processed answer tokens.
     """
 
     sample_id: str
     input_ids: torch.Tensor  # int32 [T]
     loss_mask: torch.Tensor  # uint8 [T]
-    aux_hidden_states: torch.Tensor  # target dtype [T, len(aux_layer_ids) * hidden_size]
-    last_hidden_states: torch.Tensor  # target dtype [T, hidden_size], pre-norm
+    aux_hidden_states: torch.Tensor  # target dtype [R, len(aux_layer_ids) * hidden_size]
+    last_hidden_states: torch.Tensor  # target dtype [R, hidden_size], pre-norm
 
 
 class TargetEngine(Protocol):

@@ -62,10 +62,10 @@ class TransformersEngine:
         cache = self._empty_cache(len(group), rows.capacity)
         with _Hooks(self._layers, self._captured_ids) as states:
             hidden = self._prefill(rows, cache, states)
-            while rows.choose(self._model.lm_head(hidden)):
+            while (token_ids := rows.choose(self._model.lm_head(hidden))) is not None:
                 positions = (rows.length - rows.padding)[:, None]
                 mask = rows.mask[:, : rows.length + 1]
-                hidden = self._forward(rows.last_ids, mask, positions, cache)
+                hidden = self._forward(token_ids, mask, positions, cache)
                 rows.keep(states.taken)
         return rows.samples()
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from paceline.methods.target_head import TargetHead
-from paceline.types import FeatureSpec
+from paceline.types import FeatureSpec, Rows
 
 
 def default_aux_layer_ids(num_hidden_layers: int) -> tuple[int, int, int]:
@@ -51,6 +51,12 @@ class DraftMethod(Protocol):
 
     def feature_specs(self, hidden_size: int, num_hidden_layers: int, dtype: str) -> tuple[FeatureSpec, ...]:
         """The tensors of one sample, with -1 for the token axis."""
+
+    def feature_rows(self) -> Mapping[str, Rows]:
+        """Which rows of each hidden state are ever read, so that no other is kept; `ALL` if it is not named.
+
+        A sample may still carry all rows: it was captured by somebody who did not ask.
+        """
 
     def build_draft(
         self, head: TargetHead, seed: int, token_weights: torch.Tensor | None = None

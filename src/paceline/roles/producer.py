@@ -14,6 +14,7 @@ from paceline.errors import StoreError
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.roles.draft import build_method
 from paceline.roles.plan import RunPlan, bind_run, bind_target, window_size
 from paceline.roles.process import run_role
 from paceline.roles.wire import build_disagg_online_producer
@@ -50,6 +51,7 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
             temperature=config.prompts.temperature,
             seed=config.run.seed,
             strategy=config.method.name,
+            rows=build_method(config).feature_rows(),
         ),
         window_size=window_size(config),
         budget_samples=config.features.budget_samples,

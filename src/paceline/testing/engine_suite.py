@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import torch
 
 from paceline.engines.engine import CapturedSample, CaptureRequest, TargetEngine
+from paceline.types import Rows
 
 
 def requests(engine: TargetEngine, *, temperature: float = 0.0, seed: int = 0) -> list[CaptureRequest]:
@@ -53,6 +55,21 @@ class EngineSuite(ABC):
             assert sample.last_hidden_states.shape == (length, facts.hidden_size)
             assert str(sample.last_hidden_states.dtype) == f"torch.{facts.dtype}"
             assert torch.isfinite(sample.aux_hidden_states.float()).all()
+
+    def test_only_the_rows_that_are_asked_for_are_kept(self) -> None:
+        """Those that predict an answer token, bit for bit; nothing else changes."""
+        engine = self.make()
+        for name in ("last_hidden_states", "aux_hidden_states"):
+            for temperature in (0.0, 0.9):
+                group = requests(engine, temperature=temperature)
+                fewer = [replace(request, rows={name: Rows.PREDICTED}) for request in group]
+                # Requests of both kinds may be answered together.
+                mixed = [*group[:2], *fewer[2:]]
+                whole = engine.capture(group)
+                for asked in (fewer, mixed):
+                    for request, all_rows, got in zip(asked, whole, engine.capture(asked), strict=True):
+                        wanted = getattr(all_rows, name)[request.first_row(name) :]
+                        assert equal(got, replace(all_rows, **{name: wanted}))
 
     def test_sampling_depends_on_the_requests_own_seed(self) -> None:
         """Other seeds give other answers; a neighbour's seed changes nothing in one's own tokens."""

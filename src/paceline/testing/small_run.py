@@ -63,7 +63,12 @@ class SmallRun:
             engine=self.engine,
             feature_store=self.features,
             prompts=self.prompts,
-            capture=CaptureSettings(group_size=4, num_prompts=self.num_prompts, max_answer_tokens=6),
+            capture=CaptureSettings(
+                group_size=4,
+                num_prompts=self.num_prompts,
+                max_answer_tokens=6,
+                rows=Eagle3Method().feature_rows(),
+            ),
             window_size=16,
             metadata_db_path=self.db,
         )

@@ -46,12 +46,15 @@ def synthetic_sample(request: CaptureRequest) -> CapturedSample:
     generator = torch.Generator().manual_seed(seed)
     prompt, length = len(request.prompt_ids), len(request.prompt_ids) + request.max_new_tokens - 1
     answer = torch.randint(3, VOCAB, (length - prompt,), generator=generator)
+    states = {
+        name: torch.randn(length, width, generator=generator)[request.first_row(name) :]
+        for name, width in (("aux_hidden_states", 3 * HIDDEN), ("last_hidden_states", HIDDEN))
+    }
     return CapturedSample(
         sample_id=request.sample_id,
         input_ids=torch.cat([torch.tensor(request.prompt_ids), answer]).to(torch.int32),
         loss_mask=(torch.arange(length) >= prompt).to(torch.uint8),
-        aux_hidden_states=torch.randn(length, 3 * HIDDEN, generator=generator),
-        last_hidden_states=torch.randn(length, HIDDEN, generator=generator),
+        **states,
     )
 
 

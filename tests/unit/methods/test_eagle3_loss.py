@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,10 @@ from paceline.methods.eagle3.cross_entropy import soft_cross_entropy
 from paceline.methods.eagle3.loss import collate, training_time_test
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Eagle3Draft
+from paceline.methods.eagle3.targets import counted_rows
 from paceline.methods.target_head import TargetHead
 from paceline.testing.tiny_target import VOCAB, captured_sample, save_target, tiny_target
+from paceline.types import Rows
 
 STEPS, DECAY = 3, 0.8
 
@@ -48,6 +49,13 @@ def draft(method: Eagle3Method, head: TargetHead) -> Eagle3Draft:
 def samples(target: LlamaForCausalLM) -> list[dict[str, torch.Tensor]]:
     sizes = [(9, 4), (14, 6), (6, 5), (11, 2)]
     return [captured_sample(target, length, prompt, seed) for seed, (length, prompt) in enumerate(sizes)]
+
+
+def only_needed_rows(method: Eagle3Method, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The sample as it is captured for `method`: of a hidden state the rows that are ever read."""
+    prompt = int((sample["loss_mask"] == 0).sum())
+    first = {name: prompt - 1 for name, rows in method.feature_rows().items() if rows == Rows.PREDICTED}
+    return {name: tensor[first.get(name, 0) :] for name, tensor in sample.items()}
 
 
 def _attend_all(draft: Eagle3Draft, inputs: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
@@ -114,13 +122,56 @@ def test_training_time_test_equals_decoding_one_token_at_a_time(
 
 def test_loss_ignores_masked_tokens(draft: Eagle3Draft, samples: list[dict[str, torch.Tensor]]) -> None:
     """Garbage in target states whose successor is a prompt token changes nothing."""
-    batch = collate(samples)
-    garbage = batch.last_hidden_states.masked_fill(~batch.counted[:, None], -1e3)
-    assert not torch.equal(garbage, batch.last_hidden_states)
-    clean = training_time_test(draft, batch, STEPS, DECAY)
-    again = training_time_test(draft, replace(batch, last_hidden_states=garbage), STEPS, DECAY)
+    garbage = []
+    for sample in samples:
+        unread = ~counted_rows(sample["loss_mask"])[:, None]
+        assert unread.any()
+        states = sample["last_hidden_states"].masked_fill(unread, -1e3)
+        garbage.append({**sample, "last_hidden_states": states})
+    clean = training_time_test(draft, collate(samples), STEPS, DECAY)
+    again = training_time_test(draft, collate(garbage), STEPS, DECAY)
     assert torch.equal(clean.loss_sum, again.loss_sum)
     assert clean.metrics == again.metrics
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rows_that_nobody_reads_need_not_be_there(
+    draft: Eagle3Draft,
+    method: Eagle3Method,
+    samples: list[dict[str, torch.Tensor]],
+    target: LlamaForCausalLM,
+    autocast: bool,
+) -> None:
+    """Loss, metrics and gradients have the same bits with all last states and with the needed ones only."""
+    samples = [*samples, captured_sample(target, 7, 1, 5), captured_sample(target, 5, 5, 6)]
+    needed = [only_needed_rows(method, sample) for sample in samples]
+    assert [s["last_hidden_states"].shape[0] for s in needed] == [6, 9, 2, 10, 7, 1]
+
+    def once(group: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            sums = training_time_test(draft, collate(group), STEPS, DECAY)
+        gradients = torch.autograd.grad(sums.loss_sum, list(draft.parameters()))
+        return [sums.loss_sum.detach(), *gradients, *sums.metrics.values()]
+
+    mixed = [*samples[:2], *needed[2:]]  # a run that was begun before capture left them out
+    for other in (needed, mixed):
+        assert all(torch.equal(left, right) for left, right in zip(once(samples), once(other), strict=True))
+
+
+def test_first_weights_need_no_other_rows_either(
+    head: TargetHead, samples: list[dict[str, torch.Tensor]], target: LlamaForCausalLM
+) -> None:
+    """Vocabulary and regression have the same bits with all last states and with the needed ones only."""
+    method = Eagle3Method({"draft_vocab_size": 24})
+    samples = [*samples, captured_sample(target, 7, 1, 5), captured_sample(target, 5, 5, 6)]
+
+    def first(group: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        draft = method.build_draft(head, seed=3, token_weights=method.token_weights(head, group))
+        method.warm_start(draft, head, group, seed=4)
+        return draft.state_dict()
+
+    with_all, with_needed = first(samples), first([only_needed_rows(method, sample) for sample in samples])
+    assert all(torch.equal(with_all[name], with_needed[name]) for name in with_all)
 
 
 def test_packed_samples_do_not_see_each_other(

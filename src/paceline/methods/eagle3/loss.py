@@ -22,6 +22,7 @@ from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own docu
 
 from paceline.methods.eagle3.cross_entropy import soft_cross_entropy
 from paceline.methods.eagle3.model import Eagle3Draft, rms_norm
+from paceline.methods.eagle3.targets import counted_rows, counted_states
 from paceline.methods.method import LossSums
 
 
@@ -31,7 +32,7 @@ class Eagle3Batch:
 
     input_ids: torch.Tensor  # int64 [R]
     aux_hidden_states: torch.Tensor  # target dtype [R, 3H]
-    last_hidden_states: torch.Tensor  # target dtype [R, H], pre-norm
+    last_hidden_states: torch.Tensor  # target dtype [M0, H], pre-norm: of the M0 counted rows only
     counted: torch.Tensor  # bool [R]: the token *after* row j belongs to the answer
     positions: torch.Tensor  # int64 [R]: of the row in its sample
     anchors: torch.Tensor  # int64 [A]: rows, ascending
@@ -52,9 +53,7 @@ class Eagle3Batch:
 def collate(samples: Sequence[Mapping[str, torch.Tensor]]) -> Eagle3Batch:
     """Pack samples (input_ids, loss_mask, aux_ and last_hidden_states) into one batch on the CPU."""
     lengths = tuple(int(sample["input_ids"].numel()) for sample in samples)
-    # The token after a sample's last row was generated but never processed: always an answer token.
-    last = torch.ones(1, dtype=torch.bool)
-    counted = [torch.cat((sample["loss_mask"][1:].bool(), last)) for sample in samples]
+    counted = [counted_rows(sample["loss_mask"]) for sample in samples]
     # Row i is an anchor if row i+1, whose target distribution it predicts, counts.
     anchors = [rows[1:].nonzero().squeeze(1) for rows in counted]
     widths = tuple(rows.numel() for rows in anchors)
@@ -63,7 +62,7 @@ def collate(samples: Sequence[Mapping[str, torch.Tensor]]) -> Eagle3Batch:
     return Eagle3Batch(
         torch.cat([sample["input_ids"] for sample in samples]).long(),
         torch.cat([sample["aux_hidden_states"] for sample in samples]),
-        torch.cat([sample["last_hidden_states"] for sample in samples]),
+        torch.cat([counted_states(sample) for sample in samples]),
         torch.cat(counted),
         torch.cat([torch.arange(length) for length in lengths]),
         torch.cat([rows + start for rows, start in zip(anchors, starts, strict=True)]),
@@ -86,7 +85,7 @@ class _Targets:
 def _targets(draft: Eagle3Draft, batch: Eagle3Batch) -> _Targets:
     counted, following = batch.counted, batch.input_ids.roll(-1)
     with torch.no_grad():
-        normed = rms_norm(batch.last_hidden_states[counted], draft.target_norm, draft.config.rms_norm_eps)
+        normed = rms_norm(batch.last_hidden_states, draft.target_norm, draft.config.rms_norm_eps)
         logits = F.linear(normed.to(draft.target_rows.dtype), draft.target_rows).float()
         # The token that follows a sample's last row is not in the batch, and held to be drafted.
         known = batch.positions.roll(-1) > 0

@@ -22,7 +22,7 @@ from paceline.methods.eagle3.vocab import answer_token_weights, choose_draft_voc
 from paceline.methods.eagle3.warm_start import warm_start
 from paceline.methods.method import LossSums, default_aux_layer_ids
 from paceline.methods.target_head import TargetHead
-from paceline.types import FeatureSpec
+from paceline.types import FeatureSpec, Rows
 
 # Regressed fc weights read states of root mean square 20 and more and are as small in turn, so that
 # Adam's equal steps would overrun them; lm_head starts as good as the target's own.
@@ -88,6 +88,10 @@ class Eagle3Method:
             FeatureSpec("aux_hidden_states", (-1, num_aux * hidden_size), dtype),
             FeatureSpec("last_hidden_states", (-1, hidden_size), dtype),
         )
+
+    def feature_rows(self) -> Mapping[str, Rows]:
+        # Prompt rows are keys and values of the draft, but nobody predicts what follows them.
+        return {"last_hidden_states": Rows.PREDICTED}
 
     def build_draft(
         self, head: TargetHead, seed: int, token_weights: torch.Tensor | None = None

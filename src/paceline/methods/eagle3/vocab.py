@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own convention)
 
 from paceline.errors import ConfigError
+from paceline.methods.eagle3.targets import counted_rows, counted_states
 from paceline.methods.target_head import TargetHead
 
 
@@ -75,11 +76,12 @@ def answer_token_weights(head: TargetHead, samples: Sequence[Mapping[str, torch.
     """Answer tokens counted, plus the target's own probability mass at every answer position; float64 [V].
 
     The mass ranks tokens that the few first samples only nearly contain. Samples carry `input_ids`
-    [T], `loss_mask` [T] and `last_hidden_states` [T, H] (pre-norm).
+    [T], `loss_mask` [T] and `last_hidden_states` (pre-norm) of their counted rows or of all.
     """
     weights = count_answer_tokens(((s["input_ids"], s["loss_mask"]) for s in samples), head.vocab_size)
     for sample in samples:
-        hidden = sample["last_hidden_states"][sample["loss_mask"].bool()].float()
+        in_answer = sample["loss_mask"].bool()
+        hidden = counted_states(sample)[in_answer[counted_rows(in_answer)]].float()
         normed = F.rms_norm(hidden, (head.hidden_size,), head.norm_weight.float(), head.rms_norm_eps)
         # In the target's own dtype: as exact as the target's own output, and twice as fast in bfloat16.
         logits = (normed.to(head.lm_head.dtype) @ head.lm_head.T).float()

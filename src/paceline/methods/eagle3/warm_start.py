@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from paceline.methods.eagle3.model import Eagle3Draft
+from paceline.methods.eagle3.targets import counted_rows, counted_states
 from paceline.methods.target_head import TargetHead
 
 _RIDGE = 300.0
@@ -57,13 +58,13 @@ def _regress(head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]]) ->
     num_rows = 0
     for sample in samples:
         ids = sample["input_ids"].long()
-        # Row i counts if token i+2 belongs to the answer; the token after the last row always does.
-        in_answer = torch.cat((sample["loss_mask"][2:].bool(), torch.ones(1, dtype=torch.bool)))
-        rows = torch.arange(ids.numel() - 1)[in_answer[: ids.numel() - 1]]
+        # Row i learns from row i+1 if that counts. Row 0 is nobody's next row, counted or not.
+        counted = counted_rows(sample["loss_mask"])
+        rows, wanted = counted[1:].nonzero().squeeze(1), counted_states(sample)[int(counted[0]) :]
         embedding = _direction(head.embed_tokens[ids[rows + 1]].float())
         inputs = torch.cat((sample["aux_hidden_states"][rows].float(), embedding), dim=-1)
         gram.addmm_(inputs.T, inputs)
-        moment.addmm_(inputs.T, _direction(sample["last_hidden_states"][rows + 1].float()))
+        moment.addmm_(inputs.T, _direction(wanted.float()))
         num_rows += int(rows.numel())
     # Every input is brought to unit scale, so that one ridge fits states and embeddings alike.
     scale = (gram.diagonal() / max(1, num_rows)).sqrt() + 1e-6

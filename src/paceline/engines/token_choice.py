@@ -1,0 +1,85 @@
+"""The next token of every row of a capture group: the best one, or one drawn with the row's own noise.
+
+A row's tokens follow from its own logits, temperature and seed alone, whatever its neighbours do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from paceline.engines.engine import CaptureRequest
+
+BLOCK = 64  # tokens; the drawn one is looked for among blocks first, then in its block
+BELOW_ONE = 1 - 2**-24  # times any float32 it is less than that
+
+
+class TokenChoice:
+    """Legend: B rows of the group, S of them sampled (temperature > 0), V tokens, in N blocks."""
+
+    def __init__(self, group: Sequence[CaptureRequest], vocab_size: int, device: torch.device) -> None:
+        rows = torch.arange(len(group), device=device)
+        is_sampled = torch.tensor([request.temperature > 0 for request in group], device=device)
+        self._greedy, self._sampled = rows[~is_sampled], rows[is_sampled]
+        sampled = [request for request in group if request.temperature > 0]
+        if not sampled:
+            return
+        size = max(request.max_new_tokens for request in group)
+        self._points = torch.stack([_noise(request, size) for request in sampled], dim=1)[..., None].to(
+            device
+        )
+        temperatures = [request.temperature for request in sampled]
+        self._temperature = torch.tensor(temperatures, device=device)[:, None]
+        # Kept from step to step: fresh memory of this size costs more in page faults than the arithmetic.
+        num_blocks = -(-vocab_size // BLOCK)
+        self._rows = torch.arange(len(sampled), device=device)
+        self._logits = torch.full((len(sampled), num_blocks * BLOCK), float("-inf"), device=device)
+        self._weights = torch.empty_like(self._logits)
+
+    def choose(self, logits: torch.Tensor, step: int) -> torch.Tensor:
+        """Tokens int64 [B] from `logits` [B, V], with each row's noise of `step`."""
+        if not len(self._sampled):
+            return _best(logits)
+        if not len(self._greedy):
+            return self._draw(logits, step)
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        tokens[self._greedy] = _best(logits[self._greedy])
+        tokens[self._sampled] = self._draw(logits[self._sampled], step)
+        return tokens
+
+    def _draw(self, logits: torch.Tensor, step: int) -> torch.Tensor:
+        """Inverse of each row's cumulative distribution at the row's own random number; int64 [S].
+
+        Looked for among blocks, then in one: a running sum over all tokens cannot be vectorised.
+        """
+        self._logits[:, : logits.shape[-1]] = logits
+        torch.softmax(self._logits.div_(self._temperature), -1, out=self._weights)
+        blocks = self._weights.view(len(logits), -1, BLOCK)
+        sums = blocks.sum(-1)
+        cumulative = sums.cumsum(-1)
+        points = self._points[step] * cumulative[:, -1:]
+        # Only where logits are no numbers does a point lie beyond the last block, or the last token.
+        block = torch.searchsorted(cumulative, points, right=True).clamp(max=sums.shape[-1] - 1)
+        # How far into its block the point lies. Less than 1 however it is rounded: a token of weight 0,
+        # such as the padding's, is never drawn.
+        into = (points - cumulative.gather(1, block)) / sums.gather(1, block) + 1.0
+        members = blocks[self._rows, block[:, 0]].cumsum(-1)
+        within = torch.searchsorted(members, into.clamp(0.0, BELOW_ONE) * members[:, -1:], right=True)
+        return (block * BLOCK + within)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def _best(logits: torch.Tensor) -> torch.Tensor:
+    """The first of the highest logits, int64 [B]."""
+    if logits.device.type == "cpu":
+        # The same token as torch's argmax, found some 20 times as fast.
+        return torch.from_numpy(logits.float().numpy().argmax(-1))
+    return logits.argmax(-1)
+
+
+def _noise(request: CaptureRequest, size: int) -> torch.Tensor:
+    """One random number for each token that the request may get, zeros up to `size`."""
+    generator = torch.Generator().manual_seed(request.seed)
+    numbers = torch.zeros(size)
+    numbers[: request.max_new_tokens] = torch.rand(request.max_new_tokens, generator=generator)
+    return numbers
