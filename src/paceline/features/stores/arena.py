@@ -154,7 +154,8 @@ class Arena:
         """A FREE slot that takes the payload. Raises StoreFullError, and then nothing has changed."""
         size = slot_bytes(payload_bytes)
         ring = self._rings[size]
-        for slot in tuple(ring):
+        for _ in range(len(ring)):
+            slot = ring[0]
             ring.rotate(-1)  # Samples are freed in the order they came, so the next is soon found.
             if slot.is_free:
                 if slot.path.exists():

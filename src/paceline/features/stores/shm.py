@@ -183,8 +183,8 @@ class SharedMemoryFeatureStore:
 
 def _keys(slot: Slot, layout: codec.Layout, generation: int | None = None) -> dict[str, str]:
     """`slot/generation/offset` of every tensor: a later sample in the slot has another generation."""
-    number = slot.generation if generation is None else generation
-    return {place.name: f"{slot.name}/{number}/{place.offset}" for place in layout.places}
+    start = f"{slot.name}/{slot.generation if generation is None else generation}/"
+    return {place.name: start + place.key for place in layout.places}
 
 
 def _sealed(arena: Arena, slot: Slot) -> Sealed | None:
