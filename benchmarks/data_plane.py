@@ -80,54 +80,36 @@ def put_and_get(folder: Path, label: str, num_bytes: int, rounds: int) -> list[R
         owner.abort(f"t{n}")
         owner.put(f"t{n}", tensors)
 
+    def view(n: int) -> None:
+        with reader.view(refs[n]):
+            pass
+
     works: dict[str, Callable[[int], object]] = {
         "memcpy": lambda n: targets[n].copy_(sources[n]),
         "xxh3": lambda n: xxhash.xxh3_128(sources[n].numpy().data).digest(),
         "put": put,
         "get": lambda n: reader.get(refs[n]),
+        "view": view,
         "clone": lambda n: sources[n].clone(),
     }
     seconds = rounds_of(works, rounds, repeats=max(1, (32 << 20) // (RING * num_bytes)))
     owner.destroy()
     speed = {name: [size / s / 1e9 for s in taken] for name, taken in seconds.items()}
-    copy_digest = [
+    speed["copy then digest"] = [
         1 / (1 / copy + 1 / xxh3) for copy, xxh3 in zip(speed["memcpy"], speed["xxh3"], strict=True)
     ]
     large = num_bytes >= 8 << 20  # Below, it is the cost of a call that matters; see `overhead`.
-    goal = {"put": 0.8 if large else None, "get": 0.7 if large else None}
+    rows = [
+        (f"put {label}", "put", "memcpy", 0.85 if label == "8 MB" else None),
+        (f"put {label}, of copy then digest", "put", "copy then digest", 0.8 if large else None),
+        (f"get {label}", "get", "memcpy", None),
+        (f"get {label}, of copy then digest", "get", "copy then digest", 0.7 if large else None),
+        (f"view {label}, which only digests", "view", "xxh3", 0.7 if large else None),
+        (f"clone {label} (fresh memory, no digest)", "clone", "memcpy", None),
+    ]
     return [
-        against(
-            f"put {label}",
-            speed["put"],
-            speed["memcpy"],
-            "GB/s",
-            limit_name="memcpy",
-            goal=0.85 if label == "8 MB" else None,
-        ),
-        against(
-            f"put {label}, of copy then digest",
-            speed["put"],
-            copy_digest,
-            "GB/s",
-            limit_name="copy then digest",
-            goal=goal["put"],
-        ),
-        against(f"get {label}", speed["get"], speed["memcpy"], "GB/s", limit_name="memcpy"),
-        against(
-            f"get {label}, of copy then digest",
-            speed["get"],
-            copy_digest,
-            "GB/s",
-            limit_name="copy then digest",
-            goal=goal["get"],
-        ),
-        against(
-            f"clone {label} (fresh memory, no digest)",
-            speed["clone"],
-            speed["memcpy"],
-            "GB/s",
-            limit_name="memcpy",
-        ),
+        against(name, speed[what], speed[limit], "GB/s", limit_name=limit, goal=goal)
+        for name, what, limit, goal in rows
     ]
 
 
@@ -142,12 +124,22 @@ def overhead(folder: Path, rounds: int) -> list[Row]:
         owner.abort(f"t{n}")
         owner.put(f"t{n}", tensors)
 
-    seconds = rounds_of({"put": put, "get": lambda n: reader.get(refs[n])}, rounds, repeats=25)
+    def view(n: int) -> None:
+        with reader.view(refs[n]):
+            pass
+
+    works = {"put": put, "get": lambda n: reader.get(refs[n]), "view": view}
+    seconds = rounds_of(works, rounds, repeats=25)
     owner.destroy()
     micro = {name: 1e6 * statistics.median(taken) for name, taken in seconds.items()}
-    goal = {"limit": GET_GOAL_US, "limit_name": "goal P8", "ratio": GET_GOAL_US / micro["get"], "goal": 1.0}
+
+    def reached(name: str) -> dict[str, float | str]:
+        goal = {"limit": GET_GOAL_US, "limit_name": "goal P8", "ratio": GET_GOAL_US / micro[name]}
+        return {**goal, "goal": 1.0}
+
     return [
-        row("get, besides copy and digest", micro["get"], "us", **goal),
+        row("get, besides copy and digest", micro["get"], "us", **reached("get")),
+        row("view, besides digest", micro["view"], "us", **reached("view")),
         row("put and abort, besides copy and digest", micro["put"], "us"),
     ]
 

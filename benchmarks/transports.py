@@ -168,6 +168,13 @@ class Durable(Transport):
         ledger = self.ledger()
         ledger.add_tasks([f"t{number}" for number in range(self.count)])
         ledger.close()
+        # As many slots as are ever in use, and free: they are taken in turn, so the warm-up meets each once.
+        features, made = self.features(owner=True), [f"made:{n}" for n in range(GROUPS * self.group)]
+        for name in made:
+            features.put(name, self.tensors)
+        for name in made:
+            features.abort(name)
+        features.close()
 
     def ledger(self) -> SQLiteMetadataStore:
         return SQLiteMetadataStore(self.disk / "ledger.db", durability="head")

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from paceline.features.store import FeatureStore
+from paceline.features.store import FeatureStore, ViewableFeatureStore
 from paceline.features.stores.memory import InMemoryFeatureStore
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.features.stores.slots import HEADER_BYTES
-from paceline.testing.feature_store_suite import MIB, FeatureStoreSuite
+from paceline.testing.feature_store_suite import MIB
+from paceline.testing.feature_view_suite import ViewableFeatureStoreSuite
 from paceline.types import SampleRef
 
 
-class TestInMemoryFeatureStore(FeatureStoreSuite):
-    def make(self, budget_bytes: int = 8 * MIB) -> FeatureStore:
+class TestInMemoryFeatureStore(ViewableFeatureStoreSuite):
+    def make(self, budget_bytes: int = 8 * MIB) -> ViewableFeatureStore:
         return InMemoryFeatureStore(budget_bytes)
 
     def flip_bit(self, store: FeatureStore, ref: SampleRef) -> None:
@@ -24,7 +25,7 @@ class TestInMemoryFeatureStore(FeatureStoreSuite):
         store._held[ref.sample_id].payload[0] ^= 1
 
 
-class TestSharedMemoryFeatureStore(FeatureStoreSuite):
+class TestSharedMemoryFeatureStore(ViewableFeatureStoreSuite):
     @pytest.fixture(autouse=True)
     def _folder(self, tmp_path: Path) -> Iterator[None]:
         self.folder, self.made = tmp_path, 0
@@ -33,7 +34,7 @@ class TestSharedMemoryFeatureStore(FeatureStoreSuite):
             # A store that was destroyed in the test has left no directory.
             SharedMemoryFeatureStore(tmp_path / f"store-{number}", budget_bytes=0, owner=False).destroy()
 
-    def make(self, budget_bytes: int = 8 * MIB) -> FeatureStore:
+    def make(self, budget_bytes: int = 8 * MIB) -> ViewableFeatureStore:
         directory = self.folder / f"store-{self.made}"
         self.made += 1
         return SharedMemoryFeatureStore(directory, budget_bytes=budget_bytes, owner=True)

@@ -9,6 +9,7 @@ leaves an orphan, which `sweep` reclaims.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -76,6 +77,18 @@ class FeatureStore(Protocol):
 
     def destroy(self) -> None:
         """Give all memory back. Only at the end of a run."""
+
+
+class ViewableFeatureStore(FeatureStore, Protocol):
+    """One whose bytes lie in memory that this process reads. Both adapters are."""
+
+    def view(self, ref: SampleRef) -> AbstractContextManager[dict[str, Any]]:
+        """The tensors where they lie, verified there and not copied. Nobody may write to them.
+
+        Raises on entry what `get` raises, and FeatureMissingError on leaving if the bytes were freed
+        meanwhile: others may lie there by now, so whatever was made of them, an exception included,
+        must be dropped. What is done outside the block, or damaged inside it, is not noticed.
+        """
 
 
 def is_kept(keep: Collection[str], before: int | None, sample_id: str, generation: int) -> bool:

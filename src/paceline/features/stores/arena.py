@@ -91,12 +91,12 @@ class Arena:
         layout = self._words[_LAYOUT]
         if layout == self._seen_layout:
             return
-        paths = {path.name: path for path in _slot_paths(self._directory)}
-        for name in self.slots.keys() - paths.keys():
+        names = set(_slot_names(self._directory))
+        for name in self.slots.keys() - names:
             self._forget(name)
-        for name in paths.keys() - self.slots.keys():
+        for name in names - self.slots.keys():
             try:
-                self.slots[name] = Slot.open(paths[name])
+                self.slots[name] = Slot.open(self._directory / name)
             except (OSError, ValueError):
                 continue  # Unlinked since, or damaged; then no ref to it can be read.
         self._seen_layout = layout
@@ -154,7 +154,8 @@ class Arena:
         """A FREE slot that takes the payload. Raises StoreFullError, and then nothing has changed."""
         size = slot_bytes(payload_bytes)
         ring = self._rings[size]
-        for slot in tuple(ring):
+        for _ in range(len(ring)):
+            slot = ring[0]
             ring.rotate(-1)  # Samples are freed in the order they came, so the next is soon found.
             if slot.is_free:
                 if slot.path.exists():
@@ -238,8 +239,12 @@ def remove(directory: Path) -> None:
 
 
 def _slot_paths(directory: Path) -> list[Path]:
+    return [directory / name for name in _slot_names(directory)]
+
+
+def _slot_names(directory: Path) -> list[str]:
     try:
-        return [path for path in directory.iterdir() if SLOT_NAME.fullmatch(path.name)]
+        return [name for name in os.listdir(directory) if SLOT_NAME.fullmatch(name)]  # noqa: PTH208 (often)
     except FileNotFoundError:
         return []
 

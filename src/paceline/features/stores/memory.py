@@ -7,7 +7,8 @@ every other store. It dies with its process. One thread at a time.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,17 +62,38 @@ class InMemoryFeatureStore:
         return sealed
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
+        held, layout, description = self._found(ref)
+        payload = held.payload.numpy().data
+        tensors, digest = codec.read(layout, description, payload, fresh(layout.num_bytes))
+        if digest != ref.metadata.get("digest"):
+            raise corrupt(ref, f"the bytes have digest {digest}")
+        return tensors
+
+    @contextmanager
+    def view(self, ref: SampleRef) -> Iterator[dict[str, Any]]:
+        held, layout, description = self._found(ref)
+        tensors, digest = codec.look(layout, description, held.payload.numpy().data)
+        if digest != ref.metadata.get("digest"):
+            raise corrupt(ref, f"the bytes have digest {digest}")
+        try:
+            yield tensors
+        except Exception:
+            self._refuse_if_freed(ref, held)
+            raise
+        self._refuse_if_freed(ref, held)
+
+    def _refuse_if_freed(self, ref: SampleRef, held: _Held) -> None:
+        if self._held.get(ref.sample_id) is not held:
+            raise missing(ref, "they were freed while they were looked at")
+
+    def _found(self, ref: SampleRef) -> tuple[_Held, codec.Layout, bytes]:
         held = self._held.get(ref.sample_id)
         if held is None or ref.feature_store_uri != self._uri or ref.feature_keys != held.sealed.keys:
             raise missing(ref, "they were freed, or never sealed here")
         layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
         if layout.specs != held.sealed.specs:
             raise corrupt(ref, "the sealed tensors have other shapes or dtypes")
-        description, payload = codec.describe(ref.sample_id, layout), held.payload.numpy().data
-        tensors, digest = codec.read(layout, description, payload, fresh(layout.num_bytes))
-        if digest != ref.metadata.get("digest"):
-            raise corrupt(ref, f"the bytes have digest {digest}")
-        return tensors
+        return held, layout, codec.describe(ref.sample_id, layout)
 
     def abort(
         self,

@@ -7,17 +7,18 @@ may be the owner is decided outside (a role lock); within a process any thread m
 of either process at any moment leaves sealed samples and slots that the next owner reclaims;
 a crash of the machine loses the store, which shows as missing features.
 
-`get` copies, once, and digests the copy while it is in the cache; it gives no view of a slot. A view
-would have to be read twice, for the digest and for the batch, and in between the owner may reuse the
-slot: what was verified need not be what is trained.
+`get` copies, once, and digests the copy while it is in the cache. `view` copies nothing, but the bytes are
+read twice, for the digest and by the caller, and in between the owner may reuse the slot; it says so
+only when it ends, so training, which cannot be taken back, uses `get`.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from paceline.crashpoints import reach
 from paceline.errors import StoreError
@@ -28,6 +29,15 @@ from paceline.features.stores.arena import Arena, remove
 from paceline.features.stores.refusals import corrupt, missing, stale
 from paceline.features.stores.slots import DESCRIPTION_BYTES_MAX, Slot, State
 from paceline.types import SampleRef
+
+
+class _Found(NamedTuple):
+    """Where a ref's sample should lie, and what should be said there."""
+
+    slot: Slot
+    generation: int
+    layout: codec.Layout
+    description: bytes
 
 
 class SharedMemoryFeatureStore:
@@ -72,24 +82,26 @@ class SharedMemoryFeatureStore:
             return Sealed(arena.uri, _keys(slot, layout), dict(layout.specs), layout.num_bytes, digest)
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
-        layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
-        description = codec.describe(ref.sample_id, layout)
-        with self._lock:
-            slot, generation = self._locate(ref)
-        if ref.feature_keys != _keys(slot, layout, generation):
-            raise corrupt(ref, "its keys are not those of its tensors")
-        if layout.num_bytes > len(slot.payload):
-            raise corrupt(ref, f"{slot.name} has no room for its tensors")
+        found = self._find(ref)
+        layout, payload = found.layout, found.slot.payload
         # The owner may free and reuse the slot before or while it is copied. The header afterwards says
         # so; it is the digest that judges the copy.
-        tensors, digest = codec.read(layout, description, slot.payload, self._landing.take(layout.num_bytes))
-        _check_header(ref, slot, generation, description, layout)
-        if not digest == slot.digest == ref.metadata.get("digest"):
-            raise corrupt(ref, f"the header says digest {slot.digest} and the bytes have {digest}")
-        with self._lock:
-            if self._arena is not None and self._arena.slots.get(slot.name) is slot:
-                self._arena.learn(slot, generation, ref.sample_id)
+        tensors, digest = codec.read(layout, found.description, payload, self._landing.take(layout.num_bytes))
+        self._judge(ref, found, digest)
         return tensors
+
+    @contextmanager
+    def view(self, ref: SampleRef) -> Iterator[dict[str, Any]]:
+        found = self._find(ref)
+        tensors, digest = codec.look(found.layout, found.description, found.slot.payload)
+        self._judge(ref, found, digest)
+        try:
+            yield tensors
+        except Exception:
+            _check_header(ref, found)  # What failed may have failed over other bytes.
+            raise
+        # Generations never return, so a header that still says sealed never said otherwise.
+        _check_header(ref, found)
 
     def abort(
         self,
@@ -143,6 +155,26 @@ class SharedMemoryFeatureStore:
         self.close()
         remove(self._directory)
 
+    def _find(self, ref: SampleRef) -> _Found:
+        layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
+        with self._lock:
+            slot, generation = self._locate(ref)
+        if ref.feature_keys != _keys(slot, layout, generation):
+            raise corrupt(ref, "its keys are not those of its tensors")
+        if layout.num_bytes > len(slot.payload):
+            raise corrupt(ref, f"{slot.name} has no room for its tensors")
+        return _Found(slot, generation, layout, codec.describe(ref.sample_id, layout))
+
+    def _judge(self, ref: SampleRef, found: _Found, digest: str) -> None:
+        """Raise unless bytes with this digest, read just now, are the ref's; then remember the slot."""
+        slot = found.slot
+        _check_header(ref, found)
+        if not digest == slot.digest == ref.metadata.get("digest"):
+            raise corrupt(ref, f"the header says digest {slot.digest} and the bytes have {digest}")
+        with self._lock:
+            if self._arena is not None and self._arena.slots.get(slot.name) is slot:
+                self._arena.learn(slot, found.generation, ref.sample_id)
+
     def _attached(self) -> Arena | None:
         """The arena, up to date; None for a reader that finds no store."""
         if self._closed:
@@ -183,8 +215,8 @@ class SharedMemoryFeatureStore:
 
 def _keys(slot: Slot, layout: codec.Layout, generation: int | None = None) -> dict[str, str]:
     """`slot/generation/offset` of every tensor: a later sample in the slot has another generation."""
-    number = slot.generation if generation is None else generation
-    return {place.name: f"{slot.name}/{number}/{place.offset}" for place in layout.places}
+    start = f"{slot.name}/{slot.generation if generation is None else generation}/"
+    return {place.name: start + place.key for place in layout.places}
 
 
 def _sealed(arena: Arena, slot: Slot) -> Sealed | None:
@@ -210,10 +242,9 @@ def _checked(sample_id: str, description: bytes) -> bytes:
     return description
 
 
-def _check_header(
-    ref: SampleRef, slot: Slot, generation: int, description: bytes, layout: codec.Layout
-) -> None:
+def _check_header(ref: SampleRef, found: _Found) -> None:
     """Raise unless the slot holds this ref's sample, sealed."""
+    slot, generation, layout, description = found
     state = slot.state
     if slot.generation != generation or state in (State.FREE, State.WRITING):
         raise missing(ref, f"{slot.name} generation {generation} was freed")
