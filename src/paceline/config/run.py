@@ -69,7 +69,10 @@ class LedgerSection(Section):
 
 
 class MethodSection(Section):
-    """EAGLE-3. `first_samples`: how many of the run's first samples choose vocabulary and first weights."""
+    """EAGLE-3. `first_samples`: how many of the run's first samples choose vocabulary and first weights.
+
+    `recompute`: memory nearly flat in `ttt_steps`, for a price in speed (methods/eagle3/method.py).
+    """
 
     name: Literal["eagle3"] = "eagle3"
     draft_vocab_size: Count = 8192
@@ -77,6 +80,7 @@ class MethodSection(Section):
     ttt_steps: Annotated[int, Field(ge=1, le=16)] = 4
     step_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     init: Literal["regression", "target", "random"] = "regression"
+    recompute: bool = False
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
 
@@ -166,6 +170,7 @@ CHANGEABLE = (
     "features.directory",
     "features.budget_mib",
     "features.budget_samples",
+    "method.recompute",
     "ledger",
     "checkpoint.interval_steps",
     "checkpoint.keep",

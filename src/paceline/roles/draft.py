@@ -17,6 +17,7 @@ def build_method(config: RunConfig) -> DraftMethod:
             "draft_vocab_size": section.draft_vocab_size,
             "ttt_steps": section.ttt_steps,
             "step_decay": section.step_decay,
+            "recompute": section.recompute,
             "init": section.init,
         }
     )

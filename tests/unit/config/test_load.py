@@ -85,10 +85,13 @@ def test_a_changed_setting_is_refused_with_a_diff() -> None:
 
 
 def test_settings_that_decide_no_bit_may_change() -> None:
-    """Budget, evaluation and checkpoint interval are free between two starts."""
+    """Budget, recomputation, evaluation and checkpoint interval are free between two starts."""
     recorded = flat(parse_run_config(MINIMAL, source="x"))
     free = with_values(
-        features={"budget_mib": 2048}, evaluation={"draft_tokens": 2}, checkpoint={"interval_steps": 5}
+        features={"budget_mib": 2048},
+        method={"recompute": True},
+        evaluation={"draft_tokens": 2},
+        checkpoint={"interval_steps": 5},
     )
     refuse_changes(recorded, parse_run_config(free, source="x"))
 

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from paceline.methods.eagle3.cross_entropy import soft_cross_entropy
-from paceline.methods.eagle3.loss import collate, training_time_test
+from paceline.methods.eagle3.loss import Eagle3Batch, collate, training_time_test
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.methods.eagle3.targets import counted_rows
@@ -215,6 +215,48 @@ def test_same_batch_gives_the_same_bits(draft: Eagle3Draft, samples: list[dict[s
         return [loss.detach(), *torch.autograd.grad(loss, list(draft.parameters()))]
 
     assert all(torch.equal(left, right) for left, right in zip(once(), once(), strict=True))
+
+
+def _kept_bytes(draft: Eagle3Draft, batch: Eagle3Batch, steps: int, recompute: bool) -> int:
+    """Bytes of the storages that autograd keeps between forward and backward."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        training_time_test(draft, batch, steps, DECAY, recompute)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_recomputing_gives_the_same_bits(
+    draft: Eagle3Draft, samples: list[dict[str, torch.Tensor]], autocast: bool
+) -> None:
+    """Loss and every gradient are those of the step that keeps its layers."""
+
+    def once(recompute: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = training_time_test(draft, collate(samples), STEPS, DECAY, recompute).loss_sum
+        return [loss.detach(), *torch.autograd.grad(loss, list(draft.parameters()))]
+
+    assert all(torch.equal(left, right) for left, right in zip(once(True), once(False), strict=True))
+
+
+def test_recomputing_keeps_nearly_as_much_for_every_depth(
+    draft: Eagle3Draft, samples: list[dict[str, torch.Tensor]]
+) -> None:
+    """A step more keeps a quarter of what it keeps otherwise, or less.
+
+    The hooks do not see what a recomputed step starts from: its feature, and one key and value of its own.
+    """
+    batch = collate(samples)
+    plain, again = (
+        _kept_bytes(draft, batch, 6, recompute) - _kept_bytes(draft, batch, 2, recompute)
+        for recompute in (False, True)
+    )
+    assert 0 < 4 * again < plain
 
 
 def test_loss_counts_only_predictions_inside_the_answer(

@@ -19,9 +19,12 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
+from torch.utils.checkpoint import checkpoint
 
+from paceline.methods.eagle3.attention import KeyValue, Span, attend, spans
 from paceline.methods.eagle3.cross_entropy import soft_cross_entropy
-from paceline.methods.eagle3.model import Eagle3Draft, rms_norm
+from paceline.methods.eagle3.elementwise import rms_norm
+from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.methods.eagle3.targets import counted_rows, counted_states
 from paceline.methods.method import LossSums
 
@@ -94,83 +97,59 @@ def _targets(draft: Eagle3Draft, batch: Eagle3Batch) -> _Targets:
         )
 
 
-def _attend(
-    query: torch.Tensor,
-    keys: tuple[torch.Tensor, torch.Tensor],
-    own: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    hidden_mask: torch.Tensor,
-) -> torch.Tensor:
-    """Attention of a sample's anchors over step-0 keys and their own later keys; [1, N, a, d].
+def _deeper(
+    draft: Eagle3Draft,
+    feature: torch.Tensor,
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    keys: KeyValue,
+    own: tuple[KeyValue, ...],
+    samples: Sequence[Span],
+    step: int,
+) -> tuple[torch.Tensor, tuple[KeyValue, ...]]:
+    """Step `step` of the anchors: output [A, H], and `own` with the step's pair, which step 0 has not.
 
-    `query` [1, N, a, d]; `keys` = step-0 (keys, values) [1, N_kv, T, d]; `own` = one (key, value)
-    pair [1, N_kv, a, d] per step 1..k; `hidden_mask` bool [a, T], True where row > anchor.
+    `feature` [A, H], `token_ids` and `positions` int64 [A]; the others as in `attend`.
     """
-    kv_heads = keys[0].shape[1]
-    size, heads, width, head_dim = query.shape
-    grouped = query.reshape(size, kv_heads, heads // kv_heads, width, head_dim) * head_dim**-0.5
-    scores = grouped @ keys[0].unsqueeze(2).transpose(-1, -2)
-    scores = scores.float().masked_fill(hidden_mask, float("-inf"))
-    diagonal = [(grouped * key.unsqueeze(2)).sum(-1, keepdim=True).float() for key, _ in own]
-    weights = torch.cat([scores, *diagonal], dim=-1).softmax(-1).to(query.dtype)
-    length = keys[0].shape[2]
-    mixed = weights[..., :length] @ keys[1].unsqueeze(2)
-    for step, (_, value) in enumerate(own):
-        mixed = mixed + weights[..., length + step, None] * value.unsqueeze(2)
-    return mixed.flatten(1, 2)
+    layer = draft.midlayer
+    inputs = layer.inputs(draft.embed(token_ids), feature)[None]
+    if step:
+        own = (*own, layer.self_attn.key_value(inputs, positions[None]))
+    mixed = attend(layer.self_attn.query(inputs, positions[None]), keys, own, samples)
+    return layer.finish(feature[None], mixed)[0], own
 
 
-class _Attention:
-    """`_attend` over packed rows: samples one after another, so that none is padded to another's length."""
-
-    def __init__(
-        self, batch: Eagle3Batch, keys: tuple[torch.Tensor, torch.Tensor], places: torch.Tensor
-    ) -> None:
-        self.widths = list(batch.widths)
-        self.keys = list(zip(*(part.split(list(batch.lengths), 2) for part in keys), strict=True))
-        self.own: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self.widths]
-        positions = batch.positions.split(list(batch.lengths))
-        self.hidden_masks = [
-            rows > at[:, None] for rows, at in zip(positions, places.split(self.widths), strict=True)
-        ]
-
-    def add(self, keys: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Take a step's own keys and values of the anchors, each [1, N_kv, A, d]."""
-        for own, key, value in zip(self.own, *(part.split(self.widths, 2) for part in keys), strict=True):
-            own.append((key, value))
-
-    def mix(self, query: torch.Tensor) -> torch.Tensor:
-        """[1, N, A, d] of `query` [1, N, A, d]."""
-        parts = zip(query.split(self.widths, 2), self.keys, self.own, self.hidden_masks, strict=True)
-        return torch.cat([_attend(*part) for part in parts], dim=2)
-
-
-def training_time_test(draft: Eagle3Draft, batch: Eagle3Batch, ttt_steps: int, step_decay: float) -> LossSums:
+def training_time_test(
+    draft: Eagle3Draft, batch: Eagle3Batch, ttt_steps: int, step_decay: float, recompute: bool = False
+) -> LossSums:
     """Sum over anchors and steps of step_decay**k times the cross entropy to the target.
 
     `num_tokens` counts the anchors. Metrics, per step k: `loss_k`, `hits_k` (draft argmax equals the
     target's argmax over the draft vocabulary, and the token that follows can be drafted), `count_k`;
     and `chain`, the summed number of leading hits, whose mean plus 1 estimates the acceptance length.
+    With `recompute` backward computes every step's layer again, to the same bits, instead of keeping it.
     """
     layer, anchors = draft.midlayer, batch.anchors
     places, final = batch.positions[anchors], batch.ends - 1
     fused = draft.fc(batch.aux_hidden_states.to(draft.fc.weight.dtype))
     # A sample's last row is given a stranger's token; no anchor attends to that row.
     inputs = layer.inputs(draft.embed(batch.input_ids.roll(-1)), fused)
-    attention = _Attention(batch, layer.self_attn.key_value(inputs[None], batch.positions[None]), places)
-    feature, inputs = fused[anchors], inputs[anchors]
+    keys = layer.self_attn.key_value(inputs[None], batch.positions[None])
+    samples = spans(batch.positions, places, batch.lengths, batch.widths)
+    feature = fused[anchors]
+    own: tuple[KeyValue, ...] = ()
     outputs: list[torch.Tensor] = []
     predicts: list[torch.Tensor] = []
     counts: list[torch.Tensor] = []
 
     for step in range(ttt_steps):
-        if step:
-            following = batch.input_ids[torch.minimum(anchors + step + 1, final)]
-            inputs = layer.inputs(draft.embed(following), feature)
-            attention.add(layer.self_attn.key_value(inputs[None], places[None] + step))
-        query = layer.self_attn.query(inputs[None], places[None] + step)
-        feature = layer.finish(feature[None], attention.mix(query))[0]
-
+        # The row of the token that is fed now, which is also the row whose successor is predicted.
         predicted = torch.minimum(anchors + step + 1, final)
+        parts = draft, feature, batch.input_ids[predicted], places + step, keys, own, samples, step
+        if recompute:  # nothing in the layer draws random numbers
+            feature, own = checkpoint(_deeper, *parts, use_reentrant=False, preserve_rng_state=False)
+        else:
+            feature, own = _deeper(*parts)
         is_counted = (anchors + step < final) & batch.counted[predicted]
         outputs.append(feature[is_counted])
         predicts.append(predicted[is_counted])

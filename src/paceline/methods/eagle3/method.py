@@ -35,12 +35,21 @@ class Eagle3Settings:
 
     `init`: "regression" (closed form, from the run's first samples; `warm_start` finishes it),
     "target" (weights of the target's last layer) or "random".
+
+    `recompute`: backward computes every unrolled step's layer again, to the same bits. Between forward
+    and backward an anchor (a token that can be drafted from) keeps, for each step, in elements of the
+    compute dtype, 2I + 8H + 2(N + N_kv)d (hidden size H, intermediate size I, N query and N_kv key-value
+    heads of size d) without it, and 3H + 2 N_kv d with it; neither grows with a sample's length. The
+    gradient of lm_head is kept once, in float32. With SmolLM2-135M's sizes and two anchors in three
+    tokens a step more keeps 12.2 KiB a token, or 2.6, and recomputing makes the whole training step
+    about 15 % slower (benchmarks/training_step.py).
     """
 
     draft_vocab_size: int = 8192
     ttt_steps: int = 4
     step_decay: float = 0.8
     init: str = "regression"
+    recompute: bool = False
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Eagle3Settings:
@@ -133,7 +142,9 @@ class Eagle3Method:
 
     def loss(self, draft: nn.Module, batch: Any) -> LossSums:
         assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type
-        return training_time_test(draft, batch, self.settings.ttt_steps, self.settings.step_decay)
+        return training_time_test(
+            draft, batch, self.settings.ttt_steps, self.settings.step_decay, self.settings.recompute
+        )
 
     def drafter(self, draft: nn.Module, dtype: torch.dtype) -> Eagle3Decoder:
         assert isinstance(draft, Eagle3Draft)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
 
+from paceline.methods.eagle3.elementwise import gated_down, rms_norm
 from paceline.methods.eagle3.vocab import draft_to_target
 
 
@@ -47,13 +48,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden, self.weight, self.eps)
-
-
-def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Llama's RMSNorm, computed in float32 and returned in the dtype of `hidden`."""
-    return F.rms_norm(hidden.float(), (hidden.shape[-1],), weight.float(), eps).to(hidden.dtype)
+    def forward(self, hidden: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return rms_norm(hidden, self.weight, self.eps, dtype)
 
 
 def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +108,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))  # type: ignore[no-any-return]
+        return gated_down(self.gate_proj(hidden), self.up_proj(hidden), self.down_proj.weight)
 
 
 class Midlayer(nn.Module):
@@ -125,8 +121,12 @@ class Midlayer(nn.Module):
         self.mlp = MLP(config)
 
     def inputs(self, embedding: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
-        """[B, L, 2H]: what the attention reads. The embedding comes first, as in every checkpoint."""
-        return torch.cat((self.input_layernorm(embedding), self.hidden_norm(feature)), dim=-1)
+        """[B, L, 2H]: what the attention reads. The embedding comes first, as in every checkpoint.
+
+        It is of the dtype of `feature`, so that under autocast the three projections share one tensor.
+        """
+        normed = self.input_layernorm(embedding, feature.dtype)
+        return torch.cat((normed, self.hidden_norm(feature)), dim=-1)
 
     def finish(self, feature: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """Output [B, L, H] from the residual `feature` and the attention's `mixed` [B, N, L, d]."""
@@ -163,8 +163,8 @@ class Eagle3Draft(nn.Module):
         self.register_buffer("target_rows", torch.zeros(reduced, hidden), persistent=False)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Frozen target embedding of `token_ids` [...] -> float32 [..., H]."""
-        return F.embedding(token_ids, self.embed_tokens).float()
+        """Frozen target embedding of `token_ids` [...] -> target dtype [..., H]."""
+        return F.embedding(token_ids, self.embed_tokens)
 
     def target_ids(self) -> torch.Tensor:
         """Target token id of every draft token id, int64 [D]."""
