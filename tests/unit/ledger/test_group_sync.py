@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from paceline.errors import LedgerError, SchemaError, UnknownResultError
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.ledger.stores.sqlite.database import Database
-from paceline.ledger.stores.sqlite.group_sync import GroupSync
+from paceline.ledger.stores.sqlite.group_sync import UNKNOWN, GroupSync
 from paceline.testing.samples import sample_ref
+
+
+def opened(folder: Path, sync: Callable[[], None]) -> tuple[GroupSync, list[int]]:
+    """One more who has the ledger open, and what it was told if it had to write the log again."""
+    (folder / "ledger.db").touch()
+    group, told = GroupSync(folder / "gate", sync), []
+    with group.alone():
+        group.enter(folder / "ledger.db", told.append)
+    return group, told
 
 
 @pytest.fixture
@@ -72,6 +84,7 @@ def test_calls_that_wait_meanwhile_share_the_next_sync(
 
     monkeypatch.setattr(Database, "_sync_log", slow)
     stores = [SQLiteMetadataStore(tmp_path / "ledger.db", durability="full") for _ in range(5)]
+    watcher = SQLiteMetadataStore(tmp_path / "ledger.db", durability="head")
     threads = [
         threading.Thread(target=store.commit_samples, args=([sample_ref(n)],))
         for n, store in enumerate(stores)
@@ -80,7 +93,6 @@ def test_calls_that_wait_meanwhile_share_the_next_sync(
     assert begun.wait(60)
     for thread in threads[1:]:
         thread.start()
-    watcher = SQLiteMetadataStore(tmp_path / "ledger.db", durability="head")
     seen = watcher.lsn()
     while seen < len(stores):  # all have committed, none has returned
         seen = watcher.wait(seen, 60)
@@ -93,43 +105,157 @@ def test_calls_that_wait_meanwhile_share_the_next_sync(
 
 def test_whoever_opens_the_ledger_alone_believes_no_note(tmp_path: Path) -> None:
     """A power failure may leave the note and take the changes it speaks of."""
-    gate, syncs = tmp_path / "gate", []
-    first = GroupSync(gate, lambda: syncs.append("first"))
+    syncs: list[str] = []
+    first, told = opened(tmp_path, lambda: syncs.append("first"))
+    assert told == [UNKNOWN]
     first.wait_for(7, lambda: 9)
-    second = GroupSync(gate, lambda: syncs.append("second"))
+    second, told = opened(tmp_path, lambda: syncs.append("second"))
     second.wait_for(9, lambda: 9)
-    assert syncs == ["first"]  # somebody was there: the note holds
+    assert (syncs, told) == (["first"], [])  # somebody was there: the note holds
     first.close()
     second.close()
-    GroupSync(gate, lambda: syncs.append("third")).wait_for(1, lambda: 1)
-    assert syncs == ["first", "third"]
+    third, told = opened(tmp_path, lambda: syncs.append("third"))
+    third.wait_for(1, lambda: 1)
+    assert (syncs, told) == (["first", "third"], [9])
+
+
+def test_the_note_of_a_database_that_lay_there_before_is_not_believed(tmp_path: Path) -> None:
+    """A copy was restored while somebody still has the old one open."""
+    syncs: list[str] = []
+    first, _ = opened(tmp_path, lambda: syncs.append("first"))
+    first.wait_for(7, lambda: 9)
+    (tmp_path / "copy").touch()
+    (tmp_path / "copy").replace(tmp_path / "ledger.db")
+    second, told = opened(tmp_path, lambda: syncs.append("second"))
+    second.wait_for(1, lambda: 1)
+    first.wait_for(9, lambda: 9)
+    assert (syncs, told) == (["first", "second", "first"], [UNKNOWN])
+
+
+@pytest.mark.parametrize("byte", range(20))
+def test_a_damaged_note_is_not_believed(tmp_path: Path, byte: int) -> None:
+    """Whoever waits syncs for himself."""
+    syncs: list[str] = []
+    first, _ = opened(tmp_path, lambda: syncs.append("first"))
+    first.wait_for(7, lambda: 7)
+    note = bytearray((tmp_path / "gate").read_bytes())
+    note[byte] ^= 64
+    (tmp_path / "gate").write_bytes(note)
+    first.wait_for(7, lambda: 7)
+    assert syncs == ["first", "first"]
 
 
 def test_a_killed_process_is_not_there_any_more(tmp_path: Path) -> None:
     """Its locks go with it, so its note is not believed and nobody waits for it."""
-    gate = tmp_path / "gate"
     program = (
         "import os, sys; from pathlib import Path; "
         "from paceline.ledger.stores.sqlite.group_sync import GroupSync; "
-        "group = GroupSync(Path(sys.argv[1]), lambda: None); group.wait_for(5, lambda: 5); "
-        "group.wait_for(6, lambda: os.kill(os.getpid(), 9))"
+        "folder = Path(sys.argv[1]); (folder / 'ledger.db').touch(); "
+        "group = GroupSync(folder / 'gate', lambda: None); group.enter(folder / 'ledger.db', print); "
+        "group.wait_for(5, lambda: 5); group.wait_for(6, lambda: os.kill(os.getpid(), 9))"
     )
-    assert subprocess.run([sys.executable, "-c", program, str(gate)], check=False).returncode == -9
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == -9
     syncs: list[int] = []
-    GroupSync(gate, lambda: syncs.append(os.getpid())).wait_for(5, lambda: 5)
-    assert syncs == [os.getpid()]
+    group, told = opened(tmp_path, lambda: syncs.append(os.getpid()))
+    group.wait_for(5, lambda: 5)
+    assert (syncs, told) == ([os.getpid()], [5])
 
 
-def test_a_failed_sync_covers_nobody(tmp_path: Path) -> None:
-    """Who waits behind it asks the disk himself."""
-    outcomes = iter([OSError("injected"), None])
+def test_a_failed_sync_covers_nobody_and_vouches_for_nothing(tmp_path: Path) -> None:
+    """Who has the log open asks the disk himself, and the kernel tells him. It would tell nobody who comes
+    later, so whoever does writes the log again, though he is not alone."""
 
-    def sync() -> None:
-        if error := next(outcomes):
-            raise error
+    def fails() -> None:
+        raise OSError("injected")
 
-    group = GroupSync(tmp_path / "gate", sync)
+    syncs: list[str] = []
+    first, _ = opened(tmp_path, fails)
+    second, _ = opened(tmp_path, lambda: syncs.append("second"))
+    second.wait_for(1, lambda: 1)
     with pytest.raises(OSError, match="injected"):
-        group.wait_for(1, lambda: 1)
-    group.wait_for(1, lambda: 1)
-    assert next(outcomes, "none left") == "none left"
+        first.wait_for(2, lambda: 2)
+    third, told = opened(tmp_path, lambda: syncs.append("third"))
+    assert told == [UNKNOWN]
+    second.wait_for(2, lambda: 2)
+    third.wait_for(2, lambda: 2)
+    assert syncs == ["second", "second"]
+
+
+def test_a_log_that_nobody_vouches_for_is_written_again(tmp_path: Path) -> None:
+    """Its pages may be in memory only, and taken for clean: the content goes into the database instead."""
+    first = SQLiteMetadataStore(tmp_path / "ledger.db", durability="head")
+    first.commit_samples([sample_ref(0)])
+    log = tmp_path / "ledger.db-wal"
+    SQLiteMetadataStore(tmp_path / "ledger.db").close()
+    assert log.stat().st_size > 0  # somebody was there, and nothing had failed
+    first._group_sync._note(UNKNOWN)
+    second = SQLiteMetadataStore(tmp_path / "ledger.db")
+    assert log.stat().st_size == 0
+    second.commit_samples([sample_ref(1)])
+    assert first.committed_count() == second.committed_count() == 2
+
+
+def test_a_log_that_nobody_vouches_for_and_somebody_reads_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is believed that cannot be written again."""
+    store = SQLiteMetadataStore(tmp_path / "ledger.db", durability="head")
+    store.commit_samples([sample_ref(0)])
+    store._group_sync._note(UNKNOWN)
+    monkeypatch.setattr("paceline.ledger.stores.sqlite.database.BUSY_MS", 0)
+    store._db.execute("BEGIN")
+    list(store._db.execute("SELECT * FROM sample"))
+    with pytest.raises(LedgerError, match="stop every process"):
+        SQLiteMetadataStore(tmp_path / "ledger.db")
+    store._db.execute("COMMIT")
+    SQLiteMetadataStore(tmp_path / "ledger.db").close()
+
+
+def test_synced_changes_that_are_gone_are_missed(tmp_path: Path) -> None:
+    """A flipped bit ends the log where it is, and SQLite takes the rest for never written."""
+    program = (
+        "import os, sys; from paceline.ledger.stores.sqlite import SQLiteMetadataStore as Store; "
+        "from paceline.testing.samples import sample_ref; store = Store(sys.argv[1], durability='full'); "
+        "[store.commit_samples([sample_ref(n)]) for n in range(3)]; os.kill(os.getpid(), 9)"
+    )
+    ledger = tmp_path / "ledger.db"
+    assert subprocess.run([sys.executable, "-c", program, str(ledger)], check=False).returncode == -9
+    log = bytearray((tmp_path / "ledger.db-wal").read_bytes())
+    log[-1] ^= 1
+    (tmp_path / "ledger.db-wal").write_bytes(log)
+    with pytest.raises(SchemaError, match="ends at change 2, but change 3 was on the disk"):
+        SQLiteMetadataStore(ledger)
+    (tmp_path / "ledger.db-gate").unlink()
+    store = SQLiteMetadataStore(ledger)
+    assert store.committed_count() == 2
+
+
+def test_a_second_store_of_a_process_leaves_the_locks_of_the_first(tmp_path: Path) -> None:
+    """Closing a file that was opened by hand would drop them all; then an older SQLite that only looks takes
+    the ledger for unused, and removes the log."""
+    stores = [SQLiteMetadataStore(tmp_path / "ledger.db") for _ in range(2)]
+    inode = (tmp_path / "ledger.db").stat().st_ino
+    held = [line for line in Path("/proc/locks").read_text().splitlines() if f":{inode} " in line]
+    assert any("POSIX" in line for line in held), held
+    assert stores[0].commit_samples([sample_ref(0)]) == [True]
+
+
+@pytest.mark.parametrize("call", ["open", "pwrite", "pread"])
+def test_an_error_of_the_gate_file_advises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """And what had been committed by then is called unknown."""
+    store = SQLiteMetadataStore(tmp_path / "ledger.db")
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "injected")
+
+    monkeypatch.setattr(f"paceline.ledger.stores.sqlite.group_sync.os.{call}", fails)
+    if call == "open":
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        with pytest.raises(LedgerError, match="check the disk"):
+            SQLiteMetadataStore(tmp_path / "ledger.db")
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+    else:
+        with pytest.raises(UnknownResultError, match="check the disk"):
+            store.commit_samples([sample_ref(0)])

@@ -6,7 +6,8 @@ survives `kill -9` always. Power loss: with durability "full" every call; with "
 before the last one that durable weights depend on (a checkpoint, a role change, a fall back, a
 quarantine): later ones may vanish, from the end backwards. Such a call returns once the log is synced,
 by it or by another process that synced at that moment (see group_sync.py). An I/O error of a commit
-or a sync is final for this object: what the disk holds is unknown then. apsw carries its own SQLite,
+or a sync is final for this object: what the disk holds is unknown then, and whoever opens it next
+writes it again. apsw carries its own SQLite,
 because versions before 3.51.3 can corrupt a write-ahead log with two connections.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ Durability = Literal["full", "head"]
 SQLITE_FLOOR = (3, 51, 3)
 SQLITE_BACKPORTS = ((3, 44, 6), (3, 50, 7))
 OPS_KEPT = 4096
+BUSY_MS = 60_000
 
 
 def check_sqlite_version(version: str) -> None:
@@ -67,28 +69,40 @@ class Database:
     def __init__(self, path: str | os.PathLike[str], durability: Durability, vfs: str | None) -> None:
         check_sqlite_version(apsw.sqlite_lib_version())
         self.path = Path(path)
-        make_folder(self.path.parent)
-        refuse_network_filesystem(self.path.parent)
         self._durability = durability
         self._lock = threading.RLock()
-        self._bell = Bell(self.path.with_name(self.path.name + "-bell"))
-        gate = self.path.with_name(self.path.name + "-gate")
-        self._gate = WriterGate(gate)
-        self._vfs = vfs or "unix"
         self._closed = False
         self._broken = ""
-        self._log: apsw.VFSFile | None = None
-        with self._lock, self._gate.writing(), self._explained():
-            refuse_unchecked(self.path)
-            self._db = apsw.Connection(str(self.path), vfs=vfs or checksum_layer())
-            self._db.set_busy_timeout(60_000)
-            if vfs is not None:  # such file layers have no shared memory; one process alone then
-                self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
-            elif checksum_layer() is not None:
-                self._db.reserve_bytes(None, RESERVED_BYTES)  # of a new database
-            open_schema(self._db, self.path)
-            self._db.execute("PRAGMA synchronous=NORMAL")  # a commit itself syncs nothing
-            self._group_sync = GroupSync(gate, self._sync_log)
+        with self._lock, self._explained(), ExitStack() as opened:
+            make_folder(self.path.parent)
+            refuse_network_filesystem(self.path.parent)
+            self._bell = Bell(self.path.with_name(self.path.name + "-bell"))
+            gate = self.path.with_name(self.path.name + "-gate")
+            self._gate, self._group_sync = WriterGate(gate), GroupSync(gate, self._sync_log)
+            opened.callback(self._gate.close)
+            opened.callback(self._group_sync.close)
+            with self._group_sync.alone(), self._gate.writing():
+                self._open(vfs, opened)
+            opened.pop_all()
+
+    def _open(self, vfs: str | None, opened: ExitStack) -> None:
+        """With the writers' gate held and no sync under way. `opened`: what is closed if it fails."""
+        refuse_unchecked(self.path)
+        self._db = apsw.Connection(str(self.path), vfs=vfs or checksum_layer())
+        opened.callback(self._db.close)
+        self._db.set_busy_timeout(BUSY_MS)
+        if vfs is not None:  # such file layers have no shared memory; one process alone then
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+        elif checksum_layer() is not None:
+            self._db.reserve_bytes(None, RESERVED_BYTES)  # of a new database
+        open_schema(self._db, self.path)
+        self._db.execute("PRAGMA synchronous=NORMAL")  # a commit itself syncs nothing
+        # The log is open before anybody can fail to sync it: the kernel tells nobody who comes later.
+        self._db.execute("SELECT 1 FROM sqlite_schema LIMIT 1")  # makes the file, if there was none
+        flags = apsw.SQLITE_OPEN_WAL | apsw.SQLITE_OPEN_READWRITE
+        self._log = apsw.VFSFile(vfs or "unix", f"{self.path}-wal", [flags, 0])
+        opened.callback(self._log.xClose)
+        self._group_sync.enter(self.path, self._write_again)
 
     # -- transactions ----------------------------------------------------------------------
 
@@ -123,7 +137,8 @@ class Database:
                 reach("ledger.after_commit")
                 self._bell.ring()
             if final or self._durability == "full":
-                self._group_sync.wait_for(lsn, self.lsn)
+                with self._final_errors():
+                    self._group_sync.wait_for(lsn, self.lsn)
                 reach("ledger.after_sync")
 
     def _commit(self) -> None:
@@ -131,18 +146,33 @@ class Database:
             self._db.execute("COMMIT")
 
     def _sync_log(self) -> None:
-        """Bring the write-ahead log to the disk, through the same file layer that wrote it."""
-        with self._final_errors():
-            if self._log is None:
-                flags = apsw.SQLITE_OPEN_WAL | apsw.SQLITE_OPEN_READWRITE
-                self._log = apsw.VFSFile(self._vfs, f"{self.path}-wal", [flags, 0])
-            self._log.xSync(apsw.SQLITE_SYNC_NORMAL | apsw.SQLITE_SYNC_DATAONLY)
+        """Bring the write-ahead log to the disk, through the same file layer that writes it."""
+        self._log.xSync(apsw.SQLITE_SYNC_NORMAL | apsw.SQLITE_SYNC_DATAONLY)
+
+    def _write_again(self, noted: int) -> None:
+        """Bring the log's content into the database: what it holds may never have reached the disk."""
+        if self.lsn() < noted:
+            raise SchemaError(
+                f"{self.path} ends at change {self.lsn()}, but change {noted} was on the disk.",
+                why="Its write-ahead log is damaged, or an older copy lies in its place.",
+                next=f"`paceline fsck {self.path.parent}` says what is left; to go on from there, remove "
+                f"{self._gate.path} and run the same command again: what is missing is captured again.",
+            )
+        reach("ledger.before_write_again")
+        [[busy, *_]] = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        if busy:
+            raise LedgerError(
+                f"The log of {self.path} was not synced and cannot be written again while others read it.",
+                why="What it holds might not survive a power failure.",
+                next="stop every process of this run, then run the same command again.",
+            )
+        reach("ledger.after_write_again")
 
     @contextmanager
     def _final_errors(self) -> Iterator[None]:
         try:
             yield
-        except (apsw.IOError, apsw.CorruptError, apsw.CantOpenError) as error:
+        except (apsw.IOError, apsw.CorruptError, apsw.CantOpenError, OSError) as error:
             self._broken = str(error)
             raise UnknownResultError(
                 f"{self.path} could not be synced ({error}); whether the last change is on disk is unknown.",
@@ -199,10 +229,10 @@ class Database:
             apsw.CantOpenError,
             apsw.ProtocolError,
             apsw.LockedError,
+            OSError,
         ) as error:
-            if (
-                getattr(error, "extendedresult", 0) == apsw.SQLITE_IOERR_DATA
-            ):  # a page does not match its checksum
+            if getattr(error, "extendedresult", 0) == apsw.SQLITE_IOERR_DATA:
+                # A page does not match its checksum.
                 raise self._damaged(error) from error
             raise LedgerError(
                 f"{self.path} cannot be read or written ({error}).",
@@ -212,7 +242,7 @@ class Database:
         except apsw.ConnectionClosedError as error:
             raise LedgerError(f"{self.path} is closed.", next="open a new SQLiteMetadataStore.") from error
 
-    def _damaged(self, error: apsw.Error) -> SchemaError:
+    def _damaged(self, error: Exception) -> SchemaError:
         return SchemaError(
             f"{self.path} is damaged or no database ({error}).",
             why="The ledger cannot be trusted, so nothing was changed.",
@@ -245,8 +275,7 @@ class Database:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                if self._log is not None:
-                    self._log.xClose()
+                self._log.xClose()
                 self._db.close()
                 self._group_sync.close()
                 self._gate.close()

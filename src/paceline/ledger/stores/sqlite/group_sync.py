@@ -5,8 +5,11 @@ comes here: the first syncs the log, with no lock that a writer needs, and notes
 committed meanwhile and queued behind it finds its commit noted, or syncs for all who came since. The
 log is one sequence, so a commit that is on the disk has everything it could see with it there.
 
-The note lies in the writers' gate file. It speaks of the log as the living processes know it, so whoever
-opens the ledger alone (the first ever, after a reboot, over a restored copy) clears it.
+The note lies in the writers' gate file. It is withdrawn before a sync and given again after, so one that
+failed, or was killed, leaves none. The kernel tells of a failed sync only those who had the log open then
+(everybody here opens it at the start) and may keep the lost pages as if they were on the disk. So whoever
+opens the ledger and finds no note, or is alone (the first ever, after a reboot, over a restored copy),
+writes the log's content once more, into the database, before it believes anything.
 """
 
 from __future__ import annotations
@@ -14,33 +17,52 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from paceline.ledger.gate import FLOCK
 
-NOTE = struct.Struct("<q")  # the newest change that is known to be on the disk
+NOTE = struct.Struct("<qQ")  # the newest change that is known to be on the disk; the database's inode
+CHECK = struct.Struct("<I")  # of the note
+UNKNOWN = -1
 OPEN_BYTE, SYNC_BYTE = 64, 65  # of the gate file, locked but never written
 
 
 class GroupSync:
-    """Open it with the writers' gate held. The locks belong to this object: one thread at a time."""
+    """The locks belong to this object: one thread at a time."""
 
     def __init__(self, gate: Path, sync: Callable[[], None]) -> None:
+        """To be followed by `enter`. Raises OSError."""
         self._sync = sync
+        self._inode = 0
         self._fd = os.open(gate, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        if self._nobody_else_is_here():
-            os.pwrite(self._fd, NOTE.pack(0), 0)
+
+    def enter(self, database: Path, write_again: Callable[[int], None]) -> None:
+        """Count as one who has the ledger open; `alone` is held, then the writers' gate.
+
+        `write_again` brings the log into the database if nobody vouches for it. It is told the newest
+        change that was on the disk, if a note says so.
+        """
+        self._inode = database.stat().st_ino
+        noted = self._noted()
+        if noted == UNKNOWN or self._nobody_else_is_here():
+            write_again(noted)
+            self._note(0)
         fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _byte(fcntl.F_RDLCK, OPEN_BYTE))
 
     def wait_for(self, lsn: int, newest: Callable[[], int]) -> None:
-        """Return once change `lsn` is on the disk. `newest` tells what everybody has committed so far."""
-        with self._alone():
+        """Return once change `lsn` is on the disk. `newest` tells what everybody has committed so far.
+
+        Raises OSError, and what `sync` raises.
+        """
+        with self.alone():
             if self._noted() < lsn:
                 reaches = newest()
+                self._note(UNKNOWN)
                 self._sync()
-                os.pwrite(self._fd, NOTE.pack(reaches), 0)
+                self._note(reaches)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -48,10 +70,20 @@ class GroupSync:
             self._fd = -1
 
     def _noted(self) -> int:
-        return int(NOTE.unpack(os.pread(self._fd, NOTE.size, 0))[0])
+        """UNKNOWN if the note is withdrawn, damaged, or speaks of a database that lay here before."""
+        raw = os.pread(self._fd, NOTE.size + CHECK.size, 0)
+        if len(raw) < NOTE.size + CHECK.size or raw[NOTE.size :] != _check(raw[: NOTE.size]):
+            return UNKNOWN
+        lsn, inode = NOTE.unpack_from(raw)
+        return int(lsn) if inode == self._inode else UNKNOWN
+
+    def _note(self, lsn: int) -> None:
+        raw = NOTE.pack(lsn, self._inode)
+        os.pwrite(self._fd, raw + _check(raw), 0)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
+        """Nobody syncs, and nobody opens the ledger, meanwhile. Never to be asked for with the gate held."""
         fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, _byte(fcntl.F_WRLCK, SYNC_BYTE))
         try:
             yield
@@ -65,3 +97,7 @@ class GroupSync:
 
 def _byte(kind: int, at: int) -> bytes:
     return struct.pack(FLOCK, kind, os.SEEK_SET, at, 1, 0)
+
+
+def _check(note: bytes) -> bytes:
+    return CHECK.pack(zlib.crc32(note))

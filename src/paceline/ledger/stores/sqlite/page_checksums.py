@@ -42,11 +42,8 @@ def refuse_unchecked(path: Path) -> None:
     Either this process cannot keep them, or the one byte that tells SQLite of them is damaged: then
     every other page would be believed again.
     """
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        page = bytearray(file.read(PAGE_BYTES))
-    if len(page) < PAGE_BYTES:
+    page = _first_page(path)
+    if page is None:
         return
     marked = page[RESERVED_AT] == RESERVED_BYTES
     if marked and checksum_layer() is None:
@@ -62,6 +59,19 @@ def refuse_unchecked(path: Path) -> None:
             why="It says that pages have checksums; without it no page would be checked.",
             next="restore it from a backup, or start a new run in another run.directory.",
         )
+
+
+def _first_page(path: Path) -> bytearray | None:
+    """Read through SQLite's own file layer: closing a file that was opened by hand drops every lock that
+    another connection of this process holds on it (fcntl(2)); None if there is no whole page."""
+    if not path.exists():
+        return None
+    flags = apsw.SQLITE_OPEN_MAIN_DB | apsw.SQLITE_OPEN_READONLY
+    file = apsw.VFSFile("unix", str(path.resolve()), [flags, 0])
+    try:
+        return bytearray(file.xRead(PAGE_BYTES, 0)) if file.xFileSize() >= PAGE_BYTES else None
+    finally:
+        file.xClose()
 
 
 def accept_pages(path: Path) -> int:
