@@ -13,7 +13,7 @@ import weakref
 import numpy as np
 
 ALIGNMENT_BYTES = 64  # Of a tensor of torch's own: kernels may round differently elsewhere.
-RECYCLED_BYTES_MIN = 4 << 20  # malloc keeps smaller pieces itself.
+RECYCLED_BYTES_MIN = 256 << 10  # Smaller pieces malloc keeps; larger ones it may give back at once.
 IDLE_BYTES_MAX = 1 << 30  # A process holds at most this much for samples to come.
 
 
