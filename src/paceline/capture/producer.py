@@ -106,6 +106,11 @@ class Producer:
         reach("producer.after_acquire")
         if self._log.is_closed() and store.task_counts()["pending"] > len(store.lost_ids()):
             self._log.reopen()  # prompts were added; a sample captured again adds nothing to the log
+        # A ledger that is an older copy never gave out some generations that lie here. They are nobody's,
+        # since this was the producer when it looked, and never to be given out again.
+        newest = self._features.newest_generation()
+        if newest >= self._fence.generation:
+            self._fence = self._log.fence = self.controller.skip_generations(newest)
         keep = store.present_generations()
         reach("producer.before_sweep")
         orphans = self._features.sweep(keep=keep, before=self._fence.generation)

@@ -69,6 +69,12 @@ class FeatureStore(Protocol):
     def sample_ids(self) -> list[str]:
         """Every sample whose sealed bytes are here. Only the producer that owns the store may ask."""
 
+    def newest_generation(self) -> int:
+        """The largest generation that any bytes here were written under; 0 if there are none.
+
+        Only the producer that owns the store may ask.
+        """
+
     def usage(self) -> Usage:
         """Bytes are what the store occupies, slack included."""
 

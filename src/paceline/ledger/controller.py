@@ -165,6 +165,12 @@ class DataFlowController:
         fence = self.fence("producer")
         return self._settled(lambda op_id: self.store.reserve(sizes, fence=fence, op_id=op_id))
 
+    def skip_generations(self, through: int) -> Fence:
+        """Never reserve one up to `through`; this role's fence from now on."""
+        fence = self._fences["producer"]
+        self._fences["producer"] = self.store.skip_generations(through, fence=fence)
+        return self._fences["producer"]
+
     def revoke(self, generations: Sequence[int]) -> None:
         """Give intents up; only then may their bytes be deleted."""
         self.store.revoke(generations, fence=self.fence("producer"))

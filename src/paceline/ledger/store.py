@@ -58,6 +58,13 @@ class MetadataStore(ABC):
         """Take intents back. Only then may their bytes be deleted; a commit of one is refused."""
 
     @abstractmethod
+    def skip_generations(self, through: int, *, fence: Fence) -> Fence:
+        """Reserve none up to `through`; the fence as if the role had been taken after that.
+
+        For a producer that finds bytes of generations which its ledger, an older copy, never gave out.
+        """
+
+    @abstractmethod
     def intents(self) -> list[Intent]:
         """Those neither committed nor revoked, by generation."""
 
@@ -285,8 +292,8 @@ class MetadataStore(ABC):
         """
 
     @abstractmethod
-    def quarantined(self) -> dict[str, str]:
-        """Quarantined sample ids and the reason of each."""
+    def quarantined(self, among: Sequence[str] | None = None) -> dict[str, str]:
+        """Quarantined sample ids and the reason of each, in seq order; of those in `among`, if given."""
 
     # -- features --------------------------------------------------------------------------
 
@@ -300,7 +307,10 @@ class MetadataStore(ABC):
 
     @abstractmethod
     def record_released(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
-        """The features are freed. Raises IllegalTransitionError unless all were releasable."""
+        """The features are freed. Raises IllegalTransitionError unless all were releasable.
+
+        The ref of a quarantined one keeps its ids only: nobody will look for its bytes.
+        """
 
     @abstractmethod
     def report_lost(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:

@@ -122,7 +122,7 @@ class StepLoader:
             self.exhausted = taken is not None
             return None
         reach("loader.before_plan")
-        quarantined = self._controller.store.quarantined()
+        quarantined = self._controller.store.quarantined([visit.item.ref.sample_id for visit in taken])
         on_record = self._controller.store.get_plan(step)
         if on_record is None:
             visits = [visit for visit in taken if visit.item.ref.sample_id not in quarantined]

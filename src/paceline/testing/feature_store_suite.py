@@ -253,6 +253,16 @@ class FeatureStoreSuite(ABC):
         assert store.sweep(keep={}, before=3) == ["a", "b"]
         assert store.sample_ids() == ["c"]
 
+    def test_the_newest_generation_that_lies_here_is_told(self) -> None:
+        """A ledger that is an older copy learns from it which numbers it must not give out again."""
+        store = self.make()
+        assert store.newest_generation() == 0
+        for generation, sample_id in ((2, "a"), (7, "b")):
+            store.put(sample_id, features(generation), generation=generation)
+        assert store.newest_generation() == 7
+        store.abort("b")
+        assert store.newest_generation() == 2
+
     # -- damage ----------------------------------------------------------------------------
 
     def test_a_flipped_bit_is_found(self) -> None:

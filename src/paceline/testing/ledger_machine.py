@@ -188,6 +188,7 @@ class LedgerTwins:
         self.log.append("restore()")
         self.sqlite.close()
         shutil.copy(self.path.with_suffix(".saved"), self.path)
+        self.path.with_name(f"{self.path.name}-gate").unlink()  # it says that more had been on the disk
         self.sqlite = self._open()
         state, self.history = copy.deepcopy(self._saved)
         vars(self.memory).update(state)

@@ -160,6 +160,11 @@ class LedgerMoves:
             known.add(ref.sample_id)
             lost.discard(ref.sample_id)
 
+    def skip(self, picks: Picks) -> None:
+        """Bytes of generations lie there that an older copy of the ledger never gave out."""
+        if fence := self._fence("producer", picks):
+            self._call("skip_generations", picks.below(40), fence=fence)
+
     def fail(self, picks: Picks) -> None:
         self._call(
             "fail_tasks",
@@ -418,7 +423,8 @@ class LedgerMoves:
 # How often a long run takes each, so that samples get through all of their life.
 WEIGHTS: dict[str, int] = {
     "capture": 8, "train": 12, "cover": 7,
-    "add_tasks": 3, "lease": 3, "reserve": 2, "revoke": 1, "commit": 4, "commit_again": 2, "fail": 1,
+    "add_tasks": 3, "lease": 3, "reserve": 2, "revoke": 1, "skip": 1, "commit": 4,
+    "commit_again": 2, "fail": 1,
     "give_back": 1, "report_lost": 2, "acquire": 2, "begin": 5, "leave": 1, "ack": 5, "train_ack": 1,
     "checkpoint": 3, "adopt_again": 2, "adopt_new": 2, "forget": 1, "fall_back": 2, "quarantine": 1,
     "release": 2, "compact": 2, "set_facts": 1, "repeat": 2, "reopen": 1, "save": 1, "restore": 1,

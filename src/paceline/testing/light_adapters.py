@@ -227,6 +227,9 @@ class InMemoryLightFeatureStore:
     def sample_ids(self) -> list[str]:
         return list(self.held)
 
+    def newest_generation(self) -> int:
+        return max((generation for generation, _ in self.held.values()), default=0)
+
     def usage(self) -> Usage:
         resident = sum(len(payload) for _, payload in self.held.values())
         return Usage(resident, len(self.held), self.budget_bytes)
@@ -352,6 +355,10 @@ class LightFeatureStore:
         """Those with a whole header: a damaged one is found by its reader."""
         paths = sorted(self.folder.glob("*.sample"))
         return [bytes.fromhex(path.stem).decode() for path in paths if _read(path) is not None]
+
+    def newest_generation(self) -> int:
+        found = [_read(path) for path in self.folder.glob("*.sample")]
+        return max((known[0] for known in found if known is not None), default=0)
 
     def usage(self) -> Usage:
         try:

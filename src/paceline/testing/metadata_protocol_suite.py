@@ -126,6 +126,17 @@ class MetadataProtocolSuite(ABC):
         assert (store.lost_ids(), store.present_ids(), store.intents()) == ([], [], [])
         assert store.task_counts()["done"] == 1
 
+    def test_generations_that_an_older_copy_never_gave_out_are_skipped(self) -> None:
+        """A ledger was restored from a backup, and the bytes that were reserved since are still there."""
+        store = self.make()
+        old = store.acquire_role("producer", "old")
+        fence = store.acquire_role("producer", "new")
+        assert store.skip_generations(41, fence=fence) == replace(fence, generation=42)
+        assert store.reserve({"run0:s0": 1}, fence=fence) == {"run0:s0": 42}
+        assert store.skip_generations(7, fence=fence).generation == 43
+        with pytest.raises(FencedError):
+            store.skip_generations(99, fence=old)
+
     # -- op ids ----------------------------------------------------------------------------
 
     def test_a_repeated_call_returns_what_the_first_one_did(self) -> None:
@@ -323,6 +334,8 @@ class MetadataProtocolSuite(ABC):
         store.quarantine(["run0:s0"], step=1, reason="loss is nan")
         store.report_lost(["run0:s0"])
         assert store.quarantined() == {"run0:s0": "loss is nan"}
+        assert store.quarantined(among=["run0:s0", "run0:s1"]) == {"run0:s0": "loss is nan"}
+        assert store.quarantined(among=["run0:s1"]) == store.quarantined(among=[]) == {}
         assert store.usage().waiting_samples == 1
         assert store.lost_ids() == []
         assert store.commit_sample(sample_ref(0)) is False

@@ -63,7 +63,7 @@ FINAL = {  # on the disk on return, see ledger/stores/sqlite/database.py
 CHANGES = FINAL | {
     *("reserve", "revoke", "commit_samples", "record_train_ack", "ack_step", "add_tasks", "lease_tasks"),
     *("return_tasks", "begin_step", "leave_step", "begin_release", "record_released"),
-    *("report_lost", "compact", "set_facts"),
+    *("report_lost", "compact", "set_facts", "skip_generations"),
 }
 REPEATABLE = {"reserve", "commit_samples", "lease_tasks", "begin_step", "ack_step"}
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
@@ -231,6 +231,9 @@ class SimulatedFeatures:
 
     def sample_ids(self) -> list[str]:
         return self._features.sample_ids()
+
+    def newest_generation(self) -> int:
+        return self._features.newest_generation()
 
     def usage(self) -> Usage:
         return self._features.usage()

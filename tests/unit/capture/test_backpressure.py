@@ -13,9 +13,10 @@ from paceline.errors import ConfigError
 from paceline.features.store import Usage
 from paceline.ledger.facts import CHECKPOINT_WANTED
 from paceline.ledger.records import CheckpointRecord
-from paceline.testing.light_adapters import InMemoryLightFeatureStore
+from paceline.testing.light_adapters import InMemoryLightFeatureStore, LightEngine
 from paceline.testing.light_run import RunShape, build_producer
 from paceline.testing.samples import sample_ref
+from paceline.testing.simulated_run import Shape, simulated_producer
 
 
 @dataclass
@@ -128,6 +129,18 @@ def test_a_sample_budget_that_could_deadlock_is_refused_at_the_start() -> None:
     with pytest.raises(ConfigError, match="budget_samples to 13"):
         check_feasible(budget_samples=12, **sizes)
     check_feasible(budget_samples=13, **sizes)
+
+
+def test_bytes_that_a_restored_ledger_knows_nothing_of_are_swept() -> None:
+    """They lie under generations that it never gave out; kept, they would take all the room for ever."""
+    shape = Shape(prompts=8, group=2)
+    lost, features, engine = InMemoryMetadataStore(), InMemoryLightFeatureStore(), LightEngine()
+    simulated_producer(shape, lost, features, engine, lambda *_, **__: None).run()
+    assert len(features.sample_ids()) == 8
+    restored = InMemoryMetadataStore()
+    simulated_producer(shape, restored, features, engine, lambda *_, **__: None).run(max_rounds=1)
+    assert sorted(features.sample_ids()) == sorted(restored.present_ids())
+    assert min(restored.present_generations().values()) > 8, "no number is given out twice"
 
 
 def test_a_sample_lost_while_the_producer_waits_for_room_is_captured_again() -> None:

@@ -115,6 +115,9 @@ class InMemoryFeatureStore:
     def sample_ids(self) -> list[str]:
         return list(self._held)
 
+    def newest_generation(self) -> int:
+        return max((held.generation for held in self._held.values()), default=0)
+
     def usage(self) -> Usage:
         resident = sum(held.sealed.num_bytes for held in self._held.values())
         return Usage(resident, len(self._held), self._budget_bytes)

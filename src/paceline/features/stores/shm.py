@@ -138,6 +138,12 @@ class SharedMemoryFeatureStore:
             held = [slot for slot in arena.slots.values() if not slot.is_free]
             return [s.known[1] for s in held if _sealed(arena, s) is not None and s.known is not None]
 
+    def newest_generation(self) -> int:
+        """Of damaged slots too: they are swept like others."""
+        with self._lock:
+            slots = self._owned("list generations").slots.values()
+            return max((slot.generation for slot in slots if not slot.is_free), default=0)
+
     def usage(self) -> Usage:
         """Resident: slots being written or sealed, whole, with header and slack. Free slots are not."""
         with self._lock:

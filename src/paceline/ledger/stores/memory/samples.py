@@ -44,6 +44,11 @@ class Samples(Tasks):
             for generation in generations:
                 self._intents.pop(generation, None)
 
+    def skip_generations(self, through: int, *, fence: Fence) -> Fence:
+        with self._mutation(fence):
+            self._next_generation = max(self._next_generation, through + 1)
+            return replace(fence, generation=self._next_generation)
+
     def intents(self) -> list[Intent]:
         with self._changed:
             return list(self._intents.values())
@@ -195,6 +200,8 @@ class Samples(Tasks):
                 sample.resident = False
                 if sample.state == "present":
                     sample.state = "released"
+                if sample.state == "quarantined":
+                    sample.ref = compacted(sample.ref)
 
     def report_lost(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
         with self._mutation(fence):

@@ -208,6 +208,7 @@ class Steps(Samples):
                 if task is not None and task.state == "pending":
                     task.state, task.reason = "failed", reason
 
-    def quarantined(self) -> dict[str, str]:
+    def quarantined(self, among: Sequence[str] | None = None) -> dict[str, str]:
         with self._changed:
-            return {i: s.reason for i, s in self._in_order() if s.state == "quarantined"}
+            found = {i: s.reason for i, s in self._in_order() if s.state == "quarantined"}
+            return {i: reason for i, reason in found.items() if among is None or i in among}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from paceline.ledger.records import CommittedRef, Fence, Intent, LedgerUsage, SampleRecord
+from paceline.ledger.records import CommittedRef, Fence, Intent, LedgerUsage, SampleRecord, compacted
 from paceline.ledger.refusals import intent_revoked, not_covered
 from paceline.ledger.stores.sqlite.folding import folded_ref
 from paceline.ledger.stores.sqlite.tasks import TaskTable
@@ -40,6 +41,11 @@ class SampleTable(TaskTable):
     def revoke(self, generations: Sequence[int], *, fence: Fence | None = None) -> None:
         with self._mutation(fence):
             self._db.executemany("DELETE FROM intent WHERE generation = ?", [(g,) for g in generations])
+
+    def skip_generations(self, through: int, *, fence: Fence) -> Fence:
+        with self._mutation(fence):
+            self._change("UPDATE run SET next_generation = max(next_generation, ?)", through + 1)
+            return replace(fence, generation=self._run("next_generation"))
 
     def intents(self) -> list[Intent]:
         return [Intent(*row) for row in self._rows("SELECT * FROM intent ORDER BY generation")]
@@ -258,21 +264,26 @@ class SampleTable(TaskTable):
 
     def record_released(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
         with self._mutation(fence):
-            early = [i for i in sample_ids if not self._is_covered(i)]
+            ids = json.dumps(list(sample_ids))
+            rows = self._rows(
+                f"SELECT sample_id, {COVERED}, iif(state = 'quarantined', ref, NULL) "  # noqa: S608 (ours)
+                "FROM sample LEFT JOIN ack USING (sample_id) "
+                "WHERE sample_id IN (SELECT value FROM json_each(?))",
+                ids,
+            )
+            covered = {sample_id: bool(is_covered) for sample_id, is_covered, _ in rows}
+            early = [i for i in sample_ids if not covered.get(i, i not in covered and self._is_folded(i))]
             if early:
                 raise not_covered(early)
-            self._db.executemany(
+            self._change(
                 "UPDATE sample SET resident = 0, state = iif(state = 'present', 'released', state) "
-                "WHERE sample_id = ?",
-                [(i,) for i in sample_ids],
+                "WHERE sample_id IN (SELECT value FROM json_each(?))",
+                ids,
             )
-
-    def _is_covered(self, sample_id: str) -> bool:
-        rows = self._rows(
-            f"SELECT {COVERED} FROM sample LEFT JOIN ack USING (sample_id) WHERE sample_id = ?",  # noqa: S608
-            sample_id,
-        )
-        return bool(rows[0][0]) if rows else self._folded_record(sample_id) is not None
+            for sample_id, _, ref in rows:
+                if ref is not None:
+                    text = ref_to_json(compacted(ref_from_json(ref)))
+                    self._change("UPDATE sample SET ref = ? WHERE sample_id = ?", text, sample_id)
 
     def report_lost(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
         with self._mutation(fence):

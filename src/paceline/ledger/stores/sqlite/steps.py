@@ -262,7 +262,13 @@ class StepTable(SampleTable):
                     )
                     self._bury_task(ordinal, task_id, reason)
 
-    def quarantined(self) -> dict[str, str]:
-        return dict(
-            self._rows("SELECT sample_id, reason FROM sample WHERE state = 'quarantined' ORDER BY seq")
-        )
+    def quarantined(self, among: Sequence[str] | None = None) -> dict[str, str]:
+        if among is None:
+            rows = self._rows("SELECT sample_id, reason FROM sample WHERE state = 'quarantined' ORDER BY seq")
+        else:
+            rows = self._rows(
+                "SELECT sample_id, reason FROM sample WHERE state = 'quarantined' "
+                "AND sample_id IN (SELECT value FROM json_each(?)) ORDER BY seq",
+                json.dumps(list(among)),
+            )
+        return dict(rows)
