@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
 from paceline.capture.blame import ENGINE_FAILURES
-from paceline.capture.producer import UNREADABLE, CaptureSettings, Producer
+from paceline.capture.producer import CaptureSettings, Producer
+from paceline.capture.prompts import UNREADABLE
 from paceline.engines.engine import TargetEngine
 from paceline.errors import ConfigError, PacelineError
 from paceline.features.store import FeatureStore
@@ -121,7 +122,8 @@ def encode_prompts(
     tasks = []
     for ordinal, prompt in enumerate(prompts):
         task = _as_task(run_id, prompt, ordinal)
-        key = json.dumps([task.payload.get("prompt_ids"), task.payload.get("prompt")], default=repr)
+        parts = [task.payload.get(name) for name in ("prompt_ids", "prompt", UNREADABLE)]
+        key = json.dumps(parts, default=repr)
         if key not in known:
             known[key] = _encode(task, engine)
         tasks.append(PromptTask(task.task_id, run_id, task.source_id, known[key], ordinal))
@@ -129,6 +131,8 @@ def encode_prompts(
 
 
 def _encode(task: PromptTask, engine: TargetEngine) -> dict[str, Any]:
+    if UNREADABLE in task.payload:
+        return {UNREADABLE: task.payload[UNREADABLE]}
     try:
         given = task.payload.get("prompt_ids")
         ids = [int(token) for token in (engine.encode(task.payload["prompt"]) if given is None else given)]
