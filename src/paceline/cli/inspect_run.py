@@ -6,6 +6,7 @@ from collections import Counter
 
 from rich.console import Console
 
+from paceline.cli.plain import say
 from paceline.errors import ConfigError
 from paceline.ledger.facts import RUN_ID
 from paceline.ledger.records import SampleRecord
@@ -26,15 +27,15 @@ def inspect_step(console: Console, store: MetadataStore, step: int) -> None:
             next="paceline inspect RUN shows how far the run is.",
         )
     revision = f", plan revision {plan.rev}" if plan.rev else ""
-    _say(console, f"step {step}: {_progress(store, step)}{revision}, {len(plan.sample_ids)} samples")
+    say(console, f"step {step}: {_progress(store, step)}{revision}, {len(plan.sample_ids)} samples")
     for place, sample_id in enumerate(plan.sample_ids, start=1):
         visits[sample_id] += 1
         record = store.sample_record(sample_id)
         if record is None:
-            _say(console, f"{place:4}  {sample_id}  unknown to this ledger")
+            say(console, f"{place:4}  {sample_id}  unknown to this ledger")
             continue
         last = " and last" if record.step == step and record.state != "quarantined" else ""
-        _say(
+        say(
             console,
             f"{place:4}  {sample_id}  seq {record.seq}, visit {visits[sample_id]}{last}; {_state(record)}",
         )
@@ -53,31 +54,31 @@ def inspect_sample(console: Console, store: MetadataStore, sample_id: str) -> No
             next="paceline status RUN shows how many prompts are pending.",
         )
     if record is None:
-        _say(console, f"prompt {task_id}: never committed; set aside: {failed}")
+        say(console, f"prompt {task_id}: never committed; set aside: {failed}")
         return
-    _say(console, f"sample {record.sample_id} (prompt {record.task_id}), place {record.seq} in the log")
+    say(console, f"sample {record.sample_id} (prompt {record.task_id}), place {record.seq} in the log")
     for plan in store.plans():
         if record.sample_id in plan.sample_ids:
-            _say(console, f"  visited by step {plan.step} ({_progress(store, plan.step)})")
-    _say(console, f"  {_state(record)}")
+            say(console, f"  visited by step {plan.step} ({_progress(store, plan.step)})")
+    say(console, f"  {_state(record)}")
     if failed is not None:
-        _say(console, f"  its prompt was set aside: {failed}")
+        say(console, f"  its prompt was set aside: {failed}")
 
 
 def inspect_all(console: Console, store: MetadataStore) -> None:
     """How far the run is, and what was set aside and why."""
     heads = store.checkpoints()
-    _say(
+    say(
         console,
         f"{store.committed_count()} samples committed, step {store.trained_step()} acked, "
         f"head {heads[-1].name if heads else 'none yet'}, retained: {[head.step for head in heads]}",
     )
     for sample_id, reason in store.quarantined().items():
-        _say(console, f"quarantined {sample_id}: {reason}")
+        say(console, f"quarantined {sample_id}: {reason}")
     for task_id, reason in store.failed_tasks().items():
-        _say(console, f"failed prompt {task_id}: {reason}")
+        say(console, f"failed prompt {task_id}: {reason}")
     for sample_id in store.lost_ids():
-        _say(console, f"to be captured again {sample_id}")
+        say(console, f"to be captured again {sample_id}")
 
 
 def _progress(store: MetadataStore, step: int) -> str:
@@ -96,7 +97,3 @@ def _state(record: SampleRecord) -> str:
         trained = f"trained, last by step {record.step}, {'durable' if record.durable else 'provisional'}"
     features = {"present": "resident", "lost": "lost, to be captured again", "released": "freed"}
     return f"{trained}; features {features[record.state]}"
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from paceline.cli.fsck import accept_pages_of, fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
+from paceline.cli.plain import plain, say
 from paceline.cli.progress import Progress, describe, evaluation_lines, final_line
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
@@ -47,11 +48,11 @@ def advises(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except PacelineError as error:
-            err.print("[bold red]error[/bold red]", error.what, highlight=False, soft_wrap=True)
+            err.print(plain("error", "bold red"), plain(error.what), soft_wrap=True)
             if error.why:
-                err.print(" [bold]why[/bold] ", error.why, highlight=False, soft_wrap=True)
+                err.print(plain(" why ", "bold"), plain(error.why), soft_wrap=True)
             if error.next:
-                err.print("[bold]next[/bold] ", error.next, highlight=False, soft_wrap=True)
+                err.print(plain("next ", "bold"), plain(error.next), soft_wrap=True)
             raise typer.Exit(error.exit_code) from error
 
     return run
@@ -63,16 +64,11 @@ def train(run_file: RunFile) -> None:
     """Start both roles, watch them to the end, then evaluate. Goes on where an earlier start stopped."""
     plan = plan_run(load_run_config(run_file))
     if broken := plan.broken_prompts:
-        out.print(
-            f"{len(broken)} of {len(plan.prompts)} prompts are set aside, the first: {broken[0]}",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
-        )
+        say(out, f"{len(broken)} of {len(plan.prompts)} prompts are set aside, the first: {broken[0]}")
     with Progress(out, plan) as progress:
         completed = Supervisor(run_file, plan, show=progress.show).run()
     if not completed:
-        out.print(f"Stopped; nothing is lost. Go on with: paceline train {run_file}", soft_wrap=True)
+        say(out, f"Stopped; nothing is lost. Go on with: paceline train {run_file}")
         raise typer.Exit(130)
     _evaluate(run_file)
     _print_evaluation(plan.config)
@@ -153,7 +149,7 @@ def inspect(
 
 
 def _evaluate(run_file: Path) -> None:
-    out.print("measuring on held-out prompts, by lossless decoding ...")
+    say(out, "measuring on held-out prompts, by lossless decoding ...")
     code = _role_process("evaluator", run_file, len(os.sched_getaffinity(0)))
     if code:
         raise typer.Exit(code)
@@ -176,8 +172,8 @@ def _role_process(role: str, run_file: Path, threads: int) -> int:
 def _print_evaluation(config: RunConfig) -> None:
     store = open_run(config.run.directory)
     snapshot = take_snapshot(config.run.directory, store)
-    out.print(evaluation_lines(snapshot), highlight=False, soft_wrap=True)
-    out.print(final_line(snapshot), highlight=False, soft_wrap=True)
+    say(out, evaluation_lines(snapshot))
+    say(out, final_line(snapshot))
     store.close()
 
 
