@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from paceline.config.load import load_run_config
+from paceline.telemetry import read_events
 from paceline.testing.tiny_run import TinyRun
 
 
@@ -32,6 +33,16 @@ def test_train_trains_every_sample_and_leaves_no_feature(finished: TinyRun) -> N
     assert store.facts()["completed_step"] == 10
     assert store.usage().resident_samples == 0
     assert not load_run_config(finished.run_file).feature_folder.exists()
+
+
+def test_both_sides_tell_how_long_they_were_blocked(finished: TinyRun) -> None:
+    """With every group and every step: the sum so far of their process."""
+    for role, work in (("producer", "group"), ("consumer", "step")):
+        events = read_events(finished.directory / "events" / f"{role}.jsonl")
+        sums = [event["blocked_seconds"] for event in events if event["event"] == work]
+        assert sums == sorted(sums)
+        assert sums
+    assert sums[-1] > 0, "the consumer waits while the target is loaded"
 
 
 def test_evaluation_is_lossless(finished: TinyRun) -> None:

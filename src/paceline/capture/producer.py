@@ -192,7 +192,7 @@ class Producer:
             samples=len(fresh),
             num_tokens=sum(ref.num_tokens for ref in refs),
             seconds=monotonic() - started,
-            waited_seconds=self._backpressure.waited_s,
+            blocked_seconds=self._backpressure.blocked.seconds,
         )
         return len(fresh)
 

@@ -58,6 +58,7 @@ def _line(s: RunSnapshot, plan: RunPlan, elapsed: float) -> str:
         f"trained {s.samples_trained}",
         f"resident {s.resident_bytes / 2**20:.0f} MiB",
         f"checkpoint {s.checkpoint_step if s.checkpoint_step is not None else '-'}",
+        f"blocked producer {s.blocked_s['producer']:.0f} s, consumer {s.blocked_s['consumer']:.0f} s",
     ]
     if s.last_step:
         parts.append(_step_text(s))
@@ -91,7 +92,8 @@ def _table(s: RunSnapshot, plan: RunPlan, elapsed: float) -> Table:
         "consumer",
         _process(s, "consumer"),
         f"{s.samples_trained}/{plan.num_samples} samples",
-        _step_text(s) if s.last_step else "waiting for the first samples",
+        f"{_step_text(s) if s.last_step else 'waiting for the first samples'}, "
+        f"blocked {s.blocked_s['consumer']:.0f} s",
     )
     table.add_row(
         "ledger",
@@ -122,8 +124,8 @@ def describe(console: Console, s: RunSnapshot) -> None:
         "features": f"{s.samples_resident} samples, {s.resident_bytes / 2**20:.1f} MiB resident",
         "checkpoint": f"step {s.checkpoint_step}" if s.checkpoint_step is not None else "none yet",
         "last step": _step_text(s) if s.last_step else "none yet",
-        "waited": f"producer {s.blocked_s['producer']:.1f} s for room, "
-        f"consumer {s.blocked_s['consumer']:.1f} s for samples (recent steps)",
+        "blocked": f"producer {s.blocked_s['producer']:.1f} s for room, "
+        f"consumer {s.blocked_s['consumer']:.1f} s for samples (each since its last start)",
         "restarts": str(s.restarts),
     }
     for name, value in rows.items():

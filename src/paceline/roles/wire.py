@@ -105,7 +105,7 @@ def build_disagg_online_producer(
         budget_samples=budget_samples,
         group_samples=capture.group_size,
     )
-    backpressure = Backpressure(feature_store, controller.store, marks)
+    backpressure = Backpressure(feature_store, controller.store, marks, report=report)
     producer = Producer(controller, engine, feature_store, tasks, capture, backpressure, report=report)
     return producer, producer.run
 
@@ -213,6 +213,11 @@ def build_disagg_online_consumer(
             why="Starting over would train its samples a second time.",
             next="pass resume=True, or use a new store for a new run.",
         )
+
+    def report_of_trainer(event: str, **fields: Any) -> None:
+        # With every step, so that who looks at the newest events finds it (roles/snapshot.py).
+        report(event, **fields, **({"blocked_seconds": loader.blocked.seconds} if event == "step" else {}))
+
     # One thread writes checkpoints, one reads the next step's features.
     executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="paceline-consumer")
     trainer = Trainer(
@@ -222,7 +227,7 @@ def build_disagg_online_consumer(
         CheckpointFolder(parts.checkpoint_folder, run_id),
         parts.settings,
         executor=executor,
-        report=report,
+        report=report_of_trainer,
     )
     loader = StepLoader(
         controller,

@@ -81,7 +81,7 @@ def simulated_producer(
     )
     controller = DataFlowController(RUN_ID, metadata_store=store, attempt_max=3)
     settings = CaptureSettings(group_size=shape.group, num_prompts=shape.prompts, max_answer_tokens=4)
-    pressure = Backpressure(features, store, marks)
+    pressure = Backpressure(features, store, marks, report=report)
     return Producer(controller, engine, features, shape.tasks(), settings, pressure, report=report)
 
 
