@@ -163,10 +163,12 @@ class StepLoader:
             try:
                 refs, samples = self.fetch([visit.item.ref for visit in visits])
                 break
-            except _StoppedError:
+            except (_StoppedError, StoreError) as error:
                 self._order.put_back(taken)
-                self._controller.leave_step(plan.step)
-                return None  # the plan is on record and will be replayed
+                self._controller.leave_step(plan.step)  # on record, to be replayed; nobody died in it
+                if isinstance(error, StoreError):
+                    raise
+                return None
             except _GivenUpError as gone:
                 reach("loader.before_revise")
                 visits = [v for v in visits if v.item.ref.sample_id != gone.sample_id]
@@ -228,8 +230,7 @@ class StepLoader:
         """
         store = self._controller.store
         while not self._should_stop():
-            mark, ended = store.lsn(), self._log.is_closed()
-            interrupted = self._interrupted
+            mark, ended, interrupted = store.lsn(), self._log.is_closed(), self._interrupted
             entries = store.read_committed(0, count)
             if interrupted and len(entries) < count:
                 break

@@ -113,3 +113,6 @@ def test_a_sample_that_nobody_captures_again_is_waited_for_until_the_deadline() 
         loader.next_step(1)
     assert clock.now == loader.blocked.seconds == 3.25
     assert store.lost_ids() == ["run0:s0"]
+    successor = DataFlowController("run0", metadata_store=store)
+    successor.take_role("consumer")
+    assert successor.begin_step(StepPlan(1, ("run0:s0",), 1)).deaths == 0, "nobody died in the step"
