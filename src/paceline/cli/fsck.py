@@ -10,7 +10,7 @@ from rich.console import Console
 from paceline.cli.plain import say
 from paceline.errors import SchemaError
 from paceline.fsck.checker import check
-from paceline.fsck.report import OF_A_HISTORY, RULES
+from paceline.fsck.report import OF_A_HISTORY, RULES, Report
 from paceline.ledger.gate import RoleLock
 from paceline.ledger.stores.sqlite.page_checksums import accept_pages
 
@@ -47,7 +47,7 @@ def fsck_directory(console: Console, directory: Path, features: Path | None = No
         return 0
     say(
         console,
-        f"UNSOUND: {len(report.errors)} errors. Nothing was changed. {_advice(directory, report.errors)}",
+        f"UNSOUND: {len(report.errors)} errors. Nothing was changed. {_advice(directory, report)}",
     )
     return UNSOUND
 
@@ -62,15 +62,21 @@ def accept_pages_of(console: Console, directory: Path) -> None:
     say(console, f"{accepted} pages of {directory / 'ledger.db'} have new checksums")
 
 
-def _advice(directory: Path, errors: list[str]) -> str:
-    if all(error.startswith("C10 ") for error in errors):
+def _advice(directory: Path, report: Report) -> str:
+    if all(error.startswith("C10 ") for error in report.errors):
         return (
             "What is in the pages makes sense. Did another program (sqlite3, a database browser) open "
             "ledger.db after a crash? It writes such pages even if it only reads. Then keep a copy of the "
             f"file, and `paceline fsck {directory} --accept-pages` takes them as they are. If not, the disk "
             "has changed bits: restore ledger and checkpoints from one backup."
         )
-    if all(error.startswith("C5 ") for error in errors):
+    if all(error.startswith("C5 ") for error in report.errors):
+        if not report.is_resumable:
+            return (
+                "The ledger is sound, but no checkpoint is whole, and `paceline train` does not start over, "
+                "since it would train every sample a second time. Restore the checkpoints named above from a "
+                "backup, or start a new run."
+            )
         return (
             "The ledger is sound: restore the checkpoints named above from a backup, or run the same "
             "`paceline train` again, which goes on from the newest checkpoint that is whole."

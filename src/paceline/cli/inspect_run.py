@@ -8,13 +8,16 @@ from rich.console import Console
 
 from paceline.cli.plain import say
 from paceline.errors import ConfigError
-from paceline.ledger.facts import RUN_ID
+from paceline.ledger.facts import CONFIG, RUN_ID
 from paceline.ledger.records import SampleRecord
 from paceline.ledger.store import MetadataStore
 
 
 def inspect_step(console: Console, store: MetadataStore, step: int) -> None:
     """The samples of a step, in the order they were trained. Raises ConfigError for an unknown step."""
+    if step == 0:
+        say(console, "step 0: the checkpoint before the first step, the draft as it is built; no sample yet")
+        return
     plan, visits = None, Counter[str]()
     for plan in store.plans():
         if plan.step >= step:
@@ -42,19 +45,37 @@ def inspect_step(console: Console, store: MetadataStore, step: int) -> None:
 
 
 def inspect_sample(console: Console, store: MetadataStore, sample_id: str) -> None:
-    """A sample's life. `sample_id` may be the prompt's task id. Raises ConfigError if nobody knows it."""
-    run_id = store.facts().get(RUN_ID, "")
-    task_id = sample_id.removeprefix(f"{run_id}:")
-    record = store.sample_record(sample_id) or store.sample_record(f"{run_id}:{sample_id}")
-    failed = store.failed_tasks().get(task_id)
-    if record is None and failed is None:
-        raise ConfigError(
-            f"No sample {sample_id!r} was ever committed, and no prompt {task_id!r} has failed.",
-            why="Its prompt waits to be captured, is being captured, or is not of this run.",
-            next="paceline status RUN shows how many prompts are pending.",
-        )
+    """A sample's life. Raises ConfigError if nobody knows it.
+
+    `sample_id` may also be the prompt's task id, `round/id`, or its id in the prompt file: then the
+    samples of all its rounds are told.
+    """
+    facts, failed = store.facts(), store.failed_tasks()
+    task_id = sample_id.removeprefix(f"{facts.get(RUN_ID, '')}:")
+    of_rounds = [f"{turn}/{task_id}" for turn in range(facts.get(CONFIG, {}).get("prompts.rounds", 1))]
+    for task_ids in ([task_id], of_rounds):
+        records = [_record_of(store, sample_id if i == task_id else i) for i in task_ids]
+        if any(records) or failed.keys() & set(task_ids):
+            for record, known_id in zip(records, task_ids, strict=True):
+                _tell_life(console, store, known_id, record, failed.get(known_id))
+            return
+    raise ConfigError(
+        f"No sample {sample_id!r} was ever committed, and no prompt {task_id!r} has failed.",
+        why="Its prompt waits to be captured, is being captured, or is not of this run.",
+        next="paceline status RUN shows how many prompts are pending.",
+    )
+
+
+def _record_of(store: MetadataStore, name: str) -> SampleRecord | None:
+    return store.sample_record(name) or store.sample_record(f"{store.facts().get(RUN_ID, '')}:{name}")
+
+
+def _tell_life(
+    console: Console, store: MetadataStore, task_id: str, record: SampleRecord | None, failed: str | None
+) -> None:
     if record is None:
-        say(console, f"prompt {task_id}: never committed; set aside: {failed}")
+        what = "never committed; set aside: " + failed if failed is not None else "not captured yet"
+        say(console, f"prompt {task_id}: {what}")
         return
     say(console, f"sample {record.sample_id} (prompt {record.task_id}), place {record.seq} in the log")
     for plan in store.plans():

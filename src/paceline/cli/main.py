@@ -22,7 +22,7 @@ from paceline.cli.plain import plain, say
 from paceline.cli.progress import Progress, describe, evaluation_lines, final_line
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
-from paceline.errors import PacelineError
+from paceline.errors import ConfigError, PacelineError
 from paceline.roles.plan import plan_run, role_environment
 from paceline.roles.snapshot import open_run, take_snapshot
 from paceline.roles.supervisor import Supervisor
@@ -102,7 +102,7 @@ def status(run: Run) -> None:
 @advises
 def evaluate(run: Run) -> None:
     """Measure acceptance length and speed-up of the newest checkpoint by lossless decoding."""
-    run_file = run
+    run_file = _existing(run)
     if run.is_dir():
         run_file = run / "evaluated-run.yaml"
         store = open_run(run)
@@ -178,7 +178,17 @@ def _print_evaluation(config: RunConfig) -> None:
 
 
 def _directory(run: Path) -> Path:
-    return run if run.is_dir() else load_run_config(run).run.directory
+    return run if _existing(run).is_dir() else load_run_config(run).run.directory
+
+
+def _existing(run: Path) -> Path:
+    if not run.exists():
+        raise ConfigError(
+            f"There is no {run}, neither a run's directory nor a run file.",
+            why="A run is named by either; its directory exists from its first start on.",
+            next="check the path, or paceline train RUN.yaml",
+        )
+    return run
 
 
 if __name__ == "__main__":
