@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ECHO_S = 5.0
+TELL_S = 1.0
 
 
 class EventLog:
@@ -34,6 +35,43 @@ class EventLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+class BlockedTime:
+    """How long this process has waited for the other role; told while it waits, once a second at most.
+
+    with blocked:
+        while not ready():
+            blocked.waiting()
+            sleep_until_something_changes()
+    """
+
+    def __init__(self, report: Callable[..., None], clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds = 0.0
+        self._report = report
+        self._clock = clock
+        self._counted_to: float | None = None  # of the wait that goes on
+        self._told = 0.0
+        self._told_at = -TELL_S
+
+    def waiting(self) -> None:
+        """Nothing can be done now. The first of these calls begins the wait, each one counts it so far."""
+        self._count(self._clock())
+
+    def __enter__(self) -> BlockedTime:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._counted_to is not None:
+            self._count(self._clock())
+            self._counted_to = None
+
+    def _count(self, now: float) -> None:
+        self.seconds += 0.0 if self._counted_to is None else now - self._counted_to
+        self._counted_to = now
+        if self.seconds > self._told and now - self._told_at >= TELL_S:
+            self._told, self._told_at = self.seconds, now
+            self._report("blocked", blocked_seconds=self.seconds)
 
 
 def _readable(event: str, fields: dict[str, Any]) -> str:

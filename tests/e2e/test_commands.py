@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from paceline.config.load import load_run_config
+from paceline.telemetry import read_events
 from paceline.testing.tiny_run import TinyRun
 
 
@@ -32,6 +33,16 @@ def test_train_trains_every_sample_and_leaves_no_feature(finished: TinyRun) -> N
     assert store.facts()["completed_step"] == 10
     assert store.usage().resident_samples == 0
     assert not load_run_config(finished.run_file).feature_folder.exists()
+
+
+def test_both_sides_tell_how_long_they_were_blocked(finished: TinyRun) -> None:
+    """With every group and every step: the sum so far of their process."""
+    for role, work in (("producer", "group"), ("consumer", "step")):
+        events = read_events(finished.directory / "events" / f"{role}.jsonl")
+        sums = [event["blocked_seconds"] for event in events if event["event"] == work]
+        assert sums == sorted(sums)
+        assert sums
+    assert sums[-1] > 0, "the consumer waits while the target is loaded"
 
 
 def test_evaluation_is_lossless(finished: TinyRun) -> None:
@@ -111,17 +122,23 @@ def test_bad_input_is_one_clear_error(
     assert "Traceback" not in result.stderr
 
 
-def test_a_broken_prompt_line_is_named_and_mended(tiny_model: Path, tmp_path: Path) -> None:
-    """The error names file and line; the mended file runs."""
+def test_a_broken_prompt_line_is_set_aside_and_the_run_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+    """Said at the start, durable with file and line as its reason, listed, and nothing else is missing."""
     run = TinyRun(tmp_path, tiny_model)
     path = tmp_path / "train.jsonl"
-    good = path.read_text()
-    path.write_text(good.replace("\n", '\n{"prompt": \n', 1))
+    bad = b'{"prompt": \n{"id": "half", "prompt": "\\ud800"}\n{"id": "x", "prompt": "\xff"}\n'
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\n" + bad, 1))
     result = run.command("train")
-    assert result.returncode == 2
-    assert "train.jsonl, line 2: it is not JSON" in result.stderr
-    path.write_text(good)
-    assert run.command("train").returncode == 0
+    assert result.returncode == 0, result.stderr
+    assert f"3 of 23 prompts are set aside, the first: {path}, line 2: it is not JSON" in result.stdout
+    assert "40 samples trained" in result.stdout
+    assert len(run.store().durable_marker()["acked"]) == 40
+    assert list(run.store().failed_tasks()) == [
+        f"{turn}/{line}" for turn in (0, 1) for line in ("line-2", "half", "line-4")
+    ]
+    for command in ("status", "inspect"):
+        listed = run.command(command).stdout
+        assert f"failed prompt 1/half: {path}, line 3: its prompt cannot be encoded" in listed
 
 
 def test_a_second_trainer_is_refused_and_disturbs_nothing(tiny_model: Path, tmp_path: Path) -> None:

@@ -33,11 +33,14 @@ SOMETIMES = [
     "rolled_forward",
     "fall_back",
     "waiting_for_recapture",
+    "gave up waiting for a capture",
     "quarantined",
     "answers lost",
     "fault power",
 ]
 
+
+IMPATIENT = (53, 75, 88, 93, 103)  # seeds in which a time-out strikes
 
 ROOM_IS_MADE = (1955, 2417, 3155, 3860, 15872, 15928, 18445)  # too rare for every part
 
@@ -45,6 +48,14 @@ ROOM_IS_MADE = (1955, 2417, 3155, 3860, 15872, 15928, 18445)  # too rare for eve
 def test_room_is_made_for_a_lost_sample_that_is_needed_first() -> None:
     """A full store gives up samples that are trained later."""
     assert any(simulate(seed)["made_room"] for seed in ROOM_IS_MADE)
+
+
+@pytest.mark.parametrize("seed", IMPATIENT)
+def test_time_is_part_of_the_seed(seed: int) -> None:
+    """A consumer that waits too long for a lost sample stops, in every repetition at the same turn."""
+    first = simulate(seed)
+    assert first["gave up waiting for a capture"]
+    assert simulate(seed) == first
 
 
 @pytest.mark.parametrize("seed", REGRESSIONS)

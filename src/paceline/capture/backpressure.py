@@ -18,6 +18,7 @@ from paceline.features.store import FeatureStore
 from paceline.ledger.facts import CHECKPOINT_WANTED
 from paceline.ledger.records import Fence
 from paceline.ledger.store import MetadataStore
+from paceline.telemetry import BlockedTime
 
 LOW = 0.75
 WAIT_S = 1.0
@@ -81,12 +82,20 @@ def check_feasible(
 
 
 class Backpressure:
-    def __init__(self, features: FeatureStore, store: MetadataStore, marks: Watermarks) -> None:
+    def __init__(
+        self,
+        features: FeatureStore,
+        store: MetadataStore,
+        marks: Watermarks,
+        *,
+        report: Callable[..., None] = lambda *_, **__: None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
         self._features = features
         self._store = store
         self._marks = marks
         self._paused = False
-        self.waited_s = 0.0
+        self.blocked = BlockedTime(report, clock)
 
     @property
     def sample_bytes(self) -> int:
@@ -103,16 +112,16 @@ class Backpressure:
 
         `on_wait` is called before each wait: the consumer may come to need something meanwhile.
         """
-        started = monotonic()
-        while not self.has_credit():
-            if should_stop():
-                return False
-            self._ask_for_checkpoint(fence)
-            mark = self._store.lsn()  # before the last look, so that no release is missed
-            on_wait()
-            if not self.has_credit():
-                self._store.wait(mark, WAIT_S)
-        self.waited_s += monotonic() - started
+        with self.blocked:
+            while not self.has_credit():
+                if should_stop():
+                    return False
+                self.blocked.waiting()
+                self._ask_for_checkpoint(fence)
+                mark = self._store.lsn()  # before the last look, so that no release is missed
+                on_wait()
+                if not self.has_credit():
+                    self._store.wait(mark, WAIT_S)
         return True
 
     def has_credit(self) -> bool:

@@ -40,6 +40,7 @@ class Blame:
         self._probe = probe
         self._worker_id = worker_id
         self._report = report
+        self._failed_whole: list[str] = []  # the members of the last group that failed only as a whole
 
     def set_aside_unreadable(self, wanted: Sequence[PromptTask], key: str) -> list[PromptTask]:
         """Fail for good what carries, under `key`, why it could not be encoded; the other prompts."""
@@ -61,6 +62,8 @@ class Blame:
 
         fence = self._controller.fence("producer")
         guilty = Trial(self._controller.store, "capture", list(by_id), fence=fence).run(is_harmless)
+        if len(guilty) == len(members) > 1:
+            self._probe_before_blaming(wanted)
         if guilty:
             self._fail(guilty, "the engine's process dies of this prompt", retryable=False)
         return set(guilty)
@@ -74,12 +77,17 @@ class Blame:
     ) -> None:
         """End the leases of a group that failed: a failure for the guilty, none for the others.
 
-        If no wanted prompt fails by itself, all of them count a failure: the group needs every member.
         If all of several fail, the engine is probed first: one that is broken blames nobody, and raises.
+        If none fails without the others (too little memory for the group), nobody is blamed either: the
+        group is captured once more, as a whole, and raises EngineError if it fails like that again.
+        If only members fail that are not wanted, the wanted count a failure: the group needs every member.
         """
         failures = dict(_culprits(list(members), answer, error))
+        if not failures:
+            self._blame_nobody(wanted, members, error)
+            return
         if len(failures) == len(members) > 1:
-            self._probe()
+            self._probe_before_blaming(wanted)
         guilty = [task.task_id for task in wanted if task.task_id in failures]
         for task_id in guilty:
             self._fail([task_id], failures[task_id], retryable=True)
@@ -88,6 +96,32 @@ class Blame:
             self._controller.return_prompt_tasks(self._worker_id, others)
         else:
             self._fail(others, str(error), retryable=True)
+
+    def _probe_before_blaming(self, wanted: Sequence[PromptTask]) -> None:
+        try:
+            self._probe()
+        except Exception:
+            # Leases that are still held at the next start would count as a death of their prompts.
+            self._controller.return_prompt_tasks(self._worker_id, [task.task_id for task in wanted])
+            raise
+
+    def _blame_nobody(
+        self, wanted: Sequence[PromptTask], members: Sequence[PromptTask], error: BaseException
+    ) -> None:
+        self._controller.return_prompt_tasks(self._worker_id, [task.task_id for task in wanted])
+        group, before = [task.task_id for task in members], self._failed_whole
+        self._failed_whole = group
+        message = str(error) or type(error).__name__
+        self._report("group_failed", prompts=[], buried=0, message=f"as a whole, not in parts: {message}")
+        if group == before:
+            raise EngineError(
+                f"The engine fails on {len(group)} prompts at once ({group[0]} to {group[-1]}), twice, and "
+                f"on none of them alone: {message}",
+                why="No prompt is to blame and none was set aside; most often it is too little memory for a "
+                "group. A group must be captured whole, or its features would have other bits.",
+                next="free memory (or take a larger machine) and run the same command again; or start a new "
+                "run with a smaller capture.group_size.",
+            ) from error
 
     def _fail(self, task_ids: Sequence[str], reason: str, *, retryable: bool) -> None:
         reach("blame.before_fail")

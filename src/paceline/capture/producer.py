@@ -17,6 +17,7 @@ from time import monotonic
 
 from paceline.capture.backpressure import Backpressure
 from paceline.capture.blame import ENGINE_FAILURES, Blame
+from paceline.capture.prompts import UNREADABLE
 from paceline.crashpoints import reach
 from paceline.engines.engine import CapturedSample, CaptureRequest, TargetEngine
 from paceline.errors import LedgerError
@@ -25,8 +26,6 @@ from paceline.ledger.channel import CommittedRefLog
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.records import Fence
 from paceline.types import PromptTask, Rows, SampleRef
-
-UNREADABLE = "unreadable"  # payload key of a prompt that could not be encoded: the reason
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ class Producer:
             samples=len(fresh),
             num_tokens=sum(ref.num_tokens for ref in refs),
             seconds=monotonic() - started,
-            waited_seconds=self._backpressure.waited_s,
+            blocked_seconds=self._backpressure.blocked.seconds,
         )
         return len(fresh)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from paceline.cli.plain import say
 from paceline.errors import SchemaError
 from paceline.fsck.checker import check
-from paceline.fsck.report import OF_A_HISTORY, RULES
+from paceline.fsck.report import OF_A_HISTORY, RULES, Report
 from paceline.ledger.gate import RoleLock
 from paceline.ledger.stores.sqlite.page_checksums import accept_pages
 
@@ -31,22 +32,22 @@ def fsck_directory(console: Console, directory: Path, features: Path | None = No
             f"behind a backup; then paceline fsck {directory} again.",
         )
     counted = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.counts.items())
-    _say(console, f"looked at {counted or 'what could be read'}")
+    say(console, f"looked at {counted or 'what could be read'}")
     for rule, promise in RULES.items():
         errors = report.errors_of(rule)
         # What could not be read was not looked at by any rule.
         if rule not in OF_A_HISTORY and (errors or report.counts):
-            _say(console, f"{rule} {f'{len(errors)} ERRORS' if errors else 'ok'}: {promise}")
+            say(console, f"{rule} {f'{len(errors)} ERRORS' if errors else 'ok'}: {promise}")
         for error in errors:
-            _say(console, f"   ERROR {error}")
+            say(console, f"   ERROR {error}")
     for note in report.notes:
-        _say(console, f"note   {note}")
+        say(console, f"note   {note}")
     if not report.errors:
-        _say(console, "sound: nothing lost, nothing twice, every checkpoint is what was recorded")
+        say(console, "sound: nothing lost, nothing twice, every checkpoint is what was recorded")
         return 0
-    _say(
+    say(
         console,
-        f"UNSOUND: {len(report.errors)} errors. Nothing was changed. {_advice(directory, report.errors)}",
+        f"UNSOUND: {len(report.errors)} errors. Nothing was changed. {_advice(directory, report)}",
     )
     return UNSOUND
 
@@ -58,18 +59,24 @@ def accept_pages_of(console: Console, directory: Path) -> None:
         for role in ("producer", "consumer"):
             held.callback(RoleLock(directory, role).release)
         accepted = accept_pages(directory / "ledger.db")
-    _say(console, f"{accepted} pages of {directory / 'ledger.db'} have new checksums")
+    say(console, f"{accepted} pages of {directory / 'ledger.db'} have new checksums")
 
 
-def _advice(directory: Path, errors: list[str]) -> str:
-    if all(error.startswith("C10 ") for error in errors):
+def _advice(directory: Path, report: Report) -> str:
+    if all(error.startswith("C10 ") for error in report.errors):
         return (
             "What is in the pages makes sense. Did another program (sqlite3, a database browser) open "
             "ledger.db after a crash? It writes such pages even if it only reads. Then keep a copy of the "
             f"file, and `paceline fsck {directory} --accept-pages` takes them as they are. If not, the disk "
             "has changed bits: restore ledger and checkpoints from one backup."
         )
-    if all(error.startswith("C5 ") for error in errors):
+    if all(error.startswith("C5 ") for error in report.errors):
+        if not report.is_resumable:
+            return (
+                "The ledger is sound, but no checkpoint is whole, and `paceline train` does not start over, "
+                "since it would train every sample a second time. Restore the checkpoints named above from a "
+                "backup, or start a new run."
+            )
         return (
             "The ledger is sound: restore the checkpoints named above from a backup, or run the same "
             "`paceline train` again, which goes on from the newest checkpoint that is whole."
@@ -78,7 +85,3 @@ def _advice(directory: Path, errors: list[str]) -> str:
         f"Keep a copy of {directory} before you go on; restore ledger and checkpoints from one backup, "
         "or start a new run."
     )
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -6,14 +6,18 @@ from collections import Counter
 
 from rich.console import Console
 
+from paceline.cli.plain import say
 from paceline.errors import ConfigError
-from paceline.ledger.facts import RUN_ID
+from paceline.ledger.facts import CONFIG, RUN_ID
 from paceline.ledger.records import SampleRecord
 from paceline.ledger.store import MetadataStore
 
 
 def inspect_step(console: Console, store: MetadataStore, step: int) -> None:
     """The samples of a step, in the order they were trained. Raises ConfigError for an unknown step."""
+    if step == 0:
+        say(console, "step 0: the checkpoint before the first step, the draft as it is built; no sample yet")
+        return
     plan, visits = None, Counter[str]()
     for plan in store.plans():
         if plan.step >= step:
@@ -26,58 +30,76 @@ def inspect_step(console: Console, store: MetadataStore, step: int) -> None:
             next="paceline inspect RUN shows how far the run is.",
         )
     revision = f", plan revision {plan.rev}" if plan.rev else ""
-    _say(console, f"step {step}: {_progress(store, step)}{revision}, {len(plan.sample_ids)} samples")
+    say(console, f"step {step}: {_progress(store, step)}{revision}, {len(plan.sample_ids)} samples")
     for place, sample_id in enumerate(plan.sample_ids, start=1):
         visits[sample_id] += 1
         record = store.sample_record(sample_id)
         if record is None:
-            _say(console, f"{place:4}  {sample_id}  unknown to this ledger")
+            say(console, f"{place:4}  {sample_id}  unknown to this ledger")
             continue
         last = " and last" if record.step == step and record.state != "quarantined" else ""
-        _say(
+        say(
             console,
             f"{place:4}  {sample_id}  seq {record.seq}, visit {visits[sample_id]}{last}; {_state(record)}",
         )
 
 
 def inspect_sample(console: Console, store: MetadataStore, sample_id: str) -> None:
-    """A sample's life. `sample_id` may be the prompt's task id. Raises ConfigError if nobody knows it."""
-    run_id = store.facts().get(RUN_ID, "")
-    task_id = sample_id.removeprefix(f"{run_id}:")
-    record = store.sample_record(sample_id) or store.sample_record(f"{run_id}:{sample_id}")
-    failed = store.failed_tasks().get(task_id)
-    if record is None and failed is None:
-        raise ConfigError(
-            f"No sample {sample_id!r} was ever committed, and no prompt {task_id!r} has failed.",
-            why="Its prompt waits to be captured, is being captured, or is not of this run.",
-            next="paceline status RUN shows how many prompts are pending.",
-        )
+    """A sample's life. Raises ConfigError if nobody knows it.
+
+    `sample_id` may also be the prompt's task id, `round/id`, or its id in the prompt file: then the
+    samples of all its rounds are told.
+    """
+    facts, failed = store.facts(), store.failed_tasks()
+    task_id = sample_id.removeprefix(f"{facts.get(RUN_ID, '')}:")
+    of_rounds = [f"{turn}/{task_id}" for turn in range(facts.get(CONFIG, {}).get("prompts.rounds", 1))]
+    for task_ids in ([task_id], of_rounds):
+        records = [_record_of(store, sample_id if i == task_id else i) for i in task_ids]
+        if any(records) or failed.keys() & set(task_ids):
+            for record, known_id in zip(records, task_ids, strict=True):
+                _tell_life(console, store, known_id, record, failed.get(known_id))
+            return
+    raise ConfigError(
+        f"No sample {sample_id!r} was ever committed, and no prompt {task_id!r} has failed.",
+        why="Its prompt waits to be captured, is being captured, or is not of this run.",
+        next="paceline status RUN shows how many prompts are pending.",
+    )
+
+
+def _record_of(store: MetadataStore, name: str) -> SampleRecord | None:
+    return store.sample_record(name) or store.sample_record(f"{store.facts().get(RUN_ID, '')}:{name}")
+
+
+def _tell_life(
+    console: Console, store: MetadataStore, task_id: str, record: SampleRecord | None, failed: str | None
+) -> None:
     if record is None:
-        _say(console, f"prompt {task_id}: never committed; set aside: {failed}")
+        what = "never committed; set aside: " + failed if failed is not None else "not captured yet"
+        say(console, f"prompt {task_id}: {what}")
         return
-    _say(console, f"sample {record.sample_id} (prompt {record.task_id}), place {record.seq} in the log")
+    say(console, f"sample {record.sample_id} (prompt {record.task_id}), place {record.seq} in the log")
     for plan in store.plans():
         if record.sample_id in plan.sample_ids:
-            _say(console, f"  visited by step {plan.step} ({_progress(store, plan.step)})")
-    _say(console, f"  {_state(record)}")
+            say(console, f"  visited by step {plan.step} ({_progress(store, plan.step)})")
+    say(console, f"  {_state(record)}")
     if failed is not None:
-        _say(console, f"  its prompt was set aside: {failed}")
+        say(console, f"  its prompt was set aside: {failed}")
 
 
 def inspect_all(console: Console, store: MetadataStore) -> None:
     """How far the run is, and what was set aside and why."""
     heads = store.checkpoints()
-    _say(
+    say(
         console,
         f"{store.committed_count()} samples committed, step {store.trained_step()} acked, "
         f"head {heads[-1].name if heads else 'none yet'}, retained: {[head.step for head in heads]}",
     )
     for sample_id, reason in store.quarantined().items():
-        _say(console, f"quarantined {sample_id}: {reason}")
+        say(console, f"quarantined {sample_id}: {reason}")
     for task_id, reason in store.failed_tasks().items():
-        _say(console, f"failed prompt {task_id}: {reason}")
+        say(console, f"failed prompt {task_id}: {reason}")
     for sample_id in store.lost_ids():
-        _say(console, f"to be captured again {sample_id}")
+        say(console, f"to be captured again {sample_id}")
 
 
 def _progress(store: MetadataStore, step: int) -> str:
@@ -96,7 +118,3 @@ def _state(record: SampleRecord) -> str:
         trained = f"trained, last by step {record.step}, {'durable' if record.durable else 'provisional'}"
     features = {"present": "resident", "lost": "lost, to be captured again", "released": "freed"}
     return f"{trained}; features {features[record.state]}"
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)

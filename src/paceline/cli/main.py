@@ -18,10 +18,11 @@ from rich.console import Console
 
 from paceline.cli.fsck import accept_pages_of, fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
+from paceline.cli.plain import plain, say
 from paceline.cli.progress import Progress, describe, evaluation_lines, final_line
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
-from paceline.errors import PacelineError
+from paceline.errors import ConfigError, PacelineError
 from paceline.roles.plan import plan_run, role_environment
 from paceline.roles.snapshot import open_run, take_snapshot
 from paceline.roles.supervisor import Supervisor
@@ -47,11 +48,11 @@ def advises(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except PacelineError as error:
-            err.print("[bold red]error[/bold red]", error.what, highlight=False, soft_wrap=True)
+            err.print(plain("error", "bold red"), plain(error.what), soft_wrap=True)
             if error.why:
-                err.print(" [bold]why[/bold] ", error.why, highlight=False, soft_wrap=True)
+                err.print(plain(" why ", "bold"), plain(error.why), soft_wrap=True)
             if error.next:
-                err.print("[bold]next[/bold] ", error.next, highlight=False, soft_wrap=True)
+                err.print(plain("next ", "bold"), plain(error.next), soft_wrap=True)
             raise typer.Exit(error.exit_code) from error
 
     return run
@@ -62,10 +63,12 @@ def advises(command: Callable[P, None]) -> Callable[P, None]:
 def train(run_file: RunFile) -> None:
     """Start both roles, watch them to the end, then evaluate. Goes on where an earlier start stopped."""
     plan = plan_run(load_run_config(run_file))
+    if broken := plan.broken_prompts:
+        say(out, f"{len(broken)} of {len(plan.prompts)} prompts are set aside, the first: {broken[0]}")
     with Progress(out, plan) as progress:
         completed = Supervisor(run_file, plan, show=progress.show).run()
     if not completed:
-        out.print(f"Stopped; nothing is lost. Go on with: paceline train {run_file}", soft_wrap=True)
+        say(out, f"Stopped; nothing is lost. Go on with: paceline train {run_file}")
         raise typer.Exit(130)
     _evaluate(run_file)
     _print_evaluation(plan.config)
@@ -99,7 +102,7 @@ def status(run: Run) -> None:
 @advises
 def evaluate(run: Run) -> None:
     """Measure acceptance length and speed-up of the newest checkpoint by lossless decoding."""
-    run_file = run
+    run_file = _existing(run)
     if run.is_dir():
         run_file = run / "evaluated-run.yaml"
         store = open_run(run)
@@ -146,7 +149,7 @@ def inspect(
 
 
 def _evaluate(run_file: Path) -> None:
-    out.print("measuring on held-out prompts, by lossless decoding ...")
+    say(out, "measuring on held-out prompts, by lossless decoding ...")
     code = _role_process("evaluator", run_file, len(os.sched_getaffinity(0)))
     if code:
         raise typer.Exit(code)
@@ -169,13 +172,23 @@ def _role_process(role: str, run_file: Path, threads: int) -> int:
 def _print_evaluation(config: RunConfig) -> None:
     store = open_run(config.run.directory)
     snapshot = take_snapshot(config.run.directory, store)
-    out.print(evaluation_lines(snapshot), highlight=False, soft_wrap=True)
-    out.print(final_line(snapshot), highlight=False, soft_wrap=True)
+    say(out, evaluation_lines(snapshot))
+    say(out, final_line(snapshot))
     store.close()
 
 
 def _directory(run: Path) -> Path:
-    return run if run.is_dir() else load_run_config(run).run.directory
+    return run if _existing(run).is_dir() else load_run_config(run).run.directory
+
+
+def _existing(run: Path) -> Path:
+    if not run.exists():
+        raise ConfigError(
+            f"There is no {run}, neither a run's directory nor a run file.",
+            why="A run is named by either; its directory exists from its first start on.",
+            next="check the path, or paceline train RUN.yaml",
+        )
+    return run
 
 
 if __name__ == "__main__":

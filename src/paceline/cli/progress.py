@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from paceline.cli.plain import plain, say
 from paceline.roles.plan import RunPlan
 from paceline.roles.snapshot import RunSnapshot
 
@@ -43,7 +44,7 @@ class Progress:
             self._live.update(_table(snapshot, self._plan, elapsed))
         elif elapsed >= self._next_line:
             self._next_line = elapsed + LINE_EVERY_S
-            self._console.print(_line(snapshot, self._plan, elapsed), highlight=False, soft_wrap=True)
+            say(self._console, _line(snapshot, self._plan, elapsed))
 
 
 def _clock(seconds: float) -> str:
@@ -57,6 +58,7 @@ def _line(s: RunSnapshot, plan: RunPlan, elapsed: float) -> str:
         f"trained {s.samples_trained}",
         f"resident {s.resident_bytes / 2**20:.0f} MiB",
         f"checkpoint {s.checkpoint_step if s.checkpoint_step is not None else '-'}",
+        f"blocked producer {s.blocked_s['producer']:.0f} s, consumer {s.blocked_s['consumer']:.0f} s",
     ]
     if s.last_step:
         parts.append(_step_text(s))
@@ -90,7 +92,8 @@ def _table(s: RunSnapshot, plan: RunPlan, elapsed: float) -> Table:
         "consumer",
         _process(s, "consumer"),
         f"{s.samples_trained}/{plan.num_samples} samples",
-        _step_text(s) if s.last_step else "waiting for the first samples",
+        f"{_step_text(s) if s.last_step else 'waiting for the first samples'}, "
+        f"blocked {s.blocked_s['consumer']:.0f} s",
     )
     table.add_row(
         "ledger",
@@ -108,7 +111,7 @@ def _process(s: RunSnapshot, role: str) -> str:
 
 def describe(console: Console, s: RunSnapshot) -> None:
     """The whole state of a run, for `paceline status`."""
-    table = Table(title=f"run {s.run_id}", title_justify="left", show_header=False)
+    table = Table(title=plain(f"run {s.run_id}"), title_justify="left", show_header=False)
     state = "complete" if s.completed_step is not None else "live" if any(s.live.values()) else "stopped"
     rows = {
         "state": state,
@@ -121,20 +124,20 @@ def describe(console: Console, s: RunSnapshot) -> None:
         "features": f"{s.samples_resident} samples, {s.resident_bytes / 2**20:.1f} MiB resident",
         "checkpoint": f"step {s.checkpoint_step}" if s.checkpoint_step is not None else "none yet",
         "last step": _step_text(s) if s.last_step else "none yet",
-        "waited": f"producer {s.blocked_s['producer']:.1f} s for room, "
-        f"consumer {s.blocked_s['consumer']:.1f} s for samples (recent steps)",
+        "blocked": f"producer {s.blocked_s['producer']:.1f} s for room, "
+        f"consumer {s.blocked_s['consumer']:.1f} s for samples (each since its last start)",
         "restarts": str(s.restarts),
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, plain(value))
     console.print(table)
     for task_id, reason in s.failed_prompts.items():
-        console.print(f"failed prompt {task_id}: {reason}", highlight=False, soft_wrap=True)
+        say(console, f"failed prompt {task_id}: {reason}")
     for sample_id, reason in s.quarantined.items():
-        console.print(f"quarantined {sample_id}: {reason}", highlight=False, soft_wrap=True)
+        say(console, f"quarantined {sample_id}: {reason}")
     if s.evaluation:
-        console.print(evaluation_lines(s), highlight=False, soft_wrap=True)
-        console.print(final_line(s), highlight=False, soft_wrap=True)
+        say(console, evaluation_lines(s))
+        say(console, final_line(s))
 
 
 def evaluation_lines(s: RunSnapshot) -> str:

@@ -128,13 +128,16 @@ def check_folders(ledger: Ledger, folder: Path, report: Report) -> None:
     plans = {step.step: step for step in ledger.steps}
     places = {sample.sample_id: sample for sample in ledger.samples.values()}
     before: tuple[int, str] | None = None
+    damaged = 0
     for record in ledger.checkpoints:
         step, name = record[:2]
         problems = list(_problems(folder / name, record, before, plans, places))
         if problems and name in ledger.now("SELECT name FROM checkpoint"):
             for rule, problem in problems:
                 report.error(rule, f"checkpoint {name} (step {step}): {problem}")
+            damaged += any(rule == "C5" for rule, _ in problems)
         before = step, name
+    report.is_resumable = not damaged or damaged < len(ledger.checkpoints)
     recorded = {record[1] for record in ledger.checkpoints}
     found = {path.name for path in folder.glob("step-*")} if folder.is_dir() else set()
     if found - recorded:

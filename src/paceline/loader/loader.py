@@ -22,6 +22,7 @@ from paceline.ledger.controller import DataFlowController
 from paceline.ledger.records import BegunStep, CommittedRef, StepPlan, TrainedSample, TrainedStep
 from paceline.loader.passes import START, Position, Visit, VisitOrder
 from paceline.loader.read_ahead import ReadAhead
+from paceline.telemetry import BlockedTime
 from paceline.types import SampleRef
 
 WAIT_S = 1.0
@@ -80,6 +81,7 @@ class StepLoader:
         report: Callable[..., None] = lambda *_, **__: None,
         recapture_timeout_s: float = 1800.0,
         executor: Executor | None = None,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         """`position`: what the weights already contain; see passes.py for passes and blocks.
 
@@ -94,6 +96,8 @@ class StepLoader:
         self.exhausted = False  # whether every visit of a stream that ended has been planned
         self._recapture_timeout_s = recapture_timeout_s
         self._report = report
+        self._clock = clock
+        self.blocked = BlockedTime(report, clock)
         self._order: VisitOrder[CommittedRef] = VisitOrder(
             passes=passes, block_size=block_size, position=position
         )
@@ -105,8 +109,13 @@ class StepLoader:
             poll_s=WAIT_S,
             idle_timeout_s=idle_timeout_s,
             should_stop=should_stop,
-            on_wait=lambda: self.on_wait(),
+            on_wait=self._before_wait,
+            clock=clock,
         )
+
+    def _before_wait(self) -> None:
+        self.blocked.waiting()
+        self.on_wait()
 
     def next_step(self, step: int) -> PlannedStep | None:
         """Plan and fetch `step`; None at the end of the stream or when asked to stop.
@@ -116,7 +125,7 @@ class StepLoader:
         """
         if self._should_stop():
             return None
-        started = monotonic()
+        started = self._clock()
         taken = self._order.visits(self._batch_size, self._read_block)
         if not taken:
             self.exhausted = taken is not None
@@ -154,10 +163,12 @@ class StepLoader:
             try:
                 refs, samples = self.fetch([visit.item.ref for visit in visits])
                 break
-            except _StoppedError:
+            except (_StoppedError, StoreError) as error:
                 self._order.put_back(taken)
-                self._controller.leave_step(plan.step)
-                return None  # the plan is on record and will be replayed
+                self._controller.leave_step(plan.step)  # on record, to be replayed; nobody died in it
+                if isinstance(error, StoreError):
+                    raise
+                return None
             except _GivenUpError as gone:
                 reach("loader.before_revise")
                 visits = [v for v in visits if v.item.ref.sample_id != gone.sample_id]
@@ -165,7 +176,7 @@ class StepLoader:
                 begun = self._controller.begin_step(plan)
         reach("loader.after_fetch")
         current = [replace(v, item=replace(v.item, ref=ref)) for v, ref in zip(visits, refs, strict=True)]
-        seconds = monotonic() - started
+        seconds = self._clock() - started
         return PlannedStep(
             plan.step, plan.rev, begun.deaths, current, taken[-1].after, plan.last_seq, samples, seconds
         )
@@ -186,7 +197,8 @@ class StepLoader:
 
     def _read_block(self, size: int) -> Sequence[CommittedRef] | None:
         """The next block of the log; a short one only at the true end of the stream."""
-        refs = self._queue.get(size)
+        with self.blocked:
+            refs = self._queue.get(size)
         if len(refs) < size and not self._queue.ended:
             return None
         entries = [CommittedRef(self._log.take_seq(ref.sample_id), ref) for ref in refs]
@@ -218,8 +230,7 @@ class StepLoader:
         """
         store = self._controller.store
         while not self._should_stop():
-            mark, ended = store.lsn(), self._log.is_closed()
-            interrupted = self._interrupted
+            mark, ended, interrupted = store.lsn(), self._log.is_closed(), self._interrupted
             entries = store.read_committed(0, count)
             if interrupted and len(entries) < count:
                 break
@@ -230,14 +241,16 @@ class StepLoader:
                     break
                 except _GivenUpError:
                     continue
-            store.wait(mark, WAIT_S)
+            with self.blocked:
+                self.blocked.waiting()
+                store.wait(mark, WAIT_S)
         return [], []
 
     def fetch(self, refs: list[SampleRef]) -> tuple[list[SampleRef], list[dict[str, Any]]]:
         """Verified tensors of each ref, captured again where they are gone; the refs now valid."""
         current, samples = list(refs), []
         for index in range(len(current)):
-            deadline = monotonic() + self._recapture_timeout_s
+            deadline = self._clock() + self._recapture_timeout_s
             tries_left = RECAPTURES_MAX
             while True:
                 try:
@@ -247,7 +260,8 @@ class StepLoader:
                     tries_left -= 1
                     if tries_left < 0:
                         self._give_up(current[index], error)
-                    current[index] = self._recaptured(current[index], deadline, error)
+                    with self.blocked:
+                        current[index] = self._recaptured(current[index], deadline, error)
         return current, samples
 
     def _give_up(self, ref: SampleRef, cause: StoreError) -> None:
@@ -282,9 +296,9 @@ class StepLoader:
                 continue
             if self._should_stop():
                 raise _StoppedError
-            if interrupted or monotonic() > deadline:
+            if interrupted or self._clock() > deadline:
                 break  # nobody is there to capture it
-            self.on_wait()
+            self._before_wait()
             store.wait(mark, WAIT_S)
         raise StoreError(
             f"The features of {tried.sample_id} are gone and were not captured again ({cause.what})",

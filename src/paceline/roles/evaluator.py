@@ -34,15 +34,15 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
     method, head = build_method(config), TargetHead.load(config.target.model)
     draft = restore_draft(method, head, config.run.seed, checkpoint.files)
     encoder = PromptEncoder(config.target.model, max_prompt_tokens=config.prompts.max_prompt_tokens)
-    prompts = read_prompts(config.evaluation.prompts)[: config.evaluation.max_prompts]
     section = config.evaluation
+    prompts = [prompt for prompt in read_prompts(section.prompts) if not prompt.broken]
     chain = Drafting(min(3, section.draft_tokens))
     tree = Drafting(section.draft_tokens, section.branching, min(section.depth, section.draft_tokens))
     ways = [chain] if section.branching == 1 else [tree, chain]
     reports = measure_acceptance(
         LlamaTarget(head, method.aux_layer_ids(head.num_hidden_layers), dtype),
         method.drafter(draft, dtype),
-        [encoder.encode(prompt.text) for prompt in prompts],
+        [encoder.encode(prompt.text) for prompt in prompts[: section.max_prompts]],
         Decoding(max_new_tokens=section.max_new_tokens, eos_token_ids=head.eos_token_ids),
         ways,
     )

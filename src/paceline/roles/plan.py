@@ -26,13 +26,18 @@ class RunPlan:
     num_steps: int
 
     @property
+    def broken_prompts(self) -> list[str]:
+        """Why the prompts that will be set aside cannot be used."""
+        return [prompt.broken for prompt in self.prompts if prompt.broken]
+
+    @property
     def prompts_digest(self) -> str:
         return prompts_digest(list(self.prompts))
 
     def tasks(self) -> list[dict[str, Any]]:
         """Every prompt of every round, in run order, with its task id `round/prompt`."""
         return [
-            {"task_id": f"{turn}/{prompt.prompt_id}", "payload": {"prompt": prompt.text}}
+            {"task_id": f"{turn}/{prompt.prompt_id}", "payload": prompt.payload}
             for turn in range(self.config.prompts.rounds)
             for prompt in self.prompts
         ]
@@ -42,7 +47,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     """Check everything that can be checked before a process starts. Raises ConfigError."""
     prompts = tuple(read_prompts(config.prompts.path))
     heldout = read_prompts(config.evaluation.prompts)
-    shared = {p.text for p in prompts} & {p.text for p in heldout}
+    shared = {p.text for p in prompts if not p.broken} & {p.text for p in heldout if not p.broken}
     if shared:
         raise ConfigError(
             f"{len(shared)} prompts of {config.evaluation.prompts} are also in {config.prompts.path}.",

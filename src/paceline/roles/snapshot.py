@@ -22,6 +22,8 @@ ROLES = ("producer", "consumer")
 
 @dataclass(frozen=True)
 class RunSnapshot:
+    """`blocked_s`: how long each role, since its last start, has waited for the other one."""
+
     run_id: str
     prompts: dict[str, int]
     samples_committed: int
@@ -82,15 +84,20 @@ def take_snapshot(directory: Path, store: MetadataStore) -> RunSnapshot:
         live={role: live_holder(directory, role) for role in ROLES},
         last_step=step,
         last_group=group,
-        blocked_s={
-            "producer": float(group.get("waited_seconds", 0.0)),
-            "consumer": sum(
-                float(e.get("wait_seconds", 0.0)) for e in events["consumer"] if e["event"] == "step"
-            ),
-        },
+        blocked_s={role: _blocked_s(events[role]) for role in ROLES},
         evaluation=json.loads(report.read_text()) if report.exists() else {},
         _waiting=usage.waiting_samples,
     )
+
+
+def _blocked_s(events: list[dict[str, Any]]) -> float:
+    """Of the role's newest process: its events carry the sum so far, at most a second old."""
+    for event in reversed(events):
+        if "blocked_seconds" in event:
+            return float(event["blocked_seconds"])
+        if event.get("event") == "role_started":
+            break
+    return 0.0
 
 
 def _last(events: list[dict[str, Any]], kind: str) -> dict[str, Any]:

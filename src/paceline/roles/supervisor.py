@@ -122,7 +122,9 @@ class Supervisor:
             raise PacelineError(
                 f"The {role} ended {self._restarts} times (last with {code}) without any progress between.",
                 why="Something kills it again and again; everything checkpointed is safe.",
-                next=f"read {log_path(self._config, role)}, then run the same command again.",
+                next=f"read {log_path(self._config, role)}, then run the same command again. If the kernel "
+                "killed it for want of memory (dmesg tells), free some first, or start a new run with a "
+                "smaller capture.group_size.",
             )
         self._start(role)
 

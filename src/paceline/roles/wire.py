@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
 from paceline.capture.blame import ENGINE_FAILURES
-from paceline.capture.producer import UNREADABLE, CaptureSettings, Producer
+from paceline.capture.producer import CaptureSettings, Producer
+from paceline.capture.prompts import UNREADABLE
 from paceline.engines.engine import TargetEngine
 from paceline.errors import ConfigError, PacelineError
 from paceline.features.store import FeatureStore
@@ -104,7 +105,7 @@ def build_disagg_online_producer(
         budget_samples=budget_samples,
         group_samples=capture.group_size,
     )
-    backpressure = Backpressure(feature_store, controller.store, marks)
+    backpressure = Backpressure(feature_store, controller.store, marks, report=report)
     producer = Producer(controller, engine, feature_store, tasks, capture, backpressure, report=report)
     return producer, producer.run
 
@@ -121,7 +122,8 @@ def encode_prompts(
     tasks = []
     for ordinal, prompt in enumerate(prompts):
         task = _as_task(run_id, prompt, ordinal)
-        key = json.dumps([task.payload.get("prompt_ids"), task.payload.get("prompt")], default=repr)
+        parts = [task.payload.get(name) for name in ("prompt_ids", "prompt", UNREADABLE)]
+        key = json.dumps(parts, default=repr)
         if key not in known:
             known[key] = _encode(task, engine)
         tasks.append(PromptTask(task.task_id, run_id, task.source_id, known[key], ordinal))
@@ -129,6 +131,8 @@ def encode_prompts(
 
 
 def _encode(task: PromptTask, engine: TargetEngine) -> dict[str, Any]:
+    if UNREADABLE in task.payload:
+        return {UNREADABLE: task.payload[UNREADABLE]}
     try:
         given = task.payload.get("prompt_ids")
         ids = [int(token) for token in (engine.encode(task.payload["prompt"]) if given is None else given)]
@@ -209,6 +213,11 @@ def build_disagg_online_consumer(
             why="Starting over would train its samples a second time.",
             next="pass resume=True, or use a new store for a new run.",
         )
+
+    def report_of_trainer(event: str, **fields: Any) -> None:
+        # With every step, so that who looks at the newest events finds it (roles/snapshot.py).
+        report(event, **fields, **({"blocked_seconds": loader.blocked.seconds} if event == "step" else {}))
+
     # One thread writes checkpoints, one reads the next step's features.
     executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="paceline-consumer")
     trainer = Trainer(
@@ -218,7 +227,7 @@ def build_disagg_online_consumer(
         CheckpointFolder(parts.checkpoint_folder, run_id),
         parts.settings,
         executor=executor,
-        report=report,
+        report=report_of_trainer,
     )
     loader = StepLoader(
         controller,

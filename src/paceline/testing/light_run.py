@@ -146,7 +146,7 @@ def build_producer(
     )
     controller = DataFlowController(RUN_ID, metadata_store=store)
     settings = CaptureSettings(group_size=shape.group, num_prompts=shape.prompts, max_answer_tokens=4)
-    backpressure = Backpressure(features, store, marks)
+    backpressure = Backpressure(features, store, marks, report=report)
     return Producer(
         controller, shape.engine(), features, shape.tasks(), settings, backpressure, report=report
     )

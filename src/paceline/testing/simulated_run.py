@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
@@ -24,6 +25,7 @@ class Shape:
     """What decides the weights of a run, how often it checkpoints, and how much room it has.
 
     `spare`: samples of room beyond the least that is allowed; None: all that anyone could want.
+    `patience_s`: how long a consumer waits for a lost sample before it stops.
     """
 
     prompts: int = 12
@@ -32,6 +34,7 @@ class Shape:
     passes: int = 1
     interval: int = 2
     spare: int | None = None
+    patience_s: float = 1800.0
 
     @property
     def window(self) -> int:
@@ -63,7 +66,12 @@ class Shape:
 
 
 def simulated_producer(
-    shape: Shape, store: Any, features: Any, engine: LightEngine, report: Callable[..., None]
+    shape: Shape,
+    store: Any,
+    features: Any,
+    engine: LightEngine,
+    report: Callable[..., None],
+    clock: Callable[[], float] = monotonic,
 ) -> Producer:
     budget = features.usage().budget_bytes
     check_feasible(
@@ -81,7 +89,7 @@ def simulated_producer(
     )
     controller = DataFlowController(RUN_ID, metadata_store=store, attempt_max=3)
     settings = CaptureSettings(group_size=shape.group, num_prompts=shape.prompts, max_answer_tokens=4)
-    pressure = Backpressure(features, store, marks)
+    pressure = Backpressure(features, store, marks, report=report, clock=clock)
     return Producer(controller, engine, features, shape.tasks(), settings, pressure, report=report)
 
 
@@ -93,6 +101,7 @@ def simulated_consumer(
     learner: HashLearner,
     executor: Executor,
     report: Callable[..., None],
+    clock: Callable[[], float] = monotonic,
 ) -> tuple[Trainer, StepLoader]:
     controller = DataFlowController(RUN_ID, metadata_store=store)
     settings = TrainerSettings(
@@ -109,5 +118,7 @@ def simulated_consumer(
         block_size=shape.group,
         position=trainer.position,
         report=report,
+        recapture_timeout_s=shape.patience_s,
+        clock=clock,
     )
     return trainer, loader

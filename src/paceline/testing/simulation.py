@@ -3,7 +3,8 @@
 Producers and consumers are greenlets over simulated parts; a scheduler, seeded, decides who makes the
 next change, and who is killed, suspended while a successor takes over (and resumed later: a zombie),
 whose answers get lost, which features and checkpoints are lost, and when the power fails. A seed
-draws its own run and its own mix of faults. Whatever happened, the run must end, and in the weights of
+draws its own run and its own mix of faults. The clock is the scheduler's, too: it moves with every turn,
+and by a time-out when nobody is ready. Whatever happened, the run must end, and in the weights of
 the run to which nothing happened; and every rule in simulated_parts.py must hold all the time.
 """
 
@@ -18,9 +19,17 @@ from typing import Any
 
 from greenlet import getcurrent, greenlet  # type: ignore[import-untyped]
 
-from paceline.errors import ConfigError, FencedError, PacelineError, TrainingError, UnknownResultError
+from paceline.errors import (
+    ConfigError,
+    FencedError,
+    PacelineError,
+    StoreError,
+    TrainingError,
+    UnknownResultError,
+)
 from paceline.ledger.facts import COMPLETED_STEP, END_OF_STREAM
 from paceline.ledger.records import CheckpointRecord
+from paceline.loader.loader import WAIT_S
 from paceline.testing.light_adapters import HashLearner, InMemoryLightFeatureStore, LightEngine
 from paceline.testing.simulated_parts import (
     SimulatedDisk,
@@ -35,6 +44,7 @@ from paceline.testing.simulated_run import RUN_ID, Shape, simulated_consumer, si
 
 SWITCHES_MAX = 6_000  # twenty times what the longest run needs
 IDLE_MAX = 400
+TURN_S = 0.1
 ROLES = ("producer", "consumer")
 KINDS = ("kill", "kill", "kill_both", "zombie", "zombie", "lose", "corrupt", "damage", "power", "forget")
 
@@ -96,6 +106,7 @@ class World:
         self.actors: list[Actor] = []
         self.epochs: dict[str, int] = {}
         self.switches = self.idle = self.reboots = 0
+        self.now = 0.0
         self.scheduler = getcurrent()
         self.running: Actor | None = None
         self.trajectory: dict[int, bytes] = {}
@@ -174,7 +185,9 @@ class World:
         except UnknownResultError:
             self.counts["gave up after unknown results"] += 1  # and is started again
         except PacelineError as error:
-            if not actor.replaced:
+            if type(error) is StoreError and self.now >= self.shape.patience_s:
+                self.counts["gave up waiting for a capture"] += 1  # and is started again
+            elif not actor.replaced:
                 self.failure = error
         actor.dead = True
 
@@ -187,7 +200,7 @@ class World:
         engine = LightEngine(
             self._refuses(actor, self.poison.engine_fails, self.poison.engine_dies, RuntimeError)
         )
-        producer = simulated_producer(self.shape, store, features, engine, self._report)
+        producer = simulated_producer(self.shape, store, features, engine, self._report, lambda: self.now)
         producer.run(should_stop=lambda: COMPLETED_STEP in store.facts())
 
     def _consume(self, actor: Actor) -> None:
@@ -197,7 +210,7 @@ class World:
         folder: Any = SimulatedFolder(self.folders, self.disk, self)
         disk = SlowDisk(lambda: self.rng.randrange(3))
         trainer, loader = simulated_consumer(
-            self.shape, store, features, folder, actor.learner, disk, self._report
+            self.shape, store, features, folder, actor.learner, disk, self._report, lambda: self.now
         )
         step = trainer.fit(loader)
         if loader.exhausted and store.usage().waiting_samples == 0:
@@ -223,6 +236,7 @@ class World:
     def run(self) -> None:
         while not self._is_complete():
             self.switches += 1
+            self.now += TURN_S
             if self.switches > SWITCHES_MAX:
                 raise ViolationError("the run does not come to an end")
             self._inject()
@@ -265,6 +279,7 @@ class World:
         if self.idle > IDLE_MAX:
             waiting = [(actor.role, actor.at) for actor in self._living()]
             raise ViolationError(f"producer and consumer wait for each other: {waiting}")
+        self.now += WAIT_S
         for actor in self._living():  # every time-out strikes
             self._resume(actor)
 
@@ -404,6 +419,9 @@ def draw(seed: int) -> World:
         interval=rng.choice((1, 2, 3, 5)),
         spare=rng.choice((None, 0, 0, 1, 3)),
     )
+    # Drawn by itself, so that a seed keeps everything else that it drew before there was a clock.
+    patience_s = random.Random(f"patience {seed}").choice((Shape.patience_s, Shape.patience_s, 1.5, 0.5))
+    shape = replace(shape, patience_s=patience_s)
     poison = Poison()
     if rng.random() < 0.2:
         kind = rng.choice(tuple(vars(poison)))

@@ -41,7 +41,35 @@ def test_there_is_credit_while_a_group_fits() -> None:
     """Up to budget less one group the producer does not wait."""
     pressure = backpressure(Room(resident=800), InMemoryMetadataStore())
     assert pressure.wait_for_credit(never, None) is True
-    assert pressure.waited_s < 60
+    assert pressure.blocked.seconds == 0
+
+
+def test_the_time_without_room_is_counted_and_told_while_it_passes() -> None:
+    """Exactly, by the clock; an event at most once a second however often the ledger wakes the producer."""
+    now, told = 0.0, []
+    pressure = Backpressure(
+        room := Room(resident=1000),  # type: ignore[arg-type]
+        store := InMemoryMetadataStore(),
+        Watermarks(budget_bytes=1000, group_bytes=200),
+        report=lambda event, **fields: told.append((now, event, fields["blocked_seconds"])),
+        clock=lambda: now,
+    )
+
+    def pass_time(_: int, __: float) -> int:
+        nonlocal now
+        now += 0.25
+        if now == 3.5:
+            room.resident = 0
+        return store.lsn()
+
+    store.wait = pass_time  # type: ignore[method-assign]
+    assert pressure.wait_for_credit(never, None) is True
+    assert pressure.blocked.seconds == 3.5
+    assert told == [(at, "blocked", at) for at in (0.25, 1.25, 2.25, 3.25)]
+    now, room.resident = 100.0, 1000
+    assert pressure.wait_for_credit(lambda: now > 101, None) is False
+    assert pressure.blocked.seconds == 4.75, "the second wait is added, what lay between is not"
+    assert told[4:] == [(100.0, "blocked", 3.5), (101.0, "blocked", 4.5)]
 
 
 def test_a_paused_producer_goes_on_only_below_the_low_watermark() -> None:

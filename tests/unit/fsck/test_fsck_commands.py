@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import apsw
@@ -21,6 +22,7 @@ from paceline.ledger.gate import RoleLock
 from paceline.testing.light_run import LightRun, RunShape
 from paceline.testing.power_cuts import MainsRun, PowerCutError
 from paceline.testing.run_by_hand import RunByHand
+from paceline.testing.samples import sample_ref
 
 GOLDEN = Path(__file__).parents[1] / "ledger" / "golden" / "ledger-v1.sql"
 SHAPE = RunShape(prompts=20, group=4, batch=3, passes=2, interval=3)
@@ -56,7 +58,7 @@ def test_fsck_says_sound_rule_by_rule(finished: Path) -> None:
 
 
 def test_fsck_names_what_is_wrong_and_what_to_do(by_hand: RunByHand) -> None:
-    """A damaged checkpoint alone is something the run recovers from by itself; a lost commit is not."""
+    """A damaged checkpoint alone leaves the ledger sound; a lost commit does not."""
     by_hand.train(by_hand.capture(3))
     by_hand.checkpoint()
     assert "sound: nothing lost" in told("fsck", by_hand.folder)
@@ -66,7 +68,7 @@ def test_fsck_names_what_is_wrong_and_what_to_do(by_hand: RunByHand) -> None:
     assert "weights.bin is damaged" in output
     assert "C1 ok" in output
     assert "UNSOUND: 1 errors" in output
-    assert "run the same `paceline train` again" in output
+    assert "Restore the checkpoints named above from a backup" in output
     by_hand.store._db.execute("DELETE FROM folded WHERE kind = 'samples'")
     output = told("fsck", by_hand.folder, code=9)
     assert "ERROR 3 samples were committed, 0 are known; seqs missing: 1, 2, 3" in output
@@ -190,3 +192,49 @@ def test_pages_whose_content_is_damaged_are_not_accepted(finished: Path, tmp_pat
     assert "C10" in told("fsck", tmp_path / "run", code=9)
     assert "New checksums would only hide that" in told("fsck", tmp_path / "run", "--accept-pages", code=6)
     assert ledger.read_bytes() == data
+
+
+def test_inspect_finds_a_prompt_by_its_id_in_the_prompt_file(by_hand: RunByHand) -> None:
+    """In every round: trained, set aside, or still to come."""
+    config = {"training.passes": 1, "prompts.rounds": 3}
+    by_hand.store.set_facts({"run_id": "run0", "config": config})
+    by_hand.store.add_tasks([f"{turn}/{name}" for turn in range(3) for name in ("t5", "t6")])
+    refs = [replace(sample_ref(0), sample_id="run0:0/t5", source_task_id="0/t5")]
+    by_hand.store.commit_samples(refs, fence=by_hand.producer)
+    by_hand.store.lease_tasks("w", 99, fence=by_hand.producer)
+    by_hand.store.fail_tasks("w", ["1/t5"], reason="odd", attempt_max=None, fence=by_hand.producer)
+    by_hand.train(["run0:0/t5"])
+    lines = told("inspect", by_hand.folder, "--sample", "t5").splitlines()
+    assert lines[0] == "sample run0:0/t5 (prompt 0/t5), place 1 in the log"
+    assert lines[1].startswith("  visited by step 1")
+    assert lines[-2:] == ["prompt 1/t5: never committed; set aside: odd", "prompt 2/t5: not captured yet"]
+    assert told("inspect", by_hand.folder, "--sample", "0/t5").splitlines() == lines[:-2]
+    assert told("inspect", by_hand.folder, "--sample", "run0:0/t5").splitlines() == lines[:-2]
+    assert "No sample 't6'" in told("inspect", by_hand.folder, "--sample", "t6", code=2)
+
+
+def test_step_0_is_the_checkpoint_before_the_first(finished: Path) -> None:
+    """It has no plan, and that is no mistake."""
+    assert "step 0: the checkpoint before the first step" in told("inspect", finished, "--step", 0)
+
+
+def test_fsck_does_not_promise_a_resume_without_a_whole_checkpoint(finished: Path, tmp_path: Path) -> None:
+    """While one is left train goes on from it; from none it does not."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    folders = sorted((run / "checkpoints").glob("step-*"))
+    assert len(folders) == 2
+    shutil.rmtree(folders[1])
+    assert "goes on from the newest checkpoint that is whole" in told("fsck", run, code=9)
+    shutil.rmtree(folders[0])
+    output = told("fsck", run, code=9)
+    assert "no checkpoint is whole" in output
+    assert "start a new run" in output
+    assert "goes on from" not in output
+
+
+@pytest.mark.parametrize("verb", ["status", "inspect", "fsck", "evaluate"])
+def test_a_path_that_is_not_there_is_called_neither(tmp_path: Path, verb: str) -> None:
+    """It may have been meant as either."""
+    output = told(verb, tmp_path / "gone", code=2)
+    assert f"There is no {tmp_path / 'gone'}, neither a run's directory nor a run file" in output

@@ -13,6 +13,7 @@ from paceline import SQLiteMetadataStore
 from paceline.engines.engine import CapturedSample, CaptureRequest
 from paceline.errors import EngineError, FeatureCorruptError
 from paceline.features.stores.memory import InMemoryFeatureStore
+from paceline.ledger.trial import DEATHS_BEFORE_TRIAL
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.testing.small_run import SmallRun, same_bits, weights
 from paceline.testing.synthetic import SyntheticEngine
@@ -23,6 +24,9 @@ ALL = [f"small:{n}" for n in range(14)]
 
 class PoisonedEngine(SyntheticEngine):
     """Answers `nan` prompts with states that are no numbers, and fails on `deadly` ones."""
+
+    most: float = float("inf")  # more prompts than this at once are too many
+    passing = 0  # so many of the next failures for that reason pass by themselves
 
     def __init__(self, *, nan: Sequence[int] = (), deadly: Sequence[int] = (), broken: bool = False) -> None:
         super().__init__()
@@ -35,6 +39,11 @@ class PoisonedEngine(SyntheticEngine):
             raise EngineError("The engine is broken.", next="mend it.")
 
     def capture(self, group: Sequence[CaptureRequest]) -> list[CapturedSample]:
+        if len(group) > self.most:
+            self.passing -= 1
+            if self.passing == 0:
+                self.most = float("inf")
+            raise RuntimeError("out of memory")
         for request in group:
             if request.sample_id in self.deadly:
                 raise RuntimeError(f"index out of range at {request.sample_id}")
@@ -129,6 +138,46 @@ def test_a_broken_engine_blames_no_prompt(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="broken"):
         run.producer()[1]()
     assert SQLiteMetadataStore(run.db).failed_tasks() == {}
+
+
+@pytest.mark.parametrize("deadly", [[], [2]])
+def test_a_group_that_fails_only_as_a_whole_blames_no_prompt(tmp_path: Path, deadly: list[int]) -> None:
+    """Too little memory: no attempt is counted, the producer stops with advice, and with room goes on."""
+    run = run_with(tmp_path, engine := PoisonedEngine(deadly=deadly))
+    engine.most = 2
+    for _ in range(4):  # more often than a prompt may fail
+        with pytest.raises(EngineError, match=r"0 to 3.*out of memory.*capture\.group_size"):
+            run.producer()[1]()
+    store = SQLiteMetadataStore(run.db)
+    assert list(store.failed_tasks()) == [str(n) for n in deadly]
+    assert store.task_counts()["leased"] == 0
+    engine.most = float("inf")
+    run.run()
+    assert acked(run) == set(ALL) - {f"small:{n}" for n in deadly}
+
+
+def test_a_failure_of_a_whole_group_that_passes_changes_no_bit(tmp_path: Path) -> None:
+    """It is captured whole at the second try."""
+    plain = weights(run_with(tmp_path / "plain", PoisonedEngine()).run())
+    run = run_with(tmp_path / "short", engine := PoisonedEngine())
+    engine.most, engine.passing = 2, 1
+    assert same_bits(weights(run.run()), plain)
+    assert SQLiteMetadataStore(run.db).failed_tasks() == {}
+
+
+def test_an_engine_that_breaks_during_a_trial_blames_no_prompt(tmp_path: Path) -> None:
+    """Deaths made the prompts suspects; an error over each of them is then no proof against any."""
+    run = run_with(tmp_path, PoisonedEngine())
+    store = SQLiteMetadataStore(run.db)
+    producer, _ = run.producer()
+    for _ in range(DEATHS_BEFORE_TRIAL):
+        producer.controller.take_role("producer")
+        producer.controller.lease_prompt_tasks(producer.worker_id, 4, group_size=4)
+    run.engine = PoisonedEngine(deadly=range(4), broken=True)
+    with pytest.raises(EngineError, match="broken"):
+        run.producer()[1]()
+    assert store.failed_tasks() == {}
+    assert store.task_counts()["leased"] == 0
 
 
 def test_a_prompt_that_cannot_be_encoded_is_set_aside(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""What comes from outside is shown letter by letter: reasons, ids, paths and names are no markup."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from paceline.cli.main import app
+from paceline.errors import EngineError
+from paceline.ledger.facts import RUN_ID
+from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.testing.samples import sample_ref
+
+OUTSIDE = ["template error near '[/INST]'", "[red]odd[/red] token", "a :cat: and [b]", "[link=x]\\[/]"]
+
+
+def told(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.exception
+    return result.output
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_a_reason_an_id_and_a_name_are_shown_as_they_are(tmp_path: Path, outside: str) -> None:
+    """By status and by inspect, of a run that is called like that, too."""
+    store = SQLiteMetadataStore(tmp_path / "ledger.db")
+    store.set_facts({RUN_ID: outside})
+    store.add_tasks([outside])
+    store.lease_tasks("w", 1)
+    store.fail_tasks("w", [outside], reason=outside, attempt_max=None)
+    store.commit_sample(sample_ref(0))
+    store.quarantine(["run0:s0"], step=1, reason=outside)
+    store.close()
+    status = told("status", tmp_path)
+    assert f"run {outside}" in status
+    for listed in (status, told("inspect", tmp_path)):
+        assert f"failed prompt {outside}: {outside}\n" in listed
+        assert f"quarantined run0:s0: {outside}\n" in listed
+    assert f"set aside: {outside}\n" in told("inspect", tmp_path, "--sample", outside)
+
+
+@pytest.mark.parametrize("name", ["x[/a]", "[red]x[/red]", b"x\xff[/a]".decode(errors="surrogateescape")])
+def test_a_path_in_an_error_is_shown_as_it_is(tmp_path: Path, name: str) -> None:
+    """A name that no terminal can write is escaped."""
+    (tmp_path / name).mkdir(parents=True)
+    output = told("status", tmp_path / name, code=2)
+    assert f"no run in {tmp_path}/{name}".encode(errors="backslashreplace").decode() in output
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_every_part_of_an_error_is_shown_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outside: str
+) -> None:
+    """What, why and next."""
+
+    def fails(_: object) -> None:
+        raise EngineError(f"1 {outside}", why=f"2 {outside}", next=f"3 {outside}")
+
+    monkeypatch.setattr("paceline.cli.main.load_run_config", fails)
+    output = told("train", tmp_path / "run.yaml", code=4)
+    assert all(f"{number} {outside}\n" in output for number in (1, 2, 3))

@@ -1,0 +1,62 @@
+"""What people see of a run: how long each side has waited for the other one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from rich.console import Console
+
+from paceline.cli.progress import Progress, describe
+from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.roles.snapshot import RunSnapshot, take_snapshot
+from paceline.telemetry import EventLog
+
+
+def snapshot_of(folder: Path, **events: list[tuple[str, dict[str, Any]]]) -> RunSnapshot:
+    for role, written in events.items():
+        log = EventLog(folder / "events" / f"{role}.jsonl")
+        for event, fields in written:
+            log.write(event, **fields)
+        log.close()
+    store = SQLiteMetadataStore(folder / "ledger.db")
+    snapshot = take_snapshot(folder, store)
+    store.close()
+    return snapshot
+
+
+def test_both_sides_blocked_time_is_that_of_their_newest_process(tmp_path: Path) -> None:
+    """Their events carry the sum so far: while they wait, and with all that they do."""
+    started = ("role_started", {"pid": 1})
+    step = ("step", {"step": 1, "loss": 1.0, "blocked_seconds": 41.0, "wait_seconds": 0.5})
+    group, blocked = ("group", {"blocked_seconds": 90.0}), ("blocked", {"blocked_seconds": 7.0})
+    snapshot = snapshot_of(
+        tmp_path,
+        producer=[started, group, started, blocked],
+        consumer=[started, *[step] * 2000, ("checkpoint", {"step": 1})],
+    )
+    assert snapshot.blocked_s == {"producer": 7.0, "consumer": 41.0}
+    assert snapshot_of(tmp_path, producer=[started]).blocked_s["producer"] == 0.0
+
+
+def test_both_sides_blocked_time_is_shown_wherever_a_run_is(tmp_path: Path) -> None:
+    """In status, in a line of a log, and in the table on a terminal."""
+    snapshot = snapshot_of(
+        tmp_path,
+        producer=[("blocked", {"blocked_seconds": 7.0})],
+        consumer=[("blocked", {"blocked_seconds": 41.0})],
+    )
+    plan: Any = SimpleNamespace(num_samples=1, config=SimpleNamespace(run=SimpleNamespace(name="r")))
+    status, log, live = (Console(width=200, force_terminal=n == 2) for n in range(3))
+    with log.capture() as logged:
+        Progress(log, plan).show(snapshot)
+    with status.capture() as described:
+        describe(status, snapshot)
+    with live.capture() as shown, Progress(live, plan) as progress:
+        progress.show(snapshot)
+    assert "blocked producer 7 s, consumer 41 s" in logged.get()
+    both = "producer 7.0 s for room, consumer 41.0 s for samples (each since its last start)"
+    assert both in described.get()
+    assert "blocked 7 s" in shown.get()
+    assert "blocked 41 s" in shown.get()
