@@ -87,7 +87,7 @@ def _prompt(line: bytes, path: Path, number: int) -> Prompt | None:
 
 def _parse(line: bytes) -> Prompt:
     try:
-        record: Any = json.loads(line.decode())
+        record: Any = json.loads(line.decode().strip())
     except UnicodeDecodeError as error:
         raise _BrokenError(f"it is not UTF-8 ({error.reason} at byte {error.start})") from error
     except (ValueError, RecursionError) as error:
