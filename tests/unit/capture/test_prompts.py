@@ -87,9 +87,8 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     """JSON text may hold other separators as they are, and what is blank around it does not matter: a byte
     order mark, or the record separator of JSON text sequences."""
     path = tmp_path / "prompts.jsonl"
-    path.write_bytes(
-        '\ufeff{"id": "a", "prompt": "one\u2028two"}\r\n\x1e{"id": "b", "prompt": "x"}\n'.encode()
-    )
+    first = '\ufeff{"id": "a", "prompt": "one\u2028two"}\r\n'
+    path.write_bytes((first + '\x1e{"id": "b", "prompt": "x"}\n').encode())
     assert [(p.prompt_id, p.text) for p in read_prompts(path)] == [("a", "one\u2028two"), ("b", "x")]
 
 
