@@ -49,9 +49,9 @@ class DataFlowController:
 
     def _bind(self) -> None:
         owner = self.store.facts().get(RUN_ID)
-        if owner is None:
-            self.store.set_facts({RUN_ID: self.run_id})
-        elif owner != self.run_id:
+        if owner is None:  # or another process settles it at this moment
+            owner = self.store.settle_facts({RUN_ID: self.run_id})[RUN_ID]
+        if owner != self.run_id:
             raise LedgerError(
                 f"This metadata store belongs to run {owner!r}, not to {self.run_id!r}.",
                 why="Mixing two runs would train samples into the wrong weights.",

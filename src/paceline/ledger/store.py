@@ -342,6 +342,10 @@ class MetadataStore(ABC):
         """Write small JSON values (run identity, end of stream, requests) in one transaction."""
 
     @abstractmethod
+    def settle_facts(self, facts: Mapping[str, Any], *, fence: Fence | None = None) -> dict[str, Any]:
+        """Write them, durably, unless one of their keys stands; what stands for the keys then."""
+
+    @abstractmethod
     def facts(self) -> dict[str, Any]: ...
 
     @abstractmethod

@@ -70,11 +70,9 @@ def plan_run(config: RunConfig) -> RunPlan:
 def bind_run(plan: RunPlan, store: MetadataStore) -> None:
     """Record what the run is at its first start; refuse another configuration at every later one."""
     facts = store.facts()
-    recorded = facts.get(CONFIG)
-    if recorded is None:
-        store.set_facts({CONFIG: flat(plan.config), PROMPTS_DIGEST: plan.prompts_digest})
-        return
-    refuse_changes(recorded, plan.config)
+    if CONFIG not in facts:  # or another process settles it at this moment
+        facts = store.settle_facts({CONFIG: flat(plan.config), PROMPTS_DIGEST: plan.prompts_digest})
+    refuse_changes(facts[CONFIG], plan.config)
     if facts[PROMPTS_DIGEST] != plan.prompts_digest:
         raise ConfigError(
             f"The prompts in {plan.config.prompts.path} are not those this run was started with.",
@@ -86,10 +84,8 @@ def bind_run(plan: RunPlan, store: MetadataStore) -> None:
 def bind_target(store: MetadataStore, model_version: str, tokenizer_version: str) -> None:
     """Record which target the run captures from; refuse another one, whatever its folder is called."""
     facts, now = store.facts(), {"model_version": model_version, "tokenizer_version": tokenizer_version}
-    recorded = {key: facts[key] for key in now if key in facts}
-    if not recorded:
-        store.set_facts(now)
-    elif recorded != now:
+    recorded = {key: facts[key] for key in now if key in facts} or store.settle_facts(now)
+    if recorded != now:
         raise ConfigError(
             f"This run captured from target {recorded}, but target.model is now {now}.",
             why="Features of two targets in one draft would make it imitate neither.",

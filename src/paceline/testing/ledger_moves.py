@@ -396,6 +396,10 @@ class LedgerMoves:
     def set_facts(self, picks: Picks) -> None:
         self._call("set_facts", {f"fact-{picks.below(3)}": [picks.below(5), None, "x"]})
 
+    def settle_facts(self, picks: Picks) -> None:
+        facts: dict[str, Any] = {f"fact-{picks.below(5)}": picks.below(5), "fact-x": (1, 2)}
+        self._call("settle_facts", facts, fence=self._fence(picks.one(["producer", "consumer"]), picks))
+
     def repeat(self, picks: Picks) -> None:
         """A call whose result got lost, with the same op id: the same answer, and nothing happens."""
         if self._past:
@@ -427,7 +431,8 @@ WEIGHTS: dict[str, int] = {
     "commit_again": 2, "fail": 1,
     "give_back": 1, "report_lost": 2, "acquire": 2, "begin": 5, "leave": 1, "ack": 5, "train_ack": 1,
     "checkpoint": 3, "adopt_again": 2, "adopt_new": 2, "forget": 1, "fall_back": 2, "quarantine": 1,
-    "release": 2, "compact": 2, "set_facts": 1, "repeat": 2, "reopen": 1, "save": 1, "restore": 1,
+    "release": 2, "compact": 2, "set_facts": 1, "settle_facts": 1, "repeat": 2,
+    "reopen": 1, "save": 1, "restore": 1,
 }  # fmt: skip
 
 

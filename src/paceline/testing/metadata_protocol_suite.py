@@ -137,6 +137,20 @@ class MetadataProtocolSuite(ABC):
         with pytest.raises(FencedError):
             store.skip_generations(99, fence=old)
 
+    def test_of_two_who_settle_a_fact_the_first_one_does(self) -> None:
+        """All of it or nothing: two first starts with different configurations, at the same moment."""
+        store = self.make()
+        old = store.acquire_role("producer", "old")
+        fence = store.acquire_role("producer", "new")
+        with pytest.raises(FencedError):
+            store.settle_facts({"config": 0}, fence=old)
+        assert store.settle_facts({"config": (1, 2), "prompts": "a"}, fence=fence) == {
+            "config": [1, 2],
+            "prompts": "a",
+        }
+        assert store.settle_facts({"config": 3, "more": 4}) == {"config": [1, 2]}
+        assert store.facts() == {"config": [1, 2], "prompts": "a"}
+
     # -- op ids ----------------------------------------------------------------------------
 
     def test_a_repeated_call_returns_what_the_first_one_did(self) -> None:

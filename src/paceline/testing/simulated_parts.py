@@ -53,6 +53,7 @@ class Way(Protocol):
 
 FINAL = {  # on the disk on return, see ledger/stores/sqlite/database.py
     "acquire_role",
+    "settle_facts",
     "record_checkpoint",
     "adopt_checkpoint",
     "fall_back",

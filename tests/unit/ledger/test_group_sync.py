@@ -255,7 +255,7 @@ def test_an_error_of_the_gate_file_advises(
         before = len(list(Path("/proc/self/fd").iterdir()))
         with pytest.raises(LedgerError, match="check the disk"):
             SQLiteMetadataStore(tmp_path / "ledger.db")
-        assert len(list(Path("/proc/self/fd").iterdir())) == before
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before
     else:
         with pytest.raises(UnknownResultError, match="check the disk"):
             store.commit_samples([sample_ref(0)])

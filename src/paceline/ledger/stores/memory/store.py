@@ -49,6 +49,12 @@ class InMemoryMetadataStore(Steps, MetadataStore):
         with self._mutation(fence):
             self._facts.update(encoded)
 
+    def settle_facts(self, facts: Mapping[str, Any], *, fence: Fence | None = None) -> dict[str, Any]:
+        with self._mutation(fence):
+            if not any(key in self._facts for key in facts):
+                self._facts.update({key: json.dumps(value) for key, value in facts.items()})
+            return {key: json.loads(self._facts[key]) for key in facts if key in self._facts}
+
     def facts(self) -> dict[str, Any]:
         with self._changed:
             return {key: json.loads(value) for key, value in self._facts.items()}

@@ -67,6 +67,15 @@ class SQLiteMetadataStore(StepTable, MetadataStore):
         with self._mutation(fence):
             self._db.executemany("INSERT OR REPLACE INTO fact VALUES (?, ?)", rows)
 
+    def settle_facts(self, facts: Mapping[str, Any], *, fence: Fence | None = None) -> dict[str, Any]:
+        with self._mutation(fence, final=True):
+            known = self.facts()
+            standing = {key: known[key] for key in facts if key in known}
+            if not standing:
+                rows = [(key, json.dumps(value)) for key, value in facts.items()]
+                self._db.executemany("INSERT INTO fact VALUES (?, ?)", rows)
+            return standing or json.loads(json.dumps(dict(facts)))
+
     def facts(self) -> dict[str, Any]:
         return {key: json.loads(value) for key, value in self._rows("SELECT key, value FROM fact")}
 
