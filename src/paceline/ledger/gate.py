@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,15 +63,16 @@ class RoleLock:
         try:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _whole_file(fcntl.F_WRLCK))
         except OSError as error:
-            holder = os.pread(self._fd, 64, 0).decode(errors="replace").strip() or "unknown"
+            holder = _named_holder(self._fd)
             os.close(self._fd)
+            it = f"process {holder}" if holder else "its process"
             raise RunBusyError(
-                f"The {role} of the run in {folder} is already running (process {holder}).",
+                f"The {role} of the run in {folder} is already running (process {holder or 'unknown'}).",
                 why=f"Two {role}s would do the same work twice; the running one is not disturbed.",
-                next=f"watch it: `paceline status {folder}`; or stop process {holder} and run this again.",
+                next=f"watch it: `paceline status {folder}`; or stop {it} and run this again.",
             ) from error
         os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+        os.pwrite(self._fd, _naming(os.getpid()), 0)
 
     def release(self) -> None:
         if self._fd >= 0:
@@ -78,8 +80,14 @@ class RoleLock:
             self._fd = -1
 
 
+UNKNOWN = 0  # no process has this id
+
+
 def live_holder(folder: Path, role: str) -> int | None:
-    """The process id that holds the role now, or None."""
+    """The process id that holds the role now, UNKNOWN if the file does not say, or None.
+
+    Whether it is held the lock says; the file only informs.
+    """
     try:
         fd = os.open(folder / f"{role}.lock", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -88,9 +96,21 @@ def live_holder(folder: Path, role: str) -> int | None:
         found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _whole_file(fcntl.F_WRLCK))
         if struct.unpack(FLOCK, found)[0] == fcntl.F_UNLCK:
             return None
-        return int(os.pread(fd, 64, 0).decode().strip() or 0)
+        return _named_holder(fd)
     finally:
         os.close(fd)
+
+
+def _naming(pid: int) -> bytes:
+    """With a checksum: whoever is told a wrong number may stop the wrong process."""
+    name = str(pid).encode()
+    return name + b" %08x" % zlib.crc32(name)
+
+
+def _named_holder(fd: int) -> int:
+    content = os.pread(fd, 64, 0)
+    name = content.partition(b" ")[0]
+    return int(name) if name.isdigit() and content == _naming(int(name)) else UNKNOWN
 
 
 FLOCK = "hhlli"  # struct flock: type, whence, start, length (0: to the end), pid (0 for this kind)
