@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from paceline.errors import ConfigError, RunBusyError
+from paceline.errors import ConfigError, LedgerError, RunBusyError
 
 NETWORK_FILESYSTEMS = frozenset(
     [
@@ -25,6 +25,19 @@ NETWORK_FILESYSTEMS = frozenset(
 )
 
 
+@contextlib.contextmanager
+def _advising(file: str) -> Iterator[None]:
+    """An error of the system becomes one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise LedgerError(
+            f"{file} cannot be used ({error}).",
+            why="Without it two processes could write at once. Nothing was changed.",
+            next="check that disk and the limit of open files (`ulimit -n`), then run it again.",
+        ) from error
+
+
 class WriterGate:
     """A queue for writers of several processes.
 
@@ -33,11 +46,16 @@ class WriterGate:
     """
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """Raises LedgerError."""
+        self._path = path
+        with _advising(f"the gate of writers, {path},"):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        """Raises LedgerError before anything is written."""
+        with _advising(f"the gate of writers, {self._path},"):
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
         try:
             yield
         finally:
@@ -57,14 +75,23 @@ class RoleLock:
     """
 
     def __init__(self, folder: Path, role: str) -> None:
-        """Raises RunBusyError, naming the holder, if another live process has it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(folder / f"{role}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """Raises RunBusyError, naming the holder, if another live process has it; LedgerError."""
+        path = folder / f"{role}.lock"
+        with _advising(f"the lock {path}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            with _advising(f"the lock {path}"):
+                self._take(folder, role)
+        except BaseException:
+            self.release()
+            raise
+
+    def _take(self, folder: Path, role: str) -> None:
         try:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _whole_file(fcntl.F_WRLCK))
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:  # either tells that it is held
             holder = _named_holder(self._fd)
-            os.close(self._fd)
             it = f"process {holder}" if holder else "its process"
             raise RunBusyError(
                 f"The {role} of the run in {folder} is already running (process {holder or 'unknown'}).",
