@@ -2,7 +2,8 @@
 
 Every suite is a module here with `run(scale, seed) -> counts`; it raises at the first violation, with
 the command that repeats it. Two suites run at a time, each in a process of its own. The counts go, with
-seed, commit and machine, to benchmarks/results/DATE-reliability.json, and into one summary line.
+seed, scale, date, commit and machine, to benchmarks/results/reliability.json, in the place of what that
+suite counted before; those of other suites stay.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from benchmarks.record import commit, keep
+from reliability.record import PATH, record
 
 HERE = Path(__file__).parent
 SUITES = [
@@ -75,22 +75,17 @@ def main() -> int:
     if given.one:
         print(json.dumps(one(given.one, given.scale, given.seed)))
         return 0
+    if unknown := sorted(set(given.suites) - set(SUITES)):
+        arguments.error(f"no suite is named {', '.join(unknown)}; there are {', '.join(SUITES)}")
     started = monotonic()
     with ThreadPoolExecutor(max_workers=2) as pool:
         chosen = given.suites or SUITES
         results = list(pool.map(lambda suite: _told(apart(suite, given.scale, given.seed)), chosen))
     failed = [result["suite"] for result in results if "error" in result]
-    report = {
-        "benchmark": "reliability",
-        "commit": commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "scale": given.scale,
-        "violations": len(failed),
-        "suites": results,
-    }
-    path = keep("reliability", report)
+    for line in record(results, given.scale):
+        print(line)
     verdict = f"VIOLATIONS in {', '.join(failed)}" if failed else "0 violations"
-    print(f"reliability: {len(results)} suites, {verdict}, {monotonic() - started:.0f} s -> {path.name}")
+    print(f"reliability: {len(results)} suites, {verdict}, {monotonic() - started:.0f} s -> {PATH.name}")
     return 1 if failed else 0
 
 

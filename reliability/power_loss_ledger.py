@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-import apsw
-
-from paceline.testing.broken_files import fail_calls, lose_power
+from paceline.testing.broken_files import FAULTS, fail_calls, fail_recovery, lose_power
 
 HISTORIES = 40
 
@@ -23,9 +22,9 @@ def run(scale: float, seed: int) -> dict[str, int]:
                 found = lose_power(place, 1000 * seed + number, durability, calls=150, per_interval=4)  # type: ignore[arg-type]
                 counts.update({f"{name} ({durability})": count for name, count in found.items()})
         for number in range(max(1, round(3 * scale))):
-            for error in (apsw.IOError, apsw.FullError):
-                for kinds in (("write",), ("sync",)):
-                    place = Path(folder) / f"fault-{number}-{error.__name__}-{kinds[0]}"
-                    found = fail_calls(place, 1000 * seed + number, error, kinds, lasting=False)
-                    counts[f"{error.__name__} at a {kinds[0]}"] += found["faults"]
+            for fault, lasting in itertools.product(FAULTS, (False, True)):
+                place = Path(folder) / f"fault-{number}-{fault}-{lasting}"
+                found = fail_calls(place / "calls", 1000 * seed + number, fault, lasting=lasting)
+                found += fail_recovery(place / "recovery", 1000 * seed + number, fault, lasting=lasting)
+                counts[fault] += found["faults"]
     return dict(counts)

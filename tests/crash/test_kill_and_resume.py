@@ -76,7 +76,7 @@ def test_a_killed_role_is_started_again_and_the_weights_are_the_same(
     run = make_run(tmp_path, tiny_model)
     with run.start("train") as train:
         wait_until(in_the_middle(run), train)
-        wait_until(lambda: live_holder(run.directory, role) is not None, train)
+        wait_until(lambda: bool(live_holder(run.directory, role)), train)
         kill(live_holder(run.directory, role))
         out, err = train.communicate(timeout=200)
     assert train.returncode == 0, err

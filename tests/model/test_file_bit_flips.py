@@ -1,10 +1,18 @@
-"""One flipped bit at a time, in checkpoints and in the slots of the feature store."""
+"""One flipped bit at a time, in checkpoints, the ref channel and the slots of the feature store."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from paceline.testing.flipped_files import FOUND, IDENTITY, SLOT, flip_checkpoints, flip_features
+from paceline.testing.flipped_files import (
+    FOUND,
+    IDENTITY,
+    SLOT,
+    flip_channels,
+    flip_checkpoints,
+    flip_features,
+    flip_locks,
+)
 
 
 def test_no_flipped_bit_of_a_checkpoint_is_believed(memory: Path) -> None:
@@ -12,6 +20,20 @@ def test_no_flipped_bit_of_a_checkpoint_is_believed(memory: Path) -> None:
     counts = flip_checkpoints(memory, 0, flips=300)
     assert len(counts) == 4
     assert counts.total() == 300
+
+
+def test_no_flipped_bit_of_the_ref_channel_is_believed(memory: Path) -> None:
+    """A ref that was published is read or missed aloud; flips in notes and in a torn write harm nobody."""
+    counts = flip_channels(memory, 0, flips=500)
+    assert counts.total() == 500
+    assert counts["refs.consumed: refused"] == 100
+    assert counts["refs: refused"] > 300
+    assert counts["refs: exact"] > 0
+
+
+def test_no_flipped_bit_of_a_lock_or_a_bell_does_harm(memory: Path) -> None:
+    """A role stays held, by a process that nobody names wrongly; writers and waiters go on."""
+    assert flip_locks(memory, 0, flips=60).total() == 60
 
 
 def test_no_flipped_bit_of_the_feature_store_is_believed(memory: Path) -> None:

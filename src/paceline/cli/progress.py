@@ -106,13 +106,13 @@ def _table(s: RunSnapshot, plan: RunPlan, elapsed: float) -> Table:
 
 
 def _process(s: RunSnapshot, role: str) -> str:
-    return str(s.live[role]) if s.live[role] else "ended"
+    return "ended" if s.live[role] is None else str(s.live[role] or "running, process unknown")
 
 
 def describe(console: Console, s: RunSnapshot) -> None:
     """The whole state of a run, for `paceline status`."""
     table = Table(title=plain(f"run {s.run_id}"), title_justify="left", show_header=False)
-    state = "complete" if s.completed_step is not None else "live" if any(s.live.values()) else "stopped"
+    state = "complete" if s.completed_step is not None else "live" if s.is_live else "stopped"
     rows = {
         "state": state,
         "producer": _process(s, "producer"),

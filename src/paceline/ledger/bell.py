@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
 
+from paceline.errors import LedgerError
+
 
 class Bell:
     def __init__(self, folder: Path) -> None:
@@ -24,8 +26,12 @@ class Bell:
         folder.mkdir(parents=True, exist_ok=True)
 
     def ring(self) -> None:
-        """Wake every waiter. Never blocks: a full FIFO belongs to a waiter that is already awake."""
-        with contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as entries:
+        """Wake every waiter. Never blocks: a full FIFO belongs to a waiter that is already awake.
+
+        Never fails either: what is told has happened, and whoever cannot be woken (no file descriptor is
+        left) looks again at the end of his wait.
+        """
+        with contextlib.suppress(OSError), os.scandir(self._folder) as entries:
             for entry in entries:
                 if entry.name.endswith(".fifo"):
                     self._ring_one(entry.path)
@@ -33,16 +39,13 @@ class Bell:
     def _ring_one(self, path: str) -> None:
         try:
             fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return
         except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)  # noqa: PTH108 (a str from scandir)
+            if error.errno == errno.ENXIO:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)  # noqa: PTH108 (a str from scandir)
             return
         try:
-            with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            with contextlib.suppress(OSError):
                 os.write(fd, b"!")
         finally:
             os.close(fd)
@@ -57,15 +60,24 @@ class Bell:
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[Listener]:
-        """Hang up a FIFO for the length of the block."""
+        """Hang up a FIFO for the length of the block. Raises LedgerError."""
         name = f"{os.getpid()}-{uuid.uuid4().hex}"
         aside, path = self._folder / f"{name}.new", self._folder / f"{name}.fifo"
-        os.mkfifo(aside, 0o600)
-        # Opened for both directions, so that it never reads end-of-file; renamed into sight only
-        # when it is open, so that a ringer never takes it for a dead waiter's.
-        fd = os.open(aside, os.O_RDWR | os.O_NONBLOCK)
         try:
+            os.mkfifo(aside, 0o600)
+            # Opened for both directions, so that it never reads end-of-file; renamed into sight only
+            # when it is open, so that a ringer never takes it for a dead waiter's.
+            fd = os.open(aside, os.O_RDWR | os.O_NONBLOCK)
             aside.rename(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise LedgerError(
+                f"{path} cannot be made ({error}).",
+                why="Without it this process would not hear of changes. Nothing was changed.",
+                next="check that disk and the limit of open files (`ulimit -n`), then run it again.",
+            ) from error
+        try:
             yield Listener(fd)
         finally:
             os.close(fd)

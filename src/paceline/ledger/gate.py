@@ -10,10 +10,11 @@ import contextlib
 import fcntl
 import os
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from paceline.errors import ConfigError, RunBusyError
+from paceline.errors import ConfigError, LedgerError, RunBusyError
 
 NETWORK_FILESYSTEMS = frozenset(
     [
@@ -24,6 +25,19 @@ NETWORK_FILESYSTEMS = frozenset(
 )
 
 
+@contextlib.contextmanager
+def _advising(file: str) -> Iterator[None]:
+    """An error of the system becomes one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise LedgerError(
+            f"{file} cannot be used ({error}).",
+            why="Without it two processes could write at once. Nothing was changed.",
+            next="check that disk and the limit of open files (`ulimit -n`), then run it again.",
+        ) from error
+
+
 class WriterGate:
     """A queue for writers of several processes.
 
@@ -32,12 +46,16 @@ class WriterGate:
     """
 
     def __init__(self, path: Path) -> None:
+        """Raises LedgerError."""
         self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with _advising(f"the gate of writers, {path},"):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        """Raises LedgerError before anything is written."""
+        with _advising(f"the gate of writers, {self.path},"):
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
         try:
             yield
         finally:
@@ -57,21 +75,31 @@ class RoleLock:
     """
 
     def __init__(self, folder: Path, role: str) -> None:
-        """Raises RunBusyError, naming the holder, if another live process has it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(folder / f"{role}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """Raises RunBusyError, naming the holder, if another live process has it; LedgerError."""
+        path = folder / f"{role}.lock"
+        with _advising(f"the lock {path}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            with _advising(f"the lock {path}"):
+                self._take(folder, role)
+        except BaseException:
+            self.release()
+            raise
+
+    def _take(self, folder: Path, role: str) -> None:
         try:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _whole_file(fcntl.F_WRLCK))
-        except OSError as error:
-            holder = os.pread(self._fd, 64, 0).decode(errors="replace").strip() or "unknown"
-            os.close(self._fd)
+        except (BlockingIOError, PermissionError) as error:  # either tells that it is held
+            holder = _named_holder(self._fd)
+            it = f"process {holder}" if holder else "its process"
             raise RunBusyError(
-                f"The {role} of the run in {folder} is already running (process {holder}).",
+                f"The {role} of the run in {folder} is already running (process {holder or 'unknown'}).",
                 why=f"Two {role}s would do the same work twice; the running one is not disturbed.",
-                next=f"watch it: `paceline status {folder}`; or stop process {holder} and run this again.",
+                next=f"watch it: `paceline status {folder}`; or stop {it} and run this again.",
             ) from error
         os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+        os.pwrite(self._fd, _naming(os.getpid()), 0)
 
     def release(self) -> None:
         if self._fd >= 0:
@@ -79,8 +107,14 @@ class RoleLock:
             self._fd = -1
 
 
+UNKNOWN = 0  # no process has this id
+
+
 def live_holder(folder: Path, role: str) -> int | None:
-    """The process id that holds the role now, or None."""
+    """The process id that holds the role now, UNKNOWN if the file does not say, or None.
+
+    Whether it is held the lock says; the file only informs.
+    """
     try:
         fd = os.open(folder / f"{role}.lock", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -89,9 +123,21 @@ def live_holder(folder: Path, role: str) -> int | None:
         found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _whole_file(fcntl.F_WRLCK))
         if struct.unpack(FLOCK, found)[0] == fcntl.F_UNLCK:
             return None
-        return int(os.pread(fd, 64, 0).decode().strip() or 0)
+        return _named_holder(fd)
     finally:
         os.close(fd)
+
+
+def _naming(pid: int) -> bytes:
+    """With a checksum: whoever is told a wrong number may stop the wrong process."""
+    name = str(pid).encode()
+    return name + b" %08x" % zlib.crc32(name)
+
+
+def _named_holder(fd: int) -> int:
+    content = os.pread(fd, 64, 0)
+    name = content.partition(b" ")[0]
+    return int(name) if name.isdigit() and content == _naming(int(name)) else UNKNOWN
 
 
 FLOCK = "hhlli"  # struct flock: type, whence, start, length (0: to the end), pid (0 for this kind)

@@ -3,9 +3,14 @@
 A record is one line, `crc32 json`; a reader takes only whole lines with the right checksum, so
 a torn write is never read as a record. A writer ends the last line before it appends, even one that
 looks whole (after a failed fsync that may not be what the disk holds), so no fragment can glue to the
-next record. Both counters are durable and exact
-over restarts: published = records in the file, consumed = a sidecar written aside, fsynced and
-renamed (a damaged sidecar counts as nothing consumed, which only slows the producer down).
+next record. Both counters are durable and exact over restarts: published = records in the file,
+consumed = a sidecar written aside, fsynced and renamed.
+
+Lines that are not as they were written are either the rest of a torn write, whose publish never returned,
+or damage to published refs. Notes, `crc32 @start end` in bytes of the file, tell them apart: each append
+begins with one that ends the past (`start` = `end`: a damaged line before it that no note covers is a torn
+write and is skipped), and one after its fsync covers it (a damaged line in it is an error). A reader stops
+at a damaged line until a note decides.
 """
 
 from __future__ import annotations
@@ -60,7 +65,7 @@ class StreamingRefChannel:
                 why="Readers may already have ended.",
                 next="open a new channel for more refs.",
             )
-        records = b"".join(_record(ref) for ref in refs)
+        records = b"".join(_line(ref_to_json(ref).encode()) for ref in refs)
         try:
             self._append(records)
         except OSError as error:
@@ -72,11 +77,15 @@ class StreamingRefChannel:
         self._bell.ring()
 
     def _append(self, records: bytes) -> None:
+        """Records, or only the end of the past."""
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            _write_all(fd, b"\n" + records if os.fstat(fd).st_size else records)
+            start = os.fstat(fd).st_size
+            _write_all(fd, b"\n" + _note(start, start) + records)
             os.fsync(fd)
+            # Not synced itself: if the power takes it, what it covers is there all the same.
+            _write_all(fd, b"\n" + _note(start, os.fstat(fd).st_size))
         finally:
             os.close(fd)
         if not self._is_named:  # who made the file may have died before this
@@ -86,6 +95,8 @@ class StreamingRefChannel:
     def close(self) -> None:
         """Drop the end-of-stream mark, durably. Idempotent."""
         with self._advising("be closed"):
+            if self.path.exists() and not self.is_closed():
+                self._append(b"")  # no writer will come any more to decide about a torn write
             fd = os.open(self._closed_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 os.fsync(fd)
@@ -101,11 +112,19 @@ class StreamingRefChannel:
         return self._published
 
     def consumed_remote(self) -> int:
+        """0 without a count, or with an empty one. Raises LedgerError if the count is damaged."""
         try:
-            checksum, _, number = self._consumed_path.read_bytes().partition(b" ")
-            return int(number) if _checksum(number) == checksum else 0
-        except (FileNotFoundError, ValueError):
+            content = self._consumed_path.read_bytes()
+        except FileNotFoundError:
             return 0
+        checksum, _, number = content.partition(b" ")
+        if content and _checksum(number) != checksum:
+            raise LedgerError(
+                f"The count of consumed refs, {self._consumed_path}, is not as it was written.",
+                why="A producer that believes a wrong count waits for ever or runs ahead.",
+                next="start the trainer again: it writes a new count.",
+            )
+        return int(number or 0)
 
     def in_flight_remote(self) -> int:
         return self.published - self.consumed_remote()
@@ -152,28 +171,60 @@ class StreamingRefChannel:
 
 
 class _Tail:
-    """Whole, valid records appended to a file since the last look."""
+    """Whole records appended to a file since the last look."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
 
     def records(self) -> list[bytes]:
+        """Raises LedgerError at a damaged line that was published."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
                 data = file.read()
         except FileNotFoundError:
             return []
-        end = data.rfind(b"\n") + 1  # what follows the last newline is not whole yet
-        self._offset += end
-        lines = [line.partition(b" ") for line in data[:end].split(b"\n")]
-        return [json for checksum, _, json in lines if json and _checksum(json) == checksum]
+        lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]  # what follows the last one is not whole yet
+        taken = []
+        for number, line in enumerate(lines):
+            content = _content(line)
+            if content is None and not self._is_torn(line, lines[number + 1 :]):
+                break
+            if content and not content.startswith(NOTE):
+                taken.append(content)
+            self._offset += len(line) + 1
+        return taken
+
+    def _is_torn(self, line: bytes, later: list[bytes]) -> bool:
+        """Whether the damaged line at the offset was never published; False while that is open."""
+        end = self._offset + len(line)
+        notes = [content[1:].split() for content in map(_content, later) if content and content[:1] == NOTE]
+        spans = [(int(first), int(last)) for first, last in notes]
+        if any(first < end and self._offset < last for first, last in spans):
+            raise LedgerError(
+                f"The channel {self._path} is damaged: bytes {self._offset} to {end} are not as published.",
+                why="Refs in them cannot be read; going on would drop them without a word.",
+                next="copy the file back from a backup, or publish all refs into a new channel.",
+            )
+        return any(first >= end for first, _ in spans)
 
 
-def _record(ref: SampleRef) -> bytes:
-    json = ref_to_json(ref).encode()
-    return _checksum(json) + b" " + json + b"\n"
+NOTE = b"@"
+
+
+def _note(start: int, end: int) -> bytes:
+    return _line(b"%s%d %d" % (NOTE, start, end))
+
+
+def _line(content: bytes) -> bytes:
+    return _checksum(content) + b" " + content + b"\n"
+
+
+def _content(line: bytes) -> bytes | None:
+    """b"" of an empty line, None of a damaged one."""
+    checksum, _, content = line.partition(b" ")
+    return content if not line or _checksum(content) == checksum else None
 
 
 def _checksum(data: bytes) -> bytes:

@@ -36,7 +36,7 @@ class RunSnapshot:
     completed_step: int | None
     restarts: int
     failed_prompts: dict[str, str]
-    live: dict[str, int | None]
+    live: dict[str, int | None]  # see `live_holder`
     last_step: dict[str, Any]
     last_group: dict[str, Any]
     blocked_s: dict[str, float]
@@ -46,6 +46,10 @@ class RunSnapshot:
     def samples_trained(self) -> int:
         """Acked, durably or not."""
         return self.samples_committed - self._waiting - len(self.quarantined)
+
+    @property
+    def is_live(self) -> bool:
+        return any(holder is not None for holder in self.live.values())
 
     _waiting: int = 0
 

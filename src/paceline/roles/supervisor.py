@@ -18,7 +18,7 @@ from pathlib import Path
 from paceline.config.run import RunConfig
 from paceline.errors import PacelineError
 from paceline.ledger.facts import COMPLETED_STEP, END_OF_STREAM
-from paceline.ledger.gate import live_holder
+from paceline.ledger.gate import UNKNOWN, live_holder
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.roles.plan import RunPlan, bind_run, events_path, log_path, role_environment
 from paceline.roles.process import SUPERVISOR_VARIABLE
@@ -168,7 +168,7 @@ class Supervisor:
         deadline = time.monotonic() + PREDECESSOR_S
         while not self._stopping and time.monotonic() < deadline:
             holder = live_holder(self._config.run.directory, role)
-            if holder is None or not _was_orphaned(holder):
+            if holder is None or (holder != UNKNOWN and not _was_orphaned(holder)):
                 return
             time.sleep(0.1)
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import apsw
 
-from paceline.errors import LedgerError, PacelineError
+from paceline.errors import LedgerError, PacelineError, UnknownResultError
 from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.ledger.stores.sqlite import Durability, SQLiteMetadataStore
 from paceline.testing.ledger_history import FINAL, History, state_of
@@ -17,6 +22,29 @@ from paceline.testing.recording_vfs import FaultyVFS, RecordingVFS, images
 from paceline.testing.samples import sample_ref
 
 LEDGER_FILES = ("ledger.db", "ledger.db-wal")
+
+
+class DamagedPage(apsw.IOError):
+    """What the checksum layer answers."""
+
+    extendedresult = apsw.SQLITE_IOERR_DATA
+
+
+Fault = tuple[type[apsw.Error], str]  # as SQLite's own file layer tells it; the kind of call, see `FaultyVFS`
+FAULTS: dict[str, Fault] = {
+    "EIO or EDQUOT at a write": (apsw.IOError, "write"),
+    "ENOSPC at a write": (apsw.FullError, "write"),
+    "a short write": (apsw.FullError, "short write"),
+    "a failed sync": (apsw.IOError, "sync"),
+    "EIO at a read": (apsw.IOError, "read"),
+    "damage at a read": (DamagedPage, "read"),
+    "EMFILE at an open": (apsw.CantOpenError, "open"),
+    "EIO at a truncation": (apsw.IOError, "truncate"),
+    "EIO at a look at a size": (apsw.IOError, "size"),
+    "EIO at a removal": (apsw.IOError, "delete"),
+    "a busy lock": (apsw.BusyError, "lock"),
+    "EIO at a lock": (apsw.IOError, "lock"),
+}
 
 
 def open_ledger(folder: Path, durability: Durability = "full", vfs: str | None = None) -> SQLiteMetadataStore:
@@ -70,59 +98,134 @@ def _check_image(image: Path, states: dict[int, Any], promised: int, *, created:
             path.unlink()
 
 
-def fail_calls(
-    folder: Path,
-    seed: int,
-    error: type[Exception],
-    kinds: tuple[str, ...],
-    *,
-    lasting: bool,
-    calls: int = 30,
+def fail_calls(folder: Path, seed: int, fault: str, *, lasting: bool, calls: int = 30) -> Counter[str]:
+    """Fail the n-th file operation of one history, from its opening to its closing, for every n.
+
+    Each call is whole or not there, as its error says; the store goes on or says that it stopped; the next
+    process finds a sound ledger.
+    """
+    return _fail_every(
+        folder, fault, lasting, lambda place, vfs: _play_until_it_fails(place, vfs, seed, calls)
+    )
+
+
+def fail_recovery(folder: Path, seed: int, fault: str, *, lasting: bool, calls: int = 30) -> Counter[str]:
+    """The same from the opening of a ledger on whose process was killed: what it committed stays."""
+    live = folder / "live"
+    live.mkdir(parents=True)
+    below = RecordingVFS(f"live-{live}")  # the file layer that it is opened with afterwards
+    store = open_ledger(live, "full", below.name)
+    for _, call in History(store, random.Random(seed)).calls(calls):
+        call()
+    expected = state_of(store)
+    left = {name: (live / name).read_bytes() for name in LEDGER_FILES}
+    store.close()
+
+    def recover(place: Path, vfs: FaultyVFS) -> list[Any]:
+        for name, data in left.items():
+            (place / name).write_bytes(data)
+        try:
+            with _advised():
+                opened = open_ledger(place, "full", vfs.name)
+        except PacelineError:
+            return [expected]
+        allowed = _go_on(opened, [expected])
+        _close(opened)
+        return allowed
+
+    return _fail_every(folder, fault, lasting, recover)
+
+
+def _fail_every(
+    folder: Path, fault: str, lasting: bool, play: Callable[[Path, FaultyVFS], list[Any]]
 ) -> Counter[str]:
-    """Fail the n-th file operation of one history, for every n; each call is whole or not there."""
+    """`play` with the n-th operation failing, for every n; one of the states it names must be left."""
+    error, kind = FAULTS[fault]
     counts: Counter[str] = Counter()
-    turn = 0
-    while True:
-        turn += 1
+    for turn in itertools.count(1):
         place = folder / f"turn-{turn}"
         place.mkdir(parents=True)
-        vfs = FaultyVFS(f"faulty-{seed}-{error.__name__}-{'-'.join(kinds)}-{lasting}-{turn}")
-        store = open_ledger(place, "full", vfs.name)
-        vfs.arm(error, kinds, turn, lasting=lasting)
-        struck = _play_until_it_fails(store, seed, calls)
-        before, after = struck
-        vfs.disarm()
-        store.close()
-        again = open_ledger(place)
-        now = state_of(again)
-        assert now in (before, after) or after is None, f"turn {turn}: half a call is on the disk"
-        again.acquire_role("producer", "the next process")
-        assert again.commit_sample(sample_ref(999)) is True
-        again.close()
+        vfs = FaultyVFS(f"faulty-{place}-{fault}-{lasting}")
+        vfs.arm(error, (kind,), turn, lasting=lasting)
+        try:
+            # SQLite ignores errors of its clean-up; Python would keep them, and open files with them.
+            with patch.object(sys, "unraisablehook", lambda _: None):
+                allowed = play(place, vfs)
+            vfs.disarm()
+            again = open_ledger(place)
+            now = state_of(again)
+            assert now in allowed, "half a call is on the disk, or another one than the error says"
+            again.acquire_role("producer", "the next process")
+            assert again.commit_sample(sample_ref(999)) is True
+            again.close()
+        except Exception as found:
+            found.add_note(f"operation {turn}: {fault}, lasting={lasting}")
+            raise
         counts["faults"] += vfs.struck
         counts["runs"] += 1
         if not vfs.struck:
             return counts
+    raise AssertionError("unreachable")
 
 
-def _play_until_it_fails(store: SQLiteMetadataStore, seed: int, calls: int) -> tuple[Any, Any]:
-    """The states before and after the call that failed; both the last one if none did."""
+def _play_until_it_fails(place: Path, vfs: FaultyVFS, seed: int, calls: int) -> list[Any]:
+    """The states that may be found by the next process."""
     twin = InMemoryMetadataStore()
-    mine, other = History(store, random.Random(seed)), History(twin, random.Random(seed))
-    before = state_of(twin)
-    for (_, call), (_, same) in zip(mine.calls(calls), other.calls(calls), strict=False):
-        same()
-        after = state_of(twin)
-        try:
-            call()
-        except PacelineError as error:
-            if not error.next:
-                raise AssertionError(f"no advice: {error}") from error
-            return before, after
-        except apsw.Error as error:  # raised where the store does not explain it
-            raise AssertionError(f"unexplained: {error!r}") from error
-        before = after
-    return before, before
+    before = after = state_of(twin)
+    store = None
+    try:
+        with _advised():
+            store = open_ledger(place, "full", vfs.name)
+            mine, other = History(store, random.Random(seed)), History(twin, random.Random(seed))
+            for (_, call), (_, same) in zip(mine.calls(calls), other.calls(calls), strict=False):
+                same()
+                before, after = after, state_of(twin)
+                call()
+            before = after
+            _close(store)
+    except UnknownResultError:
+        allowed = [before, after]
+    except PacelineError:
+        allowed = [before]
+    else:
+        return [after]
+    if store is not None:
+        allowed = _go_on(store, allowed)
+        _close(store)
+    return allowed
+
+
+def _close(store: SQLiteMetadataStore) -> None:
+    """SQLite ignores errors of its last clean-up, but a file layer written in Python hands them up."""
+    with suppress(apsw.Error):
+        store.close()
+
+
+def _go_on(store: SQLiteMetadataStore, allowed: list[Any]) -> list[Any]:
+    """One more call of the store that has just refused one; the states that may be found then."""
+    with suppress(PacelineError), _advised():
+        assert state_of(store) in allowed, "the store that failed reads what is not there"
+    changed = [{**state, "facts": {**state["facts"], "after": 1}} for state in allowed]
+    try:
+        with _advised():
+            store.set_facts({"after": 1})
+    except UnknownResultError:
+        return allowed + changed
+    except PacelineError:
+        return allowed
+    return changed
+
+
+@contextmanager
+def _advised() -> Iterator[None]:
+    try:
+        yield
+    except PacelineError as error:
+        if not error.next:
+            raise AssertionError(f"no advice: {error}") from error
+        raise
+    except (apsw.Error, OSError) as error:  # raised where the store does not explain it
+        raise AssertionError(f"unexplained: {error!r}") from error
 
 
 def flip_bits(folder: Path, seed: int, *, flips: int) -> Counter[str]:

@@ -1,8 +1,8 @@
-"""One flipped bit at a time, in checkpoints and in the feature store's shared memory: seeded, counted.
+"""One flipped bit at a time, in checkpoints, the ref channel and shared memory: seeded, counted.
 
-A checkpoint must be refused, whichever of its files is hit. A feature `get` must raise FeatureMissing or
-FeatureCorrupt, or return exactly what was sealed; only the sample that was hit may be affected, and it can
-be captured again.
+A checkpoint must be refused, whichever of its files is hit. A channel must be refused or read exactly. Lock
+and bell files must harm nobody. A feature `get` must raise FeatureMissing or FeatureCorrupt, or return
+exactly what was sealed; only the sample that was hit may be affected, and it can be captured again.
 """
 
 from __future__ import annotations
@@ -12,13 +12,25 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from paceline.errors import CheckpointError, FeatureCorruptError, FeatureMissingError, StoreError
+from paceline.errors import (
+    CheckpointError,
+    FeatureCorruptError,
+    FeatureMissingError,
+    LedgerError,
+    RunBusyError,
+    StoreError,
+)
 from paceline.features import codec
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.features.stores.slots import HEADER_BYTES, PAGE_BYTES
+from paceline.ledger.gate import UNKNOWN, RoleLock, live_holder
+from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.streaming_channel import StreamingRefChannel
 from paceline.testing.feature_store_suite import assert_same, feature_ref, features
+from paceline.testing.samples import sample_ref
 from paceline.testing.shared_memory import owner_of, reader_of, slot_files
 from paceline.training.checkpoint import MANIFEST, Checkpoint, CheckpointFolder
 from paceline.types import SampleRef
@@ -72,6 +84,84 @@ def flip_checkpoints(folder: Path, seed: int, *, flips: int) -> Counter[str]:
 def _files(rng: random.Random) -> dict[str, bytes]:
     sizes = {"draft.safetensors": 9000, "optimizer.safetensors": 5000, "rng.safetensors": 64, "empty": 0}
     return {name: rng.randbytes(size) for name, size in sizes.items()}
+
+
+# -- the ref channel -------------------------------------------------------------------------
+
+
+def flip_channels(folder: Path, seed: int, *, flips: int) -> Counter[str]:
+    """Flips in the log of refs, a torn write in it, and in the count of the consumed."""
+    rng = random.Random(seed)
+    log = folder / "refs"
+    count = folder / "refs.consumed"
+    published = _publish(log, rng)
+    reader = StreamingRefChannel(log)
+    reader.mark_consumed(rng.randint(1, len(reader.poll())))
+    expected = (published, reader.in_flight_remote())
+    counts: Counter[str] = Counter()
+    for number in range(flips):
+        path = count if number % 5 == 0 else log
+        bit = rng.randrange(8 * path.stat().st_size)
+        flip(path, bit)
+        try:
+            channel = StreamingRefChannel(log)
+            found = ([ref.sample_id for ref in channel.poll()], channel.in_flight_remote())
+        except LedgerError as error:
+            counts[f"{path.name}: refused"] += bool(error.next)
+        else:
+            assert found == expected, f"seed {seed}: bit {bit} of {path.name} was believed"
+            counts[f"{path.name}: exact"] += 1
+        flip(path, bit)
+    assert [ref.sample_id for ref in StreamingRefChannel(log).poll()] == published
+    return counts
+
+
+def _publish(log: Path, rng: random.Random) -> list[str]:
+    """Ids in the order of the log: of several writers, one of whom died in the middle of a write."""
+    ids = []
+    for turn in range(4):
+        refs = [sample_ref(10 * turn + n) for n in range(rng.randint(1, 4))]
+        StreamingRefChannel(log).publish_many(refs)
+        ids += [ref.sample_id for ref in refs]
+        if turn == 1:
+            whole = log.read_bytes()
+            log.write_bytes(whole + whole[: rng.randrange(60, 200)])
+    return ids
+
+
+# -- locks and bells -------------------------------------------------------------------------
+
+
+def flip_locks(folder: Path, seed: int, *, flips: int) -> Counter[str]:
+    """Who holds a role is then unknown, but it is held; the writers' gate and the bell work as before."""
+    rng = random.Random(seed)
+    ledger = folder / "ledger.db"
+    SQLiteMetadataStore(ledger).close()
+    role, gate, bell = (
+        folder / "consumer.lock",
+        folder / "ledger.db-gate",
+        folder / "ledger.db-bell/dead.fifo",
+    )
+    lock = RoleLock(folder, "consumer")
+    bell.write_bytes(bytes(8))  # a FIFO itself has no bytes on the disk
+    counts: Counter[str] = Counter()
+    for number in range(flips):
+        path = (role, gate, bell)[number % 3]
+        bit = rng.randrange(8 * path.stat().st_size)
+        flip(path, bit)
+        assert live_holder(folder, "consumer") == (UNKNOWN if path is role else os.getpid())
+        with suppress(RunBusyError):
+            RoleLock(folder, "consumer")
+            raise AssertionError(f"seed {seed}: bit {bit} of {path.name} let a second process in")
+        store = SQLiteMetadataStore(ledger)
+        assert store.commit_sample(sample_ref(number)) is True
+        assert store.committed_count() == number + 1
+        store.close()
+        if path is role:
+            flip(path, bit)
+        counts[path.name] += 1
+    lock.release()
+    return counts
 
 
 # -- features in shared memory ---------------------------------------------------------------

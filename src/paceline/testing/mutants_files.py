@@ -1,6 +1,6 @@
-"""Bugs planted below checkpoints, the ref channel and feature slots; each with the check that must find it.
+"""Bugs planted below checkpoints and feature slots; each with the check that must find it.
 
-See testing/mutants.py for those of the protocol.
+See testing/mutants.py for those of the protocol, testing/mutants_logs.py for those of the ref channel.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from paceline import durable_files
 from paceline.features import codec
 from paceline.features.landing import fresh
 from paceline.features.stores.shm import SharedMemoryFeatureStore
-from paceline.ledger import streaming_channel
-from paceline.ledger.streaming_channel import StreamingRefChannel
 from paceline.testing import channel_history, checkpoint_history
-from paceline.testing.flipped_files import flip_checkpoints, flip_features
+from paceline.testing.flipped_files import flip_channels, flip_checkpoints, flip_features
 from paceline.testing.mutants import Mutant
+from paceline.testing.mutants_logs import LOG_MUTANTS, nothing, only_of, without_fsync
 from paceline.testing.recording_files import failing
 from paceline.training import checkpoint
 from paceline.training.checkpoint import MANIFEST, CheckpointFolder
@@ -40,22 +39,9 @@ CHECKS: dict[str, Callable[[Path, int], Any]] = {
     ),
     "checkpoints and flips": lambda place, seed: flip_checkpoints(place, seed, flips=12),
     "channel and power": lambda place, seed: channel_history.lose_power(place, seed, rounds=14, per_point=2),
+    "channel and flips": lambda place, seed: flip_channels(place, seed, flips=20),
     "features and flips": lambda place, seed: flip_features(place, seed, flips=20),
 }
-
-
-def nothing(_: Any) -> Any:
-    return lambda *_: None
-
-
-def without_fsync(real: Any) -> Any:
-    """The same call, but what it syncs is not."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with patch.object(os, "fsync", lambda _: None):
-            return real(*args, **kwargs)
-
-    return call
 
 
 def fsync_errors_ignored(real: Any) -> Any:
@@ -70,19 +56,6 @@ def fsync_errors_ignored(real: Any) -> Any:
             real(path, data)
 
     return write_file
-
-
-def only_of(wanted: Callable[[Path], bool]) -> Callable[[Any], Any]:
-    """`sync_folder` for some folders only."""
-
-    def change(real: Any) -> Any:
-        def sync_folder(folder: Path) -> None:
-            if wanted(folder):
-                real(folder)
-
-        return sync_folder
-
-    return change
 
 
 def one_write(_: Any) -> Any:
@@ -156,39 +129,6 @@ def errors_unexplained(real: Any) -> Any:
 
 def same_attempt(_: Any) -> Any:
     return SimpleNamespace(uuid4=lambda: SimpleNamespace(hex="0" * 32))
-
-
-def in_place(_: Any) -> Any:
-    def replace_file(path: Path, data: bytes) -> None:
-        durable_files.write_file(path, data)
-        durable_files.sync_folder(path.parent)
-
-    return replace_file
-
-
-def named_before_synced(_: Any) -> Any:
-    def replace_file(path: Path, data: bytes) -> None:
-        aside = path.with_name(path.name + ".new")
-        without_fsync(durable_files.write_file)(aside, data)
-        aside.rename(path)
-        fd = os.open(path, os.O_RDWR)
-        os.fsync(fd)
-        os.close(fd)
-        durable_files.sync_folder(path.parent)
-
-    return replace_file
-
-
-def glued(real: Any) -> Any:
-    return lambda fd, data: real(fd, data.removeprefix(b"\n"))
-
-
-def glued_if_it_looks_whole(real: Any) -> Any:
-    def write_all(fd: int, data: bytes) -> None:
-        whole = data.startswith(b"\n") and os.pread(fd, 1, os.fstat(fd).st_size - 1) == b"\n"
-        real(fd, data[whole:])
-
-    return write_all
 
 
 def undigested(_: Any) -> Any:
@@ -283,49 +223,7 @@ MUTANTS: dict[str, tuple[str, Mutant]] = {
         "checkpoints and failing calls",
         Mutant("no second attempt can succeed", ((checkpoint, "uuid", same_attempt),)),
     ),
-    "replaced in place": (
-        "channel and power",
-        Mutant("half a file", ((durable_files, "replace_file", in_place),)),
-    ),
-    "renamed before it is synced": (
-        "channel and power",
-        Mutant("an empty file", ((durable_files, "replace_file", named_before_synced),)),
-    ),
-    "replaced without a sync of the folder": (
-        "channel and power",
-        Mutant(
-            "the old file comes back",
-            (
-                (
-                    durable_files,
-                    "sync_folder",
-                    only_of(lambda folder: not (folder / "evaluation.json").exists()),
-                ),
-            ),
-        ),
-    ),
-    "refs not synced": (
-        "channel and power",
-        Mutant("published refs are gone", ((StreamingRefChannel, "publish_many", without_fsync),)),
-    ),
-    "ref checksums not checked": (
-        "channel and power",
-        Mutant("torn refs are read", ((streaming_channel, "_checksum", lambda _: lambda _: b"00000000"),)),
-    ),
-    "fragments glue": (
-        "channel and power",
-        Mutant("a published ref is unreadable", ((streaming_channel, "_write_all", glued),)),
-    ),
-    "a tail that looks whole is trusted": (
-        "channel and power",
-        Mutant(
-            "after a failed fsync it is not", ((streaming_channel, "_write_all", glued_if_it_looks_whole),)
-        ),
-    ),
-    "channel has no name": (
-        "channel and power",
-        Mutant("the whole channel is gone", ((streaming_channel, "sync_folder", nothing),)),
-    ),
+    **LOG_MUTANTS,
     "features not digested": (
         "features and flips",
         Mutant("damage is trained", ((SharedMemoryFeatureStore, "get", undigested),)),

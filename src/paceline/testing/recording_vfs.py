@@ -3,7 +3,8 @@
 `RecordingVFS` keeps the writes, truncations and syncs of the database and its write-ahead log, in order.
 `images` are the files as a power failure may leave them: everything synced is there, and of what was not
 synced since, any part: nothing, all, a prefix, a random subset (reordered), the last write torn. The
-wal-index is memory and is gone. `FaultyVFS` fails the n-th call of a kind.
+wal-index is memory and is gone. `FaultyVFS` fails the n-th call of a kind. What the system itself reads or
+writes short SQLite's own layer below completes, so at this one a short write has stored a part and failed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import apsw
 
 TEARS = (512, 4096)
+RECORDED = ("write", "truncate", "sync")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Event:
     """One operation on one file. `data` is None for a truncation to `offset`, and for a sync."""
 
     file: str
-    kind: str  # write | truncate | sync | mark
+    kind: str  # write | truncate | sync | mark; not recorded: open | read | lock | size | delete
     offset: int = 0
     data: bytes | None = None
     note: Any = None
@@ -39,14 +41,22 @@ class RecordingVFS(apsw.VFS):
         super().__init__(name, "unix")  # below any checksums
 
     def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:  # noqa: N802 (SQLite's names)
+        self.meets(Event("", "open"))
         return _RecordingFile(self, name, flags)
+
+    def xDelete(self, name: str, sync_folder: bool) -> None:  # noqa: N802
+        self.meets(Event("", "delete"))
+        super().xDelete(name, sync_folder)
 
     def mark(self, note: Any) -> None:
         """Note that the program has come to a point (a call returned)."""
         self.events.append(Event("", "mark", note=note))
 
-    def meets(self, event: Event) -> None:
-        self.events.append(event)
+    def meets(self, event: Event) -> type[Exception] | None:
+        """What to raise once half of the write is done, if anything."""
+        if event.kind in RECORDED:
+            self.events.append(event)
+        return None
 
 
 class _RecordingFile(apsw.VFSFile):
@@ -57,7 +67,10 @@ class _RecordingFile(apsw.VFSFile):
         super().__init__("unix", name, flags)
 
     def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802
-        self._vfs.meets(Event(self._file, "write", offset, bytes(data)))
+        error = self._vfs.meets(Event(self._file, "write", offset, bytes(data)))
+        if error is not None:
+            super().xWrite(data[: len(data) // 2], offset)
+            raise error("injected")
         super().xWrite(data, offset)
 
     def xTruncate(self, size: int) -> None:  # noqa: N802
@@ -67,6 +80,18 @@ class _RecordingFile(apsw.VFSFile):
     def xSync(self, flags: int) -> None:  # noqa: N802
         self._vfs.meets(Event(self._file, "sync"))
         super().xSync(flags)
+
+    def xRead(self, amount: int, offset: int) -> bytes:  # noqa: N802
+        self._vfs.meets(Event(self._file, "read", offset))
+        return super().xRead(amount, offset)
+
+    def xLock(self, level: int) -> None:  # noqa: N802
+        self._vfs.meets(Event(self._file, "lock"))
+        super().xLock(level)
+
+    def xFileSize(self) -> int:  # noqa: N802
+        self._vfs.meets(Event(self._file, "size"))
+        return super().xFileSize()
 
 
 class FaultyVFS(RecordingVFS):
@@ -81,20 +106,31 @@ class FaultyVFS(RecordingVFS):
         self.struck = False
 
     def arm(self, error: type[Exception], kinds: tuple[str, ...], turn: int, *, lasting: bool) -> None:
-        """The `turn`-th call (from 1) of these kinds raises; with `lasting`, all later ones, too."""
+        """The `turn`-th call (from 1) of these kinds raises; with `lasting`, all later ones, too.
+
+        The kind "short write" is a write that stores half of the bytes before it raises.
+        """
         self._error, self._kinds, self._left, self._lasting = error, kinds, turn, lasting
         self.struck = False
+
+    def xSleep(self, microseconds: int) -> int:  # noqa: N802
+        """Whoever waits for a lock that is injected waits in vain, so at once."""
+        return microseconds
 
     def disarm(self) -> None:
         self._error = None
 
-    def meets(self, event: Event) -> None:
-        if self._error is None or event.kind not in self._kinds:
-            return
+    def meets(self, event: Event) -> type[Exception] | None:
+        short = event.kind == "write" and "short write" in self._kinds
+        if self._error is None or (event.kind not in self._kinds and not short):
+            return None
         self._left -= 1
-        if self._left == 0 or (self._lasting and self._left < 0):
-            self.struck = True
-            raise self._error("injected")
+        if self._left != 0 and not (self._lasting and self._left < 0):
+            return None
+        self.struck = True
+        if short:
+            return self._error
+        raise self._error("injected")
 
 
 Files = dict[str, bytearray]

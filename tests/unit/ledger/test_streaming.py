@@ -13,6 +13,7 @@ from paceline import SQLiteMetadataStore, StreamingRefChannel, StreamingRefQueue
 from paceline.errors import FencedError, LedgerError
 from paceline.ledger.channel import CommittedRefLog
 from paceline.testing.samples import sample_ref
+from paceline.types import SampleRef
 
 REFS = [sample_ref(number) for number in range(8)]
 IDS = [ref.sample_id for ref in REFS]
@@ -46,8 +47,8 @@ def test_a_torn_last_line_is_never_read(path: Path, tmp_path: Path) -> None:
     source = StreamingRefChannel(tmp_path / "source")
     source.publish_many(REFS[:2])
     data = source.path.read_bytes()
-    first = data.index(b"\n") + 1
-    for cut in range(first, len(data)):
+    last = data.index(IDS[1].encode())
+    for cut in range(data.rindex(b"\n", 0, last) + 1, data.index(b"\n", last) + 1):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data[:cut])
         reader = StreamingRefChannel(path)
@@ -66,13 +67,69 @@ def test_a_torn_line_does_not_swallow_the_next_record(path: Path) -> None:
     assert StreamingRefChannel(path).published == 3
 
 
-def test_a_damaged_line_is_dropped(path: Path) -> None:
-    """A record whose checksum is wrong is not a record."""
-    StreamingRefChannel(path).publish_many(REFS[:2])
+def test_a_published_ref_that_is_damaged_is_an_error(path: Path) -> None:
+    """Whoever reads or counts is told where, every time; what came before it was given out."""
+    writer = StreamingRefChannel(path)
+    writer.publish_many(REFS[:2])
+    reader = StreamingRefChannel(path)
+    assert reader.poll() == REFS[:2]
+    writer.publish_many(REFS[2:4])
     data = bytearray(path.read_bytes())
-    data[30] ^= 1
+    at = data.index(IDS[2].encode())
+    data[at] ^= 1
     path.write_bytes(data)
-    assert StreamingRefChannel(path).poll() == REFS[1:2]
+    writer.publish_many(REFS[4:5])
+    first, end = data.rindex(b"\n", 0, at) + 1, data.index(b"\n", at)
+    for _ in range(2):
+        for look in (reader.poll, reader.in_flight_remote, StreamingRefChannel(path).poll):
+            with pytest.raises(LedgerError, match=f"bytes {first} to {end} are not as published"):
+                look()
+
+
+def test_a_torn_write_before_whole_refs_waits_for_a_writer_and_hides_nothing(path: Path) -> None:
+    """A power failure may tear the middle of a write. Nothing was promised of it: the next writer decides."""
+    StreamingRefChannel(path).publish_many(REFS[:1])
+    StreamingRefChannel(path).publish_many(REFS[1:4])
+    data = bytearray(path.read_bytes())
+    torn = data.index(IDS[2].encode())
+    data[torn : torn + 40] = bytes(40)
+    path.write_bytes(data[: data.rindex(b"\n\n") + 1])  # the note after the sync never came
+    reader = StreamingRefChannel(path)
+    assert reader.poll() == REFS[:2]
+    assert reader.poll() == []
+    StreamingRefChannel(path).publish_many(REFS[1:3])
+    assert reader.poll() == [REFS[3], REFS[1], REFS[2]]
+    assert reader.published == 5
+
+
+def test_closing_decides_about_a_torn_write(path: Path) -> None:
+    """No writer will come any more: what is whole behind it is read, and the stream ends."""
+    StreamingRefChannel(path).publish_many(REFS[:1])
+    with path.open("ab") as file:
+        file.write(b"\ntorn\n")
+    reader = StreamingRefChannel(path)
+    assert reader.poll() == REFS[:1]
+    writer = StreamingRefChannel(path)
+    writer.close()
+    writer.close()
+    assert drain(StreamingRefQueue(reader, poll_s=0.0)) == []
+    assert drain(StreamingRefQueue(StreamingRefChannel(path), poll_s=0.0)) == IDS[:1]
+
+
+def test_a_channel_of_an_earlier_version_is_read(path: Path) -> None:
+    """Without notes: whole lines are refs, a torn one is decided by the next writer."""
+    path.parent.mkdir()
+    records = [line for line in _lines_of(path.parent / "new", REFS[:2]) if b"@" not in line]
+    path.write_bytes(records[0] + b"\n" + records[1][:50] + b"\n" + records[1] + b"\n")
+    reader = StreamingRefChannel(path)
+    assert reader.poll() == REFS[:1]
+    StreamingRefChannel(path).publish_many(REFS[2:3])
+    assert reader.poll() == REFS[1:3]
+
+
+def _lines_of(path: Path, refs: list[SampleRef]) -> list[bytes]:
+    StreamingRefChannel(path).publish_many(refs)
+    return [line for line in path.read_bytes().split(b"\n") if line]
 
 
 def test_tensors_are_not_published(path: Path) -> None:
@@ -129,14 +186,28 @@ def test_counters_survive_a_restart_of_either_end(path: Path) -> None:
     assert restarted_writer.in_flight_remote() == 4
 
 
-def test_a_damaged_consumed_counter_only_slows_the_producer_down(path: Path) -> None:
-    """An unreadable counter counts as nothing consumed; nothing crashes (hole B9)."""
+def test_an_empty_consumed_counter_only_slows_the_producer_down(path: Path) -> None:
+    """It counts as nothing consumed; nothing crashes (hole B9)."""
     channel = StreamingRefChannel(path)
     channel.publish_many(REFS[:3])
     queue = StreamingRefQueue(channel, poll_s=0.0)
     queue.ack(queue.get(2))
     path.with_name("refs.log.consumed").write_bytes(b"")
     assert StreamingRefChannel(path).in_flight_remote() == 3
+
+
+def test_a_damaged_consumed_counter_is_an_error_until_a_reader_starts(path: Path) -> None:
+    """Taken for nothing consumed it could stop the producer for ever; a new reader writes it anew."""
+    channel = StreamingRefChannel(path)
+    channel.publish_many(REFS[:3])
+    queue = StreamingRefQueue(channel, poll_s=0.0)
+    queue.ack(queue.get(2))
+    sidecar = path.with_name("refs.log.consumed")
+    sidecar.write_bytes(sidecar.read_bytes().replace(b" 2", b" 3"))
+    with pytest.raises(LedgerError, match="start the trainer again"):
+        channel.in_flight_remote()
+    StreamingRefQueue(StreamingRefChannel(path), poll_s=0.0, skip_ids=set(IDS[:2]))
+    assert channel.in_flight_remote() == 1
 
 
 def test_skipped_refs_are_dropped_and_counted_consumed(path: Path) -> None:
