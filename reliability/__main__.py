@@ -32,6 +32,7 @@ SUITES = [
     "bit_flips_ledger",
     "file_histories",
     "file_flips",
+    "lost_pages",
 ]
 
 
