@@ -48,6 +48,7 @@ $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.installed
 
 bench: install $(VENV)/.bench ## every benchmark: a table of ratios to limits of the same run, JSON and a plot
 	$(BIN)/python -m benchmarks --quick
+	$(BIN)/python -m benchmarks.readme
 
 reliability: install ## the long proof: simulation, kills, power loss, bit flips (SCALE=1: half an hour)
 	$(BIN)/python -m reliability --scale $(SCALE)
