@@ -19,7 +19,14 @@ def run(scale: float, seed: int) -> dict[str, int]:
         for number in range(round(HISTORIES * scale)):
             for durability in ("full", "head"):
                 place = Path(folder) / f"{durability}-{number}"
-                found = lose_power(place, 1000 * seed + number, durability, calls=150, per_interval=4)  # type: ignore[arg-type]
+                found = lose_power(
+                    place,
+                    1000 * seed + number,
+                    durability,  # type: ignore[arg-type]
+                    calls=150,
+                    per_interval=4,
+                    checksums=number % 2 == 0,
+                )
                 counts.update({f"{name} ({durability})": count for name, count in found.items()})
         for number in range(max(1, round(3 * scale))):
             for fault, lasting in itertools.product(FAULTS, (False, True)):

@@ -32,25 +32,28 @@ FEWEST = {
 }
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_what_was_acknowledged_survives_power_loss(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("checksums", [False, True])
+def test_what_was_acknowledged_survives_power_loss(memory: Path, checksums: bool) -> None:
     """durability="full": every call that returned is there, whatever the disk did with unsynced writes."""
-    counts = lose_power(tmp_path, seed, "full", calls=60, per_interval=3)
+    counts = lose_power(memory, 0, "full", calls=60, per_interval=3, checksums=checksums)
     assert counts["images"] > 200
+    assert counts["images with checksums"] == checksums * counts["images"]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_what_weights_depend_on_survives_power_loss(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("checksums", [False, True])
+@pytest.mark.parametrize("seed", range(2))
+def test_what_weights_depend_on_survives_power_loss(memory: Path, seed: int, checksums: bool) -> None:
     """durability="head": every call up to the last final one is there; what else is there is a prefix."""
-    counts = lose_power(tmp_path, seed, "head", calls=120, per_interval=6)
+    counts = lose_power(memory, seed, "head", calls=120, per_interval=6, checksums=checksums)
     assert counts["images"] > 50
+    assert counts["images with checksums"] == checksums * counts["images"]
 
 
-def test_a_promise_that_is_not_kept_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_promise_that_is_not_kept_would_be_noticed(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask of "head" what only "full" promises, and the images show that it is not so."""
     monkeypatch.setattr(broken_files, "FINAL", {*broken_files.FINAL, "commit_samples", "ack_step"})
     with pytest.raises(AssertionError, match="was acknowledged"):
-        lose_power(tmp_path, 0, "head", calls=120, per_interval=6)
+        lose_power(memory, 0, "head", calls=120, per_interval=6)
 
 
 @pytest.mark.parametrize("lasting", [False, True])

@@ -7,7 +7,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,8 +17,9 @@ import apsw
 from paceline.errors import LedgerError, PacelineError, UnknownResultError
 from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.ledger.stores.sqlite import Durability, SQLiteMetadataStore
+from paceline.ledger.stores.sqlite.page_checksums import RESERVED_AT, RESERVED_BYTES
 from paceline.testing.ledger_history import FINAL, History, state_of
-from paceline.testing.recording_vfs import FaultyVFS, RecordingVFS, images
+from paceline.testing.recording_vfs import FaultyVFS, Files, RecordingVFS, images
 from paceline.testing.samples import sample_ref
 
 LEDGER_FILES = ("ledger.db", "ledger.db-wal")
@@ -54,34 +55,62 @@ def open_ledger(folder: Path, durability: Durability = "full", vfs: str | None =
 
 
 def lose_power(
-    folder: Path, seed: int, durability: Durability, *, calls: int, per_interval: int
+    folder: Path,
+    seed: int,
+    durability: Durability,
+    *,
+    calls: int,
+    per_interval: int,
+    checksums: bool = True,
 ) -> Counter[str]:
-    """Record a history, then open every image of it; what was acknowledged must be there."""
+    """Record a history, then open every image of it; what was acknowledged must be there.
+
+    With `checksums` as the product writes it, once the files are there; without, from the first write on.
+    """
     rng = random.Random(seed)
     vfs = RecordingVFS(f"power-{seed}-{durability}")
     live = folder / "live"
     live.mkdir(parents=True)
-    store = open_ledger(live, durability, vfs.name)
-    states: dict[int, Any] = {0: state_of(store)}
-    vfs.mark(None)
-    for name, call in History(store, rng).calls(calls):
-        call()
-        states[store.lsn()] = state_of(store)
-        vfs.mark((store.lsn(), name in FINAL or durability == "full"))
-    store.close()
-    made = len(vfs.events)
+    with vfs.below_checksums() if checksums else nullcontext(vfs.name) as layer:
+        if checksums:
+            _reserve_bytes(live, layer)
+        store = open_ledger(live, durability, layer)
+        store._vfs = vfs.name  # the log, which has no page checksums, is synced below that layer
+        made: Files = {}
+        if checksums:  # forget how they were made: with a rollback journal, whose removal is not recorded
+            made = {name: bytearray((live / name).read_bytes()) for name in LEDGER_FILES}
+            vfs.events.clear()
+        states: dict[int, Any] = {0: state_of(store)}
+        vfs.mark(None)
+        for name, call in History(store, rng).calls(calls):
+            call()
+            states[store.lsn()] = state_of(store)
+            vfs.mark((store.lsn(), name in FINAL or durability == "full"))
+        store.close()
     counts: Counter[str] = Counter(calls=len(states) - 1)
-    seen = images(vfs.events[:made], rng, per_interval=per_interval, keep=lambda name: name in LEDGER_FILES)
+    kept = [event for event in vfs.events if event.kind == "mark" or event.file in LEDGER_FILES]
+    seen = images(kept, rng, per_interval=per_interval, synced=made)
     for number, (happened, files) in enumerate(seen):
-        marks = [event.note for event in vfs.events[:happened] if event.kind == "mark"]
+        marks = [event.note for event in kept[:happened] if event.kind == "mark"]
         promised = max((lsn for lsn, kept in filter(None, marks) if kept), default=0)
         image = folder / f"image-{number}"
         image.mkdir()
+        counts["images with checksums"] += len(files.get("ledger.db", b"")) > RESERVED_AT and (
+            files["ledger.db"][RESERVED_AT] == RESERVED_BYTES
+        )
         for name, data in files.items():
             (image / name).write_bytes(data)
         _check_image(image, states, promised, created=bool(marks), where=f"seed {seed}, event {happened}")
         counts["images"] += 1
     return counts
+
+
+def _reserve_bytes(folder: Path, layer: str) -> None:
+    """A new database with page checksums, as the product makes it when no file layer is given."""
+    database = apsw.Connection(str(folder / "ledger.db"), vfs=layer)
+    database.reserve_bytes(None, RESERVED_BYTES)
+    database.execute("CREATE TABLE first (x); DROP TABLE first")
+    database.close()
 
 
 def _check_image(image: Path, states: dict[int, Any], promised: int, *, created: bool, where: str) -> None:

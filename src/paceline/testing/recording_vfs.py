@@ -10,12 +10,15 @@ writes short SQLite's own layer below completes, so at this one a short write ha
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import apsw
+
+from paceline.ledger.stores.sqlite.page_checksums import LAYER, checksum_layer
 
 TEARS = (512, 4096)
 RECORDED = ("write", "truncate", "sync")
@@ -48,6 +51,20 @@ class RecordingVFS(apsw.VFS):
         self.meets(Event("", "delete"))
         super().xDelete(name, sync_folder)
 
+    @contextmanager
+    def below_checksums(self) -> Iterator[str]:
+        """The product's checksum layer on top of this one, for databases opened in the block.
+
+        That layer lies on the layer that is the default when it is loaded, so it is loaded anew. No other
+        database may be open in this process meanwhile.
+        """
+        assert checksum_layer() is not None
+        try:
+            _load_checksums_over(self.name)
+            yield LAYER
+        finally:
+            _load_checksums_over("unix")
+
     def mark(self, note: Any) -> None:
         """Note that the program has come to a point (a call returned)."""
         self.events.append(Event("", "mark", note=note))
@@ -57,6 +74,13 @@ class RecordingVFS(apsw.VFS):
         if event.kind in RECORDED:
             self.events.append(event)
         return None
+
+
+def _load_checksums_over(vfs: str) -> None:
+    apsw.unregister_vfs(LAYER)
+    apsw.set_default_vfs(vfs)
+    checksum_layer.cache_clear()
+    checksum_layer()
 
 
 class _RecordingFile(apsw.VFSFile):
@@ -150,13 +174,16 @@ def apply(files: Files, event: Event, data: bytes | None = None) -> None:
 
 
 def images(
-    events: list[Event], rng: random.Random, *, per_interval: int, keep: Callable[[str], bool]
+    events: list[Event], rng: random.Random, *, per_interval: int, synced: Files
 ) -> Iterator[tuple[int, Files]]:
-    """(number of events that had happened, files) for power failures all along the recording."""
-    synced: Files = {}  # what is certainly on the disk
+    """(number of events that had happened, files) for power failures all along the recording.
+
+    `synced`: what is certainly on the disk before it.
+    """
+    synced = _copy(synced)
     waiting: list[Event] = []  # written, not synced
     for happened, event in enumerate(events, start=1):
-        if event.kind == "mark" or not keep(event.file):
+        if event.kind == "mark":
             continue
         if event.kind != "sync":
             waiting.append(event)
