@@ -134,18 +134,21 @@ def ref_to_json(ref: SampleRef) -> str:
     return text
 
 
+_UNCHANGED = (str, int, bool, NoneType)
+
+
 def _refuse_what_would_change(value: Any, path: str) -> None:
     """The encoder writes a NaN as null, bytes and a set as what they are not."""
-    if type(value) in (str, int):
-        return
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{path} is {value}, which JSON cannot carry.")
     if isinstance(value, Mapping):
         for key, item in value.items():
-            _refuse_what_would_change(item, f"{path}[{key!r}]")
+            if type(item) not in _UNCHANGED:
+                _refuse_what_would_change(item, f"{path}[{key!r}]")
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            _refuse_what_would_change(item, f"{path}[{index}]")
+            if type(item) not in _UNCHANGED:
+                _refuse_what_would_change(item, f"{path}[{index}]")
     elif not isinstance(value, (str, int, float, NoneType)):
         raise TypeError(f"{path} is a {type(value).__name__}, which JSON cannot carry.")
 
