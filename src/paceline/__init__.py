@@ -1,6 +1,6 @@
 """Paceline: prompts -> target capture -> feature store -> committed log -> step -> checkpoint -> release.
 
-Names that need torch are imported on first use, so that the control plane never loads it.
+Names are imported on first use: the control plane never loads torch, and the checker nothing that it checks.
 """
 
 from __future__ import annotations
@@ -8,22 +8,34 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from paceline.ledger.channel import StreamingRefQueue
-from paceline.ledger.controller import DataFlowController
-from paceline.ledger.store import MetadataStore
-from paceline.ledger.stores.memory import InMemoryMetadataStore
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.ledger.streaming_channel import StreamingRefChannel
-from paceline.types import FeatureSpec, PromptTask, SampleRef, assert_no_tensors
-
 if TYPE_CHECKING:
+    from paceline.ledger.channel import StreamingRefQueue
+    from paceline.ledger.controller import DataFlowController
+    from paceline.ledger.store import MetadataStore
+    from paceline.ledger.stores.memory import InMemoryMetadataStore
+    from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+    from paceline.ledger.streaming_channel import StreamingRefChannel
     from paceline.roles.wire import (
         build_disagg_online_consumer,
         build_disagg_online_producer,
         run_disagg_online,
     )
+    from paceline.types import FeatureSpec, PromptTask, SampleRef, assert_no_tensors
 
-_NEED_TORCH = ("build_disagg_online_consumer", "build_disagg_online_producer", "run_disagg_online")
+_HOMES = {
+    "paceline.ledger.channel": ("StreamingRefQueue",),
+    "paceline.ledger.controller": ("DataFlowController",),
+    "paceline.ledger.store": ("MetadataStore",),
+    "paceline.ledger.stores.memory": ("InMemoryMetadataStore",),
+    "paceline.ledger.stores.sqlite": ("SQLiteMetadataStore",),
+    "paceline.ledger.streaming_channel": ("StreamingRefChannel",),
+    "paceline.roles.wire": (
+        "build_disagg_online_consumer",
+        "build_disagg_online_producer",
+        "run_disagg_online",
+    ),
+    "paceline.types": ("FeatureSpec", "PromptTask", "SampleRef", "assert_no_tensors"),
+}
 
 __all__ = [
     "DataFlowController",
@@ -43,6 +55,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NEED_TORCH:
-        return getattr(import_module("paceline.roles.wire"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
     raise AttributeError(f"module 'paceline' has no attribute {name!r}")

@@ -146,6 +146,16 @@ def test_inspect_tells_what_is_provisional_planned_and_set_aside(by_hand: RunByH
     assert "nobody" in told("inspect", run, "--sample", "nobody", code=2)
 
 
+def test_the_checker_loads_nothing_of_what_it_checks() -> None:
+    """Not even by way of the package it lies in."""
+    code = (
+        "import sys, paceline.fsck.checker\n"
+        "ours = {name for name in sys.modules if name.startswith('paceline.')}\n"
+        "sys.exit(' '.join(name for name in ours if not name.startswith('paceline.fsck')))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_both_commands_load_no_torch(finished: Path) -> None:
     """They answer at once, on a machine that has none."""
     code = (

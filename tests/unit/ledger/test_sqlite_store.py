@@ -145,5 +145,8 @@ def test_a_commit_wakes_a_waiter_in_another_process(tmp_path: Path) -> None:
 
 def test_importing_the_control_plane_loads_no_torch() -> None:
     """`import paceline` and its stores stay light."""
-    code = "import sys, paceline; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = (
+        "import sys; from paceline import DataFlowController, SQLiteMetadataStore, StreamingRefChannel; "
+        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
