@@ -75,7 +75,9 @@ def lose_power(
         if checksums:
             _reserve_bytes(live, layer)
         store = open_ledger(live, durability, layer)
-        store._vfs = vfs.name  # the log, which has no page checksums, is synced below that layer
+        log_file = apsw.SQLITE_OPEN_WAL | apsw.SQLITE_OPEN_READWRITE
+        # The log, which has no page checksums, is synced below that layer.
+        store._log = apsw.VFSFile(vfs.name, f"{store.path}-wal", [log_file, 0])
         made: Files = {}
         if checksums:  # forget how they were made: with a rollback journal, whose removal is not recorded
             made = {name: bytearray((live / name).read_bytes()) for name in LEDGER_FILES}
