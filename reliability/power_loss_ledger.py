@@ -15,7 +15,7 @@ HISTORIES = 40
 def run(scale: float, seed: int) -> dict[str, int]:
     """Images of `HISTORIES * scale` histories in either mode, and every n-th fault of a few more."""
     counts: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         for number in range(round(HISTORIES * scale)):
             for durability in ("full", "head"):
                 place = Path(folder) / f"{durability}-{number}"
