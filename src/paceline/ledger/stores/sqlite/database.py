@@ -272,10 +272,8 @@ class Database:
         return self._value(f"SELECT {column} FROM run")  # noqa: S608 (no outside text)
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock, self._explained(), ExitStack() as closing:
             if not self._closed:
                 self._closed = True
-                self._log.xClose()
-                self._db.close()
-                self._group_sync.close()
-                self._gate.close()
+                for part in (self._gate.close, self._group_sync.close, self._db.close, self._log.xClose):
+                    closing.callback(part)  # the last one first, and each even if one fails
