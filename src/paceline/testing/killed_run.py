@@ -120,12 +120,13 @@ class Watcher:
         self._stopped_midway = False
 
     def __call__(self, name: str) -> None:
-        name = qualified(name, sys._getframe(2))
+        place = sys._getframe(2)
+        name = qualified(name, place)
         self.reached[name] += 1
         if name in NOTED:
             self.send("noted", what=NOTED[name])
         if name.endswith(".after_acquire"):
-            self.send("acquired")
+            self.send("acquired", epoch=place.f_locals["self"]._fence.epoch)
         if self._stale[0] and name.startswith("ledger.after_commit") and not self._came_before_the_stop():
             self.send("violation", what=f"a zombie committed {name}")
         if self._faults and name == self._faults[0].point and self.reached[name] == self._faults[0].turn:
@@ -210,6 +211,7 @@ class KilledRun:
         self._producer_done = False
         self._complete = False
         self._newest: dict[str, int] = {}  # who took each role last
+        self._epochs: Counter[str] = Counter()  # and as which of its holders
         self._steps_of: dict[int, int] = {}  # the process that last trained a step
         self.has_zombies = any(fault.kind == "stop" for fault in self.faults)
         self.history: list[str] = []
@@ -390,7 +392,9 @@ class KilledRun:
             self.counts[f"faults: {child.fired.kind}"] += 1
         elif kind == "acquired":
             child.acquired = True
-            self._newest[child.role] = child.pid
+            # One that was stopped in between may tell it long after its successor did.
+            if message["epoch"] > self._epochs[child.role]:
+                self._epochs[child.role], self._newest[child.role] = message["epoch"], child.pid
         elif kind == "refused":
             self.counts[f"zombie rejected at {message['what']}"] += 1
         elif kind == "noted":
