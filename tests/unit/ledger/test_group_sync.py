@@ -240,6 +240,16 @@ def test_a_second_store_of_a_process_leaves_the_locks_of_the_first(tmp_path: Pat
     assert stores[0].commit_samples([sample_ref(0)]) == [True]
 
 
+def test_a_store_that_is_closed_says_so(tmp_path: Path) -> None:
+    """Whether it is read or written; closing it again is no error."""
+    store = SQLiteMetadataStore(tmp_path / "ledger.db")
+    store.close()
+    store.close()
+    for call in (store.facts, lambda: store.set_facts({"a": 1})):
+        with pytest.raises(LedgerError, match="is closed"):
+            call()
+
+
 @pytest.mark.parametrize("call", ["open", "pwrite", "pread"])
 def test_an_error_of_the_gate_file_advises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str

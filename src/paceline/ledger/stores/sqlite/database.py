@@ -112,6 +112,8 @@ class Database:
     ) -> Iterator[Operation]:
         """One transaction. `final`: durable weights depend on it, so it is on the disk on return."""
         with self._lock, self._explained():
+            if self._closed:
+                raise self._is_closed()
             with self._gate.writing():
                 self._refuse_broken()
                 self._db.execute("BEGIN IMMEDIATE")
@@ -240,7 +242,10 @@ class Database:
                 next="check the disk and its permissions, then run the same command again.",
             ) from error
         except apsw.ConnectionClosedError as error:
-            raise LedgerError(f"{self.path} is closed.", next="open a new SQLiteMetadataStore.") from error
+            raise self._is_closed() from error
+
+    def _is_closed(self) -> LedgerError:
+        return LedgerError(f"{self.path} is closed.", next="open a new SQLiteMetadataStore.")
 
     def _damaged(self, error: Exception) -> SchemaError:
         return SchemaError(
