@@ -228,7 +228,7 @@ def _play_until_it_fails(place: Path, vfs: FaultyVFS, seed: int, calls: int) -> 
 
 def _close(store: SQLiteMetadataStore) -> None:
     """SQLite ignores errors of its last clean-up, but a file layer written in Python hands them up."""
-    with suppress(apsw.Error):
+    with suppress(LedgerError), _advised():
         store.close()
 
 
