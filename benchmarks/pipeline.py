@@ -6,7 +6,8 @@ A random Llama (bfloat16, 12 layers, hidden 256) answers and is captured by `pac
 EAGLE-3 draft is trained on it by `paceline consume`: ledger, checkpoints, digests, backpressure, all on.
 Three runs of one configuration: the producer with nobody reading, the consumer on what that left, and
 both together. Rates are samples per second between events of the roles' own logs, so that no start is in
-them; of the run together, only while both were at work, and once the visits' window was full. The goal is 0.95 of the slower side alone. Once
+them; of the run together, only while both were at
+work, and once the visits' window was full. The goal is 0.95 of the slower side alone. Once
 the producer is the slower one and once, with more passes, the consumer; then features should never be
 waited for.
 """
