@@ -104,7 +104,7 @@ class Pipeline:
         groups, steps = self._work(run_file)
         begin, end = steps[self._steps_of_ramp()]["time"], groups[-1]["time"]
         groups = [event for event in groups if event["time"] >= begin]
-        steps = [event for event in steps if event["time"] <= end]
+        steps = [event for event in steps if begin <= event["time"] <= end]
         waited = sum(event["wait_seconds"] for event in steps)
         share = waited / (waited + sum(event["step_seconds"] for event in steps))
         return rate(groups), rate(steps), share
