@@ -15,6 +15,10 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from paceline.errors import LedgerError, UnknownResultError
+from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.testing.samples import sample_ref
+
 ROOT = Path(__file__).parents[1]
 WAYS = ("waits", "has synced", "comes later")
 
@@ -58,20 +62,12 @@ def write(folder: Path, way: str) -> None:
         os._exit(9)
 
 
-def _store(folder: Path) -> object:
-    from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-
+def _store(folder: Path) -> SQLiteMetadataStore:
     return SQLiteMetadataStore(folder / "disk" / "run" / "ledger.db", durability="full")
 
 
 def _fail(folder: Path, way: str) -> None:
-    from paceline.errors import UnknownResultError
-    from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-    from paceline.testing.samples import sample_ref
-
     first, second = _store(folder), _store(folder)
-    assert isinstance(first, SQLiteMetadataStore)
-    assert isinstance(second, SQLiteMetadataStore)
     lazy = SQLiteMetadataStore(first.path, durability="head")
     first.commit_samples([sample_ref(0)])
     if way == WAYS[1]:
@@ -96,12 +92,7 @@ def _fail(folder: Path, way: str) -> None:
         _promise(folder, way, second)
 
 
-def _promise(folder: Path, way: str, store: object) -> None:
-    from paceline.errors import LedgerError
-    from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-    from paceline.testing.samples import sample_ref
-
-    assert isinstance(store, SQLiteMetadataStore)
+def _promise(folder: Path, way: str, store: SQLiteMetadataStore) -> None:
     try:
         store.acquire_role("consumer", "b")
         store.commit_samples([sample_ref(42)])
@@ -116,7 +107,7 @@ def check(folder: Path) -> None:
     """After the power failure."""
     promised = folder / "promised"
     store = _store(folder)
-    lsn: int = store.lsn()  # type: ignore[attr-defined]
+    lsn = store.lsn()
     if promised.exists() and lsn < int(promised.read_text()):
         raise AssertionError(f"change {promised.read_text()} was promised, the ledger ends at {lsn}")
     print("power failures survived", flush=True)

@@ -272,7 +272,9 @@ class SampleTable(TaskTable):
                 ids,
             )
             covered = {sample_id: bool(is_covered) for sample_id, is_covered, _ in rows}
-            early = [i for i in sample_ids if not covered.get(i, i not in covered and self._is_folded(i))]
+            unknown = [i for i in sample_ids if i not in covered]  # folded, or never committed
+            covered.update({i: self._folded_record(i) is not None for i in unknown})
+            early = [i for i in sample_ids if not covered[i]]
             if early:
                 raise not_covered(early)
             self._change(

@@ -74,7 +74,8 @@ class SQLiteMetadataStore(StepTable, MetadataStore):
             if not standing:
                 rows = [(key, json.dumps(value)) for key, value in facts.items()]
                 self._db.executemany("INSERT INTO fact VALUES (?, ?)", rows)
-            return standing or json.loads(json.dumps(dict(facts)))
+                standing = {key: json.loads(text) for key, text in rows}
+            return standing
 
     def facts(self) -> dict[str, Any]:
         return {key: json.loads(value) for key, value in self._rows("SELECT key, value FROM fact")}
