@@ -68,13 +68,15 @@ class Run:
             for task, i in ids.items()
         ]
         store.commit_samples(refs, fence=self.producer)
-        last_seq, names = store.committed_count(), list(ids.values())
+        last_seq, names, ack = store.committed_count(), list(ids.values()), None
         for start in range(0, len(names), BATCH):
             self.step += 1
             plan = StepPlan(self.step, tuple(names[start : start + BATCH]), last_seq)
-            store.begin_step(plan, fence=self.consumer)
-            store.ack_step(StepAck(self.step, 0, plan.sample_ids), fence=self.consumer)
+            store.begin_step(plan, ack=ack, fence=self.consumer)
+            ack = StepAck(self.step, 0, plan.sample_ids)
             self.chain = chain_of(self.chain, [plan])
+        if ack is not None:
+            store.ack_step(ack, fence=self.consumer)
         self._checkpoint(last_seq)
         return True
 
