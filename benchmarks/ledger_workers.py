@@ -15,7 +15,6 @@ import resource
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -24,6 +23,7 @@ from typing import Any
 
 import apsw
 
+from paceline.ledger.controller import op_ids
 from paceline.ledger.gate import WriterGate
 from paceline.ledger.records import Fence, StepAck, StepPlan
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
@@ -88,10 +88,6 @@ def batches(worker: str, size: int) -> Iterator[list[SampleRef]]:
     return (refs_of(worker, first, size) for first in count(0, size))
 
 
-def op_id() -> str:
-    return uuid.uuid4().hex
-
-
 def timed(seconds: float, work: Callable[[], int]) -> Counts:
     """Call `work`, which returns how many refs it moved, until the time is over or it returns 0."""
     moved, calls = 0, []
@@ -108,23 +104,23 @@ def timed(seconds: float, work: Callable[[], int]) -> Counts:
 def commit(path: str, durability: str, batch: int, seconds: float, worker: str) -> Counts:
     """Commit fresh refs, `batch` in a transaction."""
     store = SQLiteMetadataStore(path, durability=durability)  # type: ignore[arg-type]
-    fresh = batches(worker, batch)
+    fresh, ids = batches(worker, batch), op_ids()
     ready()
-    return timed(seconds, lambda: sum(store.commit_samples(next(fresh), op_id=op_id())))
+    return timed(seconds, lambda: sum(store.commit_samples(next(fresh), op_id=next(ids))))
 
 
 def produce(path: str, batch: int, seconds: float, worker: str, epoch: int) -> Counts:
     """Lease, reserve, commit: what a producer asks of the ledger. All workers of a run share the role."""
     store = SQLiteMetadataStore(path, durability="head")
-    fence = Fence("producer", epoch)
+    fence, ids = Fence("producer", epoch), op_ids()
     ready()
 
     def one() -> int:
-        leases = store.lease_tasks(worker, batch, fence=fence, op_id=op_id())
+        leases = store.lease_tasks(worker, batch, fence=fence, op_id=next(ids))
         sizes = {f"bench:{lease.task_id}": 100 for lease in leases}
-        generations = store.reserve(sizes, fence=fence, op_id=op_id())
+        generations = store.reserve(sizes, fence=fence, op_id=next(ids))
         refs = [ref_of(lease.task_id, generations[f"bench:{lease.task_id}"]) for lease in leases]
-        return sum(store.commit_samples(refs, fence=fence, op_id=op_id())) if refs else 0
+        return sum(store.commit_samples(refs, fence=fence, op_id=next(ids))) if refs else 0
 
     return timed(seconds, one)
 
@@ -132,7 +128,7 @@ def produce(path: str, batch: int, seconds: float, worker: str, epoch: int) -> C
 def consume(path: str, batch: int, seconds: float) -> Counts:
     """Read the log, begin and ack steps of `batch` samples: what a consumer asks of the ledger."""
     store = SQLiteMetadataStore(path, durability="head")
-    fence = store.acquire_role("consumer", "benchmark")
+    fence, ids = store.acquire_role("consumer", "benchmark"), op_ids()
     ready()
     after = step = 0
     ack: StepAck | None = None
@@ -143,7 +139,7 @@ def consume(path: str, batch: int, seconds: float) -> Counts:
         entries = store.read_committed(after, batch)
         if not entries:
             if ack is not None:
-                store.ack_step(ack, fence=fence, op_id=op_id())
+                store.ack_step(ack, fence=fence, op_id=next(ids))
                 ack = None
             if store.wait(seen, WAIT_S) == seen:
                 return 0
@@ -152,7 +148,7 @@ def consume(path: str, batch: int, seconds: float) -> Counts:
             return one()
         after, step = entries[-1].seq, step + 1
         plan = StepPlan(step, tuple(entry.ref.sample_id for entry in entries), after)
-        begun = store.begin_step(plan, ack=ack, fence=fence, op_id=op_id())
+        begun = store.begin_step(plan, ack=ack, fence=fence, op_id=next(ids))
         ack = StepAck(step, begun.plan.rev, plan.sample_ids)
         return len(entries)
 
@@ -177,13 +173,13 @@ def listen(path: str, idle_s: float, commits: int) -> Counts:
 def ring(path: str, idle_s: float, commits: int, gap_s: float) -> Counts:
     """Commit now and then, after a time without any."""
     store = SQLiteMetadataStore(path, durability="head")
-    called_at = {}
+    called_at, ids = {}, op_ids()
     ready()
     time.sleep(2 * idle_s)
     for number in range(commits):
         time.sleep(gap_s)
         called = time.monotonic()
-        store.commit_samples(refs_of("ring", number, 1), op_id=op_id())
+        store.commit_samples(refs_of("ring", number, 1), op_id=next(ids))
         called_at[store.lsn()] = called
     return {"called_at": called_at, "cpu": resource.getrusage(resource.RUSAGE_SELF).ru_utime}
 
@@ -198,7 +194,7 @@ class Plain:
         self.gate = WriterGate(Path(path + "-gate"))
         self.db = apsw.Connection(path)
         self.db.set_busy_timeout(60_000)
-        with self.gate.writing():
+        with self.gate:
             list(
                 self.db.execute(  # the cursor runs the later statements
                     f"PRAGMA journal_mode=WAL; PRAGMA synchronous={synchronous};"
@@ -212,7 +208,7 @@ class Plain:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        with self.gate.writing():
+        with self.gate:
             self.db.execute("BEGIN IMMEDIATE")
             yield
             self.db.execute("COMMIT")

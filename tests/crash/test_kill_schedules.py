@@ -57,7 +57,7 @@ def test_a_thousand_schedules_end_in_the_same_weights() -> None:
 PLANTED = {
     "no fence": (
         "from paceline.ledger.stores.sqlite.database import Database\n"
-        "Database._check_fence = lambda self, fence: None",
+        "Database._check_fence = lambda self, fence, epoch: None",
         "plain/consumer/checkpoint.after_retire/2/stopped",
     ),
     "half-written checkpoints stay": (

@@ -20,7 +20,7 @@ import apsw
 
 from paceline.fsck.report import Report
 
-APPLICATION_ID, SCHEMA = 0x50414345, 2
+APPLICATION_ID, SCHEMA = 0x50414345, 3
 HEADER_BYTES, TEXT_AT = 4096, 128
 MAGIC, SEALED = int.from_bytes(b"PACESLOT", "little"), 0x5345414C45442E2E
 ALL_BITS = (1 << 64) - 1

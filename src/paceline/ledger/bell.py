@@ -3,27 +3,40 @@
 Every waiter hangs a FIFO into a shared folder; who changed something writes one byte into each.
 A byte carries no data, so a lost or surplus one can never be wrong: a waiter hangs its FIFO up
 first, then looks at the store, then sleeps. A FIFO nobody reads (its waiter was killed) answers
-ENXIO and is taken down by the next ring.
+ENXIO and is taken down by the next ring that anybody hears. Every waiter holds a shared lock meanwhile:
+looking for it costs a ringer a tenth of what looking through the folder does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import select
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
 
 from paceline.errors import LedgerError
+from paceline.ledger.gate import byte_range, is_locked
 
 
 class Bell:
     def __init__(self, folder: Path) -> None:
+        """Raises LedgerError."""
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._waiters = self._open_lock()
+        except OSError as error:
+            raise _cannot_be_made(folder, error) from error
+        self.close = weakref.finalize(self, os.close, self._waiters)
+
+    def _open_lock(self) -> int:
+        return os.open(self._folder / "waiters.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def ring(self) -> None:
         """Wake every waiter. Never blocks: a full FIFO belongs to a waiter that is already awake.
@@ -31,10 +44,12 @@ class Bell:
         Never fails either: what is told has happened, and whoever cannot be woken (no file descriptor is
         left) looks again at the end of his wait.
         """
-        with contextlib.suppress(OSError), os.scandir(self._folder) as entries:
-            for entry in entries:
-                if entry.name.endswith(".fifo"):
-                    self._ring_one(entry.path)
+        with contextlib.suppress(OSError):
+            if is_locked(self._waiters):
+                with os.scandir(self._folder) as entries:
+                    for entry in entries:
+                        if entry.name.endswith(".fifo"):
+                            self._ring_one(entry.path)
 
     def _ring_one(self, path: str) -> None:
         try:
@@ -63,25 +78,35 @@ class Bell:
         """Hang up a FIFO for the length of the block. Raises LedgerError."""
         name = f"{os.getpid()}-{uuid.uuid4().hex}"
         aside, path = self._folder / f"{name}.new", self._folder / f"{name}.fifo"
+        opened = contextlib.ExitStack()
         try:
+            lock = self._open_lock()
+            opened.callback(os.close, lock)
+            fcntl.fcntl(lock, fcntl.F_OFD_SETLKW, byte_range(fcntl.F_RDLCK))
             os.mkfifo(aside, 0o600)
             # Opened for both directions, so that it never reads end-of-file; renamed into sight only
             # when it is open, so that a ringer never takes it for a dead waiter's.
             fd = os.open(aside, os.O_RDWR | os.O_NONBLOCK)
+            opened.callback(os.close, fd)
             aside.rename(path)
         except OSError as error:
+            opened.close()
             with contextlib.suppress(OSError):
                 aside.unlink()
-            raise LedgerError(
-                f"{path} cannot be made ({error}).",
-                why="Without it this process would not hear of changes. Nothing was changed.",
-                next="check that disk and the limit of open files (`ulimit -n`), then run it again.",
-            ) from error
+            raise _cannot_be_made(path, error) from error
         try:
             yield Listener(fd)
         finally:
-            os.close(fd)
+            opened.close()
             path.unlink(missing_ok=True)
+
+
+def _cannot_be_made(path: Path, error: OSError) -> LedgerError:
+    return LedgerError(
+        f"{path} cannot be made ({error}).",
+        why="Without it this process would not hear of changes. Nothing was changed.",
+        next="check that disk and the limit of open files (`ulimit -n`), then run it again.",
+    )
 
 
 class Listener:

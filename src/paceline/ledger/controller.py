@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import socket
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any, Protocol, TypeVar
 
 from paceline.crashpoints import reach
@@ -26,6 +27,13 @@ ATTEMPT_MAX = 5
 RELEASE_AT_ONCE = 1000
 TRIES = 3  # of a call whose result stays unknown
 T = TypeVar("T")
+
+
+def op_ids() -> Iterator[str]:
+    """Each a new one, in a forked copy of this process too; in order, so that a store finds them close by."""
+    mine = uuid.uuid4().hex
+    for number in count():
+        yield f"{mine}-{os.getpid():x}-{number:012x}"
 
 
 class Aborts(Protocol):
@@ -45,6 +53,7 @@ class DataFlowController:
         self._tasks: dict[str, PromptTask] = {}
         self._fences: dict[str, Fence] = {}
         self._unwritten_ack: StepAck | None = None
+        self._op_ids = op_ids()
         self._bind()
 
     def _bind(self) -> None:
@@ -72,7 +81,7 @@ class DataFlowController:
 
     def _settled(self, call: Callable[[str], T]) -> T:
         """Make a call under an op id, and repeat it under the same one while its result is unknown."""
-        op_id = uuid.uuid4().hex
+        op_id = next(self._op_ids)
         for tries_left in reversed(range(TRIES)):
             try:
                 return call(op_id)

@@ -31,18 +31,42 @@ def _advising(file: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise LedgerError(
-            f"{file} cannot be used ({error}).",
-            why="Without it two processes could write at once. Nothing was changed.",
-            next="check that disk and the limit of open files (`ulimit -n`), then run it again.",
-        ) from error
+        raise _cannot_use(file, error) from error
+
+
+def _cannot_use(file: str, error: OSError) -> LedgerError:
+    return LedgerError(
+        f"{file} cannot be used ({error}).",
+        why="Without it two processes could write at once. Nothing was changed.",
+        next="check that disk and the limit of open files (`ulimit -n`), then run it again.",
+    )
+
+
+FLOCK = "hhlli"  # struct flock: type, whence, start, length (0: to the end), pid (0 for this kind)
+
+
+def byte_range(kind: int, start: int = 0, length: int = 0) -> bytes:
+    """`kind` as in fcntl(2); length 0: to the end of the file."""
+    return struct.pack(FLOCK, kind, os.SEEK_SET, start, length, 0)
+
+
+ALL_FOR_WRITING = byte_range(fcntl.F_WRLCK)
+DOOR_BYTE = 66  # of the gate file, locked but never written, as those of group_sync.py
+IN_THE_DOOR, DOOR_FREE = byte_range(fcntl.F_WRLCK, DOOR_BYTE, 1), byte_range(fcntl.F_UNLCK, DOOR_BYTE, 1)
+
+
+def is_locked(fd: int, range_: bytes = ALL_FOR_WRITING) -> bool:
+    """Whether anybody else holds a lock that is in the way of this one. Raises OSError."""
+    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, range_)
+    return bool(struct.unpack(FLOCK, found)[0] != fcntl.F_UNLCK)
 
 
 class WriterGate:
     """A queue for writers of several processes.
 
-    SQLite's own busy handler sleeps and retries, so one writer in a tight loop starves the
-    others; flock(2) queues them.
+    SQLite's own busy handler sleeps and retries, so one writer in a tight loop starves the others;
+    flock(2) queues them. Who frees it is still awake and would often have it again before anybody who
+    waited is: so there is a door before it, and only who waits in the door may have the gate next.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,15 +75,19 @@ class WriterGate:
         with _advising(f"the gate of writers, {path},"):
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Raises LedgerError before anything is written."""
-        with _advising(f"the gate of writers, {self.path},"):
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
+    def __enter__(self) -> None:
+        """Wait for this process's turn. Raises LedgerError before anything is written."""
         try:
-            yield
-        finally:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, IN_THE_DOOR)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+            finally:
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, DOOR_FREE)
+        except OSError as error:
+            raise _cannot_use(f"the gate of writers, {self.path},", error) from error
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -89,7 +117,7 @@ class RoleLock:
 
     def _take(self, folder: Path, role: str) -> None:
         try:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _whole_file(fcntl.F_WRLCK))
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, ALL_FOR_WRITING)
         except (BlockingIOError, PermissionError) as error:  # either tells that it is held
             holder = _named_holder(self._fd)
             it = f"process {holder}" if holder else "its process"
@@ -120,10 +148,7 @@ def live_holder(folder: Path, role: str) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _whole_file(fcntl.F_WRLCK))
-        if struct.unpack(FLOCK, found)[0] == fcntl.F_UNLCK:
-            return None
-        return _named_holder(fd)
+        return _named_holder(fd) if is_locked(fd) else None
     finally:
         os.close(fd)
 
@@ -138,13 +163,6 @@ def _named_holder(fd: int) -> int:
     content = os.pread(fd, 64, 0)
     name = content.partition(b" ")[0]
     return int(name) if name.isdigit() and content == _naming(int(name)) else UNKNOWN
-
-
-FLOCK = "hhlli"  # struct flock: type, whence, start, length (0: to the end), pid (0 for this kind)
-
-
-def _whole_file(kind: int) -> bytes:
-    return struct.pack(FLOCK, kind, os.SEEK_SET, 0, 0, 0)
 
 
 def filesystem_of(path: Path) -> str:

@@ -85,7 +85,7 @@ def ends_no_past(real: Any) -> Any:
 
 def noted_before_synced(_: Any) -> Any:
     def wait_for(self: GroupSync, lsn: int, newest: Callable[[], int]) -> None:
-        with self.alone():
+        with self.alone:
             if self._noted() < lsn:
                 self._note(newest())
                 self._sync()
@@ -95,7 +95,7 @@ def noted_before_synced(_: Any) -> Any:
 
 def notes_what_came_since(_: Any) -> Any:
     def wait_for(self: GroupSync, lsn: int, newest: Callable[[], int]) -> None:
-        with self.alone():
+        with self.alone:
             if self._noted() < lsn:
                 self._sync()
                 self._note(newest())
@@ -120,7 +120,7 @@ class Log:
         """By somebody who writes all of it again if nobody vouches for it."""
         (place / "ledger.db").touch()
         group = GroupSync(place / "gate", self.sync)
-        with group.alone():
+        with group.alone:
             group.enter(place / "ledger.db", self._write_again)
         return group
 

@@ -191,7 +191,7 @@ HARMS: dict[str, tuple[str, Callable[[Path], None]]] = {
     ),
     "pages belong to nothing": (
         "C8 the database is damaged: *** in database main *** Page",
-        lambda run: sql_unchecked(run, "DELETE FROM sqlite_schema WHERE name = 'sample_open'"),
+        lambda run: sql_unchecked(run, "DELETE FROM sqlite_schema WHERE name = 'sample_resident'"),
     ),
     "a table is gone": ("C8", lambda run: sql_unchecked(run, "DROP TABLE ack")),
     "no database": ("C8", lambda run: (run / "ledger.db").write_bytes(b"x" * 5000) and None),

@@ -163,7 +163,7 @@ def test_a_ledger_of_version_1_is_left_to_be_opened_and_goes_on_as_a_sound_one(t
     db.close()
     before = (tmp_path / "ledger.db").read_bytes()
     report = check(tmp_path)
-    assert (report.errors, report.unchecked) == ([], "ledger.db has schema version 1, this checker knows 2")
+    assert (report.errors, report.unchecked) == ([], "ledger.db has schema version 1, this checker knows 3")
     assert (tmp_path / "ledger.db").read_bytes() == before
     run = RunByHand(tmp_path)
     assert "checkpoints of an earlier version have no chain to check, at steps: 1, 2" in check(tmp_path).notes

@@ -15,7 +15,7 @@ import pytest
 from paceline.errors import LedgerError, SchemaError, UnknownResultError
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.ledger.stores.sqlite.database import Database
-from paceline.ledger.stores.sqlite.group_sync import UNKNOWN, GroupSync
+from paceline.ledger.stores.sqlite.group_sync import UNKNOWN, Alone, GroupSync
 from paceline.testing.samples import sample_ref
 
 
@@ -23,7 +23,7 @@ def opened(folder: Path, sync: Callable[[], None]) -> tuple[GroupSync, list[int]
     """One more who has the ledger open, and what it was told if it had to write the log again."""
     (folder / "ledger.db").touch()
     group, told = GroupSync(folder / "gate", sync), []
-    with group.alone():
+    with group.alone:
         group.enter(folder / "ledger.db", told.append)
     return group, told
 
@@ -250,22 +250,25 @@ def test_a_store_that_is_closed_says_so(tmp_path: Path) -> None:
             call()
 
 
-@pytest.mark.parametrize("call", ["open", "pwrite", "pread"])
-def test_an_error_of_the_gate_file_advises(
+def fails(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "injected")
+
+
+@pytest.mark.parametrize("call", ["open", "posix_fallocate"])
+def test_a_gate_file_that_cannot_be_opened_advises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """And what had been committed by then is called unknown."""
-    store = SQLiteMetadataStore(tmp_path / "ledger.db")
-
-    def fails(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "injected")
-
+    """A full disk is told here: later, whoever wrote the note would be killed."""
     monkeypatch.setattr(f"paceline.ledger.stores.sqlite.group_sync.os.{call}", fails)
-    if call == "open":
-        before = len(list(Path("/proc/self/fd").iterdir()))
-        with pytest.raises(LedgerError, match="check the disk"):
-            SQLiteMetadataStore(tmp_path / "ledger.db")
-        assert len(list(Path("/proc/self/fd").iterdir())) <= before
-    else:
-        with pytest.raises(UnknownResultError, match="check the disk"):
-            store.commit_samples([sample_ref(0)])
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(LedgerError, match="check the disk"):
+        SQLiteMetadataStore(tmp_path / "ledger.db")
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+def test_an_error_of_the_lock_for_a_sync_advises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What had been committed by then is called unknown."""
+    store = SQLiteMetadataStore(tmp_path / "ledger.db")
+    monkeypatch.setattr(Alone, "__enter__", fails)
+    with pytest.raises(UnknownResultError, match="check the disk"):
+        store.commit_samples([sample_ref(0)])

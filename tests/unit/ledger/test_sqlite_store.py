@@ -131,13 +131,16 @@ def test_a_commit_wakes_a_waiter_in_another_process(tmp_path: Path) -> None:
     """The doorbell crosses processes; a dead waiter's bell is taken down."""
     path = tmp_path / "db"
     store = SQLiteMetadataStore(path)
-    stale = tmp_path / "db-bell" / "0-dead.fifo"
+    bell = tmp_path / "db-bell"
+    stale = bell / "0-dead.fifo"
     os.mkfifo(stale)
     with subprocess.Popen(
         [sys.executable, "-c", WAIT_FOR_CHANGE, str(path)], stdout=subprocess.PIPE, text=True
     ) as waiter:
         assert waiter.stdout is not None
         assert waiter.stdout.readline() == "ready\n"
+        while len(list(bell.glob("*.fifo"))) < 2:  # until it has hung its own up
+            assert waiter.poll() is None
         store.set_facts({"x": 1})
         assert waiter.stdout.readline() == "1\n"
     assert not stale.exists()

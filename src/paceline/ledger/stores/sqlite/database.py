@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -32,12 +32,14 @@ from paceline.ledger.records import Fence
 from paceline.ledger.refusals import fenced
 from paceline.ledger.stores.sqlite.group_sync import GroupSync
 from paceline.ledger.stores.sqlite.page_checksums import RESERVED_BYTES, checksum_layer, refuse_unchecked
+from paceline.ledger.stores.sqlite.run_row import READ, READ_TO_CHANGE, WRITE, RunRow
 from paceline.ledger.stores.sqlite.schema import open_schema
 
 Durability = Literal["full", "head"]
 SQLITE_FLOOR = (3, 51, 3)
 SQLITE_BACKPORTS = ((3, 44, 6), (3, 50, 7))
 OPS_KEPT = 4096
+OPS_AT_ONCE = 1024  # older ones are dropped together: one page of a commit less
 BUSY_MS = 60_000
 
 
@@ -53,10 +55,39 @@ def check_sqlite_version(version: str) -> None:
         )
 
 
+UNUSABLE = (
+    apsw.IOError,
+    apsw.BusyError,
+    apsw.ReadOnlyError,
+    apsw.CantOpenError,
+    apsw.ProtocolError,
+    apsw.LockedError,
+    OSError,
+)
+
+
+class Errors:
+    """`with` it: an error on the way out is shown to `raise_better`, which may raise another.
+
+    A class, because every call of the ledger passes through and a generator takes three times as long.
+    """
+
+    def __init__(self, raise_better: Callable[[BaseException], None]) -> None:
+        self._raise_better = raise_better
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _where: object) -> None:
+        if error is not None:
+            self._raise_better(error)
+
+
 class Operation:
     """One call with an op id: what its first try returned, if there was one, as JSON."""
 
-    def __init__(self, stored: str | None) -> None:
+    def __init__(self, op_id: str | None, stored: str | None) -> None:
+        self.op_id = op_id
         self.repeated = stored is not None
         self.result: Any = None if stored is None else msgspec.json.decode(stored)
         self.kept: Any = None
@@ -73,15 +104,19 @@ class Database:
         self._lock = threading.RLock()
         self._closed = False
         self._broken = ""
-        with self._lock, self._explained(), ExitStack() as opened:
+        self._now: RunRow | None = None  # of the open transaction, if it changes the ledger
+        self._explained, self._final_errors = Errors(self._explain), Errors(self._fail_for_good)
+        with self._lock, self._explained, ExitStack() as opened:
             make_folder(self.path.parent)
             refuse_network_filesystem(self.path.parent)
             self._bell = Bell(self.path.with_name(self.path.name + "-bell"))
             gate = self.path.with_name(self.path.name + "-gate")
-            self._gate, self._group_sync = WriterGate(gate), GroupSync(gate, self._sync_log)
+            opened.callback(self._bell.close)
+            self._gate = WriterGate(gate)
             opened.callback(self._gate.close)
+            self._group_sync = GroupSync(gate, self._sync_log)
             opened.callback(self._group_sync.close)
-            with self._group_sync.alone(), self._gate.writing():
+            with self._group_sync.alone, self._gate:
                 self._open(vfs, opened)
             opened.pop_all()
 
@@ -111,40 +146,54 @@ class Database:
         self, fence: Fence | None, op_id: str | None = None, *, final: bool = False
     ) -> Iterator[Operation]:
         """One transaction. `final`: durable weights depend on it, so it is on the disk on return."""
-        with self._lock, self._explained():
+        with self._lock, self._explained:
             if self._closed:
                 raise self._is_closed()
-            with self._gate.writing():
+            with self._gate:
                 self._refuse_broken()
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
                     reach("ledger.after_begin")
-                    operation = Operation(self._stored_result(op_id))
-                    if not operation.repeated:
-                        self._check_fence(fence)
+                    operation, self._now = self._begun(fence, op_id)
+                    lsn = self._now.lsn
                     yield operation
-                    if operation.repeated:
+                    if not operation.repeated:
+                        lsn = self._now.lsn = lsn + 1
+                        self._commit(self._now, operation)
+                finally:
+                    self._now = None
+                    if self._db.in_transaction:  # a repeated operation, or an error
                         self._db.execute("ROLLBACK")
-                        lsn = self.lsn()
-                    else:
-                        lsn = self._value("UPDATE run SET lsn = lsn + 1 RETURNING lsn")
-                        self._store_result(op_id, operation)
-                        reach("ledger.before_commit")
-                        self._commit()
-                except BaseException:
-                    if self._db.in_transaction:
-                        self._db.execute("ROLLBACK")
-                    raise
             if not operation.repeated:
                 reach("ledger.after_commit")
                 self._bell.ring()
             if final or self._durability == "full":
-                with self._final_errors():
+                with self._final_errors:
                     self._group_sync.wait_for(lsn, self.lsn)
                 reach("ledger.after_sync")
 
-    def _commit(self) -> None:
-        with self._final_errors():
+    def _begun(self, fence: Fence | None, op_id: str | None) -> tuple[Operation, RunRow]:
+        role = None if fence is None else fence.role
+        [(epoch, result, *columns)] = self._db.execute(READ_TO_CHANGE, (role, op_id))
+        operation = Operation(op_id, result)
+        if not operation.repeated:
+            self._check_fence(fence, epoch or 0)
+        return operation, RunRow(*columns)
+
+    @staticmethod
+    def _check_fence(fence: Fence | None, epoch: int) -> None:
+        if fence is not None and epoch != fence.epoch:
+            raise fenced(fence, epoch)
+
+    def _commit(self, run: RunRow, operation: Operation) -> None:
+        self._db.execute(WRITE, run.values())
+        if operation.op_id is not None:
+            result = msgspec.json.encode(operation.kept).decode()
+            self._db.execute("INSERT INTO operation VALUES (?, ?, ?)", (operation.op_id, run.lsn, result))
+            if run.lsn % OPS_AT_ONCE == 0:
+                self._db.execute("DELETE FROM operation WHERE lsn < ?", (run.lsn - OPS_KEPT,))
+        reach("ledger.before_commit")
+        with self._final_errors:
             self._db.execute("COMMIT")
 
     def _sync_log(self) -> None:
@@ -170,11 +219,8 @@ class Database:
             )
         reach("ledger.after_write_again")
 
-    @contextmanager
-    def _final_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (apsw.IOError, apsw.CorruptError, apsw.CantOpenError, OSError) as error:
+    def _fail_for_good(self, error: BaseException) -> None:
+        if isinstance(error, (apsw.IOError, apsw.CorruptError, apsw.CantOpenError, OSError)):
             self._broken = str(error)
             raise UnknownResultError(
                 f"{self.path} could not be synced ({error}); whether the last change is on disk is unknown.",
@@ -190,64 +236,30 @@ class Database:
                 next="check the disk, then run the same command again.",
             )
 
-    def _check_fence(self, fence: Fence | None) -> None:
-        if fence is None:
-            return
-        epoch = self._value("SELECT epoch FROM role WHERE name = ?", fence.role)
-        if epoch != fence.epoch:
-            raise fenced(fence, epoch or 0)
-
-    def _stored_result(self, op_id: str | None) -> str | None:
-        if op_id is None:
-            return None
-        stored: str | None = self._value("SELECT result FROM operation WHERE op_id = ?", op_id)
-        return stored
-
-    def _store_result(self, op_id: str | None, operation: Operation) -> None:
-        if op_id is not None:
-            self._db.execute(
-                "INSERT INTO operation SELECT ?, lsn, ? FROM run",
-                (op_id, msgspec.json.encode(operation.kept).decode()),
-            )
-            self._db.execute("DELETE FROM operation WHERE lsn < (SELECT lsn FROM run) - ?", (OPS_KEPT,))
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explain(self, error: BaseException) -> None:
         """Turn what SQLite says into what the user can do."""
-        try:
-            yield
-        except apsw.FullError as error:
+        if isinstance(error, apsw.FullError):
             raise LedgerError(
                 f"The disk of {self.path} is full ({error}).",
                 why="The change was rolled back; everything committed before is safe.",
                 next="free space on that disk and run the same command again.",
             ) from error
-        except (apsw.CorruptError, apsw.NotADBError) as error:
+        checksum_differs = getattr(error, "extendedresult", 0) == apsw.SQLITE_IOERR_DATA
+        if checksum_differs or isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
             raise self._damaged(error) from error
-        except (
-            apsw.IOError,
-            apsw.BusyError,
-            apsw.ReadOnlyError,
-            apsw.CantOpenError,
-            apsw.ProtocolError,
-            apsw.LockedError,
-            OSError,
-        ) as error:
-            if getattr(error, "extendedresult", 0) == apsw.SQLITE_IOERR_DATA:
-                # A page does not match its checksum.
-                raise self._damaged(error) from error
+        if isinstance(error, UNUSABLE):
             raise LedgerError(
                 f"{self.path} cannot be read or written ({error}).",
                 why="The change was rolled back; everything committed before is safe.",
                 next="check the disk and its permissions, then run the same command again.",
             ) from error
-        except apsw.ConnectionClosedError as error:
+        if isinstance(error, apsw.ConnectionClosedError):
             raise self._is_closed() from error
 
     def _is_closed(self) -> LedgerError:
         return LedgerError(f"{self.path} is closed.", next="open a new SQLiteMetadataStore.")
 
-    def _damaged(self, error: Exception) -> SchemaError:
+    def _damaged(self, error: BaseException) -> SchemaError:
         return SchemaError(
             f"{self.path} is damaged or no database ({error}).",
             why="The ledger cannot be trusted, so nothing was changed.",
@@ -258,7 +270,7 @@ class Database:
         with self._lock:
             if not self._closed and self._db.in_transaction:  # whoever began it explains its errors
                 return list(self._db.execute(sql, values))
-            with self._explained():
+            with self._explained:
                 return list(self._db.execute(sql, values))
 
     def _value(self, sql: str, *values: Any) -> Any:
@@ -271,14 +283,22 @@ class Database:
         return self._db.changes()
 
     def lsn(self) -> int:
-        return int(self._run("lsn"))
+        return int(self._value("SELECT lsn FROM run"))
 
-    def _run(self, column: str) -> Any:
-        return self._value(f"SELECT {column} FROM run")  # noqa: S608 (no outside text)
+    def _run(self) -> RunRow:
+        """The counters; in a change the ones it may set."""
+        with self._lock:
+            return self._now or RunRow(*self._rows(READ)[0])
 
     def close(self) -> None:
-        with self._lock, self._explained(), ExitStack() as closing:
+        with self._lock, self._explained, ExitStack() as closing:
             if not self._closed:
                 self._closed = True
-                for part in (self._gate.close, self._group_sync.close, self._db.close, self._log.xClose):
+                for part in (
+                    self._bell.close,
+                    self._gate.close,
+                    self._group_sync.close,
+                    self._db.close,
+                    self._log.xClose,
+                ):
                     closing.callback(part)  # the last one first, and each even if one fails

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +33,7 @@ class Folding(Database):
     @contextmanager
     def _reading(self) -> Iterator[None]:
         """Several reads that see one state of the ledger."""
-        with self._lock, self._explained():
+        with self._lock, self._explained:
             if self._db.in_transaction:
                 yield
                 return
@@ -82,7 +83,7 @@ class Folding(Database):
     def _append_task_ids(self, task_ids: Sequence[str]) -> None:
         if not task_ids:
             return
-        known = self._run("num_tasks")
+        known = self._run().num_tasks
         ids = list(task_ids)
         open_block = self._rows(
             "SELECT first FROM folded WHERE kind = 'tasks' AND last - first + 1 < ? AND content NOT NULL "
@@ -96,7 +97,7 @@ class Folding(Database):
         for start in range(0, len(ids), BLOCK):
             part = ids[start : start + BLOCK]
             self._write_block("tasks", first + start, first + start + len(part) - 1, part)
-        self._change("UPDATE run SET num_tasks = ?", known + len(task_ids))
+        self._run().num_tasks = known + len(task_ids)
 
     def _task_ids_between(self, start: int, stop: int) -> list[str]:
         """The ids of prompts `start` to `stop - 1`, all of them known."""
@@ -114,14 +115,14 @@ class Folding(Database):
 
     def _unleased_ordinal(self, task_id: str) -> int | None:
         """For a commit without a lease; searches every prompt that was never leased."""
-        start, end = self._run("next_ordinal"), self._run("num_tasks")
+        start, end = self._run().next_ordinal, self._run().num_tasks
         ids = self._task_ids_between(start, end)
         return start + ids.index(task_id) if task_id in ids else None
 
     def _known_task_ids(self) -> set[str]:
         """Every prompt id. Raises ConfigError once some are history: then the list must begin with them."""
         if self._value("SELECT 1 FROM folded WHERE kind = 'tasks' AND content IS NULL"):
-            raise prompts_differ(self._run("num_tasks"))
+            raise prompts_differ(self._run().num_tasks)
         return {task_id for block in self._blocks("tasks") for task_id in block}
 
     # -- folding ---------------------------------------------------------------------------
@@ -129,7 +130,7 @@ class Folding(Database):
     def compact(self, *, fence: Fence | None = None) -> int:
         with self._mutation(fence):
             oldest = self._value("SELECT coalesce(min(step), 0) FROM checkpoint")
-            self._change("UPDATE run SET folded_step = max(folded_step, ?)", oldest)
+            self._run().folded_step = max(self._run().folded_step, oldest)
             ready = self._value("SELECT count(*) FROM ack WHERE durable = 1 AND step <= ?", oldest)
             plans = self._value("SELECT count(*) FROM plan WHERE step <= ?", oldest)
             folded = 0
@@ -162,9 +163,8 @@ class Folding(Database):
         rows = self._rows(
             "SELECT seq, sample_id, task_id, step FROM sample JOIN ack USING (sample_id) "
             "WHERE state = 'released' AND durable = 1 AND step <= ? AND ordinal NOT NULL "
-            "AND ordinal < (SELECT next_ordinal FROM run) AND ordinal NOT IN (SELECT ordinal FROM task) "
-            "ORDER BY seq",
-            oldest,
+            "AND ordinal < ? AND ordinal NOT IN (SELECT ordinal FROM task) ORDER BY seq",
+            *(oldest, self._run().next_ordinal),
         )
         for start in range(0, len(rows), BLOCK):
             part = rows[start : start + BLOCK]
@@ -173,31 +173,34 @@ class Folding(Database):
             self._write_block("samples", seqs[0], seqs[-1], content)
             self._db.executemany("DELETE FROM ack WHERE sample_id = ?", [(i,) for i in ids])
             self._db.executemany("DELETE FROM sample WHERE seq = ?", [(seq,) for seq in seqs])
-            self._change("UPDATE run SET folded_seq = max(folded_seq, ?)", seqs[-1])
+            self._run().folded_seq = max(self._run().folded_seq, seqs[-1])
         return len(rows)
 
     def _fold_task_ids(self) -> None:
         """The ids of prompts that are all done and folded are in their samples' blocks already."""
-        self._change(
-            "UPDATE folded SET content = NULL WHERE kind = 'tasks' AND content NOT NULL "
-            "AND last - first + 1 >= ? AND last < (SELECT next_ordinal FROM run) "
-            "AND NOT EXISTS (SELECT 1 FROM task WHERE ordinal BETWEEN first AND last) "
-            "AND NOT EXISTS (SELECT 1 FROM sample WHERE ordinal BETWEEN first AND last)",
-            BLOCK,
+        blocks = self._rows(
+            "SELECT first, last FROM folded WHERE kind = 'tasks' AND content NOT NULL "
+            "AND last - first + 1 >= ? AND last < ? "
+            "AND NOT EXISTS (SELECT 1 FROM task WHERE ordinal BETWEEN first AND last)",
+            *(BLOCK, self._run().next_ordinal),
         )
+        in_rows = sorted(row[0] for row in self._rows("SELECT ordinal FROM sample WHERE ordinal NOT NULL"))
+        for first, last in blocks:
+            if bisect_left(in_rows, first) == bisect_right(in_rows, last):
+                self._change("UPDATE folded SET content = NULL WHERE kind = 'tasks' AND first = ?", first)
 
     # -- reading it ------------------------------------------------------------------------
 
     def _folded_samples(self, after_seq: int = 0) -> Iterator[tuple[int, str, str | None, int]]:
         """(seq, sample id, task id, step of its ack) of folded samples, block by block."""
-        if after_seq < self._run("folded_seq"):
+        if after_seq < self._run().folded_seq:
             for block in self._blocks("samples", after_seq + 1):
                 columns = (block["seq"], block["sample_id"], block["task_id"], block["step"])
                 yield from (row for row in zip(*columns, strict=True) if row[0] > after_seq)
 
     def _folded_refs(self, after_seq: int, limit: int) -> list[CommittedRef]:
         found: list[CommittedRef] = []
-        if after_seq >= self._run("folded_seq"):
+        if after_seq >= self._run().folded_seq:
             return found
         for (first,) in self._rows(
             "SELECT first FROM folded WHERE kind = 'samples' AND last > ? ORDER BY first", after_seq

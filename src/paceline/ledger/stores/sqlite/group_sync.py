@@ -15,14 +15,14 @@ writes the log's content once more, into the database, before it believes anythi
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from paceline.ledger.gate import FLOCK
+from paceline.ledger.gate import byte_range, is_locked
 
 NOTE = struct.Struct("<qQ")  # the newest change that is known to be on the disk; the database's inode
 CHECK = struct.Struct("<I")  # of the note
@@ -38,6 +38,13 @@ class GroupSync:
         self._sync = sync
         self._inode = 0
         self._fd = os.open(gate, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.alone = Alone(self._fd)
+        try:
+            os.posix_fallocate(self._fd, 0, mmap.PAGESIZE)  # or a full disk would kill who writes the note
+            self._map = mmap.mmap(self._fd, mmap.PAGESIZE)
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     def enter(self, database: Path, write_again: Callable[[int], None]) -> None:
         """Count as one who has the ledger open; `alone` is held, then the writers' gate.
@@ -50,14 +57,14 @@ class GroupSync:
         if noted == UNKNOWN or self._nobody_else_is_here():
             write_again(noted)
             self._note(0)
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _byte(fcntl.F_RDLCK, OPEN_BYTE))
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, byte_range(fcntl.F_RDLCK, OPEN_BYTE, 1))
 
     def wait_for(self, lsn: int, newest: Callable[[], int]) -> None:
         """Return once change `lsn` is on the disk. `newest` tells what everybody has committed so far.
 
         Raises OSError, and what `sync` raises.
         """
-        with self.alone():
+        with self.alone:
             if self._noted() < lsn:
                 reaches = newest()
                 self._note(UNKNOWN)
@@ -66,37 +73,40 @@ class GroupSync:
 
     def close(self) -> None:
         if self._fd >= 0:
+            self._map.close()
             os.close(self._fd)
             self._fd = -1
 
     def _noted(self) -> int:
         """UNKNOWN if the note is withdrawn, damaged, or speaks of a database that lay here before."""
-        raw = os.pread(self._fd, NOTE.size + CHECK.size, 0)
-        if len(raw) < NOTE.size + CHECK.size or raw[NOTE.size :] != _check(raw[: NOTE.size]):
+        raw = self._map[: NOTE.size + CHECK.size]
+        if raw[NOTE.size :] != _check(raw[: NOTE.size]):
             return UNKNOWN
         lsn, inode = NOTE.unpack_from(raw)
         return int(lsn) if inode == self._inode else UNKNOWN
 
     def _note(self, lsn: int) -> None:
         raw = NOTE.pack(lsn, self._inode)
-        os.pwrite(self._fd, raw + _check(raw), 0)
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nobody syncs, and nobody opens the ledger, meanwhile. Never to be asked for with the gate held."""
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, _byte(fcntl.F_WRLCK, SYNC_BYTE))
-        try:
-            yield
-        finally:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _byte(fcntl.F_UNLCK, SYNC_BYTE))
+        self._map[: NOTE.size + CHECK.size] = raw + _check(raw)
 
     def _nobody_else_is_here(self) -> bool:
-        found = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _byte(fcntl.F_WRLCK, OPEN_BYTE))
-        return bool(struct.unpack(FLOCK, found)[0] == fcntl.F_UNLCK)
+        return not is_locked(self._fd, byte_range(fcntl.F_WRLCK, OPEN_BYTE, 1))
 
 
-def _byte(kind: int, at: int) -> bytes:
-    return struct.pack(FLOCK, kind, os.SEEK_SET, at, 1, 0)
+class Alone:
+    """Nobody syncs, and nobody opens the ledger, meanwhile. Never to be asked for with the gate held."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __enter__(self) -> None:
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, SYNC_LOCK)
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, SYNC_FREE)
+
+
+SYNC_LOCK, SYNC_FREE = byte_range(fcntl.F_WRLCK, SYNC_BYTE, 1), byte_range(fcntl.F_UNLCK, SYNC_BYTE, 1)
 
 
 def _check(note: bytes) -> bytes:

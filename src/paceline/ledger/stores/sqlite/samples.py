@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import msgspec
 
 from paceline.ledger.records import CommittedRef, Fence, Intent, LedgerUsage, SampleRecord, compacted
 from paceline.ledger.refusals import intent_revoked, not_covered
@@ -14,9 +15,19 @@ from paceline.ledger.stores.sqlite.tasks import TaskTable
 from paceline.types import SampleRef, ref_from_json, ref_to_json
 
 HEAD = "(SELECT coalesce(max(step), -1) FROM checkpoint)"
+AMONG = "IN (SELECT value FROM json_each(?))"
+WITHOUT_ACK = "SELECT count(*) FROM sample LEFT JOIN ack USING (sample_id)"
+INSERT_SAMPLE = (
+    "INSERT INTO sample (seq, sample_id, task_id, ordinal, bytes, generation, ref) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?)"
+)
 COVERED = (
     "iif(state = 'quarantined', quarantine_step IS NULL OR quarantine_step <= " + HEAD + ", durable = 1)"
 )
+
+
+def _json_list(values: Iterable[Any]) -> str:
+    return msgspec.json.encode(list(values)).decode()
 
 
 class SampleTable(TaskTable):
@@ -28,13 +39,13 @@ class SampleTable(TaskTable):
         with self._mutation(fence, op_id) as operation:
             if operation.repeated:
                 return dict(operation.result)
-            first = self._run("next_generation")
+            first = self._run().next_generation
             generations = {sample_id: first + n for n, sample_id in enumerate(sizes)}
             self._db.executemany(
                 "INSERT INTO intent VALUES (?, ?, ?)",
                 [(generations[i], i, num_bytes) for i, num_bytes in sizes.items()],
             )
-            self._change("UPDATE run SET next_generation = ?", first + len(sizes))
+            self._run().next_generation = first + len(sizes)
             operation.keep(generations)
             return generations
 
@@ -44,8 +55,9 @@ class SampleTable(TaskTable):
 
     def skip_generations(self, through: int, *, fence: Fence) -> Fence:
         with self._mutation(fence):
-            self._change("UPDATE run SET next_generation = max(next_generation, ?)", through + 1)
-            return replace(fence, generation=self._run("next_generation"))
+            run = self._run()
+            run.next_generation = max(run.next_generation, through + 1)
+            return replace(fence, generation=run.next_generation)
 
     def intents(self) -> list[Intent]:
         return [Intent(*row) for row in self._rows("SELECT * FROM intent ORDER BY generation")]
@@ -73,48 +85,62 @@ class SampleTable(TaskTable):
 
     def _commit_new(self, refs: Sequence[SampleRef], texts: Sequence[str]) -> bool:
         """Commit in a few statements what a producer commits as a rule: samples that the ledger never
-        saw, under their intents, each of a leased prompt of its own. False: some differ, nothing was done."""
-        ids, generations = [ref.sample_id for ref in refs], json.dumps([ref.generation for ref in refs])
-        task_ids = json.dumps([ref.source_task_id for ref in refs])
-        reserved = self._rows(
-            "SELECT generation, sample_id FROM intent WHERE generation IN (SELECT value FROM json_each(?))",
-            generations,
-        )
-        ordinals: dict[str | None, int] = dict(
-            self._rows(
-                "SELECT task_id, ordinal FROM task, run WHERE task_id IN (SELECT value FROM json_each(?)) "
-                "AND ordinal < next_ordinal",
-                task_ids,
-            )
-        )
+        saw, under their intents, each of a leased prompt of its own (or all of prompts that it does not
+        know). False: some differ, nothing was done."""
+        ids = {ref.sample_id for ref in refs}
+        reserved = {(ref.generation, ref.sample_id) for ref in refs if ref.generation}
+        ordinals, known = self._leased_and_known([ref.source_task_id for ref in refs], ids)
         as_a_rule = (
-            len(set(ids)) == len(refs) == len(ordinals)
-            and set(reserved).issuperset((ref.generation, ref.sample_id) for ref in refs)
-            and not self._known(ids)
+            len(ids) == len(refs)
+            and not known
+            and len(ordinals) in ([0, len(refs)] if self._knows_leased_prompts_only() else [len(refs)])
+            and (not reserved or self._intents_among(reserved) == reserved)
         )
         if not as_a_rule:
             return False
-        self._change("DELETE FROM intent WHERE generation IN (SELECT value FROM json_each(?))", generations)
-        self._change("DELETE FROM task WHERE task_id IN (SELECT value FROM json_each(?))", task_ids)
-        rows = [
-            (r.sample_id, r.source_task_id, ordinals[r.source_task_id], r.estimated_bytes, r.generation, text)
-            for r, text in zip(refs, texts, strict=True)
-        ]
+        if reserved:
+            gone = _json_list(generation for generation, _ in reserved)
+            self._change(f"DELETE FROM intent WHERE generation {AMONG}", gone)  # noqa: S608 (ours)
+        if ordinals:
+            gone = _json_list(ordinals.values())
+            self._change(f"DELETE FROM task WHERE ordinal {AMONG}", gone)  # noqa: S608 (ours)
+        run = self._run()
+        rows = [(r, ordinals.get(r.source_task_id), text) for r, text in zip(refs, texts, strict=True)]
         self._db.executemany(
-            "INSERT INTO sample (seq, sample_id, task_id, ordinal, bytes, generation, ref) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [(seq, *row) for seq, row in enumerate(rows, start=self._run("last_seq") + 1)],
+            INSERT_SAMPLE,
+            [
+                (seq, r.sample_id, r.source_task_id, ordinal, r.estimated_bytes, r.generation, text)
+                for seq, (r, ordinal, text) in enumerate(rows, start=run.last_seq + 1)
+            ],
         )
-        self._change("UPDATE run SET last_seq = last_seq + ?", len(refs))
+        run.last_seq += len(refs)
         return True
+
+    def _leased_and_known(
+        self, task_ids: Iterable[str | None], sample_ids: Iterable[str]
+    ) -> tuple[dict[str | None, int], set[str]]:
+        """The ordinals of those prompts that have a row, and those samples that have one."""
+        rows = self._rows(
+            f"SELECT task_id, ordinal FROM task WHERE task_id {AMONG} AND ordinal < ? "  # noqa: S608 (ours)
+            f"UNION ALL SELECT sample_id, NULL FROM sample WHERE sample_id {AMONG}",
+            *(_json_list(task_ids), self._run().next_ordinal, _json_list(sample_ids)),
+        )
+        ordinals = {task_id: ordinal for task_id, ordinal in rows if ordinal is not None}
+        return ordinals, {sample_id for sample_id, ordinal in rows if ordinal is None}
+
+    def _knows_leased_prompts_only(self) -> bool:
+        """No other place need be searched for a prompt than table task."""
+        run = self._run()
+        return run.next_ordinal == run.num_tasks and run.folded_seq == 0
+
+    def _intents_among(self, reserved: Iterable[tuple[int, str]]) -> set[tuple[int, str]]:
+        sql = f"SELECT generation, sample_id FROM intent WHERE generation {AMONG}"  # noqa: S608 (ours)
+        return set(self._rows(sql, _json_list(g for g, _ in reserved)))
 
     def _known(self, sample_ids: Sequence[str]) -> set[str]:
         """Those that have a row."""
-        found = self._rows(
-            "SELECT sample_id FROM sample WHERE sample_id IN (SELECT value FROM json_each(?))",
-            json.dumps(list(sample_ids)),
-        )
-        return {sample_id for (sample_id,) in found}
+        sql = f"SELECT sample_id FROM sample WHERE sample_id {AMONG}"  # noqa: S608 (ours)
+        return {sample_id for (sample_id,) in self._rows(sql, _json_list(sample_ids))}
 
     def _may_commit(self, ref: SampleRef) -> bool:
         if ref.generation == 0:
@@ -161,11 +187,11 @@ class SampleTable(TaskTable):
         self._change("UPDATE sample SET ordinal = coalesce(ordinal, ?) WHERE seq = ?", ordinal, seq)
 
     def _insert_sample(self, ref: SampleRef, text: str, ordinal: int | None) -> None:
-        self._change("UPDATE run SET last_seq = last_seq + 1")
+        self._run().last_seq += 1
         self._change(
-            "INSERT INTO sample (seq, sample_id, task_id, ordinal, bytes, generation, ref) "
-            "SELECT last_seq, ?, ?, ?, ?, ?, ? FROM run",
-            *(ref.sample_id, ref.source_task_id, ordinal, ref.estimated_bytes, ref.generation, text),
+            INSERT_SAMPLE,
+            *(self._run().last_seq, ref.sample_id, ref.source_task_id, ordinal),
+            *(ref.estimated_bytes, ref.generation, text),
         )
 
     def is_committed(self, sample_id: str) -> bool:
@@ -189,7 +215,7 @@ class SampleTable(TaskTable):
         return SampleRecord(sample_id, seq, state, task_id, step, bool(durable), reason)
 
     def committed_count(self) -> int:
-        return int(self._run("last_seq"))
+        return self._run().last_seq
 
     def all_committed_ids(self) -> list[str]:
         with self._reading():
@@ -264,11 +290,11 @@ class SampleTable(TaskTable):
 
     def record_released(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
         with self._mutation(fence):
-            ids = json.dumps(list(sample_ids))
+            ids = _json_list(sample_ids)
             rows = self._rows(
                 f"SELECT sample_id, {COVERED}, iif(state = 'quarantined', ref, NULL) "  # noqa: S608 (ours)
                 "FROM sample LEFT JOIN ack USING (sample_id) "
-                "WHERE sample_id IN (SELECT value FROM json_each(?))",
+                f"WHERE sample_id {AMONG}",
                 ids,
             )
             covered = {sample_id: bool(is_covered) for sample_id, is_covered, _ in rows}
@@ -278,8 +304,8 @@ class SampleTable(TaskTable):
             if early:
                 raise not_covered(early)
             self._change(
-                "UPDATE sample SET resident = 0, state = iif(state = 'present', 'released', state) "
-                "WHERE sample_id IN (SELECT value FROM json_each(?))",
+                "UPDATE sample SET resident = 0, "  # noqa: S608 (ours)
+                f"state = iif(state = 'present', 'released', state) WHERE sample_id {AMONG}",
                 ids,
             )
             for sample_id, _, ref in rows:
@@ -321,9 +347,9 @@ class SampleTable(TaskTable):
                 "SELECT count(*), coalesce(sum(bytes), 0) FROM ack JOIN sample USING (sample_id) "
                 "WHERE durable = 0 AND resident"
             )
-            waiting = self._value(
-                "SELECT count(*) FROM sample LEFT JOIN ack USING (sample_id) "
-                "WHERE state IN ('present', 'lost') AND durable IS NULL"
+            [(waiting,)] = self._rows(
+                f"SELECT ({WITHOUT_ACK} WHERE resident AND state = 'present' AND durable IS NULL) + "
+                f"({WITHOUT_ACK} WHERE state = 'lost' AND durable IS NULL)"
             )
             [reserved] = self._rows("SELECT count(*), coalesce(sum(bytes), 0) FROM intent")
         return LedgerUsage(*(*resident, *provisional, waiting, *reserved))

@@ -1,4 +1,4 @@
--- Schema version 2. What nobody will ask again has no row: a prompt below run.next_ordinal without a
+-- Schema version 3. What nobody will ask again has no row: a prompt below run.next_ordinal without a
 -- row is done, one at or above it is pending, and trained samples and plans up to the oldest checkpoint
 -- kept are folded. So the tables are as large as what is in flight, however long the run is.
 
@@ -32,7 +32,6 @@ CREATE TABLE operation (
     lsn    INTEGER NOT NULL,
     result TEXT NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX operation_age ON operation (lsn);
 
 -- 'done' only for a prompt at or above run.next_ordinal.
 CREATE TABLE task (
@@ -44,7 +43,10 @@ CREATE TABLE task (
     deaths  INTEGER NOT NULL DEFAULT 0,
     reason  TEXT NOT NULL DEFAULT ''
 );
-CREATE INDEX task_state ON task (state, ordinal);
+-- Not of 'leased': a lease that goes well enters none of them.
+CREATE INDEX task_pending ON task (ordinal) WHERE state = 'pending';
+CREATE INDEX task_done ON task (ordinal) WHERE state = 'done';
+CREATE INDEX task_failed ON task (ordinal) WHERE state = 'failed';
 
 CREATE TABLE intent (
     generation INTEGER PRIMARY KEY,
@@ -66,10 +68,10 @@ CREATE TABLE sample (
     reason          TEXT NOT NULL DEFAULT '',
     ref             TEXT NOT NULL
 );
-CREATE INDEX sample_resident ON sample (seq, sample_id, generation, bytes) WHERE resident;
-CREATE INDEX sample_open ON sample (state, seq, sample_id) WHERE state IN ('present', 'lost', 'quarantined');
-CREATE INDEX sample_ordinal ON sample (ordinal);
-CREATE INDEX sample_task ON sample (task_id) WHERE state = 'lost';
+CREATE INDEX sample_resident ON sample (seq, sample_id, generation, bytes, state, resident) WHERE resident;
+CREATE INDEX sample_lost ON sample (seq, sample_id) WHERE state = 'lost';
+CREATE INDEX sample_lost_task ON sample (task_id) WHERE state = 'lost';
+CREATE INDEX sample_quarantined ON sample (seq, sample_id) WHERE state = 'quarantined';
 
 CREATE TABLE ack (
     sample_id TEXT PRIMARY KEY,

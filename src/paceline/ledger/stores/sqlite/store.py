@@ -47,15 +47,12 @@ class SQLiteMetadataStore(StepTable, MetadataStore):
                 )
             if role == "consumer":
                 self._change("DELETE FROM ack WHERE durable = 0")
-                self._change(
-                    "UPDATE plan SET deaths = deaths + 1 WHERE step = (SELECT started_step FROM run)"
-                )
-                self._change(
-                    "UPDATE run SET started_step = NULL, "
-                    "trained_step = (SELECT coalesce(max(step), 0) FROM checkpoint)"
-                )
-            [row] = self._rows("SELECT epoch, next_generation FROM role, run WHERE name = ?", role)
-            return Fence(role, *row)
+                run = self._run()
+                self._change("UPDATE plan SET deaths = deaths + 1 WHERE step = ?", run.started_step)
+                run.started_step = None
+                run.trained_step = self._value("SELECT coalesce(max(step), 0) FROM checkpoint")
+            epoch = self._value("SELECT epoch FROM role WHERE name = ?", role)
+            return Fence(role, epoch, self._run().next_generation)
 
     def role_epochs(self) -> dict[str, int]:
         return dict(self._rows("SELECT name, epoch FROM role"))

@@ -13,7 +13,7 @@ class TaskTable(Folding):
     def add_tasks(self, task_ids: Sequence[str], *, fence: Fence | None = None) -> int:
         with self._mutation(fence):
             same = self._known_prefix(task_ids)
-            whole = same == self._run("num_tasks")
+            whole = same == self._run().num_tasks
             known = set(task_ids[:same]) if whole else self._known_task_ids()
             new = [i for i in dict.fromkeys(task_ids[same:]) if i not in known]
             self._append_task_ids(new)
@@ -48,7 +48,7 @@ class TaskTable(Folding):
             known = {lease.ordinal for lease in again}
             first_times = [lease.ordinal for lease in leases if lease.ordinal not in known]
             if first_times:
-                self._change("UPDATE run SET next_ordinal = ?", first_times[-1] + 1)
+                self._run().next_ordinal = first_times[-1] + 1
                 self._change("DELETE FROM task WHERE state = 'done' AND ordinal <= ?", first_times[-1])
             operation.keep([vars(lease) for lease in leases])
             return leases
@@ -56,7 +56,7 @@ class TaskTable(Folding):
     def _never_leased(self, limit: int) -> list[TaskLease]:
         """The first `limit` prompts that no one ever leased or committed."""
         found: list[TaskLease] = []
-        ordinal, end = self._run("next_ordinal"), self._run("num_tasks")
+        ordinal, end = self._run().next_ordinal, self._run().num_tasks
         while ordinal < end and len(found) < limit:
             stop = min(end, ordinal + limit - len(found))
             rows = self._rows("SELECT ordinal FROM task WHERE ordinal >= ? AND ordinal < ?", ordinal, stop)
@@ -80,7 +80,7 @@ class TaskTable(Folding):
             return None
         if not failed_too and self._value("SELECT state FROM task WHERE ordinal = ?", ordinal) == "failed":
             return ordinal
-        if ordinal < self._run("next_ordinal"):
+        if ordinal < self._run().next_ordinal:
             self._change("DELETE FROM task WHERE ordinal = ?", ordinal)
         else:
             self._change(
@@ -94,11 +94,11 @@ class TaskTable(Folding):
         """Its sample is in quarantine: nobody captures the prompt again, if it was still to be captured."""
         ordinal = self._ordinal_of(task_id) if ordinal is None else ordinal
         self._change(
-            "INSERT INTO task (ordinal, task_id, state, reason) SELECT ?1, ?2, 'failed', ?3 FROM run "
-            "WHERE ?1 >= next_ordinal OR ?1 IN (SELECT ordinal FROM task) "
+            "INSERT INTO task (ordinal, task_id, state, reason) SELECT ?1, ?2, 'failed', ?3 "
+            "WHERE ?1 >= ?4 OR ?1 IN (SELECT ordinal FROM task) "
             "ON CONFLICT (ordinal) DO UPDATE SET state = 'failed', reason = excluded.reason "
             "WHERE state = 'pending'",
-            *(ordinal, task_id, reason),
+            *(ordinal, task_id, reason, self._run().next_ordinal),
         )
 
     def _reopen_task(self, ordinal: int | None, task_id: str | None) -> None:
@@ -151,7 +151,8 @@ class TaskTable(Folding):
     def task_counts(self) -> dict[str, int]:
         with self._reading():
             rows = dict(self._rows("SELECT state, count(*) FROM task GROUP BY state"))
-            [(known, following)] = self._rows("SELECT num_tasks, next_ordinal FROM run")
+            run = self._run()
+            known, following = run.num_tasks, run.next_ordinal
             ahead = self._value("SELECT count(*) FROM task WHERE ordinal >= ?", following)
         behind = sum(rows.values()) - ahead
         return {
