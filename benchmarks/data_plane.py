@@ -196,13 +196,12 @@ def streams(label: str, num_bytes: int, group: int, rounds: int) -> list[Row]:
     if RedisStream.is_here():
         kinds.append(RedisStream)
     tensors = sample(num_bytes)
-    count = (512 << 20) // num_bytes
     speed: dict[type[Transport], list[float]] = {kind: [] for kind in kinds}
     memcpy = []
     for _ in range(rounds):
         memcpy.append(memcpy_8mb())
         for kind in kinds:
-            speed[kind].append(gigabytes_per_s(kind, tensors, count, group))
+            speed[kind].append(gigabytes_per_s(kind, tensors, kind.moved_bytes // num_bytes, group))
     note = {"note": "two processes; ledger in head durability, digest on both sides"}
     ours, plain = speed[Durable], speed[PlainCopy]
     rows = [

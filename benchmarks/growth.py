@@ -84,8 +84,7 @@ class Run:
         store, fence = self.store, self.consumer
         record = CheckpointRecord(self.step, f"step-{self.step}", "0" * 64, last_seq, self.chain)
         store.record_checkpoint(record, fence=fence)
-        refs = store.begin_release(GROUP, fence=fence)
-        store.record_released([ref.sample_id for ref in refs], fence=fence)
+        store.record_released(list(store.begin_release(GROUP, fence=fence)), fence=fence)
         for old in store.checkpoints()[:-2]:
             store.forget_checkpoint(old.step, fence=fence)
         store.compact(fence=fence)

@@ -27,6 +27,7 @@ class TorchQueue(Transport):
     """The clones are made beforehand: sending moves a tensor to shared memory, so each can go only once."""
 
     name = "torch.multiprocessing queue"
+    moved_bytes = 512 << 20
 
     def prepare(self) -> None:
         self.queue = torch.multiprocessing.get_context("fork").Queue()
@@ -51,6 +52,7 @@ class SafetensorsFiles(Transport):
     """One file a sample, written aside and renamed, not synced; deleted once read."""
 
     name = "safetensors file per sample"
+    moved_bytes = 512 << 20
 
     def produce(self) -> None:
         for number in range(self.count):
@@ -75,6 +77,7 @@ class SharedMemoryBlocks(Transport):
     """multiprocessing.shared_memory, a block a sample."""
 
     name = "multiprocessing.shared_memory"
+    moved_bytes = 512 << 20
 
     def prepare(self) -> None:
         resource_tracker.ensure_running()  # One for both, or each would unlink what the other registered.
@@ -118,6 +121,7 @@ class RedisStream(Transport):
     """XADD and XREAD over a unix socket, one entry a sample, deleted once read; nothing on disk."""
 
     name = "Redis stream"
+    moved_bytes = 512 << 20
 
     @staticmethod
     def is_here() -> bool:

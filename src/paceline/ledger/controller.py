@@ -259,16 +259,16 @@ class DataFlowController:
         a crash before it repeats the aborts, which are idempotent.
         """
         freed = 0
-        while refs := self.store.begin_release(RELEASE_AT_ONCE, fence=self.fence("consumer")):
-            for ref in refs:
-                guard = {"generation": ref.generation} if ref.generation else {}
+        while covered := self.store.begin_release(RELEASE_AT_ONCE, fence=self.fence("consumer")):
+            for sample_id, generation in covered.items():
+                guard = {"generation": generation} if generation else {}
                 reach("release.before_abort")
-                feature_store.abort(ref.sample_id, reason="covered by a durable checkpoint", **guard)
+                feature_store.abort(sample_id, reason="covered by a durable checkpoint", **guard)
             reach("release.after_abort")
-            self.store.record_released([ref.sample_id for ref in refs], fence=self.fence("consumer"))
+            self.store.record_released(list(covered), fence=self.fence("consumer"))
             reach("release.after_record")
-            freed += len(refs)
-            if len(refs) < RELEASE_AT_ONCE:
+            freed += len(covered)
+            if len(covered) < RELEASE_AT_ONCE:
                 break
         return freed
 

@@ -302,8 +302,9 @@ class MetadataStore(ABC):
         """Samples whose features no step will need again and that are not freed yet, in seq order."""
 
     @abstractmethod
-    def begin_release(self, limit: int, *, fence: Fence | None = None) -> list[SampleRef]:
-        """The refs of `releasable`, for a deleter that holds its role: a fenced one frees nothing."""
+    def begin_release(self, limit: int, *, fence: Fence | None = None) -> dict[str, int]:
+        """`releasable`, each with the generation its bytes were written under (0: with none), for a deleter
+        that holds its role: a fenced one frees nothing."""
 
     @abstractmethod
     def record_released(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:

@@ -102,7 +102,7 @@ class History:
         freed: list[str] = []
         yield (
             "begin_release",
-            lambda: freed.extend(r.sample_id for r in store.begin_release(50, fence=fence)),
+            lambda: freed.extend(store.begin_release(50, fence=fence)),
         )
         yield "record_released", lambda: store.record_released(freed, fence=fence)
         for old in store.checkpoints()[:-2]:

@@ -343,8 +343,9 @@ class LedgerMoves:
         )
 
     def release(self, picks: Picks) -> None:
-        refs = self._call("begin_release", 1 + picks.below(6), fence=self._fence("consumer", picks))
-        ids = [ref.sample_id for ref in refs or []]
+        ids = list(
+            self._call("begin_release", 1 + picks.below(6), fence=self._fence("consumer", picks)) or []
+        )
         if picks.rarely():
             ids = picks.some(IDS)
         self._call("record_released", ids, fence=self._fence("consumer", picks))
@@ -385,7 +386,7 @@ class LedgerMoves:
         fence = self._fences["consumer"][-1] if self._fences["consumer"] else None
         self.checkpoint(Picks([]))
         freed = self._call("begin_release", 100, fence=fence) or []
-        self._call("record_released", [ref.sample_id for ref in freed], fence=fence)
+        self._call("record_released", list(freed), fence=fence)
         for old in self.twins.memory.checkpoints()[: -1 - picks.below(3)]:
             self._call("forget_checkpoint", old.step, fence=fence)
         if picks.below(3):

@@ -186,9 +186,9 @@ class Samples(Tasks):
         ack = self._acks.get(sample_id)
         return ack is not None and ack.durable
 
-    def begin_release(self, limit: int, *, fence: Fence | None = None) -> list[SampleRef]:
+    def begin_release(self, limit: int, *, fence: Fence | None = None) -> dict[str, int]:
         with self._mutation(fence):
-            return [self._samples[i].ref for i in self.releasable(limit)]
+            return {i: self._samples[i].ref.generation for i in self.releasable(limit)}
 
     def record_released(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
         with self._mutation(fence):

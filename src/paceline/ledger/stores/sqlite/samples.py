@@ -284,9 +284,9 @@ class SampleTable(TaskTable):
             limit,
         )
 
-    def begin_release(self, limit: int, *, fence: Fence | None = None) -> list[SampleRef]:
+    def begin_release(self, limit: int, *, fence: Fence | None = None) -> dict[str, int]:
         with self._mutation(fence):
-            return [ref_from_json(row[0]) for row in self._covered("ref", limit)]
+            return dict(self._covered("sample_id, generation", limit))
 
     def record_released(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
         with self._mutation(fence):
