@@ -115,6 +115,8 @@ DIRECTED: dict[str, Callable[[], None]] = {
     "adopted without a claim": the_checkpoint_being_adopted_is_out_of_reach,
     # Captured again for nothing and refused at the commit: no weight and no byte shows it.
     "durable samples lost": StoreSuite().test_a_lost_sample_is_captured_again_but_a_durable_one_is_not,
+    # What it would free is covered, and freed by generation: the fence here is a second lock.
+    "release without fence": StoreSuite().test_an_old_epoch_is_fenced_on_every_mutation,
     "lineage left out": a_checkpoint_tells_the_steps_it_contains,
     "claimed though replaced": a_replaced_consumer_claims_nothing,
     "one death convicts": a_death_by_chance_convicts_nobody,

@@ -96,8 +96,11 @@ class Rows:
             if operation.repeated:
                 yield operation
                 return
-            if fence is not None and self._roles.get(fence.role) != fence.epoch:
-                raise fenced(fence, self._roles.get(fence.role, 0))
+            self._check_fence(fence)
             yield operation
             self._lsn += 1
             self._changed.notify_all()
+
+    def _check_fence(self, fence: Fence | None) -> None:
+        if fence is not None and self._roles.get(fence.role) != fence.epoch:
+            raise fenced(fence, self._roles.get(fence.role, 0))

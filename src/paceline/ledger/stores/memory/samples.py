@@ -187,7 +187,8 @@ class Samples(Tasks):
         return ack is not None and ack.durable
 
     def begin_release(self, limit: int, *, fence: Fence | None = None) -> dict[str, int]:
-        with self._mutation(fence):
+        with self._changed:
+            self._check_fence(fence)
             return {i: self._samples[i].ref.generation for i in self.releasable(limit)}
 
     def record_released(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:

@@ -285,7 +285,10 @@ class SampleTable(TaskTable):
         )
 
     def begin_release(self, limit: int, *, fence: Fence | None = None) -> dict[str, int]:
-        with self._mutation(fence):
+        with self._reading():
+            if fence is not None:
+                epoch = self._value("SELECT epoch FROM role WHERE name = ?", fence.role)
+                self._check_fence(fence, epoch or 0)
             return dict(self._covered("sample_id, generation", limit))
 
     def record_released(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
