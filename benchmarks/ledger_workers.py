@@ -101,12 +101,24 @@ def timed(seconds: float, work: Callable[[], int]) -> Counts:
 # -- the product ---------------------------------------------------------------------------
 
 
-def commit(path: str, durability: str, batch: int, seconds: float, worker: str) -> Counts:
-    """Commit fresh refs, `batch` in a transaction."""
+def commit(
+    path: str, durability: str, batch: int, seconds: float, worker: str, sync_takes_s: float = 0.0
+) -> Counts:
+    """Commit fresh refs, `batch` in a transaction. `sync_takes_s`: more than on this disk."""
     store = SQLiteMetadataStore(path, durability=durability)  # type: ignore[arg-type]
-    fresh, ids = batches(worker, batch), op_ids()
+    fresh, ids, syncs = batches(worker, batch), op_ids(), count()
+    sync = store._group_sync._sync
+
+    def slower() -> None:
+        sync()
+        if sync_takes_s:
+            time.sleep(sync_takes_s)
+        next(syncs)
+
+    store._group_sync._sync = slower
     ready()
-    return timed(seconds, lambda: sum(store.commit_samples(next(fresh), op_id=next(ids))))
+    counts = timed(seconds, lambda: sum(store.commit_samples(next(fresh), op_id=next(ids))))
+    return {**counts, "syncs": next(syncs)}
 
 
 def produce(path: str, batch: int, seconds: float, worker: str, epoch: int) -> Counts:
