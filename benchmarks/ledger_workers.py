@@ -23,7 +23,7 @@ from typing import Any
 
 import apsw
 
-from paceline.ledger.controller import op_ids
+from paceline.ledger.controller import OpIds
 from paceline.ledger.gate import WriterGate
 from paceline.ledger.records import Fence, StepAck, StepPlan
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
@@ -106,7 +106,7 @@ def commit(
 ) -> Counts:
     """Commit fresh refs, `batch` in a transaction. `sync_takes_s`: more than on this disk."""
     store = SQLiteMetadataStore(path, durability=durability)  # type: ignore[arg-type]
-    fresh, ids, syncs = batches(worker, batch), op_ids(), count()
+    fresh, ids, syncs = batches(worker, batch), OpIds(), count()
     sync = store._group_sync._sync
 
     def slower() -> None:
@@ -117,22 +117,22 @@ def commit(
 
     store._group_sync._sync = slower
     ready()
-    counts = timed(seconds, lambda: sum(store.commit_samples(next(fresh), op_id=next(ids))))
+    counts = timed(seconds, lambda: sum(store.commit_samples(next(fresh), op_id=ids.new())))
     return {**counts, "syncs": next(syncs)}
 
 
 def produce(path: str, batch: int, seconds: float, worker: str, epoch: int) -> Counts:
     """Lease, reserve, commit: what a producer asks of the ledger. All workers of a run share the role."""
     store = SQLiteMetadataStore(path, durability="head")
-    fence, ids = Fence("producer", epoch), op_ids()
+    fence, ids = Fence("producer", epoch), OpIds()
     ready()
 
     def one() -> int:
-        leases = store.lease_tasks(worker, batch, fence=fence, op_id=next(ids))
+        leases = store.lease_tasks(worker, batch, fence=fence, op_id=ids.new())
         sizes = {f"bench:{lease.task_id}": 100 for lease in leases}
-        generations = store.reserve(sizes, fence=fence, op_id=next(ids))
+        generations = store.reserve(sizes, fence=fence, op_id=ids.new())
         refs = [ref_of(lease.task_id, generations[f"bench:{lease.task_id}"]) for lease in leases]
-        return sum(store.commit_samples(refs, fence=fence, op_id=next(ids))) if refs else 0
+        return sum(store.commit_samples(refs, fence=fence, op_id=ids.new())) if refs else 0
 
     return timed(seconds, one)
 
@@ -140,7 +140,7 @@ def produce(path: str, batch: int, seconds: float, worker: str, epoch: int) -> C
 def consume(path: str, batch: int, seconds: float) -> Counts:
     """Read the log, begin and ack steps of `batch` samples: what a consumer asks of the ledger."""
     store = SQLiteMetadataStore(path, durability="head")
-    fence, ids = store.acquire_role("consumer", "benchmark"), op_ids()
+    fence, ids = store.acquire_role("consumer", "benchmark"), OpIds()
     ready()
     after = step = 0
     ack: StepAck | None = None
@@ -151,7 +151,7 @@ def consume(path: str, batch: int, seconds: float) -> Counts:
         entries = store.read_committed(after, batch)
         if not entries:
             if ack is not None:
-                store.ack_step(ack, fence=fence, op_id=next(ids))
+                store.ack_step(ack, fence=fence, op_id=ids.new())
                 ack = None
             if store.wait(seen, WAIT_S) == seen:
                 return 0
@@ -160,7 +160,7 @@ def consume(path: str, batch: int, seconds: float) -> Counts:
             return one()
         after, step = entries[-1].seq, step + 1
         plan = StepPlan(step, tuple(entry.ref.sample_id for entry in entries), after)
-        begun = store.begin_step(plan, ack=ack, fence=fence, op_id=next(ids))
+        begun = store.begin_step(plan, ack=ack, fence=fence, op_id=ids.new())
         ack = StepAck(step, begun.plan.rev, plan.sample_ids)
         return len(entries)
 
@@ -185,13 +185,13 @@ def listen(path: str, idle_s: float, commits: int) -> Counts:
 def ring(path: str, idle_s: float, commits: int, gap_s: float) -> Counts:
     """Commit now and then, after a time without any."""
     store = SQLiteMetadataStore(path, durability="head")
-    called_at, ids = {}, op_ids()
+    called_at, ids = {}, OpIds()
     ready()
     time.sleep(2 * idle_s)
     for number in range(commits):
         time.sleep(gap_s)
         called = time.monotonic()
-        store.commit_samples(refs_of("ring", number, 1), op_id=next(ids))
+        store.commit_samples(refs_of("ring", number, 1), op_id=ids.new())
         called_at[store.lsn()] = called
     return {"called_at": called_at, "cpu": resource.getrusage(resource.RUSAGE_SELF).ru_utime}
 

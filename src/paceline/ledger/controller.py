@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any, Protocol, TypeVar
@@ -29,11 +29,15 @@ TRIES = 3  # of a call whose result stays unknown
 T = TypeVar("T")
 
 
-def op_ids() -> Iterator[str]:
-    """Each a new one, in a forked copy of this process too; in order, so that a store finds them close by."""
-    mine = uuid.uuid4().hex
-    for number in count():
-        yield f"{mine}-{os.getpid():x}-{number:012x}"
+class OpIds:
+    """Never the same twice, in any thread or in a forked copy of this process; in order, so that a store
+    keeps them close together."""
+
+    def __init__(self) -> None:
+        self._mine, self._numbers = uuid.uuid4().hex, count()
+
+    def new(self) -> str:
+        return f"{self._mine}-{os.getpid():x}-{next(self._numbers):012x}"
 
 
 class Aborts(Protocol):
@@ -53,7 +57,7 @@ class DataFlowController:
         self._tasks: dict[str, PromptTask] = {}
         self._fences: dict[str, Fence] = {}
         self._unwritten_ack: StepAck | None = None
-        self._op_ids = op_ids()
+        self._op_ids = OpIds()
         self._bind()
 
     def _bind(self) -> None:
@@ -81,7 +85,7 @@ class DataFlowController:
 
     def _settled(self, call: Callable[[str], T]) -> T:
         """Make a call under an op id, and repeat it under the same one while its result is unknown."""
-        op_id = next(self._op_ids)
+        op_id = self._op_ids.new()
         for tries_left in reversed(range(TRIES)):
             try:
                 return call(op_id)

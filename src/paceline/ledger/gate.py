@@ -78,13 +78,16 @@ class WriterGate:
     def __enter__(self) -> None:
         """Wait for this process's turn. Raises LedgerError before anything is written."""
         try:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, IN_THE_DOOR)
             try:
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, IN_THE_DOOR)
                 fcntl.flock(self._fd, fcntl.LOCK_EX)
             finally:
                 fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, DOOR_FREE)
         except OSError as error:
             raise _cannot_use(f"the gate of writers, {self.path},", error) from error
+        except BaseException:  # of a signal's handler, between two locks
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            raise
 
     def __exit__(self, *_: object) -> None:
         fcntl.flock(self._fd, fcntl.LOCK_UN)

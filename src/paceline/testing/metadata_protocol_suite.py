@@ -396,6 +396,15 @@ class MetadataProtocolSuite(ABC):
         assert store.quarantined() == {"run0:s0": "the engine failed"}
         assert store.usage().waiting_samples == 0
 
+    def test_a_lost_sample_of_no_prompt_is_lost(self) -> None:
+        """Also if somebody else committed it for a prompt, which he then has done."""
+        store = self.make()
+        store.add_tasks(["task-0"])
+        assert store.commit_sample(replace(sample_ref(0), source_task_id=None))
+        assert not store.commit_sample(sample_ref(0))
+        store.report_lost(["run0:s0"])
+        assert store.lost_ids() == ["run0:s0"]
+
     def test_a_lost_sample_in_quarantine_is_not_captured_again(self) -> None:
         """Its prompt is set aside with the same reason."""
         store = self.make()

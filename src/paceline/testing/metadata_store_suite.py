@@ -123,6 +123,18 @@ class MetadataStoreSuite(ABC):
         store.record_train_ack([b], global_step=2, optimizer_durable=True)
         assert store.durable_marker()["acked"] == {b}
 
+    def test_an_id_may_be_of_a_kind_of_text(self) -> None:
+        """numpy's, for instance: text is text."""
+
+        class Text(str):
+            __slots__ = ()
+
+        store = self.make()
+        ids = [Text(i) for i in commit(store, 0)]
+        store.record_train_ack(ids, global_step=1, optimizer_durable=True)
+        store.record_released(ids)
+        assert store.present_ids() == []
+
     def test_a_failed_ack_leaves_the_store_usable(self) -> None:
         """An error in the middle of an ack rolls the whole ack back and leaves nothing open."""
         store = self.make()

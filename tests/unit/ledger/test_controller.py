@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 
 from paceline import DataFlowController, SQLiteMetadataStore
 from paceline.errors import FencedError, LedgerError
+from paceline.ledger.controller import OpIds
 from paceline.testing.samples import sample_ref
 
 REFS = [sample_ref(number) for number in range(5)]
@@ -158,3 +162,16 @@ def test_no_store_means_a_private_one() -> None:
     one.commit_samples("w", REFS)
     assert other.status()["samples_committed"] == 0
     assert one.status()["samples_committed"] == 5
+
+
+def test_no_two_op_ids_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several threads, and in a forked process, which begins as a copy of its parent."""
+    ids = OpIds()
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda _: ids.new(), range(2000)))
+    copy = deepcopy(ids)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    made.append(ids.new())
+    monkeypatch.undo()
+    made.append(copy.new())
+    assert len(set(made)) == 2002

@@ -13,10 +13,15 @@ from pathlib import Path
 import pytest
 
 from paceline.errors import LedgerError, SchemaError, UnknownResultError
+from paceline.ledger.records import CheckpointRecord
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.ledger.stores.sqlite.database import Database
 from paceline.ledger.stores.sqlite.group_sync import UNKNOWN, Alone, GroupSync
 from paceline.testing.samples import sample_ref
+
+
+def fails(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "injected")
 
 
 def opened(folder: Path, sync: Callable[[], None]) -> tuple[GroupSync, list[int]]:
@@ -211,6 +216,18 @@ def test_a_log_that_nobody_vouches_for_and_somebody_reads_is_refused(
     SQLiteMetadataStore(tmp_path / "ledger.db").close()
 
 
+def test_nothing_is_freed_after_a_failed_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head that covers it may not be on the disk."""
+    store = SQLiteMetadataStore(tmp_path / "ledger.db", durability="head")
+    store.commit_samples([sample_ref(0)])
+    store.record_train_ack(["run0:s0"], global_step=1, optimizer_durable=False)
+    monkeypatch.setattr(store._group_sync, "_sync", fails)
+    with pytest.raises(UnknownResultError):
+        store.record_checkpoint(CheckpointRecord(1, "step-1", "digest", 1))
+    with pytest.raises(LedgerError, match="stopped writing"):
+        store.begin_release(9)
+
+
 def test_synced_changes_that_are_gone_are_missed(tmp_path: Path) -> None:
     """A flipped bit ends the log where it is, and SQLite takes the rest for never written."""
     program = (
@@ -248,10 +265,6 @@ def test_a_store_that_is_closed_says_so(tmp_path: Path) -> None:
     for call in (store.facts, lambda: store.set_facts({"a": 1})):
         with pytest.raises(LedgerError, match="is closed"):
             call()
-
-
-def fails(*_: object, **__: object) -> None:
-    raise OSError(errno.ENOSPC, "injected")
 
 
 @pytest.mark.parametrize("call", ["open", "posix_fallocate"])

@@ -12,6 +12,7 @@ import pytest
 
 from paceline import SQLiteMetadataStore
 from paceline.ledger.records import CheckpointRecord, StepAck, StepPlan, TaskLease
+from paceline.ledger.stores.sqlite.page_checksums import RESERVED_BYTES, accept_pages, checksum_layer
 from paceline.ledger.stores.sqlite.schema import SCHEMA_USER_VERSION, open_schema
 from paceline.testing.samples import sample_ref
 
@@ -77,6 +78,20 @@ def test_a_migrated_ledger_has_the_schema_of_a_new_one(ledger: Path, tmp_path: P
     SQLiteMetadataStore(ledger).close()
     SQLiteMetadataStore(tmp_path / "new.db").close()
     assert schema(ledger) == schema(tmp_path / "new.db")
+
+
+def test_a_ledger_with_page_checksums_keeps_them(tmp_path: Path) -> None:
+    """Version 2 had them already; the migration writes its pages through the same layer."""
+    ledger = tmp_path / "ledger.db"
+    db = apsw.Connection(str(ledger), vfs=checksum_layer())
+    db.reserve_bytes(None, RESERVED_BYTES)
+    db.execute(GOLDEN[2].read_text())
+    db.close()
+    store = SQLiteMetadataStore(ledger)
+    check(store)
+    store.close()
+    assert accept_pages(ledger) == 0
+    check(SQLiteMetadataStore(ledger))
 
 
 def test_an_operation_of_before_the_migration_is_known_after_it(tmp_path: Path) -> None:

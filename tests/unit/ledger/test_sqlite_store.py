@@ -153,3 +153,18 @@ def test_importing_the_control_plane_loads_no_torch() -> None:
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_old_operations_are_dropped_whatever_calls_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest stay; calls without an op id in between make no difference."""
+    monkeypatch.setattr("paceline.ledger.stores.sqlite.database.OPS_KEPT", 8)
+    monkeypatch.setattr("paceline.ledger.stores.sqlite.database.OPS_AT_ONCE", 4)
+    store = SQLiteMetadataStore(tmp_path / "db", durability="head")
+    for number in range(100):
+        reserved = store.reserve({"s": 1}, op_id=f"op-{number}")
+        store.revoke(list(reserved.values()))
+    assert store._value("SELECT count(*) FROM operation") <= 12
+    assert store.reserve({"s": 1}, op_id="op-99") == reserved
+    assert store.intents() == []

@@ -190,8 +190,8 @@ class Database:
         if operation.op_id is not None:
             result = msgspec.json.encode(operation.kept).decode()
             self._db.execute("INSERT INTO operation VALUES (?, ?, ?)", (operation.op_id, run.lsn, result))
-            if run.lsn % OPS_AT_ONCE == 0:
-                self._db.execute("DELETE FROM operation WHERE lsn < ?", (run.lsn - OPS_KEPT,))
+        if run.lsn % OPS_AT_ONCE == 0:
+            self._db.execute("DELETE FROM operation WHERE lsn < ?", (run.lsn - OPS_KEPT,))
         reach("ledger.before_commit")
         with self._final_errors:
             self._db.execute("COMMIT")

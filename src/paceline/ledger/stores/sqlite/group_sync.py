@@ -40,7 +40,9 @@ class GroupSync:
         self._fd = os.open(gate, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.alone = Alone(self._fd)
         try:
-            os.posix_fallocate(self._fd, 0, mmap.PAGESIZE)  # or a full disk would kill who writes the note
+            # The disk is full now, with an error, or not later, when it would kill who writes the note.
+            # (Where every write takes new space it still may. So would cutting the file off; a kill is safe.)
+            os.posix_fallocate(self._fd, 0, mmap.PAGESIZE)
             self._map = mmap.mmap(self._fd, mmap.PAGESIZE)
         except BaseException:
             os.close(self._fd)
@@ -75,7 +77,7 @@ class GroupSync:
         if self._fd >= 0:
             self._map.close()
             os.close(self._fd)
-            self._fd = -1
+            self._fd = self.alone.fd = -1
 
     def _noted(self) -> int:
         """UNKNOWN if the note is withdrawn, damaged, or speaks of a database that lay here before."""
@@ -97,13 +99,13 @@ class Alone:
     """Nobody syncs, and nobody opens the ledger, meanwhile. Never to be asked for with the gate held."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self.fd = fd
 
     def __enter__(self) -> None:
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, SYNC_LOCK)
+        fcntl.fcntl(self.fd, fcntl.F_OFD_SETLKW, SYNC_LOCK)
 
     def __exit__(self, *_: object) -> None:
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, SYNC_FREE)
+        fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, SYNC_FREE)
 
 
 SYNC_LOCK, SYNC_FREE = byte_range(fcntl.F_WRLCK, SYNC_BYTE, 1), byte_range(fcntl.F_UNLCK, SYNC_BYTE, 1)

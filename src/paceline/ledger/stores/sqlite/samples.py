@@ -27,7 +27,15 @@ COVERED = (
 
 
 def _json_list(values: Iterable[Any]) -> str:
-    return msgspec.json.encode(list(values)).decode()
+    """Raises TypeError for what is no number or text."""
+    return msgspec.json.encode(list(values), enc_hook=_plain_text).decode()
+
+
+def _plain_text(value: Any) -> str:
+    """Of a subclass of str, numpy's for instance."""
+    if isinstance(value, str):
+        return "".join(value)
+    raise TypeError(f"a {type(value).__name__} is no id")
 
 
 class SampleTable(TaskTable):
@@ -286,6 +294,7 @@ class SampleTable(TaskTable):
 
     def begin_release(self, limit: int, *, fence: Fence | None = None) -> dict[str, int]:
         with self._reading():
+            self._refuse_broken()  # the head that covers them may not be on the disk
             if fence is not None:
                 epoch = self._value("SELECT epoch FROM role WHERE name = ?", fence.role)
                 self._check_fence(fence, epoch or 0)

@@ -1,7 +1,7 @@
-"""The database's schema: made, recognised, and migrated forward, one version after another.
+"""The database's schema: made, recognised, and migrated from any earlier version to the newest.
 
-A migration is one transaction behind a backup (`ledger.db.v1.bak`, written before anything is
-changed), so a crash in the middle leaves the old version. A newer version is refused.
+A migration is one transaction behind a backup (`ledger.db.v1.bak` of version 1, written before anything
+is changed), so a crash in the middle leaves the old version. A newer version is refused.
 """
 
 from __future__ import annotations
@@ -78,21 +78,18 @@ def _in_one_transaction(db: apsw.Connection, change: object) -> None:
         raise
 
 
-def _ddl() -> str:
-    return resources.files("paceline.ledger.stores.sqlite").joinpath("schema.sql").read_text()
-
-
 def _create(db: apsw.Connection) -> None:
-    db.execute(_ddl())
+    db.execute(resources.files("paceline.ledger.stores.sqlite").joinpath("schema.sql").read_text())
 
 
 def _from_2(db: apsw.Connection) -> None:
     """Fewer and smaller indexes: a commit writes half the pages."""
     for (index,) in list(db.execute("SELECT name FROM sqlite_schema WHERE type = 'index' AND sql NOT NULL")):
         db.execute(f"DROP INDEX {index}")
-    for statement in _ddl().split(";"):
-        if "CREATE INDEX" in statement:
-            db.execute(statement)
+    new = apsw.Connection(":memory:")
+    _create(new)
+    for (index,) in new.execute("SELECT sql FROM sqlite_schema WHERE type = 'index' AND sql NOT NULL"):
+        db.execute(index)
 
 
 def _from_1(db: apsw.Connection) -> None:

@@ -103,7 +103,7 @@ class TaskTable(Folding):
 
     def _reopen_task(self, ordinal: int | None, task_id: str | None) -> None:
         """Its sample is lost: capture the prompt again, unless that failed for good."""
-        if ordinal is not None:
+        if ordinal is not None and task_id is not None:
             self._change(
                 "INSERT INTO task (ordinal, task_id) VALUES (?, ?) ON CONFLICT (ordinal) "
                 "DO UPDATE SET state = 'pending', holder = '' WHERE state = 'done'",
