@@ -14,7 +14,7 @@ from paceline import durable_files
 from paceline.errors import PacelineError
 from paceline.ledger import streaming_channel
 from paceline.ledger.stores.sqlite.database import Database
-from paceline.ledger.stores.sqlite.group_sync import GroupSync
+from paceline.ledger.stores.sqlite.group_sync import ANNOUNCED, GroupSync
 from paceline.ledger.streaming_channel import StreamingRefChannel, _Tail
 from paceline.testing.mutants import Mutant
 
@@ -84,21 +84,21 @@ def ends_no_past(real: Any) -> Any:
 
 
 def noted_before_synced(_: Any) -> Any:
-    def wait_for(self: GroupSync, lsn: int, newest: Callable[[], int]) -> None:
+    def wait_for(self: GroupSync, lsn: int) -> None:
         with self.alone:
             if self._noted() < lsn:
-                self._note(newest())
+                self._note(max(lsn, self._said(ANNOUNCED)))
                 self._sync()
 
     return wait_for
 
 
 def notes_what_came_since(_: Any) -> Any:
-    def wait_for(self: GroupSync, lsn: int, newest: Callable[[], int]) -> None:
+    def wait_for(self: GroupSync, lsn: int) -> None:
         with self.alone:
             if self._noted() < lsn:
                 self._sync()
-                self._note(newest())
+                self._note(max(lsn, self._said(ANNOUNCED)))
 
     return wait_for
 
@@ -114,15 +114,20 @@ class Log:
         if self.rng.random() < 0.2:
             raise OSError("injected")
         self.on_disk = self.committed
-        self.committed += self.rng.randint(0, 2)  # meanwhile, by others
+        self.others_commit(self.rng.randint(0, 2))  # meanwhile
 
     def opened(self, place: Path) -> GroupSync:
         """By somebody who writes all of it again if nobody vouches for it."""
         (place / "ledger.db").touch()
-        group = GroupSync(place / "gate", self.sync)
-        with group.alone:
-            group.enter(place / "ledger.db", self._write_again)
-        return group
+        self.group = GroupSync(place / "gate", self.sync)
+        with self.group.alone:
+            self.group.enter(place / "ledger.db", self._write_again)
+        return self.group
+
+    def others_commit(self, number: int) -> None:
+        """And wait for the disk."""
+        self.committed += number
+        self.group.announce(self.committed)
 
     def _write_again(self, _: int) -> None:
         self.on_disk = self.committed
@@ -138,10 +143,10 @@ def share_syncs(place: Path, seed: int) -> None:
     log = Log(random.Random(seed))
     group = log.opened(place)
     for _ in range(60):
-        log.committed += 1
+        log.others_commit(1)
         lsn = log.rng.randint(1, log.committed)
         with suppress(OSError, PacelineError):
-            group.wait_for(lsn, lambda: log.committed)
+            group.wait_for(lsn)
             assert log.on_disk >= lsn, f"seed {seed}: change {lsn} is not on the disk, but the call returned"
         if log.rng.random() < 0.1:
             group.close()

@@ -16,7 +16,7 @@ from paceline.errors import LedgerError, SchemaError, UnknownResultError
 from paceline.ledger.records import CheckpointRecord
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.ledger.stores.sqlite.database import Database
-from paceline.ledger.stores.sqlite.group_sync import UNKNOWN, Alone, GroupSync
+from paceline.ledger.stores.sqlite.group_sync import ANNOUNCED, UNKNOWN, Alone, GroupSync
 from paceline.testing.samples import sample_ref
 
 
@@ -101,7 +101,8 @@ def test_calls_that_wait_meanwhile_share_the_next_sync(
     seen = watcher.lsn()
     while seen < len(stores):  # all have committed, none has returned
         seen = watcher.wait(seen, 60)
-    assert all(thread.is_alive() for thread in threads)
+    while watcher._group_sync._said(ANNOUNCED) < len(stores):
+        assert all(thread.is_alive() for thread in threads)
     go_on.set()
     for thread in threads:
         thread.join(60)
@@ -113,14 +114,15 @@ def test_whoever_opens_the_ledger_alone_believes_no_note(tmp_path: Path) -> None
     syncs: list[str] = []
     first, told = opened(tmp_path, lambda: syncs.append("first"))
     assert told == [UNKNOWN]
-    first.wait_for(7, lambda: 9)
+    first.announce(9)
+    first.wait_for(7)
     second, told = opened(tmp_path, lambda: syncs.append("second"))
-    second.wait_for(9, lambda: 9)
+    second.wait_for(9)
     assert (syncs, told) == (["first"], [])  # somebody was there: the note holds
     first.close()
     second.close()
     third, told = opened(tmp_path, lambda: syncs.append("third"))
-    third.wait_for(1, lambda: 1)
+    third.wait_for(1)
     assert (syncs, told) == (["first", "third"], [9])
 
 
@@ -128,12 +130,13 @@ def test_the_note_of_a_database_that_lay_there_before_is_not_believed(tmp_path: 
     """A copy was restored while somebody still has the old one open."""
     syncs: list[str] = []
     first, _ = opened(tmp_path, lambda: syncs.append("first"))
-    first.wait_for(7, lambda: 9)
+    first.announce(9)
+    first.wait_for(7)
     (tmp_path / "copy").touch()
     (tmp_path / "copy").replace(tmp_path / "ledger.db")
     second, told = opened(tmp_path, lambda: syncs.append("second"))
-    second.wait_for(1, lambda: 1)
-    first.wait_for(9, lambda: 9)
+    second.wait_for(1)
+    first.wait_for(9)
     assert (syncs, told) == (["first", "second", "first"], [UNKNOWN])
 
 
@@ -142,28 +145,43 @@ def test_a_damaged_note_is_not_believed(tmp_path: Path, byte: int) -> None:
     """Whoever waits syncs for himself."""
     syncs: list[str] = []
     first, _ = opened(tmp_path, lambda: syncs.append("first"))
-    first.wait_for(7, lambda: 7)
+    first.wait_for(7)
     note = bytearray((tmp_path / "gate").read_bytes())
     note[byte] ^= 64
     (tmp_path / "gate").write_bytes(note)
-    first.wait_for(7, lambda: 7)
+    first.wait_for(7)
     assert syncs == ["first", "first"]
 
 
-def test_a_killed_process_is_not_there_any_more(tmp_path: Path) -> None:
-    """Its locks go with it, so its note is not believed and nobody waits for it."""
+@pytest.mark.parametrize(("where", "noted"), [("after it", 5), ("inside it", UNKNOWN)])
+def test_a_killed_process_is_not_there_any_more(tmp_path: Path, where: str, noted: int) -> None:
+    """Its locks go with it, so nobody waits for it; what it noted is believed by nobody who comes then, and a
+    sync that it was inside of left no note."""
     program = (
         "import os, sys; from pathlib import Path; "
         "from paceline.ledger.stores.sqlite.group_sync import GroupSync; "
         "folder = Path(sys.argv[1]); (folder / 'ledger.db').touch(); "
         "group = GroupSync(folder / 'gate', lambda: None); group.enter(folder / 'ledger.db', print); "
-        "group.wait_for(5, lambda: 5); group.wait_for(6, lambda: os.kill(os.getpid(), 9))"
+        "group.wait_for(5); die = lambda: os.kill(os.getpid(), 9); "
     )
+    program += "die()" if where == "after it" else "group._sync = die; group.wait_for(6)"
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == -9
     syncs: list[int] = []
     group, told = opened(tmp_path, lambda: syncs.append(os.getpid()))
-    group.wait_for(5, lambda: 5)
-    assert (syncs, told) == ([os.getpid()], [5])
+    group.wait_for(5)
+    assert (syncs, told) == ([os.getpid()], [noted])
+
+
+def test_what_was_announced_in_an_earlier_life_is_not_believed(tmp_path: Path) -> None:
+    """A power failure may have taken the change that somebody waited for."""
+    syncs: list[str] = []
+    first, _ = opened(tmp_path, lambda: syncs.append("first"))
+    first.announce(9)
+    first.close()
+    second, _ = opened(tmp_path, lambda: syncs.append("second"))
+    second.wait_for(7)
+    second.wait_for(8)
+    assert syncs == ["second", "second"]
 
 
 def test_a_failed_sync_covers_nobody_and_vouches_for_nothing(tmp_path: Path) -> None:
@@ -176,13 +194,13 @@ def test_a_failed_sync_covers_nobody_and_vouches_for_nothing(tmp_path: Path) -> 
     syncs: list[str] = []
     first, _ = opened(tmp_path, fails)
     second, _ = opened(tmp_path, lambda: syncs.append("second"))
-    second.wait_for(1, lambda: 1)
+    second.wait_for(1)
     with pytest.raises(OSError, match="injected"):
-        first.wait_for(2, lambda: 2)
+        first.wait_for(2)
     third, told = opened(tmp_path, lambda: syncs.append("third"))
     assert told == [UNKNOWN]
-    second.wait_for(2, lambda: 2)
-    third.wait_for(2, lambda: 2)
+    second.wait_for(2)
+    third.wait_for(2)
     assert syncs == ["second", "second"]
 
 

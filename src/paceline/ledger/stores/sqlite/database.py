@@ -146,6 +146,7 @@ class Database:
         self, fence: Fence | None, op_id: str | None = None, *, final: bool = False
     ) -> Iterator[Operation]:
         """One transaction. `final`: durable weights depend on it, so it is on the disk on return."""
+        is_synced = final or self._durability == "full"
         with self._lock, self._explained:
             if self._closed:
                 raise self._is_closed()
@@ -160,6 +161,8 @@ class Database:
                     if not operation.repeated:
                         lsn = self._now.lsn = lsn + 1
                         self._commit(self._now, operation)
+                        if is_synced:
+                            self._group_sync.announce(lsn)
                 finally:
                     self._now = None
                     if self._db.in_transaction:  # a repeated operation, or an error
@@ -167,9 +170,9 @@ class Database:
             if not operation.repeated:
                 reach("ledger.after_commit")
                 self._bell.ring()
-            if final or self._durability == "full":
+            if is_synced:
                 with self._final_errors:
-                    self._group_sync.wait_for(lsn, self.lsn)
+                    self._group_sync.wait_for(lsn)
                 reach("ledger.after_sync")
 
     def _begun(self, fence: Fence | None, op_id: str | None) -> tuple[Operation, RunRow]:

@@ -1,15 +1,16 @@
 """One sync of the write-ahead log for every process that waits for one.
 
 A commit is written to the log without a sync and seen by everybody at once. Who needs it on the disk
-comes here: the first syncs the log, with no lock that a writer needs, and notes how far it reaches; whoever
-committed meanwhile and queued behind it finds its commit noted, or syncs for all who came since. The
-log is one sequence, so a commit that is on the disk has everything it could see with it there.
+announces it and comes here: the first syncs the log, with no lock that a writer needs, and notes how far it
+reaches; whoever committed meanwhile queues behind it, and the next one of them syncs for all that had been
+announced by then. The log is one sequence, so a commit that is on the disk has everything it could see with
+it there.
 
-The note lies in the writers' gate file. It is withdrawn before a sync and given again after, so one that
-failed, or was killed, leaves none. The kernel tells of a failed sync only those who had the log open then
-(everybody here opens it at the start) and may keep the lost pages as if they were on the disk. So whoever
-opens the ledger and finds no note, or is alone (the first ever, after a reboot, over a restored copy),
-writes the log's content once more, into the database, before it believes anything.
+Note and announcement lie in the writers' gate file. The note is withdrawn before a sync and given again
+after, so one that failed, or was killed, leaves none. The kernel tells of a failed sync only those who had
+the log open then (everybody here opens it at the start) and may keep the lost pages as if they were on the
+disk. So whoever opens the ledger and finds no note, or is alone (the first ever, after a reboot, over a
+restored copy), writes the log's content once more, into the database, before it believes anything.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from pathlib import Path
 
 from paceline.ledger.gate import byte_range, is_locked
 
-NOTE = struct.Struct("<qQ")  # the newest change that is known to be on the disk; the database's inode
-CHECK = struct.Struct("<I")  # of the note
+CHANGE = struct.Struct("<qQ")  # its number; the database's inode
+CHECK = struct.Struct("<I")  # of the two
+NOTE = slice(0, CHANGE.size + CHECK.size)  # the newest change that is known to be on the disk
+ANNOUNCED = slice(NOTE.stop, 2 * NOTE.stop)  # the newest that somebody waits for
 UNKNOWN = -1
 OPEN_BYTE, SYNC_BYTE = 64, 65  # of the gate file, locked but never written
 
@@ -59,16 +62,21 @@ class GroupSync:
         if noted == UNKNOWN or self._nobody_else_is_here():
             write_again(noted)
             self._note(0)
+            self._say(ANNOUNCED, 0)
         fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, byte_range(fcntl.F_RDLCK, OPEN_BYTE, 1))
 
-    def wait_for(self, lsn: int, newest: Callable[[], int]) -> None:
-        """Return once change `lsn` is on the disk. `newest` tells what everybody has committed so far.
+    def announce(self, lsn: int) -> None:
+        """Change `lsn` is in the log, and its caller will wait for it; the writers' gate is held."""
+        self._say(ANNOUNCED, lsn)
+
+    def wait_for(self, lsn: int) -> None:
+        """Return once change `lsn`, which is in the log, is on the disk.
 
         Raises OSError, and what `sync` raises.
         """
         with self.alone:
             if self._noted() < lsn:
-                reaches = newest()
+                reaches = max(lsn, self._said(ANNOUNCED))
                 self._note(UNKNOWN)
                 self._sync()
                 self._note(reaches)
@@ -80,16 +88,22 @@ class GroupSync:
             self._fd = self.alone.fd = -1
 
     def _noted(self) -> int:
-        """UNKNOWN if the note is withdrawn, damaged, or speaks of a database that lay here before."""
-        raw = self._map[: NOTE.size + CHECK.size]
-        if raw[NOTE.size :] != _check(raw[: NOTE.size]):
-            return UNKNOWN
-        lsn, inode = NOTE.unpack_from(raw)
-        return int(lsn) if inode == self._inode else UNKNOWN
+        return self._said(NOTE)
 
     def _note(self, lsn: int) -> None:
-        raw = NOTE.pack(lsn, self._inode)
-        self._map[: NOTE.size + CHECK.size] = raw + _check(raw)
+        self._say(NOTE, lsn)
+
+    def _said(self, place: slice) -> int:
+        """UNKNOWN if it is withdrawn, damaged, or speaks of a database that lay here before."""
+        raw = self._map[place]
+        if raw[CHANGE.size :] != _check(raw[: CHANGE.size]):
+            return UNKNOWN
+        lsn, inode = CHANGE.unpack_from(raw)
+        return int(lsn) if inode == self._inode else UNKNOWN
+
+    def _say(self, place: slice, lsn: int) -> None:
+        raw = CHANGE.pack(lsn, self._inode)
+        self._map[place] = raw + _check(raw)
 
     def _nobody_else_is_here(self) -> bool:
         return not is_locked(self._fd, byte_range(fcntl.F_WRLCK, OPEN_BYTE, 1))
