@@ -272,7 +272,7 @@ def run(quick: bool) -> list[Row]:
     folder = SHARED_MEMORY / f"paceline-bench-{uuid.uuid4().hex[:8]}"
     rows = overhead(folder, rounds=10 if quick else 40)
     for label, num_bytes in SIZES.items():
-        rows += put_and_get(folder, label, num_bytes, rounds=7 if quick else 25)
+        rows += put_and_get(folder, label, num_bytes, rounds=15 if quick else 25)
     for label, (num_bytes, group) in STREAMS.items():
         rows += streams(label, num_bytes, group, rounds=3 if quick else 9)
     return rows + leftovers(folder, before_run)
