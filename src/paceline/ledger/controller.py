@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class OpIds:
-    """Never the same twice, in any thread or in a forked copy of this process; in order, so that a store
+    """Never the same twice, in any thread or in a process forked from this one; in order, so that a store
     keeps them close together."""
 
     def __init__(self) -> None:

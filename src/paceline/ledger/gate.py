@@ -83,10 +83,10 @@ class WriterGate:
                 fcntl.flock(self._fd, fcntl.LOCK_EX)
             finally:
                 fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, DOOR_FREE)
-        except OSError as error:
-            raise _cannot_use(f"the gate of writers, {self.path},", error) from error
-        except BaseException:  # of a signal's handler, between two locks
+        except BaseException as error:  # of the system, or of a signal's handler between two locks
             fcntl.flock(self._fd, fcntl.LOCK_UN)
+            if isinstance(error, OSError):
+                raise _cannot_use(f"the gate of writers, {self.path},", error) from error
             raise
 
     def __exit__(self, *_: object) -> None:

@@ -14,7 +14,6 @@ import json
 import shutil
 import uuid
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,12 +95,10 @@ class CheckpointFolder:
 
     def _fill(self, aside: Path, checkpoint: Checkpoint) -> str:
         files = {}
-        with ThreadPoolExecutor(1) as meanwhile:
-            for file_name, content in checkpoint.files.items():
-                digest = meanwhile.submit(_sha256, content)
-                durable_files.write_file(aside / file_name, content)
-                reach("checkpoint.after_file")
-                files[file_name] = {"bytes": len(content), "sha256": digest.result()}
+        for file_name, content in checkpoint.files.items():
+            durable_files.write_file(aside / file_name, content)
+            reach("checkpoint.after_file")
+            files[file_name] = {"bytes": len(content), "sha256": _sha256(content)}
         manifest = {
             "format_version": FORMAT_VERSION,
             "run_id": self.run_id,

@@ -244,6 +244,8 @@ def test_nothing_is_freed_after_a_failed_sync(tmp_path: Path, monkeypatch: pytes
         store.record_checkpoint(CheckpointRecord(1, "step-1", "digest", 1))
     with pytest.raises(LedgerError, match="stopped writing"):
         store.begin_release(9)
+    with pytest.raises(LedgerError, match="stopped writing"):
+        store.durable_marker()
 
 
 def test_synced_changes_that_are_gone_are_missed(tmp_path: Path) -> None:

@@ -116,7 +116,11 @@ class Alone:
         self.fd = fd
 
     def __enter__(self) -> None:
-        fcntl.fcntl(self.fd, fcntl.F_OFD_SETLKW, SYNC_LOCK)
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLKW, SYNC_LOCK)
+        except BaseException:  # of a signal's handler, just after
+            self.__exit__()
+            raise
 
     def __exit__(self, *_: object) -> None:
         fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, SYNC_FREE)

@@ -27,14 +27,14 @@ COVERED = (
 
 
 def _json_list(values: Iterable[Any]) -> str:
-    """Raises TypeError for what is no number or text."""
+    """Of ids and numbers. Raises TypeError for any other object."""
     return msgspec.json.encode(list(values), enc_hook=_plain_text).decode()
 
 
 def _plain_text(value: Any) -> str:
     """Of a subclass of str, numpy's for instance."""
     if isinstance(value, str):
-        return "".join(value)
+        return str.__str__(value)
     raise TypeError(f"a {type(value).__name__} is no id")
 
 
@@ -270,6 +270,7 @@ class SampleTable(TaskTable):
 
     def durable_marker(self) -> dict[str, Any]:
         with self._reading():
+            self._refuse_broken()  # what it calls durable may be freed
             folded = list(self._folded_samples())
             durable = bool(folded) or self._value("SELECT 1 FROM ack WHERE durable = 1 LIMIT 1") is not None
             rows = self._rows("SELECT sample_id, step FROM ack WHERE durable = ?", int(durable))
