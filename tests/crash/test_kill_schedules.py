@@ -7,6 +7,8 @@ happen is in paceline.testing.killed_run, what must hold afterwards in paceline.
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -90,3 +92,5 @@ def test_a_planted_bug_is_found(bug: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, "nobody noticed"
     assert f"python -m {MODULE}" in done.stderr
+    [kept] = re.findall("the run is in (.*)", done.stderr)  # for whoever wants to look; nobody does here
+    shutil.rmtree(kept)
