@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,36 @@ def test_train_trains_every_sample_and_leaves_no_feature(finished: TinyRun) -> N
     assert store.facts()["completed_step"] == 10
     assert store.usage().resident_samples == 0
     assert not load_run_config(finished.run_file).feature_folder.exists()
+
+
+COMES_LATE = """
+import sys
+from pathlib import Path
+from paceline.roles import producer
+from paceline.roles.process import run_role
+
+load = producer.TransformersEngine.probe
+
+def completed_meanwhile(engine):
+    load(engine)
+    store = producer.SQLiteMetadataStore(sys.argv[2])
+    store.set_facts({"completed_step": 10})
+    store.close()
+
+producer.TransformersEngine.probe = completed_meanwhile
+sys.exit(run_role("producer", Path(sys.argv[1]), producer.produce))
+"""
+
+
+def test_a_producer_that_comes_when_all_is_trained_leaves_no_feature_store(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """It was started again at the very end, and still loaded its model when the consumer freed everything."""
+    run = TinyRun(tmp_path, tiny_model)
+    command = [sys.executable, "-c", COMES_LATE, str(run.run_file), str(run.directory / "ledger.db")]
+    done = subprocess.run(command, env=run.environment(""), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not load_run_config(run.run_file).feature_folder.exists()
 
 
 def test_both_sides_tell_how_long_they_were_blocked(finished: TinyRun) -> None:

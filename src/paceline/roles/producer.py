@@ -69,6 +69,8 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
         # A consumer that reached its last step has given the memory back under this producer's hands.
         if COMPLETED_STEP not in store.facts():
             raise
+    if COMPLETED_STEP in store.facts():
+        features.destroy()  # opened anew, perhaps, after the consumer had given it back
     features.close()
     store.close()
 
