@@ -15,7 +15,8 @@ from rich.console import Console
 from paceline import SQLiteMetadataStore
 from paceline.cli.progress import describe
 from paceline.errors import LedgerError, RunBusyError
-from paceline.ledger.gate import UNKNOWN, RoleLock, live_holder
+from paceline.ledger.gate import IN_THE_DOOR, UNKNOWN, RoleLock, is_locked, live_holder
+from paceline.ledger.stores.sqlite.group_sync import SYNC_LOCK
 from paceline.roles.snapshot import take_snapshot
 from paceline.testing.samples import sample_ref
 
@@ -103,6 +104,31 @@ def test_a_lock_file_that_cannot_be_opened_advises(
         SQLiteMetadataStore(tmp_path / "ledger.db")
     with pytest.raises(LedgerError, match="ulimit"):
         RoleLock(tmp_path, "consumer")
+
+
+@pytest.mark.parametrize("lock", ["door", "gate", "sync"])
+def test_an_interruption_leaves_no_lock_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: str
+) -> None:
+    """Ctrl-C in a notebook, just when the lock has been taken: others must not wait for this process."""
+    store, other = SQLiteMetadataStore(tmp_path / "db"), SQLiteMetadataStore(tmp_path / "db")
+    call = "flock" if lock == "gate" else "fcntl"
+    wanted = {"door": IN_THE_DOOR, "gate": fcntl.LOCK_EX, "sync": SYNC_LOCK}[lock]
+    real = getattr(fcntl, call)
+
+    def interrupted(fd: int, *how: object) -> object:
+        taken = real(fd, *how)
+        if how[-1] == wanted:
+            raise KeyboardInterrupt
+        return taken
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, call, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.commit_sample(sample_ref(0))
+    assert not is_locked(other._gate._fd, IN_THE_DOOR)
+    assert not is_locked(other._group_sync.alone.fd, SYNC_LOCK)
+    fcntl.flock(other._gate._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_lock_that_fails_is_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
