@@ -67,10 +67,15 @@ class Disk:
     def commits(
         self, durability: str, batch: int, writers: int = 1, sync_takes_s: float = 0.0
     ) -> list[Counts]:
-        options = {"path": self.path(), "durability": durability, "batch": batch, "seconds": self.seconds}
-        options["sync_takes_s"] = sync_takes_s
-        SQLiteMetadataStore(str(options["path"])).close()
-        return together(*[("commit", {**options, "worker": f"w{n}"}) for n in range(writers)])
+        path = self.path()
+        work = {
+            "durability": durability,
+            "batch": batch,
+            "seconds": self.seconds,
+            "sync_takes_s": sync_takes_s,
+        }
+        SQLiteMetadataStore(path).close()
+        return together(*[("commit", {**work, "path": path, "worker": f"w{n}"}) for n in range(writers)])
 
     def plain_commits(self, synchronous: str, batch: int) -> list[Counts]:
         options = {"path": self.path(), "synchronous": synchronous, "batch": batch, "seconds": self.seconds}

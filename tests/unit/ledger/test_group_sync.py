@@ -187,10 +187,6 @@ def test_what_was_announced_in_an_earlier_life_is_not_believed(tmp_path: Path) -
 def test_a_failed_sync_covers_nobody_and_vouches_for_nothing(tmp_path: Path) -> None:
     """Who has the log open asks the disk himself, and the kernel tells him. It would tell nobody who comes
     later, so whoever does writes the log again, though he is not alone."""
-
-    def fails() -> None:
-        raise OSError("injected")
-
     syncs: list[str] = []
     first, _ = opened(tmp_path, fails)
     second, _ = opened(tmp_path, lambda: syncs.append("second"))

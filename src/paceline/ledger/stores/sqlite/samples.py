@@ -17,16 +17,12 @@ from paceline.types import SampleRef, ref_from_json, ref_to_json
 HEAD = "(SELECT coalesce(max(step), -1) FROM checkpoint)"
 AMONG = "IN (SELECT value FROM json_each(?))"
 WITHOUT_ACK = "SELECT count(*) FROM sample LEFT JOIN ack USING (sample_id)"
-INSERT_SAMPLE = (
-    "INSERT INTO sample (seq, sample_id, task_id, ordinal, bytes, generation, ref) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?)"
-)
 COVERED = (
     "iif(state = 'quarantined', quarantine_step IS NULL OR quarantine_step <= " + HEAD + ", durable = 1)"
 )
 
 
-def _json_list(values: Iterable[Any]) -> str:
+def json_list(values: Iterable[Any]) -> str:
     """Of ids and numbers. Raises TypeError for any other object."""
     return msgspec.json.encode(list(values), enc_hook=_plain_text).decode()
 
@@ -107,21 +103,14 @@ class SampleTable(TaskTable):
         if not as_a_rule:
             return False
         if reserved:
-            gone = _json_list(generation for generation, _ in reserved)
+            gone = json_list(generation for generation, _ in reserved)
             self._change(f"DELETE FROM intent WHERE generation {AMONG}", gone)  # noqa: S608 (ours)
         if ordinals:
-            gone = _json_list(ordinals.values())
+            gone = json_list(ordinals.values())
             self._change(f"DELETE FROM task WHERE ordinal {AMONG}", gone)  # noqa: S608 (ours)
-        run = self._run()
-        rows = [(r, ordinals.get(r.source_task_id), text) for r, text in zip(refs, texts, strict=True)]
-        self._db.executemany(
-            INSERT_SAMPLE,
-            [
-                (seq, r.sample_id, r.source_task_id, ordinal, r.estimated_bytes, r.generation, text)
-                for seq, (r, ordinal, text) in enumerate(rows, start=run.last_seq + 1)
-            ],
+        self._insert_samples(
+            [(r, text, ordinals.get(r.source_task_id)) for r, text in zip(refs, texts, strict=True)]
         )
-        run.last_seq += len(refs)
         return True
 
     def _leased_and_known(
@@ -131,7 +120,7 @@ class SampleTable(TaskTable):
         rows = self._rows(
             f"SELECT task_id, ordinal FROM task WHERE task_id {AMONG} AND ordinal < ? "  # noqa: S608 (ours)
             f"UNION ALL SELECT sample_id, NULL FROM sample WHERE sample_id {AMONG}",
-            *(_json_list(task_ids), self._run().next_ordinal, _json_list(sample_ids)),
+            *(json_list(task_ids), self._run().next_ordinal, json_list(sample_ids)),
         )
         ordinals = {task_id: ordinal for task_id, ordinal in rows if ordinal is not None}
         return ordinals, {sample_id for sample_id, ordinal in rows if ordinal is None}
@@ -143,12 +132,12 @@ class SampleTable(TaskTable):
 
     def _intents_among(self, reserved: Iterable[tuple[int, str]]) -> set[tuple[int, str]]:
         sql = f"SELECT generation, sample_id FROM intent WHERE generation {AMONG}"  # noqa: S608 (ours)
-        return set(self._rows(sql, _json_list(g for g, _ in reserved)))
+        return set(self._rows(sql, json_list(g for g, _ in reserved)))
 
     def _known(self, sample_ids: Sequence[str]) -> set[str]:
         """Those that have a row."""
         sql = f"SELECT sample_id FROM sample WHERE sample_id {AMONG}"  # noqa: S608 (ours)
-        return {sample_id for (sample_id,) in self._rows(sql, _json_list(sample_ids))}
+        return {sample_id for (sample_id,) in self._rows(sql, json_list(sample_ids))}
 
     def _may_commit(self, ref: SampleRef) -> bool:
         if ref.generation == 0:
@@ -186,7 +175,7 @@ class SampleTable(TaskTable):
         if not has_row and self._folded_record(ref.sample_id) is not None:
             return False
         ordinal = self._finish_task(ref.source_task_id, failed_too=True)
-        self._insert_sample(ref, text, ordinal)
+        self._insert_samples([(ref, text, ordinal)])
         return True
 
     def _finish_task_of(self, seq: int, task_id: str | None, *, failed_too: bool = False) -> None:
@@ -194,13 +183,18 @@ class SampleTable(TaskTable):
         ordinal = self._finish_task(task_id, failed_too=failed_too)
         self._change("UPDATE sample SET ordinal = coalesce(ordinal, ?) WHERE seq = ?", ordinal, seq)
 
-    def _insert_sample(self, ref: SampleRef, text: str, ordinal: int | None) -> None:
-        self._run().last_seq += 1
-        self._change(
-            INSERT_SAMPLE,
-            *(self._run().last_seq, ref.sample_id, ref.source_task_id, ordinal),
-            *(ref.estimated_bytes, ref.generation, text),
+    def _insert_samples(self, samples: Sequence[tuple[SampleRef, str, int | None]]) -> None:
+        """Refs, each with its JSON and its prompt's ordinal, at the next places of the log."""
+        run = self._run()
+        self._db.executemany(
+            "INSERT INTO sample (seq, sample_id, task_id, ordinal, bytes, generation, ref) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [
+                (seq, r.sample_id, r.source_task_id, ordinal, r.estimated_bytes, r.generation, text)
+                for seq, (r, text, ordinal) in enumerate(samples, start=run.last_seq + 1)
+            ],
         )
+        run.last_seq += len(samples)
 
     def is_committed(self, sample_id: str) -> bool:
         return self.sample_record(sample_id) is not None
@@ -303,7 +297,7 @@ class SampleTable(TaskTable):
 
     def record_released(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
         with self._mutation(fence):
-            ids = _json_list(sample_ids)
+            ids = json_list(sample_ids)
             rows = self._rows(
                 f"SELECT sample_id, {COVERED}, iif(state = 'quarantined', ref, NULL) "  # noqa: S608 (ours)
                 "FROM sample LEFT JOIN ack USING (sample_id) "

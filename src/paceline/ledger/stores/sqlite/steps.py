@@ -22,7 +22,7 @@ from paceline.ledger.refusals import (
     history_is_folded,
     out_of_turn,
 )
-from paceline.ledger.stores.sqlite.samples import AMONG, SampleTable
+from paceline.ledger.stores.sqlite.samples import AMONG, SampleTable, json_list
 from paceline.types import SampleRef, ref_to_json
 
 
@@ -272,6 +272,6 @@ class StepTable(SampleTable):
             rows = self._rows(
                 "SELECT sample_id, reason FROM sample "  # noqa: S608 (ours)
                 f"WHERE state = 'quarantined' AND sample_id {AMONG} ORDER BY seq",
-                json.dumps(list(among)),
+                json_list(among),
             )
         return dict(rows)
