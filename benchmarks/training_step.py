@@ -30,7 +30,7 @@ from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own docu
 from benchmarks.rows import Row, against, row
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Eagle3Draft
-from paceline.methods.target_head import TargetHead
+from paceline.target.head import TargetHead
 from paceline.training.step import micro_batches
 
 Sample = Mapping[str, torch.Tensor]

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
-from paceline.engines.engine import CapturedSample, CaptureRequest, TargetFacts
+from paceline.engines.engine import CapturedSample, CaptureRequest
 from paceline.engines.token_choice import TokenChoice
 from paceline.errors import EngineError
+from paceline.target.facts import TargetFacts
 
 
 class CaptureRows:

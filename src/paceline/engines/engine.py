@@ -11,24 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from paceline.target.facts import TargetFacts
 from paceline.types import Rows
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class TargetFacts:
-    """What the rest of the system may know of the target."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    vocab_size: int
-    dtype: str
-    aux_layer_ids: tuple[int, ...]
-    eos_token_ids: tuple[int, ...]
-    model_version: str
-    tokenizer_version: str
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ safetensors are read; no code of the model folder is run.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,14 +21,15 @@ from transformers.utils import logging as transformers_logging
 from paceline.engines.attention import ATTENTION
 from paceline.engines.cache import PreallocatedLayer, copy_cache
 from paceline.engines.capture_rows import CaptureRows
-from paceline.engines.engine import CapturedSample, CaptureRequest, TargetFacts
-from paceline.engines.prompt_encoder import PromptEncoder
+from paceline.engines.engine import CapturedSample, CaptureRequest
 from paceline.errors import CaptureMismatchError, EngineError
 from paceline.precision import torch_dtype
+from paceline.target.facts import TargetFacts
+from paceline.target.prompt_encoder import PromptEncoder
+from paceline.target.version import model_version
 
 PREFILL_ROWS = 8
 PROBE_TEXT = "Riders in a paceline take turns at the front."
-VERSION_BYTES = 4096  # read from the middle of every tensor
 
 
 class TransformersEngine:
@@ -223,29 +222,9 @@ def _facts(model: PreTrainedModel, model_folder: Path, tokenizer_version: str) -
         dtype=str(model.dtype).removeprefix("torch."),
         aux_layer_ids=aux,
         eos_token_ids=() if stop is None else tuple(stop) if isinstance(stop, list) else (int(stop),),
-        model_version=_model_version(model_folder),
+        model_version=model_version(model_folder),
         tokenizer_version=tokenizer_version,
     )
-
-
-def _model_version(model_folder: Path) -> str:
-    """Digest of config.json and of every weight file's size, header and a piece of every tensor.
-
-    The header names every tensor with its shape and place, the same for a model and its fine-tunes;
-    the pieces tell those apart. All bytes of a large target would cost minutes at every start.
-    """
-    digest = hashlib.sha256((model_folder / "config.json").read_bytes())
-    for path in sorted(model_folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-            digest.update(json.dumps([path.name, path.stat().st_size]).encode() + header)
-            entries = json.loads(header)
-            entries.pop("__metadata__", None)
-            for begin, end in sorted(entry["data_offsets"] for entry in entries.values()):
-                size = min(VERSION_BYTES, end - begin)
-                file.seek(8 + len(header) + (begin + end - size) // 2)
-                digest.update(file.read(size))
-    return digest.hexdigest()[:16]
 
 
 def _argmax_agrees(logits: torch.Tensor, own: torch.Tensor, eps: float) -> bool:

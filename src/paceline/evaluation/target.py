@@ -23,7 +23,7 @@ from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own docu
 
 from paceline.errors import ConfigError
 from paceline.evaluation.tree import DraftTree
-from paceline.methods.target_head import TargetHead
+from paceline.target.head import TargetHead
 
 
 @dataclass(frozen=True)

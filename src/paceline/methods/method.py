@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from paceline.methods.target_head import TargetHead
+from paceline.target.head import TargetHead
 from paceline.types import FeatureSpec, Rows
 
 

@@ -11,12 +11,12 @@ import torch
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.methods.target_head import TargetHead
 from paceline.precision import torch_dtype
 from paceline.roles.draft import build_method
 from paceline.roles.plan import RunPlan, bind_run
 from paceline.roles.process import run_role
 from paceline.roles.wire import ConsumerParts, build_disagg_online_consumer
+from paceline.target.head import TargetHead
 from paceline.telemetry import EventLog
 from paceline.training.settings import OptimizerSettings, TrainerSettings
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 from paceline.capture.prompts import read_prompts
 from paceline.durable_files import replace_file
-from paceline.engines.prompt_encoder import PromptEncoder
 from paceline.evaluation.acceptance import measure_acceptance
 from paceline.evaluation.speculative import Decoding
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.methods.target_head import TargetHead
 from paceline.precision import torch_dtype
 from paceline.roles.draft import build_method, newest_checkpoint
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
+from paceline.target.head import TargetHead
+from paceline.target.prompt_encoder import PromptEncoder
 from paceline.telemetry import EventLog
 from paceline.training.torch_learner import restore_draft
 

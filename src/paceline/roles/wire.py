@@ -27,7 +27,7 @@ from paceline.ledger.store import MetadataStore
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.loader.loader import StepLoader
 from paceline.methods.method import DraftMethod
-from paceline.methods.target_head import TargetHead
+from paceline.target.head import TargetHead
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.settings import TrainerSettings
 from paceline.training.torch_learner import TorchLearner

@@ -23,10 +23,11 @@ from typing import Any
 
 from paceline.crashpoints import reach
 from paceline.durable_files import FileContent
-from paceline.engines.engine import CapturedSample, CaptureRequest, TargetFacts
+from paceline.engines.engine import CapturedSample, CaptureRequest
 from paceline.errors import StoreFullError, TrainingError
 from paceline.features.store import Sealed, Usage, is_kept
 from paceline.features.stores.refusals import corrupt, missing, stale
+from paceline.target.facts import TargetFacts
 from paceline.training.learner import Sample
 from paceline.types import FeatureSpec, SampleRef
 

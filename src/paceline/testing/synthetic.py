@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from paceline.engines.engine import CapturedSample, CaptureRequest, TargetFacts
-from paceline.methods.target_head import TargetHead
+from paceline.engines.engine import CapturedSample, CaptureRequest
+from paceline.target.facts import TargetFacts
+from paceline.target.head import TargetHead
 
 HIDDEN, VOCAB, LAYERS = 16, 64, 8
 

@@ -15,7 +15,7 @@ from torch import nn
 from paceline.durable_files import FileContent
 from paceline.errors import TrainingError
 from paceline.methods.method import DraftMethod
-from paceline.methods.target_head import TargetHead
+from paceline.target.head import TargetHead
 from paceline.training import tensor_files
 from paceline.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from paceline.training.settings import TrainerSettings

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from paceline.engines.engine import CapturedSample, CaptureRequest
-from paceline.engines.prompt_encoder import PromptEncoder
 from paceline.engines.transformers import TransformersEngine, _argmax_agrees
 from paceline.errors import CaptureMismatchError, ConfigError, EngineError
 from paceline.precision import has_bfloat16, torch_dtype
+from paceline.target.prompt_encoder import PromptEncoder
 from paceline.testing.engine_suite import requests
 from paceline.testing.tiny_folder import make_tiny_folder
 

@@ -17,7 +17,7 @@ from paceline.methods.eagle3.decode import Eagle3Decoder
 from paceline.methods.eagle3.loss import training_time_test
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Eagle3Draft
-from paceline.methods.target_head import TargetHead
+from paceline.target.head import TargetHead
 from paceline.testing.tiny_target import AUX_LAYER_IDS, VOCAB, captured_sample, save_target, tiny_target
 
 PROMPTS = [(1, 5, 9), (1, 7, 7, 30, 12), (4,), (1, 44, 3, 2, 50, 6)]

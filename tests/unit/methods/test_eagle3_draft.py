@@ -10,7 +10,7 @@ import torch
 from paceline.errors import ConfigError
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.vocab import choose_draft_vocab, count_answer_tokens, draft_to_target, vocab_maps
-from paceline.methods.target_head import TargetHead
+from paceline.target.head import TargetHead
 from paceline.testing.tiny_target import HIDDEN, VOCAB, captured_sample, save_target, tiny_target
 
 SGLANG_NAMES = {

@@ -13,7 +13,7 @@ from paceline.methods.eagle3.loss import Eagle3Batch, collate, training_time_tes
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.methods.eagle3.targets import counted_rows
-from paceline.methods.target_head import TargetHead
+from paceline.target.head import TargetHead
 from paceline.testing.tiny_target import VOCAB, captured_sample, save_target, tiny_target
 from paceline.types import Rows
 

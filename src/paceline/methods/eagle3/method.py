@@ -21,7 +21,7 @@ from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft
 from paceline.methods.eagle3.vocab import answer_token_weights, choose_draft_vocab, vocab_maps
 from paceline.methods.eagle3.warm_start import warm_start
 from paceline.methods.method import LossSums, default_aux_layer_ids
-from paceline.methods.target_head import TargetHead
+from paceline.target.head import TargetHead
 from paceline.types import FeatureSpec, Rows
 
 # Regressed fc weights read states of root mean square 20 and more and are as small in turn, so that

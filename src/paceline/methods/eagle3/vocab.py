@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812  (torch's own convention)
 
 from paceline.errors import ConfigError
 from paceline.methods.eagle3.targets import counted_rows, counted_states
-from paceline.methods.target_head import TargetHead
+from paceline.target.head import TargetHead
 
 
 def choose_draft_vocab(

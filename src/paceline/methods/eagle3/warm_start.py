@@ -19,7 +19,7 @@ import torch
 
 from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.methods.eagle3.targets import counted_rows, counted_states
-from paceline.methods.target_head import TargetHead
+from paceline.target.head import TargetHead
 
 _RIDGE = 300.0
 # Squared scale of the shared query and key projection: self-attention scores of about 8 times this.

@@ -1,0 +1,19 @@
+"""What the rest of the system may know of the target. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What the rest of the system may know of the target."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    dtype: str
+    aux_layer_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
+    model_version: str
+    tokenizer_version: str
