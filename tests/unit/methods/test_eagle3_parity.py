@@ -1,0 +1,95 @@
+"""One case of the training maths against SpecForge and speculators, whose tensors lie in eagle3_parity/."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from paceline.methods.eagle3.method import Eagle3Method, attach_target
+from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft
+from paceline.methods.target_head import TargetHead
+
+FOLDER = Path(__file__).parent / "eagle3_parity"
+CASE = json.loads((FOLDER / "case.json").read_text())
+STEPS, BOUND = 4, 2e-5
+PEERS = ("specforge", "speculators")
+
+
+@pytest.fixture(scope="module")
+def case() -> dict[str, torch.Tensor]:
+    return load_file(FOLDER / "case.safetensors")
+
+
+@pytest.fixture
+def draft(case: dict[str, torch.Tensor]) -> Eagle3Draft:
+    """The case's draft with the case's target attached."""
+    names = [name for name in Eagle3Config.__dataclass_fields__ if name != "num_aux"]
+    draft = Eagle3Draft(Eagle3Config(**{name: CASE[name] for name in names}))
+    draft.load_state_dict({name: case[name] for name in draft.state_dict()})
+    attach_target(
+        draft,
+        TargetHead(
+            CASE,
+            case["target.embed_tokens.weight"],
+            case["target.norm.weight"],
+            case["target.lm_head.weight"],
+        ),
+    )
+    return draft
+
+
+def _samples(case: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    names = ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_states")
+    return [{name: case[f"sample{i}.{name}"] for name in names} for i in range(len(CASE["lengths"]))]
+
+
+def _trained(draft: Eagle3Draft, case: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss sum, logits of the counted rows of all steps) with the gradients left in the draft."""
+    method = Eagle3Method({"ttt_steps": STEPS, "step_decay": 0.8, "draft_vocab_size": 40})
+    normed: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        normed.append(output.detach())
+
+    handle = draft.norm.register_forward_hook(keep)
+    loss = method.loss(draft, method.collate(_samples(case), torch.device("cpu"))).loss_sum
+    handle.remove()
+    loss.backward()
+    return loss.detach(), torch.cat(normed) @ draft.lm_head.weight.detach().T
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_logits_of_every_step_equal_those_of_other_trainers(
+    draft: Eagle3Draft, case: dict[str, torch.Tensor], peer: str
+) -> None:
+    """Every row that counts in step 0, 1, 2 and 3, to 2e-5; a wrong key, norm or position is off by more."""
+    theirs = load_file(FOLDER / f"{peer}.safetensors")
+    _, logits = _trained(draft, case)
+    counted = case["common.counted"]
+    ours = logits.split(counted.sum(1).tolist())
+    assert logits.shape[0] == int(counted.sum())
+    for step, mine in enumerate(ours):
+        wanted = theirs["logits"][step, counted[step]]
+        assert float((mine - wanted).abs().max()) < BOUND, f"step {step}"
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_loss_and_gradients_equal_those_of_other_trainers(
+    draft: Eagle3Draft, case: dict[str, torch.Tensor], peer: str
+) -> None:
+    """The weighted sum and the gradient of every weight, relative to the gradient's largest entry, to 2e-5."""
+    theirs = load_file(FOLDER / f"{peer}.safetensors")
+    loss, _ = _trained(draft, case)
+    decay = torch.tensor(CASE["common_step_weights"])
+    wanted = ((theirs["row_loss"] * case["common.counted"]).sum(1) * decay).sum()
+    assert float((loss - wanted).abs() / wanted) < BOUND
+    for name, parameter in draft.named_parameters():
+        assert parameter.grad is not None
+        expected = theirs[f"common.grad.{name}"]
+        difference = (parameter.grad - expected).abs().max() / expected.abs().max()
+        assert float(difference) < BOUND, name
