@@ -12,9 +12,11 @@ from paceline.training.settings import OptimizerSettings
 
 
 def learning_rate_at(step: int, settings: OptimizerSettings) -> float:
-    """The rate of optimizer step `step`, counted from 1."""
+    """The rate of optimizer step `step`, counted from 1: see `OptimizerSettings`."""
     if step <= settings.warmup_steps:
         return settings.learning_rate * step / settings.warmup_steps
+    if settings.total_steps is None:
+        return settings.learning_rate
     span = max(1, settings.total_steps - settings.warmup_steps)
     done = min(1.0, (step - settings.warmup_steps) / span)
     fall = settings.learning_rate - settings.final_learning_rate

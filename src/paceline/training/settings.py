@@ -11,9 +11,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Learning rates per step: linear warm-up, then a cosine down to the final one at `total_steps`."""
+    """Learning rates per step: linear warm-up, then a cosine down to the final one at `total_steps`.
 
-    total_steps: int
+    Later steps keep the final rate. `total_steps` None is for a stream without an end: constant after
+    the warm-up.
+    """
+
+    total_steps: int | None
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5
     warmup_steps: int = 10

@@ -12,7 +12,7 @@ from torch import nn
 
 from paceline.methods.eagle3.method import Eagle3Method, attach_target
 from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft
-from paceline.methods.target_head import TargetHead
+from paceline.target.head import TargetHead
 
 FOLDER = Path(__file__).parent / "eagle3_parity"
 CASE = json.loads((FOLDER / "case.json").read_text())

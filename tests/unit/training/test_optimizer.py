@@ -1,0 +1,123 @@
+"""The learning rate of every step, and an optimizer that is written down and read back."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from paceline.training.optimizer import (
+    build_optimizer,
+    learning_rate_at,
+    optimizer_tensors,
+    restore_optimizer,
+    set_learning_rate,
+)
+from paceline.training.settings import OptimizerSettings
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [
+        (1, 0.25),  # warm-up: a quarter more each step
+        (3, 0.75),
+        (4, 1.0),  # the peak, at the warm-up's end
+        (5, 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 8))),
+        (8, 0.6),  # half of the cosine
+        (12, 0.2),  # its end
+        (13, 0.2),  # and beyond
+        (1_000_000, 0.2),
+    ],
+)
+def test_the_rate_warms_up_follows_a_cosine_and_stays_at_its_end(step: int, rate: float) -> None:
+    """Rates of a schedule of 12 steps with 4 of warm-up, from 1.0 down to 0.2."""
+    settings = OptimizerSettings(total_steps=12, learning_rate=1.0, final_learning_rate=0.2, warmup_steps=4)
+    assert learning_rate_at(step, settings) == pytest.approx(rate, rel=1e-12)
+
+
+def test_a_stream_without_an_end_keeps_its_rate() -> None:
+    """Without `total_steps` the rate warms up and is constant from there on."""
+    settings = OptimizerSettings(total_steps=None, learning_rate=0.5, warmup_steps=2)
+    assert [learning_rate_at(step, settings) for step in (1, 2, 3, 10**9)] == [0.25, 0.5, 0.5, 0.5]
+
+
+def test_a_schedule_without_warm_up_begins_at_its_peak() -> None:
+    """No division by zero, and a schedule of which the warm-up is all falls to its end at once."""
+    none = OptimizerSettings(total_steps=10, learning_rate=1.0, final_learning_rate=0.0, warmup_steps=0)
+    assert learning_rate_at(5, none) == pytest.approx(0.5)
+    warm_up_only = OptimizerSettings(
+        total_steps=4, learning_rate=1.0, final_learning_rate=0.1, warmup_steps=4
+    )
+    assert [learning_rate_at(step, warm_up_only) for step in (4, 5)] == [1.0, pytest.approx(0.1)]
+
+
+def test_matrices_decay_and_named_parameters_have_their_own_rate() -> None:
+    """Decay leaves vectors alone; a factor goes to the parameter of its name and to no other."""
+    draft = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    settings = OptimizerSettings(total_steps=10, weight_decay=0.1)
+    optimizer = build_optimizer(draft, settings, {"0.weight": 0.5})
+    set_learning_rate(optimizer, 0.2)
+    got = {
+        name: (group["lr"], group["weight_decay"])
+        for (name, _), group in zip(draft.named_parameters(), optimizer.param_groups, strict=True)
+    }
+    assert got == {
+        "0.weight": (0.1, 0.1),
+        "0.bias": (0.2, 0.0),
+        "1.weight": (0.2, 0.0),
+        "1.bias": (0.2, 0.0),
+    }
+
+
+def _train(draft: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        optimizer.zero_grad()
+        draft(torch.randn(5, 8, generator=generator)).square().sum().backward()
+        set_learning_rate(optimizer, 0.01 * step)
+        optimizer.step()
+
+
+def _draft() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def test_a_restored_optimizer_takes_the_next_steps_bit_for_bit() -> None:
+    """Moments and the count of steps come back: three steps, a restart and three steps make six."""
+    settings = OptimizerSettings(total_steps=10, weight_decay=0.01)
+    whole = _draft()
+    _train(whole, build_optimizer(whole, settings), range(1, 7))
+
+    first = _draft()
+    optimizer = build_optimizer(first, settings)
+    _train(first, optimizer, range(1, 4))
+    written = {name: tensor.clone() for name, tensor in optimizer_tensors(first, optimizer).items()}
+    second = _draft()
+    second.load_state_dict(first.state_dict())
+    restored = build_optimizer(second, settings)
+    restore_optimizer(second, restored, written)
+    _train(second, restored, range(4, 7))
+
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+    names = {
+        f"{name}.{key}" for name, _ in whole.named_parameters() for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+    assert set(written) == names
+
+
+def test_restoring_takes_copies() -> None:
+    """What was read from a checkpoint is not changed by the steps that follow."""
+    settings = OptimizerSettings(total_steps=10)
+    draft = _draft()
+    optimizer = build_optimizer(draft, settings)
+    _train(draft, optimizer, range(1, 3))
+    written = {name: tensor.clone() for name, tensor in optimizer_tensors(draft, optimizer).items()}
+    before = {name: tensor.clone() for name, tensor in written.items()}
+    again = build_optimizer(draft, settings)
+    restore_optimizer(draft, again, written)
+    _train(draft, again, range(3, 5))
+    assert all(torch.equal(before[name], written[name]) for name in before)
