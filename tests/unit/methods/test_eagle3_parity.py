@@ -82,7 +82,7 @@ def test_logits_of_every_step_equal_those_of_other_trainers(
 def test_loss_and_gradients_equal_those_of_other_trainers(
     draft: Eagle3Draft, case: dict[str, torch.Tensor], peer: str
 ) -> None:
-    """The weighted sum and the gradient of every weight, relative to the gradient's largest entry, to 2e-5."""
+    """The weighted sum and, relative to its largest entry, the gradient of every weight, to 2e-5."""
     theirs = load_file(FOLDER / f"{peer}.safetensors")
     loss, _ = _trained(draft, case)
     decay = torch.tensor(CASE["common_step_weights"])
