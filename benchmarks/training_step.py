@@ -31,6 +31,7 @@ from benchmarks.rows import Row, against, row
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.target.head import TargetHead
+from paceline.target.layout import HeadLayout
 from paceline.training.step import micro_batches
 
 Sample = Mapping[str, torch.Tensor]
@@ -55,7 +56,9 @@ def target_head() -> TargetHead:
     generator = torch.Generator().manual_seed(0)
     shape = (int(CONFIG["vocab_size"]), int(CONFIG["hidden_size"]))
     embedding = torch.randn(shape, generator=generator).mul_(0.1).bfloat16()
-    return TargetHead(CONFIG, embedding, torch.ones(shape[1], dtype=torch.bfloat16), embedding)
+    gain = torch.ones(shape[1], dtype=torch.bfloat16)
+    layout = HeadLayout(eps=float(CONFIG["rms_norm_eps"]))
+    return TargetHead(CONFIG, embedding, gain, embedding, layout=layout)
 
 
 def spread_samples(count: int) -> list[Sample]:

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import DynamicCache, PreTrainedModel
 
 from paceline.engines.attention import ATTENTION
 from paceline.engines.cache import PreallocatedLayer, copy_cache
@@ -25,8 +23,10 @@ from paceline.engines.engine import CapturedSample, CaptureRequest
 from paceline.errors import CaptureMismatchError, EngineError
 from paceline.precision import torch_dtype
 from paceline.target.facts import TargetFacts
-from paceline.target.prompt_encoder import PromptEncoder
-from paceline.target.version import model_version
+from paceline.target.folder import eos_token_ids, read_config, read_generation_config
+from paceline.target.model import load_whole, unusable
+from paceline.target.tokenizer import PromptEncoder
+from paceline.target.version import TargetVersion
 
 PREFILL_ROWS = 8
 PROBE_TEXT = "Riders in a paceline take turns at the front."
@@ -35,12 +35,12 @@ PROBE_TEXT = "Riders in a paceline take turns at the front."
 class TransformersEngine:
     def __init__(self, model_folder: Path, *, dtype: str = "auto", max_prompt_tokens: int = 192) -> None:
         """Raises EngineError, with advice, if the folder holds no model that can be captured from."""
-        transformers_logging.disable_progress_bar()
         self._encoder = PromptEncoder(model_folder, max_prompt_tokens=max_prompt_tokens)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = _load_model(model_folder, torch_dtype(dtype), self._device)
+        self._model = load_whole(model_folder, torch_dtype(dtype), self._device, ATTENTION)
+        _require_llama_layout(self._model, model_folder)
         self._layers = list(self._model.model.layers)
-        self._facts = _facts(self._model, model_folder, self._encoder.version)
+        self._facts = _facts(self._model, model_folder)
         self._captured_ids = (*self._facts.aux_layer_ids, self._facts.num_hidden_layers)
 
     @property
@@ -164,46 +164,14 @@ class _Hooks:
         return hook
 
 
-def _load_model(model_folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    again = "move the folder away and fetch the model again (`make model` for the recipe's target)"
-    answer: Any  # a pair, for the report asked for below
-    try:
-        answer = AutoModelForCausalLM.from_pretrained(
-            str(model_folder),
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation=ATTENTION,
-            ignore_mismatched_sizes=True,  # so that the report below names them
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise _unusable(model_folder, reason or type(error).__name__, again) from error
-    model, report = answer
-    # transformers fills such weights with noise, other noise in every process.
-    unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    if unfit:
-        reason = f"{len(unfit)} weights are missing or of another shape, first: {unfit[0]}"
-        raise _unusable(model_folder, reason, again)
+def _require_llama_layout(model: PreTrainedModel, model_folder: Path) -> None:
     decoder = getattr(model, "model", None)
     if not (hasattr(model, "lm_head") and hasattr(decoder, "layers") and hasattr(decoder, "norm")):
         reason = f"{type(model).__name__} has no model.layers, model.norm and lm_head"
-        raise _unusable(model_folder, reason, "choose a decoder laid out as Llama is")
-    loaded: PreTrainedModel = torch.nn.Module.to(model, device).eval()
-    return loaded
+        raise unusable(model_folder, reason, "choose a decoder laid out as Llama is")
 
 
-def _unusable(model_folder: Path, reason: str, advice: str) -> EngineError:
-    return EngineError(
-        f"{model_folder} holds no model that can be loaded ({reason}).",
-        why="The producer needs the target's own weights, all of them, as safetensors, in a local folder.",
-        next=f"{advice}, or set target.model to a complete Hugging Face model folder.",
-    )
-
-
-def _facts(model: PreTrainedModel, model_folder: Path, tokenizer_version: str) -> TargetFacts:
+def _facts(model: PreTrainedModel, model_folder: Path) -> TargetFacts:
     config = model.config
     layers = int(config.num_hidden_layers)
     aux = (2, layers // 2, layers - 3)
@@ -213,17 +181,17 @@ def _facts(model: PreTrainedModel, model_folder: Path, tokenizer_version: str) -
             why="EAGLE-3 reads an early, a middle and a late state.",
             next="choose a target with at least 7 layers.",
         )
-    stop = getattr(model.generation_config, "eos_token_id", None)
-    stop = config.eos_token_id if stop is None else stop
+    ends = eos_token_ids(read_config(model_folder), read_generation_config(model_folder))
+    version = TargetVersion.of(model_folder)
     return TargetFacts(
         hidden_size=int(config.hidden_size),
         num_hidden_layers=layers,
         vocab_size=int(config.vocab_size),
         dtype=str(model.dtype).removeprefix("torch."),
         aux_layer_ids=aux,
-        eos_token_ids=() if stop is None else tuple(stop) if isinstance(stop, list) else (int(stop),),
-        model_version=model_version(model_folder),
-        tokenizer_version=tokenizer_version,
+        eos_token_ids=tuple(token for token in ends if token < int(config.vocab_size)),
+        model_version=version.model,
+        tokenizer_version=version.tokenizer,
     )
 
 

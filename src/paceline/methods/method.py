@@ -58,6 +58,9 @@ class DraftMethod(Protocol):
         A sample may still carry all rows: it was captured by somebody who did not ask.
         """
 
+    def check_target(self, head: TargetHead) -> None:
+        """Raise ConfigError if no draft of this target can be built with these settings."""
+
     def build_draft(
         self, head: TargetHead, seed: int, token_weights: torch.Tensor | None = None
     ) -> nn.Module:

@@ -19,7 +19,7 @@ from paceline.roles.draft import build_method, newest_checkpoint
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
 from paceline.target.head import TargetHead
-from paceline.target.prompt_encoder import PromptEncoder
+from paceline.target.tokenizer import PromptEncoder
 from paceline.telemetry import EventLog
 from paceline.training.torch_learner import restore_draft
 

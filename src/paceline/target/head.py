@@ -1,53 +1,113 @@
 """The parts of the target that a draft needs: embedding, final norm and lm_head, nothing else.
 
-Reads config.json and the few named tensors straight from the safetensors file(s) of a Hugging
-Face folder, so that the trainer never holds the target's decoder layers. Tensors keep their
-stored dtype and are frozen. `layer_tensors` reads one decoder layer more, for an initialisation.
-Fails with ConfigError before any training: a missing file, name or config value.
+Read straight from the safetensors file(s) of a Hugging Face folder, so that the trainer never holds
+the target's decoder layers. Tensors keep their stored dtype and are frozen. `OutputLayer` is the way from
+a captured last state to the target's own logits, whatever the family does to them.
+Fails with ConfigError before any training: a missing file, name or config value, a weight that is NaN.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from torch import nn
+from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
 
 from paceline.errors import ConfigError
+from paceline.target.folder import TensorFiles, eos_token_ids, read_config, read_generation_config
+from paceline.target.layout import LLAMA, PLAIN, HeadLayout, apply_norm, head_layout
+from paceline.target.sizes import sizes_by_library
 
-_EMBED = "model.embed_tokens.weight"
-_NORM = "model.norm.weight"
-_LM_HEAD = "lm_head.weight"
+CHECKED_ROWS = 8192
+
+
+class OutputLayer(nn.Module):
+    """The target's final norm and some rows of its lm_head: captured last states to logits.
+
+    Buffers only, none of them in a state dict: they are the target's, and frozen.
+    """
+
+    gain: torch.Tensor  # [H]
+    rows: torch.Tensor  # [D, H]
+    norm_bias: torch.Tensor | None  # [H]
+    row_bias: torch.Tensor | None  # [D]
+
+    def __init__(self, head: TargetHead, token_ids: torch.Tensor | None = None) -> None:
+        """The rows of `token_ids` int64 [D] in that order; all, and without a copy, by default."""
+        super().__init__()
+        self.layout = head.layout
+
+        def chosen(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return tensor if tensor is None or token_ids is None else tensor[token_ids]
+
+        self.register_buffer("gain", head.norm_weight, persistent=False)
+        self.register_buffer("norm_bias", head.norm_bias, persistent=False)
+        self.register_buffer("rows", chosen(head.lm_head), persistent=False)
+        self.register_buffer("row_bias", chosen(head.lm_head_bias), persistent=False)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [..., D] of pre-norm `states` [..., H].
+
+        The product is done in the target's own dtype: as exact as the target's own output.
+        """
+        normed = apply_norm(states, self.gain, self.norm_bias, self.layout).to(states.dtype)
+        bias = None if self.row_bias is None else self.row_bias.to(self.rows.dtype)
+        return self.bent(F.linear(normed.to(self.rows.dtype), self.rows, bias).float())
+
+    def bent(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the family does to the products of lm_head."""
+        if self.layout.logit_scale != 1.0:
+            logits = logits * self.layout.logit_scale
+        if self.layout.soft_cap:
+            logits = torch.tanh(logits / self.layout.soft_cap) * self.layout.soft_cap
+        return logits
 
 
 @dataclass(frozen=True)
 class TargetHead:
-    """V = target vocabulary, H = hidden size. `config` is the target's config.json as a dict."""
+    """V = target vocabulary, H = hidden size. `config` is the target's config.json as a dict.
+
+    `norm_weight` is the gain of the final norm as it multiplies: 1 + w where the family stores w.
+    """
 
     config: Mapping[str, Any]
     embed_tokens: torch.Tensor  # [V, H]
     norm_weight: torch.Tensor  # [H]
     lm_head: torch.Tensor  # [V, H]; the same tensor as embed_tokens where the target ties them
     folder: Path | None = None
+    layout: HeadLayout = LLAMA
+    norm_bias: torch.Tensor | None = None  # [H]
+    lm_head_bias: torch.Tensor | None = None  # [V]
+    eos_token_ids: tuple[int, ...] = ()  # that end an answer, all within the vocabulary
 
     @classmethod
     def load(cls, folder: str | Path) -> TargetHead:
         """Read the head of the target in `folder`. Raises ConfigError if it is not one we can read."""
         folder = Path(folder)
-        config = _read_config(folder)
-        tied = bool(config.get("tie_word_embeddings", False))
-        wanted = [_EMBED, _NORM] if tied else [_EMBED, _NORM, _LM_HEAD]
-        tensors = read_tensors(folder, wanted)
+        config = read_config(folder)
+        layout, files = head_layout(folder, config), TensorFiles(folder)
+        wanted = [layout.embedding, layout.norm, layout.lm_head, layout.norm_bias, layout.lm_head_bias]
+        tensors = files.read(list(dict.fromkeys(name for name in wanted if name)))
+        for name, tensor in tensors.items():
+            _refuse_not_finite(folder, name, tensor)
+        embedding = tensors[layout.embedding]
+        _refuse_unequal(folder, layout, tensors)
+        gain = tensors[layout.norm] if layout.norm else torch.ones(embedding.shape[1])
+        ends = eos_token_ids(config, read_generation_config(folder))
         return cls(
-            config=config,
-            embed_tokens=tensors[_EMBED],
-            norm_weight=tensors[_NORM],
-            lm_head=tensors[_EMBED if tied else _LM_HEAD],
+            config=config if config["model_type"] in PLAIN else {**config, **sizes_by_library(folder)},
+            embed_tokens=embedding,
+            norm_weight=gain.float() + layout.gain_offset if layout.gain_offset else gain,
+            lm_head=tensors[layout.lm_head],
             folder=folder,
+            layout=layout,
+            norm_bias=tensors[layout.norm_bias] if layout.norm_bias else None,
+            lm_head_bias=tensors[layout.lm_head_bias] if layout.lm_head_bias else None,
+            eos_token_ids=tuple(token for token in ends if token < embedding.shape[0]),
         )
 
     @property
@@ -64,85 +124,59 @@ class TargetHead:
 
     @property
     def rms_norm_eps(self) -> float:
-        return float(self.config.get("rms_norm_eps", 1e-6))
+        return self.layout.eps
 
     @property
     def rope_theta(self) -> float:
-        """RoPE base. transformers 5 nests it in `rope_parameters`; older files have it at top level."""
-        nested = self.config.get("rope_parameters") or {}
-        return float(nested.get("rope_theta", self.config.get("rope_theta", 10000.0)))
+        """RoPE base. transformers 5 nests it in `rope_parameters`; older files have it at top level.
 
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        value = self.config.get("eos_token_id")
-        if value is None:
-            return ()
-        return tuple(int(v) for v in value) if isinstance(value, list) else (int(value),)
+        A family with a base for each kind of layer gives that of full attention.
+        """
+        nested = self.config.get("rope_parameters") or {}
+        nested = nested.get("full_attention", nested)
+        return float(nested.get("rope_theta") or self.config.get("rope_theta") or 10000.0)
+
+    def output(self, token_ids: torch.Tensor | None = None) -> OutputLayer:
+        return OutputLayer(self, token_ids)
 
     def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
         """Weights of decoder layer `index` (0-based), named as below `model.layers.{index}.`.
 
         Raises ConfigError if this head was built without a folder or the layer has other names.
         """
-        if self.folder is None:
-            raise ConfigError(
-                f"the weights of target layer {index} were asked of a head that has no model folder",
-                why="a draft initialised from a target layer must read it from the target's files",
-                next="load the head with TargetHead.load(folder) or choose init = 'random'",
-            )
-        names = [f"self_attn.{name}_proj" for name in "qkvo"]
-        names += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-        names += ["input_layernorm", "post_attention_layernorm"]
         prefix = f"model.layers.{index}."
-        tensors = read_tensors(self.folder, [f"{prefix}{name}.weight" for name in names])
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        names = [f"{prefix}self_attn.{name}_proj.weight" for name in "qkvo"]
+        names += [f"{prefix}mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+        names += [f"{prefix}{name}.weight" for name in ("input_layernorm", "post_attention_layernorm")]
+        files = TensorFiles(self.folder) if self.folder else None
+        if files is None or any(name not in files for name in names):
+            missing = next((name for name in names if files and name not in files), "a model folder")
+            raise ConfigError(
+                f"the target's layer {index} cannot be read as a Llama layer: there is no {missing}",
+                why="its weights are named otherwise (mixture of experts, fused projections, other norms)",
+                next='set method.init to "regression" or "random"',
+            )
+        return {name.removeprefix(prefix): tensor for name, tensor in files.read(names).items()}
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"{folder} has no config.json",
-            why="the draft takes its sizes from the target's config",
-            next=f"ls {folder}  # is this a Hugging Face model folder?",
-        )
-    config: dict[str, Any] = json.loads(path.read_text())
-    needed = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
-    missing = [key for key in needed if key not in config]
-    if missing:
-        raise ConfigError(
-            f"{path} lacks {', '.join(missing)}",
-            why="the draft takes its sizes from the target's config",
-            next="use a text decoder (Llama family) as target",
-        )
-    return config
+def _refuse_not_finite(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    for start in range(0, tensor.shape[0], CHECKED_ROWS):
+        rows = tensor[start : start + CHECKED_ROWS]
+        sums = rows.reshape(rows.shape[0], -1).sum(-1, dtype=torch.float32)
+        if not bool(torch.isfinite(sums).all()):
+            row = start + int((~torch.isfinite(sums)).nonzero()[0])
+            raise ConfigError(
+                f"{name} in {folder} is not finite (first in row {row}).",
+                why="Every target distribution would be NaN and no draft can be trained on it.",
+                next="the target itself is damaged: fetch it again, or choose another one.",
+            )
 
 
-def read_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
-    """The named tensors from `model.safetensors` or its shards. Raises ConfigError if one is missing."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    elif (folder / "model.safetensors").is_file():
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            weight_map = dict.fromkeys(file.keys(), "model.safetensors")
-    else:
+def _refuse_unequal(folder: Path, layout: HeadLayout, tensors: Mapping[str, torch.Tensor]) -> None:
+    embedding, lm_head = tensors[layout.embedding].shape, tensors[layout.lm_head].shape
+    if len(embedding) != 2 or embedding != lm_head:
         raise ConfigError(
-            f"{folder} has neither model.safetensors nor model.safetensors.index.json",
-            why="only safetensors weights are read; pickled weights can run code",
-            next=f"ls {folder}  # convert the model with save_pretrained(safe_serialization=True)",
+            f"Embedding {tuple(embedding)} and lm_head {tuple(lm_head)} of {folder} have other shapes.",
+            why="A draft token is read by the one and guessed by the other.",
+            next="choose a target whose embedding and lm_head have one size.",
         )
-    missing = [name for name in names if name not in weight_map]
-    if missing:
-        raise ConfigError(
-            f"{folder} has no tensor named {missing[0]} ({len(missing)} of {len(names)} names missing)",
-            why="the draft shares the target's embedding, final norm and lm_head",
-            next="use a target whose weights carry Llama names",
-        )
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in sorted({weight_map[name] for name in names}):
-        with safe_open(folder / shard, framework="pt") as file:
-            for name in names:
-                if weight_map[name] == shard:
-                    tensors[name] = file.get_tensor(name)
-    return tensors

@@ -3,8 +3,7 @@
 Controller, ledger, producer, loader, trainer, recovery and checkpoint folder are the real ones; engine,
 features and weights are those of light_adapters.py. `produce` and `consume` do what the two roles'
 processes do (roles/producer.py, roles/consumer.py), but for freeing the features at the end: what is
-left behind must show. Every part has its kill points (kill_points.py). A run ends in the same 32 bytes
-whatever happened to it.
+left behind must show. A run ends in the same 32 bytes whatever happened to it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from paceline.ledger.store import MetadataStore
 from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.loader.loader import StepLoader
-from paceline.testing.kill_points import pointed
 from paceline.testing.light_adapters import (
     SAMPLE_BYTES,
     HashLearner,
@@ -149,8 +147,9 @@ def build_producer(
     controller = DataFlowController(RUN_ID, metadata_store=store)
     settings = CaptureSettings(group_size=shape.group, num_prompts=shape.prompts, max_answer_tokens=4)
     backpressure = Backpressure(features, store, marks, report=report)
-    engine = pointed(shape.engine(), "engine")
-    return Producer(controller, engine, features, shape.tasks(), settings, backpressure, report=report)
+    return Producer(
+        controller, shape.engine(), features, shape.tasks(), settings, backpressure, report=report
+    )
 
 
 def build_consumer(
@@ -164,10 +163,9 @@ def build_consumer(
     report: Callable[..., None] = no_report,
 ) -> tuple[Trainer, StepLoader]:
     controller = DataFlowController(RUN_ID, metadata_store=store)
-    folder = pointed(CheckpointFolder(checkpoints, RUN_ID), "checkpoints")
-    learner = pointed(shape.learner(), "learner")
+    folder = CheckpointFolder(checkpoints, RUN_ID)
     trainer = Trainer(
-        controller, features, learner, folder, shape.settings(), executor=executor, report=report
+        controller, features, shape.learner(), folder, shape.settings(), executor=executor, report=report
     )
     loader = StepLoader(
         controller,
@@ -194,14 +192,12 @@ class LightRun:
         self.feature_folder = folder / "features"
 
     def open_store(self) -> SQLiteMetadataStore:
-        store: SQLiteMetadataStore = pointed(SQLiteMetadataStore(self.ledger, durability="head"), "ledger")
+        store = SQLiteMetadataStore(self.ledger, durability="head")
         store.fold_from = FOLD_FROM
         return store
 
     def open_features(self, *, owner: bool) -> LightFeatureStore:
-        bare = LightFeatureStore(self.feature_folder, budget_bytes=self.shape.budget_bytes, owner=owner)
-        features: LightFeatureStore = pointed(bare, "features")
-        return features
+        return LightFeatureStore(self.feature_folder, budget_bytes=self.shape.budget_bytes, owner=owner)
 
     def produce(self, report: Callable[..., None] = no_report) -> None:
         """The producer's process."""

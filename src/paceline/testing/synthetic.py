@@ -67,7 +67,7 @@ def synthetic_head(seed: int = 0) -> TargetHead:
         "num_key_value_heads": 2,
         "hidden_size": HIDDEN,
         "intermediate_size": 32,
-        "eos_token_id": 2,
     }
     embed = torch.randn(VOCAB, HIDDEN, generator=generator)
-    return TargetHead(config, embed, torch.ones(HIDDEN), torch.randn(VOCAB, HIDDEN, generator=generator))
+    lm_head = torch.randn(VOCAB, HIDDEN, generator=generator)
+    return TargetHead(config, embed, torch.ones(HIDDEN), lm_head, eos_token_ids=(2,))

@@ -19,7 +19,7 @@ from paceline.engines.engine import CapturedSample, CaptureRequest
 from paceline.engines.transformers import TransformersEngine, _argmax_agrees
 from paceline.errors import CaptureMismatchError, ConfigError, EngineError
 from paceline.precision import has_bfloat16, torch_dtype
-from paceline.target.prompt_encoder import PromptEncoder
+from paceline.target.tokenizer import PromptEncoder
 from paceline.testing.engine_suite import requests
 from paceline.testing.tiny_folder import make_tiny_folder
 

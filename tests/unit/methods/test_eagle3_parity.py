@@ -13,6 +13,7 @@ from torch import nn
 from paceline.methods.eagle3.method import Eagle3Method, attach_target
 from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft
 from paceline.target.head import TargetHead
+from paceline.target.layout import HeadLayout
 
 FOLDER = Path(__file__).parent / "eagle3_parity"
 CASE = json.loads((FOLDER / "case.json").read_text())
@@ -38,6 +39,7 @@ def draft(case: dict[str, torch.Tensor]) -> Eagle3Draft:
             case["target.embed_tokens.weight"],
             case["target.norm.weight"],
             case["target.lm_head.weight"],
+            layout=HeadLayout(eps=CASE["rms_norm_eps"]),
         ),
     )
     return draft

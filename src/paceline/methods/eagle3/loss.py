@@ -18,12 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
 from torch.utils.checkpoint import checkpoint
 
 from paceline.methods.eagle3.attention import KeyValue, Span, attend, spans
 from paceline.methods.eagle3.cross_entropy import soft_cross_entropy
-from paceline.methods.eagle3.elementwise import rms_norm
 from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.methods.eagle3.targets import counted_rows, counted_states
 from paceline.methods.method import LossSums
@@ -88,8 +86,7 @@ class _Targets:
 def _targets(draft: Eagle3Draft, batch: Eagle3Batch) -> _Targets:
     counted, following = batch.counted, batch.input_ids.roll(-1)
     with torch.no_grad():
-        normed = rms_norm(batch.last_hidden_states, draft.target_norm, draft.config.rms_norm_eps)
-        logits = F.linear(normed.to(draft.target_rows.dtype), draft.target_rows).float()
+        logits = draft.target_output(batch.last_hidden_states)
         # The token that follows a sample's last row is not in the batch, and held to be drafted.
         known = batch.positions.roll(-1) > 0
         return _Targets(

@@ -17,7 +17,7 @@ from torch import nn
 from paceline.errors import ConfigError
 from paceline.methods.eagle3.decode import Eagle3Decoder
 from paceline.methods.eagle3.loss import Eagle3Batch, collate, training_time_test
-from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft
+from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft, Midlayer
 from paceline.methods.eagle3.vocab import answer_token_weights, choose_draft_vocab, vocab_maps
 from paceline.methods.eagle3.warm_start import warm_start
 from paceline.methods.method import LossSums, default_aux_layer_ids
@@ -102,18 +102,30 @@ class Eagle3Method:
         # Prompt rows are keys and values of the draft, but nobody predicts what follows them.
         return {"last_hidden_states": Rows.PREDICTED}
 
+    def check_target(self, head: TargetHead) -> None:
+        size = min(self.settings.draft_vocab_size, head.vocab_size)
+        choose_draft_vocab(torch.zeros(head.vocab_size), size, head.eos_token_ids)
+        config = draft_config(head, size)
+        with torch.device("meta"):
+            middle = Midlayer(config)
+        if self.settings.init == "target":
+            _refuse_other_shapes(middle, head.layer_tensors(head.num_hidden_layers - 1), head.hidden_size)
+
     def build_draft(
         self, head: TargetHead, seed: int, token_weights: torch.Tensor | None = None
     ) -> Eagle3Draft:
         chosen = self.settings
-        draft = Eagle3Draft(draft_config(head, chosen.draft_vocab_size))
+        size = min(chosen.draft_vocab_size, head.vocab_size)  # at most the whole vocabulary
+        draft = Eagle3Draft(draft_config(head, size))
         weights = torch.zeros(head.vocab_size) if token_weights is None else token_weights
-        target_ids = choose_draft_vocab(weights, chosen.draft_vocab_size, head.eos_token_ids)
+        target_ids = choose_draft_vocab(weights, size, head.eos_token_ids)
         draft.d2t, draft.t2d = vocab_maps(target_ids, head.vocab_size)
         attach_target(draft, head)
         _initialise_random(draft, seed)
-        if chosen.init != "random":  # "regression" overwrites it all once samples are there
-            _initialise_from_target(draft, head)
+        if chosen.init != "random":
+            _initialise_head(draft, head)
+        if chosen.init == "target":
+            _initialise_layer(draft, head)
         return draft
 
     def warm_start(
@@ -179,8 +191,7 @@ def draft_config(head: TargetHead, draft_vocab_size: int) -> Eagle3Config:
 def attach_target(draft: Eagle3Draft, head: TargetHead) -> None:
     """Give `draft` the frozen target tensors. Needed once after `load_state_dict` of a checkpoint."""
     draft.embed_tokens = head.embed_tokens
-    draft.target_norm = head.norm_weight
-    draft.target_rows = head.lm_head[draft.target_ids()]
+    draft.target_output = head.output(draft.target_ids())
 
 
 def _initialise_random(draft: Eagle3Draft, seed: int) -> None:
@@ -191,16 +202,22 @@ def _initialise_random(draft: Eagle3Draft, seed: int) -> None:
                 parameter.normal_(0.0, 0.02, generator=generator)
 
 
-def _initialise_from_target(draft: Eagle3Draft, head: TargetHead) -> None:
-    """Copy what the target can give; the embedding half of q/k/v keeps its small random weights."""
+def _initialise_head(draft: Eagle3Draft, head: TargetHead) -> None:
+    """The feature is the latest auxiliary state, norm and lm_head are the target's own."""
     hidden = head.hidden_size
     with torch.no_grad():
         draft.fc.weight.zero_()
         draft.fc.weight[:, -hidden:] = torch.eye(hidden)
         draft.norm.weight.copy_(head.norm_weight)
-        draft.lm_head.weight.copy_(draft.target_rows)
-        layer = head.layer_tensors(head.num_hidden_layers - 1)
-        middle = draft.midlayer
+        draft.lm_head.weight.copy_(draft.target_output.rows)
+
+
+def _initialise_layer(draft: Eagle3Draft, head: TargetHead) -> None:
+    """Copy the target's last layer; the embedding half of q/k/v keeps its small random weights."""
+    hidden = head.hidden_size
+    layer, middle = head.layer_tensors(head.num_hidden_layers - 1), draft.midlayer
+    _refuse_other_shapes(middle, layer, hidden)
+    with torch.no_grad():
         for name in ("q_proj", "k_proj", "v_proj"):
             getattr(middle.self_attn, name).weight[:, hidden:] = layer[f"self_attn.{name}.weight"].float()
         middle.self_attn.o_proj.weight.copy_(layer["self_attn.o_proj.weight"])
@@ -208,3 +225,18 @@ def _initialise_from_target(draft: Eagle3Draft, head: TargetHead) -> None:
         middle.post_attention_layernorm.weight.copy_(layer["post_attention_layernorm.weight"])
         for name in ("gate_proj", "up_proj", "down_proj"):
             getattr(middle.mlp, name).weight.copy_(layer[f"mlp.{name}.weight"])
+
+
+def _refuse_other_shapes(middle: nn.Module, layer: Mapping[str, torch.Tensor], hidden: int) -> None:
+    for name, tensor in layer.items():
+        mine = middle.get_parameter(name.replace("input_layernorm", "hidden_norm")).shape
+        shape = (mine[0], mine[1] - hidden) if name.startswith(_READ_BY_BOTH_HALVES) else tuple(mine)
+        if tuple(tensor.shape) != shape:
+            raise ConfigError(
+                f"the target's last layer has {name} of shape {tuple(tensor.shape)}, the draft needs {shape}",
+                why='init = "target" copies that layer into the draft',
+                next='set method.init to "regression" or "random"',
+            )
+
+
+_READ_BY_BOTH_HALVES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own docu
 
 from paceline.methods.eagle3.elementwise import gated_down, rms_norm
 from paceline.methods.eagle3.vocab import draft_to_target
+from paceline.target.head import OutputLayer
 
 
 @dataclass(frozen=True)
@@ -138,15 +139,14 @@ class Eagle3Draft(nn.Module):
     """Trainable float32 weights plus the frozen tensors they are trained against.
 
     Buffers in the state dict: `d2t` int64 [D], `t2d` bool [V]. Buffers outside it: the target's
-    `embed_tokens` [V, H], `target_norm` [H], `target_rows` [D, H] (lm_head rows of the draft
-    vocabulary). Raises nothing by itself; build it with `Eagle3Method.build_draft`.
+    `embed_tokens` [V, H] and those of `target_output` (the target's final norm and the lm_head rows of
+    the draft vocabulary). Raises nothing by itself; build it with `Eagle3Method.build_draft`.
     """
 
     d2t: torch.Tensor
     t2d: torch.Tensor
     embed_tokens: torch.Tensor
-    target_norm: torch.Tensor
-    target_rows: torch.Tensor
+    target_output: OutputLayer
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
@@ -159,8 +159,6 @@ class Eagle3Draft(nn.Module):
         self.register_buffer("d2t", torch.zeros(reduced, dtype=torch.int64))
         self.register_buffer("t2d", torch.zeros(vocab, dtype=torch.bool))
         self.register_buffer("embed_tokens", torch.zeros(vocab, hidden), persistent=False)
-        self.register_buffer("target_norm", torch.ones(hidden), persistent=False)
-        self.register_buffer("target_rows", torch.zeros(reduced, hidden), persistent=False)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Frozen target embedding of `token_ids` [...] -> target dtype [..., H]."""

@@ -46,7 +46,7 @@ def warm_start(
         for linear in (attention.v_proj, attention.o_proj, layer.mlp.down_proj):
             linear.weight.zero_()
         draft.fc.weight.copy_(state_part.T)
-        draft.lm_head.weight.copy_(draft.target_rows)
+        draft.lm_head.weight.copy_(draft.target_output.rows)
         draft.norm.weight.copy_(head.norm_weight.float() * _CONFIDENCE)
         _write_embedding_part(draft, embedding_part, generator)
 

@@ -1,0 +1,197 @@
+"""Where a family keeps embedding, final norm and lm_head, and what it does to its logits.
+
+The library's own model class is asked, built without weights: names of tensors and ties from its
+modules, the kind of its final norm from what the norm computes. Families whose answer is known are in
+`PLAIN`, so that they need no model class (a test asks the library about each of them, too).
+Whatever is derived here, the producer compares with the model's own logits before it captures.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
+
+from paceline.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Names are those of the folder's tensors; an empty name: the family has no such tensor.
+
+    Final norm: RMSNorm, or LayerNorm if `centred`; its gain is the tensor plus `gain_offset`. Logits
+    are multiplied by `logit_scale`, then bent by `soft_cap` tanh(x / soft_cap) unless that is 0.
+    """
+
+    embedding: str = "model.embed_tokens.weight"
+    norm: str = "model.norm.weight"
+    lm_head: str = "lm_head.weight"
+    norm_bias: str = ""
+    lm_head_bias: str = ""
+    centred: bool = False
+    gain_offset: float = 0.0
+    eps: float = 1e-6
+    logit_scale: float = 1.0
+    soft_cap: float = 0.0
+
+
+LLAMA = HeadLayout()
+# Laid out as `HeadLayout` says, with "rms_norm_eps" as eps and lm_head apart unless config.json ties it.
+PLAIN = frozenset({"llama", "qwen2", "qwen3", "mistral"})
+
+
+def head_layout(folder: Path, config: Mapping[str, Any]) -> HeadLayout:
+    """Raises ConfigError, by the family's name, for a head that is not of this kind."""
+    if config["model_type"] in PLAIN and "rms_norm_eps" in config:
+        layout = HeadLayout(eps=float(config["rms_norm_eps"]))
+        tied = bool(config.get("tie_word_embeddings", False))
+        return replace(layout, lm_head=layout.embedding) if tied else layout
+    return layout_by_library(folder)
+
+
+def layout_by_library(folder: Path) -> HeadLayout:
+    """As the installed transformers builds the folder's model. Raises ConfigError."""
+    from paceline.target.model import build_empty
+
+    model = build_empty(folder)
+    parts = decoder_parts(model)
+    family = model.config.model_type
+    # A tied weight has two names and is one object; the embedding's comes first.
+    first = {id(p): n for n, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    head, norm = parts.lm_head, parts.norm
+    scale, cap = _logit_changes(model.config)
+    return replace(
+        _describe_norm(norm, family),
+        embedding=first[id(parts.embedding.weight)],
+        norm=_name(first, getattr(norm, "weight", None)),
+        norm_bias=_name(first, getattr(norm, "bias", None)),
+        lm_head=first[id(head.weight)],
+        lm_head_bias=_name(first, getattr(head, "bias", None)),
+        logit_scale=scale,
+        soft_cap=cap,
+    )
+
+
+def _name(names: Mapping[int, str], parameter: object) -> str:
+    return names[id(parameter)] if isinstance(parameter, nn.Parameter) else ""
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """The modules of a causal language model that capture and the draft need."""
+
+    decoder: nn.Module
+    embedding: nn.Embedding
+    layers: nn.ModuleList
+    norm: nn.Module
+    lm_head: nn.Linear
+
+
+def decoder_parts(model: Any) -> DecoderParts:
+    """Found by what they are, whatever they are called. Raises ConfigError if one is missing."""
+    family = model.config.model_type
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    layers = None
+    # Some families wrap the decoder once more.
+    for candidate in (decoder, *decoder.children()):
+        lists = [c for c in candidate.children() if isinstance(c, nn.ModuleList)]
+        layers = next((c for c in lists if len(c) == _num_layers(model.config)), None)
+        if layers is not None:
+            decoder = candidate
+            break
+    if layers is None:
+        raise unsupported(family, "its decoder keeps no list of num_hidden_layers blocks")
+    norms = [child for child in decoder.children() if _is_norm(child)]
+    # An embedding's norm stands before the blocks, the final one usually behind them.
+    finals = [c for n, c in decoder.named_children() if _is_norm(c) and not _is_embedding_norm(n, family)]
+    if len(finals) != 1:
+        raise unsupported(family, f"its decoder has {len(norms)} norms of which {len(finals)} may be final")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise unsupported(family, "it has no embedding or no lm_head of one matrix")
+    return DecoderParts(decoder, embedding, layers, finals[0], head)
+
+
+def _num_layers(config: Any) -> int:
+    return int(config.num_hidden_layers)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not list(module.children())
+
+
+def _is_embedding_norm(name: str, family: str) -> bool:
+    if family in ("lfm2", "lfm2_moe"):
+        return False  # its final norm is called embedding_norm
+    return "embed" in name or "per_layer" in name
+
+
+def _describe_norm(norm: nn.Module, family: str) -> HeadLayout:
+    """The kind of `norm`, from what a copy of it with known weights computes."""
+    probe = copy.deepcopy(norm).to_empty(device="cpu").float()
+    weight = getattr(probe, "weight", None)
+    size = weight.numel() if isinstance(weight, nn.Parameter) else 64
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(4, size, generator=generator)
+    gain = torch.rand(size, generator=generator) + 0.5
+    with torch.no_grad():
+        for parameter in probe.parameters():
+            parameter.zero_()
+        silent = probe(states)
+        has_gain = isinstance(weight, nn.Parameter)
+        offset = 1.0 if has_gain and bool(silent.abs().max() > 1e-3) else 0.0
+        if has_gain:
+            weight.copy_(gain)  # type: ignore[union-attr]
+        centred = bool(torch.allclose(probe(states + 1.0), probe(states), atol=1e-3))
+        layout = HeadLayout(centred=centred, gain_offset=offset, eps=_eps(probe))
+        whole = gain + offset if has_gain else torch.ones(size)
+        for scale in (1e-3, 1.0, 30.0):  # the smallest tells eps
+            ours = apply_norm(states * scale, whole, None, layout)
+            if not torch.allclose(probe(states * scale), ours, atol=1e-4, rtol=1e-4):
+                raise unsupported(family, f"its final norm ({type(norm).__name__}) is of no known kind")
+    return layout
+
+
+def _eps(norm: nn.Module) -> float:
+    for name in ("variance_epsilon", "eps", "epsilon", "norm_eps"):
+        if isinstance(value := getattr(norm, name, None), float):
+            return value
+    return 1e-5
+
+
+def apply_norm(
+    states: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None, layout: HeadLayout
+) -> torch.Tensor:
+    """The final norm of `states` [..., H], computed in float32 and returned so."""
+    exact, size = states.float(), (states.shape[-1],)
+    if not layout.centred:
+        normed = F.rms_norm(exact, size, gain.float(), layout.eps)
+        return normed if bias is None else normed + bias.float()
+    return F.layer_norm(exact, size, gain.float(), None if bias is None else bias.float(), layout.eps)
+
+
+def _logit_changes(config: Any) -> tuple[float, float]:
+    """(scale, cap): what families do to logits, by the names their configurations have for it."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None) or 0.0
+    if not (math.isfinite(scale) and math.isfinite(float(cap)) and float(cap) >= 0.0):
+        raise unsupported(config.model_type, "the scale or the cap of its logits is no number")
+    return scale, float(cap)
+
+
+def unsupported(family: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"Targets of the family {family!r} cannot be trained from: {reason}.",
+        why="Features and target distributions must be exactly the target's own, or the draft imitates "
+        "another model.",
+        next="choose a target of another family (docs/targets.md lists those that are tested).",
+    )

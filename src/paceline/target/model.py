@@ -1,0 +1,99 @@
+"""The library's own model of a folder: built without weights, or loaded whole, or one clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from paceline.errors import ConfigError, EngineError
+from paceline.target.folder import read_config
+
+
+def library_config(folder: Path) -> Any:
+    """The folder's configuration as the library reads it. Raises ConfigError."""
+    read_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ConfigError(
+            f"{folder / 'config.json'} is not a configuration that transformers can read ({_first(error)}).",
+            why="The target is built by the installed transformers; no code of the folder is run.",
+            next="choose a model that the installed transformers knows, or fetch it again.",
+        ) from error
+    if getattr(config, "num_hidden_layers", None) is None:
+        raise ConfigError(
+            f"{folder / 'config.json'} describes no text decoder ({config.model_type}).",
+            why="States are captured from the layers of one causal language model.",
+            next="set target.model to the folder of the text model alone.",
+        )
+    return config
+
+
+def build_empty(folder: Path) -> PreTrainedModel:
+    """The folder's model without weights. Raises ConfigError for one that the library cannot build."""
+    config = library_config(folder)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise ConfigError(
+            f"transformers builds no causal language model from {folder / 'config.json'} ({_first(error)}).",
+            why="States are captured from the layers of one causal language model.",
+            next="set target.model to the folder of a text decoder that the installed transformers knows.",
+        ) from error
+    return model
+
+
+def load_whole(
+    folder: Path, dtype: torch.dtype, device: torch.device, attention: str | None
+) -> PreTrainedModel:
+    """The folder's model with all its weights. Raises EngineError, with advice, for anything less.
+
+    `attention`: None lets the library choose what suits the family.
+    """
+    transformers_logging.disable_progress_bar()
+    again = "move the folder away and fetch the model again (`make model` for the recipe's target)"
+    answer: Any  # a pair, for the report asked for below
+    try:
+        answer = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation=attention,
+            ignore_mismatched_sizes=True,  # so that the report below names them
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError as error:
+        raise EngineError(
+            f"The target in {folder} does not fit into the memory of {device} ({_first(error)}).",
+            why="The engine holds the whole target.",
+            next="free memory, choose another device, or a smaller target.",
+        ) from error
+    except Exception as error:
+        raise unusable(folder, _first(error), again) from error
+    model, report = answer
+    # transformers fills such weights with noise, other noise in every process.
+    unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if unfit:
+        reason = f"{len(unfit)} weights are missing or of another shape, first: {unfit[0]}"
+        raise unusable(folder, reason, again)
+    loaded: PreTrainedModel = torch.nn.Module.to(model, device).eval()
+    return loaded
+
+
+def unusable(folder: Path, reason: str, advice: str) -> EngineError:
+    return EngineError(
+        f"{folder} holds no model that can be loaded ({reason}).",
+        why="The producer needs the target's own weights, all of them, as safetensors, in a local folder.",
+        next=f"{advice}, or set target.model to a complete Hugging Face model folder.",
+    )
+
+
+def _first(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__

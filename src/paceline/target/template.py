@@ -1,0 +1,97 @@
+"""The chat template, rendered in a process of its own that can be killed (template_worker.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from paceline.errors import EngineError
+from paceline.target.template_worker import RENDER_S
+
+WORKER = ["-m", "paceline.target.template_worker"]
+# What the worker may see of the environment: no accelerator, no secrets, the interpreter's own paths.
+_KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "TZ", "LANG", "LC_ALL")
+
+
+class TemplateError(EngineError):
+    """The template does not render this prompt."""
+
+
+class ChatTemplate:
+    def __init__(self) -> None:
+        """Its process starts at once and is ready when the tokenizer is loaded."""
+        self._setting: dict[str, Any] = {}
+        self._process: subprocess.Popen[str] | None = _start()
+
+    def use(self, template: str, special_tokens: Mapping[str, Any]) -> None:
+        """The template to render with, once, before the first text."""
+        self._setting = {"template": template, "special_tokens": dict(special_tokens)}
+        self._tell(self._setting)
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The text of a chat, generation prompt included. Raises TemplateError."""
+        answer = self._ask(messages)
+        if "error" in answer:
+            raise _failed(answer["error"])
+        return str(answer["text"])
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(OSError):
+                    pipe.close()  # type: ignore[union-attr]
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _ask(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        if self._process is None:
+            self._process = _start()
+            self._tell(self._setting)
+        process = self._process
+        assert process.stdout is not None
+        self._tell(messages)
+        line = process.stdout.readline()
+        if not line:
+            code = process.wait()
+            self.close()
+            raise _failed(
+                f"it was stopped after {RENDER_S} s" if code == -14 else f"its process ended with {code}"
+            )
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _tell(self, what: object) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended, which the next answer tells
+            self._process.stdin.write(json.dumps(what) + "\n")
+            self._process.stdin.flush()
+
+
+def _start() -> subprocess.Popen[str]:
+    environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    return subprocess.Popen(
+        [sys.executable, *WORKER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**environment, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+
+
+def _failed(reason: str) -> TemplateError:
+    return TemplateError(
+        f"The target's chat template does not render: {reason}",
+        why="Prompts must be encoded exactly as the target expects them.",
+        next="correct the chat template of target.model (chat_template.jinja or tokenizer_config.json).",
+    )

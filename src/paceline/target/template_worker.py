@@ -1,0 +1,49 @@
+"""Renders chat templates for a parent process: `python -m paceline.target.template_worker`.
+
+A template is a program of the model's folder. The library runs it in a sandbox that bounds neither time
+nor memory, and a loop in it cannot be ended from inside the process it runs in. So it runs in this one,
+which the kernel ends at the limits. One JSON object a line on stdin, one on stdout for each.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from typing import Any
+
+RENDER_S = 10
+MEMORY_BYTES = 2 << 30
+TEXT_CHARACTERS_MAX = 16 << 20
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end ends this
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    setting = json.loads(sys.stdin.readline())
+    for line in sys.stdin:
+        signal.alarm(RENDER_S)  # its default action ends the process, whatever runs in it
+        try:
+            texts: Any = render_jinja_template(
+                conversations=[json.loads(line)],
+                chat_template=setting["template"],
+                add_generation_prompt=True,
+                **setting["special_tokens"],
+            )[0]
+            answer = {"text": texts[0]}
+            if len(texts[0]) > TEXT_CHARACTERS_MAX:
+                answer = {"error": f"it wrote a text of {len(texts[0])} characters"}
+        except MemoryError:
+            answer = {"error": f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"}
+        except Exception as error:  # noqa: BLE001 (whatever a template raises is its parent's to judge)
+            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
+        signal.alarm(0)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

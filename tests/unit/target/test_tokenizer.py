@@ -1,0 +1,105 @@
+"""Prompts become token ids exactly as the library renders them; no template can hang or kill a role."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from paceline.errors import ConfigError, EngineError
+from paceline.target import template_worker
+from paceline.target.template import TemplateError
+from paceline.target.tokenizer import PromptEncoder
+
+PROMPT = "the wind turns a wheel"
+
+
+def with_template(folder: Path, template: str) -> Path:
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{%- for m in messages %}{{ bos_token }}{{ m.content | trim }}{{ eos_token }}{% endfor %}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% generation %}{{ m['content'] }}"
+        "{% endgeneration %}{% endfor %}{% if add_generation_prompt %}{{ bos_token }}{% endif %}",
+    ],
+)
+def test_ids_are_those_of_the_librarys_own_rendering(folder: Path, template: str | None) -> None:
+    """Rendering in another process changes no token, specials and generation prompt included."""
+    if template:
+        with_template(folder, template)
+    own = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=False
+    )
+    encoder = PromptEncoder(folder, max_prompt_tokens=64)
+    assert list(encoder.encode(PROMPT)) == list(own)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no user turns') }}", "no user turns"),
+        ("{% for %}", "TemplateSyntaxError"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% for m in messages %}{{ m.content * 4000000000 }}{% endfor %}", "memory|process ended"),
+        ("{% for m in messages %}{{ m.content * 1000000 }}{% endfor %}", "characters"),
+    ],
+)
+def test_a_template_that_fails_is_one_clear_error(folder: Path, template: str, reason: str) -> None:
+    """At the start, before anything is leased, with what it raised."""
+    with pytest.raises(TemplateError, match=reason) as caught:
+        PromptEncoder(with_template(folder, template), max_prompt_tokens=64)
+    assert "Next: correct the chat template" in str(caught.value)
+    assert caught.value.exit_code == 4
+
+
+def test_a_template_without_end_is_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process is killed at the limit; the role lives on with an error."""
+    loops = "".join(f"{{% for i{n} in range(99999) %}}" for n in range(4)) + "{% endfor %}" * 4
+    script = Path(template_worker.__file__)
+    quick = folder / "worker.py"
+    quick.write_text(script.read_text().replace("RENDER_S = 10", "RENDER_S = 1"))
+    monkeypatch.setattr("paceline.target.template.WORKER", [str(quick)])
+    with pytest.raises(TemplateError, match="was stopped after"):
+        PromptEncoder(with_template(folder, loops), max_prompt_tokens=64)
+
+
+def test_a_prompt_that_the_template_refuses_leaves_the_others_alone(folder: Path) -> None:
+    """One text raises, even one that kills the renderer; the next is rendered as ever."""
+    refuses = (
+        "{% if messages[0].content == 'no' %}{{ raise_exception('refused') }}{% endif %}"
+        "{% if messages[0].content == 'die' %}{{ 'x' * 9000000000 }}{% endif %}{{ messages[0].content }}"
+    )
+    encoder = PromptEncoder(with_template(folder, refuses), max_prompt_tokens=64)
+    before = encoder.encode(PROMPT)
+    for bad in ("no", "die"):
+        with pytest.raises(TemplateError):
+            encoder.encode(bad)
+        assert encoder.encode(PROMPT) == before
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "{}", "[]", "null", '{"model": {"type": "x"}}', '{"version": 3}']
+)
+def test_a_damaged_tokenizer_is_one_clear_error(folder: Path, content: str) -> None:
+    """Whatever stands in tokenizer.json, the error names the folder and says what to do."""
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises((EngineError, ConfigError), match="tokenizer") as caught:
+        PromptEncoder(folder, max_prompt_tokens=64)
+    assert str(folder) in str(caught.value)
+    assert "Next: " in str(caught.value)
+
+
+def test_the_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+    """The template's own tokens lie beyond the model's: nothing that it encodes could be read."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 20}))
+    with pytest.raises(EngineError, match="does not belong to its model"):
+        PromptEncoder(folder, max_prompt_tokens=64)
