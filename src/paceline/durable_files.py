@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from paceline.crashpoints import reach
-
 FileContent = bytes | memoryview  # a memoryview of bytes
 
 
@@ -22,9 +20,7 @@ def write_file(path: Path, data: FileContent) -> None:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
-        reach("file.before_fsync")
         os.fsync(fd)
-        reach("file.after_fsync")
     finally:
         os.close(fd)
 
@@ -55,7 +51,5 @@ def replace_file(path: Path, data: bytes) -> None:
     """`path` has either its old bytes or these, whenever the machine stops. Raises OSError."""
     aside = path.with_name(path.name + ".new")
     write_file(aside, data)
-    reach("file.before_rename")
     aside.rename(path)
-    reach("file.after_rename")
     sync_folder(path.parent)

@@ -7,7 +7,6 @@ checkpoints and the kills are real.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +23,10 @@ import sys
 from pathlib import Path
 from safetensors.torch import save_file
 from paceline.features.stores.shm import SharedMemoryFeatureStore
+from paceline.testing.kill_points import arm
 from paceline.testing.small_run import SmallRun, weights
 folder = Path(sys.argv[1])
+arm(sys.argv[2])
 features = SharedMemoryFeatureStore(folder / "features", budget_bytes=8 << 20, owner=True)
 run = SmallRun(folder, features=features, passes=2)
 trainer = run.run()
@@ -35,16 +36,18 @@ save_file(weights(trainer), folder / "final.safetensors")
 
 POINTS = [
     "features.put.before_seal:5",
-    "features.put.after_seal:5",
-    "producer.before_commit:2",
-    "producer.after_commit:2",
-    "trainer.before_step:2",
-    "trainer.before_ack:2",
-    "trainer.after_ack:2",
+    "features.put.after:5",
+    "engine.capture.after:2",
+    "ledger.commit_samples.before:2",
+    "ledger.commit_samples.after:2",
+    "learner.step.before:2",
+    "learner.step.after:2",
+    "ledger.begin_step.before:3",
     "checkpoint.before_rename:2",
-    "checkpoint.after_rename:2",
-    "checkpoint.after_head:2",
-    "checkpoint.after_release:2",
+    "checkpoint.before_sync:2",
+    "ledger.record_checkpoint.before:2",
+    "ledger.record_checkpoint.after:2",
+    "ledger.record_released.after:2",
     "ledger.before_commit:20",
     "ledger.after_commit:20",
 ]
@@ -53,8 +56,7 @@ KILLS = 2
 
 def run_once(folder: Path, crash_at: str = "") -> int:
     """Start the run, to be killed at a point or not; its exit code."""
-    env = {**os.environ, "PACELINE_CRASH_AT": crash_at}
-    return subprocess.run([sys.executable, "-c", RUN, str(folder)], env=env, check=False).returncode
+    return subprocess.run([sys.executable, "-c", RUN, str(folder), crash_at], check=False).returncode
 
 
 @pytest.fixture(scope="module")

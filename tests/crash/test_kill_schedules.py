@@ -14,7 +14,10 @@ import sys
 
 import pytest
 
+from paceline.testing.kill_schedules import places
+
 MODULE = "paceline.testing.kill_schedules"
+PLACES = 186  # of a role and a point; 166 when the points were calls in the product itself
 RANDOM = 250
 HAPPENED = {  # and how often at least, over all schedules
     "schedules": 1000,
@@ -32,7 +35,7 @@ HAPPENED = {  # and how often at least, over all schedules
     "intents revoked": 50,
     "rolled forward": 20,
     "fell back": 3,
-    "captured again": 50,
+    "missed by the consumer": 50,
     "gave up samples to make room": 1,
     "checkpoints on pressure": 5,
     "history folded": 100,
@@ -56,11 +59,16 @@ def test_a_thousand_schedules_end_in_the_same_weights() -> None:
     assert not rare, f"these hardly happened, so they were hardly tested: {rare}"
 
 
+def test_the_schedules_strike_everywhere() -> None:
+    """A part that loses its kill points, or a detour that leads nowhere new, shows here."""
+    assert len(places()) >= PLACES
+
+
 PLANTED = {
     "no fence": (
         "from paceline.ledger.stores.sqlite.database import Database\n"
         "Database._check_fence = lambda self, fence, epoch: None",
-        "plain/consumer/checkpoint.after_retire/2/stopped",
+        "plain/consumer/checkpoints.sweep.after/2/stopped",
     ),
     "half-written checkpoints stay": (
         "from paceline.training.checkpoint import CheckpointFolder\n"
@@ -71,14 +79,14 @@ PLANTED = {
         "from paceline.loader.passes import START, VisitOrder\n"
         "real = VisitOrder.__init__\n"
         "VisitOrder.__init__ = lambda self, **given: real(self, **{**given, 'position': START})",
-        "plain/consumer/checkpoint.after_all/2/once",
+        "plain/consumer/ledger.set_facts(checkpoint_wanted).after/2/once",
     ),
     "a new producer inherits leases": (
         "from paceline.ledger.stores.sqlite.database import Database\n"
         "real = Database._change\n"
         "skipped = lambda sql: 'deaths = deaths' in sql\n"
         "Database._change = lambda self, sql, *v: 0 if skipped(sql) else real(self, sql, *v)",
-        "plain/producer/producer.after_lease/2/once",
+        "plain/producer/ledger.lease_tasks.after/2/once",
     ),
 }
 

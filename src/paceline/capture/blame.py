@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from paceline.crashpoints import reach
 from paceline.errors import EngineError
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.trial import DEATHS_BEFORE_TRIAL, Trial
@@ -124,9 +123,7 @@ class Blame:
             ) from error
 
     def _fail(self, task_ids: Sequence[str], reason: str, *, retryable: bool) -> None:
-        reach("blame.before_fail")
         buried = self._controller.fail_prompt_tasks(self._worker_id, task_ids, reason, retryable)
-        reach("blame.after_fail")
         self._report("group_failed", prompts=list(task_ids), buried=len(buried), message=reason)
 
 

@@ -18,7 +18,6 @@ from time import monotonic
 from paceline.capture.backpressure import Backpressure
 from paceline.capture.blame import ENGINE_FAILURES, Blame
 from paceline.capture.prompts import UNREADABLE
-from paceline.crashpoints import reach
 from paceline.engines.engine import CapturedSample, CaptureRequest, TargetEngine
 from paceline.errors import LedgerError
 from paceline.features.store import FeatureStore
@@ -84,9 +83,7 @@ class Producer:
             if not self._backpressure.wait_for_credit(stop, self._fence, self._make_room_for_lost):
                 return committed
             size = self._settings.group_size
-            reach("producer.before_lease")
             wanted = self.controller.lease_prompt_tasks(self.worker_id, size, group_size=size)
-            reach("producer.after_lease")
             if not wanted:
                 self._finish()
                 return committed
@@ -100,9 +97,7 @@ class Producer:
         Taking the role revokes every byte intent, in one transaction; only then are bytes deleted.
         """
         store = self.controller.store
-        reach("producer.before_acquire")
         self._fence = self._log.fence = self.controller.take_role("producer")
-        reach("producer.after_acquire")
         if self._log.is_closed() and store.task_counts()["pending"] > len(store.lost_ids()):
             self._log.reopen()  # prompts were added; a sample captured again adds nothing to the log
         # A ledger that is an older copy never gave out some generations that lie here. They are nobody's,
@@ -111,15 +106,12 @@ class Producer:
         if newest >= self._fence.generation:
             self._fence = self._log.fence = self.controller.skip_generations(newest)
         keep = store.present_generations()
-        reach("producer.before_sweep")
         orphans = self._features.sweep(keep=keep, before=self._fence.generation)
-        reach("producer.after_sweep")
         # After a reboot the ledger knows samples that the memory forgot: all are reported at once.
         here = set(self._features.sample_ids())
         gone = [i for i in store.present_ids() if i not in here]
         if gone:
             store.report_lost(gone, fence=self._fence)
-        reach("producer.after_take_over")
         self._report("started", orphans=len(orphans), lost=len(gone), epoch=self._fence.epoch)
 
     def _make_room_for_lost(self) -> None:
@@ -145,20 +137,16 @@ class Producer:
             store.report_lost([sample_id], fence=self._fence)
             if sample_id not in store.lost_ids():
                 continue  # they do by now
-            reach("producer.before_give_up")
             self._features.abort(sample_id, reason="makes room for a sample that is needed first")
             given_up.append(sample_id)
             if self._backpressure.has_credit():
                 break
-        reach("producer.after_give_up")
         self._report("made_room", given_up=len(given_up), needed=lost[0])
 
     def _finish(self) -> None:
         counts = self.controller.store.task_counts()
-        reach("producer.before_close")
         if counts["leased"] == 0:
             self._log.close()
-        reach("producer.after_close")
         self._report("finished", failed_prompts=counts["failed"])
 
     def _capture(self, wanted: Sequence[PromptTask]) -> int:
@@ -176,20 +164,15 @@ class Producer:
             return 0
         size = self._backpressure.sample_bytes
         generations = self.controller.reserve({sample_id(task): size for task in readable})
-        reach("producer.after_reserve")
         try:
             captured = self._answer(members)
         except ENGINE_FAILURES as error:
             self.controller.revoke(list(generations.values()))
-            reach("producer.after_revoke")
             self._blame.find(readable, members, self._answer, error)
             return 0
-        reach("producer.after_capture")
         by_id = {sample.sample_id: sample for sample in captured}
         refs = [self._store(task, by_id[sample_id(task)], generations[sample_id(task)]) for task in readable]
-        reach("producer.before_commit")
         fresh = self.controller.commit_samples(self.worker_id, refs)
-        reach("producer.after_commit")
         self._free_unwanted(refs, fresh)
         self._report(
             "group",
@@ -251,7 +234,6 @@ class Producer:
             },
             generation=generation,
         )
-        reach("producer.after_put")
         facts = self.engine.facts
         return SampleRef(
             sample_id=sample.sample_id,

@@ -15,7 +15,6 @@ from dataclasses import replace
 from itertools import count
 from typing import Any, Protocol, TypeVar
 
-from paceline.crashpoints import reach
 from paceline.errors import LedgerError, UnknownResultError
 from paceline.ledger.facts import RUN_ID
 from paceline.ledger.records import BegunStep, Fence, StepAck, StepPlan
@@ -266,11 +265,8 @@ class DataFlowController:
         while covered := self.store.begin_release(RELEASE_AT_ONCE, fence=self.fence("consumer")):
             for sample_id, generation in covered.items():
                 guard = {"generation": generation} if generation else {}
-                reach("release.before_abort")
                 feature_store.abort(sample_id, reason="covered by a durable checkpoint", **guard)
-            reach("release.after_abort")
             self.store.record_released(list(covered), fence=self.fence("consumer"))
-            reach("release.after_record")
             freed += len(covered)
             if len(covered) < RELEASE_AT_ONCE:
                 break

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from paceline.crashpoints import reach
 from paceline.ledger.records import Fence
 from paceline.ledger.store import MetadataStore
 
@@ -44,14 +43,11 @@ class Trial:
         while state["queue"]:
             state["trying"] = True
             self._store.set_facts({self._fact: state}, fence=self._fence)
-            reach("trial.before_try")
             harmless = is_harmless(state["queue"][0])
-            reach("trial.after_try")
             if harmless:
                 self._next()
             else:
                 self._failed()
-        reach("trial.before_verdict")
         self._store.set_facts({self._fact: None}, fence=self._fence)
         return list(state["guilty"])
 

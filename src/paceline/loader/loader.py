@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
-from paceline.crashpoints import reach
 from paceline.errors import FeatureCorruptError, FeatureMissingError, LedgerError, StoreError
 from paceline.features.store import FeatureStore
 from paceline.ledger.channel import CommittedRefLog, StreamingRefQueue
@@ -130,7 +129,6 @@ class StepLoader:
         if not taken:
             self.exhausted = taken is not None
             return None
-        reach("loader.before_plan")
         quarantined = self._controller.store.quarantined([visit.item.ref.sample_id for visit in taken])
         on_record = self._controller.store.get_plan(step)
         if on_record is None:
@@ -140,9 +138,7 @@ class StepLoader:
             visits, rest = _as_planned(on_record, taken, quarantined)
             plan, taken = on_record, taken[: len(taken) - len(rest)]
             self._order.put_back(rest)
-        reach("loader.before_begin")
         begun = self._controller.begin_step(plan)
-        reach("loader.after_begin")
         if begun.plan.sample_ids != plan.sample_ids:
             raise _differs(begun.plan, plan.sample_ids)
         planned = self._fetched(begun, visits, taken, started)
@@ -170,11 +166,9 @@ class StepLoader:
                     raise
                 return None
             except _GivenUpError as gone:
-                reach("loader.before_revise")
                 visits = [v for v in visits if v.item.ref.sample_id != gone.sample_id]
                 plan = replace(_plan(plan.step, visits, plan.last_seq), rev=plan.rev + 1)
                 begun = self._controller.begin_step(plan)
-        reach("loader.after_fetch")
         current = [replace(v, item=replace(v.item, ref=ref)) for v, ref in zip(visits, refs, strict=True)]
         seconds = self._clock() - started
         return PlannedStep(
@@ -190,9 +184,7 @@ class StepLoader:
         ]
         visits, samples = [visit for visit, _ in kept], [sample for _, sample in kept]
         plan = replace(_plan(planned.step, visits, planned.last_seq), rev=planned.rev + 1)
-        reach("loader.before_revise")
         self._controller.begin_step(plan)
-        reach("loader.after_revise")
         return replace(planned, rev=plan.rev, deaths=0, visits=visits, samples=samples)
 
     def _read_block(self, size: int) -> Sequence[CommittedRef] | None:
@@ -266,9 +258,7 @@ class StepLoader:
 
     def _give_up(self, ref: SampleRef, cause: StoreError) -> None:
         reason = f"captured again {RECAPTURES_MAX} times and never readable: {cause.what}"
-        reach("loader.before_give_up")
         self._controller.quarantine([ref.sample_id], step=None, reason=reason)
-        reach("loader.after_give_up")
         self._report("quarantined", sample_id=ref.sample_id, message=reason)
 
     def _recaptured(self, tried: SampleRef, deadline: float, cause: StoreError) -> SampleRef:
@@ -285,12 +275,9 @@ class StepLoader:
                 raise _GivenUpError(tried.sample_id)
             lost = record.state == "lost"
             if known is not None and known != tried and record.state == "present":
-                reach("loader.after_recapture")
                 return known
             if not lost and not reported:
-                reach("loader.before_report_lost")
                 store.report_lost([tried.sample_id], fence=self._controller.fence("consumer"))
-                reach("loader.after_report_lost")
                 reported = True
                 self._report("waiting_for_recapture", sample_id=tried.sample_id, cause=cause.what)
                 continue

@@ -71,54 +71,57 @@ def points_of(shape: RunShape) -> dict[str, dict[str, int]]:
 
 
 def _count(reached: Counter[str], name: str) -> None:
-    reached[qualified(name, sys._getframe(2))] += 1
+    reached[qualified(name)] += 1
 
 
 # What an undisturbed run never reaches, with the shape and the faults that lead there.
 DETOURS: list[tuple[str, str, RunShape, tuple[Fault, ...]]] = [
     (
         "consumer",
-        "recovery.before_give_up recovery.before_fall_back recovery.after_fall_back @fall_back",
+        "ledger.set_facts(given_up).before ledger.set_facts(given_up).after"
+        " ledger.fall_back.before ledger.fall_back.after @fall_back",
         PLAIN,
-        (Fault("consumer", "damage_head", "checkpoint.after_all", 3),),
+        (Fault("consumer", "damage_head", "ledger.set_facts(checkpoint_wanted).after", 3),),
     ),
     (
         "consumer",
-        "recovery.before_claim checkpoint.after_claim recovery.before_adopt recovery.after_adopt"
-        " @adopt_checkpoint",
+        "checkpoints.claim.before checkpoint.after_claim checkpoints.claim.after"
+        " ledger.adopt_checkpoint.before ledger.adopt_checkpoint.after @adopt_checkpoint",
         PLAIN,
-        (Fault("consumer", "kill", "checkpoint.before_head", 2),),
+        (Fault("consumer", "kill", "ledger.record_checkpoint.before", 2),),
     ),
     (
         "consumer",
-        "loader.before_report_lost loader.after_report_lost loader.after_recapture @report_lost",
+        "features.get.failed ledger.report_lost.before ledger.report_lost.after @report_lost",
         PLAIN,
-        tuple(Fault("consumer", "lose", "loader.before_begin", 2, salt=salt) for salt in (0, 1)),
+        tuple(Fault("consumer", "lose", "ledger.begin_step.before", 2, salt=salt) for salt in (0, 1)),
     ),
     (
         "producer",
-        "producer.after_sweep producer.after_take_over @report_lost",
+        "features.sweep.after ledger.report_lost.before ledger.report_lost.after @report_lost",
         PLAIN,
-        (Fault("producer", "reboot", "producer.before_commit", 3),),
+        (Fault("producer", "reboot", "ledger.commit_samples.before", 3),),
     ),
-    ("consumer", "loader.after_recapture", PLAIN, (Fault("consumer", "reboot", "loader.after_fetch", 2),)),
+    ("consumer", "features.get.failed", PLAIN, (Fault("consumer", "reboot", "features.get.after", 2),)),
     (
         "producer",
-        "producer.before_give_up producer.after_give_up",
+        "ledger.report_lost.after features.abort.before features.abort.after",
         FULL,
-        (Fault("consumer", "damage_head", "release.after_abort"),),
+        (Fault("consumer", "damage_head", "features.abort.after"),),
     ),
     (
         "producer",
-        "trial.before_try trial.after_try trial.before_verdict",
+        "ledger.set_facts(trial).before ledger.set_facts(trial).after @set_facts(trial)"
+        " engine.capture.before engine.capture.after",
         PLAIN,
-        tuple(Fault("producer", "kill", "producer.after_capture") for _ in range(3)),
+        tuple(Fault("producer", "kill", "engine.capture.after") for _ in range(3)),
     ),
     (
         "consumer",
-        "trial.before_try trial.after_try trial.before_verdict poison.before_attempt",
+        "ledger.set_facts(trial).before ledger.set_facts(trial).after @set_facts(trial)"
+        " learner.attempt.before learner.attempt.after",
         PLAIN,
-        tuple(Fault("consumer", "kill", "trainer.before_ack") for _ in range(3)),
+        tuple(Fault("consumer", "kill", "learner.step.after") for _ in range(3)),
     ),
 ]
 IN_TRANSACTION = ("ledger.after_begin", "ledger.before_commit", "ledger.after_commit")
@@ -129,6 +132,15 @@ def detours() -> Iterator[tuple[str, str, RunShape, tuple[Fault, ...]]]:
         for name in names.split():
             for point in [f"{part}{name}" for part in IN_TRANSACTION] if name[0] == "@" else [name]:
                 yield role, point, shape, prelude
+
+
+def places() -> set[tuple[str, str]]:
+    """Every role and point that a systematic schedule strikes."""
+    found = {(role, point) for role, point, *_ in detours()}
+    for shape in (PLAIN, POISON):
+        for role, points in points_of(shape).items():
+            found |= {(role, point) for point in points}
+    return found
 
 
 def systematic() -> list[Schedule]:
@@ -268,7 +280,7 @@ def check(killed: KilledRun, wanted: Outcome) -> None:
         "intents": store.intents(),
         "bytes on the books": usage.resident_bytes + usage.reserved_bytes + usage.waiting_samples,
         "lost samples": store.lost_ids(),
-        "features missed that nobody took away": not losses and killed.counts["captured again"],
+        "features missed that nobody took away": not losses and killed.counts["missed by the consumer"],
         "trials": facts,
         "what the checker finds": fsck(run.folder, passes=shape.passes).errors,
         "features": [path.name for path in run.feature_folder.glob("*.*")],

@@ -15,7 +15,6 @@ import random
 import select
 import shutil
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -23,7 +22,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import apsw
@@ -33,6 +31,8 @@ from paceline.errors import CheckpointError, FencedError, PacelineError
 from paceline.ledger.facts import COMPLETED_STEP, END_OF_STREAM
 from paceline.ledger.gate import RoleLock
 from paceline.ledger.records import CheckpointRecord
+from paceline.testing import kill_points
+from paceline.testing.light_adapters import LightFeatureStore
 from paceline.testing.light_run import RUN_ID, LightRun
 from paceline.training.checkpoint import CheckpointFolder
 
@@ -40,12 +40,10 @@ DEADLINE_S = 60.0
 QUIET_MS = 40  # no news for so long: a stopped process may hold a lock, so it is woken up
 DONE, FENCED, STALE, FAILED, BROKEN = range(10, 15)
 NOTED = {
-    "loader.after_recapture": "captured again",
-    "producer.after_give_up": "gave up samples to make room",
-    "trial.before_try": "trial held",
-    "ledger.after_folds": "history folded",
-    "recovery.after_adopt": "rolled forward",
-    "recovery.after_fall_back": "fell back",
+    "ledger.set_facts(trial).after": "trial held",
+    "ledger.between_folds@compact": "history folded",
+    "ledger.adopt_checkpoint.after": "rolled forward",
+    "ledger.fall_back.after": "fell back",
 }
 
 
@@ -90,25 +88,12 @@ def patience_ms(fault: Fault | None) -> int:
     return QUIET_MS if inside else 50 * QUIET_MS
 
 
-TRANSACTION = ("ledger.after_begin", "ledger.before_commit", "ledger.after_commit", "ledger.after_sync")
-
-
-def qualified(name: str, frame: FrameType | None) -> str:
-    """A point of a ledger transaction, with the store's method whose transaction it is."""
-    if not name.startswith(TRANSACTION):
+def qualified(name: str) -> str:
+    """A point inside a transaction of the ledger, with the call whose transaction it is."""
+    part, _, place = name.partition(".")
+    if part != "ledger" or "." in place:
         return name
-    return f"{name}@{_store_method(frame)}"
-
-
-def _store_method(frame: FrameType | None) -> str:
-    """The outermost method of the SQLite store on the stack."""
-    method = "?"
-    while frame is not None:
-        code = frame.f_code
-        if "/ledger/stores/sqlite/" in code.co_filename and not code.co_name.startswith("_"):
-            method = code.co_name
-        frame = frame.f_back
-    return method
+    return f"{name}@{kill_points.open_call().removeprefix('ledger.')}"
 
 
 class Watcher:
@@ -120,13 +105,12 @@ class Watcher:
         self._stopped_midway = False
 
     def __call__(self, name: str) -> None:
-        place = sys._getframe(2)
-        name = qualified(name, place)
+        name = qualified(name)
         self.reached[name] += 1
         if name in NOTED:
             self.send("noted", what=NOTED[name])
-        if name.endswith(".after_acquire"):
-            self.send("acquired", epoch=place.f_locals["self"]._fence.epoch)
+        if name == "ledger.acquire_role.after":
+            self.send("acquired", epoch=kill_points.answer().epoch)
         if self._stale[0] and name.startswith("ledger.after_commit") and not self._came_before_the_stop():
             self.send("violation", what=f"a zombie committed {name}")
         if self._faults and name == self._faults[0].point and self.reached[name] == self._faults[0].turn:
@@ -142,7 +126,8 @@ class Watcher:
         if fault.kind == "lose":
             self.reached.clear()
             if self._run.feature_folder.exists():
-                self._run.open_features(owner=False).damage(random.Random(fault.salt))
+                bare = LightFeatureStore(self._run.feature_folder, owner=False)
+                bare.damage(random.Random(fault.salt))
             return
         self._stopped_midway = threading.current_thread() is not threading.main_thread()
         number = signal.SIGSTOP if fault.kind == "stop" else signal.SIGKILL
@@ -416,7 +401,12 @@ class KilledRun:
             self.counts["checkpoints"] += 1
             last = -(-self.run.shape.prompts * self.run.shape.passes // self.run.shape.batch)
             self.counts["checkpoints on pressure"] += step % self.run.shape.interval > 0 and step != last
-        elif event in ("fall_back", "waiting_for_recapture", "rolled_forward") and self._producer_done:
+        elif event == "waiting_for_recapture":
+            self.counts["missed by the consumer"] += 1
+        elif event == "made_room":
+            self.counts["gave up samples to make room"] += 1
+        may_be_work = event in ("fall_back", "waiting_for_recapture", "rolled_forward")
+        if may_be_work and self._producer_done:
             self._producer_done = not self._producer_has_work()
 
     # -- the ledger, looked at -------------------------------------------------------------

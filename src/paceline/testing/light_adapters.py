@@ -308,7 +308,6 @@ class LightFeatureStore:
             except FileNotFoundError:  # a successor swept it
                 raise stale(sample_id, generation, newest) from None
             os.pwrite(fd, generation.to_bytes(8, "little"), 0)
-        reach("features.put.after_seal")
         return _sealed(self._uri(), sample_id, payload, generation)
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
@@ -325,7 +324,6 @@ class LightFeatureStore:
             raise missing(ref, f"generation {generation} lies there")
         if _digest(payload).hex() != ref.metadata.get("digest"):
             raise corrupt(ref, "other bytes lie there")
-        reach("features.get.after_read")
         return _unpack(payload)
 
     def abort(self, sample_id: str, reason: str = "", *, generation: int | None = None) -> None:

@@ -3,7 +3,8 @@
 Controller, ledger, producer, loader, trainer, recovery and checkpoint folder are the real ones; engine,
 features and weights are those of light_adapters.py. `produce` and `consume` do what the two roles'
 processes do (roles/producer.py, roles/consumer.py), but for freeing the features at the end: what is
-left behind must show. A run ends in the same 32 bytes whatever happened to it.
+left behind must show. Every part has its kill points (kill_points.py). A run ends in the same 32 bytes
+whatever happened to it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from paceline.ledger.store import MetadataStore
 from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.loader.loader import StepLoader
+from paceline.testing.kill_points import pointed
 from paceline.testing.light_adapters import (
     SAMPLE_BYTES,
     HashLearner,
@@ -147,9 +149,8 @@ def build_producer(
     controller = DataFlowController(RUN_ID, metadata_store=store)
     settings = CaptureSettings(group_size=shape.group, num_prompts=shape.prompts, max_answer_tokens=4)
     backpressure = Backpressure(features, store, marks, report=report)
-    return Producer(
-        controller, shape.engine(), features, shape.tasks(), settings, backpressure, report=report
-    )
+    engine = pointed(shape.engine(), "engine")
+    return Producer(controller, engine, features, shape.tasks(), settings, backpressure, report=report)
 
 
 def build_consumer(
@@ -163,9 +164,10 @@ def build_consumer(
     report: Callable[..., None] = no_report,
 ) -> tuple[Trainer, StepLoader]:
     controller = DataFlowController(RUN_ID, metadata_store=store)
-    folder = CheckpointFolder(checkpoints, RUN_ID)
+    folder = pointed(CheckpointFolder(checkpoints, RUN_ID), "checkpoints")
+    learner = pointed(shape.learner(), "learner")
     trainer = Trainer(
-        controller, features, shape.learner(), folder, shape.settings(), executor=executor, report=report
+        controller, features, learner, folder, shape.settings(), executor=executor, report=report
     )
     loader = StepLoader(
         controller,
@@ -192,12 +194,14 @@ class LightRun:
         self.feature_folder = folder / "features"
 
     def open_store(self) -> SQLiteMetadataStore:
-        store = SQLiteMetadataStore(self.ledger, durability="head")
+        store: SQLiteMetadataStore = pointed(SQLiteMetadataStore(self.ledger, durability="head"), "ledger")
         store.fold_from = FOLD_FROM
         return store
 
     def open_features(self, *, owner: bool) -> LightFeatureStore:
-        return LightFeatureStore(self.feature_folder, budget_bytes=self.shape.budget_bytes, owner=owner)
+        bare = LightFeatureStore(self.feature_folder, budget_bytes=self.shape.budget_bytes, owner=owner)
+        features: LightFeatureStore = pointed(bare, "features")
+        return features
 
     def produce(self, report: Callable[..., None] = no_report) -> None:
         """The producer's process."""

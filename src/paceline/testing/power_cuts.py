@@ -19,7 +19,7 @@ from paceline import crashpoints
 from paceline.errors import PacelineError
 from paceline.fsck.checker import check
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.testing.light_run import FOLD_FROM, LightRun, Outcome, RunShape, head_of, uninterrupted
+from paceline.testing.light_run import LightRun, Outcome, RunShape, head_of, uninterrupted
 
 
 class PowerCutError(BaseException):
@@ -40,8 +40,7 @@ class MainsRun(LightRun):
         self.cut_at = -1
 
     def open_store(self) -> SQLiteMetadataStore:
-        store = SQLiteMetadataStore(self.ledger, durability="head")
-        store.fold_from = FOLD_FROM
+        store = super().open_store()
         self._note(synced=True)
         return store
 

@@ -11,6 +11,7 @@ import torch
 from paceline.capture.producer import CaptureSettings, Producer
 from paceline.features.store import FeatureStore
 from paceline.features.stores.memory import InMemoryFeatureStore
+from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.loader.loader import StepLoader
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.roles.wire import (
@@ -20,6 +21,7 @@ from paceline.roles.wire import (
     build_disagg_online_producer,
     run_disagg_online,
 )
+from paceline.testing.kill_points import pointed
 from paceline.testing.synthetic import SyntheticEngine, synthetic_head
 from paceline.training.settings import OptimizerSettings, TrainerSettings
 from paceline.training.trainer import Trainer
@@ -31,7 +33,7 @@ class SmallRun:
     """One run folder; build either side as often as a crash would.
 
     `num_prompts` prompts in groups of 4, steps of 3 samples, a checkpoint every 2 steps. Features
-    are private to the process unless a store is given.
+    are private to the process unless a store is given. Every part has its kill points (kill_points.py).
     """
 
     def __init__(
@@ -60,8 +62,8 @@ class SmallRun:
     def producer(self) -> tuple[Producer, DriveProducer]:
         return build_disagg_online_producer(
             run_id=RUN_ID,
-            engine=self.engine,
-            feature_store=self.features,
+            engine=pointed(self.engine, "engine"),
+            feature_store=pointed(self.features, "features"),
             prompts=self.prompts,
             capture=CaptureSettings(
                 group_size=4,
@@ -70,7 +72,7 @@ class SmallRun:
                 rows=Eagle3Method().feature_rows(),
             ),
             window_size=16,
-            metadata_db_path=self.db,
+            metadata_store=pointed(SQLiteMetadataStore(self.db), "ledger"),
         )
 
     def consumer(
@@ -92,15 +94,17 @@ class SmallRun:
             passes=self.passes,
             block_size=4,
         )
-        return build_disagg_online_consumer(
+        trainer, loader = build_disagg_online_consumer(
             run_id=RUN_ID,
-            feature_store=self.features,
+            feature_store=pointed(self.features, "features"),
             parts=parts,
-            metadata_db_path=self.db,
+            metadata_store=pointed(SQLiteMetadataStore(self.db), "ledger"),
             resume=resume,
             should_stop=should_stop,
             idle_timeout_s=60.0,
         )
+        trainer.learner = pointed(trainer.learner, "learner")
+        return trainer, loader
 
     def run(self) -> Trainer:
         """Both sides to the end of the stream."""

@@ -66,16 +66,16 @@ class TinyRun:
         self.config = config
         self.run_file.write_text(yaml.safe_dump(config))
 
-    def command(self, verb: str, *, crash_at: str = "") -> subprocess.CompletedProcess[str]:
+    def command(self, verb: str) -> subprocess.CompletedProcess[str]:
         """Run `paceline <verb> run.yaml` to its end."""
         return subprocess.run(
-            self.arguments(verb), env=self.environment(crash_at), text=True, capture_output=True, check=False
+            self.arguments(verb), env=self.environment(), text=True, capture_output=True, check=False
         )
 
     def start(self, verb: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             self.arguments(verb),
-            env=self.environment(""),
+            env=self.environment(),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -84,8 +84,8 @@ class TinyRun:
     def arguments(self, verb: str) -> list[str]:
         return [sys.executable, "-m", "paceline.cli.main", verb, str(self.run_file)]
 
-    def environment(self, crash_at: str) -> dict[str, str]:
-        return {**os.environ, "PACELINE_CRASH_AT": crash_at, "COLUMNS": "200"}
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "COLUMNS": "200"}
 
     def store(self) -> SQLiteMetadataStore:
         return SQLiteMetadataStore(self.directory / "ledger.db")

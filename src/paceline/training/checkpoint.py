@@ -75,7 +75,6 @@ class CheckpointFolder:
         aside = self.folder / f"{prefix}-{attempt}.new"
         try:
             aside.mkdir()
-            reach("checkpoint.after_mkdir")
             digest = self._fill(aside, checkpoint)
             name = f"{prefix}-{attempt}{digest[:DIGITS_IN_NAME]}"
             durable_files.sync_folder(aside)
@@ -90,7 +89,6 @@ class CheckpointFolder:
                 why="The checkpoint before it is untouched, and no feature it does not cover was freed.",
                 next="free space on that disk and run the same command again.",
             ) from error
-        reach("checkpoint.after_rename")
         return CheckpointRecord(checkpoint.step, name, digest, checkpoint.last_seq, checkpoint.chain)
 
     def _fill(self, aside: Path, checkpoint: Checkpoint) -> str:
@@ -114,7 +112,6 @@ class CheckpointFolder:
         }
         data = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
         durable_files.write_file(aside / MANIFEST, data)
-        reach("checkpoint.after_manifest")
         return _sha256(data)
 
     def read(self, record: CheckpointRecord) -> Checkpoint:
@@ -220,13 +217,11 @@ class CheckpointFolder:
             if not entry.is_dir() or not entry.name.startswith("step-") or entry.name in keep:
                 continue
             if epoch is None or epoch_of(entry.name) <= epoch:
-                reach("checkpoint.before_remove")
                 try:
                     with suppress(FileNotFoundError):  # its successor may sweep the same
                         _remove(entry)
                 except OSError as error:
                     raise self._disk_fails("swept", error) from error
-                reach("checkpoint.after_remove")
                 swept.append(entry.name)
         return swept
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-from paceline.crashpoints import reach
 from paceline.durable_files import FileContent
 from paceline.errors import PacelineError
 from paceline.features.store import FeatureStore
@@ -89,12 +88,9 @@ class Commits:
     ) -> None:
         """Begin the checkpoint of `step`; one that is still being written is recorded first."""
         self.settle()
-        reach("checkpoint.before_write_ack")
         self._controller.write_ack()
-        reach("checkpoint.after_write_ack")
         began = monotonic()
         head, lineage = self.head, tuple(self._since_staged)
-        reach("checkpoint.before_write")
         checkpoint = Checkpoint(
             step=step,
             last_seq=last_seq,
@@ -123,16 +119,11 @@ class Commits:
         waited_from = monotonic()
         record = staged.writing.result()
         stall_s = staged.stall_s + monotonic() - waited_from
-        reach("checkpoint.before_head")
         self._controller.store.record_checkpoint(record, fence=self._fence)
         self.head, self._staged = record, None
-        reach("checkpoint.after_head")
         released = self._controller.release(self._features)
-        reach("checkpoint.after_release")
         self._retire_old()
-        reach("checkpoint.after_retire")
         self._controller.store.set_facts({CHECKPOINT_WANTED: False}, fence=self._fence)
-        reach("checkpoint.after_all")
         seconds = monotonic() - staged.began
         self._report(
             "checkpoint", step=record.step, released=released, seconds=seconds, stall_seconds=stall_s
@@ -141,15 +132,11 @@ class Commits:
     def _retire_old(self) -> None:
         store = self._controller.store
         for record in store.checkpoints()[: -self._kept]:
-            reach("checkpoint.before_forget")
             store.forget_checkpoint(record.step, fence=self._fence)
-        reach("checkpoint.after_forget")
         store.compact(fence=self._fence)
-        reach("checkpoint.after_compact")
         self.sweep()
 
     def sweep(self) -> None:
         """Remove what no record names; nothing is being written then."""
         keep = {record.name for record in self._controller.store.checkpoints()}
-        reach("checkpoint.before_sweep")
         self._folder.sweep(keep, epoch=self._fence.epoch)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from paceline.crashpoints import reach
 from paceline.errors import TrainingError
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.trial import Trial
@@ -33,7 +32,6 @@ def failing_samples(
     reasons: dict[str, str] = {}
 
     def is_harmless(sample_ids: Sequence[str]) -> bool:
-        reach("poison.before_attempt")
         try:
             attempt([samples[i] for i in sample_ids])
         except SAMPLE_FAILURES as error:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from paceline.crashpoints import reach
 from paceline.errors import CheckpointDamagedError, CheckpointError, IllegalTransitionError, LedgerError
 from paceline.ledger.facts import GIVEN_UP
 from paceline.ledger.records import CheckpointRecord, Fence
@@ -51,11 +50,8 @@ def _newest_valid(
         if record != records[-1]:
             damaged = [identity_of(newer.name) for newer in records if newer.step > record.step]
             known = store.facts().get(GIVEN_UP, [])
-            reach("recovery.before_give_up")
             store.set_facts({GIVEN_UP: sorted({*known, *damaged})}, fence=fence)
-            reach("recovery.before_fall_back")
             lost = store.fall_back(record.step, fence=fence)
-            reach("recovery.after_fall_back")
             report("fall_back", step=record.step, lost_samples=len(lost))
         return record, checkpoint
     if records:
@@ -100,13 +96,10 @@ def _adopt_next(
         try:
             if previous != identity_of(head_name):
                 raise IllegalTransitionError(f"It follows {checkpoint.previous!r}, which is not the head.")
-            reach("recovery.before_claim")
             claimed = folder.claim(record, fence.epoch)
             if claimed is None:  # swept or claimed by a consumer that this one takes over from
                 return _adopt_next(store, folder, fence, epoch_before, head)
-            reach("recovery.before_adopt")
             store.adopt_checkpoint(claimed, checkpoint.lineage, fence=fence)
-            reach("recovery.after_adopt")
         except IllegalTransitionError as error:
             if checkpoint.epoch > epoch_before or checkpoint.lsn > store.lsn():
                 raise _ledger_is_older(record, folder, error) from error

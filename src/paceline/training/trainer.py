@@ -14,7 +14,6 @@ from concurrent.futures import Executor
 from time import monotonic
 from typing import Any
 
-from paceline.crashpoints import reach
 from paceline.features.store import FeatureStore
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.facts import BUILDS_BEGUN, CHECKPOINT_WANTED
@@ -53,10 +52,8 @@ class Trainer:
         self.position = Position()
         self._settings = settings
         self._report = report
-        reach("trainer.before_acquire")
         epoch_before = controller.store.role_epochs().get("consumer", 0)
         self._fence = controller.take_role("consumer")
-        reach("trainer.after_acquire")
         self._commits = Commits(
             controller,
             features,
@@ -69,11 +66,8 @@ class Trainer:
         found = recover(controller.store, checkpoints, self._fence, epoch_before, report)
         if found is not None:
             self._load(*found)
-        reach("trainer.after_recover")
         self._commits.sweep()
-        reach("trainer.after_sweep")
         controller.release(features)
-        reach("trainer.after_release")
 
     @property
     def draft(self) -> Any:
@@ -100,7 +94,6 @@ class Trainer:
             begun = store.facts().get(BUILDS_BEGUN, 0)
             if begun < DEATHS_BEFORE_TRIAL:
                 store.set_facts({BUILDS_BEGUN: begun + 1}, fence=self._fence)
-                reach("trainer.before_build")
                 try:
                     self.learner.build(samples)
                     break
@@ -112,7 +105,6 @@ class Trainer:
                 failing = failing_samples(self.controller, self.learner.build, "build", tensors)
             self._quarantine(failing, step=0)
             store.set_facts({BUILDS_BEGUN: 0}, fence=self._fence)
-        reach("trainer.after_build")
         self.checkpoint()
         return True
 
@@ -140,7 +132,6 @@ class Trainer:
         if planned.deaths >= DEATHS_BEFORE_TRIAL:
             deadly = failing_samples(self.controller, self.learner.attempt, *_trial_of(planned))
             planned = self._without(planned, deadly, loader) if deadly else planned
-        reach("trainer.before_step")
         while True:
             try:
                 # All poison: the step passes by without an update.
@@ -152,11 +143,9 @@ class Trainer:
                     raise
                 self._report("step_failed", step=planned.step, message=str(error))
                 planned = self._without(planned, failing, loader)
-        reach("trainer.before_ack")
         # A sample is acked by its last visit: until then its features are needed again.
         finished = [ref.sample_id for ref in planned.finished]
         self.controller.ack_step(planned.step, planned.rev, finished)
-        reach("trainer.after_ack")
         self.step, self.last_seq, self.position = planned.step, planned.last_seq, planned.after
         self._commits.add(planned.trained)
         seconds = monotonic() - started
@@ -169,11 +158,9 @@ class Trainer:
         return loader.revise(planned, set(poison))
 
     def _quarantine(self, poison: dict[str, str], *, step: int) -> None:
-        reach("trainer.before_quarantine")
         for sample_id, reason in poison.items():
             self.controller.quarantine([sample_id], step=step, reason=reason)
             self._report("quarantined", step=step, sample_id=sample_id, message=reason)
-        reach("trainer.after_quarantine")
 
     # -- the commit point ------------------------------------------------------------------
 
@@ -191,9 +178,7 @@ class Trainer:
 
     def _wait(self) -> None:
         """Samples are waited for, and whoever looks meanwhile is to see the ack of the last step."""
-        reach("trainer.before_write_ack")
         self.controller.write_ack()
-        reach("trainer.after_write_ack")
         self._relieve_pressure()
 
     def _relieve_pressure(self) -> None:

@@ -1,6 +1,6 @@
 """The other process of test_shm.py: obeys one command a line, answers one line of JSON each.
 
-Started as `shm_peer.py DIRECTORY owner|reader`. Commands: put ID SEED, get REF, abort ID, usage,
+Started as `shm_peer.py DIRECTORY owner|reader KILL_POINT`. Commands: put ID SEED, get REF, abort ID, usage,
 sweep KEPT_ID...
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from paceline.errors import StoreError
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.testing.feature_store_suite import MIB, assert_same, feature_ref, features
+from paceline.testing.kill_points import arm, pointed
 from paceline.types import ref_from_json, ref_to_json
 
 
@@ -36,8 +37,10 @@ def obey(store: SharedMemoryFeatureStore, verb: str, rest: str) -> str:
     raise AssertionError(verb)
 
 
-def main(directory: Path, role: str) -> None:
-    store = SharedMemoryFeatureStore(directory, budget_bytes=8 * MIB, owner=role == "owner")
+def main(directory: Path, role: str, kill_at: str) -> None:
+    arm(kill_at)
+    bare = SharedMemoryFeatureStore(directory, budget_bytes=8 * MIB, owner=role == "owner")
+    store = pointed(bare, "features")
     for line in sys.stdin:
         verb, _, rest = line.strip().partition(" ")
         try:
@@ -49,4 +52,4 @@ def main(directory: Path, role: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

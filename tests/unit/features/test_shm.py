@@ -32,13 +32,13 @@ def open_files() -> int:
 class Peer:
     """Another process with the same store open."""
 
-    def __init__(self, directory: Path, role: str, **environment: str) -> None:
+    def __init__(self, directory: Path, role: str, kill_at: str = "") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(PEER), str(directory), role],
+            [sys.executable, str(PEER), str(directory), role, kill_at],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
     def ask(self, line: str) -> Any:
@@ -121,12 +121,12 @@ def test_a_writer_and_a_reader_restart_independently(directory: Path, peers: lis
     assert reader.ask("sweep s1") == {"error": "StoreError"}
 
 
-@pytest.mark.parametrize("point", ["before_seal", "after_seal"])
+@pytest.mark.parametrize("point", ["put.before_seal", "put.after"])
 def test_a_killed_writer_leaves_whole_samples_and_reclaimable_slots(
     directory: Path, peers: list[Peer], point: str
 ) -> None:
     """SIGKILL in the second put: what was sealed is kept, what was not is room for the next sample."""
-    writer = Peer(directory, "owner", PACELINE_CRASH_AT=f"features.put.{point}:2")
+    writer = Peer(directory, "owner", f"features.{point}:2")
     peers.append(writer)
     ref = writer.put(0)
     assert writer.ask("put s1 1") is None
@@ -134,10 +134,10 @@ def test_a_killed_writer_leaves_whole_samples_and_reclaimable_slots(
     assert reader_of(directory).usage().resident_samples == 2
     files = slot_files(directory)
     states = [Slot.open(path).state for path in files]
-    assert states == [State.SEALED, State.WRITING if point == "before_seal" else State.SEALED]
+    assert states == [State.SEALED, State.WRITING if point == "put.before_seal" else State.SEALED]
 
     owner = owner_of(directory)
-    kept = ["s0"] if point == "before_seal" else ["s0", "s1"]
+    kept = ["s0"] if point == "put.before_seal" else ["s0", "s1"]
     assert owner.usage().resident_samples == len(kept)
     assert_same(owner.get(ref), features(0))
     assert_same(owner.get(put(owner, 1)), features(1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -157,9 +156,11 @@ def test_an_error_in_the_middle_leaves_the_old_version(ledger: Path, old: int) -
 
 def test_a_kill_in_the_middle_leaves_the_old_version(ledger: Path, old: int) -> None:
     """SIGKILL right before the migration's commit."""
-    env = {**os.environ, "PACELINE_CRASH_AT": "ledger.before_migration_commit"}
-    code = "import sys; from paceline import SQLiteMetadataStore; SQLiteMetadataStore(sys.argv[1])"
-    died = subprocess.run([sys.executable, "-c", code, str(ledger)], env=env, check=False)
+    code = (
+        "import sys\nfrom paceline import SQLiteMetadataStore\nfrom paceline.testing.kill_points import arm\n"
+        "arm('ledger.before_migration_commit')\nSQLiteMetadataStore(sys.argv[1])"
+    )
+    died = subprocess.run([sys.executable, "-c", code, str(ledger)], check=False)
     assert died.returncode == -9
     assert version(ledger) == old
     check(SQLiteMetadataStore(ledger))

@@ -95,8 +95,10 @@ def test_a_closed_store_says_so(tmp_path: Path) -> None:
 COMMIT_AND_DIE = """
 import sys
 from paceline import SQLiteMetadataStore
+from paceline.testing.kill_points import arm
 from paceline.testing.samples import sample_ref
 store = SQLiteMetadataStore(sys.argv[1])
+arm(sys.argv[2])
 store.commit_sample(sample_ref(0))
 store.commit_samples([sample_ref(1), sample_ref(2)])
 """
@@ -109,8 +111,7 @@ store.commit_samples([sample_ref(1), sample_ref(2)])
 def test_a_kill_leaves_whole_transactions(tmp_path: Path, point: str, survive: int) -> None:
     """SIGKILL before the commit loses the batch whole, after it keeps the batch whole."""
     path = tmp_path / "db"
-    env = {**os.environ, "PACELINE_CRASH_AT": point}
-    died = subprocess.run([sys.executable, "-c", COMMIT_AND_DIE, str(path)], env=env, check=False)
+    died = subprocess.run([sys.executable, "-c", COMMIT_AND_DIE, str(path), point], check=False)
     assert died.returncode == -9
     store = SQLiteMetadataStore(path)
     assert store.committed_count() == survive

@@ -170,18 +170,26 @@ def test_a_late_sweep_leaves_a_successors_checkpoint_alone(tmp_path: Path) -> No
 WRITE = """
 import sys
 from pathlib import Path
+from paceline.testing.kill_points import arm, pointed
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
-CheckpointFolder(Path(sys.argv[1]), "run0").write(Checkpoint(1, 1, {"draft.safetensors": b"weights"}, {}))
+arm(sys.argv[2])
+pointed(CheckpointFolder(Path(sys.argv[1]), "run0"), "checkpoints").write(
+    Checkpoint(1, 1, {"draft.safetensors": b"weights"}, {})
+)
 """
 
 
 @pytest.mark.parametrize(
-    ("point", "visible"), [("checkpoint.before_rename", False), ("checkpoint.after_rename", True)]
+    ("point", "visible"),
+    [
+        ("checkpoint.before_rename", False),
+        ("checkpoint.before_sync", True),
+        ("checkpoints.write.after", True),
+    ],
 )
 def test_a_kill_leaves_a_whole_checkpoint_or_none(tmp_path: Path, point: str, visible: bool) -> None:
     """SIGKILL before the rename leaves only a folder aside, which is swept."""
-    env = {**os.environ, "PACELINE_CRASH_AT": point}
-    died = subprocess.run([sys.executable, "-c", WRITE, str(tmp_path)], env=env, check=False)
+    died = subprocess.run([sys.executable, "-c", WRITE, str(tmp_path), point], check=False)
     assert died.returncode == -9
     names = [p.name for p in tmp_path.iterdir()]
     assert [not name.endswith(".new") for name in names] == [visible]

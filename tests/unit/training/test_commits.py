@@ -27,7 +27,7 @@ class HeldUp:
         self._first = True
 
     def __call__(self, point: str) -> None:
-        if point == "checkpoint.after_manifest":
+        if point == "checkpoint.before_rename":
             if not self._first:
                 self.waits.set()
                 assert self.go.wait(WAIT_S)
@@ -93,7 +93,7 @@ def test_a_checkpoint_nobody_lived_to_record_is_adopted(tmp_path: Path) -> None:
     """Written whole while later steps trained: the next consumer goes on from it."""
     run = LightRun(tmp_path / "run", SHAPE)
     run.produce()
-    crashpoints.watch(raise_at("checkpoint.before_head", turn=2))
+    crashpoints.watch(raise_at("ledger.record_checkpoint.before", turn=2))
     with pytest.raises(InterruptedError):
         run.consume()
     crashpoints.watch(None)

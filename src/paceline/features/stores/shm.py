@@ -78,7 +78,6 @@ class SharedMemoryFeatureStore:
                 slot.free(slot.generation, by_owner=True)
                 raise
             arena.note_sealed(slot, sample_id)
-            reach("features.put.after_seal")
             return Sealed(arena.uri, _keys(slot, layout), dict(layout.specs), layout.num_bytes, digest)
 
     def get(self, ref: SampleRef) -> dict[str, Any]:

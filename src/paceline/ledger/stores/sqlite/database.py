@@ -212,7 +212,6 @@ class Database:
                 next=f"`paceline fsck {self.path.parent}` says what is left; to go on from there, remove "
                 f"{self._gate.path} and run the same command again: what is missing is captured again.",
             )
-        reach("ledger.before_write_again")
         [[busy, *_]] = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         if busy:
             raise LedgerError(
@@ -220,7 +219,6 @@ class Database:
                 why="What it holds might not survive a power failure.",
                 next="stop every process of this run, then run the same command again.",
             )
-        reach("ledger.after_write_again")
 
     def _fail_for_good(self, error: BaseException) -> None:
         if isinstance(error, (apsw.IOError, apsw.CorruptError, apsw.CantOpenError, OSError)):

@@ -139,7 +139,6 @@ class Folding(Database):
                 reach("ledger.between_folds")
                 folded = self._fold_samples(oldest)
                 self._fold_task_ids()
-                reach("ledger.after_folds")
             return folded
 
     def _fold_plans(self, oldest: int) -> None:

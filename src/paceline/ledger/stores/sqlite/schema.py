@@ -44,13 +44,10 @@ def open_schema(db: apsw.Connection, path: Path) -> None:
     if is_new:
         _in_one_transaction(db, _create)
     elif version < SCHEMA_USER_VERSION:
-        reach("ledger.before_backup")
         back_up(db, path.with_name(f"{path.name}.v{version}.bak"))
-        reach("ledger.after_backup")
         if version == 1:
             db.execute("VACUUM")  # into pages with room for a checksum
         _in_one_transaction(db, _from_1 if version == 1 else _from_2)
-        reach("ledger.after_migration")
 
 
 def back_up(db: apsw.Connection, path: Path) -> None:
