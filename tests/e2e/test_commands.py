@@ -123,7 +123,7 @@ def test_an_edited_prompt_file_is_refused(finished: TinyRun) -> None:
     """Samples are known by their place in the file."""
     path = finished.folder / "train.jsonl"
     before = path.read_text()
-    path.write_text(before + '{"id": "new", "prompt": "one more"}\n')
+    path.write_text('{"id": "new", "prompt": "one more"}\n' + before)
     result = finished.command("train")
     path.write_text(before)
     assert result.returncode == 2
@@ -165,11 +165,11 @@ def test_a_broken_prompt_line_is_set_aside_and_the_run_goes_on(tiny_model: Path,
     assert "40 samples trained" in result.stdout
     assert len(run.store().durable_marker()["acked"]) == 40
     assert list(run.store().failed_tasks()) == [
-        f"{turn}/{line}" for turn in (0, 1) for line in ("line-2", "half", "line-4")
+        f"{turn}/unreadable-line-{line}" for turn in (0, 1) for line in (2, 3, 4)
     ]
     for command in ("status", "inspect"):
         listed = run.command(command).stdout
-        assert f"failed prompt 1/half: {path}, line 3: its prompt cannot be encoded" in listed
+        assert f"failed prompt 1/unreadable-line-3: {path}, line 3: its prompt cannot be encoded" in listed
 
 
 def test_a_second_trainer_is_refused_and_disturbs_nothing(tiny_model: Path, tmp_path: Path) -> None:

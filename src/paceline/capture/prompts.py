@@ -1,88 +1,61 @@
-"""Prompts from a JSONL file, in a fixed order, each with a stable id.
+"""A prompt, and one line of a prompt file as a prompt.
 
-One object a line: {"id": ..., "prompt": ...}. A run answers the set `rounds` times; ordinal =
-round * prompts + place in the file, and everything about a sample follows from its ordinal.
-
-The whole file is looked at before anything starts. What makes it another file refuses the run: it
-cannot be opened, no line of it is a prompt, an id comes twice. A line that is no prompt by itself (not
-UTF-8, not JSON, no text, text or id that UTF-8 cannot write) is set aside alone, with file and line as
-its durable reason. It keeps its place, so the ordinals and ids of the others are those they always had.
+A line is a JSON object: {"id": ..., "prompt": ...}. Without an id a prompt has that of its text. A line that
+is no prompt (not UTF-8, not JSON, no text, an id that no store can hold) is set aside alone: it keeps its
+place, so the ordinals and ids of the others are those they always had, and says why it cannot be captured.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
-from collections.abc import Container
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paceline.errors import ConfigError
-
+ID_BYTES_MAX = 1024  # of an id as JSON writes it: it stands in file names, ledger rows and slot headers
 UNREADABLE = "unreadable"  # payload key of a prompt that cannot be captured at all: the reason
+RESERVED = "unreadable-line-"  # what the ids of lines that cannot be used begin with
+CHATS = ("messages", "conversations", "conversation")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`broken`: why the line cannot be used; `text` is then whatever stands there."""
+    """One prompt of a source. `broken`: why it cannot be captured at all; `text` is then what stands there.
+
+    `token_ids`: given instead of a text. `round`: how many times the run answered the prompt before.
+    """
 
     prompt_id: str
-    text: str
+    text: str = ""
     broken: str = ""
-
-    @property
-    def payload(self) -> dict[str, str]:
-        """What the run's task carries."""
-        return {UNREADABLE: self.broken} if self.broken else {"prompt": self.text}
+    token_ids: tuple[int, ...] | None = None
+    round: int = 0
 
 
 class _BrokenError(Exception):
-    """The line is no prompt; its id and text, as far as it has any."""
+    """The line is no prompt; its text, as far as it has any."""
 
-    def __init__(self, what: str, prompt_id: str = "", text: str = "") -> None:
+    def __init__(self, what: str, text: str = "") -> None:
         super().__init__(what)
-        self.prompt_id, self.text = prompt_id, text
+        self.text = text
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Every line that is not blank, in order. Raises ConfigError if the file cannot be a run's prompts."""
-    try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-    except OSError as error:
-        raise ConfigError(
-            f"The prompt file {path} cannot be read ({error}).",
-            next="set prompts.path to a JSONL file, such as prompts/train.jsonl.",
-        ) from error
-    numbered = [(number, _prompt(line, path, number)) for number, line in enumerate(lines, start=1)]
-    there = [(number, prompt) for number, prompt in numbered if prompt is not None]
-    used = _ids_of_good_lines(there, path)
-    if not used:
-        raise ConfigError(
-            f"The prompt file {path} holds no prompt.",
-            why=f"No line of it is one; the first: {there[0][1].broken}." if there else "It is empty.",
-            next='set prompts.path to a JSONL file with a text under "prompt" in each line.',
-        )
-    prompts = []
-    for number, prompt in there:
-        if prompt.broken:
-            prompt = replace(prompt, prompt_id=_free_id(prompt.prompt_id, number, used))
-            used.add(prompt.prompt_id)
-        prompts.append(prompt)
-    return prompts
-
-
-def _prompt(line: bytes, path: Path, number: int) -> Prompt | None:
+def parse_line(line: bytes, path: Path, number: int) -> Prompt | None:
+    """The prompt of one line, broken or not; None if the line is blank."""
     as_it_stands = line.decode(errors="surrogateescape")
     if not as_it_stands.strip():
         return None
     try:
         return _parse(line)
     except _BrokenError as broken:
-        return Prompt(
-            broken.prompt_id, broken.text or as_it_stands, f"{path}, line {number}: {broken.args[0]}"
-        )
+        return broken_line(path, number, broken.args[0], broken.text or as_it_stands)
+
+
+def broken_line(path: Path, number: int, reason: str, text: str) -> Prompt:
+    """A line that cannot be used. Its id says where it stands; its own may be another line's, too."""
+    return Prompt(f"{RESERVED}{number}", text, f"{path}, line {number}: {reason}")
 
 
 def _parse(line: bytes) -> Prompt:
@@ -93,19 +66,36 @@ def _parse(line: bytes) -> Prompt:
     except (ValueError, RecursionError) as error:
         raise _BrokenError(f"it is not JSON ({error})") from error
     record = record if isinstance(record, dict) else {}
-    text, given = record.get("prompt"), record.get("id")
-    known_id = given if isinstance(given, str) and _is_writable(given) else ""
-    if not isinstance(text, str) or not text.strip():
-        raise _BrokenError('it has no text under "prompt"', known_id)
+    text = record.get("prompt")
+    if not isinstance(text, str):
+        chat = next((key for key in CHATS if key in record), None)
+        raise _BrokenError(
+            f'it holds a chat ("{chat}"), not a prompt: write the user\'s text under "prompt"'
+            if chat
+            else 'it has no text under "prompt"'
+        )
+    if not text.strip():
+        raise _BrokenError("its prompt is empty")
     if not _is_writable(text):
-        raise _BrokenError("its prompt cannot be encoded (half of a surrogate pair)", known_id, text)
+        raise _BrokenError("its prompt cannot be encoded (half of a surrogate pair)", text)
+    return Prompt(_id_of(record, text), text)
+
+
+def _id_of(record: dict[str, Any], text: str) -> str:
     if "id" not in record:
-        return Prompt(hashlib.sha256(text.encode()).hexdigest()[:16], text)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    given = record["id"]
+    if isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given):
+        given = json.dumps(given)
     if not isinstance(given, str):
-        raise _BrokenError('"id" is not a string')
+        raise _BrokenError('its "id" is neither a string nor a number')
     if not _is_writable(given):
-        raise _BrokenError('"id" cannot be encoded (half of a surrogate pair)')
-    return Prompt(given, text)
+        raise _BrokenError('its "id" cannot be encoded (half of a surrogate pair)')
+    if (size := len(json.dumps(given))) > ID_BYTES_MAX:
+        raise _BrokenError(f'its "id" takes {size} bytes, more than the {ID_BYTES_MAX} that are stored')
+    if given.startswith(RESERVED):
+        raise _BrokenError(f'its "id" begins with {RESERVED!r}, as those of lines that cannot be used')
+    return given
 
 
 def _is_writable(text: str) -> bool:
@@ -115,35 +105,3 @@ def _is_writable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _ids_of_good_lines(prompts: list[tuple[int, Prompt]], path: Path) -> set[str]:
-    first: dict[str, int] = {}
-    for number, prompt in prompts:
-        if prompt.broken:
-            continue
-        if prompt.prompt_id in first:
-            raise ConfigError(
-                f"{path}, line {number}: the id {prompt.prompt_id!r} was used before, in line "
-                f"{first[prompt.prompt_id]}.",
-                why="Samples are known by their ids (a prompt without one has that of its text); nothing was "
-                "started and nothing is lost.",
-                next=f"change or delete line {number} of {path} and run the same command again.",
-            )
-        first[prompt.prompt_id] = number
-    return set(first)
-
-
-def _free_id(wanted: str, number: int, used: Container[str]) -> str:
-    """The broken line's own id if it has one that nobody else has, else one of its place."""
-    if not wanted or wanted in used:
-        wanted = f"line-{number}"
-    while wanted in used:
-        wanted += "-broken"
-    return wanted
-
-
-def prompts_digest(prompts: list[Prompt]) -> str:
-    """Identity of the set and its order; a resumed run must have the same."""
-    text = json.dumps([[p.prompt_id, p.text] for p in prompts])
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -63,8 +63,8 @@ def advises(command: Callable[P, None]) -> Callable[P, None]:
 def train(run_file: RunFile) -> None:
     """Start both roles, watch them to the end, then evaluate. Goes on where an earlier start stopped."""
     plan = plan_run(load_run_config(run_file))
-    if broken := plan.broken_prompts:
-        say(out, f"{len(broken)} of {len(plan.prompts)} prompts are set aside, the first: {broken[0]}")
+    for note in plan.notes:
+        say(out, note)
     with Progress(out, plan) as progress:
         completed = Supervisor(run_file, plan, show=progress.show).run()
     if not completed:

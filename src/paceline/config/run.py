@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1)]
+ROUNDS_MAX = 10_000
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -32,10 +33,14 @@ class TargetSection(Section):
 
 
 class PromptsSection(Section):
-    """`rounds`: how often the prompt set is answered; from the second round on answers are sampled."""
+    """`rounds`: how often the prompt set is answered; from the second round on answers are sampled.
+
+    `duplicates`: a line that repeats an earlier one is taken once, or refuses the run.
+    """
 
     path: Path
-    rounds: Count = 1
+    rounds: Annotated[int, Field(ge=1, le=ROUNDS_MAX)] = 1
+    duplicates: Literal["once", "refuse"] = "once"
     max_prompt_tokens: Count = 192
     max_answer_tokens: Count = 128
     first_round_temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
@@ -166,6 +171,8 @@ class RunConfig(Section):
 CHANGEABLE = (
     "run.directory",
     "target.model",
+    "prompts.path",  # the prompts themselves are known by their digests
+    "prompts.duplicates",
     "capture.attempt_max",
     "features.directory",
     "features.budget_mib",

@@ -2,7 +2,7 @@
 
 RUN_ID = "run_id"
 CONFIG = "config"
-PROMPTS_DIGEST = "prompts_digest"
+PROMPTS = "prompts"  # sizes of the set at the start and after each extension, and digests of its blocks
 END_OF_STREAM = "end_of_stream"
 CHECKPOINT_WANTED = "checkpoint_wanted"
 COMPLETED_STEP = "completed_step"

@@ -12,8 +12,9 @@ from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.precision import torch_dtype
+from paceline.roles.binding import bind_run
 from paceline.roles.draft import build_method
-from paceline.roles.plan import RunPlan, bind_run
+from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
 from paceline.roles.wire import ConsumerParts, build_disagg_online_consumer
 from paceline.target.head import TargetHead
@@ -50,11 +51,11 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     torch.set_num_threads(config.machine.consumer_threads)
     torch.use_deterministic_algorithms(True)
     store = SQLiteMetadataStore(config.ledger_path, durability=config.ledger.durability)
-    bind_run(plan, store)
+    bind_run(plan, store, role="consumer")
     features = SharedMemoryFeatureStore(
         config.feature_folder, budget_bytes=config.features.budget_mib << 20, owner=False
     )
-    if COMPLETED_STEP in store.facts():
+    if store.facts().get(COMPLETED_STEP) is not None:
         features.destroy()
         return
     trainer, loader = build_disagg_online_consumer(

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from paceline.capture.prompts import read_prompts
+from paceline.capture.prompt_file import PromptFile
 from paceline.durable_files import replace_file
 from paceline.evaluation.acceptance import measure_acceptance
 from paceline.evaluation.speculative import Decoding
@@ -35,7 +35,8 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
     draft = restore_draft(method, head, config.run.seed, checkpoint.files)
     encoder = PromptEncoder(config.target.model, max_prompt_tokens=config.prompts.max_prompt_tokens)
     section = config.evaluation
-    prompts = [prompt for prompt in read_prompts(section.prompts) if not prompt.broken]
+    heldout = PromptFile(section.prompts)
+    prompts = [prompt for prompt in heldout.read(0, heldout.size) if not prompt.broken]
     chain = Drafting(min(3, section.draft_tokens))
     tree = Drafting(section.draft_tokens, section.branching, min(section.depth, section.draft_tokens))
     ways = [chain] if section.branching == 1 else [tree, chain]

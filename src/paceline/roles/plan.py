@@ -4,92 +4,87 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paceline.capture.prompts import Prompt, prompts_digest, read_prompts
-from paceline.config.load import flat, refuse_changes
+from paceline.capture.prompt_file import PromptFile
+from paceline.capture.prompts import UNREADABLE
+from paceline.capture.source import RunPrompts
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
-from paceline.ledger.facts import CONFIG, PROMPTS_DIGEST
-from paceline.ledger.store import MetadataStore
+
+REPEATS_NAMED = 50
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """`num_samples` = prompts x rounds; `num_steps` = optimizer steps for all their passes."""
+    """`num_samples` = prompts x rounds; `num_steps` = optimizer steps for all their passes.
+
+    Both are None for a stream without an end.
+    """
 
     config: RunConfig
-    prompts: tuple[Prompt, ...]
-    num_samples: int
-    num_steps: int
+    prompts: PromptFile
+    num_samples: int | None
+    num_steps: int | None
 
     @property
-    def broken_prompts(self) -> list[str]:
-        """Why the prompts that will be set aside cannot be used."""
-        return [prompt.broken for prompt in self.prompts if prompt.broken]
+    def notes(self) -> list[str]:
+        """What a person should know before the run starts."""
+        return self.prompts.notes
 
-    @property
-    def prompts_digest(self) -> str:
-        return prompts_digest(list(self.prompts))
+    def source(self, stretches: Sequence[int] = ()) -> RunPrompts:
+        """Every prompt of every round, in run order, with its task id `round/prompt`; see `bind_run`."""
+        return RunPrompts(self.prompts, self.config.prompts.rounds, stretches)
 
-    def tasks(self) -> list[dict[str, Any]]:
-        """Every prompt of every round, in run order, with its task id `round/prompt`."""
-        return [
-            {"task_id": f"{turn}/{prompt.prompt_id}", "payload": prompt.payload}
-            for turn in range(self.config.prompts.rounds)
-            for prompt in self.prompts
-        ]
+    def tasks(self, stretches: Sequence[int] = ()) -> list[dict[str, Any]]:
+        """The same, all at once."""
+        prompts = self.source(stretches).read(0, self.num_samples or 0)
+        payloads = [{UNREADABLE: p.broken} if p.broken else {"prompt": p.text} for p in prompts]
+        return [{"task_id": p.prompt_id, "payload": x} for p, x in zip(prompts, payloads, strict=True)]
 
 
 def plan_run(config: RunConfig) -> RunPlan:
     """Check everything that can be checked before a process starts. Raises ConfigError."""
-    prompts = tuple(read_prompts(config.prompts.path))
-    heldout = read_prompts(config.evaluation.prompts)
-    shared = {p.text for p in prompts if not p.broken} & {p.text for p in heldout if not p.broken}
-    if shared:
-        raise ConfigError(
-            f"{len(shared)} prompts of {config.evaluation.prompts} are also in {config.prompts.path}.",
-            why="An acceptance length measured on training prompts says nothing.",
-            next=f"remove them from one of the files; the first is {min(shared)!r}.",
-        )
+    heldout = PromptFile(config.evaluation.prompts)
+    texts = {prompt.text for prompt in heldout.read(0, heldout.size) if not prompt.broken}
+    index_path = config.run.directory / "prompts.index.json"
+    prompts = PromptFile(config.prompts.path, heldout=texts, index_path=index_path)
+    _refuse_shared(config, prompts)
+    _refuse_repeats(config, prompts)
     if not (config.target.model / "config.json").is_file():
         raise ConfigError(
             f"There is no model in {config.target.model} (no config.json).",
             why="The producer needs the target's weights in a local folder.",
             next="run `make model`, or set target.model to a Hugging Face model folder.",
         )
-    num_samples = len(prompts) * config.prompts.rounds
+    num_samples = prompts.size * config.prompts.rounds
     num_steps = math.ceil(num_samples * config.training.passes / config.training.batch_size)
     if config.training.max_steps is not None:
         num_steps = min(num_steps, config.training.max_steps)
     return RunPlan(config, prompts, num_samples, num_steps)
 
 
-def bind_run(plan: RunPlan, store: MetadataStore) -> None:
-    """Record what the run is at its first start; refuse another configuration at every later one."""
-    facts = store.facts()
-    if CONFIG not in facts:  # or another process settles it at this moment
-        facts = store.settle_facts({CONFIG: flat(plan.config), PROMPTS_DIGEST: plan.prompts_digest})
-    refuse_changes(facts[CONFIG], plan.config)
-    if facts[PROMPTS_DIGEST] != plan.prompts_digest:
+def _refuse_shared(config: RunConfig, prompts: PromptFile) -> None:
+    if prompts.index.shared:
         raise ConfigError(
-            f"The prompts in {plan.config.prompts.path} are not those this run was started with.",
-            why="Samples are identified by their place in the file; the run is untouched.",
-            next="restore the file, or set a new run.name and run.directory.",
+            f"{prompts.index.shared} prompts of {config.evaluation.prompts} are also in {prompts.path}.",
+            why="An acceptance length measured on training prompts says nothing.",
+            next=f"remove them from one of the files; the first is {prompts.index.first_shared!r}.",
         )
 
 
-def bind_target(store: MetadataStore, model_version: str, tokenizer_version: str) -> None:
-    """Record which target the run captures from; refuse another one, whatever its folder is called."""
-    facts, now = store.facts(), {"model_version": model_version, "tokenizer_version": tokenizer_version}
-    recorded = {key: facts[key] for key in now if key in facts} or store.settle_facts(now)
-    if recorded != now:
+def _refuse_repeats(config: RunConfig, prompts: PromptFile) -> None:
+    lines = prompts.repeated_lines
+    if lines and config.prompts.duplicates == "refuse":
+        named = ", ".join(str(line) for line in lines[:REPEATS_NAMED])
+        more = f" and {len(lines) - REPEATS_NAMED} more" if len(lines) > REPEATS_NAMED else ""
         raise ConfigError(
-            f"This run captured from target {recorded}, but target.model is now {now}.",
-            why="Features of two targets in one draft would make it imitate neither.",
-            next="put the old model back, or set a new run.name and run.directory.",
+            f"{len(lines)} lines of {prompts.path} repeat an earlier one: lines {named}{more}.",
+            why="prompts.duplicates is 'refuse'. Nothing was started.",
+            next="delete these lines, or set prompts.duplicates to 'once', which takes each prompt once.",
         )
 
 

@@ -14,8 +14,9 @@ from paceline.errors import StoreError
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.roles.binding import bind_run, bind_target
 from paceline.roles.draft import build_method
-from paceline.roles.plan import RunPlan, bind_run, bind_target, window_size
+from paceline.roles.plan import RunPlan, window_size
 from paceline.roles.process import run_role
 from paceline.roles.wire import build_disagg_online_producer
 from paceline.telemetry import EventLog
@@ -26,8 +27,8 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     config = plan.config
     torch.set_num_threads(config.machine.producer_threads)
     store = SQLiteMetadataStore(config.ledger_path, durability=config.ledger.durability)
-    bind_run(plan, store)
-    if COMPLETED_STEP in store.facts():
+    stretches = bind_run(plan, store, role="producer")
+    if store.facts().get(COMPLETED_STEP) is not None:
         return
     engine = TransformersEngine(
         config.target.model, dtype=config.target.dtype, max_prompt_tokens=config.prompts.max_prompt_tokens
@@ -42,10 +43,10 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
         run_id=config.run.name,
         engine=engine,
         feature_store=features,
-        prompts=plan.tasks(),
+        prompts=plan.tasks(stretches),
         capture=CaptureSettings(
             group_size=config.capture.group_size,
-            num_prompts=len(plan.prompts),
+            num_prompts=plan.prompts.size,
             max_answer_tokens=config.prompts.max_answer_tokens,
             first_round_temperature=config.prompts.first_round_temperature,
             temperature=config.prompts.temperature,
@@ -61,15 +62,15 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     )
 
     def training_is_over() -> bool:
-        return should_stop() or COMPLETED_STEP in store.facts()
+        return should_stop() or store.facts().get(COMPLETED_STEP) is not None
 
     try:
         drive_producer(should_stop=training_is_over)
     except StoreError:
         # A consumer that reached its last step has given the memory back under this producer's hands.
-        if COMPLETED_STEP not in store.facts():
+        if store.facts().get(COMPLETED_STEP) is None:
             raise
-    if COMPLETED_STEP in store.facts():
+    if store.facts().get(COMPLETED_STEP) is not None:
         features.destroy()  # opened anew, perhaps, after the consumer had given it back
     features.close()
     store.close()

@@ -20,7 +20,8 @@ from paceline.errors import PacelineError
 from paceline.ledger.facts import COMPLETED_STEP, END_OF_STREAM
 from paceline.ledger.gate import UNKNOWN, live_holder
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.roles.plan import RunPlan, bind_run, events_path, log_path, role_environment
+from paceline.roles.binding import bind_run
+from paceline.roles.plan import RunPlan, events_path, log_path, role_environment
 from paceline.roles.process import SUPERVISOR_VARIABLE
 from paceline.roles.snapshot import RunSnapshot, take_snapshot
 from paceline.telemetry import read_events
@@ -95,7 +96,7 @@ class Supervisor:
             pass
 
     def _is_complete(self) -> bool:
-        return COMPLETED_STEP in self._store.facts()
+        return self._store.facts().get(COMPLETED_STEP) is not None
 
     def _producer_has_work(self) -> bool:
         counts = self._store.task_counts()

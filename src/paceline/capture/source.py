@@ -1,0 +1,130 @@
+"""Where a run's prompts come from: a source is read by ordinal, as far as somebody needs it and no further.
+
+A source knows its size (None: it has no end yet) and a digest of every block of prompts, by which a later
+start knows it again. `RunPrompts` is the order in which a run answers a source: everything about a sample
+follows from its ordinal there.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from paceline.capture.prompts import Prompt
+from paceline.types import PromptTask
+
+BLOCK = 1024  # prompts under one digest
+
+
+class PromptSource(Protocol):
+    """Adapters: PromptFile (prompt_file.py), PromptList and RunPrompts (here)."""
+
+    @property
+    def size(self) -> int | None:
+        """How many prompts there are; None: more may come for ever."""
+
+    @property
+    def starts(self) -> Sequence[int]:
+        """The ordinals at which prompts were added to a run that had ended; 0 among them."""
+
+    def read(self, first: int, count: int) -> list[Prompt]:
+        """The prompts from ordinal `first` on; fewer only at the end."""
+
+
+def digest_of(prompts: Iterable[Prompt]) -> str:
+    """Identity of some prompts and their order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.prompt_id, prompt.text, prompt.token_ids]).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+class PromptList:
+    """Prompts that are in memory already: texts, mappings or tasks, for a user's own script.
+
+    A payload carries "prompt_ids" (token ids) or "prompt" (text). A mapping may name `task_id` or `id`;
+    without one a prompt is called by its place.
+    """
+
+    def __init__(self, prompts: Sequence[PromptTask | Mapping[str, Any] | str]) -> None:
+        self._prompts = prompts
+        self.starts: Sequence[int] = (0,)
+
+    @property
+    def size(self) -> int:
+        return len(self._prompts)
+
+    def read(self, first: int, count: int) -> list[Prompt]:
+        places = range(first, min(first + count, len(self._prompts)))
+        return [_as_prompt(self._prompts[place], place) for place in places]
+
+
+def _as_prompt(given: PromptTask | Mapping[str, Any] | str, place: int) -> Prompt:
+    if isinstance(given, str):
+        return Prompt(str(place), given)
+    if isinstance(given, PromptTask):
+        prompt_id, payload = given.task_id, given.payload
+    else:
+        prompt_id = str(given.get("task_id", given.get("id", place)))
+        payload = given.get("payload", given)
+    try:
+        if (ids := payload.get("prompt_ids")) is not None:
+            return Prompt(prompt_id, token_ids=tuple(int(token) for token in ids))
+        return Prompt(prompt_id, str(payload["prompt"]))
+    except (LookupError, TypeError, ValueError) as error:
+        return Prompt(prompt_id, broken=f"it has neither text nor token ids: {type(error).__name__}: {error}")
+
+
+class RunPrompts:
+    """The order of a run: the set `rounds` times, then what was added to it later, also `rounds` times.
+
+    `stretches` are the sizes that the set had at the run's first start and after each extension. A sample
+    keeps its ordinal for ever, so what is added comes last.
+    """
+
+    def __init__(self, prompts: PromptSource, rounds: int = 1, stretches: Sequence[int] = ()) -> None:
+        """A source without an end is answered once."""
+        self._prompts = prompts
+        self._rounds = rounds
+        sizes = list(stretches) or ([prompts.size] if prompts.size is not None else [])
+        self._places = [0, *sizes]  # in the set, where each stretch begins
+        self._ends = [place * rounds for place in self._places]  # the same as ordinals
+
+    @property
+    def size(self) -> int | None:
+        return None if self._prompts.size is None else self._ends[-1]
+
+    @property
+    def starts(self) -> Sequence[int]:
+        return self._ends[:-1] or [0]
+
+    def read(self, first: int, count: int) -> list[Prompt]:
+        if self._prompts.size is None:
+            return self._prompts.read(first, count)
+        found: list[Prompt] = []
+        end = min(first + count, self._ends[-1])
+        while (ordinal := first + len(found)) < end:
+            stretch = bisect.bisect_right(self._ends, ordinal) - 1
+            place, length = self._places[stretch], self._places[stretch + 1] - self._places[stretch]
+            turn, offset = divmod(ordinal - self._ends[stretch], length)
+            wanted = min(end - ordinal, length - offset)
+            part = self._prompts.read(place + offset, wanted)
+            assert len(part) == wanted, "the source is as long as it says"
+            found += [replace(p, prompt_id=f"{turn}/{p.prompt_id}", round=turn) for p in part]
+        return found
+
+
+def group_of(ordinal: int, group_size: int, starts: Sequence[int] = (0,)) -> range:
+    """The ordinals that are captured together with this one, a slice of the order that never changes.
+
+    `starts`: see `PromptSource`; what was added later must not change what was captured before.
+    """
+    first = ordinal - ordinal % group_size
+    inside = [start for start in starts if first < start < first + group_size]
+    before = [start for start in inside if start <= ordinal]
+    after = [start for start in inside if start > ordinal]
+    return range(max([first, *before]), min([first + group_size, *after]))

@@ -1,0 +1,140 @@
+"""What a run is bound to: its settings, its prompts and its target.
+
+Settings and prompts are recorded at the first start, and bind once something was captured under them. Until
+then a start with other ones replaces them, if no other role is live, so that advice on settings can be
+followed. Later a longer prompt file with the same beginning extends the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from paceline.config.load import flat, refuse_changes
+from paceline.config.run import RunConfig
+from paceline.errors import ConfigError, RunBusyError
+from paceline.ledger.facts import COMPLETED_STEP, CONFIG, END_OF_STREAM, PROMPTS
+from paceline.ledger.gate import RoleLock
+from paceline.ledger.store import MetadataStore
+from paceline.roles.plan import RunPlan
+
+ROLES = ("producer", "consumer")
+
+
+def bind_run(plan: RunPlan, store: MetadataStore, *, role: str | None = None) -> tuple[int, ...]:
+    """Record what the run is, or refuse what it is not; the stretches of its prompts (capture/source.py).
+
+    `role`: the one whose lock the caller holds. Raises ConfigError.
+    """
+    facts = store.facts()
+    if CONFIG not in facts:  # or another process settles it at this moment
+        sizes = [plan.prompts.size]
+        facts = store.settle_facts({CONFIG: flat(plan.config), PROMPTS: _prompts(plan, sizes)})
+    if facts[CONFIG] != flat(plan.config) and not _settings_bind(store):
+        facts = _rebind(plan, store, role)
+    refuse_changes(facts[CONFIG], plan.config)
+    stretches = facts[PROMPTS]["stretches"]
+    is_longer, has_same_beginning = (
+        plan.prompts.size > stretches[-1],
+        facts[PROMPTS] == _prompts(plan, stretches),
+    )
+    if has_same_beginning and not is_longer:
+        return tuple(stretches)
+    if not _prompts_bind(store):
+        return tuple(_rebind(plan, store, role)[PROMPTS]["stretches"])
+    if has_same_beginning:
+        return _extend(plan, store, role, stretches)
+    raise _other_prompts(plan, facts[PROMPTS])
+
+
+def _prompts(plan: RunPlan, stretches: Sequence[int]) -> dict[str, Any]:
+    return {"stretches": list(stretches), "digests": plan.prompts.digests(stretches[-1])}
+
+
+def _settings_bind(store: MetadataStore) -> bool:
+    """Something was captured, or set aside for good, under them."""
+    return store.committed_count() > 0 or store.task_counts()["failed"] > 0
+
+
+def _prompts_bind(store: MetadataStore) -> bool:
+    return sum(store.task_counts().values()) > 0
+
+
+def _rebind(plan: RunPlan, store: MetadataStore, role: str | None) -> dict[str, Any]:
+    """Record other settings or prompts, unless they bind or another role goes on under the old ones."""
+    with _others_kept_out(plan.config, role) as alone:
+        if alone and not _settings_bind(store):
+            facts = {CONFIG: flat(plan.config)}
+            if not _prompts_bind(store):
+                facts[PROMPTS] = _prompts(plan, [plan.prompts.size])
+            store.set_facts(facts)
+    return store.facts()
+
+
+def _extend(
+    plan: RunPlan, store: MetadataStore, role: str | None, stretches: Sequence[int]
+) -> tuple[int, ...]:
+    """The prompt file of a complete run is longer by now: the run goes on with what was added.
+
+    Only then, because weights must follow from the prompts, and not from when they were added.
+    """
+    if store.facts().get(COMPLETED_STEP) is None:
+        raise ConfigError(
+            f"{plan.prompts.path} has {plan.prompts.size} prompts by now, and this run of {stretches[-1]} "
+            "is not complete.",
+            why="A run is extended when all that it had was trained.",
+            next="put the file back until the run is complete, or set a new run.name and run.directory.",
+        )
+    longer = [*stretches, plan.prompts.size]
+    with _others_kept_out(plan.config, role) as alone:
+        if alone:
+            reopened = {COMPLETED_STEP: None, END_OF_STREAM: False}
+            store.set_facts({PROMPTS: _prompts(plan, longer), **reopened})
+            return tuple(longer)
+    raise ConfigError(
+        f"{plan.prompts.path} is longer than when this run started, and another role of the run is live.",
+        why="Both roles must know the same prompts.",
+        next="stop the run first, then run the same command again.",
+    )
+
+
+@contextmanager
+def _others_kept_out(config: RunConfig, role: str | None) -> Iterator[bool]:
+    """Whether no other role is live; none can start inside. A role reads its settings under its lock."""
+    with ExitStack() as held:
+        try:
+            for other in ROLES:
+                if other != role:
+                    held.callback(RoleLock(config.run.directory, other).release)
+        except RunBusyError:
+            yield False
+        else:
+            yield True
+
+
+def _other_prompts(plan: RunPlan, recorded: dict[str, Any]) -> ConfigError:
+    file, size, known = plan.prompts, recorded["stretches"][-1], recorded["digests"]
+    if file.size < size:
+        where = f"it has {file.size}, and the run {size}"
+    else:
+        now = file.digests(size)
+        differs = next(n for n, (old, new) in enumerate(zip(known, now, strict=True)) if old != new)
+        where = f"the first that differ are in {file.lines_of(differs)}"
+    return ConfigError(
+        f"The prompts in {file.path} are not those this run was started with: {where}.",
+        why="Samples are identified by their place in the file; the run is untouched.",
+        next="restore the file (prompts may be added at its end), or set a new run.name and run.directory.",
+    )
+
+
+def bind_target(store: MetadataStore, model_version: str, tokenizer_version: str) -> None:
+    """Record which target the run captures from; refuse another one, whatever its folder is called."""
+    facts, now = store.facts(), {"model_version": model_version, "tokenizer_version": tokenizer_version}
+    recorded = {key: facts[key] for key in now if key in facts} or store.settle_facts(now)
+    if recorded != now:
+        raise ConfigError(
+            f"This run captured from target {recorded}, but target.model is now {now}.",
+            why="Features of two targets in one draft would make it imitate neither.",
+            next="put the old model back, or set a new run.name and run.directory.",
+        )

@@ -1,0 +1,137 @@
+"""What a run is bound to, from when on, and how it is extended."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paceline.config.load import parse_run_config
+from paceline.errors import ConfigError
+from paceline.ledger.facts import COMPLETED_STEP, END_OF_STREAM
+from paceline.ledger.gate import RoleLock
+from paceline.ledger.stores.memory import InMemoryMetadataStore
+from paceline.roles.binding import bind_run
+from paceline.roles.plan import RunPlan, plan_run
+from paceline.testing.samples import sample_ref
+
+
+class Run:
+    """A run file whose sections can be changed, and its ledger."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.store = folder, InMemoryMetadataStore()
+        (folder / "config.json").write_text("{}")
+        self.write("heldout.jsonl", 900, 2)
+        self.write("train.jsonl", 0, 6)
+        self.sections: dict[str, dict[str, Any]] = {
+            "run": {"name": "r", "directory": str(folder / "run")},
+            "target": {"model": str(folder)},
+            "prompts": {"path": str(folder / "train.jsonl"), "rounds": 2},
+            "evaluation": {"prompts": str(folder / "heldout.jsonl")},
+        }
+
+    def write(self, name: str, first: int, count: int) -> None:
+        lines = [json.dumps({"id": n, "prompt": f"question {n}"}) for n in range(first, first + count)]
+        (self.folder / name).write_text("\n".join(lines))
+
+    def plan(self, **sections: dict[str, Any]) -> RunPlan:
+        data = {name: {**values, **sections.pop(name, {})} for name, values in self.sections.items()}
+        return plan_run(parse_run_config({**data, **sections}, source="run.yaml"))
+
+    def capture_one(self) -> None:
+        self.store.commit_samples([sample_ref(0)])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+def test_settings_bind_once_something_was_captured_under_them(run: Run) -> None:
+    """Until then advice to change one can be followed."""
+    bind_run(run.plan(), run.store)
+    bind_run(run.plan(prompts={"max_prompt_tokens": 260}), run.store)
+    run.capture_one()
+    bind_run(run.plan(prompts={"max_prompt_tokens": 260}), run.store)
+    with pytest.raises(ConfigError, match="max_prompt_tokens: 260 -> 192"):
+        bind_run(run.plan(), run.store)
+
+
+def test_settings_do_not_change_under_a_role_that_is_live(run: Run) -> None:
+    """It would capture under the old ones what is recorded under the new."""
+    bind_run(run.plan(), run.store)
+    producer = RoleLock(run.folder / "run", "producer")
+    other = run.plan(training={"batch_size": 9})
+    with pytest.raises(ConfigError, match="batch_size"):
+        bind_run(other, run.store, role="consumer")
+    producer.release()
+    bind_run(other, run.store, role="consumer")
+
+
+def test_a_moved_prompt_file_is_the_same_prompts(run: Run) -> None:
+    """They are known by their digests."""
+    bind_run(run.plan(), run.store)
+    run.capture_one()
+    (run.folder / "train.jsonl").rename(run.folder / "moved.jsonl")
+    bind_run(run.plan(prompts={"path": str(run.folder / "moved.jsonl")}), run.store)
+
+
+def test_a_longer_file_with_the_same_beginning_extends_a_run_that_was_complete(run: Run) -> None:
+    """Both roles then go on; the ordinals of what was captured stay."""
+    assert bind_run(run.plan(), run.store) == (6,)
+    run.store.add_tasks(["0/0"])
+    run.capture_one()
+    run.write("train.jsonl", 0, 9)
+    plan = run.plan()
+    with pytest.raises(ConfigError, match="not complete"):
+        bind_run(plan, run.store)
+    run.store.set_facts({COMPLETED_STEP: 3, END_OF_STREAM: True})
+    assert bind_run(plan, run.store) == (6, 9)
+    assert run.store.facts()[COMPLETED_STEP] is None
+    assert run.store.facts()[END_OF_STREAM] is False
+    assert bind_run(plan, run.store) == (6, 9)
+    assert [p.prompt_id for p in plan.source((6, 9)).read(11, 2)] == ["1/5", "0/6"]
+
+
+@pytest.mark.parametrize(("first", "count"), [(1, 9), (0, 5)])
+def test_another_beginning_is_refused_naming_where_it_differs(run: Run, first: int, count: int) -> None:
+    """A sample is its prompt's place in the file."""
+    bind_run(run.plan(), run.store)
+    run.store.add_tasks(["0/0"])
+    run.capture_one()
+    run.write("train.jsonl", first, count)
+    where = "it has 5, and the run 6" if count == 5 else "the first that differ are in line 1 to the end"
+    with pytest.raises(ConfigError, match=where):
+        bind_run(run.plan(), run.store)
+
+
+def test_repeated_prompts_are_taken_once_or_named_all_at_once(run: Run) -> None:
+    """As the run file says."""
+    lines = [json.dumps({"prompt": f"question {n % 5}"}) for n in range(10)]
+    (run.folder / "train.jsonl").write_text("\n".join(lines))
+    plan = run.plan()
+    assert plan.num_samples == 10
+    assert "5 lines repeat an earlier one" in plan.notes[0]
+    with pytest.raises(ConfigError, match=r"5 lines .* lines 6, 7, 8, 9, 10\."):
+        run.plan(prompts={"duplicates": "refuse"})
+
+
+def test_the_index_of_the_prompts_is_kept_beside_the_run(run: Run) -> None:
+    """A role that starts when there is one does not look through the file again."""
+    (run.folder / "run").mkdir()
+    assert run.plan().prompts.lines_read == 6
+    assert run.plan().prompts.lines_read == 0
+    run.write("heldout.jsonl", 3, 4)
+    with pytest.raises(ConfigError, match=r"3 prompts of .*heldout\.jsonl are also in"):
+        run.plan()
+
+
+def test_a_number_of_rounds_that_no_run_can_have_is_refused(run: Run) -> None:
+    """It would be counted, not tried."""
+    with pytest.raises(ConfigError, match="less than or equal to 10000"):
+        run.plan(prompts={"rounds": 10**12})
+    assert replace(run.plan(prompts={"rounds": 10_000})).num_samples == 60_000
