@@ -30,7 +30,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.rows import Row, against, row
-from paceline.telemetry import read_events
+from paceline.telemetry import FILE_BYTES_MAX, read_events
 from paceline.testing.tiny_folder import make_tiny_folder
 
 GROUP, BATCH = 32, 4
@@ -94,7 +94,7 @@ class Pipeline:
         return folder / "run.yaml"
 
     def events(self, run_file: Path, role: str) -> list[dict[str, Any]]:
-        return read_events(run_file.parent / "run" / "events" / f"{role}.jsonl")
+        return read_events(run_file.parent / "run" / "events" / f"{role}.jsonl", tail_bytes=FILE_BYTES_MAX)
 
     def together(self) -> tuple[float, float, float]:
         """Samples captured and samples visited per second while both worked, and the share of data wait."""

@@ -17,13 +17,16 @@
     │   └── SchemaError            the database is not one this version can open
     ├── CheckpointError      no valid checkpoint where one is needed                                  7
     │   └── CheckpointDamagedError it is missing, or not as it was written
-    └── TrainingError        the optimizer step itself failed (loss is not a number)                  8
+    ├── TrainingError        the optimizer step itself failed (loss is not a number)                  8
+    └── UnforeseenError      any other exception, told in the same three parts                        1
 
 The numbers are exit codes. A message has three parts: what happened with which ids or values; why it
 matters; the next command to type. They are given apart so that no error is written without advice.
 """
 
 from __future__ import annotations
+
+import errno
 
 
 class PacelineError(Exception):
@@ -106,3 +109,43 @@ class CheckpointDamagedError(CheckpointError):
 
 class TrainingError(PacelineError):
     exit_code = 8
+
+
+class UnforeseenError(PacelineError):
+    pass
+
+
+_OF_THE_SYSTEM = {
+    errno.ENOSPC: "free space on that disk, then run the same command again.",
+    errno.EDQUOT: "free space within your quota, then run the same command again.",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n 1024`) and run the same command again.",
+    errno.EFBIG: "check that file, and the limit of file sizes (`ulimit -f`).",
+    errno.EACCES: "run it as a user who may do that, or change the permissions.",
+    errno.EPERM: "run it as a user who may do that, or change the permissions.",
+    errno.EROFS: "make that filesystem writable, then run the same command again.",
+    errno.ENAMETOOLONG: "choose a shorter path.",
+    errno.ELOOP: "a link leads to itself: remove it.",
+}
+
+
+def explained(error: Exception) -> PacelineError:
+    """What went wrong, for people: a PacelineError as it is, anything else without its traceback."""
+    if isinstance(error, PacelineError):
+        return error
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename} cannot be used" if error.filename else "The system refused what was asked"
+        return UnforeseenError(
+            f"{where} ({error.strerror}).",
+            next=_OF_THE_SYSTEM.get(error.errno or 0, "check that path and its disk, then run it again."),
+        )
+    if isinstance(error, MemoryError):
+        return UnforeseenError("There is not enough memory.", next="free some, and run it again.")
+    said = f"{type(error).__name__}: {error}"
+    return UnforeseenError(
+        f"Paceline met an error that it does not know ({said[:SAID_MAX]}).",
+        why="What was recorded before is safe.",
+        next="run it again as `paceline --debug ...` and report what it prints, or the end of logs/*.log.",
+    )
+
+
+SAID_MAX = 1000  # characters of an unknown error's own text

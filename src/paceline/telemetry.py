@@ -1,40 +1,80 @@
 """What a role reports while it works: one JSON object a line, for people and for the supervisor.
 
-Telemetry is for looking at. Nothing is decided by it and nothing is recovered from it.
+Telemetry is for looking at. Nothing is decided by it, nothing is recovered from it, and nothing fails
+because it cannot be written: a full disk costs its lines, not the run. Files of it are kept short.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from paceline.regular_files import open_regular
+from paceline.terminal import one_line
+
 ECHO_S = 5.0
 TELL_S = 1.0
+FILE_BYTES_MAX = 8 << 20
+TAIL_BYTES = 1 << 20  # of a file that has grown beyond, what is kept of it
+READ_BYTES = 1 << 16  # what a look at the newest events reads
 
 
 class EventLog:
-    """Appends events to one file. A line is written whole or, after a crash, torn at the end."""
+    """Appends events to one file. A line is written whole or, after a crash or an error, torn."""
 
     def __init__(self, path: Path, *, echo: Callable[[str], object] | None = None) -> None:
         """`echo` gets a readable line of each event, of frequent ones not more than one in 5 seconds."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
         self._echo = echo
         self._echoed: dict[str, float] = {}
+        self._fd = -1
+        self._torn = True  # perhaps, by an earlier process or a write that was cut short
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._fd = os.open(path, flags, 0o644)
 
     def write(self, event: str, **fields: Any) -> None:
-        self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
-        self._file.flush()
+        """Never raises because of the disk or the terminal."""
+        record = {"event": event, "time": round(time.time(), 3), **fields}
+        with suppress(OSError):
+            if self._fd >= 0:
+                line = (json.dumps(record) + "\n").encode()
+                data = b"\n" + line if self._torn else line
+                self._torn = True
+                self._torn = os.write(self._fd, data) < len(data)
+                shorten(self._path)
         now = time.monotonic()
         if self._echo is not None and now - self._echoed.get(event, -ECHO_S) >= ECHO_S:
             self._echoed[event] = now
-            self._echo(_readable(event, fields) + "\n")
+            with suppress(OSError):
+                self._echo(one_line(_readable(event, fields)) + "\n")
 
     def close(self) -> None:
-        self._file.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def shorten(path: Path) -> None:
+    """Keep the tail of a file that is only ever appended to, if it has grown too long. Raises OSError.
+
+    In place, so that a process that has it open to append goes on at its end.
+    """
+    if path.stat().st_size <= FILE_BYTES_MAX:
+        return
+    tail = _tail(path, TAIL_BYTES).partition(b"\n")[2]
+    fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.pwrite(fd, tail, 0)
+        os.ftruncate(fd, len(tail))
+    finally:
+        os.close(fd)
 
 
 class BlockedTime:
@@ -79,21 +119,28 @@ def _readable(event: str, fields: dict[str, Any]) -> str:
     return f"{event}: " + ", ".join(f"{name} {value}" for name, value in numbers.items())
 
 
-def read_events(path: Path, *, tail_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The events of a file, oldest first; only of its last `tail_bytes` if given. Torn lines are left out."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - tail_bytes) if tail_bytes else 0)
-            data = file.read()
-    except FileNotFoundError:
-        return []
+def read_events(path: Path, *, tail_bytes: int = READ_BYTES) -> list[dict[str, Any]]:
+    """The newest events of a file, oldest first. Lines that are no events are left out."""
     events = []
-    for line in data.split(b"\n"):
+    for line in read_tail(path, tail_bytes).split(b"\n"):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             events.append(record)
     return events
+
+
+def read_tail(path: Path, num_bytes: int) -> bytes:
+    """The end of a file; nothing of one that cannot be read."""
+    try:
+        return _tail(path, num_bytes)
+    except OSError:
+        return b""
+
+
+def _tail(path: Path, num_bytes: int) -> bytes:
+    with open_regular(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - num_bytes))
+        return file.read(num_bytes)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import pytest
+
+from paceline import telemetry
 from paceline.telemetry import EventLog, read_events
 
 
@@ -29,3 +33,51 @@ def test_frequent_events_are_echoed_now_and_then(tmp_path: Path) -> None:
     log.close()
     assert lines == ["step: step 0, loss 0.3333\n", "checkpoint: step 50\n"]
     assert len(read_events(tmp_path / "e.jsonl")) == 51
+
+
+def test_nothing_fails_because_telemetry_cannot_be_written(tmp_path: Path) -> None:
+    """A full disk, a folder in its place, a terminal that is gone: the role's own error counts, not this."""
+
+    def echo(_: str) -> None:
+        raise OSError("no space left")
+
+    (tmp_path / "folder.jsonl").mkdir()
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    for path in (
+        Path("/dev/full"),
+        tmp_path / "folder.jsonl",
+        tmp_path / "fifo.jsonl",
+        Path("/proc/none/e.jsonl"),
+    ):
+        log = EventLog(path, echo=echo)
+        log.write("step", step=1)
+        log.close()
+
+
+def test_events_do_not_grow_without_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tail is kept, in whole lines, and goes on."""
+    monkeypatch.setattr(telemetry, "FILE_BYTES_MAX", 4000)
+    monkeypatch.setattr(telemetry, "TAIL_BYTES", 1000)
+    log = EventLog(tmp_path / "e.jsonl")
+    for step in range(1000):
+        log.write("step", step=step)
+    log.close()
+    assert (tmp_path / "e.jsonl").stat().st_size <= 4000
+    steps = [event["step"] for event in read_events(tmp_path / "e.jsonl")]
+    assert steps == list(range(steps[0], 1000))
+    assert len(steps) > 10
+
+
+def test_what_is_no_event_is_left_out(tmp_path: Path) -> None:
+    """Another program's bytes, nested beyond reason, or a number of very many digits."""
+    path = tmp_path / "e.jsonl"
+    lines = [b"\xff\x00", b"[" * 100_000, b"[1]", b'{"event": ' + b"9" * 5000 + b"}", b'{"event": "step"}']
+    path.write_bytes(b"\n".join(lines))
+    assert read_events(path, tail_bytes=1 << 20) == [{"event": "step"}]
+
+
+def test_an_echoed_event_cannot_command_the_terminal(tmp_path: Path) -> None:
+    """It carries ids and reasons from outside."""
+    lines: list[str] = []
+    EventLog(tmp_path / "e.jsonl", echo=lines.append).write("quarantined", sample_id="\x1b[2J\nsound")
+    assert lines == ["quarantined: sample_id \\x1b[2J\\nsound\n"]

@@ -1,59 +1,96 @@
 """The `paceline` command: one verb a command, no torch in this process.
 
-Every PacelineError becomes one readable message on stderr and the error's exit code.
+Every error becomes one readable message on stderr and an exit code. A traceback is shown by --debug alone.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, ParamSpec
 
 import typer
-from rich.console import Console
 
 from paceline.cli.fsck import accept_pages_of, fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
-from paceline.cli.plain import plain, say
+from paceline.cli.plain import exit_code_of_lost_output, out, say, say_error
 from paceline.cli.progress import Progress, describe, evaluation_lines, final_line
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
-from paceline.errors import ConfigError, PacelineError
+from paceline.errors import ConfigError, explained
+from paceline.regular_files import kind_of
 from paceline.roles.plan import plan_run, role_environment
-from paceline.roles.snapshot import open_run, take_snapshot
-from paceline.roles.supervisor import Supervisor
+from paceline.roles.process import DEBUG_VARIABLE
+from paceline.roles.snapshot import making_sense, open_run, take_snapshot
+from paceline.roles.supervisor import Supervisor, evaluate_run
+from paceline.terminal import open_standard_streams
+
+INTERRUPTED = 130  # exit code
 
 app = typer.Typer(
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train draft models for speculative decoding, online: producers capture, consumers train.",
 )
-out, err = Console(), Console(stderr=True)
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run file, or the run's directory.")]
 P = ParamSpec("P")
 
 
+def main() -> None:
+    """The command's entry point."""
+    open_standard_streams()
+    code = 1
+    try:
+        code = app(standalone_mode=False) or 0
+    except typer.Abort:
+        code = INTERRUPTED
+    except Exception as error:
+        # A wrong use of the command: typer's own name for it is private, its words and code are not.
+        if not hasattr(error, "format_message"):
+            raise
+        used_wrongly = ConfigError(error.format_message(), next="paceline --help")
+        say_error(used_wrongly)
+        code = used_wrongly.exit_code
+    sys.exit(code)
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train draft models for speculative decoding, online: producers capture, consumers train."""
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
 def advises(command: Callable[P, None]) -> Callable[P, None]:
-    """Print a PacelineError as what, why and next; exit with its code."""
+    """Print an error as what, why and next; exit with its code."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        code = 0
         try:
             command(*args, **kwargs)
-        except PacelineError as error:
-            err.print(plain("error", "bold red"), plain(error.what), soft_wrap=True)
-            if error.why:
-                err.print(plain(" why ", "bold"), plain(error.why), soft_wrap=True)
-            if error.next:
-                err.print(plain("next ", "bold"), plain(error.next), soft_wrap=True)
-            raise typer.Exit(error.exit_code) from error
+        except typer.Exit as end:
+            code = end.exit_code
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except Exception as error:
+            if DEBUG_VARIABLE in os.environ:
+                raise
+            advice = explained(error)
+            say_error(advice)
+            code = advice.exit_code
+        if code := code or exit_code_of_lost_output():
+            raise typer.Exit(code)
 
     return run
 
@@ -66,12 +103,12 @@ def train(run_file: RunFile) -> None:
     for note in plan.notes:
         say(out, note)
     with Progress(out, plan) as progress:
-        completed = Supervisor(run_file, plan, show=progress.show).run()
+        supervisor = Supervisor(run_file, plan, show=progress.show, tell=partial(say, out))
+        completed = supervisor.run()
     if not completed:
         say(out, f"Stopped; nothing is lost. Go on with: paceline train {run_file}")
-        raise typer.Exit(130)
-    _evaluate(run_file)
-    _print_evaluation(plan.config)
+        raise typer.Exit(INTERRUPTED)
+    _evaluate(run_file, plan.config)
 
 
 @app.command()
@@ -94,7 +131,9 @@ def status(run: Run) -> None:
     """Show what a run has done and what it is doing."""
     directory = _directory(run)
     store = open_run(directory)
-    describe(out, take_snapshot(directory, store))
+    with making_sense(directory):
+        snapshot = take_snapshot(directory, store)
+    describe(out, snapshot)
     store.close()
 
 
@@ -102,14 +141,15 @@ def status(run: Run) -> None:
 @advises
 def evaluate(run: Run) -> None:
     """Measure acceptance length and speed-up of the newest checkpoint by lossless decoding."""
-    run_file = _existing(run)
-    if run.is_dir():
+    run_file = run
+    if _is_directory(run):
         run_file = run / "evaluated-run.yaml"
         store = open_run(run)
-        run_file.write_text(recorded_config(store.facts().get("config", {}), run))
+        with making_sense(run):
+            recorded = recorded_config(store.facts().get("config", {}), run)
         store.close()
-    _evaluate(run_file)
-    _print_evaluation(load_run_config(run_file))
+        run_file.write_text(recorded)
+    _evaluate(run_file, load_run_config(run_file))
 
 
 @app.command()
@@ -122,9 +162,9 @@ def fsck(
 ) -> None:
     """Check, independently of the code that wrote it, that a run has kept its promise. Changes nothing."""
     directory = _directory(run)
-    if not (directory / "ledger.db").exists():
+    if not kind_of(directory / "ledger.db"):
         open_run(directory)  # says what to do
-    features = None if run.is_dir() else load_run_config(run).feature_folder
+    features = None if _is_directory(run) else load_run_config(run).feature_folder
     if accept_pages:
         accept_pages_of(out, directory)
     raise typer.Exit(fsck_directory(out, directory, features))
@@ -138,21 +178,24 @@ def inspect(
     sample: Annotated[str | None, typer.Option(help="What became of this sample or prompt.")] = None,
 ) -> None:
     """Tell from the ledger alone what was trained, and what was set aside and why."""
-    store = open_run(_directory(run))
-    if step is not None:
-        inspect_step(out, store, step)
-    if sample is not None:
-        inspect_sample(out, store, sample)
-    if step is None and sample is None:
-        inspect_all(out, store)
+    directory = _directory(run)
+    store = open_run(directory)
+    with making_sense(directory):
+        if step is not None:
+            inspect_step(out, store, step)
+        if sample is not None:
+            inspect_sample(out, store, sample)
+        if step is None and sample is None:
+            inspect_all(out, store)
     store.close()
 
 
-def _evaluate(run_file: Path) -> None:
+def _evaluate(run_file: Path, config: RunConfig) -> None:
     say(out, "measuring on held-out prompts, by lossless decoding ...")
-    code = _role_process("evaluator", run_file, len(os.sched_getaffinity(0)))
-    if code:
-        raise typer.Exit(code)
+    if not evaluate_run(run_file, config):
+        say(out, f"Stopped; nothing is lost. Measure again with: paceline evaluate {run_file}")
+        raise typer.Exit(INTERRUPTED)
+    _print_evaluation(config)
 
 
 def _run_role(role: str, run_file: Path) -> None:
@@ -164,32 +207,34 @@ def _run_role(role: str, run_file: Path) -> None:
     os.execve(sys.executable, command, environment)  # noqa: S606 (our own module, no shell)
 
 
-def _role_process(role: str, run_file: Path, threads: int) -> int:
-    command = [sys.executable, "-m", f"paceline.roles.{role}", str(run_file)]
-    return subprocess.run(command, env={**os.environ, **role_environment(threads)}, check=False).returncode
-
-
 def _print_evaluation(config: RunConfig) -> None:
     store = open_run(config.run.directory)
     snapshot = take_snapshot(config.run.directory, store)
-    say(out, evaluation_lines(snapshot))
-    say(out, final_line(snapshot))
     store.close()
+    if not snapshot.evaluation:
+        raise ConfigError(
+            f"{config.run.directory / 'evaluation.json'} is not what the evaluation has written.",
+            why="Something has changed it since; the run itself is untouched.",
+            next=f"paceline evaluate {config.run.directory}",
+        )
+    for line in [*evaluation_lines(snapshot), final_line(snapshot)]:
+        say(out, line)
 
 
 def _directory(run: Path) -> Path:
-    return run if _existing(run).is_dir() else load_run_config(run).run.directory
+    return run if _is_directory(run) else load_run_config(run).run.directory
 
 
-def _existing(run: Path) -> Path:
-    if not run.exists():
+def _is_directory(run: Path) -> bool:
+    """Raises ConfigError if there is nothing, OSError if that cannot be told."""
+    if not os.path.lexists(run):
         raise ConfigError(
             f"There is no {run}, neither a run's directory nor a run file.",
             why="A run is named by either; its directory exists from its first start on.",
             next="check the path, or paceline train RUN.yaml",
         )
-    return run
+    return kind_of(run) == "folder"
 
 
 if __name__ == "__main__":
-    app()
+    main()

@@ -69,19 +69,23 @@ def _line(s: RunSnapshot, plan: RunPlan, elapsed: float) -> str:
 
 def _step_text(s: RunSnapshot) -> str:
     step = s.last_step
+    number = step.get("step", "?")
     if "loss" not in step:
-        return f"step {step['step']}: every sample of it is in quarantine"
+        return f"step {number}: every sample of it is in quarantine"
     estimate = step.get("acceptance_length_estimate")
     tail = f", estimated acceptance length {estimate:.2f}" if estimate is not None else ""
-    return f"step {step['step']}: loss {step['loss']:.3f}{tail}"
+    return f"step {number}: loss {step['loss']:.3f}{tail}"
 
 
 def _table(s: RunSnapshot, plan: RunPlan, elapsed: float) -> Table:
-    table = Table(title=f"paceline train  {plan.config.run.name}  {_clock(elapsed)}", title_justify="left")
+    table = Table(
+        title=plain(f"paceline train  {plan.config.run.name}  {_clock(elapsed)}"), title_justify="left"
+    )
     for name in ("role", "process", "progress", "now"):
         table.add_column(name)
     group = s.last_group
-    rate = f"{group['num_tokens'] / group['seconds']:.0f} tokens/s" if group.get("seconds") else "starting"
+    tokens, seconds = group.get("num_tokens"), group.get("seconds")
+    rate = f"{tokens / seconds:.0f} tokens/s" if tokens is not None and seconds else "starting"
     table.add_row(
         "producer",
         _process(s, "producer"),
@@ -136,11 +140,11 @@ def describe(console: Console, s: RunSnapshot) -> None:
     for sample_id, reason in s.quarantined.items():
         say(console, f"quarantined {sample_id}: {reason}")
     if s.evaluation:
-        say(console, evaluation_lines(s))
-        say(console, final_line(s))
+        for line in [*evaluation_lines(s), final_line(s)]:
+            say(console, line)
 
 
-def evaluation_lines(s: RunSnapshot) -> str:
+def evaluation_lines(s: RunSnapshot) -> list[str]:
     """What was measured, before the line that sums it up."""
     e = s.evaluation
     lines = [f"{e['identical']} of {e['prompts']} prompts identical to plain decoding, token for token"]
@@ -149,7 +153,7 @@ def evaluation_lines(s: RunSnapshot) -> str:
             f"{_shape(way)}: acceptance length {way['acceptance_length']:.2f}, "
             f"{way['speculative_tokens_per_s']:.1f} against {way['plain_tokens_per_s']:.1f} tokens/s"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _shape(evaluation: dict[str, Any]) -> str:

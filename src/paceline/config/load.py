@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import reprlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,25 +19,55 @@ from pydantic import BaseModel, ValidationError
 
 from paceline.config.run import CHANGEABLE, RunConfig
 from paceline.errors import ConfigError
+from paceline.regular_files import read_regular
+
+FILE_BYTES_MAX = 1 << 20
+VALUES_MAX = 10_000
 
 
 def load_run_config(path: Path) -> RunConfig:
     """Raises ConfigError naming the file, the key and what to write instead."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, FILE_BYTES_MAX).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"The run file {path} cannot be read ({error}).", next="paceline train recipes/smollm2-cpu.yaml"
         ) from error
     try:
+        _refuse_hostile(yaml.compose(text, yaml.SafeLoader))
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ConfigError(
-            f"{path} is not valid YAML: {error}", next=f"mend {path} and run it again."
+            f"{path} is not a valid run file: {what}", next=f"mend {path} and run it again."
         ) from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds no sections.", next="start from a copy of recipes/smollm2-cpu.yaml.")
     return parse_run_config(data, source=str(path))
+
+
+def _refuse_hostile(root: yaml.Node | None) -> None:
+    """A few aliases of aliases stand for billions of values. Raises yaml.YAMLError, RecursionError."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = VALUES_MAX  # of one that holds itself
+            sizes[id(node)] = 1 + sum(size(child) for child in _children(node))
+        return sizes[id(node)]
+
+    if root is not None and size(root) > VALUES_MAX:
+        raise yaml.YAMLError(f"it has more than {VALUES_MAX} values, those behind aliases counted.")
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = [key for key, count in keys.items() if count > 1 and key != "<<"]
+        if twice:
+            raise yaml.YAMLError(f"the key {twice[0]!r} is given twice.")
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
 def parse_run_config(data: Mapping[str, Any], *, source: str) -> RunConfig:
@@ -60,8 +92,15 @@ def _advice(problem: Any) -> str:
         return f"unknown key {name!r} ({right})"
     if problem["type"] == "missing":
         return f"{name!r} is missing"
-    given = f", given {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
+    given = f", given {_shown(problem['input'])}" if not isinstance(problem["input"], dict) else ""
     return f"{name or 'the file'}: {problem['msg']}{given}"
+
+
+def _shown(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # more digits than Python writes
+        return "a number of very many digits"
 
 
 def _keys_at(where: list[str]) -> list[str]:
@@ -116,7 +155,7 @@ def _is_changeable(key: str) -> bool:
 
 def recorded_config(recorded: Mapping[str, Any], directory: Path) -> str:
     """The YAML of a run from what its ledger recorded. Raises ConfigError if it recorded nothing."""
-    if not recorded:
+    if not recorded or "run.name" not in recorded:
         raise ConfigError(
             f"The run in {directory} has recorded no configuration.",
             next="name its run file instead: paceline evaluate RUN.yaml",

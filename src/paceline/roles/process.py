@@ -1,28 +1,36 @@
 """What every role process does around its work: processors, signals, errors, telemetry.
 
-SIGTERM or SIGINT asks the role to stop at the next safe point; it then ends with exit code 0
-and everything it committed stays. A PacelineError is reported as an event and ends the process
-with the error's own exit code, which tells the supervisor that a restart would not help.
+SIGTERM, SIGINT or SIGHUP asks the role to stop at the next safe point; it then ends with exit code 0
+and everything it committed stays. A second one ends it at once. An error is reported as an event and,
+through a pipe that no full disk can close, to the supervisor. A PacelineError ends the process with the
+error's own exit code, which tells the supervisor that a restart would not help.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from paceline.config.load import load_run_config
-from paceline.errors import PacelineError
+from paceline.errors import PacelineError, explained
 from paceline.ledger.gate import RoleLock
 from paceline.roles.plan import RunPlan, events_path, plan_run, processors_of_roles
 from paceline.telemetry import EventLog
+from paceline.terminal import Output, open_standard_streams, printable
 
 SUPERVISOR_VARIABLE = "PACELINE_SUPERVISOR"
+REPORT_VARIABLE = "PACELINE_REPORT_FD"
+DEBUG_VARIABLE = "PACELINE_DEBUG"
 PR_SET_PDEATHSIG = 1
+PART_CHARACTERS_MAX = 4000  # of an error's what, why and next: the pipe must take all of them at once
 
 Work = Callable[[RunPlan, EventLog, Callable[[], bool]], None]
 
@@ -32,9 +40,12 @@ def run_role(role: str, run_file: Path, work: Work, *, stops_itself: bool = True
 
     Work that has nothing to bring to a safe point (`stops_itself=False`) just ends on a signal.
     """
+    open_standard_streams()
+    for name in ("stdout", "stderr"):
+        Output(name).replace()
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, (lambda *_: stop.set()) if stops_itself else signal.SIG_DFL)
+    if stops_itself:
+        _set_on_signals(stop)
     _die_with_supervisor()
     events: EventLog | None = None
     try:
@@ -49,12 +60,34 @@ def run_role(role: str, run_file: Path, work: Work, *, stops_itself: bool = True
         work(plan, events, stop.is_set)
         events.write("role_ended", stopped=stop.is_set())
         lock.release()
-    except PacelineError as error:
-        if events is not None:
-            events.write("error", exit_code=error.exit_code, message=str(error))
-        sys.stderr.write(f"paceline {role}: {error}\n")
-        return error.exit_code
+    except Exception as error:  # noqa: BLE001 (a role's end is told, whatever it is)
+        return _report(role, error, events)
     return 0
+
+
+def _report(role: str, error: Exception, events: EventLog | None) -> int:
+    """Tell it wherever it can be told; the exit code."""
+    told = explained(error)
+    if not isinstance(error, PacelineError) and {SUPERVISOR_VARIABLE, DEBUG_VARIABLE} & os.environ.keys():
+        sys.stderr.write(printable("".join(traceback.format_exception(error))))  # a supervisor's is a log
+    parts = {name: getattr(told, name)[:PART_CHARACTERS_MAX] for name in ("what", "why", "next")}
+    if events is not None:
+        events.write("error", exit_code=told.exit_code, message=str(told))
+    with suppress(OSError, ValueError):
+        fd = int(os.environ.get(REPORT_VARIABLE, "-1"))
+        os.write(fd, json.dumps({"exit_code": told.exit_code, **parts}).encode())
+    sys.stderr.write(printable(f"paceline {role}: {told}\n"))
+    return told.exit_code
+
+
+def _set_on_signals(stop: threading.Event) -> None:
+    def ask(number: int, _: object) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
+            signal.signal(number, ask)
 
 
 def _die_with_supervisor() -> None:
@@ -63,5 +96,5 @@ def _die_with_supervisor() -> None:
     if supervisor is None:
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(supervisor):  # it died before the request took effect
+    if str(os.getppid()) != supervisor:  # it died before the request took effect
         os.kill(os.getpid(), signal.SIGTERM)

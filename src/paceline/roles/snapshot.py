@@ -6,18 +6,28 @@ Reads only, loads no torch, and works on a live, a stopped or a crashed run.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, LedgerError, PacelineError
 from paceline.ledger.facts import COMPLETED_STEP, RUN_ID
 from paceline.ledger.gate import live_holder
 from paceline.ledger.store import MetadataStore
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.regular_files import kind_of, read_regular
 from paceline.telemetry import read_events
 
 ROLES = ("producer", "consumer")
+EVALUATION_BYTES_MAX = 1 << 20
+# What people are shown of each way that was measured.
+MEASURED = (
+    *("prompts", "identical", "num_draft_tokens", "branching", "acceptance_length"),
+    *("plain_tokens_per_s", "speculative_tokens_per_s", "speed_up"),
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,8 @@ class RunSnapshot:
     restarts: int
     failed_prompts: dict[str, str]
     live: dict[str, int | None]  # see `live_holder`
-    last_step: dict[str, Any]
-    last_group: dict[str, Any]
+    last_step: dict[str, float]
+    last_group: dict[str, float]
     blocked_s: dict[str, float]
     evaluation: dict[str, Any]
 
@@ -55,23 +65,44 @@ class RunSnapshot:
 
 
 def open_run(directory: Path) -> SQLiteMetadataStore:
-    """The ledger of a run. Raises ConfigError if there is none."""
+    """The ledger of a run. Raises ConfigError if there is none; makes none."""
     path = directory / "ledger.db"
-    if not path.exists():
+    if kind_of(path) != "file":
+        what = "that is no regular file" if kind_of(path) or path.is_symlink() or path.is_fifo() else ""
         raise ConfigError(
-            f"There is no run in {directory} (no ledger.db).",
+            f"There is no run in {directory} ({f'its ledger.db: {what}' if what else 'no ledger.db'}).",
             why="A run exists from its first start on.",
             next="paceline train RUN.yaml",
         )
+    if not path.stat().st_size:
+        raise ConfigError(
+            f"The run in {directory} has not begun: its ledger.db is empty.",
+            why="It was not written yet, or somebody has emptied it.",
+            next="paceline train RUN.yaml; if it did begin, restore ledger and checkpoints from one backup.",
+        )
     return SQLiteMetadataStore(path)
+
+
+@contextmanager
+def making_sense(directory: Path) -> Iterator[None]:
+    """What a ledger holds that nothing can be made of is an error of the ledger. Raises LedgerError."""
+    try:
+        yield
+    except PacelineError:
+        raise
+    except Exception as error:
+        raise LedgerError(
+            f"The ledger in {directory} makes no sense ({type(error).__name__}: {error}).",
+            why="It is damaged, or something else has written it.",
+            next=f"paceline fsck {directory}, which says what is wrong with it.",
+        ) from error
 
 
 def take_snapshot(directory: Path, store: MetadataStore) -> RunSnapshot:
     facts, usage = store.facts(), store.usage()
     checkpoints = store.checkpoints()
-    events = {role: read_events(directory / "events" / f"{role}.jsonl", tail_bytes=1 << 16) for role in ROLES}
+    events = {role: read_events(directory / "events" / f"{role}.jsonl") for role in ROLES}
     step, group = _last(events["consumer"], "step"), _last(events["producer"], "group")
-    report = directory / "evaluation.json"
     return RunSnapshot(
         run_id=facts.get(RUN_ID, "?"),
         prompts=store.task_counts(),
@@ -89,7 +120,7 @@ def take_snapshot(directory: Path, store: MetadataStore) -> RunSnapshot:
         last_step=step,
         last_group=group,
         blocked_s={role: _blocked_s(events[role]) for role in ROLES},
-        evaluation=json.loads(report.read_text()) if report.exists() else {},
+        evaluation=_evaluation(directory / "evaluation.json"),
         _waiting=usage.waiting_samples,
     )
 
@@ -98,11 +129,34 @@ def _blocked_s(events: list[dict[str, Any]]) -> float:
     """Of the role's newest process: its events carry the sum so far, at most a second old."""
     for event in reversed(events):
         if "blocked_seconds" in event:
-            return float(event["blocked_seconds"])
+            return _numbers(event).get("blocked_seconds", 0.0)
         if event.get("event") == "role_started":
             break
     return 0.0
 
 
-def _last(events: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    return next((event for event in reversed(events) if event.get("event") == kind), {})
+def _last(events: list[dict[str, Any]], kind: str) -> dict[str, float]:
+    """What the newest event of this kind counts."""
+    return next((_numbers(event) for event in reversed(events) if event.get("event") == kind), {})
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    """What `paceline evaluate` has written; {} if there is nothing, or nothing that can be shown."""
+    try:
+        found = json.loads(read_regular(path, EVALUATION_BYTES_MAX))
+        ways = [found, found["chain"]]
+        return found if all(_numbers(way).keys() >= set(MEASURED) for way in ways) else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Those that are finite numbers: a file may hold anything."""
+    return {name: value for name, value in values.items() if _is_finite(value)}
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:  # more digits than any float has
+        return False

@@ -1,59 +1,83 @@
 """Starts both roles, watches them, and starts again what was killed.
 
 The supervisor decides nothing about samples: a role that dies, whatever it was doing, is started
-again and finds its place in the ledger. It restarts after a signal or a crash, up to a limit,
-and does not after a PacelineError, which a restart would only meet again.
+again and finds its place in the ledger. It restarts after a signal, a crash or an end that came too
+early, up to a limit while nothing moves; it does not after a PacelineError, or after the same error of
+any kind twice, which a restart would only meet again.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from paceline.config.run import RunConfig
-from paceline.errors import PacelineError
+from paceline.errors import LedgerError, PacelineError
 from paceline.ledger.facts import COMPLETED_STEP, END_OF_STREAM
-from paceline.ledger.gate import UNKNOWN, live_holder
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.roles.binding import bind_run
-from paceline.roles.plan import RunPlan, events_path, log_path, role_environment
-from paceline.roles.process import SUPERVISOR_VARIABLE
+from paceline.roles.child import GRACE_S, Child, RoleFailedError, end_orphan
+from paceline.roles.plan import RunPlan, log_path
 from paceline.roles.snapshot import RunSnapshot, take_snapshot
-from paceline.telemetry import read_events
 
 LOOK_S = 0.5
-GRACE_S = 300.0
-PREDECESSOR_S = 120.0
 OWN_EXIT_CODES = range(2, 9)
+OUT_OF_MEMORY = (
+    "if the kernel killed it for want of memory (dmesg tells), free some, or start a new run with a smaller "
+    "capture.group_size; then run the same command again."
+)
 
 
-class RoleFailedError(PacelineError):
-    """A role ended with an error of its own; the message is the role's."""
+class StopSignals:
+    """While entered, Ctrl-C, SIGTERM and SIGHUP ask these processes to stop; a second one kills them."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    def __init__(self, children: Callable[[], list[Child]]) -> None:
+        self.count = 0
+        self._children = children
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, _: int, __: FrameType | None) -> None:
+        self.count += 1
+        for child in self._children():
+            child.send(signal.SIGTERM if self.count == 1 else signal.SIGKILL)
 
 
 class Supervisor:
     def __init__(
-        self, run_file: Path, plan: RunPlan, *, show: Callable[[RunSnapshot], None] = lambda _: None
+        self,
+        run_file: Path,
+        plan: RunPlan,
+        *,
+        show: Callable[[RunSnapshot], None] = lambda _: None,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """`show` gets a look at the run now and then, `tell` what a person should know at once."""
         self._run_file = run_file
         self._plan = plan
         self._config: RunConfig = plan.config
-        self._show = show
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._show, self._tell = show, tell
+        self._children: dict[str, Child] = {}
         self._restarts = 0  # without progress between them
-        self._progress_before: object = None
-        self._stopping = 0
-        self._started_at = time.time()
+        self._before: object = None  # progress at the last restart
+        self._failed_before: tuple[str, str] | None = None  # role and error of the last restart
+        self._signals = StopSignals(lambda: list(self._children.values()))
         self._store = SQLiteMetadataStore(self._config.ledger_path)
+        self._ledger = _identity(self._config.ledger_path)
 
     def run(self) -> bool:
         """Supervise until training is complete (True) or the user stopped it (False).
@@ -64,36 +88,38 @@ class Supervisor:
         if self._is_complete() and not self._config.feature_folder.exists():
             self._store.close()
             return True
-        before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            self._start("producer")
-            self._start("consumer")
-            return self._watch()
-        finally:
-            self._stop_all()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            self._store.close()
+        with self._signals:
+            try:
+                self._start("producer")
+                self._start("consumer")
+                return self._watch()
+            finally:
+                self._stop_all()
+                self._store.close()
 
     def _watch(self) -> bool:
         while True:
             self._show(take_snapshot(self._config.run.directory, self._store))
-            if self._stopping:
+            if self._signals.count:
+                self._tell("stopping at the next safe point; Ctrl-C again ends it at once")
                 return False
-            for role in ("producer", "consumer"):
-                if self._processes[role].poll() is not None:
+            self._refuse_another_ledger()
+            for role, child in list(self._children.items()):
+                child.keep_log_short()
+                if child.poll() is not None:
                     self._look_after(role)
-            if self._is_complete() and self._processes["consumer"].poll() == 0:
+            if self._is_complete() and self._children["consumer"].poll() == 0:
                 return True
-            self._wait_for_exit()
+            if self._children["consumer"].wait(LOOK_S):
+                time.sleep(0.05)  # an ended consumer is looked at again until it is restarted or complete
 
-    def _wait_for_exit(self) -> None:
-        """Sleep until the consumer ends or it is time to look again."""
-        try:
-            self._processes["consumer"].wait(timeout=LOOK_S)
-            time.sleep(0.05)  # an ended consumer is looked at again until it is restarted or complete
-        except subprocess.TimeoutExpired:
-            pass
+    def _refuse_another_ledger(self) -> None:
+        if _identity(self._config.ledger_path) != self._ledger:
+            raise LedgerError(
+                f"{self._config.ledger_path} was removed or replaced while the run was going on.",
+                why="What the roles record now would be lost with the file that they still have open.",
+                next="restore ledger and checkpoints from one backup, or start a new run.",
+            )
 
     def _is_complete(self) -> bool:
         return self._store.facts().get(COMPLETED_STEP) is not None
@@ -104,101 +130,115 @@ class Supervisor:
 
     def _look_after(self, role: str) -> None:
         """A role ended: start it again if there is work left and the end was not its own error."""
-        code = self._processes[role].returncode
-        if self._is_complete() and (role == "producer" or code == 0):
+        code = self._children[role].poll()
+        if code is None or (self._is_complete() and (role == "producer" or code == 0)):
             return
-        if code == 0:
-            if role == "consumer" or self._producer_has_work():
-                self._start(role)
-        elif code in OWN_EXIT_CODES:
-            raise RoleFailedError(self._last_error(role), code)
-        else:
-            self._restart(role, code)
+        error = self._children[role].error()
+        if error is not None and code in OWN_EXIT_CODES:
+            raise error
+        if code == 0 and role == "consumer":
+            self._refuse_a_run_of_failed_prompts()
+        if code != 0 or role == "consumer" or self._producer_has_work():
+            self._restart(role, code, error)
 
-    def _restart(self, role: str, code: int) -> None:
-        progress = self._progress()
-        self._restarts = self._restarts + 1 if progress == self._progress_before else 1
-        self._progress_before = progress
-        if self._restarts > self._config.machine.restarts_max:
+    def _refuse_a_run_of_failed_prompts(self) -> None:
+        counts = self._store.task_counts()
+        if counts["failed"] and not any(counts[state] for state in ("pending", "leased", "done")):
+            reason = next(iter(self._store.failed_tasks().values()))
             raise PacelineError(
-                f"The {role} ended {self._restarts} times (last with {code}) without any progress between.",
-                why="Something kills it again and again; everything checkpointed is safe.",
-                next=f"read {log_path(self._config, role)}, then run the same command again. If the kernel "
-                "killed it for want of memory (dmesg tells), free some first, or start a new run with a "
-                "smaller capture.group_size.",
+                f"None of the {counts['failed']} prompts could be captured; the first: {reason}",
+                why="There is nothing to train on.",
+                next=f"paceline status {self._config.run.directory} lists them all; mend what they have in "
+                "common, then start a new run.",
             )
+
+    def _restart(self, role: str, code: int, error: RoleFailedError | None = None) -> None:
+        progress = self._progress()
+        moves = progress != self._before
+        failed = None if error is None else (role, error.what)
+        if error is not None and failed == self._failed_before and not moves:
+            raise error
+        self._restarts = 1 if moves else self._restarts + 1
+        self._before, self._failed_before = progress, failed
+        if self._restarts > self._config.machine.restarts_max:
+            raise error or self._given_up(role, code)
         self._start(role)
+
+    def _given_up(self, role: str, code: int) -> PacelineError:
+        log = f"read {log_path(self._config, role)}"
+        ended = f"The {role} ended {self._restarts} times"
+        why = "Everything that was checkpointed is safe."
+        if code == 0:
+            return PacelineError(
+                f"{ended} without an error, and without any progress between.",
+                why=f"It ought to end only when all is done. {why}",
+                next=f"{log}, and see what paceline status {self._config.run.directory} says is left.",
+            )
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        cause = OUT_OF_MEMORY if code == -signal.SIGKILL else "then run the same command again."
+        return PacelineError(
+            f"{ended} by {name}, without any progress between.",
+            why=f"Something kills it again and again. {why}",
+            next=f"{log}; {cause}",
+        )
 
     def _progress(self) -> object:
         """What moves while a run, or the search for the sample that kills it, gets anywhere."""
-        facts = self._store.facts()
+        facts, store = self._store.facts(), self._store
         trials = {key: value["queue"] for key, value in facts.items() if key.startswith("trial.") and value}
-        heads = [record.step for record in self._store.checkpoints()]
-        return self._store.committed_count(), heads, trials
-
-    def _last_error(self, role: str) -> str:
-        events = read_events(events_path(self._config, role))
-        errors = [e for e in events if e.get("event") == "error" and e["time"] >= self._started_at]
-        if errors:
-            return str(errors[-1]["message"])
-        # An error before the role could report it, such as a wrong run file, is in its log alone.
-        log = log_path(self._config, role).read_text(errors="replace").strip()
-        return log.rpartition(f"paceline {role}: ")[2] if log else f"the {role} failed without a word"
-
-    # -- processes -------------------------------------------------------------------------
+        heads = [record.step for record in store.checkpoints()]
+        set_aside = len(store.quarantined()), store.task_counts()["failed"]
+        return store.committed_count(), heads, trials, set_aside
 
     def _start(self, role: str) -> None:
-        self._wait_for_predecessor(role)
-        machine = self._config.machine
-        threads = machine.producer_threads if role == "producer" else machine.consumer_threads
-        environment = {**os.environ, **role_environment(threads), SUPERVISOR_VARIABLE: str(os.getpid())}
-        path = log_path(self._config, role)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as log:
-            self._processes[role] = subprocess.Popen(
-                [sys.executable, "-m", f"paceline.roles.{role}", str(self._run_file)],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C reaches the supervisor alone, which stops them in order
-            )
-
-    def _wait_for_predecessor(self, role: str) -> None:
-        """A role whose supervisor was killed stops at its next safe point; give it the time."""
-        deadline = time.monotonic() + PREDECESSOR_S
-        while not self._stopping and time.monotonic() < deadline:
-            holder = live_holder(self._config.run.directory, role)
-            if holder is None or (holder != UNKNOWN and not _was_orphaned(holder)):
-                return
-            time.sleep(0.1)
-
-    def _on_signal(self, *_: object) -> None:
-        self._stopping += 1
-        how = signal.SIGTERM if self._stopping == 1 else signal.SIGKILL
-        self._send(how)
-
-    def _send(self, number: signal.Signals) -> None:
-        for process in self._processes.values():
-            if process.poll() is None:
-                process.send_signal(number)
+        config = self._config
+        end_orphan(config.run.directory, role, lambda: self._signals.count > 0)
+        threads = config.machine.producer_threads if role == "producer" else config.machine.consumer_threads
+        before = self._children.get(role)
+        if before is not None:
+            before.end(time.monotonic())
+        self._children[role] = Child(role, self._run_file, config, threads)
 
     def _stop_all(self) -> None:
-        self._send(signal.SIGTERM)
-        for process in self._processes.values():
-            try:
-                process.wait(timeout=GRACE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        now = time.monotonic()
+        for child in self._children.values():
+            child.send(signal.SIGTERM)
+        for role, child in self._children.items():
+            child.end(now + GRACE_S[role])
 
 
-def _was_orphaned(pid: int) -> bool:
-    """Whether the process lives on without the supervisor that started it."""
-    try:
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
+def evaluate_run(run_file: Path, config: RunConfig) -> bool:
+    """Measure the newest checkpoint in a process of its own; False if the user stopped it.
+
+    Raises the evaluator's error.
+    """
+    children: list[Child] = []
+    with StopSignals(lambda: children) as signals:
+        end_orphan(config.run.directory, "evaluator", lambda: signals.count > 0)
+        children.append(Child("evaluator", run_file, config, len(os.sched_getaffinity(0))))
+        [child] = children
+        try:
+            while not child.wait(LOOK_S):
+                if signals.count:
+                    return False
+            code, error = child.poll(), child.error()
+        finally:
+            child.send(signal.SIGTERM)
+            child.end(time.monotonic() + GRACE_S["evaluator"])
+    if signals.count:
         return False
-    name = f"{SUPERVISOR_VARIABLE}=".encode()
-    supervisor = next((item[len(name) :].decode() for item in environment if item.startswith(name)), None)
-    return supervisor is not None and not Path(f"/proc/{supervisor}").exists()
+    if code:
+        raise error or PacelineError(
+            f"The evaluation was killed ({code}).",
+            why="The run itself is complete and untouched.",
+            next=f"paceline evaluate {config.run.directory}; {OUT_OF_MEMORY if code == -9 else ''}",
+        )
+    return True
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino

@@ -105,3 +105,51 @@ def test_the_recorded_configuration_is_a_run_file(tmp_path: Path) -> None:
     assert again.model_copy(update={"run": config.run}) == config
     with pytest.raises(ConfigError, match="no configuration"):
         recorded_config({}, tmp_path)
+
+
+DEEP = "[" * 5000
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{c}: &{c} [*{p}, *{p}]\n"
+    for p, c in zip("abcdefghijklmnopqrstuvw", "bcdefghijklmnopqrstuvwx", strict=True)
+)
+NAMED_BOMB = "x: &a [y, y]\nrun: {name: " + "[" * 12 + "*a" + ", *a]" * 12 + "}\n" + BOMB
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        DEEP,
+        BOMB,
+        NAMED_BOMB,
+        "a: &a [*a]",
+        "a: " + "9" * 5000,
+        "run: {name: a, name: b}",
+        "a: 2001-13-45",
+        "a: !!python/name:os.system",
+        "[a",
+        "\x00",
+        "a: {[1]: 2}",
+    ],
+    ids=range(11),
+)
+def test_a_hostile_file_is_refused_at_once(tmp_path: Path, text: str) -> None:
+    """Aliases that stand for billions of values, brackets without an end, numbers beyond any."""
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError):
+        load_run_config(tmp_path / "run.yaml")
+
+
+def test_a_number_of_very_many_digits_is_named_as_one(tmp_path: Path) -> None:
+    """Python refuses to write it into a message."""
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump(MINIMAL) + f"machine: {{restarts_max: -0x{'f' * 9000}}}\n"
+    )
+    with pytest.raises(ConfigError, match="restarts_max"):
+        load_run_config(tmp_path / "run.yaml")
+
+
+def test_a_project_may_move_with_its_prompts() -> None:
+    """What they are is told by their digest, wherever they lie."""
+    recorded = flat(parse_run_config(MINIMAL, source="run.yaml"))
+    moved = with_values(prompts={"path": "elsewhere/p.jsonl"})
+    refuse_changes(recorded, parse_run_config(moved, source="run.yaml"))

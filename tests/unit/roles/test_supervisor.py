@@ -1,4 +1,4 @@
-"""The supervisor: it starts again what dies, as long as anything moves."""
+"""The supervisor: it starts again what dies, as long as anything moves, and tells why it stopped."""
 
 from __future__ import annotations
 
@@ -10,8 +10,22 @@ import pytest
 from paceline import InMemoryMetadataStore
 from paceline.errors import PacelineError
 from paceline.ledger.trial import Trial
+from paceline.roles.child import RoleFailedError
 from paceline.roles.supervisor import Supervisor
 from paceline.testing.samples import sample_ref
+
+
+class Ended:
+    """A process that has ended with `code`, after it had said `error`."""
+
+    def __init__(self, code: int, error: RoleFailedError | None = None) -> None:
+        self.code, self.said = code, error
+
+    def poll(self) -> int:
+        return self.code
+
+    def error(self) -> RoleFailedError | None:
+        return self.said
 
 
 @pytest.fixture
@@ -22,17 +36,60 @@ def supervisor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Supervisor:
     supervised._config = SimpleNamespace(  # type: ignore[assignment]
         machine=SimpleNamespace(restarts_max=2), run=SimpleNamespace(directory=tmp_path)
     )
-    supervised._restarts, supervised._progress_before = 0, None
+    supervised._restarts, supervised._before, supervised._failed_before = 0, None, None
+    supervised._children = {}
     monkeypatch.setattr(supervised, "_start", lambda _: None)
     return supervised
+
+
+def ended(supervisor: Supervisor, role: str, code: int, error: RoleFailedError | None = None) -> None:
+    supervisor._children[role] = Ended(code, error)  # type: ignore[assignment]
+    supervisor._look_after(role)
 
 
 def test_restarts_without_progress_come_to_an_end(supervisor: Supervisor) -> None:
     """What kills the role again and again at the same place is not waited out for ever."""
     for _ in range(2):
-        supervisor._restart("consumer", -9)
-    with pytest.raises(PacelineError, match=r"3 times .* without any progress"):
-        supervisor._restart("consumer", -9)
+        ended(supervisor, "consumer", -9)
+    with pytest.raises(PacelineError, match=r"3 times by SIGKILL.* without any progress.*want of memory"):
+        ended(supervisor, "consumer", -9)
+
+
+def test_want_of_memory_is_suspected_only_of_a_kill(supervisor: Supervisor) -> None:
+    """A crash of a library is another matter, and an end without an error still another one."""
+    for code, words in ((-11, "by SIGSEGV"), (0, "without an error")):
+        supervisor._restarts, supervisor._before = 0, None
+        for _ in range(2):
+            ended(supervisor, "consumer", code)
+        with pytest.raises(PacelineError, match=f"3 times {words}") as caught:
+            ended(supervisor, "consumer", code)
+        assert "want of memory" not in str(caught.value)
+
+
+def test_an_error_that_comes_twice_without_progress_is_not_met_a_third_time(supervisor: Supervisor) -> None:
+    """It is told in the role's own words; a load of the model each would only delay that."""
+    error = RoleFailedError("KeyError: 'weight_map'", "why", "next", 1)
+    ended(supervisor, "producer", 1, error)
+    supervisor._store.commit_sample(sample_ref(0))
+    ended(supervisor, "producer", 1, error)
+    with pytest.raises(RoleFailedError, match="weight_map"):
+        ended(supervisor, "producer", 1, error)
+
+
+def test_an_error_of_pacelines_own_ends_the_run_at_once(supervisor: Supervisor) -> None:
+    """With the role's exit code, message and advice."""
+    with pytest.raises(RoleFailedError) as caught:
+        ended(supervisor, "consumer", 4, RoleFailedError("no model", "it is needed", "make model", 4))
+    assert (caught.value.what, caught.value.next, caught.value.exit_code) == ("no model", "make model", 4)
+
+
+def test_a_run_whose_every_prompt_failed_ends_with_the_reason(supervisor: Supervisor) -> None:
+    """Its consumer ends without an error, and would be started for ever."""
+    supervisor._store.add_tasks(["a", "b"])
+    supervisor._store.lease_tasks("w", 2)
+    supervisor._store.fail_tasks("w", ["a", "b"], reason="no text", attempt_max=None)
+    with pytest.raises(PacelineError, match=r"None of the 2 prompts.*no text"):
+        ended(supervisor, "consumer", 0)
 
 
 def test_restarts_do_not_count_while_the_run_moves(supervisor: Supervisor) -> None:

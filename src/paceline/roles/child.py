@@ -1,0 +1,160 @@
+"""A role's process as its supervisor sees it: started, asked to stop, and heard when it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from paceline.config.run import RunConfig
+from paceline.errors import PacelineError
+from paceline.ledger.gate import UNKNOWN, live_holder
+from paceline.roles.plan import log_path, role_environment
+from paceline.roles.process import REPORT_VARIABLE, SUPERVISOR_VARIABLE
+from paceline.telemetry import read_tail, shorten
+
+ORPHAN_S = 10.0  # for which one may go on to its next safe point
+GRACE_S = {"producer": 15.0, "consumer": 60.0, "evaluator": 5.0}  # the consumer writes a checkpoint
+REPORT_BYTES_MAX = 1 << 16
+
+
+class RoleFailedError(PacelineError):
+    """A role ended with an error; message and exit code are the role's."""
+
+    def __init__(self, what: str, why: str, next: str, exit_code: int) -> None:
+        super().__init__(what, why=why, next=next)
+        self.exit_code = exit_code
+
+
+class Child:
+    """One process of a role, in a session of its own: Ctrl-C reaches the supervisor alone."""
+
+    def __init__(self, role: str, run_file: Path, config: RunConfig, threads: int) -> None:
+        self.role = role
+        self._log = log_path(config, role)
+        self._pipe, other_end = os.pipe()
+        os.set_blocking(self._pipe, False)
+        os.set_blocking(other_end, False)
+        log = _opened_log(self._log)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"paceline.roles.{role}", str(run_file)],
+                env={
+                    **os.environ,
+                    **role_environment(threads),
+                    SUPERVISOR_VARIABLE: str(os.getpid()),
+                    REPORT_VARIABLE: str(other_end),
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[other_end],
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(self._pipe)
+            raise
+        finally:
+            os.close(log)
+            os.close(other_end)
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended by then."""
+        try:
+            self._process.wait(timeout=max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def send(self, number: signal.Signals) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def end(self, deadline: float) -> None:
+        """Kill it if it has not ended by then (time.monotonic), and forget it."""
+        if not self.wait(deadline - time.monotonic()):
+            self._process.kill()
+            self._process.wait()
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+
+    def keep_log_short(self) -> None:
+        with suppress(OSError):
+            shorten(self._log)
+
+    def error(self) -> RoleFailedError | None:
+        """What it said before it ended; None if it was killed, or ended without an error."""
+        code = self._process.returncode
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            told: dict[str, Any] = json.loads(os.read(self._pipe, REPORT_BYTES_MAX))
+            return RoleFailedError(
+                str(told["what"]), str(told["why"]), str(told["next"]), int(told["exit_code"])
+            )
+        if code is None or code <= 0:
+            return None
+        # It failed before it could report anything: what Python said is in its log.
+        said = read_tail(self._log, 4000).decode(errors="replace").strip().rpartition("\n")[2]
+        return RoleFailedError(
+            f"The {self.role} could not begin: {said or f'it ended with {code} and without a word'}",
+            "Nothing was changed.",
+            f"read {self._log}, and check that this Python has all that Paceline needs.",
+            code,
+        )
+
+
+def _opened_log(path: Path) -> int:
+    """To append to; nowhere if that disk takes no file."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(path, flags, 0o644)
+    return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+
+
+def end_orphan(directory: Path, role: str, should_stop: Callable[[], bool] = lambda: False) -> None:
+    """Wait for a role whose supervisor was killed; end it if it does not stop by itself.
+
+    It has been asked to stop by the kernel, and a kill takes nothing back that it has committed.
+    """
+    deadline = time.monotonic() + (0.0 if role == "evaluator" else ORPHAN_S)
+    while not should_stop():
+        holder = live_holder(directory, role)
+        if holder is None or (holder != UNKNOWN and not _was_orphaned(holder)):
+            return
+        if time.monotonic() >= deadline and holder != UNKNOWN:
+            _kill_orphan(holder)
+        if time.monotonic() >= deadline + ORPHAN_S:
+            return  # the start itself will say who holds it
+        time.sleep(0.05)
+
+
+def _kill_orphan(pid: int) -> None:
+    with suppress(OSError):
+        handle = os.pidfd_open(pid)
+        try:
+            if _was_orphaned(pid):  # of this process, not of a later one with its number
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+        finally:
+            os.close(handle)
+
+
+def _was_orphaned(pid: int) -> bool:
+    """Whether the process lives on without the supervisor that started it."""
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        parent = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1]
+    except (OSError, IndexError):
+        return False
+    name = f"{SUPERVISOR_VARIABLE}=".encode()
+    return any(item.startswith(name) and item[len(name) :] != parent for item in environment)
