@@ -84,12 +84,13 @@ class Supervisor:
 
         Raises the failed role's error, after the other role was stopped at a safe point.
         """
-        bind_run(self._plan, self._store)
-        if self._is_complete() and not self._config.feature_folder.exists():
-            self._store.close()
-            return True
         with self._signals:
             try:
+                for role in ("producer", "consumer"):
+                    end_orphan(self._config.run.directory, role, lambda: self._signals.count > 0)
+                bind_run(self._plan, self._store)
+                if self._is_complete() and not self._config.feature_folder.exists():
+                    return True
                 self._start("producer")
                 self._start("consumer")
                 return self._watch()
@@ -192,7 +193,6 @@ class Supervisor:
 
     def _start(self, role: str) -> None:
         config = self._config
-        end_orphan(config.run.directory, role, lambda: self._signals.count > 0)
         threads = config.machine.producer_threads if role == "producer" else config.machine.consumer_threads
         before = self._children.get(role)
         if before is not None:
