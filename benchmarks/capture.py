@@ -29,14 +29,15 @@ from benchmarks.data_plane import SHARED_MEMORY
 from benchmarks.pipeline import GROUP, make_target
 from benchmarks.rows import Row, against, row
 from paceline.engines.capture_rows import CaptureRows
-from paceline.engines.engine import CapturedSample, CaptureRequest
+from paceline.engines.engine import CaptureRequest
 from paceline.engines.transformers import TransformersEngine
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.methods.eagle3.method import Eagle3Method
+from paceline.types import Tokens, name_of
 
 ANSWER_TOKENS = 96
 PARTS = {
-    "keep": [(CaptureRows, "keep"), (CaptureRows, "keep_prompts"), (CaptureRows, "keep_shared")],
+    "keep": [(CaptureRows, "keep"), (CaptureRows, "keep_known"), (CaptureRows, "keep_shared")],
     "choose": [(CaptureRows, "choose")],
     "cut out": [(CaptureRows, "samples")],
     "put": [(SharedMemoryFeatureStore, "put")],
@@ -69,21 +70,10 @@ def requests(seed: int, temperature: float = 1.0) -> list[CaptureRequest]:
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(8, 65, (GROUP,), generator=draw).tolist()
     prompts = [tuple(torch.randint(3, 4096, (n,), generator=draw).tolist()) for n in lengths]
-    rows = Eagle3Method().feature_rows()
     return [
-        CaptureRequest(f"{seed}:{n}", prompt, ANSWER_TOKENS, temperature, seed * GROUP + n, rows)
+        CaptureRequest(f"{seed}:{n}", prompt, (), ANSWER_TOKENS, temperature, seed * GROUP + n)
         for n, prompt in enumerate(prompts)
     ]
-
-
-def store(features: SharedMemoryFeatureStore, sample: CapturedSample) -> None:
-    tensors = {
-        "input_ids": sample.input_ids,
-        "loss_mask": sample.loss_mask,
-        "aux_hidden_states": sample.aux_hidden_states,
-        "last_hidden_states": sample.last_hidden_states,
-    }
-    features.put(sample.sample_id, tensors)
 
 
 class Rates:
@@ -122,18 +112,20 @@ def run(quick: bool) -> list[Row]:
     ways = {"greedy": (0.0, Rates()), "sampled": (1.0, Rates())}
     with tempfile.TemporaryDirectory() as place:
         engine = TransformersEngine(make_target(Path(place)))
+        wanted = Eagle3Method().features(engine.facts)
+        tokens = name_of(Tokens, wanted)
         own: list[tuple[Any, str]] = [(engine, "_forward"), (engine._model.lm_head, "forward")]
         for seed in range((3 if quick else 12) + 1):
             for temperature, rates in ways.values():
                 seconds: Counter[str] = Counter()
                 with timed({**PARTS, "model": own, "capture": [(engine, "capture")]}, seconds):
-                    captured = engine.capture(requests(seed, temperature))
+                    captured = engine.capture(requests(seed, temperature), wanted)
                     for sample in captured:
-                        store(features, sample)
+                        features.put(sample.sample_id, sample.tensors)
                 for sample in captured:
                     features.abort(sample.sample_id)
                 if seed:  # the first warms up
-                    rates.add(sum(int(sample.input_ids.numel()) for sample in captured), seconds)
+                    rates.add(sum(sample.tensors[tokens].numel() - 1 for sample in captured), seconds)
     features.destroy()
     return [found for way, (_, rates) in ways.items() for found in rates.rows(way)]
 

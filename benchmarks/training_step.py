@@ -64,17 +64,17 @@ def target_head() -> TargetHead:
 def spread_samples(count: int) -> list[Sample]:
     """`count` samples of 60 to 250 tokens, a quarter to a half of them prompt."""
     generator = torch.Generator().manual_seed(1)
-    hidden, samples = int(CONFIG["hidden_size"]), []
+    vocab, hidden, samples = int(CONFIG["vocab_size"]), int(CONFIG["hidden_size"]), []
     for _ in range(count):
         tokens = int(torch.randint(60, 251, (), generator=generator))
         prompt = int(torch.randint(tokens // 4, tokens // 2, (), generator=generator))
         states = torch.randn(tokens, 4 * hidden, generator=generator).bfloat16()
         samples.append(
             {
-                "input_ids": torch.randint(int(CONFIG["vocab_size"]), (tokens,), generator=generator).int(),
-                "loss_mask": (torch.arange(tokens) >= prompt).to(torch.uint8),
+                "input_ids": torch.randint(vocab, (tokens + 1,), generator=generator).int(),
+                "loss_mask": (torch.arange(tokens + 1) >= prompt).to(torch.uint8),
                 "aux_hidden_states": states[:, : 3 * hidden].contiguous(),
-                "last_hidden_states": states[:, 3 * hidden :].contiguous(),
+                "last_hidden_states": states[prompt - 1 :, 3 * hidden :].contiguous(),
             }
         )
     return samples
@@ -102,13 +102,13 @@ def plain(draft: Eagle3Draft, samples: Sequence[Sample]) -> None:
 
 def _plain_loss(draft: Eagle3Draft, samples: Sequence[Sample], depth: int) -> torch.Tensor:
     layer, attention = draft.midlayer, draft.midlayer.self_attn
-    lengths = [len(sample["input_ids"]) for sample in samples]
+    lengths = [len(sample["input_ids"]) - 1 for sample in samples]
     starts = [int(sample["loss_mask"].argmax()) - 1 for sample in samples]  # the first row that predicts
     positions = torch.cat([torch.arange(length) for length in lengths])
     queried = torch.cat([torch.arange(n) >= first for n, first in zip(lengths, starts, strict=True)])
     # The last row has no successor in the batch.
     queried[torch.tensor(lengths).cumsum(0) - 1] = False
-    ids = torch.cat([sample["input_ids"] for sample in samples])
+    ids = torch.cat([sample["input_ids"][:-1] for sample in samples])
     fused = draft.fc(torch.cat([sample["aux_hidden_states"] for sample in samples]).float())
     inputs = layer.inputs(draft.embed(ids.roll(-1)), fused)
     keys, values = attention.key_value(inputs[None], positions[None])
@@ -141,7 +141,7 @@ def speed(quick: bool, recompute: bool) -> Row:
     """Pairs, so that what else the machine does hits both."""
     method, draft = new_draft(DEPTH, recompute)
     samples = spread_samples(16 if quick else 32)
-    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    tokens = sum(len(sample["input_ids"]) - 1 for sample in samples)
 
     def rate(work: Callable[[], None]) -> float:
         start = time.perf_counter()
@@ -194,7 +194,7 @@ def kept(depth: int, samples: Sequence[Sample], recompute: bool = False) -> Row:
             loss = method.loss(draft, batch).loss_sum
         held = _allocated() - before
         loss.backward()
-    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    tokens = sum(len(sample["input_ids"]) - 1 for sample in samples)
     how = ", recomputing" if recompute else ""
     return row(
         f"bytes kept for backward, depth {depth}{how}",

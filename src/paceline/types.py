@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import NoneType
@@ -36,10 +36,53 @@ class PromptTask:
 
 
 class Rows(StrEnum):
-    """Which rows of a sample's tensor are kept; row j belongs to the j-th token the target processed."""
+    """Which rows of a state are kept; row i belongs to the i-th token the target processed."""
 
     ALL = "all"
-    PREDICTED = "predicted"  # rows whose following token belongs to the answer, the last row included
+    PREDICTED = "predicted"  # row i if token i+1 is one that the draft learns to predict
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Every token of a sample, [T+1]: T that the target processed, and the one it wrote last."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """[T+1]: 1 where the token is one that the draft learns to predict, 0 elsewhere."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states of these layers, side by side: [R, len(layers) * hidden_size], for R kept rows.
+
+    Layer id k is the state after k decoder blocks (vLLM's numbering): 0 is the first block's input, and
+    the last id the last block's output, before the final norm.
+    """
+
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One named tensor that a method trains on: where it comes from, which rows of it, and its dtype."""
+
+    name: str
+    source: Tokens | Targets | States
+    rows: Rows = Rows.ALL
+    dtype: str = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.rows != Rows.ALL and not isinstance(self.source, States):
+            raise ValueError(f"feature {self.name!r}: only states can be cut to some of their rows")
+
+
+def name_of(source: type[Tokens] | type[Targets], features: Sequence[Feature]) -> str:
+    """The name under which a method's features hold every sample's tokens, or which of them are targets."""
+    for feature in features:
+        if isinstance(feature.source, source):
+            return feature.name
+    raise ValueError(f"no feature is {source.__name__}; every method needs its samples' tokens and targets")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from paceline.methods.eagle3.method import Eagle3Method
+from paceline.target.facts import TargetFacts
+
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
@@ -37,6 +40,16 @@ def test_no_module_has_a_name_that_says_nothing() -> None:
     """A file is named after the one thing it holds."""
     banned = {"utils", "util", "helpers", "helper", "misc", "common", "manager", "base", "core"}
     assert not banned & {path.stem for path in SOURCES}
+
+
+def test_only_methods_name_their_tensors() -> None:
+    """A method declares its features; what captures, stores, sizes and loads them knows no name."""
+    facts = TargetFacts(32, 8, 61, "float32", (2,), "model", "tokenizer")
+    names = "|".join(feature.name for feature in Eagle3Method().features(facts))
+    for path in SOURCES:
+        inside = path.relative_to(ROOT / "src" / "paceline").parts[0]
+        if inside not in ("methods", "testing"):
+            assert not re.search(rf"[\"'](?:{names})[\"']", path.read_text()), path
 
 
 def test_nothing_unpickles() -> None:

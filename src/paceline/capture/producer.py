@@ -11,37 +11,37 @@ engine cannot bear is found (blame.py) and set aside with its reason; its group 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from time import monotonic
 
 from paceline.capture.backpressure import Backpressure
 from paceline.capture.blame import ENGINE_FAILURES, Blame
 from paceline.capture.prompts import UNREADABLE
-from paceline.engines.engine import CapturedSample, CaptureRequest, TargetEngine
+from paceline.engines.engine import Captured, CaptureRequest, TargetEngine
 from paceline.errors import LedgerError
 from paceline.features.store import FeatureStore
 from paceline.ledger.channel import CommittedRefLog
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.records import Fence
-from paceline.types import PromptTask, Rows, SampleRef
+from paceline.types import Feature, PromptTask, SampleRef, Tokens, name_of
 
 
 @dataclass(frozen=True)
 class CaptureSettings:
     """`num_prompts` is the size of the prompt set: from its end on, answers are sampled.
 
-    `rows`: which rows of each hidden state the draft's method reads; all of one that is not named.
+    `features`: what the draft's method trains on, as `DraftMethod.features` gave it.
     """
 
     group_size: int
     num_prompts: int
     max_answer_tokens: int
+    features: tuple[Feature, ...]
     first_round_temperature: float = 0.0
     temperature: float = 0.8
     seed: int = 0
     strategy: str = "eagle3"
-    rows: Mapping[str, Rows] = field(default_factory=dict)
 
 
 class Producer:
@@ -208,33 +208,24 @@ class Producer:
         failed = self.controller.store.failed_tasks()
         return [task for task in slice_of_run if task.task_id not in failed]
 
-    def _answer(self, members: Sequence[PromptTask]) -> list[CapturedSample]:
-        return self.engine.capture([self._request(task) for task in members])
+    def _answer(self, members: Sequence[PromptTask]) -> list[Captured]:
+        requests = [self._request(task) for task in members]
+        return self.engine.capture(requests, self._settings.features)
 
     def _request(self, task: PromptTask) -> CaptureRequest:
         s = self._settings
         greedy_round = task.ordinal < s.num_prompts
         return CaptureRequest(
             sample_id=sample_id(task),
-            prompt_ids=tuple(task.payload["prompt_ids"]),
+            token_ids=tuple(task.payload["prompt_ids"]),
             max_new_tokens=s.max_answer_tokens,
             temperature=s.first_round_temperature if greedy_round else s.temperature,
             seed=sample_seed(s.seed, task.ordinal),
-            rows=s.rows,
         )
 
-    def _store(self, task: PromptTask, sample: CapturedSample, generation: int) -> SampleRef:
-        sealed = self._features.put(
-            sample.sample_id,
-            {
-                "input_ids": sample.input_ids,
-                "loss_mask": sample.loss_mask,
-                "aux_hidden_states": sample.aux_hidden_states,
-                "last_hidden_states": sample.last_hidden_states,
-            },
-            generation=generation,
-        )
-        facts = self.engine.facts
+    def _store(self, task: PromptTask, sample: Captured, generation: int) -> SampleRef:
+        sealed = self._features.put(sample.sample_id, sample.tensors, generation=generation)
+        facts, tokens = self.engine.facts, sample.tensors[name_of(Tokens, self._settings.features)]
         return SampleRef(
             sample_id=sample.sample_id,
             run_id=self.controller.run_id,
@@ -243,7 +234,7 @@ class Producer:
             feature_keys=sealed.keys,
             feature_specs=sealed.specs,
             strategy=self._settings.strategy,
-            num_tokens=int(sample.input_ids.shape[0]),
+            num_tokens=int(tokens.shape[0]) - 1,  # that the target processed
             estimated_bytes=sealed.num_bytes,
             target_model_version=facts.model_version,
             tokenizer_version=facts.tokenizer_version,

@@ -6,45 +6,62 @@ one ended.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from paceline.engines.engine import CapturedSample, CaptureRequest
+from paceline.engines.engine import Captured, CaptureRequest
 from paceline.engines.token_choice import TokenChoice
 from paceline.errors import EngineError
 from paceline.target.facts import TargetFacts
+from paceline.types import Feature, Rows, States, Tokens
 
 
 class CaptureRows:
-    """The group while it is answered: what each row holds, and the states captured so far."""
+    """The group while it is answered: what each row holds, and the states captured so far.
+
+    A row's *known* tokens are those of its request that the target processes; what follows them is
+    written, or is a request's last token, which is not processed.
+    """
 
     def __init__(
-        self, group: Sequence[CaptureRequest], facts: TargetFacts, dtype: torch.dtype, device: torch.device
+        self,
+        group: Sequence[CaptureRequest],
+        features: Sequence[Feature],
+        facts: TargetFacts,
+        device: torch.device,
     ) -> None:
-        lengths = [len(request.prompt_ids) for request in group]
-        self._group, self._facts, self._lengths = group, facts, lengths
+        known = [request.processed for request in group]
+        lengths = [len(tokens) for tokens in known]
+        self._group, self._features, self._facts, self._lengths = group, features, facts, lengths
         longest, answer = max(lengths), max(request.max_new_tokens for request in group)
         self.count = len(group)
         self.capacity = longest + answer
         self.length = longest  # positions processed (or about to be, by the prefill), padding included
-        self.shared = _common_prefix([request.prompt_ids for request in group])
-        # A row: what all prompts share, padding, the rest of its prompt, its answer.
+        self.shared = _common_prefix(known)
+        # A row: what all prompts share, padding, the rest of what is known, its answer.
         self.padding = torch.tensor([longest - length for length in lengths], device=device)
         slots = torch.arange(self.capacity, device=device)
         self.mask = ((slots < self.shared) | (slots >= self.shared + self.padding[:, None])).long()
         pad, cut = (facts.eos_token_ids or (0,))[0], self.shared
-        padded = [
-            [*r.prompt_ids[:cut], *[pad] * (longest - len(r.prompt_ids)), *r.prompt_ids[cut:]] for r in group
-        ]
-        self.prompt_ids = torch.tensor(padded, device=device)
+        padded = [[*ids[:cut], *[pad] * (longest - len(ids)), *ids[cut:]] for ids in known]
+        self.known_ids = torch.tensor(padded, device=device)
         self._choice = TokenChoice(group, facts.vocab_size, device)
         self._answers: list[list[int]] = [[] for _ in group]
-        self._open = list(range(len(group)))  # rows whose answer has not ended
+        # Rows whose answer has not ended.
+        self._open = [row for row, request in enumerate(group) if request.max_new_tokens]
         self._steps = 0
-        num_aux = len(facts.aux_layer_ids)
-        self._aux = _Kept(group, "aux_hidden_states", num_aux * facts.hidden_size, dtype, device)
-        self._last = _Kept(group, "last_hidden_states", facts.hidden_size, dtype, device)
+        self._kept = {
+            feature.name: _Kept(group, feature, facts.hidden_size, device)
+            for feature in features
+            if isinstance(feature.source, States)
+        }
+
+    @property
+    def are_open(self) -> bool:
+        """Whether the target is to write at least one more token."""
+        return bool(self._open)
 
     def by_length(self, size: int) -> list[tuple[torch.Tensor, int]]:
         """Rows in parts of `size`, shortest first, with the most tokens one has beyond the shared ones."""
@@ -53,28 +70,24 @@ class CaptureRows:
         device = self.mask.device
         return [(torch.tensor(part, device=device), self._lengths[part[-1]] - self.shared) for part in parts]
 
-    def keep_shared(self, states: Sequence[torch.Tensor]) -> None:
-        """Keep the states of what all prompts begin with, computed for one row."""
-        for row in range(self.count):
-            self._keep_prompt(row, 0, [state[0] for state in states])
+    def keep_shared(self, states: Mapping[int, torch.Tensor]) -> None:
+        """Keep the states of what all rows begin with, computed for one row."""
+        for kept in self._kept.values():
+            parts = [states[k][0] for k in kept.layers]
+            for row in range(self.count):
+                kept.keep_tokens(row, 0, parts)
 
-    def keep_prompts(self, members: torch.Tensor, states: Sequence[torch.Tensor]) -> None:
-        """Keep the states of the rest of some rows' prompts; each row's padding comes first."""
+    def keep_known(self, members: torch.Tensor, states: Mapping[int, torch.Tensor]) -> None:
+        """Keep the states of the rest of what some rows know; each row's padding comes first."""
         for place, row in enumerate(members.tolist()):
             own = self._lengths[row] - self.shared
-            self._keep_prompt(row, self.shared, [state[place, -own:] for state in states])
+            for kept in self._kept.values():
+                kept.keep_tokens(row, self.shared, [states[k][place, -own:] for k in kept.layers])
 
-    def _keep_prompt(self, row: int, token: int, states: Sequence[torch.Tensor]) -> None:
-        """Keep one row's states of the tokens from `token` on, each [n, hidden_size]."""
-        *aux, last = states
-        self._aux.keep_tokens(row, token, aux)
-        self._last.keep_tokens(row, token, [last])
-
-    def keep(self, states: Sequence[torch.Tensor]) -> None:
+    def keep(self, states: Mapping[int, torch.Tensor]) -> None:
         """Keep the states of the latest forward, one token a row, behind those before it."""
-        *aux, last = states
-        self._aux.keep_step(aux)
-        self._last.keep_step([last])
+        for kept in self._kept.values():
+            kept.keep_step([states[k] for k in kept.layers])
         self.length += 1
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor | None:
@@ -95,23 +108,16 @@ class CaptureRows:
         self._open = still_open
         return chosen[:, None] if still_open else None
 
-    def samples(self) -> list[CapturedSample]:
+    def samples(self) -> list[Captured]:
         """The finished rows. Their states are views of the group's, to be copied once, into a slot."""
         captured, bad = [], []
         for row, request in enumerate(self._group):
-            length, prompt = self._lengths[row], len(request.prompt_ids)
-            aux, last = self._aux.of_row(row, length), self._last.of_row(row, length)
-            if not (_is_finite(aux) and _is_finite(last)):
+            tokens = [*request.token_ids, *self._answers[row]]
+            states = {name: kept.of_row(row, self._lengths[row]) for name, kept in self._kept.items()}
+            if not all(_is_finite(state) for state in states.values()):
                 bad.append(request.sample_id)
-            tokens = [*request.prompt_ids, *self._answers[row][: length - prompt]]
             captured.append(
-                CapturedSample(
-                    sample_id=request.sample_id,
-                    input_ids=torch.tensor(tokens, dtype=torch.int32),
-                    loss_mask=(torch.arange(length) >= prompt).to(torch.uint8),
-                    aux_hidden_states=aux,
-                    last_hidden_states=last,
-                )
+                Captured(request.sample_id, sample_tensors(request, self._features, tokens, states))
             )
         if bad:
             raise EngineError(
@@ -122,51 +128,82 @@ class CaptureRows:
         return captured
 
 
-class _Kept:
-    """The states of one name for all rows of the group: no padding, and no row that nobody asked for.
+def sample_tensors(
+    request: CaptureRequest,
+    features: Sequence[Feature],
+    tokens: Sequence[int],
+    states: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """All tensors of a sample from its tokens, given and written, and its kept `states` by feature name."""
+    tensors = {}
+    for feature in features:
+        if isinstance(feature.source, States):
+            tensors[feature.name] = states[feature.name]
+        else:
+            values = tokens if isinstance(feature.source, Tokens) else request.targets(len(tokens))
+            tensors[feature.name] = torch.tensor(values, dtype=getattr(torch, feature.dtype))
+    return tensors
 
-    One buffer because nobody knows an answer's length before its end; what a sample needs of it lies
+
+def kept_rows(feature: Feature, targets: Sequence[bool]) -> list[int]:
+    """The rows of a state that `feature` keeps, of those before each of `targets` but the first."""
+    rows = range(len(targets) - 1)
+    return list(rows) if feature.rows == Rows.ALL else [row for row in rows if targets[row + 1]]
+
+
+class _Kept:
+    """The states of one feature for all rows of the group: no padding, and no row that is not kept.
+
+    One buffer because an answer's length is not known before its end; what a sample needs of it lies
     in one piece.
     """
 
     def __init__(
-        self,
-        group: Sequence[CaptureRequest],
-        name: str,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, group: Sequence[CaptureRequest], feature: Feature, hidden_size: int, device: torch.device
     ) -> None:
-        self._first = [request.first_row(name) for request in group]
-        prompts = [len(request.prompt_ids) - request.first_row(name) for request in group]
-        size = max(prompts) + max(request.max_new_tokens for request in group) - 1
-        self._states = torch.empty((len(group), size, width), dtype=dtype, device=device)
-        self._rows, self._next = torch.arange(len(group), device=device), torch.tensor(prompts, device=device)
+        assert isinstance(feature.source, States)
+        self.layers = feature.source.layers
+        self._known = [len(request.processed) for request in group]
+        # Of each row's known tokens those whose state is kept; after them every state is.
+        self._wanted = [kept_rows(feature, request.targets(len(request.processed) + 1)) for request in group]
+        self._counts = [len(rows) for rows in self._wanted]
+        written = max(0, max(request.max_new_tokens for request in group) - 1)
+        self._states = torch.empty(
+            (len(group), max(self._counts) + written, len(self.layers) * hidden_size),
+            dtype=getattr(torch, feature.dtype),
+            device=device,
+        )
+        self._rows = torch.arange(len(group), device=device)
+        self._next = torch.tensor(self._counts, device=device)
 
     def keep_tokens(self, row: int, token: int, parts: Sequence[torch.Tensor]) -> None:
         """Keep a row's states of the tokens from `token` on; `parts` [n, ...] lie side by side."""
-        first = self._first[row]
-        states = torch.cat([part[max(0, first - token) :] for part in parts], dim=-1)
-        at = max(token, first) - first
-        self._states[row, at : at + len(states)] = states
+        wanted = self._wanted[row]
+        first, last = (bisect_left(wanted, end) for end in (token, token + len(parts[0])))
+        if first == last:
+            return
+        places = [place - token for place in wanted[first:last]]
+        whole = places[-1] - places[0] < len(places)  # one piece, which need not be copied twice
+        taken = [part[places[0] : places[-1] + 1] if whole else part[places] for part in parts]
+        self._states[row, first:last] = torch.cat(taken, dim=-1)
 
     def keep_step(self, parts: Sequence[torch.Tensor]) -> None:
         """Keep the state of every row's next answer token; `parts` [B, 1, ...] lie side by side."""
-        self._states[self._rows, self._next] = torch.cat(list(parts), dim=-1)[:, 0]
+        self._states[self._rows, self._next] = torch.cat(list(parts), dim=-1)[:, 0].to(self._states.dtype)
         self._next += 1
 
     def of_row(self, row: int, length: int) -> torch.Tensor:
         """[R, width]: what is kept of a row that has processed `length` tokens."""
-        return self._states[row, : length - self._first[row]]
+        return self._states[row, : self._counts[row] + length - self._known[row]]
 
 
 def _is_finite(states: torch.Tensor) -> bool:
     """Least and greatest in one pass: an infinite number is one of them, a NaN is both."""
-    return bool(torch.isfinite(torch.stack(torch.aminmax(states))).all())
+    return not states.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(states))).all())
 
 
-def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with, leaving each at least one of its own."""
-    shortest = min(len(prompt) for prompt in prompts) - 1
-    first = prompts[0]
-    return next((i for i in range(shortest) if any(p[i] != first[i] for p in prompts)), shortest)
+def _common_prefix(known: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with, leaving each at least one of its own."""
+    shortest = min(len(tokens) for tokens in known) - 1
+    first = known[0]
+    return next((i for i in range(shortest) if any(p[i] != first[i] for p in known)), shortest)

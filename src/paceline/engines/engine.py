@@ -1,18 +1,17 @@
-"""The contract of a target engine: prompts in, the frozen target's hidden states out.
+"""The contract of a target engine: prompts in, the features that a method asked for out.
 
-Layer ids follow vLLM: id k is the state after k decoder blocks, so id N is the last block's
-output *before* the final norm. `capture` is a pure function of its group: the same requests in
-the same order give the same bits, which is what makes a lost feature a cache miss.
+`capture` is a pure function of its group: the same requests in the same order give the same bits,
+which is what makes a lost feature a cache miss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from paceline.target.facts import TargetFacts
-from paceline.types import Rows
+from paceline.types import Feature
 
 if TYPE_CHECKING:
     import torch
@@ -20,37 +19,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CaptureRequest:
-    """One prompt to answer and capture. `seed` alone decides the sampling (temperature > 0).
+    """Tokens to go on from, and what is wanted after them.
 
-    `rows`: which rows of a hidden state are wanted, by its name in `CapturedSample`; all if not named.
+    `spans`: which of the given tokens are answers already, as (start, stop); the draft learns to predict
+    those and every token that the target writes. `max_new_tokens=0`: the target writes nothing, all
+    tokens are known. `seed` alone decides the sampling (temperature > 0).
     """
 
     sample_id: str
-    prompt_ids: tuple[int, ...]
-    max_new_tokens: int
+    token_ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...] = ()
+    max_new_tokens: int = 0
     temperature: float = 0.0
     seed: int = 0
-    rows: Mapping[str, Rows] = field(default_factory=dict)
 
-    def first_row(self, name: str) -> int:
-        """The first of the rows that are wanted of hidden state `name`; all after it are wanted, too."""
-        return len(self.prompt_ids) - 1 if self.rows.get(name) == Rows.PREDICTED else 0
+    def __post_init__(self) -> None:
+        """Raises ValueError for a request that no engine could answer."""
+        least = 1 if self.max_new_tokens else 2  # the last of known tokens is not processed
+        if len(self.token_ids) < least:
+            raise ValueError(f"{self.sample_id}: {len(self.token_ids)} tokens, at least {least} are needed")
+        ends = [0, *(place for span in self.spans for place in span), len(self.token_ids)]
+        if ends != sorted(ends):
+            raise ValueError(f"{self.sample_id}: spans {self.spans} of {len(self.token_ids)} tokens")
+
+    @property
+    def processed(self) -> tuple[int, ...]:
+        """The given tokens that the target processes: all, or all but the last if it writes none."""
+        return self.token_ids if self.max_new_tokens else self.token_ids[:-1]
+
+    def targets(self, num_tokens: int) -> list[bool]:
+        """For each of `num_tokens` tokens, the given ones first: whether the draft learns to predict it."""
+        given = len(self.token_ids)
+        mask = [False] * given + [True] * (num_tokens - given)
+        for start, stop in self.spans:
+            mask[start:stop] = [True] * (stop - start)
+        return mask
 
 
 @dataclass(frozen=True)
-class CapturedSample:
-    """Features of one sample; T = prompt plus answer, less the last token (which has no state).
-
-    Exactly: `input_ids` holds all tokens the target processed (T), `loss_mask` is 1 where the
-    *processed* token belongs to the answer. Of a hidden state only the R rows from the request's
-    `first_row` on are there: R = T if all are wanted, else 1 + the processed answer tokens.
-    """
+class Captured:
+    """A sample's tensors by the names of the features that were asked for (shapes: paceline/types.py)."""
 
     sample_id: str
-    input_ids: torch.Tensor  # int32 [T]
-    loss_mask: torch.Tensor  # uint8 [T]
-    aux_hidden_states: torch.Tensor  # target dtype [R, len(aux_layer_ids) * hidden_size]
-    last_hidden_states: torch.Tensor  # target dtype [R, hidden_size], pre-norm
+    tensors: dict[str, torch.Tensor]
 
 
 class TargetEngine(Protocol):
@@ -68,5 +79,5 @@ class TargetEngine(Protocol):
         Raises CaptureMismatchError.
         """
 
-    def capture(self, group: Sequence[CaptureRequest]) -> list[CapturedSample]:
-        """Answer every prompt of the group and return its features, in order."""
+    def capture(self, group: Sequence[CaptureRequest], features: Sequence[Feature]) -> list[Captured]:
+        """Answer every request of the group and return its features, in order."""

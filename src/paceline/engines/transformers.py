@@ -9,7 +9,7 @@ safetensors are read; no code of the model folder is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from paceline.engines.attention import ATTENTION
 from paceline.engines.cache import PreallocatedLayer, copy_cache
 from paceline.engines.capture_rows import CaptureRows
-from paceline.engines.engine import CapturedSample, CaptureRequest
+from paceline.engines.engine import Captured, CaptureRequest
 from paceline.errors import CaptureMismatchError, EngineError
 from paceline.precision import torch_dtype
 from paceline.target.facts import TargetFacts
@@ -27,6 +27,7 @@ from paceline.target.folder import eos_token_ids, read_config, read_generation_c
 from paceline.target.model import load_whole, unusable
 from paceline.target.tokenizer import PromptEncoder
 from paceline.target.version import TargetVersion
+from paceline.types import Feature, States
 
 PREFILL_ROWS = 8
 PROBE_TEXT = "Riders in a paceline take turns at the front."
@@ -41,7 +42,6 @@ class TransformersEngine:
         _require_llama_layout(self._model, model_folder)
         self._layers = list(self._model.model.layers)
         self._facts = _facts(self._model, model_folder)
-        self._captured_ids = (*self._facts.aux_layer_ids, self._facts.num_hidden_layers)
 
     @property
     def facts(self) -> TargetFacts:
@@ -53,32 +53,47 @@ class TransformersEngine:
     # -- capture ---------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def capture(self, group: Sequence[CaptureRequest]) -> list[CapturedSample]:
+    def capture(self, group: Sequence[CaptureRequest], features: Sequence[Feature]) -> list[Captured]:
         """See `TargetEngine`. Raises EngineError naming the samples whose states are not finite."""
         if not group:
             return []
-        rows = CaptureRows(group, self._facts, self._model.dtype, self._device)
+        rows = CaptureRows(group, features, self._facts, self._device)
         cache = self._empty_cache(len(group), rows.capacity)
-        with _Hooks(self._layers, self._captured_ids) as states:
+        with _Hooks(self._layers, self._layers_of(features)) as states:
             hidden = self._prefill(rows, cache, states)
-            while (token_ids := rows.choose(self._model.lm_head(hidden))) is not None:
+            while rows.are_open and (token_ids := rows.choose(self._model.lm_head(hidden))) is not None:
                 positions = (rows.length - rows.padding)[:, None]
                 mask = rows.mask[:, : rows.length + 1]
                 hidden = self._forward(token_ids, mask, positions, cache)
                 rows.keep(states.taken)
         return rows.samples()
 
-    def _prefill(self, rows: CaptureRows, cache: DynamicCache, states: _Hooks) -> torch.Tensor:
-        """Read the prompts: what all begin with (the template's system prompt) once, then rows of like
-        length together, so that little padding is computed.
+    def _layers_of(self, features: Sequence[Feature]) -> set[int]:
+        """Every layer whose state is asked for. Raises EngineError for one that the target has not."""
+        asked = {
+            k for feature in features if isinstance(feature.source, States) for k in feature.source.layers
+        }
+        wrong = sorted(k for k in asked if not 0 <= k <= self._facts.num_hidden_layers)
+        if wrong:
+            raise EngineError(
+                f"The state after {wrong[0]} decoder blocks was asked for; the target has "
+                f"{self._facts.num_hidden_layers}.",
+                why="A method chooses its layers from the target's facts.",
+                next="correct the layers in the method's features.",
+            )
+        return asked
 
-        Returns the final hidden state of every row's last prompt token, [B, H].
+    def _prefill(self, rows: CaptureRows, cache: DynamicCache, states: _Hooks) -> torch.Tensor:
+        """Read what is known: what all rows begin with (the template's system prompt) once, then rows of
+        like length together, so that little padding is computed.
+
+        Returns the final hidden state of every row's last known token, [B, H].
         """
         shared, everyone = rows.shared, torch.arange(rows.count, device=self._device)
         first = self._empty_cache(1, shared)
         if shared:
             positions = torch.arange(shared, device=self._device)[None]
-            self._forward(rows.prompt_ids[:1, :shared], rows.mask[:1, :shared], positions, first)
+            self._forward(rows.known_ids[:1, :shared], rows.mask[:1, :shared], positions, first)
             rows.keep_shared(states.taken)
             copy_cache(first, cache, everyone, 0)
         hidden = torch.empty(
@@ -91,9 +106,9 @@ class TransformersEngine:
                 copy_cache(first, part, torch.arange(len(members), device=self._device), 0)
             positions = torch.arange(start, rows.length, device=self._device) - rows.padding[members, None]
             mask = torch.cat([rows.mask[members, :shared], rows.mask[members, start : rows.length]], dim=1)
-            own_ids = rows.prompt_ids[members, start : rows.length]
+            own_ids = rows.known_ids[members, start : rows.length]
             hidden[members] = self._forward(own_ids, mask, positions, part)
-            rows.keep_prompts(members, states.taken)
+            rows.keep_known(members, states.taken)
             copy_cache(part, cache, members, start, skip=shared)
         return hidden
 
@@ -121,16 +136,16 @@ class TransformersEngine:
     @torch.inference_mode()
     def probe(self) -> None:
         ids = torch.tensor([self.encode(PROBE_TEXT)], device=self._device)
-        with _Hooks(self._layers, self._captured_ids) as states:
+        last = self._facts.num_hidden_layers
+        with _Hooks(self._layers, range(last + 1)) as states:
             output = self._model(input_ids=ids, output_hidden_states=True, use_cache=False)
-        taken = states.taken
-        expected = [output.hidden_states[k] for k in self._facts.aux_layer_ids]
-        same = all(torch.equal(a, b) for a, b in zip(taken, expected, strict=False))
-        logits = self._model.lm_head(self._model.model.norm(taken[-1]))[0].float()
+        # The library's own last one is normed already; that one is judged by the logits it gives.
+        same = all(torch.equal(states.taken[k], output.hidden_states[k]) for k in range(last))
+        logits = self._model.lm_head(self._model.model.norm(states.taken[last]))[0].float()
         agreed = _argmax_agrees(logits, output.logits[0].float(), torch.finfo(self._model.dtype).eps)
         if not (same and agreed):
             raise CaptureMismatchError(
-                f"States captured from layers {self._captured_ids} do not reproduce the model's own output "
+                "The captured states do not reproduce the model's own output "
                 f"(layers {'as asked' if same else 'differ'}, argmax {'agrees' if agreed else 'differs'}).",
                 why="A draft trained on them would imitate another model.",
                 next="compare the installed transformers with constraints.txt, and check the model folder.",
@@ -138,19 +153,17 @@ class TransformersEngine:
 
 
 class _Hooks:
-    """Keeps the outputs of the asked layers of the latest forward, in the order of `ids`."""
+    """Keeps the states of the latest forward after each of `ids` blocks, [B, n, H] by layer id."""
 
-    def __init__(self, layers: Sequence[torch.nn.Module], ids: Sequence[int]) -> None:
+    def __init__(self, layers: Sequence[torch.nn.Module], ids: Collection[int]) -> None:
         self._layers = layers
-        self._ids = ids
-        self._states: dict[int, torch.Tensor] = {}
-
-    @property
-    def taken(self) -> list[torch.Tensor]:
-        return [self._states[k] for k in self._ids]
+        self._ids = sorted(set(ids))
+        self.taken: dict[int, torch.Tensor] = {}
 
     def __enter__(self) -> _Hooks:
-        self._handles = [self._layers[k - 1].register_forward_hook(self._keep(k)) for k in set(self._ids)]
+        self._handles = [self._layers[k - 1].register_forward_hook(self._keep(k)) for k in self._ids if k]
+        if 0 in self._ids:
+            self._handles.append(self._layers[0].register_forward_pre_hook(self._keep_input))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -159,9 +172,12 @@ class _Hooks:
 
     def _keep(self, layer_id: int) -> Callable[[torch.nn.Module, Any, Any], None]:
         def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-            self._states[layer_id] = output[0] if isinstance(output, tuple) else output
+            self.taken[layer_id] = output[0] if isinstance(output, tuple) else output
 
         return hook
+
+    def _keep_input(self, _module: torch.nn.Module, inputs: Any) -> None:
+        self.taken[0] = inputs[0]
 
 
 def _require_llama_layout(model: PreTrainedModel, model_folder: Path) -> None:
@@ -173,22 +189,13 @@ def _require_llama_layout(model: PreTrainedModel, model_folder: Path) -> None:
 
 def _facts(model: PreTrainedModel, model_folder: Path) -> TargetFacts:
     config = model.config
-    layers = int(config.num_hidden_layers)
-    aux = (2, layers // 2, layers - 3)
-    if not 0 < aux[0] < aux[1] < aux[2] < layers:
-        raise EngineError(
-            f"The target has {layers} layers, so the aux layers {aux} are not three different ones.",
-            why="EAGLE-3 reads an early, a middle and a late state.",
-            next="choose a target with at least 7 layers.",
-        )
     ends = eos_token_ids(read_config(model_folder), read_generation_config(model_folder))
     version = TargetVersion.of(model_folder)
     return TargetFacts(
         hidden_size=int(config.hidden_size),
-        num_hidden_layers=layers,
+        num_hidden_layers=int(config.num_hidden_layers),
         vocab_size=int(config.vocab_size),
         dtype=str(model.dtype).removeprefix("torch."),
-        aux_layer_ids=aux,
         eos_token_ids=tuple(token for token in ends if token < int(config.vocab_size)),
         model_version=version.model,
         tokenizer_version=version.tokenizer,

@@ -28,6 +28,7 @@ class Drafter(Protocol):
     """What a draft method must offer to be decoded with. Adapters: methods/eagle3/decode.py."""
 
     target_ids: torch.Tensor  # int64 [D]
+    layers: tuple[int, ...]  # of the target, whose states `propose` reads side by side
 
     def start(self, capacity: int) -> None: ...
 

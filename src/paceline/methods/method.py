@@ -1,6 +1,6 @@
 """What a draft method is to the rest of the system: features in, a loss that sums exactly out.
 
-Capture asks a method which tensors it needs, the trainer asks it for a batch and a loss, and
+A method declares its features, which capture keeps, and the trainer asks it for a batch and a loss;
 neither knows which method it talks to. A new method (P-EAGLE, DFlash, Domino, DSpark) is one
 folder beside `eagle3` that satisfies `DraftMethod`.
 
@@ -18,13 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
-from paceline.types import FeatureSpec, Rows
-
-
-def default_aux_layer_ids(num_hidden_layers: int) -> tuple[int, int, int]:
-    """vLLM's and SGLang's default: the states after 2, N // 2 and N - 3 decoder blocks."""
-    return (2, num_hidden_layers // 2, num_hidden_layers - 3)
+from paceline.types import Feature
 
 
 @dataclass(frozen=True)
@@ -46,16 +42,11 @@ class DraftMethod(Protocol):
     def name(self) -> str:
         """The method's name in run files and checkpoints, e.g. "eagle3"."""
 
-    def aux_layer_ids(self, num_hidden_layers: int) -> tuple[int, ...]:
-        """Which target states capture must keep besides the last one (vLLM ids: k = after k blocks)."""
+    def features(self, target: TargetFacts) -> tuple[Feature, ...]:
+        """The tensors of one sample: what capture keeps and `collate` reads, nothing else.
 
-    def feature_specs(self, hidden_size: int, num_hidden_layers: int, dtype: str) -> tuple[FeatureSpec, ...]:
-        """The tensors of one sample, with -1 for the token axis."""
-
-    def feature_rows(self) -> Mapping[str, Rows]:
-        """Which rows of each hidden state are ever read, so that no other is kept; `ALL` if it is not named.
-
-        A sample may still carry all rows: it was captured by somebody who did not ask.
+        Every method has its samples' tokens and targets among them. Raises ConfigError for a target
+        that the method cannot be trained on.
         """
 
     def check_target(self, head: TargetHead) -> None:
@@ -92,7 +83,7 @@ class DraftMethod(Protocol):
         """The draft's sizes as JSON values, for the checkpoint's manifest."""
 
     def collate(self, samples: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Any:
-        """A batch on `device` from samples that carry the tensors of `feature_specs`."""
+        """A batch on `device` from samples that carry the tensors of `features`."""
 
     def loss(self, draft: nn.Module, batch: Any) -> LossSums:
         """Training loss of a batch this method collated. Masked tokens, and padding if any, never count."""

@@ -40,9 +40,10 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
     chain = Drafting(min(3, section.draft_tokens))
     tree = Drafting(section.draft_tokens, section.branching, min(section.depth, section.draft_tokens))
     ways = [chain] if section.branching == 1 else [tree, chain]
+    drafter = method.drafter(draft, dtype)
     reports = measure_acceptance(
-        LlamaTarget(head, method.aux_layer_ids(head.num_hidden_layers), dtype),
-        method.drafter(draft, dtype),
+        LlamaTarget(head, drafter.layers, dtype),
+        drafter,
         [encoder.encode(prompt.text) for prompt in prompts[: section.max_prompts]],
         Decoding(max_new_tokens=section.max_new_tokens, eos_token_ids=head.eos_token_ids),
         ways,

@@ -52,7 +52,7 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
             temperature=config.prompts.temperature,
             seed=config.run.seed,
             strategy=config.method.name,
-            rows=build_method(config).feature_rows(),
+            features=build_method(config).features(engine.facts),
         ),
         window_size=window_size(config),
         budget_samples=config.features.budget_samples,

@@ -19,6 +19,7 @@ from paceline.capture.backpressure import Backpressure, Watermarks, check_feasib
 from paceline.capture.blame import ENGINE_FAILURES
 from paceline.capture.producer import CaptureSettings, Producer
 from paceline.capture.prompts import UNREADABLE
+from paceline.capture.sizing import largest_sample_bytes
 from paceline.engines.engine import TargetEngine
 from paceline.errors import ConfigError, PacelineError
 from paceline.features.store import FeatureStore
@@ -32,7 +33,7 @@ from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.settings import TrainerSettings
 from paceline.training.torch_learner import TorchLearner
 from paceline.training.trainer import Trainer
-from paceline.types import PromptTask, Rows
+from paceline.types import PromptTask
 
 Report = Callable[..., None]
 
@@ -90,7 +91,12 @@ def build_disagg_online_producer(
     controller = DataFlowController(run_id, metadata_store=store, attempt_max=attempt_max)
     tasks = encode_prompts(run_id, prompts, engine)
     longest = max((len(task.payload.get("prompt_ids", ())) for task in tasks), default=1)
-    sample_bytes = largest_sample_bytes(engine, longest, capture)
+    sample_bytes = largest_sample_bytes(
+        capture.features,
+        engine.facts.hidden_size,
+        num_tokens=longest + capture.max_answer_tokens,
+        num_targets=capture.max_answer_tokens,
+    )
     budget = feature_store.usage().budget_bytes
     check_feasible(
         budget_bytes=budget,
@@ -152,18 +158,6 @@ def _as_task(run_id: str, prompt: PromptTask | Mapping[str, Any] | str, ordinal:
         prompt = {"prompt": prompt}
     task_id = str(prompt.get("task_id", prompt.get("id", ordinal)))
     return PromptTask(task_id, run_id, payload=prompt.get("payload", prompt), ordinal=ordinal)
-
-
-def largest_sample_bytes(engine: TargetEngine, prompt_tokens: int, capture: CaptureSettings) -> int:
-    """The most bytes a sample with a prompt of `prompt_tokens` occupies, slack of its slot included."""
-    facts, num_tokens = engine.facts, prompt_tokens + capture.max_answer_tokens
-    state = facts.hidden_size * (4 if facts.dtype == "float32" else 2)
-    widths = {"aux_hidden_states": len(facts.aux_layer_ids) * state, "last_hidden_states": state}
-    payload = num_tokens * (4 + 1)  # input_ids and loss_mask
-    for name, width in widths.items():
-        wanted = capture.rows.get(name, Rows.ALL)
-        payload += width * (num_tokens if wanted == Rows.ALL else capture.max_answer_tokens)
-    return int(payload * 1.3) + 16_384
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ class TargetFacts:
     num_hidden_layers: int
     vocab_size: int
     dtype: str
-    aux_layer_ids: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
     model_version: str
     tokenizer_version: str

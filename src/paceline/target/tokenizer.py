@@ -60,10 +60,10 @@ class PromptEncoder:
 
     def _ids(self, prompt: str) -> tuple[int, ...]:
         if self._template is None:
-            ids = self.tokenizer(prompt)["input_ids"]
+            ids = self.tokenizer(prompt).input_ids
         else:
             text = self._template.render([{"role": "user", "content": prompt}])
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return tuple(int(token_id) for token_id in ids)
 
     def _try_once(self, folder: Path) -> None:

@@ -23,15 +23,22 @@ from typing import Any
 
 from paceline.crashpoints import reach
 from paceline.durable_files import FileContent
-from paceline.engines.engine import CapturedSample, CaptureRequest
+from paceline.engines.engine import Captured, CaptureRequest
 from paceline.errors import StoreFullError, TrainingError
 from paceline.features.store import Sealed, Usage, is_kept
 from paceline.features.stores.refusals import corrupt, missing, stale
 from paceline.target.facts import TargetFacts
 from paceline.training.learner import Sample
-from paceline.types import FeatureSpec, SampleRef
+from paceline.types import Feature, FeatureSpec, SampleRef, States, Targets, Tokens
 
-NAMES = ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_states")
+TOKENS = "tokens"
+LIGHT_FEATURES = (
+    Feature(TOKENS, Tokens(), dtype="uint8"),
+    Feature("targets", Targets(), dtype="uint8"),
+    Feature("early", States((1, 2, 3)), dtype="uint8"),
+    Feature("late", States((4,)), dtype="uint8"),
+)
+NAMES = tuple(feature.name for feature in LIGHT_FEATURES)
 SAMPLE_BYTES = 256  # at least as many as any sample of `light_sample` takes
 MAGIC = b"PLLIGHT1"
 HEADER = struct.Struct("<8sQI32s")  # magic, generation, bytes of the id, digest of both and what follows
@@ -48,27 +55,21 @@ class LightTensor:
         return (len(self.data),)
 
 
-def light_sample(request: CaptureRequest, group: Sequence[str] = ()) -> CapturedSample:
-    """What the engine captures; `input_ids` begins with the sample's id, so that a learner can name it."""
+def light_sample(request: CaptureRequest, group: Sequence[str] = ()) -> Captured:
+    """What the engine captures; the tokens begin with the sample's id, so that a learner can name it."""
     key = json.dumps([request.sample_id, request.seed, request.temperature, list(group)]).encode()
 
     def bytes_of(name: str, size: int) -> Any:
         return LightTensor(hashlib.shake_128(name.encode() + key).digest(size))
 
-    named = request.sample_id.encode()
-    ids: Any = LightTensor(named + b"\0" + bytes_of("input_ids", 8).data)
-    return CapturedSample(
-        sample_id=request.sample_id,
-        input_ids=ids,
-        loss_mask=bytes_of("loss_mask", 8),
-        aux_hidden_states=bytes_of("aux_hidden_states", 64),
-        last_hidden_states=bytes_of("last_hidden_states", 32),
-    )
+    tensors = {name: bytes_of(name, size) for name, size in zip(NAMES, (8, 8, 64, 32), strict=True)}
+    tensors[TOKENS] = LightTensor(request.sample_id.encode() + b"\0" + tensors[TOKENS].data)
+    return Captured(request.sample_id, tensors)
 
 
 def id_of(sample: Sample) -> str:
-    """The sample id in its `input_ids`."""
-    name: bytes = sample["input_ids"].data.partition(b"\0")[0]
+    """The sample id in its tokens."""
+    name: bytes = sample[TOKENS].data.partition(b"\0")[0]
     return name.decode()
 
 
@@ -81,7 +82,7 @@ class LightEngine:
 
     @property
     def facts(self) -> TargetFacts:
-        return TargetFacts(8, 4, 256, "uint8", (1, 2, 3), (0,), "light", "bytes")
+        return TargetFacts(8, 4, 256, "uint8", (0,), "light", "bytes")
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         return tuple(prompt.encode())
@@ -89,11 +90,12 @@ class LightEngine:
     def probe(self) -> None:
         """Nothing to check."""
 
-    def capture(self, group: Sequence[CaptureRequest]) -> list[CapturedSample]:
+    def capture(self, group: Sequence[CaptureRequest], features: Sequence[Feature]) -> list[Captured]:
         """The bytes of each depend on the whole group, as those of a real batch do."""
         ids = [request.sample_id for request in group]
         if self._refuses is not None:
             self._refuses(ids)
+        assert tuple(features) == LIGHT_FEATURES, "the run's own"
         self.captured.append(ids)
         return [light_sample(request, ids) for request in group]
 

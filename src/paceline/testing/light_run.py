@@ -28,6 +28,7 @@ from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.loader.loader import StepLoader
 from paceline.testing.kill_points import pointed
 from paceline.testing.light_adapters import (
+    LIGHT_FEATURES,
     SAMPLE_BYTES,
     HashLearner,
     InMemoryLightFeatureStore,
@@ -147,7 +148,9 @@ def build_producer(
         group_samples=shape.group,
     )
     controller = DataFlowController(RUN_ID, metadata_store=store)
-    settings = CaptureSettings(group_size=shape.group, num_prompts=shape.prompts, max_answer_tokens=4)
+    settings = CaptureSettings(
+        group_size=shape.group, num_prompts=shape.prompts, max_answer_tokens=4, features=LIGHT_FEATURES
+    )
     backpressure = Backpressure(features, store, marks, report=report)
     engine = pointed(shape.engine(), "engine")
     return Producer(controller, engine, features, shape.tasks(), settings, backpressure, report=report)

@@ -12,7 +12,7 @@ from paceline.capture.backpressure import Backpressure, Watermarks, check_feasib
 from paceline.capture.producer import CaptureSettings, Producer
 from paceline.ledger.controller import DataFlowController
 from paceline.loader.loader import StepLoader
-from paceline.testing.light_adapters import SAMPLE_BYTES, HashLearner, LightEngine
+from paceline.testing.light_adapters import LIGHT_FEATURES, SAMPLE_BYTES, HashLearner, LightEngine
 from paceline.training.settings import OptimizerSettings, TrainerSettings
 from paceline.training.trainer import Trainer
 from paceline.types import PromptTask
@@ -88,7 +88,9 @@ def simulated_producer(
         group_samples=shape.group,
     )
     controller = DataFlowController(RUN_ID, metadata_store=store, attempt_max=3)
-    settings = CaptureSettings(group_size=shape.group, num_prompts=shape.prompts, max_answer_tokens=4)
+    settings = CaptureSettings(
+        group_size=shape.group, num_prompts=shape.prompts, max_answer_tokens=4, features=LIGHT_FEATURES
+    )
     pressure = Backpressure(features, store, marks, report=report, clock=clock)
     return Producer(controller, engine, features, shape.tasks(), settings, pressure, report=report)
 

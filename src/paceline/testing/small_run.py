@@ -69,7 +69,7 @@ class SmallRun:
                 group_size=4,
                 num_prompts=self.num_prompts,
                 max_answer_tokens=6,
-                rows=Eagle3Method().feature_rows(),
+                features=Eagle3Method().features(self.engine.facts),
             ),
             window_size=16,
             metadata_store=pointed(SQLiteMetadataStore(self.db), "ledger"),

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 
 import torch
 
-from paceline.engines.engine import CapturedSample, CaptureRequest
+from paceline.engines.capture_rows import kept_rows, sample_tensors
+from paceline.engines.engine import Captured, CaptureRequest
 from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
+from paceline.types import Feature, States
 
 HIDDEN, VOCAB, LAYERS = 16, 64, 8
 
@@ -26,7 +28,7 @@ class SyntheticEngine:
 
     @property
     def facts(self) -> TargetFacts:
-        return TargetFacts(HIDDEN, LAYERS, VOCAB, "float32", (2, 4, 5), (2,), "synthetic", "bytes")
+        return TargetFacts(HIDDEN, LAYERS, VOCAB, "float32", (2,), "synthetic", "bytes")
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         return tuple(3 + byte % (VOCAB - 3) for byte in prompt.encode())
@@ -34,29 +36,36 @@ class SyntheticEngine:
     def probe(self) -> None:
         """Nothing to check."""
 
-    def capture(self, group: Sequence[CaptureRequest]) -> list[CapturedSample]:
+    def capture(self, group: Sequence[CaptureRequest], features: Sequence[Feature]) -> list[Captured]:
         self.captured.append([request.sample_id for request in group])
-        return [synthetic_sample(request) for request in group]
+        return [synthetic_sample(request, features) for request in group]
 
 
-def synthetic_sample(request: CaptureRequest) -> CapturedSample:
+def synthetic_sample(request: CaptureRequest, features: Sequence[Feature]) -> Captured:
+    """Every answer has as many tokens as it may have."""
     seed = (
         int.from_bytes(hashlib.sha256(f"{request.sample_id}:{request.seed}".encode()).digest()[:8], "big")
         >> 1
     )
     generator = torch.Generator().manual_seed(seed)
-    prompt, length = len(request.prompt_ids), len(request.prompt_ids) + request.max_new_tokens - 1
-    answer = torch.randint(3, VOCAB, (length - prompt,), generator=generator)
+    given, written = len(request.token_ids), request.max_new_tokens
+    length = given + written - 1
+    answer = torch.randint(3, VOCAB, (max(0, written - 1),), generator=generator).tolist()
+    targets = request.targets(length + 1)
     states = {
-        name: torch.randn(length, width, generator=generator)[request.first_row(name) :]
-        for name, width in (("aux_hidden_states", 3 * HIDDEN), ("last_hidden_states", HIDDEN))
+        feature.name: _states(length, len(feature.source.layers), generator)[kept_rows(feature, targets)].to(
+            getattr(torch, feature.dtype)
+        )
+        for feature in features
+        if isinstance(feature.source, States)
     }
-    return CapturedSample(
-        sample_id=request.sample_id,
-        input_ids=torch.cat([torch.tensor(request.prompt_ids), answer]).to(torch.int32),
-        loss_mask=(torch.arange(length) >= prompt).to(torch.uint8),
-        **states,
-    )
+    last = torch.randint(3, VOCAB, (min(1, written),), generator=generator).tolist()
+    tokens = [*request.token_ids, *answer, *last]
+    return Captured(request.sample_id, sample_tensors(request, features, tokens, states))
+
+
+def _states(rows: int, layers: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(rows, layers * HIDDEN, generator=generator)
 
 
 def synthetic_head(seed: int = 0) -> TargetHead:

@@ -54,10 +54,13 @@ def save_target(model: LlamaForCausalLM, folder: Path, max_shard_size: str = "1G
 def captured_sample(
     model: LlamaForCausalLM, length: int, prompt: int, seed: int, input_ids: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """What capture gives for `length` processed tokens, `prompt` of them the prompt; random by default."""
+    """What capture gives EAGLE-3 for `length` processed tokens, `prompt` of them the prompt.
+
+    `input_ids`: all tokens, one more than are processed; random ones by default.
+    """
     if input_ids is None:
         generator = torch.Generator().manual_seed(seed)
-        input_ids = torch.randint(3, VOCAB, (length,), generator=generator)
+        input_ids = torch.randint(3, VOCAB, (length + 1,), generator=generator)
     states: dict[int, torch.Tensor] = {}
 
     def keep(layer_id: int) -> Callable[[nn.Module, Any, Any], None]:
@@ -68,14 +71,14 @@ def captured_sample(
 
     handles = [model.model.layers[k - 1].register_forward_hook(keep(k)) for k in (*AUX_LAYER_IDS, LAYERS)]
     with torch.no_grad():
-        model.model(input_ids=input_ids.unsqueeze(0), use_cache=False)
+        model.model(input_ids=input_ids[None, :-1], use_cache=False)
     for handle in handles:
         handle.remove()
-    loss_mask = torch.zeros(length, dtype=torch.uint8)
+    loss_mask = torch.zeros(length + 1, dtype=torch.uint8)
     loss_mask[prompt:] = 1
     return {
         "input_ids": input_ids.to(torch.int32),
         "loss_mask": loss_mask,
         "aux_hidden_states": torch.cat([states[k][0] for k in AUX_LAYER_IDS], dim=-1),
-        "last_hidden_states": states[LAYERS][0],
+        "last_hidden_states": states[LAYERS][0][loss_mask[1:].bool()],
     }

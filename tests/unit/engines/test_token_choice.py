@@ -13,7 +13,7 @@ STEPS = 8
 
 def choice(temperatures: list[float], vocab_size: int) -> TokenChoice:
     group = [
-        CaptureRequest(f"s{n}", (3,), STEPS, temperature, seed=n)
+        CaptureRequest(f"s{n}", (3,), (), STEPS, temperature, seed=n)
         for n, temperature in enumerate(temperatures)
     ]
     return TokenChoice(group, vocab_size, torch.device("cpu"))

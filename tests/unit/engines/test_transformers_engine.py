@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -15,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from paceline.engines.engine import CapturedSample, CaptureRequest
+from paceline.engines.engine import Captured, CaptureRequest
 from paceline.engines.transformers import TransformersEngine, _argmax_agrees
 from paceline.errors import CaptureMismatchError, ConfigError, EngineError
 from paceline.precision import has_bfloat16, torch_dtype
 from paceline.target.tokenizer import PromptEncoder
-from paceline.testing.engine_suite import requests
+from paceline.testing.engine_suite import capture, requests
 from paceline.testing.tiny_folder import make_tiny_folder
+from paceline.types import Feature, States, Tokens
 
 
 @pytest.fixture(scope="module")
@@ -35,35 +35,56 @@ def engine(folder: Path) -> TransformersEngine:
 
 
 def test_states_equal_those_of_a_plain_forward(engine: TransformersEngine, folder: Path) -> None:
-    """Aux layers by vLLM's ids, last state before the norm, for every row of a padded group."""
+    """By vLLM's layer ids, the first block's input and the last state before the norm included."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     states: list[torch.Tensor] = []
     model.model.layers[-1].register_forward_hook(lambda _m, _i, out: states.append(out))
-    for sample in engine.capture(requests(engine)):
+    wanted = (
+        Feature("tokens", Tokens(), dtype="int32"),
+        Feature("some", States((0, 2, 7)), dtype="float32"),
+        Feature("last", States((8,)), dtype="float32"),
+    )
+    for sample in engine.capture(requests(engine), wanted):
         with torch.inference_mode():
-            out = model(sample.input_ids[None].long(), output_hidden_states=True)
-        aux = torch.cat([out.hidden_states[k][0] for k in engine.facts.aux_layer_ids], dim=-1)
-        torch.testing.assert_close(sample.aux_hidden_states, aux, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(sample.last_hidden_states, states.pop()[0], atol=1e-4, rtol=1e-4)
+            out = model(sample.tensors["tokens"][None, :-1].long(), output_hidden_states=True)
+        some = torch.cat([out.hidden_states[k][0] for k in (0, 2, 7)], dim=-1)
+        torch.testing.assert_close(sample.tensors["some"], some, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(sample.tensors["last"], states.pop()[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_layer_that_the_target_has_not_is_refused(engine: TransformersEngine) -> None:
+    """Before anything is computed."""
+    with pytest.raises(EngineError, match="after 9 decoder blocks"):
+        engine.capture(requests(engine), (Feature("late", States((9,)), dtype="float32"),))
+
+
+@pytest.mark.parametrize("spans", [((3, 2),), ((1, 4), (2, 5)), ((2, 9),)])
+def test_spans_that_lie_outside_the_tokens_or_overlap_are_refused(
+    spans: tuple[tuple[int, int], ...],
+) -> None:
+    """They would mark other tokens than those that were meant."""
+    with pytest.raises(ValueError, match="spans"):
+        CaptureRequest("s", (3, 4, 5, 6, 7), spans)
 
 
 def test_greedy_answers_are_the_targets_own(engine: TransformersEngine, folder: Path) -> None:
     """Token for token what transformers' own greedy generate writes, end of text included."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    for request, sample in zip(requests(engine), engine.capture(requests(engine)), strict=True):
-        ids = torch.tensor([request.prompt_ids])
+    for request, sample in zip(requests(engine), capture(engine, requests(engine)), strict=True):
+        ids = torch.tensor([request.token_ids])
         with torch.inference_mode():
             own = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
-        assert sample.input_ids.tolist() == own[0, :-1].tolist()
+        assert sample.tensors["tokens"].tolist() == own[0].tolist()
 
 
 def test_an_answer_ends_with_the_end_of_text(engine: TransformersEngine) -> None:
     """Sampled long enough some answers end by themselves; nothing follows their end."""
     ids = engine.encode("go")
-    group = [CaptureRequest(f"s{i}", ids, 40, temperature=1.5, seed=i) for i in range(24)]
-    lengths = [sample.input_ids.shape[0] - len(ids) for sample in engine.capture(group)]
-    assert min(lengths) < 39
-    assert all(2 not in sample.input_ids[len(ids) :].tolist() for sample in engine.capture(group))
+    group = [CaptureRequest(f"s{i}", ids, (), 40, temperature=1.5, seed=i) for i in range(24)]
+    answers = [sample.tensors["tokens"][len(ids) :].tolist() for sample in capture(engine, group)]
+    assert min(len(answer) for answer in answers) < 40
+    assert all(2 not in answer[:-1] for answer in answers)
+    assert all(len(answer) == 40 or answer[-1] == 2 for answer in answers)
 
 
 def test_sampled_tokens_follow_the_targets_distribution(engine: TransformersEngine, folder: Path) -> None:
@@ -73,20 +94,19 @@ def test_sampled_tokens_follow_the_targets_distribution(engine: TransformersEngi
     with torch.inference_mode():
         expected = (model(torch.tensor([ids])).logits[0, -1] / 1.5).softmax(-1)
     count = 600
-    group = [CaptureRequest(f"s{i}", ids, 2, temperature=1.5, seed=i) for i in range(count)]
-    first = [s.input_ids[len(ids)].item() for s in engine.capture(group) if s.input_ids.shape[0] > len(ids)]
-    ended = count - len(first)  # an answer whose first token ends it has no processed answer token
-    seen = torch.bincount(torch.tensor(first, dtype=torch.long), minlength=expected.numel()).double()
-    seen[2] += ended
+    group = [CaptureRequest(f"s{i}", ids, (), 2, temperature=1.5, seed=i) for i in range(count)]
+    first = torch.stack([sample.tensors["tokens"][len(ids)] for sample in capture(engine, group)])
+    seen = torch.bincount(first, minlength=expected.numel()).double()
     assert (seen / count - expected).abs().sum() < 0.25
 
 
 def test_the_probe_finds_a_wrong_layer(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """An off-by-one in the layer ids is caught before anything is captured."""
-    monkeypatch.setattr(engine, "_captured_ids", (1, 4, 5, 8))
-    with pytest.raises(CaptureMismatchError, match="layers differ"):
+    layers = engine._layers
+    monkeypatch.setattr(engine, "_layers", [*layers[:2], layers[3], layers[2], *layers[4:]])
+    with pytest.raises(CaptureMismatchError, match="layers differ, argmax agrees"):
         engine.probe()
-    monkeypatch.setattr(engine, "_captured_ids", (2, 4, 5, 7))
+    monkeypatch.setattr(engine, "_layers", [*layers[:-1], layers[-2]])
     with pytest.raises(CaptureMismatchError, match="argmax differs"):
         engine.probe()
 
@@ -100,7 +120,7 @@ def test_states_that_are_not_finite_never_leave(
         before = weight.clone()
         weight[0, 0] = float("nan")
         with pytest.raises(EngineError, match="first: s0"):
-            engine.capture(requests(engine))
+            capture(engine, requests(engine))
         weight.copy_(before)
 
 
@@ -108,18 +128,18 @@ FRESH_PROCESS = """
 import sys
 from pathlib import Path
 from paceline.engines.transformers import TransformersEngine
-from paceline.testing.engine_suite import requests
+from paceline.testing.engine_suite import capture, requests
 sys.path.insert(0, sys.argv[2])
 from test_transformers_engine import bits
 engine = TransformersEngine(Path(sys.argv[1]), dtype="float32", max_prompt_tokens=64)
-sys.stdout.write(bits(engine.capture(requests(engine, temperature=0.9))))
+sys.stdout.write(bits(capture(engine, requests(engine, temperature=0.9))))
 """
 
 
-def bits(samples: list[CapturedSample]) -> str:
+def bits(samples: list[Captured]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
-        for tensor in (sample.input_ids, sample.aux_hidden_states, sample.last_hidden_states):
+        for tensor in sample.tensors.values():
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
@@ -128,7 +148,7 @@ def test_a_fresh_process_gives_the_same_bits(engine: TransformersEngine, folder:
     """What was captured before a crash can be captured again after it."""
     command = [sys.executable, "-c", FRESH_PROCESS, str(folder), str(Path(__file__).parent)]
     fresh = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-    assert fresh.stdout == bits(engine.capture(requests(engine, temperature=0.9)))
+    assert fresh.stdout == bits(capture(engine, requests(engine, temperature=0.9)))
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -231,15 +251,6 @@ def test_a_missing_or_broken_model_is_one_clear_error(tmp_path: Path, folder: Pa
         (broken / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(EngineError, match="no model that can be loaded"):
         TransformersEngine(broken)
-
-
-def test_a_target_with_too_few_layers_is_refused(tmp_path: Path, folder: Path) -> None:
-    """EAGLE-3 needs three different aux layers."""
-    small = make_tiny_folder(tmp_path / "small")
-    config = json.loads((small / "config.json").read_text())
-    (small / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
-    with pytest.raises(EngineError, match="at least 7 layers"):
-        TransformersEngine(small)
 
 
 def test_a_prompt_beyond_the_limit_is_refused(engine: TransformersEngine) -> None:

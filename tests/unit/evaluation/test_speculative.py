@@ -54,8 +54,8 @@ def trained_draft(folder: Path, model: LlamaForCausalLM) -> Eagle3Draft:
     for prompt in PROMPTS:
         answer = model.generate(
             torch.tensor([prompt]), max_new_tokens=40, min_new_tokens=40, do_sample=False, eos_token_id=None
-        )[0, :-1]
-        samples.append(captured_sample(model, len(answer), len(prompt), 0, answer))
+        )[0]
+        samples.append(captured_sample(model, len(answer) - 1, len(prompt), 0, answer))
     batch = method.collate(samples, torch.device("cpu"))
     optimizer = torch.optim.AdamW(draft.parameters(), lr=5e-3)
     for _ in range(150):
@@ -69,7 +69,7 @@ def trained_draft(folder: Path, model: LlamaForCausalLM) -> Eagle3Draft:
 def test_target_forward_equals_hugging_face(target: LlamaTarget, model: LlamaForCausalLM) -> None:
     """Logits, auxiliary states and the cache agree with transformers, in one call or token by token."""
     sample = captured_sample(model, 12, 4, seed=5)
-    ids = sample["input_ids"].long()
+    ids = sample["input_ids"][:-1].long()
     with torch.no_grad():
         expected = model(ids.unsqueeze(0)).logits[0]
     target.start(20)

@@ -92,8 +92,8 @@ def test_vocab_maps_round_trip_as_offsets() -> None:
 
 
 def test_count_answer_tokens_counts_no_prompt_token() -> None:
-    """Only tokens under the loss mask are evidence for the draft vocabulary."""
-    counts = count_answer_tokens([(torch.tensor([1, 1, 2, 2]), torch.tensor([0, 0, 1, 1]))], 4)
+    """Only processed tokens under the loss mask are evidence for the draft vocabulary."""
+    counts = count_answer_tokens([(torch.tensor([1, 1, 2, 2, 3]), torch.tensor([0, 0, 1, 1, 1]))], 4)
     assert counts.tolist() == [0, 0, 2, 0]
 
 

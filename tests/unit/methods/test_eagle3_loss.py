@@ -13,6 +13,7 @@ from paceline.methods.eagle3.loss import Eagle3Batch, collate, training_time_tes
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.methods.eagle3.targets import counted_rows
+from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
 from paceline.testing.tiny_target import VOCAB, captured_sample, save_target, tiny_target
 from paceline.types import Rows
@@ -51,13 +52,6 @@ def samples(target: LlamaForCausalLM) -> list[dict[str, torch.Tensor]]:
     return [captured_sample(target, length, prompt, seed) for seed, (length, prompt) in enumerate(sizes)]
 
 
-def only_needed_rows(method: Eagle3Method, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The sample as it is captured for `method`: of a hidden state the rows that are ever read."""
-    prompt = int((sample["loss_mask"] == 0).sum())
-    first = {name: prompt - 1 for name, rows in method.feature_rows().items() if rows == Rows.PREDICTED}
-    return {name: tensor[first.get(name, 0) :] for name, tensor in sample.items()}
-
-
 def _attend_all(draft: Eagle3Draft, inputs: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
     """Output [H] of the decoder layer for the last of `inputs` [L, 2H], plain causal attention."""
     attention, length = draft.midlayer.self_attn, inputs.shape[0]
@@ -74,8 +68,9 @@ def _reference_loss(
     draft: Eagle3Draft, target: LlamaForCausalLM, sample: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     """For every anchor, draft STEPS tokens one by one with the growing sequence and no cache."""
-    tokens, length = sample["input_ids"].long(), sample["input_ids"].numel()
-    in_answer = [*sample["loss_mask"].bool().tolist(), True]  # of tokens 0..T
+    tokens, length = sample["input_ids"].long(), sample["input_ids"].numel() - 1
+    in_answer = sample["loss_mask"].tolist()  # of tokens 0..T
+    place = counted_rows(sample["loss_mask"]).cumsum(0) - 1  # of a counted row among the last states
     fused = draft.fc(sample["aux_hidden_states"])
     total = torch.zeros(())
     for anchor in range(length - 1):
@@ -84,7 +79,7 @@ def _reference_loss(
         features = [*fused[: anchor + 1]]
         for step in range(STEPS):
             row = anchor + step  # the row that is fed now; it predicts token row + 2
-            if row + 2 > length:
+            if row + 2 > length or not in_answer[row + 2]:
                 break
             inputs = torch.stack(
                 [draft.midlayer.inputs(draft.embed(tokens[j + 1]), features[j]) for j in range(row + 1)]
@@ -92,7 +87,7 @@ def _reference_loss(
             output = _attend_all(draft, inputs, features[row])
             logits = draft.logits(output)
             with torch.no_grad():
-                normed = target.model.norm(sample["last_hidden_states"][row + 1])
+                normed = target.model.norm(sample["last_hidden_states"][place[row + 1]])
                 wanted = target.lm_head(normed)[draft.target_ids()].softmax(-1)
             total = total + DECAY**step * -(wanted * logits.log_softmax(-1)).sum()
             features.append(output)
@@ -120,58 +115,35 @@ def test_training_time_test_equals_decoding_one_token_at_a_time(
         )
 
 
-def test_loss_ignores_masked_tokens(draft: Eagle3Draft, samples: list[dict[str, torch.Tensor]]) -> None:
-    """Garbage in target states whose successor is a prompt token changes nothing."""
-    garbage = []
-    for sample in samples:
-        unread = ~counted_rows(sample["loss_mask"])[:, None]
-        assert unread.any()
-        states = sample["last_hidden_states"].masked_fill(unread, -1e3)
-        garbage.append({**sample, "last_hidden_states": states})
-    clean = training_time_test(draft, collate(samples), STEPS, DECAY)
-    again = training_time_test(draft, collate(garbage), STEPS, DECAY)
-    assert torch.equal(clean.loss_sum, again.loss_sum)
-    assert clean.metrics == again.metrics
+def test_prompts_need_no_last_states(target: LlamaForCausalLM, method: Eagle3Method) -> None:
+    """Of the last state there is a row for every token that is a target, the first one included."""
+    sizes = [(9, 4), (7, 1), (5, 5)]
+    rows = [captured_sample(target, *size, 5)["last_hidden_states"].shape[0] for size in sizes]
+    assert rows == [6, 7, 1]
+    facts = TargetFacts(32, 8, VOCAB, "float32", (2,), "model", "tokenizer")
+    kept = {feature.name: feature.rows for feature in method.features(facts)}
+    assert kept["last_hidden_states"] == Rows.PREDICTED
+    assert kept["aux_hidden_states"] == Rows.ALL
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_rows_that_nobody_reads_need_not_be_there(
-    draft: Eagle3Draft,
-    method: Eagle3Method,
-    samples: list[dict[str, torch.Tensor]],
-    target: LlamaForCausalLM,
-    autocast: bool,
+def test_a_chat_of_several_turns_counts_its_answers_alone(
+    draft: Eagle3Draft, target: LlamaForCausalLM
 ) -> None:
-    """Loss, metrics and gradients have the same bits with all last states and with the needed ones only."""
-    samples = [*samples, captured_sample(target, 7, 1, 5), captured_sample(target, 5, 5, 6)]
-    needed = [only_needed_rows(method, sample) for sample in samples]
-    assert [s["last_hidden_states"].shape[0] for s in needed] == [6, 9, 2, 10, 7, 1]
-
-    def once(group: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            sums = training_time_test(draft, collate(group), STEPS, DECAY)
-        gradients = torch.autograd.grad(sums.loss_sum, list(draft.parameters()))
-        return [sums.loss_sum.detach(), *gradients, *sums.metrics.values()]
-
-    mixed = [*samples[:2], *needed[2:]]  # a run that was begun before capture left them out
-    for other in (needed, mixed):
-        assert all(torch.equal(left, right) for left, right in zip(once(samples), once(other), strict=True))
-
-
-def test_first_weights_need_no_other_rows_either(
-    head: TargetHead, samples: list[dict[str, torch.Tensor]], target: LlamaForCausalLM
-) -> None:
-    """Vocabulary and regression have the same bits with all last states and with the needed ones only."""
-    method = Eagle3Method({"draft_vocab_size": 24})
-    samples = [*samples, captured_sample(target, 7, 1, 5), captured_sample(target, 5, 5, 6)]
-
-    def first(group: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        draft = method.build_draft(head, seed=3, token_weights=method.token_weights(head, group))
-        method.warm_start(draft, head, group, seed=4)
-        return draft.state_dict()
-
-    with_all, with_needed = first(samples), first([only_needed_rows(method, sample) for sample in samples])
-    assert all(torch.equal(with_all[name], with_needed[name]) for name in with_all)
+    """Loss and gradients are those of drafting in every answer; a last token that is none is not counted."""
+    sample = captured_sample(target, 16, 4, 0)
+    mask = torch.zeros(17, dtype=torch.uint8)
+    mask[[3, 4, 5, 6, 10, 11, 12]] = 1
+    states = sample["last_hidden_states"][mask[4:].bool()]  # the first of its rows predicts token 4
+    first = captured_sample(target, 16, 3, 0)["last_hidden_states"][:1]  # that one predicts token 3
+    chat = {**sample, "loss_mask": mask, "last_hidden_states": torch.cat([first, states])}
+    sums = training_time_test(draft, collate([chat]), STEPS, DECAY)
+    expected = _reference_loss(draft, target, chat)
+    torch.testing.assert_close(sums.loss_sum, expected, rtol=1e-5, atol=1e-5)
+    assert sums.num_tokens == 7
+    parameters = list(draft.parameters())
+    got, wanted = (torch.autograd.grad(loss, parameters) for loss in (sums.loss_sum, expected))
+    for left, right in zip(got, wanted, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
 
 
 def test_packed_samples_do_not_see_each_other(

@@ -29,8 +29,8 @@ def case() -> dict[str, torch.Tensor]:
 @pytest.fixture
 def draft(case: dict[str, torch.Tensor]) -> Eagle3Draft:
     """The case's draft with the case's target attached."""
-    names = [name for name in Eagle3Config.__dataclass_fields__ if name != "num_aux"]
-    draft = Eagle3Draft(Eagle3Config(**{name: CASE[name] for name in names}))
+    names = [name for name in Eagle3Config.__dataclass_fields__ if name != "aux_layer_ids"]
+    draft = Eagle3Draft(Eagle3Config(**{name: CASE[name] for name in names}, aux_layer_ids=(2, 4, 5)))
     draft.load_state_dict({name: case[name] for name in draft.state_dict()})
     attach_target(
         draft,
@@ -46,8 +46,23 @@ def draft(case: dict[str, torch.Tensor]) -> Eagle3Draft:
 
 
 def _samples(case: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    names = ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_states")
-    return [{name: case[f"sample{i}.{name}"] for name in names} for i in range(len(CASE["lengths"]))]
+    """As EAGLE-3's features have them. The case leaves out the last token, on which no loss depends."""
+    samples = []
+    for i in range(len(CASE["lengths"])):
+        tokens, targets, early, last = (
+            case[f"sample{i}.{name}"]
+            for name in ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_states")
+        )
+        targets = torch.cat([targets, targets.new_ones(1)])
+        samples.append(
+            {
+                "input_ids": torch.cat([tokens, tokens.new_zeros(1)]),
+                "loss_mask": targets,
+                "aux_hidden_states": early,
+                "last_hidden_states": last[targets[1:].bool()],
+            }
+        )
+    return samples
 
 
 def _trained(draft: Eagle3Draft, case: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from paceline import SQLiteMetadataStore
-from paceline.engines.engine import CapturedSample, CaptureRequest
+from paceline.engines.engine import Captured, CaptureRequest
 from paceline.errors import EngineError, FeatureCorruptError
 from paceline.features.stores.memory import InMemoryFeatureStore
 from paceline.ledger.trial import DEATHS_BEFORE_TRIAL
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.testing.small_run import SmallRun, same_bits, weights
 from paceline.testing.synthetic import SyntheticEngine
-from paceline.types import SampleRef
+from paceline.types import Feature, SampleRef
 
 ALL = [f"small:{n}" for n in range(14)]
 
@@ -38,7 +38,7 @@ class PoisonedEngine(SyntheticEngine):
         if self.broken:
             raise EngineError("The engine is broken.", next="mend it.")
 
-    def capture(self, group: Sequence[CaptureRequest]) -> list[CapturedSample]:
+    def capture(self, group: Sequence[CaptureRequest], features: Sequence[Feature]) -> list[Captured]:
         if len(group) > self.most:
             self.passing -= 1
             if self.passing == 0:
@@ -47,10 +47,10 @@ class PoisonedEngine(SyntheticEngine):
         for request in group:
             if request.sample_id in self.deadly:
                 raise RuntimeError(f"index out of range at {request.sample_id}")
-        samples = super().capture(group)
+        samples = super().capture(group, features)
         for sample in samples:
             if sample.sample_id in self.nan:
-                sample.last_hidden_states.fill_(float("nan"))
+                sample.tensors["last_hidden_states"].fill_(float("nan"))
         return samples
 
 

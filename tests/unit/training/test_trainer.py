@@ -146,11 +146,11 @@ def test_leases_of_a_call_that_failed_return_with_the_next(
     _, drive = run.producer()
     real, calls = run.engine.capture, []
 
-    def fail_once(group: Any) -> Any:
+    def fail_once(group: Any, features: Any) -> Any:
         calls.append(group)
         if len(calls) == 2:
             raise MemoryError
-        return real(group)
+        return real(group, features)
 
     monkeypatch.setattr(run.engine, "capture", fail_once)
     with pytest.raises(MemoryError):

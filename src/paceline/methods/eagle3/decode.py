@@ -24,6 +24,7 @@ class Eagle3Decoder:
     def __init__(self, draft: Eagle3Draft, dtype: torch.dtype = torch.bfloat16) -> None:
         attention, layer = draft.midlayer.self_attn, draft.midlayer
         self.config, self.dtype = draft.config, dtype
+        self.layers = draft.config.aux_layer_ids
         self.heads, self.kv_heads, self.head_dim = attention.heads, attention.kv_heads, attention.head_dim
 
         def copied(*parts: torch.Tensor) -> torch.Tensor:

@@ -23,15 +23,15 @@ from torch.utils.checkpoint import checkpoint
 from paceline.methods.eagle3.attention import KeyValue, Span, attend, spans
 from paceline.methods.eagle3.cross_entropy import soft_cross_entropy
 from paceline.methods.eagle3.model import Eagle3Draft
-from paceline.methods.eagle3.targets import counted_rows, counted_states
+from paceline.methods.eagle3.targets import counted_rows
 from paceline.methods.method import LossSums
 
 
 @dataclass(frozen=True)
 class Eagle3Batch:
-    """Packed samples. T of a sample counts the tokens the target processed: its last one is absent."""
+    """Packed samples. A row is a token that the target processed, of each sample all but its last."""
 
-    input_ids: torch.Tensor  # int64 [R]
+    following: torch.Tensor  # int64 [R]: the token after each row
     aux_hidden_states: torch.Tensor  # target dtype [R, 3H]
     last_hidden_states: torch.Tensor  # target dtype [M0, H], pre-norm: of the M0 counted rows only
     counted: torch.Tensor  # bool [R]: the token *after* row j belongs to the answer
@@ -53,7 +53,7 @@ class Eagle3Batch:
 
 def collate(samples: Sequence[Mapping[str, torch.Tensor]]) -> Eagle3Batch:
     """Pack samples (input_ids, loss_mask, aux_ and last_hidden_states) into one batch on the CPU."""
-    lengths = tuple(int(sample["input_ids"].numel()) for sample in samples)
+    lengths = tuple(int(sample["input_ids"].numel()) - 1 for sample in samples)
     counted = [counted_rows(sample["loss_mask"]) for sample in samples]
     # Row i is an anchor if row i+1, whose target distribution it predicts, counts.
     anchors = [rows[1:].nonzero().squeeze(1) for rows in counted]
@@ -61,9 +61,9 @@ def collate(samples: Sequence[Mapping[str, torch.Tensor]]) -> Eagle3Batch:
     ends = torch.tensor(lengths).cumsum(0)
     starts = (ends - torch.tensor(lengths)).tolist()
     return Eagle3Batch(
-        torch.cat([sample["input_ids"] for sample in samples]).long(),
+        torch.cat([sample["input_ids"][1:] for sample in samples]).long(),
         torch.cat([sample["aux_hidden_states"] for sample in samples]),
-        torch.cat([counted_states(sample) for sample in samples]),
+        torch.cat([sample["last_hidden_states"] for sample in samples]),
         torch.cat(counted),
         torch.cat([torch.arange(length) for length in lengths]),
         torch.cat([rows + start for rows, start in zip(anchors, starts, strict=True)]),
@@ -84,14 +84,10 @@ class _Targets:
 
 
 def _targets(draft: Eagle3Draft, batch: Eagle3Batch) -> _Targets:
-    counted, following = batch.counted, batch.input_ids.roll(-1)
     with torch.no_grad():
         logits = draft.target_output(batch.last_hidden_states)
-        # The token that follows a sample's last row is not in the batch, and held to be drafted.
-        known = batch.positions.roll(-1) > 0
-        return _Targets(
-            logits.softmax(-1), logits.argmax(-1), counted.cumsum(0) - 1, draft.t2d[following] | ~known
-        )
+        row_of = batch.counted.cumsum(0) - 1
+        return _Targets(logits.softmax(-1), logits.argmax(-1), row_of, draft.t2d[batch.following])
 
 
 def _deeper(
@@ -129,8 +125,7 @@ def training_time_test(
     layer, anchors = draft.midlayer, batch.anchors
     places, final = batch.positions[anchors], batch.ends - 1
     fused = draft.fc(batch.aux_hidden_states.to(draft.fc.weight.dtype))
-    # A sample's last row is given a stranger's token; no anchor attends to that row.
-    inputs = layer.inputs(draft.embed(batch.input_ids.roll(-1)), fused)
+    inputs = layer.inputs(draft.embed(batch.following), fused)
     keys = layer.self_attn.key_value(inputs[None], batch.positions[None])
     samples = spans(batch.positions, places, batch.lengths, batch.widths)
     feature = fused[anchors]
@@ -142,7 +137,7 @@ def training_time_test(
     for step in range(ttt_steps):
         # The row of the token that is fed now, which is also the row whose successor is predicted.
         predicted = torch.minimum(anchors + step + 1, final)
-        parts = draft, feature, batch.input_ids[predicted], places + step, keys, own, samples, step
+        parts = draft, feature, batch.following[predicted - 1], places + step, keys, own, samples, step
         if recompute:  # nothing in the layer draws random numbers
             feature, own = checkpoint(_deeper, *parts, use_reentrant=False, preserve_rng_state=False)
         else:

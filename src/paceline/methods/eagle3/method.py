@@ -20,9 +20,10 @@ from paceline.methods.eagle3.loss import Eagle3Batch, collate, training_time_tes
 from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft, Midlayer
 from paceline.methods.eagle3.vocab import answer_token_weights, choose_draft_vocab, vocab_maps
 from paceline.methods.eagle3.warm_start import warm_start
-from paceline.methods.method import LossSums, default_aux_layer_ids
+from paceline.methods.method import LossSums
+from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
-from paceline.types import FeatureSpec, Rows
+from paceline.types import Feature, Rows, States, Targets, Tokens
 
 # Regressed fc weights read states of root mean square 20 and more and are as small in turn, so that
 # Adam's equal steps would overrun them; lm_head starts as good as the target's own.
@@ -86,21 +87,15 @@ class Eagle3Method:
     def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
         self.settings = Eagle3Settings.parse(settings or {})
 
-    def aux_layer_ids(self, num_hidden_layers: int) -> tuple[int, ...]:
-        return default_aux_layer_ids(num_hidden_layers)
-
-    def feature_specs(self, hidden_size: int, num_hidden_layers: int, dtype: str) -> tuple[FeatureSpec, ...]:
-        num_aux = len(self.aux_layer_ids(num_hidden_layers))
+    def features(self, target: TargetFacts) -> tuple[Feature, ...]:
+        last = target.num_hidden_layers
         return (
-            FeatureSpec("input_ids", (-1,), "int32"),
-            FeatureSpec("loss_mask", (-1,), "uint8"),
-            FeatureSpec("aux_hidden_states", (-1, num_aux * hidden_size), dtype),
-            FeatureSpec("last_hidden_states", (-1, hidden_size), dtype),
+            Feature("input_ids", Tokens(), dtype="int32"),
+            Feature("loss_mask", Targets(), dtype="uint8"),
+            # Prompt rows are keys and values of the draft, but what follows them is never predicted.
+            Feature("aux_hidden_states", States(aux_layer_ids(last)), dtype=target.dtype),
+            Feature("last_hidden_states", States((last,)), Rows.PREDICTED, dtype=target.dtype),
         )
-
-    def feature_rows(self) -> Mapping[str, Rows]:
-        # Prompt rows are keys and values of the draft, but nobody predicts what follows them.
-        return {"last_hidden_states": Rows.PREDICTED}
 
     def check_target(self, head: TargetHead) -> None:
         size = min(self.settings.draft_vocab_size, head.vocab_size)
@@ -171,6 +166,21 @@ class Eagle3Method:
         return means
 
 
+def aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
+    """vLLM's and SGLang's default: the states after 2, N // 2 and N - 3 decoder blocks.
+
+    Raises ConfigError for a target that has too few layers.
+    """
+    ids = (2, num_hidden_layers // 2, num_hidden_layers - 3)
+    if not 0 < ids[0] < ids[1] < ids[2] < num_hidden_layers:
+        raise ConfigError(
+            f"The target has {num_hidden_layers} layers, so the layers {ids} are not three different ones.",
+            why="EAGLE-3 reads an early, a middle and a late state.",
+            next="choose a target with at least 7 layers.",
+        )
+    return ids
+
+
 def draft_config(head: TargetHead, draft_vocab_size: int) -> Eagle3Config:
     """Sizes of the draft of `head`'s target: the target's own, one layer deep."""
     config, heads = head.config, int(head.config["num_attention_heads"])
@@ -185,6 +195,7 @@ def draft_config(head: TargetHead, draft_vocab_size: int) -> Eagle3Config:
         rms_norm_eps=head.rms_norm_eps,
         rope_theta=head.rope_theta,
         max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+        aux_layer_ids=aux_layer_ids(head.num_hidden_layers),
     )
 
 

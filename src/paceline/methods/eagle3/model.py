@@ -37,7 +37,7 @@ class Eagle3Config:
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
-    num_aux: int = 3
+    aux_layer_ids: tuple[int, ...]  # the target's states that are fused
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -152,7 +152,7 @@ class Eagle3Draft(nn.Module):
         super().__init__()
         self.config = config
         hidden, vocab, reduced = config.hidden_size, config.vocab_size, config.draft_vocab_size
-        self.fc = nn.Linear(config.num_aux * hidden, hidden, bias=False)
+        self.fc = nn.Linear(len(config.aux_layer_ids) * hidden, hidden, bias=False)
         self.midlayer = Midlayer(config)
         self.norm = RMSNorm(hidden, config.rms_norm_eps)
         self.lm_head = nn.Linear(hidden, reduced, bias=False)

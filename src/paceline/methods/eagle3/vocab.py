@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from paceline.errors import ConfigError
-from paceline.methods.eagle3.targets import counted_rows, counted_states
+from paceline.methods.eagle3.targets import counted_rows
 from paceline.target.head import TargetHead
 
 
@@ -63,10 +63,10 @@ def draft_to_target(d2t: torch.Tensor) -> torch.Tensor:
 def count_answer_tokens(
     samples: Iterable[tuple[torch.Tensor, torch.Tensor]], vocab_size: int
 ) -> torch.Tensor:
-    """Answer tokens counted over (input_ids [T], loss_mask [T]) pairs; float64 [V]."""
+    """Answer tokens that the target processed, over (input_ids [T+1], loss_mask [T+1]) pairs; float64 [V]."""
     counts = torch.zeros(vocab_size, dtype=torch.float64)
     for input_ids, loss_mask in samples:
-        answer = input_ids[loss_mask.bool()].long()
+        answer = input_ids[:-1][loss_mask[:-1].bool()].long()
         counts += torch.bincount(answer, minlength=vocab_size).to(torch.float64)
     return counts
 
@@ -75,12 +75,12 @@ def answer_token_weights(head: TargetHead, samples: Sequence[Mapping[str, torch.
     """Answer tokens counted, plus the target's own probability mass at every answer position; float64 [V].
 
     The mass ranks tokens that the few first samples only nearly contain. Samples carry `input_ids`
-    [T], `loss_mask` [T] and `last_hidden_states` (pre-norm) of their counted rows or of all.
+    [T+1], `loss_mask` [T+1] and `last_hidden_states` [M, H] (pre-norm) of their M counted rows.
     """
     weights = count_answer_tokens(((s["input_ids"], s["loss_mask"]) for s in samples), head.vocab_size)
     output = head.output()
     for sample in samples:
-        in_answer = sample["loss_mask"].bool()
-        hidden = counted_states(sample)[in_answer[counted_rows(in_answer)]].float()
+        in_answer, counted = sample["loss_mask"][:-1].bool(), counted_rows(sample["loss_mask"])
+        hidden = sample["last_hidden_states"][in_answer[counted]].float()
         weights += output(hidden).softmax(-1).sum(0).to(torch.float64)
     return weights

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from paceline.methods.eagle3.model import Eagle3Draft
-from paceline.methods.eagle3.targets import counted_rows, counted_states
+from paceline.methods.eagle3.targets import counted_rows
 from paceline.target.head import TargetHead
 
 _RIDGE = 300.0
@@ -58,9 +58,9 @@ def _regress(head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]]) ->
     num_rows = 0
     for sample in samples:
         ids = sample["input_ids"].long()
-        # Row i learns from row i+1 if that counts. Row 0 is nobody's next row, counted or not.
+        # Row i learns from row i+1 if that counts. Row 0 follows no row, counted or not.
         counted = counted_rows(sample["loss_mask"])
-        rows, wanted = counted[1:].nonzero().squeeze(1), counted_states(sample)[int(counted[0]) :]
+        rows, wanted = counted[1:].nonzero().squeeze(1), sample["last_hidden_states"][int(counted[0]) :]
         embedding = _direction(head.embed_tokens[ids[rows + 1]].float())
         inputs = torch.cat((sample["aux_hidden_states"][rows].float(), embedding), dim=-1)
         gram.addmm_(inputs.T, inputs)

@@ -1,0 +1,24 @@
+"""How many bytes a sample can take: what is reserved for it before its answer's length is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from paceline.types import Feature, Rows, States
+
+ITEM_BYTES = {"float32": 4, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2, "uint8": 1, "bool": 1}
+
+
+def largest_sample_bytes(
+    features: Sequence[Feature], hidden_size: int, *, num_tokens: int, num_targets: int
+) -> int:
+    """The most bytes a sample of `num_tokens` tokens occupies, slack of its slot included.
+
+    `num_targets` of its tokens, at most, are such that the draft learns to predict them.
+    """
+    payload = 0
+    for feature in features:
+        rows = num_targets if feature.rows == Rows.PREDICTED else num_tokens
+        width = len(feature.source.layers) * hidden_size if isinstance(feature.source, States) else 1
+        payload += rows * width * ITEM_BYTES[feature.dtype]
+    return int(payload * 1.3) + 16_384
