@@ -93,6 +93,8 @@ class TrainingSection(Section):
     """`batch_size` samples an optimizer step, in micro-batches of `micro_batch_size`.
 
     `passes`: how often each sample is trained on while its features are resident (loader/passes.py).
+    `quarantine_max_in_a_row`: samples that fail one after another are quarantined up to so many; then
+    training stops, since the fault is hardly theirs.
     """
 
     passes: Count = 1
@@ -106,6 +108,7 @@ class TrainingSection(Section):
     beta2: Fraction = 0.95
     grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
     max_steps: Count | None = None
+    quarantine_max_in_a_row: Annotated[int, Field(ge=0)] = 8
 
 
 class CheckpointSection(Section):
@@ -179,6 +182,7 @@ CHANGEABLE = (
     "features.budget_samples",
     "method.recompute",
     "ledger",
+    "training.quarantine_max_in_a_row",
     "checkpoint.interval_steps",
     "checkpoint.keep",
     "evaluation",
