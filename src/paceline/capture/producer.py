@@ -1,47 +1,52 @@
-"""The producer's loop: wait for credit, lease prompts, answer and capture, store, commit.
+"""The producer's loop: wait for credit, lease prompts, reserve, capture, put, commit.
 
-Prompts are captured in fixed groups (the g-th `group_size` of the run's prompt order), because
-the bits of a captured state depend on the batch it was computed in. A group that is captured
+Prompts are read, encoded and captured in fixed groups (the g-th `group_size` of the run's prompt order),
+because the bits of a captured state depend on the batch it was computed in. A group that is captured
 again, after a crash or because a feature was lost, is computed whole and gives the same bits;
 only the samples that are wanted are stored. Commits happen in prompt order, so the committed log,
-and with it every step plan, is the same in every run of the same configuration. A prompt that the
-engine cannot bear is found (blame.py) and set aside with its reason; its group goes on without it.
+and with it every step plan, is the same in every run of the same configuration. A prompt on which the
+engine fails is found (isolation.py) and set aside with its reason; its group goes on without it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
 from time import monotonic
 
 from paceline.capture.backpressure import Backpressure
-from paceline.capture.blame import ENGINE_FAILURES, Blame
-from paceline.capture.prompts import UNREADABLE
+from paceline.capture.encoding import EncodedPrompt, Encoding, PromptLimits
+from paceline.capture.groups import CaptureGroup, Groups
+from paceline.capture.isolation import FAILURES_IN_A_ROW_MAX, CaptureFailedError, Isolation, as_failure
+from paceline.capture.source import PromptSource
 from paceline.engines.engine import Captured, CaptureRequest, TargetEngine
-from paceline.errors import LedgerError
 from paceline.features.store import FeatureStore
 from paceline.ledger.channel import CommittedRefLog
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.records import Fence
-from paceline.types import Feature, PromptTask, SampleRef, Tokens, name_of
+from paceline.types import Feature, SampleRef, Tokens, name_of
 
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """`num_prompts` is the size of the prompt set: from its end on, answers are sampled.
+    """`first_round_temperature` is for prompts that the run answers for the first time.
 
-    `features`: what the draft's method trains on, as `DraftMethod.features` gave it.
+    `features`: what the draft's method trains on, as `DraftMethod.features` gave it. `max_prompt_tokens`:
+    longer prompts are set aside; None: no limit.
     """
 
     group_size: int
-    num_prompts: int
     max_answer_tokens: int
     features: tuple[Feature, ...]
     first_round_temperature: float = 0.0
     temperature: float = 0.8
     seed: int = 0
     strategy: str = "eagle3"
+    max_prompt_tokens: int | None = None
+    failures_in_a_row_max: int = FAILURES_IN_A_ROW_MAX
 
 
 class Producer:
@@ -50,7 +55,7 @@ class Producer:
         controller: DataFlowController,
         engine: TargetEngine,
         features: FeatureStore,
-        tasks: Sequence[PromptTask],
+        prompts: PromptSource,
         settings: CaptureSettings,
         backpressure: Backpressure,
         *,
@@ -61,14 +66,27 @@ class Producer:
         self.engine = engine
         self.worker_id = worker_id
         self._features = features
-        self._tasks = [replace(task, ordinal=place) for place, task in enumerate(tasks)]
+        self._prompts = prompts
         self._settings = settings
         self._backpressure = backpressure
         self._report = report
         self._log = CommittedRefLog(controller.store)
         self._fence: Fence | None = None
-        self._blame = Blame(controller, worker_id, engine.probe, report)
-        controller.ingest_prompts(tasks)
+        limits = PromptLimits(engine.facts.vocab_size, settings.max_prompt_tokens)
+        self.encoding = Encoding(
+            engine.encode, limits.for_positions(engine.facts.max_positions, settings.max_answer_tokens)
+        )
+        self._groups = Groups(controller, prompts, self.encoding, settings.group_size)
+        self._captured: EncodedPrompt | None = None  # the last one that this process captured
+        self._isolation = Isolation(
+            controller,
+            worker_id,
+            answer=self._answer,
+            probe=engine.probe,
+            captured_before=self._captured_before,
+            report=report,
+            in_a_row_max=settings.failures_in_a_row_max,
+        )
 
     def run(self, max_rounds: int | None = None, should_stop: Callable[[], bool] | None = None) -> int:
         """Capture until no prompt is pending, then close the stream; samples committed by this call.
@@ -78,17 +96,20 @@ class Producer:
         """
         stop = should_stop or (lambda: False)
         self._take_over()
-        committed, rounds = 0, 0
-        while not stop() and (max_rounds is None or rounds < max_rounds):
-            if not self._backpressure.wait_for_credit(stop, self._fence, self._make_room_for_lost):
-                return committed
-            size = self._settings.group_size
-            wanted = self.controller.lease_prompt_tasks(self.worker_id, size, group_size=size)
-            if not wanted:
-                self._finish()
-                return committed
-            committed += self._capture(wanted)
-            rounds += 1
+        committed, rounds, size = 0, 0, self._settings.group_size
+        try:
+            while not stop() and (max_rounds is None or rounds < max_rounds):
+                if not self._backpressure.wait_for_credit(stop, self._fence, self._make_room_for_lost):
+                    break
+                leases = self.controller.lease(self.worker_id, size, group_size=size)
+                if not leases:
+                    self._finish()
+                    break
+                for _, together in groupby(leases, lambda lease: self._groups.bounds(lease.ordinal)):
+                    committed += self._capture(self._groups.group(list(together)))
+                rounds += 1
+        finally:
+            self._isolation.give_back_held()
         return committed
 
     def _take_over(self) -> None:
@@ -112,6 +133,10 @@ class Producer:
         gone = [i for i in store.present_ids() if i not in here]
         if gone:
             store.report_lost(gone, fence=self._fence)
+        self._groups.make_known()
+        self._groups.bind_rendering()
+        if not store.committed_count() and (note := self.encoding.look_for_long(self._prompts)):
+            self._report("note", message=note)
         self._report("started", orphans=len(orphans), lost=len(gone), epoch=self._fence.epoch)
 
     def _make_room_for_lost(self) -> None:
@@ -144,45 +169,52 @@ class Producer:
         self._report("made_room", given_up=len(given_up), needed=lost[0])
 
     def _finish(self) -> None:
+        self._isolation.finish()
         counts = self.controller.store.task_counts()
-        if counts["leased"] == 0:
+        if counts["leased"] == 0 and counts["pending"] == 0:
             self._log.close()
         self._report("finished", failed_prompts=counts["failed"])
 
-    def _capture(self, wanted: Sequence[PromptTask]) -> int:
-        """Capture the group of `wanted` whole, store and commit the wanted; how many were new."""
+    def _capture(self, group: CaptureGroup) -> int:
+        """Capture the group whole, store and commit what is wanted of it; how many were new."""
         started = monotonic()
-        group = wanted[0].ordinal // self._settings.group_size
-        readable = self._blame.set_aside_unreadable(wanted, UNREADABLE)
-        if not readable:
+        group = self._isolation.without_known(group)
+        if not group.wanted:
             return 0
-        members = self._members(group, readable[0])
-        convicted = self._blame.try_deadly(readable, members, self._answer)
-        readable = [task for task in readable if task.task_id not in convicted]
-        members = [task for task in members if task.task_id not in convicted]
-        if not readable:
-            return 0
-        size = self._backpressure.sample_bytes
-        generations = self.controller.reserve({sample_id(task): size for task in readable})
         try:
-            captured = self._answer(members)
-        except ENGINE_FAILURES as error:
-            self.controller.revoke(list(generations.values()))
-            self._blame.find(readable, members, self._answer, error)
+            with self._reserved(group) as generations:
+                captured = self._answer(group.members)
+        except CaptureFailedError as failure:
+            self._isolation.find(group, failure)
             return 0
-        by_id = {sample.sample_id: sample for sample in captured}
-        refs = [self._store(task, by_id[sample_id(task)], generations[sample_id(task)]) for task in readable]
+        tensors = {sample.sample_id: sample for sample in captured}
+        refs = [self._put(prompt, tensors, generations, group.rendering) for prompt in group.wanted]
         fresh = self.controller.commit_samples(self.worker_id, refs)
         self._free_unwanted(refs, fresh)
+        self._captured = group.wanted[-1]
+        self._isolation.succeeded()
         self._report(
             "group",
-            group=group,
+            group=group.wanted[0].ordinal // self._settings.group_size,
             samples=len(fresh),
             num_tokens=sum(ref.num_tokens for ref in refs),
             seconds=monotonic() - started,
             blocked_seconds=self._backpressure.blocked.seconds,
         )
         return len(fresh)
+
+    @contextmanager
+    def _reserved(self, group: CaptureGroup) -> Iterator[dict[str, int]]:
+        """The generation that each wanted sample is written under; given up if the capture fails."""
+        size = self._backpressure.sample_bytes
+        generations = self.controller.reserve(
+            {self._groups.sample_id(prompt): size for prompt in group.wanted}
+        )
+        try:
+            yield generations
+        except CaptureFailedError:
+            self.controller.revoke(list(generations.values()))
+            raise
 
     def _free_unwanted(self, refs: Sequence[SampleRef], fresh: Sequence[SampleRef]) -> None:
         """Bytes that the ledger did not take: while they were written, the sample was settled otherwise."""
@@ -193,43 +225,44 @@ class Producer:
             if known is None or known.generation != ref.generation:
                 self._features.abort(ref.sample_id, reason="not wanted any more", generation=ref.generation)
 
-    def _members(self, group: int, wanted: PromptTask) -> list[PromptTask]:
-        """The group's prompts but those set aside for good: the same ones whenever it is captured."""
-        first = group * self._settings.group_size
-        slice_of_run = self._tasks[first : first + self._settings.group_size]
-        there = slice_of_run[wanted.ordinal - first].task_id
-        if there != wanted.task_id:
-            raise LedgerError(
-                f"Prompt {wanted.ordinal} of the ledger is {wanted.task_id!r}, but this producer was "
-                f"given {there!r} there.",
-                why="Groups are slices of the prompt order; another order gives other features.",
-                next="pass the prompts the run was started with, in the same order.",
-            )
-        failed = self.controller.store.failed_tasks()
-        return [task for task in slice_of_run if task.task_id not in failed]
+    def _captured_before(self) -> EncodedPrompt | None:
+        return self._captured or self._groups.captured_before()
 
-    def _answer(self, members: Sequence[PromptTask]) -> list[Captured]:
-        requests = [self._request(task) for task in members]
-        return self.engine.capture(requests, self._settings.features)
+    # -- capture -----------------------------------------------------------------------------
 
-    def _request(self, task: PromptTask) -> CaptureRequest:
+    def _answer(self, members: Sequence[EncodedPrompt]) -> list[Captured]:
+        """Raises CaptureFailedError for whatever the engine raises over its input."""
+        requests = [self._request(prompt) for prompt in members]
+        try:
+            return self.engine.capture(requests, self._settings.features)
+        except Exception as error:
+            raise as_failure(error) from error
+
+    def _request(self, prompt: EncodedPrompt) -> CaptureRequest:
         s = self._settings
-        greedy_round = task.ordinal < s.num_prompts
         return CaptureRequest(
-            sample_id=sample_id(task),
-            token_ids=tuple(task.payload["prompt_ids"]),
+            sample_id=self._groups.sample_id(prompt),
+            token_ids=prompt.token_ids,
             max_new_tokens=s.max_answer_tokens,
-            temperature=s.first_round_temperature if greedy_round else s.temperature,
-            seed=sample_seed(s.seed, task.ordinal),
+            temperature=s.temperature if prompt.round else s.first_round_temperature,
+            seed=sample_seed(s.seed, prompt.ordinal),
         )
 
-    def _store(self, task: PromptTask, sample: Captured, generation: int) -> SampleRef:
-        sealed = self._features.put(sample.sample_id, sample.tensors, generation=generation)
+    def _put(
+        self,
+        prompt: EncodedPrompt,
+        captured: Mapping[str, Captured],
+        generations: Mapping[str, int],
+        rendering: str,
+    ) -> SampleRef:
+        sample_id = self._groups.sample_id(prompt)
+        sample, generation = captured[sample_id], generations[sample_id]
+        sealed = self._features.put(sample_id, sample.tensors, generation=generation)
         facts, tokens = self.engine.facts, sample.tensors[name_of(Tokens, self._settings.features)]
         return SampleRef(
-            sample_id=sample.sample_id,
+            sample_id=sample_id,
             run_id=self.controller.run_id,
-            source_task_id=task.task_id,
+            source_task_id=prompt.task_id,
             feature_store_uri=sealed.uri,
             feature_keys=sealed.keys,
             feature_specs=sealed.specs,
@@ -238,14 +271,9 @@ class Producer:
             estimated_bytes=sealed.num_bytes,
             target_model_version=facts.model_version,
             tokenizer_version=facts.tokenizer_version,
-            metadata={"digest": sealed.digest},
+            metadata={"digest": sealed.digest, "rendering": rendering},
             generation=generation,
         )
-
-
-def sample_id(task: PromptTask) -> str:
-    """A sample's identity is its prompt's: `run:task`. The same after any number of restarts."""
-    return f"{task.run_id}:{task.task_id}"
 
 
 def sample_seed(run_seed: int, ordinal: int) -> int:

@@ -94,6 +94,10 @@ class PromptFile:
         return self.index.num_prompts
 
     @property
+    def longest(self) -> Sequence[int]:
+        return self.index.longest
+
+    @property
     def notes(self) -> list[str]:
         """What a person should know before the run starts."""
         index, told = self.index, []

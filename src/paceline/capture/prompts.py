@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ID_BYTES_MAX = 1024  # of an id as JSON writes it: it stands in file names, ledger rows and slot headers
-UNREADABLE = "unreadable"  # payload key of a prompt that cannot be captured at all: the reason
 RESERVED = "unreadable-line-"  # what the ids of lines that cannot be used begin with
 CHATS = ("messages", "conversations", "conversation")
 
@@ -25,6 +24,7 @@ class Prompt:
     """One prompt of a source. `broken`: why it cannot be captured at all; `text` is then what stands there.
 
     `token_ids`: given instead of a text. `round`: how many times the run answered the prompt before.
+    `place`: where it stands, for a person.
     """
 
     prompt_id: str
@@ -32,6 +32,7 @@ class Prompt:
     broken: str = ""
     token_ids: tuple[int, ...] | None = None
     round: int = 0
+    place: str = ""
 
 
 class _BrokenError(Exception):
@@ -48,14 +49,18 @@ def parse_line(line: bytes, path: Path, number: int) -> Prompt | None:
     if not as_it_stands.strip():
         return None
     try:
-        return _parse(line)
+        return replace(_parse(line), place=_place(path, number))
     except _BrokenError as broken:
         return broken_line(path, number, broken.args[0], broken.text or as_it_stands)
 
 
 def broken_line(path: Path, number: int, reason: str, text: str) -> Prompt:
     """A line that cannot be used. Its id says where it stands; its own may be another line's, too."""
-    return Prompt(f"{RESERVED}{number}", text, f"{path}, line {number}: {reason}")
+    return Prompt(f"{RESERVED}{number}", text, f"{_place(path, number)}: {reason}")
+
+
+def _place(path: Path, number: int) -> str:
+    return f"{path}, line {number}"
 
 
 def _parse(line: bytes) -> Prompt:

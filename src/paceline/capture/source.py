@@ -31,6 +31,10 @@ class PromptSource(Protocol):
     def starts(self) -> Sequence[int]:
         """The ordinals at which prompts were added to a run that had ended; 0 among them."""
 
+    @property
+    def longest(self) -> Sequence[int]:
+        """Ordinals of the prompts with the longest texts, longest first; as many as are worth a look."""
+
     def read(self, first: int, count: int) -> list[Prompt]:
         """The prompts from ordinal `first` on; fewer only at the end."""
 
@@ -57,6 +61,10 @@ class PromptList:
     @property
     def size(self) -> int:
         return len(self._prompts)
+
+    @property
+    def longest(self) -> Sequence[int]:
+        return range(self.size)
 
     def read(self, first: int, count: int) -> list[Prompt]:
         places = range(first, min(first + count, len(self._prompts)))
@@ -101,6 +109,12 @@ class RunPrompts:
     @property
     def starts(self) -> Sequence[int]:
         return self._ends[:-1] or [0]
+
+    @property
+    def longest(self) -> Sequence[int]:
+        """Of the first round, as far as it is known from the start."""
+        first_stretch = self._places[1] if len(self._places) > 1 else 0
+        return [ordinal for ordinal in self._prompts.longest if ordinal < first_stretch]
 
     def read(self, first: int, count: int) -> list[Prompt]:
         if self._prompts.size is None:

@@ -48,10 +48,14 @@ class PromptsSection(Section):
 
 
 class CaptureSection(Section):
-    """`group_size`: prompts answered in one batch; the unit of capture and of re-capture."""
+    """`group_size`: prompts answered in one batch; the unit of capture and of re-capture.
+
+    `failures_in_a_row_max`: if more prompts than these fail one after another, the producer stops.
+    """
 
     group_size: Count = 64
     attempt_max: Count = 3
+    failures_in_a_row_max: Count = 16
 
 
 class FeaturesSection(Section):
@@ -93,8 +97,6 @@ class TrainingSection(Section):
     """`batch_size` samples an optimizer step, in micro-batches of `micro_batch_size`.
 
     `passes`: how often each sample is trained on while its features are resident (loader/passes.py).
-    `quarantine_max_in_a_row`: samples that fail one after another are quarantined up to so many; then
-    training stops, since the fault is hardly theirs.
     """
 
     passes: Count = 1
@@ -108,7 +110,6 @@ class TrainingSection(Section):
     beta2: Fraction = 0.95
     grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
     max_steps: Count | None = None
-    quarantine_max_in_a_row: Annotated[int, Field(ge=0)] = 8
 
 
 class CheckpointSection(Section):
@@ -177,12 +178,12 @@ CHANGEABLE = (
     "prompts.path",  # the prompts themselves are known by their digests
     "prompts.duplicates",
     "capture.attempt_max",
+    "capture.failures_in_a_row_max",
     "features.directory",
     "features.budget_mib",
     "features.budget_samples",
     "method.recompute",
     "ledger",
-    "training.quarantine_max_in_a_row",
     "checkpoint.interval_steps",
     "checkpoint.keep",
     "evaluation",

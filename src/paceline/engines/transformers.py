@@ -34,9 +34,12 @@ PROBE_TEXT = "Riders in a paceline take turns at the front."
 
 
 class TransformersEngine:
-    def __init__(self, model_folder: Path, *, dtype: str = "auto", max_prompt_tokens: int = 192) -> None:
-        """Raises EngineError, with advice, if the folder holds no model that can be captured from."""
-        self._encoder = PromptEncoder(model_folder, max_prompt_tokens=max_prompt_tokens)
+    def __init__(self, model_folder: Path, *, dtype: str = "auto", date: str | None = None) -> None:
+        """Raises EngineError, with advice, if the folder holds no model that can be captured from.
+
+        `date`: see `PromptEncoder`.
+        """
+        self._encoder = PromptEncoder(model_folder, date=date)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = load_whole(model_folder, torch_dtype(dtype), self._device, ATTENTION)
         _require_llama_layout(self._model, model_folder)

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from paceline.errors import LedgerError, UnknownResultError
 from paceline.ledger.facts import RUN_ID
-from paceline.ledger.records import BegunStep, Fence, StepAck, StepPlan
+from paceline.ledger.records import BegunStep, Fence, StepAck, StepPlan, TaskLease
 from paceline.ledger.store import MetadataStore
 from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.types import PromptTask, SampleRef, assert_no_tensors
@@ -122,19 +122,23 @@ class DataFlowController:
             metadata=prompt.get("metadata", {}),
         )
 
-    def lease_prompt_tasks(
-        self, worker_id: str, max_tasks: int, *, group_size: int | None = None
-    ) -> list[PromptTask]:
-        """Lease up to `max_tasks` pending prompts, lowest ordinal first; [] when none is pending.
+    def lease(self, worker_id: str, limit: int, *, group_size: int | None = None) -> list[TaskLease]:
+        """Lease up to `limit` pending prompts, lowest ordinal first; [] when none is pending.
 
         With `group_size` the lease keeps to one capture group.
         """
         fence = self.fence("producer")
-        leases = self._settled(
+        return self._settled(
             lambda op_id: self.store.lease_tasks(
-                worker_id, max_tasks, group_size=group_size, fence=fence, op_id=op_id
+                worker_id, limit, group_size=group_size, fence=fence, op_id=op_id
             )
         )
+
+    def lease_prompt_tasks(
+        self, worker_id: str, max_tasks: int, *, group_size: int | None = None
+    ) -> list[PromptTask]:
+        """`lease`, as the tasks that were ingested here."""
+        leases = self.lease(worker_id, max_tasks, group_size=group_size)
         unknown = [lease.task_id for lease in leases if lease.task_id not in self._tasks]
         if unknown:
             raise LedgerError(

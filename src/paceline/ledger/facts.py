@@ -3,10 +3,10 @@
 RUN_ID = "run_id"
 CONFIG = "config"
 PROMPTS = "prompts"  # sizes of the set at the start and after each extension, and digests of its blocks
+RENDERING = "rendering"  # digest of the first group's token ids
+RENDERING_DATE = "rendering_date"  # what a chat template that writes the date takes for now
 END_OF_STREAM = "end_of_stream"
 CHECKPOINT_WANTED = "checkpoint_wanted"
 COMPLETED_STEP = "completed_step"
 BUILDS_BEGUN = "builds_begun"
 GIVEN_UP = "given_up"  # identities of recorded checkpoints that were found damaged
-PROBES_BEGUN = "probes_begun"
-QUARANTINED_IN_A_ROW = "quarantined_in_a_row"

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from typing import Any
 
 from paceline.config.load import flat, refuse_changes
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError, RunBusyError
-from paceline.ledger.facts import COMPLETED_STEP, CONFIG, END_OF_STREAM, PROMPTS
+from paceline.ledger.facts import COMPLETED_STEP, CONFIG, END_OF_STREAM, PROMPTS, RENDERING_DATE
 from paceline.ledger.gate import RoleLock
 from paceline.ledger.store import MetadataStore
 from paceline.roles.plan import RunPlan
@@ -126,6 +127,13 @@ def _other_prompts(plan: RunPlan, recorded: dict[str, Any]) -> ConfigError:
         why="Samples are identified by their place in the file; the run is untouched.",
         next="restore the file (prompts may be added at its end), or set a new run.name and run.directory.",
     )
+
+
+def bind_date(store: MetadataStore) -> str:
+    """The run's own date: that of its first start, which a chat template may write into every prompt."""
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    date: str = store.settle_facts({RENDERING_DATE: now})[RENDERING_DATE]
+    return date
 
 
 def bind_target(store: MetadataStore, model_version: str, tokenizer_version: str) -> None:

@@ -13,6 +13,7 @@ from paceline.evaluation.acceptance import measure_acceptance
 from paceline.evaluation.speculative import Decoding
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
+from paceline.ledger.facts import RENDERING_DATE
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.precision import torch_dtype
 from paceline.roles.draft import build_method, newest_checkpoint
@@ -29,11 +30,14 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
     config = plan.config
     store = SQLiteMetadataStore(config.ledger_path)
     checkpoint = newest_checkpoint(config, store)
+    date = store.facts().get(RENDERING_DATE)
     store.close()
     dtype = torch_dtype(config.evaluation.dtype)
     method, head = build_method(config), TargetHead.load(config.target.model)
     draft = restore_draft(method, head, config.run.seed, checkpoint.files)
-    encoder = PromptEncoder(config.target.model, max_prompt_tokens=config.prompts.max_prompt_tokens)
+    encoder = PromptEncoder(
+        config.target.model, max_prompt_tokens=config.prompts.max_prompt_tokens, date=date
+    )
     section = config.evaluation
     heldout = PromptFile(section.prompts)
     prompts = [prompt for prompt in heldout.read(0, heldout.size) if not prompt.broken]

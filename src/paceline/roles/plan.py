@@ -7,10 +7,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from paceline.capture.prompt_file import PromptFile
-from paceline.capture.prompts import UNREADABLE
 from paceline.capture.source import RunPrompts
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
@@ -38,12 +36,6 @@ class RunPlan:
     def source(self, stretches: Sequence[int] = ()) -> RunPrompts:
         """Every prompt of every round, in run order, with its task id `round/prompt`; see `bind_run`."""
         return RunPrompts(self.prompts, self.config.prompts.rounds, stretches)
-
-    def tasks(self, stretches: Sequence[int] = ()) -> list[dict[str, Any]]:
-        """The same, all at once."""
-        prompts = self.source(stretches).read(0, self.num_samples or 0)
-        payloads = [{UNREADABLE: p.broken} if p.broken else {"prompt": p.text} for p in prompts]
-        return [{"task_id": p.prompt_id, "payload": x} for p, x in zip(prompts, payloads, strict=True)]
 
 
 def plan_run(config: RunConfig) -> RunPlan:

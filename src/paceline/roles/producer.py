@@ -14,7 +14,7 @@ from paceline.errors import StoreError
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.roles.binding import bind_run, bind_target
+from paceline.roles.binding import bind_date, bind_run, bind_target
 from paceline.roles.draft import build_method
 from paceline.roles.plan import RunPlan, window_size
 from paceline.roles.process import run_role
@@ -30,9 +30,7 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     stretches = bind_run(plan, store, role="producer")
     if store.facts().get(COMPLETED_STEP) is not None:
         return
-    engine = TransformersEngine(
-        config.target.model, dtype=config.target.dtype, max_prompt_tokens=config.prompts.max_prompt_tokens
-    )
+    engine = TransformersEngine(config.target.model, dtype=config.target.dtype, date=bind_date(store))
     engine.probe()
     bind_target(store, engine.facts.model_version, engine.facts.tokenizer_version)
     events.write("engine_ready", dtype=engine.facts.dtype, model_version=engine.facts.model_version)
@@ -43,10 +41,11 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
         run_id=config.run.name,
         engine=engine,
         feature_store=features,
-        prompts=plan.tasks(stretches),
+        prompts=plan.source(stretches),
         capture=CaptureSettings(
             group_size=config.capture.group_size,
-            num_prompts=plan.prompts.size,
+            max_prompt_tokens=config.prompts.max_prompt_tokens,
+            failures_in_a_row_max=config.capture.failures_in_a_row_max,
             max_answer_tokens=config.prompts.max_answer_tokens,
             first_round_temperature=config.prompts.first_round_temperature,
             temperature=config.prompts.temperature,

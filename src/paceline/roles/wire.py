@@ -6,33 +6,32 @@ one way in which a run is put together.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
-from paceline.capture.blame import ENGINE_FAILURES
+from paceline.capture.encoding import Encoding, PromptLimits
 from paceline.capture.producer import CaptureSettings, Producer
-from paceline.capture.prompts import UNREADABLE
 from paceline.capture.sizing import largest_sample_bytes
+from paceline.capture.source import PromptList, PromptSource
 from paceline.engines.engine import TargetEngine
 from paceline.errors import ConfigError, PacelineError
 from paceline.features.store import FeatureStore
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.store import MetadataStore
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.loader.loader import LoaderSettings, StepLoader
+from paceline.loader.loader import StepLoader
 from paceline.methods.method import DraftMethod
 from paceline.target.head import TargetHead
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.settings import TrainerSettings
 from paceline.training.torch_learner import TorchLearner
-from paceline.training.trainer import ConsumerSide, Trainer, take_over
+from paceline.training.trainer import Trainer
 from paceline.types import PromptTask
 
 Report = Callable[..., None]
@@ -68,7 +67,7 @@ def build_disagg_online_producer(
     run_id: str,
     engine: TargetEngine,
     feature_store: FeatureStore,
-    prompts: Sequence[PromptTask | Mapping[str, Any] | str],
+    prompts: PromptSource | Sequence[PromptTask | Mapping[str, Any] | str],
     capture: CaptureSettings,
     window_size: int = 64,
     budget_samples: int | None = None,
@@ -79,8 +78,8 @@ def build_disagg_online_producer(
 ) -> tuple[Producer, DriveProducer]:
     """The producer and the function that drives it.
 
-    `prompts` in run order: tasks, mappings, or plain texts; a payload carries "prompt_ids" (token
-    ids) or "prompt" (text, which the engine encodes). `window_size` is how many samples the consumer
+    `prompts` in run order: a source that is read by ordinal, or a list of tasks, mappings or plain texts
+    (see `PromptList`). `window_size` is how many samples the consumer
     must collect before it can go on (its batch, or what chooses its draft vocabulary), for the
     start-up check that the feature store's budget cannot deadlock; `budget_samples` is the most samples
     that may be resident (None: bytes alone decide). Give both sides the same
@@ -89,8 +88,8 @@ def build_disagg_online_producer(
     """
     store = resolve_metadata_store(metadata_store, metadata_db_path)
     controller = DataFlowController(run_id, metadata_store=store, attempt_max=attempt_max)
-    tasks = encode_prompts(run_id, prompts, engine)
-    longest = max((len(task.payload.get("prompt_ids", ())) for task in tasks), default=1)
+    source = PromptList(prompts) if isinstance(prompts, Sequence) else prompts
+    longest = capture.max_prompt_tokens or _longest_prompt(source, engine)
     sample_bytes = largest_sample_bytes(
         capture.features,
         engine.facts.hidden_size,
@@ -112,52 +111,21 @@ def build_disagg_online_producer(
         group_samples=capture.group_size,
     )
     backpressure = Backpressure(feature_store, controller.store, marks, report=report)
-    producer = Producer(controller, engine, feature_store, tasks, capture, backpressure, report=report)
+    producer = Producer(controller, engine, feature_store, source, capture, backpressure, report=report)
     return producer, producer.run
 
 
-def encode_prompts(
-    run_id: str, prompts: Sequence[PromptTask | Mapping[str, Any] | str], engine: TargetEngine
-) -> list[PromptTask]:
-    """Prompts as tasks with token ids, in order. Each text is encoded once, however often it comes.
-
-    One that cannot be encoded says why under UNREADABLE instead: the producer sets it aside, and the
-    run goes on. Raises ConfigError for what another configuration would solve.
-    """
-    known: dict[str, dict[str, Any]] = {}
-    tasks = []
-    for ordinal, prompt in enumerate(prompts):
-        task = _as_task(run_id, prompt, ordinal)
-        parts = [task.payload.get(name) for name in ("prompt_ids", "prompt", UNREADABLE)]
-        key = json.dumps(parts, default=repr)
-        if key not in known:
-            known[key] = _encode(task, engine)
-        tasks.append(PromptTask(task.task_id, run_id, task.source_id, known[key], ordinal))
-    return tasks
-
-
-def _encode(task: PromptTask, engine: TargetEngine) -> dict[str, Any]:
-    if UNREADABLE in task.payload:
-        return {UNREADABLE: task.payload[UNREADABLE]}
-    try:
-        given = task.payload.get("prompt_ids")
-        ids = [int(token) for token in (engine.encode(task.payload["prompt"]) if given is None else given)]
-        if not ids or not all(0 <= token < engine.facts.vocab_size for token in ids):
-            raise ValueError(f"{len(ids)} token ids, not all within the target's {engine.facts.vocab_size}")
-    except ConfigError:
-        raise
-    except ENGINE_FAILURES as error:
-        return {UNREADABLE: f"the prompt cannot be encoded: {type(error).__name__}: {error}"}
-    return {"prompt_ids": ids}
-
-
-def _as_task(run_id: str, prompt: PromptTask | Mapping[str, Any] | str, ordinal: int) -> PromptTask:
-    if isinstance(prompt, PromptTask):
-        return prompt
-    if isinstance(prompt, str):
-        prompt = {"prompt": prompt}
-    task_id = str(prompt.get("task_id", prompt.get("id", ordinal)))
-    return PromptTask(task_id, run_id, payload=prompt.get("payload", prompt), ordinal=ordinal)
+def _longest_prompt(source: PromptSource, engine: TargetEngine) -> int:
+    """The most tokens of any prompt: without a limit they are all encoded once before the start."""
+    if source.size is None:
+        raise ConfigError(
+            "Prompts without an end need a limit of their length.",
+            why="What is reserved for a sample follows from it.",
+            next="set max_prompt_tokens in CaptureSettings.",
+        )
+    encoding = Encoding(engine.encode, PromptLimits(engine.facts.vocab_size))
+    encoded = encoding.group(0, source.read(0, source.size))
+    return max((len(prompt.token_ids) for prompt in encoded), default=1)
 
 
 @dataclass(frozen=True)
@@ -183,7 +151,6 @@ def build_disagg_online_consumer(
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     idle_timeout_s: float | None = None,
-    executor: Executor | None = None,
     report: Report = no_report,
 ) -> tuple[Trainer, StepLoader]:
     """The trainer and its loader; `trainer.fit(loader)` trains to the end of the stream.
@@ -191,8 +158,7 @@ def build_disagg_online_consumer(
     `resume=True` goes on from the newest valid checkpoint: samples that it covers are released and
     not read again, all others are trained. It needs a durable store (ConfigError, a ValueError,
     otherwise). `resume=False` on a store that already has a head checkpoint is refused: it would
-    train its samples twice. `executor` (two threads are enough; the caller shuts it down) writes
-    checkpoints and reads the next step's features meanwhile; None: training waits for both.
+    train its samples twice.
     """
     store = resolve_metadata_store(metadata_store, metadata_db_path)
     if resume and (store is None or not store.durable):
@@ -210,19 +176,34 @@ def build_disagg_online_consumer(
             next="pass resume=True, or use a new store for a new run.",
         )
 
-    return take_over(
-        ConsumerSide(
-            controller,
-            feature_store,
-            CheckpointFolder(parts.checkpoint_folder, run_id),
-            TorchLearner(parts.method, parts.head, parts.settings),
-        ),
+    def report_of_trainer(event: str, **fields: Any) -> None:
+        # With every step, so that who looks at the newest events finds it (roles/snapshot.py).
+        report(event, **fields, **({"blocked_seconds": loader.blocked.seconds} if event == "step" else {}))
+
+    # One thread writes checkpoints, one reads the next step's features.
+    executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="paceline-consumer")
+    trainer = Trainer(
+        controller,
+        feature_store,
+        TorchLearner(parts.method, parts.head, parts.settings),
+        CheckpointFolder(parts.checkpoint_folder, run_id),
         parts.settings,
-        LoaderSettings(parts.batch_size, parts.passes, parts.block_size, idle_timeout_s),
         executor=executor,
-        should_stop=should_stop,
-        report=report,
+        report=report_of_trainer,
     )
+    loader = StepLoader(
+        controller,
+        feature_store,
+        batch_size=parts.batch_size,
+        passes=parts.passes,
+        block_size=parts.block_size,
+        position=trainer.position,
+        should_stop=should_stop,
+        idle_timeout_s=idle_timeout_s,
+        report=report,
+        executor=executor,
+    )
+    return trainer, loader
 
 
 class _Fits(Protocol):

@@ -16,3 +16,5 @@ class TargetFacts:
     eos_token_ids: tuple[int, ...]
     model_version: str
     tokenizer_version: str
+    max_positions: int | None = None  # the most tokens a sequence may have
+    repeats_bits: bool = True  # a group captured again has the bits it had

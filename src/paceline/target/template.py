@@ -28,9 +28,9 @@ class ChatTemplate:
         self._setting: dict[str, Any] = {}
         self._process: subprocess.Popen[str] | None = _start()
 
-    def use(self, template: str, special_tokens: Mapping[str, Any]) -> None:
-        """The template to render with, once, before the first text."""
-        self._setting = {"template": template, "special_tokens": dict(special_tokens)}
+    def use(self, template: str, special_tokens: Mapping[str, Any], date: str | None = None) -> None:
+        """The template to render with, once, before the first text. `date`: what it takes for now."""
+        self._setting = {"template": template, "special_tokens": dict(special_tokens), "date": date}
         self._tell(self._setting)
 
     def render(self, messages: list[dict[str, str]]) -> str:

@@ -18,8 +18,13 @@ TRIAL_TEXT = "Riders in a paceline take turns at the front."
 class PromptEncoder:
     """The tokenizer of a local model folder. Nothing is fetched and no code of the folder is run."""
 
-    def __init__(self, model_folder: Path, *, max_prompt_tokens: int) -> None:
-        """Raises EngineError or ConfigError if no prompt could be encoded with what the folder holds."""
+    def __init__(
+        self, model_folder: Path, *, max_prompt_tokens: int | None = None, date: str | None = None
+    ) -> None:
+        """Raises EngineError or ConfigError if no prompt could be encoded with what the folder holds.
+
+        `date`: what a template that writes the date takes for now, as ISO 8601 has it.
+        """
         self._max_prompt_tokens = max_prompt_tokens
         if not model_folder.is_dir():
             # transformers would take a path that is not there for a hub id and answer from its cache.
@@ -34,7 +39,7 @@ class PromptEncoder:
         if isinstance(template, dict):
             template = template.get("default")
         if template:
-            self._template.use(template, _plain(self.tokenizer.special_tokens_map))
+            self._template.use(template, _plain(self.tokenizer.special_tokens_map), date)
         else:
             self._template.close()
             self._template = None
@@ -49,7 +54,7 @@ class PromptEncoder:
         target has no row for; EngineError (TemplateError) if the template refuses it.
         """
         ids = self._ids(prompt)
-        if len(ids) > self._max_prompt_tokens:
+        if self._max_prompt_tokens is not None and len(ids) > self._max_prompt_tokens:
             raise ConfigError(
                 f"A prompt has {len(ids)} tokens, more than the {self._max_prompt_tokens} of "
                 f"prompts.max_prompt_tokens: {prompt[:60]!r}...",

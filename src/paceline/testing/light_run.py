@@ -18,6 +18,7 @@ from typing import Any
 
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
 from paceline.capture.producer import CaptureSettings, Producer
+from paceline.capture.source import PromptList
 from paceline.errors import EngineError, TrainingError
 from paceline.features.store import FeatureStore
 from paceline.ledger.controller import DataFlowController
@@ -25,7 +26,7 @@ from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.store import MetadataStore
 from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.loader.loader import LoaderSettings, StepLoader
+from paceline.loader.loader import StepLoader
 from paceline.testing.kill_points import pointed
 from paceline.testing.light_adapters import (
     LIGHT_FEATURES,
@@ -37,7 +38,7 @@ from paceline.testing.light_adapters import (
 )
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.settings import OptimizerSettings, TrainerSettings
-from paceline.training.trainer import ConsumerSide, Trainer, take_over
+from paceline.training.trainer import Trainer
 from paceline.types import PromptTask
 
 RUN_ID = "light"
@@ -148,12 +149,12 @@ def build_producer(
         group_samples=shape.group,
     )
     controller = DataFlowController(RUN_ID, metadata_store=store)
-    settings = CaptureSettings(
-        group_size=shape.group, num_prompts=shape.prompts, max_answer_tokens=4, features=LIGHT_FEATURES
-    )
+    settings = CaptureSettings(group_size=shape.group, max_answer_tokens=4, features=LIGHT_FEATURES)
     backpressure = Backpressure(features, store, marks, report=report)
     engine = pointed(shape.engine(), "engine")
-    return Producer(controller, engine, features, shape.tasks(), settings, backpressure, report=report)
+    return Producer(
+        controller, engine, features, PromptList(shape.tasks()), settings, backpressure, report=report
+    )
 
 
 def build_consumer(
@@ -167,16 +168,23 @@ def build_consumer(
     report: Callable[..., None] = no_report,
 ) -> tuple[Trainer, StepLoader]:
     controller = DataFlowController(RUN_ID, metadata_store=store)
-    side = ConsumerSide(
+    folder = pointed(CheckpointFolder(checkpoints, RUN_ID), "checkpoints")
+    learner = pointed(shape.learner(), "learner")
+    trainer = Trainer(
+        controller, features, learner, folder, shape.settings(), executor=executor, report=report
+    )
+    loader = StepLoader(
         controller,
         features,
-        pointed(CheckpointFolder(checkpoints, RUN_ID), "checkpoints"),
-        pointed(shape.learner(), "learner"),
+        batch_size=shape.batch,
+        passes=shape.passes,
+        block_size=shape.group,
+        position=trainer.position,
+        should_stop=should_stop,
+        report=report,
+        executor=executor,
     )
-    loading = LoaderSettings(shape.batch, shape.passes, shape.group)
-    return take_over(
-        side, shape.settings(), loading, executor=executor, should_stop=should_stop, report=report
-    )
+    return trainer, loader
 
 
 class LightRun:

@@ -10,11 +10,12 @@ from typing import Any
 
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
 from paceline.capture.producer import CaptureSettings, Producer
+from paceline.capture.source import PromptList
 from paceline.ledger.controller import DataFlowController
-from paceline.loader.loader import LoaderSettings, StepLoader
+from paceline.loader.loader import StepLoader
 from paceline.testing.light_adapters import LIGHT_FEATURES, SAMPLE_BYTES, HashLearner, LightEngine
 from paceline.training.settings import OptimizerSettings, TrainerSettings
-from paceline.training.trainer import ConsumerSide, Trainer, take_over
+from paceline.training.trainer import Trainer
 from paceline.types import PromptTask
 
 RUN_ID = "light"
@@ -88,11 +89,11 @@ def simulated_producer(
         group_samples=shape.group,
     )
     controller = DataFlowController(RUN_ID, metadata_store=store, attempt_max=3)
-    settings = CaptureSettings(
-        group_size=shape.group, num_prompts=shape.prompts, max_answer_tokens=4, features=LIGHT_FEATURES
-    )
+    settings = CaptureSettings(group_size=shape.group, max_answer_tokens=4, features=LIGHT_FEATURES)
     pressure = Backpressure(features, store, marks, report=report, clock=clock)
-    return Producer(controller, engine, features, shape.tasks(), settings, pressure, report=report)
+    return Producer(
+        controller, engine, features, PromptList(shape.tasks()), settings, pressure, report=report
+    )
 
 
 def simulated_consumer(
@@ -111,6 +112,16 @@ def simulated_consumer(
         first_samples=shape.group,
         checkpoint_interval_steps=shape.interval,
     )
-    side = ConsumerSide(controller, features, folder, learner)
-    loading = LoaderSettings(shape.batch, shape.passes, shape.group, recapture_timeout_s=shape.patience_s)
-    return take_over(side, settings, loading, executor=executor, report=report, clock=clock)
+    trainer = Trainer(controller, features, learner, folder, settings, executor=executor, report=report)
+    loader = StepLoader(
+        controller,
+        features,
+        batch_size=shape.batch,
+        passes=shape.passes,
+        block_size=shape.group,
+        position=trainer.position,
+        report=report,
+        recapture_timeout_s=shape.patience_s,
+        clock=clock,
+    )
+    return trainer, loader

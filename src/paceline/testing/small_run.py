@@ -67,7 +67,6 @@ class SmallRun:
             prompts=self.prompts,
             capture=CaptureSettings(
                 group_size=4,
-                num_prompts=self.num_prompts,
                 max_answer_tokens=6,
                 features=Eagle3Method().features(self.engine.facts),
             ),
@@ -103,8 +102,7 @@ class SmallRun:
             should_stop=should_stop,
             idle_timeout_s=60.0,
         )
-        worker = trainer.ranks.workers[0]
-        worker.learner = pointed(worker.learner, "learner")
+        trainer.learner = pointed(trainer.learner, "learner")
         return trainer, loader
 
     def run(self) -> Trainer:

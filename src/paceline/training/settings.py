@@ -32,7 +32,6 @@ class TrainerSettings:
     """What decides the weights (seed, sizes, optimizer) and how often they are made durable.
 
     `first_samples`: how many of the run's first samples choose the draft vocabulary and warm-start.
-    `quarantine_max_in_a_row`: samples quarantined one after another, before training stops instead.
     """
 
     optimizer: OptimizerSettings
@@ -43,4 +42,3 @@ class TrainerSettings:
     max_steps: int | None = None
     checkpoint_interval_steps: int = 25
     checkpoints_kept: int = 2
-    quarantine_max_in_a_row: int = 8

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from paceline.engines.engine import Captured, CaptureRequest
 from paceline.engines.transformers import TransformersEngine, _argmax_agrees
-from paceline.errors import CaptureMismatchError, ConfigError, EngineError
+from paceline.errors import CaptureMismatchError, EngineError
 from paceline.precision import has_bfloat16, torch_dtype
 from paceline.target.tokenizer import PromptEncoder
 from paceline.testing.engine_suite import capture, requests
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> TransformersEngine:
-    return TransformersEngine(folder, dtype="float32", max_prompt_tokens=64)
+    return TransformersEngine(folder, dtype="float32")
 
 
 def test_states_equal_those_of_a_plain_forward(engine: TransformersEngine, folder: Path) -> None:
@@ -131,7 +131,7 @@ from paceline.engines.transformers import TransformersEngine
 from paceline.testing.engine_suite import capture, requests
 sys.path.insert(0, sys.argv[2])
 from test_transformers_engine import bits
-engine = TransformersEngine(Path(sys.argv[1]), dtype="float32", max_prompt_tokens=64)
+engine = TransformersEngine(Path(sys.argv[1]), dtype="float32")
 sys.stdout.write(bits(capture(engine, requests(engine, temperature=0.9))))
 """
 
@@ -251,12 +251,6 @@ def test_a_missing_or_broken_model_is_one_clear_error(tmp_path: Path, folder: Pa
         (broken / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(EngineError, match="no model that can be loaded"):
         TransformersEngine(broken)
-
-
-def test_a_prompt_beyond_the_limit_is_refused(engine: TransformersEngine) -> None:
-    """Cutting a prompt would change its meaning."""
-    with pytest.raises(ConfigError, match="max_prompt_tokens"):
-        engine.encode("wind " * 40)
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,7 @@ def test_a_method_of_other_features_goes_from_capture_to_checkpoint(tmp_path: Pa
     method = OneLayerGuess()
     store = SQLiteMetadataStore(tmp_path / "ledger.db")
     features = InMemoryFeatureStore(budget_bytes=8 << 20)
-    capture = CaptureSettings(
-        group_size=4, num_prompts=10, max_answer_tokens=6, features=method.features(engine.facts)
-    )
+    capture = CaptureSettings(group_size=4, max_answer_tokens=6, features=method.features(engine.facts))
     _, drive = build_disagg_online_producer(
         run_id="other",
         engine=engine,

@@ -103,3 +103,12 @@ def test_the_tokenizer_of_another_model_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 20}))
     with pytest.raises(EngineError, match="does not belong to its model"):
         PromptEncoder(folder, max_prompt_tokens=64)
+
+
+def test_a_template_that_writes_the_date_writes_the_runs_own(folder: Path) -> None:
+    """One run has one rendering, whenever it is resumed."""
+    writes = "{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    pinned = PromptEncoder(with_template(folder, writes), date="2001-02-03T04:05:06+01:00")
+    expected = pinned.tokenizer("03 Feb 2001 " + PROMPT, add_special_tokens=False).input_ids
+    assert list(pinned.encode(PROMPT)) == list(expected)
+    assert pinned.encode(PROMPT) != PromptEncoder(folder).encode(PROMPT)

@@ -18,7 +18,7 @@ from paceline.errors import StoreFullError
 from paceline.features import codec
 from paceline.features.landing import fresh
 from paceline.features.store import Sealed, Usage, is_kept
-from paceline.features.stores.refusals import corrupt, elsewhere, missing, stale
+from paceline.features.stores.refusals import corrupt, missing, stale
 from paceline.types import SampleRef
 
 
@@ -88,9 +88,7 @@ class InMemoryFeatureStore:
 
     def _found(self, ref: SampleRef) -> tuple[_Held, codec.Layout, bytes]:
         held = self._held.get(ref.sample_id)
-        if ref.feature_store_uri != self._uri:
-            raise elsewhere(ref, self._uri)
-        if held is None or ref.feature_keys != held.sealed.keys:
+        if held is None or ref.feature_store_uri != self._uri or ref.feature_keys != held.sealed.keys:
             raise missing(ref, "they were freed, or never sealed here")
         layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
         if layout.specs != held.sealed.specs:

@@ -26,7 +26,7 @@ from paceline.features import codec
 from paceline.features.landing import Landing
 from paceline.features.store import Sealed, Usage, is_kept
 from paceline.features.stores.arena import Arena, remove
-from paceline.features.stores.refusals import corrupt, elsewhere, missing, stale
+from paceline.features.stores.refusals import corrupt, missing, stale
 from paceline.features.stores.slots import DESCRIPTION_BYTES_MAX, Slot, State
 from paceline.types import SampleRef
 
@@ -209,7 +209,7 @@ class SharedMemoryFeatureStore:
         """The slot and generation that the ref's keys name."""
         arena = self._attached()
         if arena is None or arena.uri != ref.feature_store_uri:
-            raise elsewhere(ref, f"{arena.uri if arena else 'no store'} in {self._directory}")
+            raise missing(ref, f"{self._directory} holds {arena.uri if arena else 'no store'}")
         name, _, rest = next(iter(ref.feature_keys.values()), "").partition("/")
         generation = rest.partition("/")[0]
         slot = arena.slots.get(name)

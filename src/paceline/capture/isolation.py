@@ -1,0 +1,259 @@
+"""Isolation: which prompts of a capture group fail, when the group does; the others go on without them.
+
+An error is bisected at once. A death of the process cannot be caught, so prompts whose leases were held by
+several dead producers are first tried in parts, under a durable trial (ledger/trial.py).
+
+A fault of the engine or the machine convicts no prompt. Before a whole group is convicted the engine must
+show that it can still capture something: a prompt that was captured before, or, where there is none yet, one
+that comes later (until then the group is held, and nothing is recorded of it). Only so many prompts in a row
+may fail; then the producer stops with advice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from paceline.capture.encoding import INPUT_FAILURES, EncodedPrompt
+from paceline.capture.groups import CaptureGroup
+from paceline.engines.engine import Captured
+from paceline.errors import ConfigError, EngineError
+from paceline.ledger.controller import DataFlowController
+from paceline.ledger.trial import DEATHS_BEFORE_TRIAL, Trial
+
+FAILURES_IN_A_ROW_MAX = 16
+
+Answer = Callable[[Sequence[EncodedPrompt]], list[Captured]]
+
+
+class CaptureFailedError(Exception):
+    """The engine raised over a group. `is_of_machine`: for want of memory, which no prompt can help."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error) or type(error).__name__)
+        self.error = error
+        self.is_of_machine = is_want_of_memory(error)
+
+
+def is_want_of_memory(error: BaseException) -> bool:
+    """Of whichever library: torch raises a RuntimeError on the CPU and a class of its own on a GPU."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    text = str(error).lower()
+    told = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(words in text for words in told)
+
+
+class Isolation:
+    def __init__(
+        self,
+        controller: DataFlowController,
+        worker_id: str,
+        *,
+        answer: Answer,
+        probe: Callable[[], None],
+        captured_before: Callable[[], EncodedPrompt | None],
+        report: Callable[..., None],
+        in_a_row_max: int = FAILURES_IN_A_ROW_MAX,
+    ) -> None:
+        """`answer` captures prompts or raises CaptureFailedError; `probe` raises if the engine is broken.
+
+        `captured_before`: a prompt of this run that was captured once, None if none was.
+        """
+        self._controller = controller
+        self._worker_id = worker_id
+        self._answer = answer
+        self._probe = probe
+        self._captured_before = captured_before
+        self._report = report
+        self._in_a_row_max = in_a_row_max
+        self._in_a_row: set[str] = set()
+        self._held: dict[
+            str, tuple[str, bool]
+        ] = {}  # by task id: why it fails, and whether another try may help
+        self._failed_whole: list[str] = []  # the members of the last group that failed only as a whole
+
+    # -- what is known before the capture ----------------------------------------------------
+
+    def without_known(self, group: CaptureGroup) -> CaptureGroup:
+        """The group without prompts that have no token ids, or that kill the engine's process."""
+        broken = {prompt.task_id: prompt.broken for prompt in group.members if prompt.broken}
+        wanted = set(group.wanted_ids)
+        self._fail({i: reason for i, reason in broken.items() if i in wanted}, retryable=False)
+        group = group.without(list(broken))
+        if not group.wanted or group.deaths < DEATHS_BEFORE_TRIAL:
+            return group
+        return self._without_deadly(group)
+
+    def _without_deadly(self, group: CaptureGroup) -> CaptureGroup:
+        """They are found over as many restarts as it takes."""
+        known = self._captured_before()
+        if known is not None:
+            self._must_capture(known, group)  # an engine that dies of this, too, convicts no prompt
+        by_id = {prompt.task_id: prompt for prompt in group.members}
+
+        def is_harmless(task_ids: Sequence[str]) -> bool:
+            return self._failure([by_id[task_id] for task_id in task_ids]) is None
+
+        fence = self._controller.fence("producer")
+        culprits = Trial(self._controller.store, "capture", list(by_id), fence=fence).run(is_harmless)
+        if len(culprits) == len(by_id):
+            self._engine_must_work(group)
+            self._count_in_a_row(group, culprits, "the engine's process dies of it")
+        wanted = set(group.wanted_ids)
+        reasons = dict.fromkeys(culprits, "the engine's process dies of this prompt")
+        self._record({i: reason for i, reason in reasons.items() if i in wanted}, retryable=False)
+        return group.without(culprits)
+
+    # -- after a failed capture --------------------------------------------------------------
+
+    def find(self, group: CaptureGroup, failure: CaptureFailedError) -> None:
+        """End the leases of a group that failed: a failure for each culprit, none for the others.
+
+        Where no culprit is found, or only members fail whose samples were captured before, no prompt is to
+        blame: the group is captured once more, whole, and raises EngineError if it fails like that again.
+        """
+        wanted = set(group.wanted_ids)
+        failures = {} if failure.is_of_machine else self._culprits(group.members, failure)
+        culprits = {task_id: reason for task_id, reason in failures.items() if task_id in wanted}
+        if not culprits:
+            self._blame_none(group, failure)
+            return
+        if len(failures) == len(group.members):
+            has_shown = self._engine_must_work(group)
+            self._count_in_a_row(group, culprits, str(failure))
+            if not has_shown:
+                self._hold(culprits, retryable=True)
+                return
+        self._record(culprits, retryable=True)
+        self._give_back([task_id for task_id in group.wanted_ids if task_id not in culprits])
+
+    def succeeded(self) -> None:
+        """A group was captured and committed: the engine works, and what was held fails now."""
+        self._in_a_row.clear()
+        self._failed_whole = []
+        held, self._held = self._held, {}
+        for retryable in (False, True):
+            self._record(
+                {i: why for i, (why, again) in held.items() if again is retryable}, retryable=retryable
+            )
+
+    def finish(self) -> None:
+        """No prompt is left. Raises EngineError if not one of them could be captured."""
+        store = self._controller.store
+        failed = {**store.failed_tasks(), **{task_id: why for task_id, (why, _) in self._held.items()}}
+        broken = [task_id for task_id, (_, may_try_again) in self._held.items() if not may_try_again]
+        if not failed or store.committed_count():
+            self.succeeded()
+            return
+        self.give_back_held()
+        first = "; ".join(f"{task_id}: {reason}" for task_id, reason in list(failed.items())[:3])
+        has_engine_failed = len(broken) < len(failed)
+        raise (EngineError if has_engine_failed else ConfigError)(
+            f"None of the {len(failed)} prompts can be captured. The first: {first}.",
+            why="There is nothing to train on, and most likely it is not the prompts' fault.",
+            next="mend what these reasons name (prompts, settings or target) and run the same command again.",
+        )
+
+    def give_back_held(self) -> None:
+        """Leases that are still held at the next start would count as a death of their prompts."""
+        held, self._held = self._held, {}
+        self._give_back(list(held))
+
+    # -- the search --------------------------------------------------------------------------
+
+    def _culprits(self, members: Sequence[EncodedPrompt], failure: CaptureFailedError) -> dict[str, str]:
+        """The members that fail by themselves, with what each raised; `members` together failed."""
+        if len(members) == 1:
+            return {members[0].task_id: str(failure)}
+        middle, found = len(members) // 2, {}
+        for half in (members[:middle], members[middle:]):
+            error = self._failure(half)
+            if error is not None:
+                found.update(self._culprits(half, error))
+        return found
+
+    def _failure(self, members: Sequence[EncodedPrompt]) -> CaptureFailedError | None:
+        try:
+            self._answer(members)
+        except CaptureFailedError as failure:
+            return failure
+        return None
+
+    def _engine_must_work(self, group: CaptureGroup) -> bool:
+        """Whether the engine shows that it can capture; False: there is no prompt to show it with.
+
+        Raises the engine's error if it cannot, and convicts nobody.
+        """
+        try:
+            self._probe()
+        except Exception:
+            self._give_back(group.wanted_ids)
+            raise
+        known = self._captured_before()
+        if known is None:
+            return False
+        self._must_capture(known, group)
+        return True
+
+    def _must_capture(self, known: EncodedPrompt, group: CaptureGroup) -> None:
+        failure = self._failure([known])
+        if failure is not None:
+            self._give_back(group.wanted_ids)
+            raise EngineError(
+                f"The engine fails on {group.wanted_ids[0]}, and on {known.task_id} too, which was captured "
+                f"before: {failure}",
+                why="So the engine or the machine is at fault, and no prompt was set aside.",
+                next="see what the message says of the engine, then run the same command again.",
+            ) from failure.error
+
+    def _count_in_a_row(self, group: CaptureGroup, culprits: Iterable[str], reason: str) -> None:
+        self._in_a_row.update(culprits)
+        if len(self._in_a_row) > self._in_a_row_max:
+            self._give_back(group.wanted_ids)
+            raise EngineError(
+                f"{len(self._in_a_row)} prompts in a row fail, the last {group.wanted_ids[-1]}: {reason}",
+                why=f"More than {self._in_a_row_max} (capture.failures_in_a_row_max) are hardly the fault of "
+                "the prompts; those of the last group were not set aside.",
+                next="see what the message says; if these prompts are to be left out, raise that limit.",
+            )
+
+    # -- what is recorded ----------------------------------------------------------------------
+
+    def _blame_none(self, group: CaptureGroup, failure: CaptureFailedError) -> None:
+        self._give_back(group.wanted_ids)
+        members, before = [prompt.task_id for prompt in group.members], self._failed_whole
+        self._failed_whole = members
+        self._report("group_failed", prompts=[], failed=0, message=f"no prompt is to blame: {failure}")
+        if members == before:
+            raise EngineError(
+                f"The engine fails on {len(members)} prompts at once ({members[0]} to {members[-1]}), twice, "
+                f"and no prompt of them is to blame: {failure}",
+                why="None was set aside; most often it is too little memory for a group. A group must be "
+                "captured whole, or its features would have other bits.",
+                next="free memory (or take a larger machine) and run the same command again; or start a new "
+                "run with a smaller capture.group_size.",
+            ) from failure.error
+
+    def _fail(self, reasons: dict[str, str], *, retryable: bool) -> None:
+        """Not before the run has captured anything: until then settings may still change."""
+        if self._controller.store.committed_count():
+            self._record(reasons, retryable=retryable)
+        else:
+            self._hold(reasons, retryable=retryable)
+
+    def _hold(self, reasons: dict[str, str], *, retryable: bool) -> None:
+        self._held.update({task_id: (reason, retryable) for task_id, reason in reasons.items()})
+
+    def _record(self, reasons: dict[str, str], *, retryable: bool) -> None:
+        for task_id, reason in reasons.items():
+            for_good = self._controller.fail_prompt_tasks(self._worker_id, [task_id], reason, retryable)
+            self._report("group_failed", prompts=[task_id], failed=len(for_good), message=reason)
+
+    def _give_back(self, task_ids: Sequence[str]) -> None:
+        self._controller.return_prompt_tasks(self._worker_id, task_ids)
+
+
+def as_failure(error: BaseException) -> CaptureFailedError:
+    """What an engine raised over a group. Raises anything else on."""
+    if not isinstance(error, (*INPUT_FAILURES, MemoryError)):
+        raise error
+    return CaptureFailedError(error)
