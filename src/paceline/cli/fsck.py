@@ -8,11 +8,12 @@ from pathlib import Path
 from rich.console import Console
 
 from paceline.cli.plain import say
-from paceline.errors import SchemaError
+from paceline.errors import ConfigError, SchemaError
 from paceline.fsck.checker import check
 from paceline.fsck.report import OF_A_HISTORY, RULES, Report
 from paceline.ledger.gate import RoleLock
 from paceline.ledger.stores.sqlite.page_checksums import accept_pages
+from paceline.regular_files import open_regular
 
 UNSOUND = 9  # exit code
 
@@ -21,9 +22,17 @@ def fsck_directory(console: Console, directory: Path, features: Path | None = No
     """Print what the checker finds in the run; 0 if the promise is kept, else UNSOUND.
 
     `features`: where the run keeps its features, if that is not where its first start did. Raises
-    SchemaError for a ledger that is empty or of another version.
+    SchemaError for a ledger that is empty or of another version, ConfigError or OSError for what this
+    user may not read.
     """
+    open_regular(directory / "ledger.db").close()
     report = check(directory, features=features)
+    if report.forbidden:
+        raise ConfigError(
+            f"{directory} was not checked as a whole: {report.forbidden}.",
+            why="What cannot be read is neither sound nor damaged.",
+            next="run it as the user of the run.",
+        )
     if report.unchecked:
         raise SchemaError(
             f"{directory} was not checked: {report.unchecked}.",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
@@ -16,7 +17,7 @@ import typer
 
 from paceline.cli.fsck import accept_pages_of, fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
-from paceline.cli.plain import exit_code_of_lost_output, out, say, say_error
+from paceline.cli.plain import exit_code_of_lost_output, out, say, say_error, stderr
 from paceline.cli.progress import Progress, describe, evaluation_lines, final_line
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
@@ -26,7 +27,7 @@ from paceline.roles.plan import plan_run, role_environment
 from paceline.roles.process import DEBUG_VARIABLE
 from paceline.roles.snapshot import making_sense, open_run, take_snapshot
 from paceline.roles.supervisor import Supervisor, evaluate_run
-from paceline.terminal import open_standard_streams
+from paceline.terminal import open_standard_streams, printable
 
 INTERRUPTED = 130  # exit code
 
@@ -36,8 +37,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run file, or the run's directory.")]
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", readable=False)]
+Run = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The run file, or the run's directory.", readable=False)
+]
 P = ParamSpec("P")
 
 
@@ -83,9 +86,9 @@ def advises(command: Callable[P, None]) -> Callable[P, None]:
             code = end.exit_code
         except KeyboardInterrupt:
             code = INTERRUPTED
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (told, whatever it is)
             if DEBUG_VARIABLE in os.environ:
-                raise
+                stderr.write(printable(traceback.format_exc()))
             advice = explained(error)
             say_error(advice)
             code = advice.exit_code

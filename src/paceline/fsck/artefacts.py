@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from urllib.parse import quote
 
 import apsw
 
+from paceline.fsck.files import open_file, refuse_what_is_no_database
 from paceline.fsck.report import Report
 
 APPLICATION_ID, SCHEMA = 0x50414345, 3
 HEADER_BYTES, TEXT_AT = 4096, 128
 MAGIC, SEALED = int.from_bytes(b"PACESLOT", "little"), 0x5345414C45442E2E
 ALL_BITS = (1 << 64) - 1
+BLOCK_BYTES_MAX = 1 << 28  # of folded history, unpacked
 
 
 @dataclass(slots=True)
@@ -61,6 +64,8 @@ class Ledger:
 
     def __init__(self, path: Path, report: Report) -> None:
         self._report = report
+        refuse_what_is_no_database(path)
+        self.owner = path.stat().st_uid
         # Without a log beside it nobody has it open, and reading it must not make one.
         self.at_rest = not path.with_name(path.name + "-wal").exists()
         uri = f"file:{quote(str(path.resolve()))}?mode=ro{'&immutable=1' if self.at_rest else ''}"
@@ -121,7 +126,7 @@ class Ledger:
             if content is None:
                 continue
             try:
-                data = lzma.decompress(content)
+                data = lzma.LZMADecompressor().decompress(content, BLOCK_BYTES_MAX)
             except lzma.LZMAError:
                 data = b""
             if sha256(data) != digest:
@@ -202,7 +207,7 @@ def slots_in_use(folder: Path) -> tuple[list[Slot], list[str]]:
 
 
 def _header(path: Path) -> bytes:
-    with path.open("rb", buffering=0) as file:
+    with open_file(path, os.O_NOFOLLOW) as file:
         return file.read(HEADER_BYTES)
 
 

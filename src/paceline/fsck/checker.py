@@ -17,6 +17,7 @@ from typing import Any
 import apsw
 
 from paceline.fsck.artefacts import SCHEMA, Ledger, sha256, slots_in_use
+from paceline.fsck.files import refuse_what_is_no_database
 from paceline.fsck.lineage import check_folders, check_lineage
 from paceline.fsck.pages import damaged_pages
 from paceline.fsck.report import SHOWN, Report
@@ -35,6 +36,7 @@ def check(directory: Path, *, features: Path | None = None, passes: int | None =
     report, path = Report(), directory / "ledger.db"
     before, at_rest = _stamp(path), False
     try:
+        refuse_what_is_no_database(path)
         foreign = damaged_pages(path)
         if foreign:
             report.error("C10", f"{len(foreign)} pages do not match their checksums", foreign)
@@ -49,6 +51,8 @@ def check(directory: Path, *, features: Path | None = None, passes: int | None =
         else:
             report.unchecked = f"ledger.db has schema version {ledger.version}, this checker knows {SCHEMA}"
         ledger.close()
+    except PermissionError as error:
+        report.forbidden = f"this user may not read {error.filename}"
     except (apsw.Error, *NONSENSE) as error:
         report.error("C8", f"ledger.db cannot be read ({type(error).__name__}: {error})")
     if at_rest and _stamp(path) != before:
@@ -208,6 +212,9 @@ def _check_bytes(ledger: Ledger, folder: Path | None, report: Report) -> None:
 
 
 def _check_slots(ledger: Ledger, folder: Path, report: Report) -> None:
+    if folder.lstat().st_uid != ledger.owner:
+        report.note(f"{folder} belongs to another user than the ledger, and was not looked at")
+        return
     slots, damaged = slots_in_use(folder)
     resident = {s.sample_id: s for s in ledger.samples.values() if s.resident}
     by_generation = {s.generation: s for s in resident.values() if s.generation}

@@ -12,8 +12,10 @@ from statistics import mode
 from typing import Any
 
 from paceline.fsck.artefacts import Ledger, Sample, Step, sha256
+from paceline.fsck.files import open_file, read_file, size_of
 from paceline.fsck.report import Report
 
+FORBIDDEN = "forbidden"  # in the place of a rule: it could not be looked at
 BASES_MAX = 512  # steps at which the beginning of a chain is looked for
 UNREADABLE = (AttributeError, LookupError, OSError, TypeError, ValueError)
 
@@ -132,7 +134,10 @@ def check_folders(ledger: Ledger, folder: Path, report: Report) -> None:
     for record in ledger.checkpoints:
         step, name = record[:2]
         problems = list(_problems(folder / name, record, before, plans, places))
-        if problems and name in ledger.now("SELECT name FROM checkpoint"):
+        forbidden = [problem for rule, problem in problems if rule == FORBIDDEN]
+        if forbidden:
+            report.forbidden = f"checkpoint {name}: {forbidden[0]}"
+        elif problems and name in ledger.now("SELECT name FROM checkpoint"):
             for rule, problem in problems:
                 report.error(rule, f"checkpoint {name} (step {step}): {problem}")
             damaged += any(rule == "C5" for rule, _ in problems)
@@ -154,16 +159,21 @@ def _problems(
 ) -> Iterator[tuple[str, str]]:
     step, _, digest, last_seq, chain = record
     try:
-        data = (folder / "manifest.json").read_bytes()
+        data = read_file(folder / "manifest.json")
         if sha256(data) != digest:
             yield "C5", "its manifest is not the one that was recorded"
             return
         manifest = json.loads(data)
         for name, expected in manifest["files"].items():
-            with (folder / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-                if (file.tell(), found) != (expected["bytes"], expected["sha256"]):
+            if size_of(folder / name) != expected["bytes"]:
+                yield "C5", f"{name} is damaged: its size is not the recorded one"
+                continue
+            with open_file(folder / name) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
                     yield "C5", f"{name} is damaged"
+    except PermissionError as error:
+        yield FORBIDDEN, f"this user may not read it ({error})"
+        return
     except UNREADABLE as error:
         yield "C5", f"it cannot be read ({error})"
         return

@@ -146,9 +146,10 @@ def live_holder(folder: Path, role: str) -> int | None:
 
     Whether it is held the lock says; the file only informs.
     """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW  # a FIFO there must not hold us up
     try:
-        fd = os.open(folder / f"{role}.lock", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+        fd = os.open(folder / f"{role}.lock", flags)
+    except OSError:  # not there, or not to be looked at by this user
         return None
     try:
         return _named_holder(fd) if is_locked(fd) else None

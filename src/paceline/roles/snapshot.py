@@ -88,7 +88,7 @@ def making_sense(directory: Path) -> Iterator[None]:
     """What a ledger holds that nothing can be made of is an error of the ledger. Raises LedgerError."""
     try:
         yield
-    except PacelineError:
+    except (PacelineError, OSError):
         raise
     except Exception as error:
         raise LedgerError(

@@ -1,0 +1,293 @@
+"""Verbs on run directories that were tampered with: an answer or one of our errors, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from paceline.cli.main import app
+from paceline.testing.run_by_hand import RunByHand
+
+VERBS = ("status", "inspect", "fsck")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints, closed."""
+    run = RunByHand(tmp_path_factory.mktemp("run"))
+    for _ in range(2):
+        run.train(run.capture(2))
+        run.checkpoint()
+    run.store.close()
+    return run.folder
+
+
+@pytest.fixture
+def run(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "run"))
+
+
+def told(*arguments: object) -> tuple[int, str]:
+    """Exit code and output; anything but an answer or an error of ours fails the test."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert isinstance(result.exception, SystemExit | None), result.exception
+    assert "does not know" not in result.output, result.output
+    return result.exit_code, result.output
+
+
+def replaced_by_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def replaced_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def replaced_by_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def replaced_by_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+HARMS = (replaced_by_fifo, replaced_by_folder, replaced_by_loop, replaced_by_device)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_ledger_that_is_no_file_is_an_error(run: Path, harm: Callable[[Path], None], verb: str) -> None:
+    """Nothing waits for it, and nothing else is made in its place."""
+    harm(run / "ledger.db")
+    code, output = told(verb, run)
+    assert code in (1, 2, 6), output
+    assert "error" in output
+
+
+def test_no_verb_makes_a_ledger_of_an_empty_file(run: Path) -> None:
+    """Which fsck would then have called sound."""
+    (run / "ledger.db").write_bytes(b"")
+    for verb in ("status", "inspect", "evaluate"):
+        code, output = told(verb, run)
+        assert code == 2
+        assert "has not begun" in output
+    assert (run / "ledger.db").stat().st_size == 0
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_checkpoint_file_that_is_none_is_damage(run: Path, harm: Callable[[Path], None]) -> None:
+    """A FIFO in the place of a manifest or of weights does not hold up the checker."""
+    for name, folder in zip(
+        ("manifest.json", "weights.bin"), sorted((run / "checkpoints").iterdir()), strict=True
+    ):
+        harm(folder / name)
+    code, output = told("fsck", run)
+    assert code == 9
+    assert output.count("ERROR checkpoint step-") == 2
+
+
+def test_a_file_of_any_size_is_judged_without_reading_it(run: Path) -> None:
+    """A sparse file costs an attacker nothing, and would cost the checker hours."""
+    folders = sorted((run / "checkpoints").iterdir())
+    os.truncate(folders[0] / "weights.bin", 1 << 40)
+    os.truncate(folders[1] / "manifest.json", 1 << 40)
+    code, output = told("fsck", run)
+    assert code == 9
+    assert "its size is not the recorded one" in output
+    assert "more than" in output
+    os.truncate(run / "ledger.db", 1 << 40)
+    assert "says that it has" in told("fsck", run)[1]
+
+
+@pytest.mark.parametrize(
+    "content", [b"garbage", b"[]", b"{}", b'{"chain": 1}', b'{"chain": {}, "prompts": "x"}', b"[" * 100_000]
+)
+def test_an_evaluation_that_is_none_is_left_out(run: Path, content: bytes) -> None:
+    """It is a file beside the run, and the run's state does not depend on it."""
+    (run / "evaluation.json").write_bytes(content)
+    code, output = told("status", run)
+    assert code == 0
+    assert "acceptance length" not in output
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_telemetry_and_locks_that_are_no_files_are_left_out(run: Path, harm: Callable[[Path], None]) -> None:
+    """status tells what the ledger knows."""
+    (run / "events").mkdir()
+    for name in ("events/consumer.jsonl", "evaluation.json", "producer.lock"):
+        (run / name).touch()
+        harm(run / name)
+    assert told("status", run)[0] == 0
+
+
+def test_events_of_wrong_types_are_left_out(run: Path) -> None:
+    """They are for looking at, and anything may stand in them."""
+    (run / "events").mkdir()
+    big = "9" * 400
+    (run / "events" / "consumer.jsonl").write_text(
+        '{"event": "step", "step": {}, "loss": "x", "blocked_seconds": []}\n'
+        f'{{"event": "step", "loss": {big}, "blocked_seconds": {big}}}\n'
+        '{"event": ["step"]}\n{"event": "step", "loss": NaN, "step": 3}\n'
+    )
+    (run / "events" / "producer.jsonl").write_text('{"event": "group", "seconds": 1}\n')
+    assert "last step  │ step 3" in told("status", run)[1]
+
+
+def test_a_hostile_value_in_the_ledger_is_an_error_of_the_ledger(run: Path) -> None:
+    """SQLite keeps any type in any column."""
+    import apsw
+
+    db = apsw.Connection(str(run / "ledger.db"))
+    db.execute("UPDATE fact SET value = '[1, {' WHERE key = 'run_id'")
+    db.close()
+    code, output = told("status", run)
+    assert code == 6
+    assert "paceline fsck" in output
+
+
+def test_an_id_cannot_command_the_terminal(tmp_path: Path) -> None:
+    """Escape sequences, a bell, a newline that fakes a line of ours: all shown, none obeyed."""
+    bad = "\x1b]0;owned\x07\x1b[2J\u202e\n" + "sound: nothing lost"
+    run = RunByHand(tmp_path)
+    run.store.add_tasks([bad])
+    run.store.lease_tasks("w", 99, fence=run.producer)
+    run.store.fail_tasks("w", [bad], reason=bad, attempt_max=None, fence=run.producer)
+    run.store.close()
+    for arguments in (
+        ("status", tmp_path),
+        ("inspect", tmp_path),
+        ("fsck", tmp_path),
+        ("inspect", tmp_path, "--sample", bad),
+        ("status", tmp_path / bad),
+    ):
+        output = told(*arguments)[1]
+        assert "\\x1b]0;owned\\x07\\x1b[2J\\u202e" in output
+        assert not {"\x1b", "\x07", "\u202e"} & set(output)
+        assert "\nsound: nothing lost\x1b" not in output
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "a/" * 3000, "/dev/null/x", "a\0b"], ids=range(4))
+@pytest.mark.parametrize("verb", [*VERBS, "train", "evaluate"])
+def test_a_path_that_no_system_takes_is_an_error(path: str, verb: str) -> None:
+    """Too long, below a file, with NUL in it."""
+    code, output = told(verb, path)
+    assert code in (1, 2)
+    assert "error" in output
+
+
+SMALL_PROCESS = """
+import resource, sys
+from paceline.cli import main
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]),) * 2)
+sys.argv = ["paceline", *sys.argv[2:]]
+main.main()
+"""
+
+
+@pytest.mark.parametrize("files", [6, 9, 12, 24])
+def test_few_open_files_are_an_error_with_advice_or_enough(run: Path, files: int) -> None:
+    """Never a traceback, whichever open fails."""
+    for verb in VERBS:
+        command = [sys.executable, "-c", SMALL_PROCESS, str(files), verb, str(run)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stderr
+        assert done.returncode == 0 or "error" in done.stderr or "cannot be read" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"),
+    [
+        ("> /dev/full", 1, "could not be written"),
+        (">&-", 0, ""),
+        (">&- 2>&- <&-", 0, ""),
+        ("| head -c 1 > /dev/null", 0, ""),
+    ],
+)
+def test_output_that_goes_nowhere_is_told_in_one_sentence_or_not_at_all(
+    run: Path, redirection: str, code: int, said: str
+) -> None:
+    """A full device, a closed stream, a reader that has gone away."""
+    script = f"{sys.executable} -m paceline.cli.main status {run} {redirection}"
+    done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == bool(said)
+
+
+def test_a_reader_that_went_away_is_told_by_the_exit_code_alone(run: Path) -> None:
+    """As of a process that SIGPIPE ends."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "paceline.cli.main", "status", str(run)]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_only_debug_shows_a_traceback(tmp_path: Path) -> None:
+    """Beside the same message and exit code."""
+    command = [sys.executable, "-m", "paceline.cli.main"]
+    plainly, debug = (
+        subprocess.run(
+            [*command, *flags, "status", str(tmp_path)], capture_output=True, text=True, check=False
+        )
+        for flags in ([], ["--debug"])
+    )
+    assert plainly.returncode == debug.returncode == 2
+    assert "Traceback" not in plainly.stderr
+    assert "Traceback" in debug.stderr
+    assert debug.stderr.endswith(plainly.stderr)
+
+
+def without_privileges(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A verb run by a root that may do no more than any user."""
+    setpriv = shutil.which("setpriv")
+    if setpriv is None or os.geteuid() != 0:
+        pytest.skip("needs root and setpriv(1)")
+    command = [setpriv, "--inh-caps=-all", "--bounding-set=-all", sys.executable, "-m", "paceline.cli.main"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+
+
+def given_to_another_user(path: Path, mode: int) -> None:
+    for entry in (path, *path.rglob("*")):
+        entry.chmod(mode | (0o111 & (mode >> 2) if entry.is_dir() else 0))
+        os.chown(entry, 65534, 65534)
+
+
+def test_what_a_user_may_not_read_is_neither_sound_nor_damaged(run: Path) -> None:
+    """fsck says so; and checks what it may only read."""
+    given_to_another_user(run, 0o644)
+    assert without_privileges("fsck", str(run)).returncode == 0
+    given_to_another_user(run / "checkpoints", 0o600)
+    done = without_privileges("fsck", str(run))
+    assert done.returncode == 2
+    assert "run it as the user of the run" in done.stderr
+    given_to_another_user(run, 0o600)
+    for verb in VERBS:
+        done = without_privileges(verb, str(run))
+        assert done.returncode == 1
+        assert "Permission denied" in done.stderr
+
+
+def test_another_users_slots_are_not_looked_at(run: Path, tmp_path: Path) -> None:
+    """Its name can be foretold, so anybody may have made that folder before, with FIFOs for slots."""
+    folder = tmp_path / "paceline-run0"
+    folder.mkdir()
+    os.mkfifo(folder / "slot-00000001")
+    from paceline.fsck.checker import check
+
+    assert not check(run, features=folder).errors
+    if os.geteuid() == 0:
+        os.chown(folder, 65534, 65534)
+        assert any("belongs to another user" in note for note in check(run, features=folder).notes)
