@@ -123,7 +123,7 @@ def run(quick: bool) -> list[Row]:
                     for sample in captured:
                         features.put(sample.sample_id, sample.tensors)
                 for sample in captured:
-                    features.abort(sample.sample_id)
+                    features.free([(sample.sample_id, 0)])
                 if seed:  # the first warms up
                     rates.add(sum(sample.tensors[tokens].numel() - 1 for sample in captured), seconds)
     features.destroy()

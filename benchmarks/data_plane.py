@@ -77,19 +77,14 @@ def put_and_get(folder: Path, label: str, num_bytes: int, rounds: int) -> list[R
     targets = [torch.empty_like(source) for source in sources]
 
     def put(n: int) -> None:
-        owner.abort(f"t{n}")
+        owner.free([(f"t{n}", 0)])
         owner.put(f"t{n}", tensors)
-
-    def view(n: int) -> None:
-        with reader.view(refs[n]):
-            pass
 
     works: dict[str, Callable[[int], object]] = {
         "memcpy": lambda n: targets[n].copy_(sources[n]),
         "xxh3": lambda n: xxhash.xxh3_128(sources[n].numpy().data).digest(),
         "put": put,
         "get": lambda n: reader.get(refs[n]),
-        "view": view,
         "clone": lambda n: sources[n].clone(),
     }
     seconds = rounds_of(works, rounds, repeats=max(1, (32 << 20) // (RING * num_bytes)))
@@ -104,7 +99,6 @@ def put_and_get(folder: Path, label: str, num_bytes: int, rounds: int) -> list[R
         (f"put {label}, of copy then digest", "put", "copy then digest", 0.8 if large else None),
         (f"get {label}", "get", "memcpy", None),
         (f"get {label}, of copy then digest", "get", "copy then digest", 0.7 if large else None),
-        (f"view {label}, which only digests", "view", "xxh3", 0.7 if large else None),
         (f"clone {label} (fresh memory, no digest)", "clone", "memcpy", None),
     ]
     return [
@@ -121,14 +115,10 @@ def overhead(folder: Path, rounds: int) -> list[Row]:
     refs = [feature_ref(f"s{n}", owner.put(f"s{n}", tensors)) for n in range(RING)]
 
     def put(n: int) -> None:
-        owner.abort(f"t{n}")
+        owner.free([(f"t{n}", 0)])
         owner.put(f"t{n}", tensors)
 
-    def view(n: int) -> None:
-        with reader.view(refs[n]):
-            pass
-
-    works = {"put": put, "get": lambda n: reader.get(refs[n]), "view": view}
+    works = {"put": put, "get": lambda n: reader.get(refs[n])}
     seconds = rounds_of(works, rounds, repeats=25)
     owner.destroy()
     micro = {name: 1e6 * statistics.median(taken) for name, taken in seconds.items()}
@@ -139,7 +129,6 @@ def overhead(folder: Path, rounds: int) -> list[Row]:
 
     return [
         row("get, besides copy and digest", micro["get"], "us", **reached("get")),
-        row("view, besides digest", micro["view"], "us", **reached("view")),
         row("put and abort, besides copy and digest", micro["put"], "us"),
     ]
 
@@ -250,7 +239,7 @@ def leftovers(folder: Path, before_run: set[Path]) -> list[Row]:
         for number in range(50):
             tensors = sample((1 + number % 7) << 20)
             reader.get(feature_ref("s", owner.put("s", tensors)))
-            reader.abort("s")
+            reader.free([("s", 0)])
         reader.close()
         owner.destroy()
 

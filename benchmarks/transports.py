@@ -174,7 +174,7 @@ class Durable(Transport):
         for name in made:
             features.put(name, self.tensors)
         for name in made:
-            features.abort(name)
+            features.free([(name, 0)])
         features.close()
 
     def ledger(self) -> SQLiteMetadataStore:
@@ -244,7 +244,7 @@ class Durable(Transport):
                 ledger.record_checkpoint(record, fence=fence)
                 covered = ledger.begin_release(seq, fence=fence)
                 for sample_id, generation in covered.items():
-                    features.abort(sample_id, generation=generation)
+                    features.free([(sample_id, generation)])
                 ledger.record_released(list(covered), fence=fence)
             if seq == self.count:
                 return

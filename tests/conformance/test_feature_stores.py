@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from paceline.features.store import FeatureStore, ViewableFeatureStore
+from paceline.features.store import FeatureStore
 from paceline.features.stores.memory import InMemoryFeatureStore
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.features.stores.slots import HEADER_BYTES
-from paceline.testing.feature_store_suite import MIB
-from paceline.testing.feature_view_suite import ViewableFeatureStoreSuite
+from paceline.testing.feature_store_suite import MIB, FeatureStoreSuite
 from paceline.types import SampleRef
 
 
-class TestInMemoryFeatureStore(ViewableFeatureStoreSuite):
-    def make(self, budget_bytes: int = 8 * MIB) -> ViewableFeatureStore:
+class TestInMemoryFeatureStore(FeatureStoreSuite):
+    def make(self, budget_bytes: int = 8 * MIB) -> FeatureStore:
         return InMemoryFeatureStore(budget_bytes)
 
     def flip_bit(self, store: FeatureStore, ref: SampleRef) -> None:
@@ -25,7 +24,7 @@ class TestInMemoryFeatureStore(ViewableFeatureStoreSuite):
         store._held[ref.sample_id].payload[0] ^= 1
 
 
-class TestSharedMemoryFeatureStore(ViewableFeatureStoreSuite):
+class TestSharedMemoryFeatureStore(FeatureStoreSuite):
     @pytest.fixture(autouse=True)
     def _folder(self, tmp_path: Path) -> Iterator[None]:
         self.folder, self.made = tmp_path, 0
@@ -34,7 +33,7 @@ class TestSharedMemoryFeatureStore(ViewableFeatureStoreSuite):
             # A store that was destroyed in the test has left no directory.
             SharedMemoryFeatureStore(tmp_path / f"store-{number}", budget_bytes=0, owner=False).destroy()
 
-    def make(self, budget_bytes: int = 8 * MIB) -> ViewableFeatureStore:
+    def make(self, budget_bytes: int = 8 * MIB) -> FeatureStore:
         directory = self.folder / f"store-{self.made}"
         self.made += 1
         return SharedMemoryFeatureStore(directory, budget_bytes=budget_bytes, owner=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
 from paceline.errors import FencedError
+from paceline.features.store import Written
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.records import TrainedSample, TrainedStep
 from paceline.ledger.store import MetadataStore
@@ -45,12 +46,13 @@ def a_held_up_deleter_frees_nothing_captured_since() -> None:
     store.record_train_ack(["light:0"], global_step=1, optimizer_durable=True)
 
     class HeldUp:
-        def abort(self, sample_id: str, reason: str = "", *, generation: int | None = None) -> None:
+        def free(self, written: Iterable[Written]) -> None:
+            [(sample_id, generation)] = written
             store.fall_back(0)
             store.report_lost([sample_id])
             simulated_producer(shape, store, features, LightEngine(), lambda *_, **__: None).run()
             before = dict(features.held)
-            features.abort(sample_id, reason, generation=generation)
+            features.free([(sample_id, generation)])
             assert features.held == before
             raise StopIteration
 

@@ -23,7 +23,7 @@ from paceline.capture.groups import CaptureGroup, Groups
 from paceline.capture.isolation import FAILURES_IN_A_ROW_MAX, CaptureFailedError, Isolation, as_failure
 from paceline.capture.source import PromptSource
 from paceline.engines.engine import Captured, CaptureRequest, TargetEngine
-from paceline.features.store import FeatureStore
+from paceline.features.store import FeatureStore, Written
 from paceline.ledger.channel import CommittedRefLog
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.records import Fence
@@ -121,23 +121,37 @@ class Producer:
         self._fence = self._log.fence = self.controller.take_role("producer")
         if self._log.is_closed() and store.task_counts()["pending"] > len(store.lost_ids()):
             self._log.reopen()  # prompts were added; a sample captured again adds nothing to the log
-        # A ledger that is an older copy never gave out some generations that lie here. They are nobody's,
-        # since this was the producer when it looked, and never to be given out again.
-        newest = self._features.newest_generation()
-        if newest >= self._fence.generation:
-            self._fence = self._log.fence = self.controller.skip_generations(newest)
-        keep = store.present_generations()
-        orphans = self._features.sweep(keep=keep, before=self._fence.generation)
-        # After a reboot the ledger knows samples that the memory forgot: all are reported at once.
-        here = set(self._features.sample_ids())
-        gone = [i for i in store.present_ids() if i not in here]
-        if gone:
-            store.report_lost(gone, fence=self._fence)
+        orphans, gone = self._compare_with_features()
         self._groups.make_known()
         self._groups.bind_rendering()
         if not store.committed_count() and (note := self.encoding.look_for_long(self._prompts)):
             self._report("note", message=note)
         self._report("started", orphans=len(orphans), lost=len(gone), epoch=self._fence.epoch)
+
+    def _compare_with_features(self) -> tuple[list[Written], list[str]]:
+        """Free what no sample stands for any more, report what is gone; both. A store that keeps no list is
+        left alone.
+
+        Bytes under a generation that this ledger has not given out are either those of a ledger of which
+        this one is an older copy, or a successor's. Only the first lets `skip_generations` pass, so nothing
+        on the list is a successor's after it.
+        """
+        assert self._fence is not None, "this is the producer"
+        store = self.controller.store
+        present, written = store.present_generations(), self._features.written()
+        if written is None:
+            return [], []
+        newest = max((generation for _, generation in written), default=0)
+        if newest >= self._fence.generation:
+            self._fence = self._log.fence = self.controller.skip_generations(newest)
+        orphans = [one for one in written if present.get(one[0]) not in (0, one[1])]
+        self._features.free(orphans)
+        # After a reboot the ledger knows samples that the memory forgot: all are reported at once.
+        here = {sample_id for sample_id, _ in set(written) - set(orphans)}
+        gone = [sample_id for sample_id in present if sample_id not in here]
+        if gone:
+            store.report_lost(gone, fence=self._fence)
+        return orphans, gone
 
     def _make_room_for_lost(self) -> None:
         """The consumer may wait for a lost sample while this producer waits for room.
@@ -162,7 +176,7 @@ class Producer:
             store.report_lost([sample_id], fence=self._fence)
             if sample_id not in store.lost_ids():
                 continue  # they do by now
-            self._features.abort(sample_id, reason="makes room for a sample that is needed first")
+            self._features.free([(sample_id, entry.ref.generation)])
             given_up.append(sample_id)
             if self._backpressure.has_credit():
                 break
@@ -223,7 +237,7 @@ class Producer:
                 continue
             known = self.controller.store.get_committed(ref.sample_id)
             if known is None or known.generation != ref.generation:
-                self._features.abort(ref.sample_id, reason="not wanted any more", generation=ref.generation)
+                self._features.free([(ref.sample_id, ref.generation)])
 
     def _captured_before(self) -> EncodedPrompt | None:
         return self._captured or self._groups.captured_before()
@@ -271,7 +285,7 @@ class Producer:
             estimated_bytes=sealed.num_bytes,
             target_model_version=facts.model_version,
             tokenizer_version=facts.tokenizer_version,
-            metadata={"digest": sealed.digest, "rendering": rendering},
+            metadata={"digest": sealed.digest, "digest_kind": sealed.digest_kind, "rendering": rendering},
             generation=generation,
         )
 

@@ -24,9 +24,9 @@ import torch
 import xxhash
 
 from paceline.errors import FeatureCorruptError, StoreError
-from paceline.features.landing import ALIGNMENT_BYTES
 from paceline.types import FeatureSpec
 
+ALIGNMENT_BYTES = 64  # Of a tensor of torch's own: kernels may round differently elsewhere.
 BLOCK_BYTES = 256 << 10  # A quarter of a usual L2. Also large enough for xxhash to let other threads run.
 LAYOUTS_MAX = 1024  # Remembered: a run has as many as its samples have lengths.
 
@@ -145,24 +145,15 @@ def write(layout: Layout, description: bytes, tensors: Mapping[str, Any], payloa
     return digest.hexdigest()
 
 
-def read(
-    layout: Layout, description: bytes, payload: memoryview, copy: memoryview
-) -> tuple[dict[str, torch.Tensor], str]:
-    """Copy the payload; the tensors that now lie in `copy` and the digest of their bytes there."""
+def read(layout: Layout, description: bytes, payload: memoryview) -> tuple[dict[str, torch.Tensor], str]:
+    """A copy of the tensors in the payload, and the digest of the copy's bytes."""
+    copy = torch.empty(layout.num_bytes, dtype=torch.uint8).numpy().data
     digest = xxhash.xxh3_128(description)
     tensors = {}
     for place in layout.places:
         _copy(payload[place.offset : place.stop], copy[place.offset : place.stop], digest)
         tensors[place.name] = _typed(place, copy)
     return tensors, digest.hexdigest()
-
-
-def look(layout: Layout, description: bytes, payload: memoryview) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors that lie in `payload`, which they keep alive, and the digest of their bytes there."""
-    digest = xxhash.xxh3_128(description)
-    for place in layout.places:
-        digest.update(payload[place.offset : place.stop])
-    return {place.name: _typed(place, payload) for place in layout.places}, digest.hexdigest()
 
 
 def _copy(source: memoryview, target: memoryview, digest: Any) -> None:

@@ -1,15 +1,14 @@
 """The data plane's contract: tensors in, a `SampleRef`'s keys out.
 
 A stored sample is immutable once sealed: `put` of a sample and generation that is already sealed
-returns the sealed key and writes nothing. Only `abort` frees bytes, and only the control plane decides when
+returns the sealed key and writes nothing. Only `free` frees bytes, and only the control plane decides when
 (after a durable checkpoint covers the sample). A crash between `put` and the ledger's commit
-leaves an orphan, which `sweep` reclaims.
+leaves an orphan, which the next producer frees.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,13 +26,22 @@ class Usage:
 
 @dataclass(frozen=True)
 class Sealed:
-    """What `put` returns: everything the ref needs to find and verify the bytes again."""
+    """What `put` returns: everything the ref needs to find and verify the bytes again.
+
+    `digest_kind`: what the digest was taken over, and how. A store that verifies its bytes in another way
+    says so here; only the store that gave a digest can judge bytes by it.
+    """
 
     uri: str
     keys: Mapping[str, str]
     specs: Mapping[str, FeatureSpec]
     num_bytes: int
     digest: str
+    digest_kind: str = "xxh3_128 of features/codec.py"
+
+
+# A sample's bytes: its id and the byte intent they were written under. A store finds them by these two alone.
+Written = tuple[str, int]
 
 
 class FeatureStore(Protocol):
@@ -52,27 +60,18 @@ class FeatureStore(Protocol):
         Raises FeatureMissingError (never sealed, or freed) or FeatureCorruptError.
         """
 
-    def abort(self, sample_id: str, reason: str = "", *, generation: int | None = None) -> None:
-        """Free the sample's bytes. Idempotent: unknown or already freed is not an error.
+    def free(self, written: Iterable[Written]) -> None:
+        """Free these bytes. Idempotent: unknown or already freed ones are no error.
 
-        With a generation, only if they were written under it: what was captured since stays.
+        Bytes of the sample under another generation stay: they were captured since. Generation 0 names
+        whatever lies there of the sample.
         """
 
-    def sweep(self, keep: Collection[str], *, before: int | None = None) -> list[str]:
-        """Free every sample whose id is not in `keep`; return their ids.
+    def written(self) -> list[Written] | None:
+        """Everything that lies here, half-written or sealed; None if this store cannot list it.
 
-        A mapping keeps a sample only if its bytes are of the generation named (0: of any). With
-        `before`, bytes of that generation and later ones stay: they may be a successor's.
-        Only the producer that owns the store may call this, before it writes.
-        """
-
-    def sample_ids(self) -> list[str]:
-        """Every sample whose sealed bytes are here. Only the producer that owns the store may ask."""
-
-    def newest_generation(self) -> int:
-        """The largest generation that any bytes here were written under; 0 if there are none.
-
-        Only the producer that owns the store may ask.
+        Only the producer that owns the store may ask. Where there is no list, the producer frees orphans by
+        the intents that the ledger revoked, and a loss is noticed by the reader.
         """
 
     def usage(self) -> Usage:
@@ -83,24 +82,3 @@ class FeatureStore(Protocol):
 
     def destroy(self) -> None:
         """Give all memory back. Only at the end of a run."""
-
-
-class ViewableFeatureStore(FeatureStore, Protocol):
-    """One whose bytes lie in memory that this process reads. Both adapters are."""
-
-    def view(self, ref: SampleRef) -> AbstractContextManager[dict[str, Any]]:
-        """The tensors where they lie, verified there and not copied. Nobody may write to them.
-
-        Raises on entry what `get` raises, and FeatureMissingError on leaving if the bytes were freed
-        meanwhile: others may lie there by now, so whatever was made of them, an exception included,
-        must be dropped. What is done outside the block, or damaged inside it, is not noticed.
-        """
-
-
-def is_kept(keep: Collection[str], before: int | None, sample_id: str, generation: int) -> bool:
-    """Whether a sweep leaves these bytes alone."""
-    if before is not None and generation >= before:
-        return True
-    if isinstance(keep, Mapping):
-        return keep.get(sample_id) in (0, generation)
-    return sample_id in keep

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import socket
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from paceline.errors import LedgerError, UnknownResultError
 from paceline.ledger.facts import RUN_ID
@@ -39,10 +39,17 @@ class OpIds:
         return f"{self._mine}-{os.getpid():x}-{next(self._numbers):012x}"
 
 
-class Aborts(Protocol):
+@runtime_checkable
+class Frees(Protocol):
     """The one thing the controller asks of a feature store."""
 
-    def abort(self, sample_id: str, reason: str = "", *, generation: int | None = None) -> None: ...
+    def free(self, written: Iterable[tuple[str, int]]) -> None: ...
+
+
+class Aborts(Protocol):
+    """The seed's way to say it."""
+
+    def abort(self, sample_id: str, reason: str = "") -> None: ...
 
 
 class DataFlowController:
@@ -258,7 +265,7 @@ class DataFlowController:
             fence=self.fence("consumer"),
         )
 
-    def release(self, feature_store: Aborts) -> int:
+    def release(self, feature_store: Frees) -> int:
         """Free the features of every sample that no step will need again; how many.
 
         A fenced call first, so that a consumer that was replaced frees nothing; then the bytes, by
@@ -267,16 +274,14 @@ class DataFlowController:
         """
         freed = 0
         while covered := self.store.begin_release(RELEASE_AT_ONCE, fence=self.fence("consumer")):
-            for sample_id, generation in covered.items():
-                guard = {"generation": generation} if generation else {}
-                feature_store.abort(sample_id, reason="covered by a durable checkpoint", **guard)
+            feature_store.free(list(covered.items()))
             self.store.record_released(list(covered), fence=self.fence("consumer"))
             freed += len(covered)
             if len(covered) < RELEASE_AT_ONCE:
                 break
         return freed
 
-    def reconcile_on_restart(self, feature_store: Aborts | None = None) -> dict[str, Any]:
+    def reconcile_on_restart(self, feature_store: Frees | Aborts | None = None) -> dict[str, Any]:
         """Sort every committed sample by its own ack after a crash. Idempotent.
 
         `released`: durably acked; the weights that survive contain it, and its features are
@@ -289,7 +294,10 @@ class DataFlowController:
         released = [i for i in committed if i in durable]
         if feature_store is not None:
             for sample_id in released:
-                feature_store.abort(sample_id, reason="reconciled: durably trained")
+                if isinstance(feature_store, Frees):
+                    feature_store.free([(sample_id, 0)])
+                else:
+                    feature_store.abort(sample_id, reason="reconciled: durably trained")
             self.store.record_released(released, fence=self.fence("consumer"))
         return {
             "requeued": [i for i in committed if i not in durable],

@@ -232,7 +232,7 @@ def _flip_one(directory: Path, name: str, rng: random.Random) -> str:
     for n in range(SAMPLES):  # so that generations and freed words are not all 0
         stores[0].put(f"old{n}", features(100 + n), generation=issued * (1 + n))
     for n in range(SAMPLES):
-        stores[n % 2].abort(f"old{n}")
+        stores[n % 2].free([(f"old{n}", 0)])
     refs = []
     for n in range(SAMPLES):
         sealed = stores[0].put(f"s{n}", features(n), generation=issued * (11 + n))
@@ -288,10 +288,10 @@ def _get(store: SharedMemoryFeatureStore, ref: SampleRef) -> str:
 
 def _go_on(owner: SharedMemoryFeatureStore, hit: SampleRef, generation: int) -> None:
     """The producer captures again what was hit, and something new."""
-    owner.abort(hit.sample_id)
+    owner.free([(hit.sample_id, 0)])
     for sample_id, seed in ((hit.sample_id, 7), ("new", 8)):
         ref = feature_ref(sample_id, owner.put(sample_id, features(seed), generation=generation))
         assert_same(owner.get(ref), features(seed))
     kept = {hit.sample_id, "new"}
-    owner.sweep(kept)
-    assert set(owner.sample_ids()) == kept
+    owner.free([one for one in owner.written() if one[0] not in kept])
+    assert {sample_id for sample_id, _ in owner.written()} == kept

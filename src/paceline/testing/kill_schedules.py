@@ -98,16 +98,17 @@ DETOURS: list[tuple[str, str, RunShape, tuple[Fault, ...]]] = [
     ),
     (
         "producer",
-        "features.sweep.after ledger.report_lost.before ledger.report_lost.after @report_lost",
+        "features.free.between features.free.after"
+        " ledger.report_lost.before ledger.report_lost.after @report_lost",
         PLAIN,
         (Fault("producer", "reboot", "ledger.commit_samples.before", 3),),
     ),
     ("consumer", "features.get.failed", PLAIN, (Fault("consumer", "reboot", "features.get.after", 2),)),
     (
         "producer",
-        "ledger.report_lost.after features.abort.before features.abort.after",
+        "ledger.report_lost.after features.free.before features.free.between",
         FULL,
-        (Fault("consumer", "damage_head", "features.abort.after"),),
+        (Fault("consumer", "damage_head", "features.free.after"),),
     ),
     (
         "producer",

@@ -15,7 +15,7 @@ import os
 import random
 import struct
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from paceline.crashpoints import reach
 from paceline.durable_files import FileContent
 from paceline.engines.engine import Captured, CaptureRequest
 from paceline.errors import StoreFullError, TrainingError
-from paceline.features.store import Sealed, Usage, is_kept
+from paceline.features.store import Sealed, Usage, Written
 from paceline.features.stores.refusals import corrupt, missing, stale
 from paceline.target.facts import TargetFacts
 from paceline.training.learner import Sample
@@ -217,21 +217,13 @@ class InMemoryLightFeatureStore:
             raise corrupt(ref, "other bytes lie there")
         return _unpack(payload)
 
-    def abort(self, sample_id: str, reason: str = "", *, generation: int | None = None) -> None:
-        if sample_id in self.held and generation in (None, self.held[sample_id][0]):
-            del self.held[sample_id]
+    def free(self, written: Iterable[Written]) -> None:
+        for sample_id, generation in written:
+            if sample_id in self.held and generation in (0, self.held[sample_id][0]):
+                del self.held[sample_id]
 
-    def sweep(self, keep: Collection[str], *, before: int | None = None) -> list[str]:
-        swept = [i for i, (generation, _) in self.held.items() if not is_kept(keep, before, i, generation)]
-        for sample_id in swept:
-            del self.held[sample_id]
-        return swept
-
-    def sample_ids(self) -> list[str]:
-        return list(self.held)
-
-    def newest_generation(self) -> int:
-        return max((generation for generation, _ in self.held.values()), default=0)
+    def written(self) -> list[Written]:
+        return [(sample_id, generation) for sample_id, (generation, _) in self.held.items()]
 
     def usage(self) -> Usage:
         resident = sum(len(payload) for _, payload in self.held.values())
@@ -328,38 +320,30 @@ class LightFeatureStore:
             raise corrupt(ref, "other bytes lie there")
         return _unpack(payload)
 
-    def abort(self, sample_id: str, reason: str = "", *, generation: int | None = None) -> None:
-        path = self.path_of(sample_id)
-        if path.exists():
+    def free(self, written: Iterable[Written]) -> None:
+        """Damaged files, too, and what was written aside and never renamed."""
+        for sample_id, generation in written:
+            reach("features.free.between")
+            path = self.path_of(sample_id)
             with self._locked():
                 known = _read(path)
-                if known is None or generation in (None, known[0]):
+                if known is None or generation in (0, known[0]):
                     path.unlink(missing_ok=True)
+                for aside in self.folder.glob(f"{path.stem}.{generation}.*.new"):
+                    aside.unlink()
 
-    def sweep(self, keep: Collection[str], *, before: int | None = None) -> list[str]:
-        """Also removes damaged files, and what was written aside and never renamed."""
-        swept = []
-        with self._locked():
-            for path in sorted(self.folder.glob("*.new")):
-                # Half-written perhaps, so its name must say whose it is.
-                if before is None or int(path.name.split(".")[1]) < before:
-                    path.unlink()
-            for path in sorted(self.folder.glob("*.sample")):
-                sample_id = bytes.fromhex(path.stem).decode()
-                known = _read(path)
-                if known is None or not is_kept(keep, before, sample_id, known[0]):
-                    path.unlink()
-                    swept.append(sample_id)
-        return swept
+    def written(self) -> list[Written]:
+        """Sealed ones with a whole header: a damaged one is found by its reader. Then those written aside,
+        half perhaps, so their names say whose they are."""
+        sealed = [(bytes.fromhex(path.stem).decode(), _read(path)) for path in self._files("*.sample")]
+        found = [(sample_id, known[0]) for sample_id, known in sealed if known is not None]
+        for path in self._files("*.new"):
+            name, generation, *_ = path.name.split(".")
+            found.append((bytes.fromhex(name).decode(), int(generation)))
+        return found
 
-    def sample_ids(self) -> list[str]:
-        """Those with a whole header: a damaged one is found by its reader."""
-        paths = sorted(self.folder.glob("*.sample"))
-        return [bytes.fromhex(path.stem).decode() for path in paths if _read(path) is not None]
-
-    def newest_generation(self) -> int:
-        found = [_read(path) for path in self.folder.glob("*.sample")]
-        return max((known[0] for known in found if known is not None), default=0)
+    def _files(self, pattern: str) -> list[Path]:
+        return sorted(self.folder.glob(pattern))
 
     def usage(self) -> Usage:
         try:
@@ -388,7 +372,7 @@ class LightFeatureStore:
         """Nothing to detach from."""
 
     def destroy(self) -> None:
-        self.sweep(())
+        self.free(self.written())
 
 
 def _with_header(sample_id: str, payload: bytes, generation: int) -> bytes:

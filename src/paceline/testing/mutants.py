@@ -6,7 +6,7 @@ A mutant is a name, what it breaks, and a patch of the product that lasts for a 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,7 @@ from unittest.mock import patch
 from paceline.capture import producer as capture
 from paceline.capture.backpressure import Backpressure
 from paceline.capture.groups import Groups
-from paceline.capture.producer import Producer
+from paceline.features.store import Written
 from paceline.ledger import trial
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.records import Fence, StepAck
@@ -101,18 +101,14 @@ def reserve_again(real: Any) -> Any:
     return reserve
 
 
-def sweep_of(**changed: Any) -> Change:
-    """Producers sweep with other arguments."""
+def kept_nothing(real: Any) -> Any:
+    """A producer believes that no sample is present."""
+    return lambda self: {}
 
-    def change(real: Any) -> Any:
-        def take_over(self: Producer) -> None:
-            sweep = self._features.sweep
-            self._features.sweep = lambda **given: sweep(**{**given, **changed})  # type: ignore[method-assign]
-            real(self)
 
-        return take_over
-
-    return change
+def unasked_skip(real: Any) -> Any:
+    """A producer takes what lies there for its own without asking the ledger."""
+    return lambda self, through: self._fences["producer"]
 
 
 def unbounded(real: Any) -> Any:
@@ -122,8 +118,8 @@ def unbounded(real: Any) -> Any:
 def release_any_generation(real: Any) -> Any:
     def release(self: DataFlowController, features: Any) -> int:
         class Careless:
-            def abort(self, sample_id: str, reason: str = "", *, generation: int | None = None) -> None:
-                features.abort(sample_id, reason=reason)
+            def free(self, written: Iterable[Written]) -> None:
+                features.free([(sample_id, 0) for sample_id, _ in written])
 
         freed: int = real(self, Careless())
         return freed
@@ -362,9 +358,11 @@ MUTANTS: dict[str, Mutant] = {
         "revoked bytes are committed", ((Store, "_may_commit", unchecked_intents),)
     ),
     "sweep keeps nothing": Mutant(
-        "committed bytes are swept", ((Producer, "_take_over", sweep_of(keep={})),)
+        "committed bytes are swept", ((Store, "present_generations", kept_nothing),)
     ),
-    "sweep without bound": Mutant("a zombie sweeps", ((Producer, "_take_over", sweep_of(before=None)),)),
+    "sweep without bound": Mutant(
+        "a zombie sweeps", ((DataFlowController, "skip_generations", unasked_skip),)
+    ),
     "checkpoint sweep without bound": Mutant(
         "a zombie removes the head", ((SimulatedFolder, "sweep", unbounded),)
     ),

@@ -17,7 +17,6 @@ from unittest.mock import patch
 
 from paceline import durable_files
 from paceline.features import codec
-from paceline.features.landing import fresh
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.testing import broken_files, channel_history, checkpoint_history
 from paceline.testing.flipped_files import flip_channels, flip_checkpoints, flip_features
@@ -138,10 +137,10 @@ def same_attempt(_: Any) -> Any:
 def undigested(_: Any) -> Any:
     def get(self: SharedMemoryFeatureStore, ref: Any) -> Any:
         layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
-        slot, _ = self._locate(ref)
-        return codec.read(
-            layout, codec.describe(ref.sample_id, layout), slot.payload, fresh(layout.num_bytes)
-        )[0]
+        arena = self._attached()
+        assert arena is not None
+        slot, _ = arena.locate(ref)
+        return codec.read(layout, codec.describe(ref.sample_id, layout), slot.payload)[0]
 
     return get
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 from paceline.errors import CheckpointDamagedError, UnknownResultError
-from paceline.features.store import Sealed, Usage
+from paceline.features.store import Sealed, Usage, Written
 from paceline.ledger.records import CheckpointRecord
 from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.testing.light_adapters import InMemoryLightFeatureStore
@@ -202,18 +202,12 @@ class SimulatedFeatures:
     def get(self, ref: SampleRef) -> dict[str, Any]:
         return self._features.get(ref)
 
-    def abort(self, sample_id: str, reason: str = "", *, generation: int | None = None) -> None:
-        self._way.point("abort")
-        before = dict(self._features.held)
-        self._features.abort(sample_id, reason, generation=generation)
-        self._judge(before)
-
-    def sweep(self, keep: Collection[str], *, before: int | None = None) -> list[str]:
-        self._way.point("sweep")
-        held = dict(self._features.held)
-        swept = self._features.sweep(keep, before=before)
-        self._judge(held)
-        return swept
+    def free(self, written: Iterable[Written]) -> None:
+        for one in written:
+            self._way.point("free")
+            before = dict(self._features.held)
+            self._features.free([one])
+            self._judge(before)
 
     def _judge(self, before: Mapping[str, tuple[int, bytes]]) -> None:
         for sample_id in before.keys() - self._features.held.keys():
@@ -230,11 +224,9 @@ class SimulatedFeatures:
         step = sample.quarantine_step if sample.state == "quarantined" else ack.step if ack else head + 1
         return step is not None and step > head
 
-    def sample_ids(self) -> list[str]:
-        return self._features.sample_ids()
-
-    def newest_generation(self) -> int:
-        return self._features.newest_generation()
+    def written(self) -> list[Written]:
+        self._way.point("list")
+        return self._features.written()
 
     def usage(self) -> Usage:
         return self._features.usage()

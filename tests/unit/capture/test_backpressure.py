@@ -164,10 +164,10 @@ def test_bytes_that_a_restored_ledger_knows_nothing_of_are_swept() -> None:
     shape = Shape(prompts=8, group=2)
     lost, features, engine = InMemoryMetadataStore(), InMemoryLightFeatureStore(), LightEngine()
     simulated_producer(shape, lost, features, engine, lambda *_, **__: None).run()
-    assert len(features.sample_ids()) == 8
+    assert len(features.written()) == 8
     restored = InMemoryMetadataStore()
     simulated_producer(shape, restored, features, engine, lambda *_, **__: None).run(max_rounds=1)
-    assert sorted(features.sample_ids()) == sorted(restored.present_ids())
+    assert sorted(features.held) == sorted(restored.present_ids())
     assert min(restored.present_generations().values()) > 8, "no number is given out twice"
 
 
@@ -184,10 +184,10 @@ def test_a_sample_lost_while_the_producer_waits_for_room_is_captured_again() -> 
         full = store.usage().resident_samples + shape.group > (shape.budget_samples or 0)
         if full and not lost:
             lost.append(needed)
-            features.abort(needed)
+            features.free([(needed, 0)])
             store.report_lost([needed])
         return bool(lost) and needed not in store.lost_ids()
 
     producer.run(should_stop=should_stop)
-    assert needed in features.sample_ids()
+    assert needed in features.held
     assert store.usage().resident_samples <= (shape.budget_samples or 0)

@@ -166,7 +166,7 @@ def test_members_that_are_not_wanted_convict_none_that_are() -> None:
     engine or the machine is at fault."""
     run = Run(3, 3)
     run.producer().run()
-    run.features.abort("light:0")
+    run.features.free([("light:0", 0)])
     run.fails = any_of(2)
     for _ in range(4):
         with pytest.raises(EngineError, match="no prompt of them is to blame"):
@@ -175,7 +175,7 @@ def test_members_that_are_not_wanted_convict_none_that_are() -> None:
     assert run.store.quarantined() == {}
     run.fails = lambda _: False
     run.producer().run()
-    assert sorted(run.features.sample_ids()) == ["light:0", "light:1", "light:2"]
+    assert sorted(sample_id for sample_id, _ in run.features.written()) == ["light:0", "light:1", "light:2"]
 
 
 def test_an_engine_that_dies_of_everything_is_not_proof_against_one() -> None:
@@ -211,7 +211,7 @@ def test_another_rendering_of_the_prompts_is_refused() -> None:
         run.producer().run()
     Dated.first = 2
     run.producer().run(max_rounds=0)
-    run.features.abort("light:3")
+    run.features.free([("light:3", 0)])
     with pytest.raises(ConfigError, match="of the group of 3 become other token ids"):
         run.producer().run()
     assert run.committed == [0, 1, 2, 3]

@@ -1,7 +1,7 @@
 """The other process of test_shm.py: obeys one command a line, answers one line of JSON each.
 
-Started as `shm_peer.py DIRECTORY owner|reader KILL_POINT`. Commands: put ID SEED, get REF, abort ID, usage,
-sweep KEPT_ID...
+Started as `shm_peer.py DIRECTORY owner|reader KILL_POINT`. Commands: put ID SEED, get REF, free ID, usage,
+written.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def obey(store: SharedMemoryFeatureStore, verb: str, rest: str) -> str:
             ref = ref_from_json(rest)
             assert_same(store.get(ref), features(int(ref.sample_id.removeprefix("s"))))
             return "true"
-        case "abort":
-            store.abort(rest)
+        case "free":
+            store.free([(rest, 0)])
             return "true"
         case "usage":
             return json.dumps(dataclasses.asdict(store.usage()))
-        case "sweep":
-            return json.dumps(store.sweep(rest.split()))
+        case "written":
+            return json.dumps(store.written())
     raise AssertionError(verb)
 
 

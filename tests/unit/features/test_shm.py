@@ -82,9 +82,9 @@ def test_a_reader_reads_and_frees_what_another_process_wrote(directory: Path, pe
     for number, ref in enumerate(refs):
         assert_same(reader.get(ref), features(number))
     late = writer.put(5)
-    reader.abort("s0")
-    reader.abort(late.sample_id)  # Freed by id alone: it was never read here.
-    reader.abort("s0")
+    reader.free([("s0", 0)])
+    reader.free([(late.sample_id, 0)])  # Freed by id alone: it was never read here.
+    reader.free([("s0", 0)])
     usage = reader.usage()
     assert usage.resident_samples == 4
     assert writer.ask("usage") == {
@@ -115,10 +115,10 @@ def test_a_writer_and_a_reader_restart_independently(directory: Path, peers: lis
     assert reader.ask("get " + ref_to_json(ref)) is True
     assert reader.ask("get " + ref_to_json(put(owner, 1))) is True
     assert put(owner, 0) == ref
-    assert reader.ask("abort s0") is True
+    assert reader.ask("free s0") is True
     assert reader.ask("get " + ref_to_json(ref)) == {"error": "FeatureMissingError"}
     assert owner.usage().resident_samples == 1
-    assert reader.ask("sweep s1") == {"error": "StoreError"}
+    assert reader.ask("written") == {"error": "StoreError"}
 
 
 @pytest.mark.parametrize("point", ["put.before_seal", "put.after"])
@@ -142,7 +142,7 @@ def test_a_killed_writer_leaves_whole_samples_and_reclaimable_slots(
     assert_same(owner.get(ref), features(0))
     assert_same(owner.get(put(owner, 1)), features(1))
     assert slot_files(directory) == files
-    assert owner.sweep(keep=["s0"]) == ["s1"]
+    owner.free([one for one in owner.written() if one[0] != "s0"])
     assert owner.usage().resident_samples == 1
 
 
@@ -165,7 +165,7 @@ def test_a_reader_beside_a_recycling_writer_never_reads_other_bytes(
                 reader.process.stdout.readline()
             assert reader.process.stdout.readline() == "true\n"
         else:
-            owner.abort(ref.sample_id)
+            owner.free([(ref.sample_id, 0)])
     answers = [reader.process.stdout.readline() for _ in range(2)]
     assert set(answers) <= {"true\n", '{"error": "FeatureMissingError"}\n'}
     assert len(slot_files(directory)) <= 102  # A hundred samples were kept.
@@ -180,7 +180,7 @@ def test_a_slot_recycled_in_the_middle_of_a_read_is_missing(
     read = codec.read
 
     def read_late(*arguments: Any) -> Any:
-        owner.abort("s1")
+        owner.free([("s1", 0)])
         put(owner, 2)
         return read(*arguments)
 
@@ -196,7 +196,7 @@ def test_a_late_free_does_not_free_the_slots_next_sample(directory: Path) -> Non
     (path,) = slot_files(directory)
     late = Slot.open(path)
     generation = late.generation
-    owner.abort("s1")
+    owner.free([("s1", 0)])
     ref = put(owner, 2)
     late.free(generation, by_owner=False)
     assert_same(owner.get(ref), features(2))
@@ -210,31 +210,18 @@ def test_slots_are_recycled(directory: Path) -> None:
     """A thousand samples come and go in one file, without a file descriptor or a memo left over."""
     owner, reader = owner_of(directory), reader_of(directory)
     put(owner, 0)
-    reader.abort("s0")
+    reader.free([("s0", 0)])
     descriptors = open_files()
     for number in range(1, 1001):
         ref = put(owner, number)
         if number % 100 == 0:
             reader.get(ref)
-        (owner if number % 2 else reader).abort(ref.sample_id)
+        (owner if number % 2 else reader).free([(ref.sample_id, 0)])
     assert len(slot_files(directory)) == 1
     assert open_files() <= descriptors
     assert owner.usage().resident_bytes == reader.usage().resident_bytes == 0
     assert owner._arena is not None
     assert len(owner._arena._slot_of) == 1
-
-
-def test_a_sample_that_is_held_keeps_its_memory(directory: Path) -> None:
-    """Large samples are read into the memory of earlier ones, but only of those nobody holds."""
-    owner, reader = owner_of(directory, budget_bytes=32 * MIB), reader_of(directory)
-    samples = [bulk(number, num_bytes=5 * MIB) for number in range(3)]
-    refs = [feature_ref(f"s{n}", owner.put(f"s{n}", tensors)) for n, tensors in enumerate(samples)]
-    held = reader.get(refs[0])
-    dropped = reader.get(refs[1])["bulk"].data_ptr()
-    again = reader.get(refs[2])
-    assert again["bulk"].data_ptr() == dropped
-    assert_same(held, samples[0])
-    assert_same(again, samples[2])
 
 
 def test_mapped_slots_hold_no_file_descriptors(directory: Path) -> None:
@@ -252,11 +239,11 @@ def test_free_slots_of_other_sizes_make_room(directory: Path) -> None:
     owner, reader = owner_of(directory, budget_bytes=MIB), reader_of(directory)
     for number in range(5):
         reader.get(feature_ref(f"s{number}", owner.put(f"s{number}", bulk(number))))
-        reader.abort(f"s{number}")
+        reader.free([(f"s{number}", 0)])
         assert len(slot_files(directory)) == 1
     owner.put("s5", bulk(5))
     owner.put("s6", bulk(6))
-    owner.abort("s5")
+    owner.free([("s5", 0)])
     large = bulk(7, num_bytes=MIB // 2 + MIB // 8)
     ref = feature_ref("large", owner.put("large", large))
     assert_same(reader.get(ref), large)

@@ -64,17 +64,17 @@ def test_a_flipped_bit_anywhere_is_found_or_harmless(directory: Path) -> None:
 
 
 def test_a_damaged_header_neither_stops_the_next_owner_nor_keeps_its_bytes(directory: Path) -> None:
-    """Whichever header bit flips: the next owner opens, frees the rest by sweep, and puts again."""
+    """Whichever header bit flips: the next owner opens, frees the rest, and puts again."""
     owner = owner_of(directory)
     for bit in range(0, 8 * 160, 7):
         put(owner, 1)
         path = slot_files(directory)[0]
         Slot.open(path)._header[bit // 8] ^= 1 << (bit % 8)
         owner = owner_of(directory)
-        owner.sweep(keep=())
+        owner.free(owner.written())
         assert owner.usage().resident_bytes == 0
         assert_same(owner.get(put(owner, 1)), features(1))
-        owner.sweep(keep=())
+        owner.free(owner.written())
         assert len(slot_files(directory)) == 1
 
 
@@ -87,7 +87,7 @@ def test_a_sample_with_a_damaged_generation_can_be_captured_again(
     owner_of(directory).put("s1", features(1), generation=5)
     Slot.open(slot_files(directory)[0])._words[word] ^= 1 << bit
     owner = owner_of(directory)
-    owner.sweep({"s1": 5}, before=100)
+    assert owner.written() == []
     assert owner.usage().resident_bytes == 0
     ref = feature_ref("s1", owner.put("s1", features(1), generation=101))
     assert_same(reader_of(directory).get(ref), features(1))
@@ -137,11 +137,11 @@ def test_slot_names_are_not_used_twice(directory: Path) -> None:
     owner = owner_of(directory, budget_bytes=MIB)
     for number in range(6):
         owner.put(f"s{number}", bulk(number, num_bytes=(1 + number % 2) * MIB // 4))
-        owner.abort(f"s{number}")
+        owner.free([(f"s{number}", 0)])
     owner.close()
     first = slot_files(directory)
     owner = owner_of(directory, budget_bytes=MIB)
-    owner.sweep(())
+    owner.free(owner.written())
     owner.put("large", bulk(9, num_bytes=3 * MIB // 5))
     assert slot_files(directory)[-1].name > first[-1].name
 
@@ -200,7 +200,7 @@ def test_a_reader_follows_a_store_that_was_made_again(directory: Path) -> None:
     new = put(owner_of(directory), 1)
     assert new.feature_store_uri != old.feature_store_uri
     assert_same(reader.get(new), features(1))
-    reader.abort("s1")
+    reader.free([("s1", 0)])
     assert reader.usage().resident_bytes == 0
     with pytest.raises(FeatureMissingError):
         reader.get(old)
@@ -211,10 +211,10 @@ def test_files_deleted_in_use_are_noticed(directory: Path) -> None:
     owner, reader = owner_of(directory), reader_of(directory)
     put(owner, 1)
     slot_files(directory)[0].unlink()
-    owner.abort("s1")
+    owner.free([("s1", 0)])
     assert_same(reader.get(put(owner, 1)), features(1))
     shutil.rmtree(directory)
-    owner.abort("s1")
+    owner.free([("s1", 0)])
     with pytest.raises(StoreError, match="removed"):
         put(owner, 1)
 
@@ -225,20 +225,20 @@ def test_either_side_may_destroy(directory: Path) -> None:
     put(owner, 1)
     reader.destroy()
     assert not directory.exists()
-    owner.abort("s1")
+    owner.free([("s1", 0)])
     owner.destroy()
     with pytest.raises(StoreError, match="closed"):
         owner.usage()
 
 
 def test_only_the_owner_writes(directory: Path) -> None:
-    """A reader's put or sweep is refused, whether or not there is a store."""
+    """A reader's put or list is refused, whether or not there is a store."""
     reader = reader_of(directory)
     for _ in range(2):
         with pytest.raises(StoreError, match="owner=True"):
             reader.put("a", {"x": torch.zeros(1)})
         with pytest.raises(StoreError, match="owner=True"):
-            reader.sweep(())
+            reader.written()
         owner_of(directory)
 
 

@@ -186,7 +186,7 @@ def test_slots_are_held_against_the_ledger(by_hand: RunByHand, directory: Path) 
     report = check(by_hand.folder, features=directory)
     assert (report.errors, report.notes, report.counts["slots"]) == ([], [], 5)
     by_hand.store.revoke([intent["run0:s3"]])
-    features.abort(ids[1])
+    features.free([(ids[1], 0)])
     features.put("run0:s9", {"x": torch.zeros(3)}, generation=1000)  # begun after the ledger was read
     report = check(by_hand.folder, features=directory)
     assert report.errors == []
@@ -196,7 +196,7 @@ def test_slots_are_held_against_the_ledger(by_hand: RunByHand, directory: Path) 
     [error] = check(by_hand.folder, features=directory).errors
     assert error.startswith("C9 slot-")
     assert "holds run0:s7 under the generation of: run0:s1" in error
-    features.abort("run0:s7")
+    features.free([("run0:s7", 0)])
     slot = min(directory.glob("slot-*"))
     shutil.copy(slot, directory / "slot-00000099")
     [error] = check(by_hand.folder, features=directory).errors

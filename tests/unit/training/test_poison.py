@@ -198,7 +198,7 @@ def test_a_lost_sample_that_cannot_be_captured_again_is_quarantined(tmp_path: Pa
     """The consumer does not wait for ever for what will never come back."""
     run = run_with(tmp_path, PoisonedEngine())
     run.producer()[1]()
-    run.features.abort("small:5")
+    run.features.free([("small:5", 0)])
     run.engine = PoisonedEngine(deadly=[5])
     run.run()
     store = SQLiteMetadataStore(run.db)

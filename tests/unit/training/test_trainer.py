@@ -127,7 +127,7 @@ def test_a_lost_sample_is_captured_again_into_a_full_store(
     """Samples behind it fill the store and wait for it: they are given up and captured again later."""
     run = SmallRun(tmp_path)
     run.producer()[1]()
-    run.features.abort("small:1")
+    run.features.free([("small:1", 0)])
     full = run.features.usage().resident_bytes
     run.engine = SyntheticEngine()
     trainer, loader = run.consumer()
@@ -256,7 +256,7 @@ def test_a_feature_that_goes_missing_under_the_consumer_is_captured_again(
     """One sample vanishes while both live: the step waits for it and then goes on in plan order."""
     run = SmallRun(tmp_path)
     run.producer()[1]()
-    run.features.abort("small:7")
+    run.features.free([("small:7", 0)])
     trainer, loader = run.consumer()
     run_disagg_online(trainer=trainer, loader=loader, drive_producer=keep_producing(run))
     assert same_bits(weights(trainer), uninterrupted)

@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 
 from paceline.errors import StoreError, StoreFullError
-from paceline.features import codec
+from paceline.features.stores.refusals import missing
 from paceline.features.stores.slots import PAGE_BYTES, Slot, State, create_file, map_file, slot_bytes
+from paceline.types import SampleRef
 
 IDENTITY = "identity"
 SLOT_NAME = re.compile(r"slot-\d{8,}")
@@ -114,8 +115,25 @@ class Arena:
         self._learned_at = now
         return self._known(sample_id)
 
+    def locate(self, ref: SampleRef) -> tuple[Slot, int]:
+        """The slot and the generation that the ref's keys name. Raises FeatureMissingError."""
+        name, _, rest = next(iter(ref.feature_keys.values()), "").partition("/")
+        generation = rest.partition("/")[0]
+        slot = self.slots.get(name)
+        if slot is None or not generation.isdecimal():
+            raise missing(ref, f"there is no slot {name!r}")
+        return slot, int(generation)
+
+    def free(self, sample_id: str, generation: int, *, by_owner: bool) -> None:
+        """Free the sample's slot if it holds that generation (0: any)."""
+        slot = self.find(sample_id)
+        if slot is not None and slot.known is not None and generation in (0, slot.known[0]):
+            slot.free(slot.known[0], by_owner=by_owner)
+
     def learn(self, slot: Slot, generation: int, sample_id: str) -> None:
         """Remember what lies in the slot: one memo per slot, so the memory is bounded."""
+        if self.slots.get(slot.name) is not slot:
+            return  # unlinked since
         if slot.known == (generation, sample_id) and self._slot_of.get(sample_id) is slot:
             return
         if slot.known is not None and self._slot_of.get(slot.known[1]) is slot:
@@ -130,16 +148,10 @@ class Arena:
         return slot
 
     def _learn_from_header(self, slot: Slot) -> bool:
-        generation = slot.generation
-        try:
-            sample_id, layout = codec.undescribe(slot.description)
-        except ValueError:
-            return False
-        if layout.num_bytes != slot.payload_bytes or layout.num_bytes > len(slot.payload):
-            return False
-        if slot.generation == generation:
-            self.learn(slot, generation, sample_id)
-        return True
+        generation, sealed = slot.generation, slot.sealed()
+        if sealed is not None and slot.generation == generation:
+            self.learn(slot, generation, sealed[0])
+        return sealed is not None
 
     def _forget(self, name: str) -> None:
         slot = self.slots.pop(name)
@@ -149,6 +161,11 @@ class Arena:
             del self._slot_of[slot.known[1]]
 
     # -- the owner --------------------------------------------------------------------------
+
+    def written(self) -> list[tuple[str, int]]:
+        """Sample ids and generations of what is sealed and whole."""
+        sealed = [(slot, slot.sealed()) for slot in self.slots.values()]
+        return [(found[0], slot.generation) for slot, found in sealed if found is not None]
 
     def allocate(self, payload_bytes: int) -> Slot:
         """A FREE slot that takes the payload. Raises StoreFullError, and then nothing has changed."""
@@ -177,8 +194,7 @@ class Arena:
                 path.unlink()
                 continue
             self._add(slot)
-            sealed = slot.state is State.SEALED and self._learn_from_header(slot)
-            if not sealed:
+            if not self._learn_from_header(slot):
                 slot.free(slot.generation, by_owner=True)
         last = max((int(name.removeprefix("slot-")) for name in self.slots), default=0)
         self._words[_NEXT_SERIAL] = max(self._words[_NEXT_SERIAL], last + 1)

@@ -7,8 +7,7 @@ every other store. It dies with its process. One thread at a time.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,7 @@ import torch
 
 from paceline.errors import StoreFullError
 from paceline.features import codec
-from paceline.features.landing import fresh
-from paceline.features.store import Sealed, Usage, is_kept
+from paceline.features.store import Sealed, Usage, Written
 from paceline.features.stores.refusals import corrupt, missing, stale
 from paceline.types import SampleRef
 
@@ -62,61 +60,26 @@ class InMemoryFeatureStore:
         return sealed
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
-        held, layout, description = self._found(ref)
-        payload = held.payload.numpy().data
-        tensors, digest = codec.read(layout, description, payload, fresh(layout.num_bytes))
-        if digest != ref.metadata.get("digest"):
-            raise corrupt(ref, f"the bytes have digest {digest}")
-        return tensors
-
-    @contextmanager
-    def view(self, ref: SampleRef) -> Iterator[dict[str, Any]]:
-        held, layout, description = self._found(ref)
-        tensors, digest = codec.look(layout, description, held.payload.numpy().data)
-        if digest != ref.metadata.get("digest"):
-            raise corrupt(ref, f"the bytes have digest {digest}")
-        try:
-            yield tensors
-        except Exception:
-            self._refuse_if_freed(ref, held)
-            raise
-        self._refuse_if_freed(ref, held)
-
-    def _refuse_if_freed(self, ref: SampleRef, held: _Held) -> None:
-        if self._held.get(ref.sample_id) is not held:
-            raise missing(ref, "they were freed while they were looked at")
-
-    def _found(self, ref: SampleRef) -> tuple[_Held, codec.Layout, bytes]:
         held = self._held.get(ref.sample_id)
         if held is None or ref.feature_store_uri != self._uri or ref.feature_keys != held.sealed.keys:
             raise missing(ref, "they were freed, or never sealed here")
         layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
         if layout.specs != held.sealed.specs:
             raise corrupt(ref, "the sealed tensors have other shapes or dtypes")
-        return held, layout, codec.describe(ref.sample_id, layout)
+        description = codec.describe(ref.sample_id, layout)
+        tensors, digest = codec.read(layout, description, held.payload.numpy().data)
+        if digest != ref.metadata.get("digest"):
+            raise corrupt(ref, f"the bytes have digest {digest}")
+        return tensors
 
-    def abort(
-        self,
-        sample_id: str,
-        reason: str = "",  # noqa: ARG002 (the protocol's)
-        *,
-        generation: int | None = None,
-    ) -> None:
-        held = self._held.get(sample_id)
-        if held is not None and generation in (None, held.generation):
-            del self._held[sample_id]
+    def free(self, written: Iterable[Written]) -> None:
+        for sample_id, generation in written:
+            held = self._held.get(sample_id)
+            if held is not None and generation in (0, held.generation):
+                del self._held[sample_id]
 
-    def sweep(self, keep: Collection[str], *, before: int | None = None) -> list[str]:
-        swept = [i for i, held in self._held.items() if not is_kept(keep, before, i, held.generation)]
-        for sample_id in swept:
-            del self._held[sample_id]
-        return swept
-
-    def sample_ids(self) -> list[str]:
-        return list(self._held)
-
-    def newest_generation(self) -> int:
-        return max((held.generation for held in self._held.values()), default=0)
+    def written(self) -> list[Written]:
+        return [(sample_id, held.generation) for sample_id, held in self._held.items()]
 
     def usage(self) -> Usage:
         resident = sum(held.sealed.num_bytes for held in self._held.values())

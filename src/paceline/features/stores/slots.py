@@ -1,8 +1,8 @@
 """One slot of shared memory: a file with a header page and room for one sample.
 
-Life of a slot: FREE -> (begin) WRITING -> (seal) SEALED -> (free) FREE, with a new generation at each
-`begin`: that of the ledger's byte intent, which is never used twice. Only the owner begins and
-seals; either process frees. Every word of the header has one writer, and freeing writes the
+Life of a slot: FREE -> (write) WRITING -> SEALED -> (free) FREE, with a new generation at each
+`write`: that of the ledger's byte intent, which is never used twice. Only the owner writes;
+either process frees. Every word of the header has one writer, and freeing writes the
 *generation that is freed*, so a late free by the reader cannot free the sample that has taken the
 slot since: the slot is FREE while either freed word equals the generation. The generation is written
 twice, the second time with every bit inverted; a slot where the two disagree is FREE as well, since
@@ -15,10 +15,18 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from paceline.crashpoints import reach
+from paceline.errors import StoreError
+from paceline.features import codec
+from paceline.features.stores.refusals import corrupt, missing
+from paceline.types import SampleRef
 
 HEADER_BYTES = 4096
 PAGE_BYTES = 4096
@@ -88,6 +96,18 @@ def create_file(path: Path, num_bytes: int) -> torch.Tensor:
     return map_file(path, num_bytes)
 
 
+def description_of(sample_id: str, layout: codec.Layout) -> bytes:
+    """What a slot's header says of the sample. Raises StoreError if it cannot hold it."""
+    description = codec.describe(sample_id, layout)
+    if len(description) > DESCRIPTION_BYTES_MAX:
+        raise StoreError(
+            f"The id and specs of sample {sample_id[:64]!r} take {len(description)} bytes.",
+            why=f"A slot's header holds {DESCRIPTION_BYTES_MAX}.",
+            next="use fewer tensors, or shorter names and ids.",
+        )
+    return description
+
+
 class Slot:
     """A mapped slot. `known`: this process's memo of the generation and sample id last seen sealed in it."""
 
@@ -138,7 +158,7 @@ class Slot:
 
     @property
     def description(self) -> bytes:
-        """What `begin` wrote, if nothing has damaged it."""
+        """What `write` put there, if nothing has damaged it."""
         length = min(self._words[_TEXT_BYTES], DESCRIPTION_BYTES_MAX)
         return bytes(self._header[_TEXT : _TEXT + length])
 
@@ -150,11 +170,25 @@ class Slot:
     def payload_bytes(self) -> int:
         return self._words[_PAYLOAD_BYTES]
 
-    def begin(self, description: bytes, payload_bytes: int, generation: int = 0) -> None:
-        """Take a FREE slot for a new sample. A crash from here to `seal` leaves it WRITING.
+    def write(
+        self, description: bytes, layout: codec.Layout, tensors: Mapping[str, Any], generation: int = 0
+    ) -> str:
+        """Seal the tensors in this FREE slot; their digest. A crash meanwhile leaves it WRITING.
 
-        `generation`: any but those the slot had before; 0 counts on from the last one.
+        `generation`: any but those the slot had before; 0 counts on from the last one. After an error the
+        slot is FREE again.
         """
+        self._begin(description, layout.num_bytes, generation)
+        try:
+            digest = codec.write(layout, description, tensors, self.payload)
+            reach("features.put.before_seal")
+            self._seal(digest)
+        except BaseException:
+            self.free(self.generation, by_owner=True)
+            raise
+        return digest
+
+    def _begin(self, description: bytes, payload_bytes: int, generation: int) -> None:
         assert self.is_free
         assert len(description) <= DESCRIPTION_BYTES_MAX
         assert payload_bytes <= len(self.payload)
@@ -170,10 +204,50 @@ class Slot:
         words[_TEXT_BYTES] = len(description)
         self._header[_TEXT : _TEXT + len(description)] = description
 
-    def seal(self, digest: str) -> None:
+    def _seal(self, digest: str) -> None:
         assert self.state is State.WRITING
         self._words[_DIGEST_HIGH], self._words[_DIGEST_LOW] = int(digest[:16], 16), int(digest[16:], 16)
         self._words[_STATE] = State.SEALED
+
+    def read(self, ref: SampleRef, generation: int) -> dict[str, Any]:
+        """A copy of the ref's tensors, written under `generation`.
+
+        The owner may free and reuse the slot before or while they are copied. The header afterwards says
+        so; it is the digest that judges the copy. Raises FeatureMissingError or FeatureCorruptError.
+        """
+        layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
+        if ref.feature_keys != self.keys(layout, generation):
+            raise corrupt(ref, "its keys are not those of its tensors")
+        if layout.num_bytes > len(self.payload):
+            raise corrupt(ref, f"{self.name} has no room for its tensors")
+        description = codec.describe(ref.sample_id, layout)
+        tensors, digest = codec.read(layout, description, self.payload)
+        state = self.state
+        if self.generation != generation or state in (State.FREE, State.WRITING):
+            raise missing(ref, f"{self.name} generation {generation} was freed")
+        if state is not State.SEALED or layout.num_bytes != self.payload_bytes:
+            raise corrupt(ref, f"the header of {self.name} is not whole")
+        if self.description != description:
+            raise corrupt(ref, f"{self.name} describes other tensors")
+        if not digest == self.digest == ref.metadata.get("digest"):
+            raise corrupt(ref, f"the header says digest {self.digest} and the bytes have {digest}")
+        return tensors
+
+    def sealed(self) -> tuple[str, codec.Layout] | None:
+        """The sample that is sealed here, and its layout; None if none is, or the header is damaged."""
+        if self.state is not State.SEALED:
+            return None
+        try:
+            sample_id, layout = codec.undescribe(self.description)
+        except ValueError:
+            return None
+        is_whole = layout.num_bytes == self.payload_bytes <= len(self.payload)
+        return (sample_id, layout) if is_whole else None
+
+    def keys(self, layout: codec.Layout, generation: int | None = None) -> dict[str, str]:
+        """`slot/generation/offset` of every tensor: a later sample in the slot has another generation."""
+        start = f"{self.name}/{self.generation if generation is None else generation}/"
+        return {place.name: start + place.key for place in layout.places}
 
     def free(self, generation: int, *, by_owner: bool) -> None:
         """Idempotent; without effect if the slot holds a later generation by now.
