@@ -1,4 +1,4 @@
-"""Which floating-point type a role computes in: bfloat16 where the processor has it, float32 elsewhere."""
+"""Where a role computes, and in which floating-point type: the one place that resolves "auto"."""
 
 from __future__ import annotations
 
@@ -6,20 +6,44 @@ from pathlib import Path
 
 import torch
 
+from paceline.errors import ConfigError
+
 BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+CPU = torch.device("cpu")
+CPUINFO = Path("/proc/cpuinfo")
 
 
-def torch_dtype(name: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> torch.dtype:
-    """The type that "auto", "bfloat16" or "float32" stands for on this machine."""
+def resolve_device(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda:N" stands for on this machine: "auto" is the first CUDA one.
+
+    Raises ConfigError for a device that is not there.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.bfloat16 if has_bfloat16(cpuinfo) else torch.float32
+        return torch.device("cuda:0") if count else CPU
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(
+            f"There is no device {name}: this machine has {count} CUDA devices.",
+            why="A role computes where the run file says, and nowhere else.",
+            next="set device to auto, to cpu, or to a device that is there.",
+        )
+    return device
+
+
+def torch_dtype(name: str, device: torch.device, cpuinfo: Path = CPUINFO) -> torch.dtype:
+    """The type that "auto", "bfloat16" or "float32" stands for on `device`.
+
+    "auto" is bfloat16 where its products are done in hardware, float32 elsewhere.
+    """
+    if name == "auto":
+        return torch.bfloat16 if has_bfloat16(device, cpuinfo) else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
-def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether bfloat16 products are done in hardware: a CUDA device that has them, or the processor."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
+def has_bfloat16(device: torch.device, cpuinfo: Path = CPUINFO) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
         text = cpuinfo.read_text()
     except OSError:

@@ -52,6 +52,12 @@ def test_only_methods_name_their_tensors() -> None:
             assert not re.search(rf"[\"'](?:{names})[\"']", path.read_text()), path
 
 
+def test_one_place_decides_what_auto_stands_for() -> None:
+    """No component asks by itself whether there is a CUDA device: the run file says where it computes."""
+    asking = [path.name for path in SOURCES if "is_available(" in path.read_text()]
+    assert asking == ["precision.py"]
+
+
 def test_nothing_unpickles() -> None:
     """Files from a disk are data, never code."""
     for path in SOURCES:

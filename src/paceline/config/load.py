@@ -6,20 +6,24 @@ nearest right one; a changed value of a resumed run names both values and the wa
 
 from __future__ import annotations
 
-import difflib
 import json
 import reprlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import Field, ValidationError, create_model
 
-from paceline.config.run import CHANGEABLE, RunConfig
+from paceline.config.run import RunConfig
+from paceline.engines.table import ENGINES
 from paceline.errors import ConfigError
+from paceline.features.table import STORES
+from paceline.methods.table import METHODS
 from paceline.regular_files import read_regular
+from paceline.section import Section, problems
 
 FILE_BYTES_MAX = 1 << 20
 VALUES_MAX = 10_000
@@ -71,47 +75,46 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
+# Sections of which there are several, by the key that names one, and the one that is meant without it.
+VARIANTS = {
+    "engine": (ENGINES, "name", "transformers"),
+    "features": (STORES, "store", "shm"),
+    "method": (METHODS, "name", "eagle3"),
+}
+
+
 def parse_run_config(data: Mapping[str, Any], *, source: str) -> RunConfig:
+    model = _model_of(tuple(_chosen(data, section) for section in VARIANTS))
     try:
-        return RunConfig.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        problems = [_advice(problem) for problem in error.errors()]
+        told = problems(error, model)
         raise ConfigError(
-            f"{source} has {len(problems)} problem{'s' * (len(problems) > 1)}: " + "; ".join(problems) + ".",
+            f"{source} has {len(told)} problem{'s' * (len(told) > 1)}: " + "; ".join(told) + ".",
             why="Nothing was started and nothing was changed.",
             next=f"mend {source} and run the same command again.",
         ) from error
 
 
-def _advice(problem: Any) -> str:
-    where = [str(part) for part in problem["loc"]]
-    name = ".".join(where)
-    if problem["type"] == "extra_forbidden":
-        known = _keys_at(where[:-1])
-        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
-        right = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {name!r} ({right})"
-    if problem["type"] == "missing":
-        return f"{name!r} is missing"
-    given = f", given {_shown(problem['input'])}" if not isinstance(problem["input"], dict) else ""
-    return f"{name or 'the file'}: {problem['msg']}{given}"
-
-
-def _shown(value: object) -> str:
+def _chosen(data: Mapping[str, Any], section: str) -> type[Section]:
+    """The class of a section that the file names in it. Raises ConfigError for a name that is none."""
+    table, tag, default = VARIANTS[section]
+    given = data.get(section)
+    name = given.get(tag, default) if isinstance(given, Mapping) else default
     try:
-        return reprlib.repr(value)
-    except ValueError:  # more digits than Python writes
-        return "a number of very many digits"
+        found: type[Section] = table.find(name if isinstance(name, str) else reprlib.repr(name))
+    except ConfigError as error:
+        raise ConfigError(f"{section}.{tag}: {error.what}", why=error.why, next=error.next) from error
+    return found
 
 
-def _keys_at(where: list[str]) -> list[str]:
-    model: type[BaseModel] = RunConfig
-    for part in where:
-        inner = model.model_fields[part].annotation
-        assert isinstance(inner, type)
-        assert issubclass(inner, BaseModel)
-        model = inner
-    return list(model.model_fields)
+@lru_cache
+def _model_of(chosen: tuple[type[Section], ...]) -> type[RunConfig]:
+    fields: dict[str, Any] = {
+        name: (section, Field(default_factory=section))
+        for name, section in zip(VARIANTS, chosen, strict=True)
+    }
+    return create_model("RunConfig", __base__=RunConfig, **fields)
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
@@ -132,11 +135,12 @@ def refuse_changes(recorded: Mapping[str, Any], config: RunConfig) -> None:
 
     `recorded` is `flat(config)` of the run's first start.
     """
-    now = flat(config)
+    # A knob that is younger than the run had its default.
+    now, recorded = flat(config), {**_defaults(config), **recorded}
     changed = [
         key
-        for key in sorted({*recorded, *now})
-        if recorded.get(key) != now.get(key) and not _is_changeable(key)
+        for key in sorted(recorded.keys() | now.keys())
+        if recorded.get(key) != now.get(key) and not _is_changeable(key, config)
     ]
     if not changed:
         return
@@ -150,8 +154,16 @@ def refuse_changes(recorded: Mapping[str, Any], config: RunConfig) -> None:
     )
 
 
-def _is_changeable(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)
+def _defaults(config: RunConfig) -> dict[str, Any]:
+    """Every knob that has a default, at it."""
+    sections = {name: type(section).model_construct().model_dump(mode="json") for name, section in config}
+    return dict(_leaves(sections, ""))
+
+
+def _is_changeable(key: str, config: RunConfig) -> bool:
+    section, _, knob = key.partition(".")
+    changeable: tuple[str, ...] = getattr(getattr(config, section, None), "changeable", ())
+    return "*" in changeable or knob in changeable
 
 
 def recorded_config(recorded: Mapping[str, Any], directory: Path) -> str:

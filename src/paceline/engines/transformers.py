@@ -20,11 +20,13 @@ from paceline.engines.attention import ATTENTION
 from paceline.engines.cache import PreallocatedLayer, copy_cache
 from paceline.engines.capture_rows import CaptureRows
 from paceline.engines.engine import Captured, CaptureRequest
+from paceline.engines.settings import TransformersSection
 from paceline.errors import CaptureMismatchError, EngineError
-from paceline.precision import torch_dtype
+from paceline.precision import resolve_device, torch_dtype
 from paceline.target.facts import TargetFacts
 from paceline.target.folder import eos_token_ids, read_config, read_generation_config
 from paceline.target.model import load_whole, unusable
+from paceline.target.settings import TargetSection
 from paceline.target.tokenizer import PromptEncoder
 from paceline.target.version import TargetVersion
 from paceline.types import Feature, States
@@ -34,17 +36,25 @@ PROBE_TEXT = "Riders in a paceline take turns at the front."
 
 
 class TransformersEngine:
-    def __init__(self, model_folder: Path, *, dtype: str = "auto", date: str | None = None) -> None:
+    def __init__(
+        self, model_folder: Path, *, dtype: str = "auto", device: str = "auto", date: str | None = None
+    ) -> None:
         """Raises EngineError, with advice, if the folder holds no model that can be captured from.
 
         `date`: see `PromptEncoder`.
         """
         self._encoder = PromptEncoder(model_folder, date=date)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = load_whole(model_folder, torch_dtype(dtype), self._device, ATTENTION)
+        self._device = resolve_device(device)
+        self._model = load_whole(model_folder, torch_dtype(dtype, self._device), self._device, ATTENTION)
         _require_llama_layout(self._model, model_folder)
         self._layers = list(self._model.model.layers)
         self._facts = _facts(self._model, model_folder)
+
+    @classmethod
+    def of_run(
+        cls, section: TransformersSection, target: TargetSection, *, date: str | None = None
+    ) -> TransformersEngine:
+        return cls(target.model, dtype=target.dtype, device=section.device, date=date)
 
     @property
     def facts(self) -> TargetFacts:

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import torch
 
-from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.precision import torch_dtype
+from paceline.precision import resolve_device, torch_dtype
 from paceline.roles.binding import bind_run
-from paceline.roles.draft import build_method
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
 from paceline.roles.wire import ConsumerParts, build_disagg_online_consumer
@@ -24,21 +22,14 @@ from paceline.training.settings import OptimizerSettings, TrainerSettings
 
 def trainer_settings(plan: RunPlan) -> TrainerSettings:
     config, training = plan.config, plan.config.training
+    dtype = torch_dtype(config.method.dtype, resolve_device(training.device))
     return TrainerSettings(
-        optimizer=OptimizerSettings(
-            total_steps=plan.num_steps,
-            learning_rate=training.learning_rate,
-            final_learning_rate=training.final_learning_rate,
-            warmup_steps=training.warmup_steps,
-            weight_decay=training.weight_decay,
-            beta1=training.beta1,
-            beta2=training.beta2,
-            grad_clip=training.grad_clip,
-        ),
+        optimizer=OptimizerSettings.of(training, plan.num_steps),
         seed=config.run.seed,
         micro_batch_size=training.micro_batch_size,
         first_samples=config.method.first_samples,
-        autocast_dtype=torch.bfloat16 if torch_dtype(config.method.dtype) is torch.bfloat16 else None,
+        device=training.device,
+        autocast_dtype=torch.bfloat16 if dtype is torch.bfloat16 else None,
         max_steps=training.max_steps,
         checkpoint_interval_steps=config.checkpoint.interval_steps,
         checkpoints_kept=config.checkpoint.keep,
@@ -52,9 +43,7 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     torch.use_deterministic_algorithms(True)
     store = SQLiteMetadataStore(config.ledger_path, durability=config.ledger.durability)
     bind_run(plan, store, role="consumer")
-    features = SharedMemoryFeatureStore(
-        config.feature_folder, budget_bytes=config.features.budget_mib << 20, owner=False
-    )
+    features = config.features.build(config.feature_folder, owner=False)
     if store.facts().get(COMPLETED_STEP) is not None:
         features.destroy()
         return
@@ -62,7 +51,7 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
         run_id=config.run.name,
         feature_store=features,
         parts=ConsumerParts(
-            method=build_method(config),
+            method=config.method.build(),
             head=TargetHead.load(config.target.model),
             checkpoint_folder=config.checkpoint_folder,
             settings=trainer_settings(plan),

@@ -1,26 +1,11 @@
-"""A run's draft method, and its draft from a checkpoint: what consumer and evaluator share."""
+"""A run's draft from its newest checkpoint."""
 
 from __future__ import annotations
 
 from paceline.config.run import RunConfig
 from paceline.errors import CheckpointDamagedError, CheckpointError
 from paceline.ledger.store import MetadataStore
-from paceline.methods.eagle3.method import Eagle3Method
-from paceline.methods.method import DraftMethod
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
-
-
-def build_method(config: RunConfig) -> DraftMethod:
-    section = config.method
-    return Eagle3Method(
-        {
-            "draft_vocab_size": section.draft_vocab_size,
-            "ttt_steps": section.ttt_steps,
-            "step_decay": section.step_decay,
-            "recompute": section.recompute,
-            "init": section.init,
-        }
-    )
 
 
 def newest_checkpoint(config: RunConfig, store: MetadataStore) -> Checkpoint:

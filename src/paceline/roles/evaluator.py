@@ -15,8 +15,8 @@ from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
 from paceline.ledger.facts import RENDERING_DATE
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.precision import torch_dtype
-from paceline.roles.draft import build_method, newest_checkpoint
+from paceline.precision import CPU, torch_dtype
+from paceline.roles.draft import newest_checkpoint
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
 from paceline.target.head import TargetHead
@@ -32,8 +32,8 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
     checkpoint = newest_checkpoint(config, store)
     date = store.facts().get(RENDERING_DATE)
     store.close()
-    dtype = torch_dtype(config.evaluation.dtype)
-    method, head = build_method(config), TargetHead.load(config.target.model)
+    dtype = torch_dtype(config.evaluation.dtype, CPU)
+    method, head = config.method.build(), TargetHead.load(config.target.model)
     draft = restore_draft(method, head, config.run.seed, checkpoint.files)
     encoder = PromptEncoder(
         config.target.model, max_prompt_tokens=config.prompts.max_prompt_tokens, date=date

@@ -9,13 +9,10 @@ from pathlib import Path
 import torch
 
 from paceline.capture.producer import CaptureSettings
-from paceline.engines.transformers import TransformersEngine
 from paceline.errors import StoreError
-from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.roles.binding import bind_date, bind_run, bind_target
-from paceline.roles.draft import build_method
 from paceline.roles.plan import RunPlan, window_size
 from paceline.roles.process import run_role
 from paceline.roles.wire import build_disagg_online_producer
@@ -30,13 +27,11 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     stretches = bind_run(plan, store, role="producer")
     if store.facts().get(COMPLETED_STEP) is not None:
         return
-    engine = TransformersEngine(config.target.model, dtype=config.target.dtype, date=bind_date(store))
+    engine = config.engine.build(config.target, date=bind_date(store))
     engine.probe()
     bind_target(store, engine.facts.model_version, engine.facts.tokenizer_version)
     events.write("engine_ready", dtype=engine.facts.dtype, model_version=engine.facts.model_version)
-    features = SharedMemoryFeatureStore(
-        config.feature_folder, budget_bytes=config.features.budget_mib << 20, owner=True
-    )
+    features = config.features.build(config.feature_folder, owner=True)
     _, drive_producer = build_disagg_online_producer(
         run_id=config.run.name,
         engine=engine,
@@ -51,7 +46,7 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
             temperature=config.prompts.temperature,
             seed=config.run.seed,
             strategy=config.method.name,
-            features=build_method(config).features(engine.facts),
+            features=config.method.build().features(engine.facts),
         ),
         window_size=window_size(config),
         budget_samples=config.features.budget_samples,

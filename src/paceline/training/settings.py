@@ -1,16 +1,31 @@
-"""What decides the weights, and how often they are made durable."""
+"""What decides the weights, and how often they are made durable: `training`, `checkpoint`. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field, model_validator
+
+from paceline.section import Count, Device, Fraction, Section
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class OptimizerSettings:
+class OptimizerSection(Section):
+    """AdamW's knobs, part of the run file's `training` section."""
+
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    final_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class OptimizerSettings(OptimizerSection):
     """Learning rates per step: linear warm-up, then a cosine down to the final one at `total_steps`.
 
     Later steps keep the final rate. `total_steps` None is for a stream without an end: constant after
@@ -18,13 +33,37 @@ class OptimizerSettings:
     """
 
     total_steps: int | None
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-5
-    warmup_steps: int = 10
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0
+
+    @classmethod
+    def of(cls, section: OptimizerSection, total_steps: int | None) -> OptimizerSettings:
+        knobs = {name: getattr(section, name) for name in OptimizerSection.model_fields}
+        return cls(total_steps=total_steps, **knobs)
+
+
+class TrainingSection(OptimizerSection):
+    """`batch_size` samples an optimizer step, in micro-batches of `micro_batch_size`.
+
+    `passes`: how often each sample is trained on while its features are resident (loader/passes.py).
+    """
+
+    changeable: ClassVar[tuple[str, ...]] = ("device",)
+    passes: Count = 1
+    batch_size: Count = 8
+    micro_batch_size: Count = 8
+    max_steps: Count | None = None
+    device: Device = "auto"
+
+    @model_validator(mode="after")
+    def _micro_batches_fit(self) -> TrainingSection:
+        if self.micro_batch_size > self.batch_size:
+            raise ValueError("training.micro_batch_size must not exceed training.batch_size")
+        return self
+
+
+class CheckpointSection(Section):
+    changeable: ClassVar[tuple[str, ...]] = ("interval_steps", "keep")
+    interval_steps: Count = 25
+    keep: Annotated[int, Field(ge=2)] = 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +78,7 @@ class TrainerSettings:
     micro_batch_size: int = 8
     first_samples: int = 64
     autocast_dtype: torch.dtype | None = None
+    device: str = "auto"
     max_steps: int | None = None
     checkpoint_interval_steps: int = 25
     checkpoints_kept: int = 2

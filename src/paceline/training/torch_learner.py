@@ -1,7 +1,7 @@
 """The draft model and its optimizer as the trainer's learner.
 
 The draft is built on the processor (the first weights are a pure function of samples and seed there) and
-trained on a CUDA device if there is one. Nothing in training draws random numbers on the device.
+trained on the device that the settings name. Nothing in training draws random numbers on the device.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 from paceline.durable_files import FileContent
 from paceline.errors import TrainingError
 from paceline.methods.method import DraftMethod
+from paceline.precision import resolve_device
 from paceline.target.head import TargetHead
 from paceline.training import tensor_files
 from paceline.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
@@ -32,7 +33,7 @@ class TorchLearner:
         self._head = head
         self._settings = settings
         self._staging = tensor_files.Staging()
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = resolve_device(settings.device)
 
     @property
     def ready(self) -> bool:

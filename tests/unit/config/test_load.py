@@ -45,9 +45,17 @@ def test_every_shipped_recipe_loads() -> None:
         ({"training": {"batch_size": 0}}, "training.batch_size.*greater than or equal to 1, given 0"),
         ({"training": {"batch_size": "many"}}, "training.batch_size.*given 'many'"),
         ({"training": {"batch_size": 2, "micro_batch_size": 4}}, "micro_batch_size must not exceed"),
-        ({"method": {"name": "medusa"}}, "method.name.*'eagle3'"),
+        ({"method": {"name": "medusa"}}, r"method\.name: There is no draft method 'medusa'.*one of: eagle3"),
+        ({"method": {"name": "eagel3"}}, "did you mean 'eagle3'"),
+        ({"method": {"name": ["eagle3"]}}, r"method\.name: There is no draft method"),
+        ({"method": {"name": "eagle3", "ttt_step": 2}}, "method.ttt_step.*did you mean 'ttt_steps'"),
+        ({"method": {"first_samples": 0}}, "method.first_samples.*given 0"),
+        ({"engine": {"name": "vlm"}}, r"engine\.name: There is no engine 'vlm'.*transformers"),
+        ({"engine": {"devise": "cpu"}}, "engine.devise.*did you mean 'device'"),
+        ({"features": {"store": "disk"}}, r"features\.store: There is no feature store 'disk'.*shm"),
+        ({"training": {"device": "gpu"}}, "training.device.*cuda: and its number, given 'gpu'"),
         ({"run": {"name": "../up", "directory": "x"}}, "run.name"),
-        ({"machine": {"zzz": 1}}, "known keys: producer_threads"),
+        ({"machine": {"zzz": 1}}, "known: producer_threads"),
     ],
 )
 def test_a_wrong_value_or_key_is_named(sections: dict[str, dict[str, Any]], message: str) -> None:
@@ -94,6 +102,25 @@ def test_settings_that_decide_no_bit_may_change() -> None:
         checkpoint={"interval_steps": 5},
     )
     refuse_changes(recorded, parse_run_config(free, source="x"))
+
+
+def test_a_knob_that_is_younger_than_the_run_had_its_default() -> None:
+    """A run of before goes on under a version with more knobs, unless one of those is set."""
+    recorded = flat(parse_run_config(MINIMAL, source="x"))
+    older = {key: value for key, value in recorded.items() if key not in ("engine.name", "training.beta2")}
+    refuse_changes(older, parse_run_config(MINIMAL, source="x"))
+    with pytest.raises(ConfigError, match=r"training\.beta2: 0\.95 -> 0\.5"):
+        refuse_changes(older, parse_run_config(with_values(training={"beta2": 0.5}), source="x"))
+
+
+def test_a_missing_engine_section_means_transformers() -> None:
+    """Run files of before engines could be chosen load unchanged."""
+    config = parse_run_config(MINIMAL, source="x")
+    assert (config.engine.name, config.features.store, config.method.name) == (
+        "transformers",
+        "shm",
+        "eagle3",
+    )
 
 
 def test_the_recorded_configuration_is_a_run_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from paceline.engines.engine import Captured, CaptureRequest
 from paceline.engines.transformers import TransformersEngine, _argmax_agrees
 from paceline.errors import CaptureMismatchError, EngineError
-from paceline.precision import has_bfloat16, torch_dtype
+from paceline.precision import CPU, has_bfloat16, torch_dtype
 from paceline.target.tokenizer import PromptEncoder
 from paceline.testing.engine_suite import capture, requests
 from paceline.testing.tiny_folder import make_tiny_folder
@@ -266,6 +266,6 @@ def test_bfloat16_is_used_where_the_processor_has_it(tmp_path: Path, cpuinfo: st
     """x86 and Arm name it differently; elsewhere float32 is the faster one."""
     path = tmp_path / "cpuinfo"
     path.write_text(cpuinfo)
-    assert has_bfloat16(path) is expected
-    assert torch_dtype("auto", path) is (torch.bfloat16 if expected else torch.float32)
-    assert torch_dtype("float32", path) is torch.float32
+    assert has_bfloat16(CPU, path) is expected
+    assert torch_dtype("auto", CPU, path) is (torch.bfloat16 if expected else torch.float32)
+    assert torch_dtype("float32", CPU, path) is torch.float32

@@ -20,6 +20,7 @@ from typing import Any
 
 from paceline.errors import StoreError
 from paceline.features import codec
+from paceline.features.settings import FeaturesSection
 from paceline.features.store import Sealed, Usage, Written
 from paceline.features.stores.arena import Arena, remove
 from paceline.features.stores.refusals import missing, stale
@@ -40,6 +41,10 @@ class SharedMemoryFeatureStore:
         self._closed = False
         self._lock = threading.RLock()
         self._arena = Arena.own(directory, budget_bytes) if owner else Arena.attach(directory, budget_bytes)
+
+    @classmethod
+    def of_run(cls, section: FeaturesSection, folder: Path, *, owner: bool) -> SharedMemoryFeatureStore:
+        return cls(folder, budget_bytes=section.budget_mib << 20, owner=owner)
 
     def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:
         with self._lock:

@@ -8,7 +8,7 @@ The same head, settings, seed and samples give the same bits.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from paceline.errors import ConfigError
 from paceline.methods.eagle3.decode import Eagle3Decoder
 from paceline.methods.eagle3.loss import Eagle3Batch, collate, training_time_test
 from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft, Midlayer
+from paceline.methods.eagle3.settings import Eagle3Section
 from paceline.methods.eagle3.vocab import answer_token_weights, choose_draft_vocab, vocab_maps
 from paceline.methods.eagle3.warm_start import warm_start
 from paceline.methods.method import LossSums
@@ -30,62 +31,14 @@ from paceline.types import Feature, Rows, States, Targets, Tokens
 _REGRESSION_RATES = {"fc.weight": 0.02, "lm_head.weight": 0.1}
 
 
-@dataclass(frozen=True)
-class Eagle3Settings:
-    """Knobs of the method.
-
-    `init`: "regression" (closed form, from the run's first samples; `warm_start` finishes it),
-    "target" (weights of the target's last layer) or "random".
-
-    `recompute`: backward computes every unrolled step's layer again, to the same bits. Between forward
-    and backward an anchor (a token that can be drafted from) keeps, for each step, in elements of the
-    compute dtype, 2I + 8H + 2(N + N_kv)d (hidden size H, intermediate size I, N query and N_kv key-value
-    heads of size d) without it, and 3H + 2 N_kv d with it; neither grows with a sample's length. The
-    gradient of lm_head is kept once, in float32. With SmolLM2-135M's sizes and two anchors in three
-    tokens a step more keeps 12.2 KiB a token, or 2.6, and recomputing makes the whole training step
-    about 15 % slower (benchmarks/training_step.py).
-    """
-
-    draft_vocab_size: int = 8192
-    ttt_steps: int = 4
-    step_decay: float = 0.8
-    init: str = "regression"
-    recompute: bool = False
-
-    @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> Eagle3Settings:
-        """Settings from a run file's mapping. Raises ConfigError for unknown or impossible ones."""
-        known = {item.name for item in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConfigError(
-                f"unknown eagle3 setting {unknown[0]!r}",
-                why="a misspelt setting would silently keep its default",
-                next=f"use one of: {', '.join(sorted(known))}",
-            )
-        settings = cls(**values)
-        if settings.ttt_steps < 1 or settings.draft_vocab_size < 1 or not 0.0 < settings.step_decay <= 1.0:
-            raise ConfigError(
-                f"eagle3 settings out of range: {settings}",
-                why="ttt_steps and draft_vocab_size are at least 1, step_decay lies in (0, 1]",
-                next="correct the method section of the run file",
-            )
-        if settings.init not in ("regression", "target", "random"):
-            raise ConfigError(
-                f"eagle3 init={settings.init!r} is unknown",
-                why="it decides what the draft's weights start from",
-                next='use init = "regression", "target" or "random"',
-            )
-        return settings
-
-
 class Eagle3Method:
     """See `DraftMethod` for the contract of each method."""
 
     name = "eagle3"
 
-    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
-        self.settings = Eagle3Settings.parse(settings or {})
+    def __init__(self, settings: Eagle3Section | Mapping[str, Any] | None = None) -> None:
+        given = settings or {}
+        self.settings = given if isinstance(given, Eagle3Section) else Eagle3Section.parse(given)
 
     def features(self, target: TargetFacts) -> tuple[Feature, ...]:
         last = target.num_hidden_layers

@@ -1,0 +1,41 @@
+"""The run file's `prompts` and `capture` sections: what is answered, and in which batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from paceline.section import Count, Section
+
+ROUNDS_MAX = 10_000
+
+
+class PromptsSection(Section):
+    """`rounds`: how often the prompt set is answered; from the second round on answers are sampled.
+
+    `duplicates`: a line that repeats an earlier one is taken once, or refuses the run. The file may lie
+    elsewhere at the next start: the prompts themselves are known by their digests.
+    """
+
+    changeable: ClassVar[tuple[str, ...]] = ("path", "duplicates")
+    path: Path
+    rounds: Annotated[int, Field(ge=1, le=ROUNDS_MAX)] = 1
+    duplicates: Literal["once", "refuse"] = "once"
+    max_prompt_tokens: Count = 192
+    max_answer_tokens: Count = 128
+    first_round_temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.8
+
+
+class CaptureSection(Section):
+    """`group_size`: prompts answered in one batch; the unit of capture and of re-capture.
+
+    `failures_in_a_row_max`: if more prompts than these fail one after another, the producer stops.
+    """
+
+    changeable: ClassVar[tuple[str, ...]] = ("attempt_max", "failures_in_a_row_max")
+    group_size: Count = 64
+    attempt_max: Count = 3
+    failures_in_a_row_max: Count = 16

@@ -1,0 +1,34 @@
+"""The run file's `engine` section: which engine runs the target, and where. No torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from paceline.section import Device, Section
+from paceline.table import resolve
+from paceline.target.settings import TargetSection
+
+if TYPE_CHECKING:
+    from paceline.engines.engine import TargetEngine
+
+
+class EngineSection(Section):
+    """An engine's own section subclasses it, and names the class that is built from it in `component`."""
+
+    component: ClassVar[str]  # "module:class", a TargetEngine with `of_run(section, target, date=)`
+    name: str
+
+    def build(self, target: TargetSection, *, date: str | None = None) -> TargetEngine:
+        """`date`: what the target's template takes for today. Raises EngineError, with advice, for a target
+        that this engine cannot run."""
+        engine: TargetEngine = resolve(self.component).of_run(self, target, date=date)
+        return engine
+
+
+class TransformersSection(EngineSection):
+    """The target in the producer's own process. Another device of the same kind changes no bit."""
+
+    component: ClassVar[str] = "paceline.engines.transformers:TransformersEngine"
+    changeable: ClassVar[tuple[str, ...]] = ("device",)
+    name: Literal["transformers"] = "transformers"
+    device: Device = "auto"

@@ -1,0 +1,13 @@
+"""Every target engine: its name in run files, and where its section is. One line an engine."""
+
+from __future__ import annotations
+
+from paceline.table import Table
+
+ENGINES = Table(
+    "engine",
+    "paceline.engines",
+    {
+        "transformers": "paceline.engines.settings:TransformersSection",
+    },
+)

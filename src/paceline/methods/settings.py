@@ -1,0 +1,27 @@
+"""The run file's `method` section, as far as every method has it. No torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from paceline.section import Count, Dtype, Section
+from paceline.table import resolve
+
+if TYPE_CHECKING:
+    from paceline.methods.method import DraftMethod
+
+
+class MethodSection(Section):
+    """A method's own section subclasses it, and names the class that is built from it in `component`.
+
+    `first_samples`: how many of the run's first samples the first weights are made from.
+    """
+
+    component: ClassVar[str]  # "module:class", a DraftMethod that takes the section
+    name: str
+    first_samples: Count = 128
+    dtype: Dtype = "auto"
+
+    def build(self) -> DraftMethod:
+        method: DraftMethod = resolve(self.component)(self)
+        return method

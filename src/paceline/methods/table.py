@@ -1,0 +1,13 @@
+"""Every draft method: its name in run files, and where its section is. One line a method."""
+
+from __future__ import annotations
+
+from paceline.table import Table
+
+METHODS = Table(
+    "draft method",
+    "paceline.methods",
+    {
+        "eagle3": "paceline.methods.eagle3.settings:Eagle3Section",
+    },
+)

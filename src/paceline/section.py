@@ -1,0 +1,88 @@
+"""What a section of the run file is made of, and how a mistake in one is told.
+
+A section lives beside the component that it configures, in a file without torch, and is handed to it as
+it is: a knob has one name, one default and one limit. `config/run.py` gathers the sections.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from paceline.errors import ConfigError
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Dtype = Literal["auto", "bfloat16", "float32"]
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda:\d{1,3}", name):
+        raise ValueError("a device is auto, cpu, or cuda: and its number")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_device)]
+
+
+class Section(BaseModel):
+    """`changeable`: the knobs that may change between two starts of one run, because no bit of the weights
+    depends on them; "*" is all of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    changeable: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Self:
+        """The section of a script's mapping. Raises ConfigError for unknown or impossible values."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(
+                "; ".join(problems(error, cls)) + ".",
+                why="A misspelt setting would silently keep its default.",
+                next="correct the settings.",
+            ) from error
+
+
+def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One sentence for each mistake: the key, the value, and the nearest right key."""
+    return [_told(problem, model) for problem in error.errors()]
+
+
+def _told(problem: Any, model: type[BaseModel]) -> str:
+    where = [str(part) for part in problem["loc"]]
+    name = ".".join(where)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {name!r} ({nearest(where[-1], _keys_at(where[:-1], model))})"
+    if problem["type"] == "missing":
+        return f"{name!r} is missing"
+    given = f", given {_shown(problem['input'])}" if not isinstance(problem["input"], dict) else ""
+    return f"{name or 'the file'}: {problem['msg']}{given}"
+
+
+def nearest(wrong: str, known: list[str]) -> str:
+    """The name that was meant, or all that there are."""
+    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def _shown(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # more digits than Python writes
+        return "a number of very many digits"
+
+
+def _keys_at(where: list[str], model: type[BaseModel]) -> list[str]:
+    for part in where:
+        inner = model.model_fields[part].annotation
+        assert isinstance(inner, type)
+        assert issubclass(inner, BaseModel)
+        model = inner
+    return list(model.model_fields)
