@@ -17,6 +17,30 @@ from typing import Any
 from paceline.regular_files import open_regular
 from paceline.terminal import one_line
 
+# Every event there is, with what it tells. Its fields are in the call that writes it.
+EVENTS = {
+    "role_started": "a process of the role began, under `pid`",
+    "role_ended": "it ended without an error; `stopped`: because it was asked to",
+    "error": "it ended with this error",
+    "engine_ready": "the target is loaded and its captured states were checked",
+    "started": "the producer took its role over: `orphans` without an owner, `lost` to be captured again",
+    "group": "prompts were answered, captured and committed together",
+    "group_failed": "a group could not be captured; what of it failed for good is counted",
+    "made_room": "promised bytes were given up, because a lost sample needs room",
+    "finished": "every prompt was captured or has failed",
+    "blocked": "the role waits for the other one; the sum so far",
+    "note": "something a person should know, and that stops nothing",
+    "resumed": "the consumer goes on after this step",
+    "step": "an optimizer step was done",
+    "step_failed": "a step failed, and is tried again without the samples that make it fail",
+    "checkpoint": "a checkpoint is durable",
+    "checkpoint_damaged": "a recorded checkpoint is not as it was written",
+    "fall_back": "the head was given up for the checkpoint before it",
+    "rolled_forward": "a checkpoint that the ledger did not know was adopted as head",
+    "quarantined": "a sample was set aside, with the reason",
+    "waiting_for_recapture": "features are lost or damaged; the producer captures them again",
+    "evaluated": "the newest checkpoint was measured on held-out prompts",
+}
 ECHO_S = 5.0
 TELL_S = 1.0
 FILE_BYTES_MAX = 8 << 20

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.target.facts import TargetFacts
+from paceline.telemetry import EVENTS
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
@@ -60,10 +63,9 @@ def test_one_place_decides_what_auto_stands_for() -> None:
 
 def test_nothing_unpickles() -> None:
     """Files from a disk are data, never code."""
+    loaders = r"\b(import|from) (pickle|cPickle|dill|cloudpickle|joblib|shelve|marshal)\b"
     for path in SOURCES:
-        assert not re.search(r"\bimport pickle\b|torch\.load\(|trust_remote_code=True", path.read_text()), (
-            path
-        )
+        assert not re.search(rf"{loaders}|torch\.load\(|trust_remote_code=True", path.read_text()), path
 
 
 def test_only_the_command_line_prints() -> None:
@@ -71,3 +73,46 @@ def test_only_the_command_line_prints() -> None:
     for path in SOURCES:
         if "cli" not in path.parts and "testing" not in path.parts:
             assert not re.search(r"^\s*print\(", path.read_text(), re.MULTILINE), path
+
+
+def told_events() -> set[str]:
+    """The names in calls of `report("name", ...)`, `self._report(...)` and `events.write(...)`."""
+    told = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())) if "testing" not in path.parts else ():
+            if not isinstance(node, ast.Call) or not node.args or not isinstance(node.args[0], ast.Constant):
+                continue
+            called = ast.unparse(node.func)
+            if called.removeprefix("self.").lstrip("_") == "report" or called == "events.write":
+                told.add(node.args[0].value)
+    return told
+
+
+def test_every_event_is_in_the_list_that_documents_them() -> None:
+    """And none is left there that nothing tells any more."""
+    assert told_events() == set(EVENTS)
+
+
+# The list may only become shorter.
+MANY_PARAMETERS = {"StepLoader", "build_disagg_online_consumer", "build_disagg_online_producer"}
+PARAMETERS_MAX = 8
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Of modules and classes; a constructor goes under the name of its class."""
+    for path in SOURCES:
+        for scope in ast.walk(ast.parse(path.read_text())):
+            for node in scope.body if isinstance(scope, ast.Module | ast.ClassDef) else ():
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    yield getattr(scope, "name", node.name) if node.name == "__init__" else node.name, node
+
+
+def test_no_function_has_more_parameters_than_a_reader_remembers() -> None:
+    """At most 8; more belong into a value of their own."""
+    found = set()
+    for name, function in functions():
+        arguments = function.args
+        named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        if len([argument for argument in named if argument.arg not in ("self", "cls")]) > PARAMETERS_MAX:
+            found.add(name)
+    assert found <= MANY_PARAMETERS

@@ -24,6 +24,7 @@ from paceline.config.run import RunConfig
 from paceline.errors import ConfigError, explained
 from paceline.regular_files import kind_of
 from paceline.roles.plan import plan_run, role_environment
+from paceline.roles.preflight import preflight
 from paceline.roles.process import DEBUG_VARIABLE
 from paceline.roles.snapshot import making_sense, open_run, take_snapshot
 from paceline.roles.supervisor import Supervisor, evaluate_run
@@ -103,7 +104,7 @@ def advises(command: Callable[P, None]) -> Callable[P, None]:
 def train(run_file: RunFile) -> None:
     """Start both roles, watch them to the end, then evaluate. Goes on where an earlier start stopped."""
     plan = plan_run(load_run_config(run_file))
-    for note in plan.notes:
+    for note in [*plan.notes, *preflight(plan)]:
         say(out, note)
     with Progress(out, plan) as progress:
         supervisor = Supervisor(run_file, plan, show=progress.show, tell=partial(say, out))

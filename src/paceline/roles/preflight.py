@@ -1,0 +1,86 @@
+"""What can be known before the first step, said before it: one line a finding, a note or a refusal.
+
+A check is a function of the plan that yields findings; it belongs into CHECKS. It starts nothing, loads no
+torch, and takes no longer than a person waits for a command.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from paceline.errors import ConfigError
+from paceline.roles.plan import RunPlan
+
+OPEN_FILES_MIN = 256  # a role holds the ledger, its locks, the checkpoints it writes, and libraries their own
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`next`: what a person can do about it; `refuses`: the run cannot go well."""
+
+    what: str
+    next: str
+    refuses: bool = False
+
+
+Check = Callable[[RunPlan], Iterator[Finding]]
+
+
+def preflight(plan: RunPlan) -> list[str]:
+    """The notes, a line each. Raises ConfigError with every refusal, if there is one."""
+    found = [finding for check in CHECKS for finding in check(plan)]
+    refused = [finding for finding in found if finding.refuses]
+    if refused:
+        raise ConfigError(
+            "\n".join(finding.what for finding in refused),
+            why="Nothing was started and nothing was changed.",
+            next="\n".join(dict.fromkeys(finding.next for finding in refused)),
+        )
+    return [f"note: {finding.what} {finding.next}" for finding in found]
+
+
+def shared_memory_holds_the_budget(plan: RunPlan) -> Iterator[Finding]:
+    """A container's /dev/shm has 64 MiB unless it is told otherwise."""
+    features = plan.config.features
+    try:
+        space = os.statvfs(features.directory)
+    except OSError as error:
+        yield Finding(
+            f"features.directory {features.directory} cannot be used ({error.strerror}).",
+            "Set features.directory to a folder in memory, such as /dev/shm.",
+            refuses=True,
+        )
+        return
+    # What a start before this one has left there is used again.
+    room = space.f_bavail * space.f_frsize + _bytes_below(plan.config.feature_folder)
+    if room < features.budget_mib << 20:
+        yield Finding(
+            f"{features.directory} has room for {room >> 20} MiB, and features.budget_mib is "
+            f"{features.budget_mib}: the producer will stop when it is full.",
+            f"Give more (`docker run --shm-size={features.budget_mib + 64}m`), or lower features.budget_mib "
+            f"to {max(1, room >> 20)}.",
+        )
+
+
+def _bytes_below(folder: Path) -> int:
+    try:
+        return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(folder))
+    except OSError:
+        return 0
+
+
+def enough_files_can_be_open(_: RunPlan) -> Iterator[Finding]:
+    """Of this process, and of the roles that it starts."""
+    limit, _most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= limit < OPEN_FILES_MIN:
+        yield Finding(
+            f"Only {limit} files can be open at once, and a role needs up to {OPEN_FILES_MIN}.",
+            "Raise the limit: `ulimit -n 1024`.",
+        )
+
+
+CHECKS: list[Check] = [shared_memory_holds_the_budget, enough_files_can_be_open]
