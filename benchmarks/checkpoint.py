@@ -29,8 +29,9 @@ from paceline.features.stores.memory import InMemoryFeatureStore
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.records import StepPlan, TrainedStep
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.training.checkpoint import CheckpointFolder
+from paceline.training.checkpoint import CheckpointFolder, Fill
 from paceline.training.commits import Commits, Inline
+from paceline.training.recovery import Start
 from paceline.training.tensor_files import Staging
 
 SIZES = {"draft": 40 << 20, "optimizer": 80 << 20}
@@ -53,12 +54,11 @@ class Trained:
         self._staging = Staging()
         self._left, self._right = torch.randn(1024, 1024), torch.randn(1024, 1024)
         controller = DataFlowController("bench", metadata_store=SQLiteMetadataStore(folder / "ledger.db"))
-        fence = controller.take_role("consumer")
         self.commits = Commits(
             controller,
             InMemoryFeatureStore(budget_bytes=1 << 20),
             CheckpointFolder(folder / "checkpoints", "bench"),
-            fence,
+            Start(controller.take_role("consumer")),
             executor,
             kept=2,
             report=lambda _, **fields: self.reports.append(fields),
@@ -66,8 +66,9 @@ class Trained:
         self._begin = lambda step: controller.begin_step(StepPlan(step, (), 0))
         self._ack = lambda step: controller.ack_step(step, 0, [])
 
-    def files(self) -> dict[str, memoryview]:
-        return {name: self._staging.file(name, tensors) for name, tensors in self.tensors.items()}
+    def snapshot(self) -> Fill:
+        files = {name: self._staging.file(name, tensors) for name, tensors in self.tensors.items()}
+        return lambda aside: [aside.put(name, content) for name, content in files.items()]
 
     def train(self) -> None:
         """A step of about a tenth of a second."""
@@ -82,7 +83,7 @@ class Trained:
     def stage(self) -> float:
         """Seconds that training waits."""
         started = time.perf_counter()
-        self.commits.stage(self.step, 0, self.files, {})
+        self.commits.stage(self.step, 0, self.snapshot, {})
         return time.perf_counter() - started
 
 

@@ -14,8 +14,11 @@ FileContent = bytes | memoryview  # a memoryview of bytes
 
 
 def write_file(path: Path, data: FileContent) -> None:
-    """A new file with these bytes, on the disk on return (its name needs `sync_folder`). Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    """A new file with these bytes, for its owner alone. Raises OSError.
+
+    It is on the disk on return; its name needs `sync_folder`.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         view = memoryview(data)
         while view:

@@ -7,6 +7,7 @@
     │   └── CaptureMismatchError   captured states do not reproduce the model's own argmax
     ├── StoreError           the feature store (data plane)                                           5
     │   ├── FeatureMissingError    no sealed bytes under that key                         (KeyError)
+    │   │   └── FeatureStoreElsewhereError   the ref names another store than the one here
     │   ├── FeatureCorruptError    sealed bytes do not match their digest
     │   └── StoreFullError         no room for another sample                             (OSError)
     ├── LedgerError          the metadata store (control plane)                                       6
@@ -64,6 +65,10 @@ class StoreError(PacelineError):
 
 
 class FeatureMissingError(StoreError, KeyError):
+    pass
+
+
+class FeatureStoreElsewhereError(FeatureMissingError):
     pass
 
 

@@ -10,3 +10,5 @@ CHECKPOINT_WANTED = "checkpoint_wanted"
 COMPLETED_STEP = "completed_step"
 BUILDS_BEGUN = "builds_begun"
 GIVEN_UP = "given_up"  # identities of recorded checkpoints that were found damaged
+PROBES_BEGUN = "probes_begun"
+QUARANTINED_IN_A_ROW = "quarantined_in_a_row"

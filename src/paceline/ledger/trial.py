@@ -43,7 +43,12 @@ class Trial:
         while state["queue"]:
             state["trying"] = True
             self._store.set_facts({self._fact: state}, fence=self._fence)
-            harmless = is_harmless(state["queue"][0])
+            try:
+                harmless = is_harmless(state["queue"][0])
+            except Exception:
+                state["trying"] = False  # no death, and no verdict
+                self._store.set_facts({self._fact: state}, fence=self._fence)
+                raise
             if harmless:
                 self._next()
             else:

@@ -82,6 +82,9 @@ class DraftMethod(Protocol):
     def describe(self, draft: nn.Module) -> dict[str, Any]:
         """The draft's sizes as JSON values, for the checkpoint's manifest."""
 
+    def num_tokens(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> int:
+        """How many tokens `loss` counts in these samples, without computing it."""
+
     def collate(self, samples: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Any:
         """A batch on `device` from samples that carry the tensors of `features`."""
 

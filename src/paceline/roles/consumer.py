@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ def trainer_settings(plan: RunPlan) -> TrainerSettings:
         max_steps=training.max_steps,
         checkpoint_interval_steps=config.checkpoint.interval_steps,
         checkpoints_kept=config.checkpoint.keep,
+        quarantine_max_in_a_row=training.quarantine_max_in_a_row,
     )
 
 
@@ -47,24 +49,27 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     if store.facts().get(COMPLETED_STEP) is not None:
         features.destroy()
         return
-    trainer, loader = build_disagg_online_consumer(
-        run_id=config.run.name,
-        feature_store=features,
-        parts=ConsumerParts(
-            method=config.method.build(),
-            head=TargetHead.load(config.target.model),
-            checkpoint_folder=config.checkpoint_folder,
-            settings=trainer_settings(plan),
-            batch_size=config.training.batch_size,
-            passes=config.training.passes,
-            block_size=config.capture.group_size,
-        ),
-        metadata_store=store,
-        resume=True,
-        should_stop=should_stop,
-        report=events.write,
-    )
-    step = trainer.fit(loader)
+    # One thread writes checkpoints, one reads the next step's features.
+    with ThreadPoolExecutor(2, thread_name_prefix="paceline-consumer") as executor:
+        trainer, loader = build_disagg_online_consumer(
+            run_id=config.run.name,
+            feature_store=features,
+            parts=ConsumerParts(
+                method=config.method.build(),
+                head=TargetHead.load(config.target.model),
+                checkpoint_folder=config.checkpoint_folder,
+                settings=trainer_settings(plan),
+                batch_size=config.training.batch_size,
+                passes=config.training.passes,
+                block_size=config.capture.group_size,
+            ),
+            metadata_store=store,
+            resume=True,
+            should_stop=should_stop,
+            executor=executor,
+            report=events.write,
+        )
+        step = trainer.fit(loader)
     everything_trained = loader.exhausted and store.usage().waiting_samples == 0
     if everything_trained or step == config.training.max_steps:
         store.set_facts({COMPLETED_STEP: step}, fence=trainer.controller.fence("consumer"))

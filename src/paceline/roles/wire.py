@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,13 +25,13 @@ from paceline.features.store import FeatureStore
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.store import MetadataStore
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.loader.loader import StepLoader
+from paceline.loader.loader import LoaderSettings, StepLoader
 from paceline.methods.method import DraftMethod
 from paceline.target.head import TargetHead
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.settings import TrainerSettings
 from paceline.training.torch_learner import TorchLearner
-from paceline.training.trainer import Trainer
+from paceline.training.trainer import ConsumerSide, Trainer, take_over
 from paceline.types import PromptTask
 
 Report = Callable[..., None]
@@ -151,6 +151,7 @@ def build_disagg_online_consumer(
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     idle_timeout_s: float | None = None,
+    executor: Executor | None = None,
     report: Report = no_report,
 ) -> tuple[Trainer, StepLoader]:
     """The trainer and its loader; `trainer.fit(loader)` trains to the end of the stream.
@@ -158,7 +159,8 @@ def build_disagg_online_consumer(
     `resume=True` goes on from the newest valid checkpoint: samples that it covers are released and
     not read again, all others are trained. It needs a durable store (ConfigError, a ValueError,
     otherwise). `resume=False` on a store that already has a head checkpoint is refused: it would
-    train its samples twice.
+    train its samples twice. `executor` (two threads are enough; the caller shuts it down) writes
+    checkpoints and reads the next step's features meanwhile; None: training waits for both.
     """
     store = resolve_metadata_store(metadata_store, metadata_db_path)
     if resume and (store is None or not store.durable):
@@ -176,34 +178,19 @@ def build_disagg_online_consumer(
             next="pass resume=True, or use a new store for a new run.",
         )
 
-    def report_of_trainer(event: str, **fields: Any) -> None:
-        # With every step, so that who looks at the newest events finds it (roles/snapshot.py).
-        report(event, **fields, **({"blocked_seconds": loader.blocked.seconds} if event == "step" else {}))
-
-    # One thread writes checkpoints, one reads the next step's features.
-    executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="paceline-consumer")
-    trainer = Trainer(
-        controller,
-        feature_store,
-        TorchLearner(parts.method, parts.head, parts.settings),
-        CheckpointFolder(parts.checkpoint_folder, run_id),
+    return take_over(
+        ConsumerSide(
+            controller,
+            feature_store,
+            CheckpointFolder(parts.checkpoint_folder, run_id),
+            TorchLearner(parts.method, parts.head, parts.settings),
+        ),
         parts.settings,
+        LoaderSettings(parts.batch_size, parts.passes, parts.block_size, idle_timeout_s),
         executor=executor,
-        report=report_of_trainer,
-    )
-    loader = StepLoader(
-        controller,
-        feature_store,
-        batch_size=parts.batch_size,
-        passes=parts.passes,
-        block_size=parts.block_size,
-        position=trainer.position,
         should_stop=should_stop,
-        idle_timeout_s=idle_timeout_s,
         report=report,
-        executor=executor,
     )
-    return trainer, loader
 
 
 class _Fits(Protocol):

@@ -25,7 +25,7 @@ from paceline.ledger.store import MetadataStore
 from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.testing.samples import sample_ref
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
-from paceline.training.recovery import recover
+from paceline.training.recovery import find_checkpoint
 
 KEPT = 2
 RUN = "run0"
@@ -59,7 +59,7 @@ class Ledger:
 
 
 class Noted:
-    """The part of a store that `recover` uses; what it changes goes through the consumer's journal."""
+    """The part of a store that `find_checkpoint` uses; its changes go through the consumer's journal."""
 
     def __init__(self, consumer: Consumer) -> None:
         self._consumer = consumer
@@ -97,7 +97,7 @@ class Consumer:
         self.fence: Fence = self.do(lambda store: store.acquire_role("consumer", "c"))
         self.folder = CheckpointFolder(self.place, RUN)
         report = lambda event, **_: self.reports.append(event)  # noqa: E731
-        found = recover(Noted(self), self.folder, self.fence, self.fence.epoch - 1, report)  # type: ignore[arg-type]
+        found = find_checkpoint(Noted(self), self.folder, self.fence, self.fence.epoch - 1, report)  # type: ignore[arg-type]
         self.head = None
         if found is not None:
             self.head, checkpoint = found

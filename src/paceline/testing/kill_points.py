@@ -29,7 +29,7 @@ QUESTIONS = frozenset(
         *("get_committed", "get_plan", "intents", "is_committed", "lost_ids", "lsn", "plans"),
         *("present_generations", "present_ids", "quarantined", "read_committed", "releasable"),
         *("role_epochs", "sample_record", "task_counts", "trained_step", "usage", "wait"),
-        *("close", "describe", "encode", "written"),
+        *("close", "describe", "encode", "num_tokens", "written"),
     )
 )
 

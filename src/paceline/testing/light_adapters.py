@@ -26,7 +26,7 @@ from paceline.durable_files import FileContent
 from paceline.engines.engine import Captured, CaptureRequest
 from paceline.errors import StoreFullError, TrainingError
 from paceline.features.store import Sealed, Usage, Written
-from paceline.features.stores.refusals import corrupt, missing, stale
+from paceline.features.stores.refusals import corrupt, elsewhere, missing, stale
 from paceline.target.facts import TargetFacts
 from paceline.training.learner import Sample
 from paceline.types import Feature, FeatureSpec, SampleRef, States, Targets, Tokens
@@ -116,11 +116,14 @@ class HashLearner:
     def ready(self) -> bool:
         return bool(self.weights)
 
+    def num_tokens(self, samples: Sequence[Sample]) -> int:
+        return len(samples)
+
     def build(self, samples: Sequence[Sample]) -> None:
         self.attempt(samples)
         self.weights = _hashed(b"build", samples)
 
-    def step(self, step: int, samples: Sequence[Sample]) -> dict[str, Any]:
+    def step(self, step: int, samples: Sequence[Sample], num_tokens: int | None = None) -> dict[str, Any]:
         self.attempt(samples)
         self.weights = _hashed(self.weights + step.to_bytes(8, "little"), samples)
         self.trained.append([id_of(sample) for sample in samples])
@@ -131,6 +134,9 @@ class HashLearner:
             raise TrainingError("A sample lacks a tensor.", next="report this: the store lost it.")
         if self._refuses is not None:
             self._refuses([id_of(sample) for sample in samples])
+
+    def probe(self, like: Sample) -> None:
+        """A hash can always be made."""
 
     def files(self) -> dict[str, bytes]:
         return {"weights.bin": self.weights, "trained.json": json.dumps(self.trained).encode()}
@@ -209,9 +215,11 @@ class InMemoryLightFeatureStore:
         return _sealed(self.uri, sample_id, payload, self._newest)
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
+        if ref.feature_store_uri != self.uri:
+            raise elsewhere(ref, self.uri)
         generation, payload = self.held.get(ref.sample_id, (0, b""))
         keys = _sealed(self.uri, ref.sample_id, payload, generation).keys
-        if not payload or ref.feature_store_uri != self.uri or ref.feature_keys != keys:
+        if not payload or ref.feature_keys != keys:
             raise missing(ref, "they were freed, or never sealed here")
         if _digest(payload).hex() != ref.metadata.get("digest"):
             raise corrupt(ref, "other bytes lie there")
@@ -306,7 +314,7 @@ class LightFeatureStore:
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
         if ref.feature_store_uri != self._uri():
-            raise missing(ref, "the store was made anew since")
+            raise elsewhere(ref, self._uri() or "no store")
         path = self.path_of(ref.sample_id)
         known = _read(path)
         if known is None:

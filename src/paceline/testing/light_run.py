@@ -26,7 +26,7 @@ from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.store import MetadataStore
 from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.loader.loader import StepLoader
+from paceline.loader.loader import LoaderSettings, StepLoader
 from paceline.testing.kill_points import pointed
 from paceline.testing.light_adapters import (
     LIGHT_FEATURES,
@@ -38,7 +38,7 @@ from paceline.testing.light_adapters import (
 )
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.settings import OptimizerSettings, TrainerSettings
-from paceline.training.trainer import Trainer
+from paceline.training.trainer import ConsumerSide, Trainer, take_over
 from paceline.types import PromptTask
 
 RUN_ID = "light"
@@ -168,23 +168,16 @@ def build_consumer(
     report: Callable[..., None] = no_report,
 ) -> tuple[Trainer, StepLoader]:
     controller = DataFlowController(RUN_ID, metadata_store=store)
-    folder = pointed(CheckpointFolder(checkpoints, RUN_ID), "checkpoints")
-    learner = pointed(shape.learner(), "learner")
-    trainer = Trainer(
-        controller, features, learner, folder, shape.settings(), executor=executor, report=report
-    )
-    loader = StepLoader(
+    side = ConsumerSide(
         controller,
         features,
-        batch_size=shape.batch,
-        passes=shape.passes,
-        block_size=shape.group,
-        position=trainer.position,
-        should_stop=should_stop,
-        report=report,
-        executor=executor,
+        pointed(CheckpointFolder(checkpoints, RUN_ID), "checkpoints"),
+        pointed(shape.learner(), "learner"),
     )
-    return trainer, loader
+    loading = LoaderSettings(shape.batch, shape.passes, shape.group)
+    return take_over(
+        side, shape.settings(), loading, executor=executor, should_stop=should_stop, report=report
+    )
 
 
 class LightRun:

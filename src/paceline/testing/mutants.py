@@ -6,7 +6,7 @@ A mutant is a name, what it breaks, and a patch of the product that lasts for a 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,10 +24,13 @@ from paceline.loader.loader import PlannedStep, StepLoader
 from paceline.loader.passes import Position
 from paceline.testing.light_adapters import InMemoryLightFeatureStore
 from paceline.testing.simulated_parts import SimulatedFolder
+from paceline.training import isolation, recovery
 from paceline.training import trainer as training
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.commits import Commits
-from paceline.training.trainer import Trainer
+from paceline.training.coordinator import Coordinator
+from paceline.training.recovery import Start
+from paceline.training.worker import Ranks
 
 Change = Callable[[Any], Any]  # a function to the one that takes its place
 
@@ -173,11 +176,15 @@ def all_finished(_: Any) -> Any:
 
 
 def starts_over(real: Any) -> Any:
-    def load(self: Trainer, *args: Any) -> None:
-        real(self, *args)
-        self.position = Position()
+    def recover(*args: Any) -> Any:
+        start = real(*args)
+        return AtTheStart(start.fence, start.head, start.checkpoint)
 
-    return load
+    return recover
+
+
+class AtTheStart(Start):
+    position = Position()
 
 
 def no_lineage(real: Any) -> Any:
@@ -192,27 +199,9 @@ def not_claimed(_: Any) -> Any:
     return lambda self, record, epoch: record
 
 
-class _Late(Mapping[str, bytes]):
-    """Files whose bytes are taken when somebody looks."""
-
-    def __init__(self, files: Callable[[], dict[str, bytes]]) -> None:
-        self._files = files
-
-    def __getitem__(self, name: str) -> bytes:
-        return self._files()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files())
-
-    def __len__(self) -> int:
-        return len(self._files())
-
-
 def staged_late(real: Any) -> Any:
-    def stage(self: Commits, step: int, last_seq: int, files: Any, values: Any) -> None:
-        real(self, step, last_seq, lambda: _Late(files), values)
-
-    return stage
+    """The bytes are taken when they are written."""
+    return lambda self: lambda aside: real(self)(aside)
 
 
 def unchecked_intents(_: Any) -> Any:
@@ -379,12 +368,14 @@ MUTANTS: dict[str, Mutant] = {
         "captured again for nothing", ((Store, "report_lost", durable_may_be_lost),)
     ),
     "digest not verified": Mutant("damage is trained", ((InMemoryLightFeatureStore, "get", unread_digest),)),
-    "checkpoint never early": Mutant("both sides wait", ((Trainer, "_relieve_pressure", nothing),)),
+    "checkpoint never early": Mutant("both sides wait", ((Coordinator, "relieve_pressure", nothing),)),
     "checkpoint never asked for": Mutant(
         "both sides wait", ((Backpressure, "_ask_for_checkpoint", nothing),)
     ),
     "fall back keeps acks": Mutant("samples are skipped", ((Store, "fall_back", acks_survive),)),
-    "newest folder wins": Mutant("ledger and weights differ", ((training, "recover", newest_folder_wins),)),
+    "newest folder wins": Mutant(
+        "ledger and weights differ", ((recovery, "find_checkpoint", newest_folder_wins),)
+    ),
     "adopted without a claim": Mutant(
         "a zombie sweeps what is being adopted",
         ((SimulatedFolder, "claim", not_claimed), (CheckpointFolder, "claim", not_claimed)),
@@ -393,9 +384,9 @@ MUTANTS: dict[str, Mutant] = {
         "a zombie renames what its successor is about to record",
         ((Store, "refuse_if_replaced", nothing),),
     ),
-    "position not restored": Mutant("visits again", ((Trainer, "_load", starts_over),)),
+    "position not restored": Mutant("visits again", ((training, "recover", starts_over),)),
     "lineage left out": Mutant("heads tell no story", ((Commits, "stage", no_lineage),)),
-    "weights taken while they train": Mutant("a head of later weights", ((Commits, "stage", staged_late),)),
+    "weights taken while they train": Mutant("a head of later weights", ((Ranks, "snapshot", staged_late),)),
     "first visit is the last": Mutant("freed between passes", ((PlannedStep, "finished", all_finished),)),
     "retry under a new op id": Mutant(
         "a call happens twice", ((DataFlowController, "_settled", new_op_ids),)
@@ -404,11 +395,12 @@ MUTANTS: dict[str, Mutant] = {
     "deaths forgotten": Mutant("it kills for ever", ((Store, "acquire_role", deaths_forgotten),)),
     "one death convicts": Mutant(
         "the innocent are set aside",
-        ((trial, "DEATHS_TO_CONVICT", lambda _: 1), (training, "DEATHS_BEFORE_TRIAL", lambda _: 1)),
+        ((trial, "DEATHS_TO_CONVICT", lambda _: 1), (isolation, "DEATHS_BEFORE_TRIAL", lambda _: 1)),
     ),
     "folded too early": Mutant("no way back", ((Store, "compact", folds_everything),)),
     "revision not planned": Mutant(
-        "poison is trained", ((StepLoader, "revise", lambda real: lambda self, planned, poison: planned),)
+        "poison is trained",
+        ((StepLoader, "revise", lambda real: lambda self, planned, quarantined: planned),),
     ),
 }
 

@@ -80,19 +80,19 @@ def unsynced_claim(real: Any) -> Any:
 
 
 def any_content(real: Any) -> Any:
-    def read(self: CheckpointFolder, name: str, manifest: Any) -> Any:
+    def read(self: CheckpointFolder, name: str, manifest: Any, *names: Any) -> Any:
         for file_name, expected in manifest["files"].items():
             content = (self.folder / name / file_name).read_bytes()
             expected.update(bytes=len(content), sha256=checkpoint._sha256(content))
-        return real(self, name, manifest)
+        return real(self, name, manifest, *names)
 
     return read
 
 
 def any_manifest(real: Any) -> Any:
-    def read(self: CheckpointFolder, record: Any) -> Any:
+    def read(self: CheckpointFolder, record: Any, *names: Any) -> Any:
         digest = checkpoint._sha256((self.folder / record.name / MANIFEST).read_bytes())
-        return real(self, replace(record, manifest_digest=digest))
+        return real(self, replace(record, manifest_digest=digest), *names)
 
     return read
 

@@ -248,6 +248,14 @@ class SimulatedFolders:
         self.made = 0
 
 
+class _FilesAside:
+    def __init__(self) -> None:
+        self.files: dict[str, Any] = {}
+
+    def put(self, name: str, content: Any) -> None:
+        self.files[name] = content
+
+
 class SimulatedFolder:
     """One actor's view of it."""
 
@@ -257,9 +265,11 @@ class SimulatedFolder:
         self._disk = disk
         self._way = way
 
-    def write(self, checkpoint: Checkpoint) -> CheckpointRecord:
+    def write(self, checkpoint: Checkpoint, fill: Callable[[Any], Any]) -> CheckpointRecord:
         self._way.point("write")
-        checkpoint = replace(checkpoint, files=dict(checkpoint.files))
+        aside = _FilesAside()
+        fill(aside)
+        checkpoint = replace(checkpoint, files=aside.files)
         folders = self._folders
         folders.made += 1
         name = f"step-{checkpoint.step:08d}-{checkpoint.epoch:06d}-{folders.made:08x}"
@@ -274,7 +284,7 @@ class SimulatedFolder:
         folders.held[name] = record, checkpoint
         return record
 
-    def read(self, record: CheckpointRecord) -> Checkpoint:
+    def read(self, record: CheckpointRecord, names: Collection[str] | None = None) -> Checkpoint:
         known = self._folders.held.get(record.name)
         if known is None or known[0] != record or record.name in self._folders.damaged:
             raise CheckpointDamagedError(f"{record.name} is damaged.", next="fall back.")

@@ -12,10 +12,10 @@ from paceline.capture.backpressure import Backpressure, Watermarks, check_feasib
 from paceline.capture.producer import CaptureSettings, Producer
 from paceline.capture.source import PromptList
 from paceline.ledger.controller import DataFlowController
-from paceline.loader.loader import StepLoader
+from paceline.loader.loader import LoaderSettings, StepLoader
 from paceline.testing.light_adapters import LIGHT_FEATURES, SAMPLE_BYTES, HashLearner, LightEngine
 from paceline.training.settings import OptimizerSettings, TrainerSettings
-from paceline.training.trainer import Trainer
+from paceline.training.trainer import ConsumerSide, Trainer, take_over
 from paceline.types import PromptTask
 
 RUN_ID = "light"
@@ -112,16 +112,6 @@ def simulated_consumer(
         first_samples=shape.group,
         checkpoint_interval_steps=shape.interval,
     )
-    trainer = Trainer(controller, features, learner, folder, settings, executor=executor, report=report)
-    loader = StepLoader(
-        controller,
-        features,
-        batch_size=shape.batch,
-        passes=shape.passes,
-        block_size=shape.group,
-        position=trainer.position,
-        report=report,
-        recapture_timeout_s=shape.patience_s,
-        clock=clock,
-    )
-    return trainer, loader
+    side = ConsumerSide(controller, features, folder, learner)
+    loading = LoaderSettings(shape.batch, shape.passes, shape.group, recapture_timeout_s=shape.patience_s)
+    return take_over(side, settings, loading, executor=executor, report=report, clock=clock)

@@ -29,7 +29,7 @@ from paceline.errors import (
 )
 from paceline.ledger.facts import COMPLETED_STEP, END_OF_STREAM
 from paceline.ledger.records import CheckpointRecord
-from paceline.loader.loader import WAIT_S
+from paceline.loader.recapture import WAIT_S
 from paceline.testing.light_adapters import HashLearner, InMemoryLightFeatureStore, LightEngine
 from paceline.testing.simulated_parts import (
     SimulatedDisk,

@@ -102,7 +102,8 @@ class SmallRun:
             should_stop=should_stop,
             idle_timeout_s=60.0,
         )
-        trainer.learner = pointed(trainer.learner, "learner")
+        worker = trainer.ranks.workers[0]
+        worker.learner = pointed(worker.learner, "learner")
         return trainer, loader
 
     def run(self) -> Trainer:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,27 +27,55 @@ from paceline.durable_files import FileContent
 from paceline.errors import CheckpointDamagedError, CheckpointError
 from paceline.ledger.records import CheckpointRecord, TrainedSample, TrainedStep
 
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)  # 1 has no lineage
+FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+NAME = re.compile(r"step-\d{8,}-\d{6,}-[0-9a-f]+")
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 GONE = ".gone"  # ends the name of a folder that is being removed
 NOT_AS_WRITTEN = (
     FileNotFoundError,
     NotADirectoryError,
     IsADirectoryError,
+    AttributeError,
     ValueError,
     LookupError,
     TypeError,
 )
-DIGITS_IN_NAME = 16  # of the manifest's digest, for who finds the folder without a record of it
+DIGITS_IN_NAME = 16  # of the manifest's digest, for a reader that has no record of the folder
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint, as its manifest has it."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+class Aside:
+    """The folder of a checkpoint that has begun: every rank puts its files there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def put(self, name: str, content: FileContent) -> FileEntry:
+        """On the disk on return; the entry is for `CheckpointFolder.finish`. Raises OSError."""
+        durable_files.write_file(self.path / name, content)
+        reach("checkpoint.after_file")
+        return FileEntry(name, len(content), _sha256(content))
+
+
+Fill = Callable[[Aside], Iterable[FileEntry]]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint holds: files by name ("draft.safetensors", ...) and small JSON values.
 
-    `lineage`: the steps since the checkpoint called `previous`; `chain`: the hash of the whole
-    lineage; `epoch` and `lsn`: the consumer's epoch and the ledger's log number when it was written.
+    Files of one that was read are read, and checked again, when they are asked for. `lineage`: the steps
+    since the checkpoint called `previous`; `chain`: the hash of the whole lineage; `epoch` and `lsn`: the
+    consumer's epoch and the ledger's log number when it was written.
     """
 
     step: int
@@ -68,35 +98,43 @@ class CheckpointFolder:
         except OSError as error:
             raise self._disk_fails("found a place", error) from error
 
-    def write(self, checkpoint: Checkpoint) -> CheckpointRecord:
-        """Durable on return. Raises CheckpointError if the disk is full; older checkpoints stay."""
+    # -- writing ---------------------------------------------------------------------------
+
+    def write(self, checkpoint: Checkpoint, fill: Fill | None = None) -> CheckpointRecord:
+        """Begun, filled, finished. Durable on return.
+
+        `fill` puts the files and returns their entries; None: the checkpoint's own are put. Raises
+        CheckpointError if the disk is full; older checkpoints stay.
+        """
+        files = checkpoint.files
+        fill = fill or (lambda aside: [aside.put(name, content) for name, content in files.items()])
         prefix = f"step-{checkpoint.step:08d}-{checkpoint.epoch:06d}"
-        attempt = uuid.uuid4().hex[:8]  # the name of no earlier attempt at the same checkpoint
-        aside = self.folder / f"{prefix}-{attempt}.new"
+        aside = Aside(self.folder / f"{prefix}-{uuid.uuid4().hex[:8]}.new")  # the name of no earlier attempt
         try:
-            aside.mkdir()
-            digest = self._fill(aside, checkpoint)
-            name = f"{prefix}-{attempt}{digest[:DIGITS_IN_NAME]}"
-            durable_files.sync_folder(aside)
-            reach("checkpoint.before_rename")
-            aside.rename(self.folder / name)
-            reach("checkpoint.before_sync")
-            durable_files.sync_folder(self.folder)
+            aside.path.mkdir(mode=0o700)
+            return self._finish(aside, checkpoint, fill(aside))
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(aside.path, ignore_errors=True)
             raise CheckpointError(
                 f"The checkpoint of step {checkpoint.step} could not be written to {self.folder} ({error}).",
                 why="The checkpoint before it is untouched, and no feature it does not cover was freed.",
                 next="free space on that disk and run the same command again.",
             ) from error
+
+    def _finish(self, aside: Aside, checkpoint: Checkpoint, entries: Iterable[FileEntry]) -> CheckpointRecord:
+        """The manifest last, and then the name. Raises OSError."""
+        data = self._manifest(checkpoint, entries)
+        durable_files.write_file(aside.path / MANIFEST, data)
+        digest = _sha256(data)
+        name = f"{aside.path.stem}{digest[:DIGITS_IN_NAME]}"
+        durable_files.sync_folder(aside.path)
+        reach("checkpoint.before_rename")
+        aside.path.rename(self.folder / name)
+        reach("checkpoint.before_sync")
+        durable_files.sync_folder(self.folder)
         return CheckpointRecord(checkpoint.step, name, digest, checkpoint.last_seq, checkpoint.chain)
 
-    def _fill(self, aside: Path, checkpoint: Checkpoint) -> str:
-        files = {}
-        for file_name, content in checkpoint.files.items():
-            durable_files.write_file(aside / file_name, content)
-            reach("checkpoint.after_file")
-            files[file_name] = {"bytes": len(content), "sha256": _sha256(content)}
+    def _manifest(self, checkpoint: Checkpoint, entries: Iterable[FileEntry]) -> bytes:
         manifest = {
             "format_version": FORMAT_VERSION,
             "run_id": self.run_id,
@@ -108,46 +146,74 @@ class CheckpointFolder:
             "lsn": checkpoint.lsn,
             "lineage": [_step_to_json(trained) for trained in checkpoint.lineage],
             "values": dict(checkpoint.values),
-            "files": files,
+            "files": {entry.name: {"bytes": entry.num_bytes, "sha256": entry.sha256} for entry in entries},
         }
-        data = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
-        durable_files.write_file(aside / MANIFEST, data)
-        return _sha256(data)
+        return json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
 
-    def read(self, record: CheckpointRecord) -> Checkpoint:
-        """Raises CheckpointDamagedError if anything differs from what was written, CheckpointError if
-        that cannot be told because the disk or this process fails."""
-        folder = self.folder / record.name
+    # -- reading ---------------------------------------------------------------------------
+
+    def read(self, record: CheckpointRecord, names: Collection[str] | None = None) -> Checkpoint:
+        """The checkpoint, with these of its files compared to their digests (None: with all).
+
+        Raises CheckpointDamagedError if anything differs from what was written, CheckpointError if
+        that cannot be told because the disk or this process fails.
+        """
         try:
-            data = (folder / MANIFEST).read_bytes()
+            if not NAME.fullmatch(record.name):
+                raise self._damaged(record.name, "no checkpoint has such a name")
+            data = (self.folder / record.name / MANIFEST).read_bytes()
             if _sha256(data) != record.manifest_digest:
                 raise self._damaged(record.name, "its manifest does not match the ledger's digest")
-            return self._read(record.name, json.loads(data))
+            return self._read(record.name, json.loads(data), names)
         except NOT_AS_WRITTEN as error:
             raise self._damaged(record.name, str(error)) from error
         except OSError as error:
             raise self._disk_fails("read", error) from error
 
-    def _read(self, name: str, manifest: dict[str, Any]) -> Checkpoint:
-        if manifest["run_id"] != self.run_id or manifest["format_version"] not in READABLE_VERSIONS:
+    def _read(self, name: str, manifest: dict[str, Any], names: Collection[str] | None) -> Checkpoint:
+        if manifest["run_id"] != self.run_id or manifest["format_version"] != FORMAT_VERSION:
             raise self._damaged(name, "it belongs to another run or another version")
-        files = {}
-        for file_name, expected in manifest["files"].items():
-            content = (self.folder / name / file_name).read_bytes()
-            if len(content) != expected["bytes"] or _sha256(content) != expected["sha256"]:
-                raise self._damaged(name, f"{file_name} does not match its digest")
-            files[file_name] = content
+        entries = {
+            file_name: FileEntry(file_name, entry["bytes"], entry["sha256"])
+            for file_name, entry in manifest["files"].items()
+        }
+        for entry in entries.values():
+            if not FILE_NAME.fullmatch(entry.name):
+                raise self._damaged(name, f"it names a file {entry.name!r}")
+            if names is None or entry.name in names:
+                self._check(name, entry)
         return Checkpoint(
             manifest["step"],
             manifest["last_seq"],
-            files,
+            _Files(self, name, entries),
             manifest["values"],
-            tuple(_step_from_json(step) for step in manifest.get("lineage", [])),
-            manifest.get("previous", ""),
-            manifest.get("chain", ""),
-            manifest.get("epoch", 0),
-            manifest.get("lsn", 0),
+            tuple(_step_from_json(step) for step in manifest["lineage"]),
+            manifest["previous"],
+            manifest["chain"],
+            manifest["epoch"],
+            manifest["lsn"],
         )
+
+    def _check(self, name: str, entry: FileEntry) -> None:
+        """Compare a file with its entry, without holding its bytes."""
+        with (self.folder / name / entry.name).open("rb") as file:
+            size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        self._compare(name, entry, size, digest)
+
+    def _compare(self, name: str, entry: FileEntry, size: int, digest: str) -> None:
+        if (size, digest) != (entry.num_bytes, entry.sha256):
+            raise self._damaged(name, f"{entry.name} does not match its digest")
+
+    def read_file(self, name: str, entry: FileEntry) -> bytes:
+        """The bytes of one file of the checkpoint called `name`. Raises as `read` does."""
+        try:
+            content = (self.folder / name / entry.name).read_bytes()
+        except NOT_AS_WRITTEN as error:
+            raise self._damaged(name, str(error)) from error
+        except OSError as error:
+            raise self._disk_fails("read", error) from error
+        self._compare(name, entry, len(content), _sha256(content))
+        return content
 
     def unrecorded(self, records: Collection[CheckpointRecord]) -> list[tuple[CheckpointRecord, Checkpoint]]:
         """Whole, undamaged checkpoints that none of `records` names, by step: what a crash between
@@ -156,15 +222,15 @@ class CheckpointFolder:
         known = {record.name for record in records}
         found = []
         for entry in sorted(self.folder.iterdir()):
-            if not entry.name.startswith("step-") or entry.suffix or entry.name in known:
+            if not NAME.fullmatch(entry.name) or entry.name in known:
                 continue
             try:
                 data = (entry / MANIFEST).read_bytes()
                 if not entry.name.endswith(_sha256(data)[:DIGITS_IN_NAME]):
                     continue  # altered since it was named
-                checkpoint = self._read(entry.name, json.loads(data))
+                checkpoint = self._read(entry.name, json.loads(data), None)
             except (*NOT_AS_WRITTEN, CheckpointDamagedError):
-                continue  # damaged, and nobody's: swept
+                continue  # damaged, and in no record: swept
             except OSError as error:
                 raise self._disk_fails("read", error) from error
             record = CheckpointRecord(
@@ -172,6 +238,8 @@ class CheckpointFolder:
             )
             found.append((record, checkpoint))
         return sorted(found, key=lambda pair: pair[0].step)
+
+    # -- claiming and removing -------------------------------------------------------------
 
     def claim(self, record: CheckpointRecord, epoch: int) -> CheckpointRecord | None:
         """Put the folder of an unrecorded checkpoint under a name of `epoch`, durably; None if it is gone.
@@ -214,7 +282,8 @@ class CheckpointFolder:
         """
         swept = []
         for entry in sorted(self.folder.iterdir()):
-            if not entry.is_dir() or not entry.name.startswith("step-") or entry.name in keep:
+            is_ours = entry.name.startswith("step-") and (entry.is_symlink() or entry.is_dir())
+            if not is_ours or entry.name in keep:
                 continue
             if epoch is None or epoch_of(entry.name) <= epoch:
                 try:
@@ -226,8 +295,32 @@ class CheckpointFolder:
         return swept
 
 
+class _Files(Mapping[str, FileContent]):
+    """The files of a checkpoint on the disk, each read when it is asked for."""
+
+    def __init__(self, folder: CheckpointFolder, name: str, entries: Mapping[str, FileEntry]) -> None:
+        self._folder = folder
+        self._name = name
+        self._entries = entries
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._folder.read_file(self._name, self._entries[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
 def _remove(folder: Path) -> None:
-    """Under another name first: whoever was taken over while it filled the folder finds it no more."""
+    """Under another name first: a consumer that was replaced while it filled the folder finds it no more.
+
+    Of a folder that was moved to another disk only the link is ours to remove.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
     gone = folder.with_suffix(GONE)
     if folder != gone:
         folder.rename(gone)
@@ -241,7 +334,7 @@ def identity_of(name: str) -> str:
 
 
 def epoch_of(name: str) -> int:
-    """The epoch of the consumer that wrote the folder of this name; 0 in names of version 1."""
+    """The epoch of the consumer that wrote the folder of this name; 0 of any other name."""
     parts = name.removesuffix(".new").removesuffix(GONE).split("-")
     return int(parts[2]) if len(parts) == 4 and parts[2].isdecimal() else 0
 

@@ -1,7 +1,7 @@
 """The commit: a checkpoint is written aside while training goes on, and then made head.
 
-`stage` takes the weights' bytes, which is all that training waits for; `executor` writes and syncs
-them. What follows happens in the trainer's own thread at a step's end: the ledger names the folder
+`stage` takes the weights' bytes, which is all that training waits for; `executor` has the ranks write and
+sync them. What follows happens in the trainer's own thread at a step's end: the ledger names the folder
 head, and only then are the features it covers freed and older checkpoints retired. Until then the
 steps since the head are provisional, those of a checkpoint being written too. At most one is being
 written. A crash in between leaves a folder that the next consumer adopts or sweeps.
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-from paceline.durable_files import FileContent
 from paceline.errors import PacelineError
 from paceline.features.store import FeatureStore
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.facts import CHECKPOINT_WANTED
-from paceline.ledger.records import CheckpointRecord, Fence, TrainedStep, chain_of
-from paceline.training.checkpoint import Checkpoint, CheckpointFolder
+from paceline.ledger.records import CheckpointRecord, TrainedStep, chain_of
+from paceline.training.checkpoint import Checkpoint, CheckpointFolder, Fill
+from paceline.training.recovery import Start
 
 
 class Inline(Executor):
@@ -50,19 +50,19 @@ class Commits:
         controller: DataFlowController,
         features: FeatureStore,
         folder: CheckpointFolder,
-        fence: Fence,
-        executor: Executor,
+        start: Start,
+        executor: Executor | None,
         *,
         kept: int,
         report: Callable[..., None],
     ) -> None:
-        """`kept`: how many checkpoints stay, the head included."""
-        self.head: CheckpointRecord | None = None
+        """`kept`: how many checkpoints stay, the head included. `executor` None: training waits for each."""
+        self.head = start.head
         self._controller = controller
         self._features = features
         self._folder = folder
-        self._fence = fence
-        self._executor = executor
+        self._fence = start.fence
+        self._executor = executor or Inline()
         self._kept = kept
         self._report = report
         self._staged: _Staged | None = None
@@ -84,9 +84,12 @@ class Commits:
         return self._staged is not None
 
     def stage(
-        self, step: int, last_seq: int, files: Callable[[], Mapping[str, FileContent]], values: Any
+        self, step: int, last_seq: int, snapshot: Callable[[], Fill], values: Mapping[str, Any]
     ) -> None:
-        """Begin the checkpoint of `step`; one that is still being written is recorded first."""
+        """Begin the checkpoint of `step`; one that is still being written is recorded first.
+
+        `snapshot` takes the weights as they are and returns what writes them aside.
+        """
         self.settle()
         self._controller.write_ack()
         began = monotonic()
@@ -94,7 +97,7 @@ class Commits:
         checkpoint = Checkpoint(
             step=step,
             last_seq=last_seq,
-            files=files(),
+            files={},
             values=values,
             lineage=lineage,
             previous=head.name if head else "",
@@ -102,7 +105,7 @@ class Commits:
             epoch=self._fence.epoch,
             lsn=self._controller.store.lsn(),
         )
-        writing = self._executor.submit(self._folder.write, checkpoint)
+        writing = self._executor.submit(self._folder.write, checkpoint, snapshot())
         self._staged = _Staged(step, writing, began, monotonic() - began)
         self._since_staged = []
 

@@ -10,17 +10,53 @@ knows. If it does not, and the ledger is the older one, stop: neither may be tru
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from paceline.errors import CheckpointDamagedError, CheckpointError, IllegalTransitionError, LedgerError
+from paceline.ledger.controller import DataFlowController
 from paceline.ledger.facts import GIVEN_UP
 from paceline.ledger.records import CheckpointRecord, Fence
 from paceline.ledger.store import MetadataStore
+from paceline.loader.passes import START, Position
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder, identity_of
 
 Found = tuple[CheckpointRecord, Checkpoint]
 
 
-def recover(
+@dataclass(frozen=True)
+class Start:
+    """What a new consumer begins with: its right to write, and the checkpoint, if the run has one."""
+
+    fence: Fence
+    head: CheckpointRecord | None = None
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.step if self.checkpoint else 0
+
+    @property
+    def last_seq(self) -> int:
+        return self.checkpoint.last_seq if self.checkpoint else 0
+
+    @property
+    def position(self) -> Position:
+        """How much of the stream the weights contain."""
+        return Position(*self.checkpoint.values["position"]) if self.checkpoint else START
+
+
+def recover(controller: DataFlowController, folder: CheckpointFolder, report: Callable[..., None]) -> Start:
+    """Take the consumer role, which fences every older consumer of the run, and find the start.
+
+    Raises as `find_checkpoint` does.
+    """
+    epoch_before = controller.store.role_epochs().get("consumer", 0)
+    fence = controller.take_role("consumer")
+    found = find_checkpoint(controller.store, folder, fence, epoch_before, report)
+    return Start(fence, *(found or ()))
+
+
+def find_checkpoint(
     store: MetadataStore,
     folder: CheckpointFolder,
     fence: Fence,
@@ -55,6 +91,9 @@ def _newest_valid(
             report("fall_back", step=record.step, lost_samples=len(lost))
         return record, checkpoint
     if records:
+        whole = [record for record, _ in folder.unrecorded(records) if record.step > records[-1].step]
+        if whole:
+            raise _ledger_forgot(records, whole, folder)
         raise CheckpointError(
             f"None of the {len(records)} checkpoints in {folder.folder} is valid.",
             why="Starting over would train every sample a second time under the same run.",
@@ -99,6 +138,7 @@ def _adopt_next(
             claimed = folder.claim(record, fence.epoch)
             if claimed is None:  # swept or claimed by a consumer that this one takes over from
                 return _adopt_next(store, folder, fence, epoch_before, head)
+            checkpoint = folder.read(claimed, names=())  # its files lie under the claimed name
             store.adopt_checkpoint(claimed, checkpoint.lineage, fence=fence)
         except IllegalTransitionError as error:
             if checkpoint.epoch > epoch_before or checkpoint.lsn > store.lsn():
@@ -116,4 +156,18 @@ def _ledger_is_older(
         f"cannot be rolled forward to it. {because}",
         why="Going on from the ledger alone would train samples twice that those weights contain.",
         next=f"restore the ledger's newest backup, or move {record.name} away to give its steps up.",
+    )
+
+
+def _ledger_forgot(
+    records: list[CheckpointRecord], whole: list[CheckpointRecord], folder: CheckpointFolder
+) -> LedgerError:
+    names = ", ".join(f"{record.name} (step {record.step})" for record in whole)
+    return LedgerError(
+        f"The ledger is old: the newest checkpoint that it knows is of step {records[-1].step}, and none of "
+        f"those is in {folder.folder} any more, but newer ones lie there whole: {names}.",
+        why="The ledger was restored from an older copy, or has lost its log. Its plans and acks do not "
+        "reach these weights, so it cannot go on from them.",
+        next="put back the ledger (ledger.db, and ledger.db-wal if there is one) that belongs to them, and "
+        "run the same command again; or start a new run.",
     )

@@ -44,13 +44,16 @@ class TrainingSection(OptimizerSection):
     """`batch_size` samples an optimizer step, in micro-batches of `micro_batch_size`.
 
     `passes`: how often each sample is trained on while its features are resident (loader/passes.py).
+    `quarantine_max_in_a_row`: samples that fail one after another are quarantined up to so many; then
+    training stops, since the fault is hardly theirs.
     """
 
-    changeable: ClassVar[tuple[str, ...]] = ("device",)
+    changeable: ClassVar[tuple[str, ...]] = ("device", "quarantine_max_in_a_row")
     passes: Count = 1
     batch_size: Count = 8
     micro_batch_size: Count = 8
     max_steps: Count | None = None
+    quarantine_max_in_a_row: Annotated[int, Field(ge=0)] = 8
     device: Device = "auto"
 
     @model_validator(mode="after")
@@ -71,6 +74,7 @@ class TrainerSettings:
     """What decides the weights (seed, sizes, optimizer) and how often they are made durable.
 
     `first_samples`: how many of the run's first samples choose the draft vocabulary and warm-start.
+    `quarantine_max_in_a_row`: samples quarantined one after another, before training stops instead.
     """
 
     optimizer: OptimizerSettings
@@ -82,3 +86,4 @@ class TrainerSettings:
     max_steps: int | None = None
     checkpoint_interval_steps: int = 25
     checkpoints_kept: int = 2
+    quarantine_max_in_a_row: int = 8

@@ -56,8 +56,11 @@ def accumulate_gradients(
     autocast_dtype: torch.dtype | None,
     grad_clip: float,
     what: str,
+    num_tokens: int | None = None,
 ) -> _Accumulated:
     """Mean gradients over the samples' tokens, clipped, in the draft's parameters; no update.
+
+    `num_tokens` divides them: the count of all ranks (None: of these samples).
 
     Raises TrainingError, about `what`, if loss or gradient is not a finite number.
     """
@@ -65,20 +68,20 @@ def accumulate_gradients(
     device = next(draft.parameters()).device
     # Summed where they are: reading a number would make the processor wait for the device.
     totals: dict[str, torch.Tensor] = {}
-    num_tokens = 0
+    counted = 0
     for micro_batch in micro_batches(samples, micro_batch_size):
         batch = method.collate(micro_batch, device)
         with _autocast(device, autocast_dtype):
             sums = method.loss(draft, batch)
         if sums.num_tokens:
             sums.loss_sum.backward()
-        num_tokens += sums.num_tokens
+        counted += sums.num_tokens
         for name, value in {_LOSS: sums.loss_sum.detach(), **sums.metrics}.items():
             totals[name] = totals[name] + value.double() if name in totals else value.double()
     parameters = [p for p in draft.parameters() if p.grad is not None]
     for parameter in parameters:
         assert parameter.grad is not None
-        parameter.grad.div_(max(1, num_tokens))
+        parameter.grad.div_(max(1, counted if num_tokens is None else num_tokens))
     grad_norm = float(nn.utils.clip_grad_norm_(parameters, grad_clip))
     metrics = {name: float(value) for name, value in totals.items()}
     loss_sum = metrics.pop(_LOSS, 0.0)
@@ -88,7 +91,7 @@ def accumulate_gradients(
             why="An update would destroy the weights; they are as they were after the step before.",
             next="lower training.learning_rate in a new run; the last checkpoint is unharmed.",
         )
-    return _Accumulated(loss_sum, num_tokens, grad_norm, metrics)
+    return _Accumulated(loss_sum, counted, grad_norm, metrics)
 
 
 def train_step(
@@ -101,6 +104,7 @@ def train_step(
     *,
     micro_batch_size: int,
     autocast_dtype: torch.dtype | None = None,
+    num_tokens: int | None = None,
 ) -> StepResult:
     """Raises TrainingError, with the weights unchanged, if loss or gradient is not a finite number."""
     sums = accumulate_gradients(
@@ -111,6 +115,7 @@ def train_step(
         autocast_dtype=autocast_dtype,
         grad_clip=settings.grad_clip,
         what=f"Step {step}",
+        num_tokens=num_tokens,
     )
     rate = learning_rate_at(step, settings)
     set_learning_rate(optimizer, rate)

@@ -58,7 +58,12 @@ class TorchLearner:
         scales = self._method.learning_rate_scales()
         self.optimizer = build_optimizer(draft, self._settings.optimizer, scales)
 
-    def step(self, step: int, samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+    def num_tokens(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> int:
+        return self._method.num_tokens(samples)
+
+    def step(
+        self, step: int, samples: Sequence[Mapping[str, torch.Tensor]], num_tokens: int | None = None
+    ) -> dict[str, Any]:
         assert self.draft is not None
         assert self.optimizer is not None
         result = train_step(
@@ -70,6 +75,7 @@ class TorchLearner:
             self._settings.optimizer,
             micro_batch_size=self._settings.micro_batch_size,
             autocast_dtype=self._settings.autocast_dtype,
+            num_tokens=num_tokens,
         )
         return {
             "loss": result.loss,
@@ -95,6 +101,21 @@ class TorchLearner:
         finally:
             self.draft.zero_grad(set_to_none=True)
             torch.set_rng_state(before)
+
+    def probe(self, like: Mapping[str, torch.Tensor]) -> None:
+        """See Learner. The harmless sample has the first token throughout, and states of ordinary size."""
+        _refuse_broken_target(self._head)
+        if self.draft is None:
+            return
+        broken = [n for n, w in self.draft.named_parameters() if not bool(torch.isfinite(w).all())]
+        if broken:
+            raise TrainingError(
+                f"The draft's weights are not finite numbers ({broken[0]}).",
+                why="Nothing can be trained from there.",
+                next="start a new run with a lower training.learning_rate.",
+            )
+        generator = torch.Generator().manual_seed(0)
+        self.attempt([{name: _harmless(tensor, generator) for name, tensor in like.items()}])
 
     def files(self) -> dict[str, FileContent]:
         assert self.draft is not None
@@ -125,3 +146,20 @@ def restore_draft(
     draft.load_state_dict(tensor_files.from_bytes(DRAFT, files[DRAFT]))
     method.attach_target(draft, head)
     return draft
+
+
+def _harmless(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Of the same shape and dtype: noise for states, 0 for ids; a mask stays as it is."""
+    if tensor.is_floating_point():
+        return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+    return tensor if tensor.dtype in (torch.bool, torch.uint8) else torch.zeros_like(tensor)
+
+
+def _refuse_broken_target(head: TargetHead) -> None:
+    for name, tensor in vars(head).items():
+        if isinstance(tensor, torch.Tensor) and not bool(torch.isfinite(tensor).all()):
+            raise TrainingError(
+                f"The target's {name} holds NaN or infinite values.",
+                why="Every loss is computed from it, so nothing can be trained.",
+                next="put a sound copy of the target in place (target.model), and start a new run.",
+            )

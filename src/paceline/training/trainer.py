@@ -1,197 +1,178 @@
-"""The consumer's loop: plan, fetch, step, ack; and now and then the checkpoint that commits it all.
+"""The consumer's loop: plan, fetch, train, ack; and now and then the checkpoint that commits it all.
 
-An ack is provisional: it says that the weights in memory contain the step. The checkpoint is
-the commit (commits.py): once its folder is durable and the ledger names it head, and not before, the
-features it covers are freed. A trainer that dies goes back to the newest valid checkpoint and replays the
-recorded plans from there, so the weights come out bit for bit as if it had never died. No torch
-here: the weights are the learner's (learner.py).
+The coordinator keeps the books (coordinator.py), the ranks keep the weights (worker.py). What happens to
+a step that fails is in isolation.py, and to samples that cannot be read in fetching.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+from paceline.errors import TrainingError
 from paceline.features.store import FeatureStore
 from paceline.ledger.controller import DataFlowController
-from paceline.ledger.facts import BUILDS_BEGUN, CHECKPOINT_WANTED
-from paceline.ledger.records import CheckpointRecord
-from paceline.ledger.trial import DEATHS_BEFORE_TRIAL
-from paceline.loader.loader import PlannedStep, StepLoader
-from paceline.loader.passes import Position
-from paceline.training.checkpoint import Checkpoint, CheckpointFolder
-from paceline.training.commits import Commits, Inline
+from paceline.loader.loader import LoaderSettings, StepLoader
+from paceline.training.checkpoint import CheckpointFolder
+from paceline.training.coordinator import Coordinator
+from paceline.training.fetching import Fetching
+from paceline.training.isolation import Isolation
 from paceline.training.learner import Learner
-from paceline.training.poison import SAMPLE_FAILURES, failing_samples
 from paceline.training.recovery import recover
 from paceline.training.settings import TrainerSettings
+from paceline.training.worker import Ranks, Worker
 
 
 class Trainer:
     def __init__(
         self,
-        controller: DataFlowController,
-        features: FeatureStore,
-        learner: Learner,
-        checkpoints: CheckpointFolder,
+        coordinator: Coordinator,
+        ranks: Ranks,
         settings: TrainerSettings,
         *,
-        executor: Executor | None = None,
         report: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
-        """Takes the consumer role: an older consumer of the run is fenced from here on.
-
-        `executor`: writes checkpoints while training goes on; None: training waits for them.
-        """
-        self.controller = controller
-        self.learner = learner
-        self.step = 0
-        self.last_seq = 0
-        self.position = Position()
+        self.coordinator = coordinator
+        self.ranks = ranks
         self._settings = settings
         self._report = report
-        epoch_before = controller.store.role_epochs().get("consumer", 0)
-        self._fence = controller.take_role("consumer")
-        self._commits = Commits(
-            controller,
-            features,
-            checkpoints,
-            self._fence,
-            executor or Inline(),
-            kept=settings.checkpoints_kept,
-            report=report,
-        )
-        found = recover(controller.store, checkpoints, self._fence, epoch_before, report)
-        if found is not None:
-            self._load(*found)
-        self._commits.sweep()
-        controller.release(features)
+
+    @property
+    def controller(self) -> DataFlowController:
+        return self.coordinator.controller
+
+    @property
+    def step(self) -> int:
+        """The last step that the weights contain."""
+        return self.coordinator.step
 
     @property
     def draft(self) -> Any:
         """The weights, once there are some; a torch module with the torch learner."""
-        return getattr(self.learner, "draft", None)
-
-    # -- start -----------------------------------------------------------------------------
-
-    def _load(self, record: CheckpointRecord, checkpoint: Checkpoint) -> None:
-        self.learner.load(checkpoint.files)
-        self.step, self.last_seq = checkpoint.step, checkpoint.last_seq
-        self.position = Position(*checkpoint.values["position"])
-        self._commits.head = record
-        self._report("resumed", step=self.step)
-
-    def _initialise(self, loader: StepLoader) -> bool:
-        """Build the draft from the run's first samples and make it checkpoint 0; False if stopped."""
-        store = self.controller.store
-        while True:
-            refs, samples = loader.first_samples(self._settings.first_samples)
-            if not samples:
-                return False
-            tensors = dict(zip([ref.sample_id for ref in refs], samples, strict=True))
-            begun = store.facts().get(BUILDS_BEGUN, 0)
-            if begun < DEATHS_BEFORE_TRIAL:
-                store.set_facts({BUILDS_BEGUN: begun + 1}, fence=self._fence)
-                try:
-                    self.learner.build(samples)
-                    break
-                except SAMPLE_FAILURES:
-                    failing = failing_samples(self.controller, self.learner.build, "build", tensors)
-                    if not failing:
-                        raise
-            else:  # consumers died over it, or were killed
-                failing = failing_samples(self.controller, self.learner.build, "build", tensors)
-            self._quarantine(failing, step=0)
-            store.set_facts({BUILDS_BEGUN: 0}, fence=self._fence)
-        self.checkpoint()
-        return True
-
-    # -- the loop --------------------------------------------------------------------------
-
-    def fit(self, loader: StepLoader) -> int:
-        """Train until the stream ends, `max_steps`, or a stop; the last step. Ends with a checkpoint."""
-        loader.on_wait = self._wait
-        if not self.learner.ready and not self._initialise(loader):
-            return self.step
-        while self._settings.max_steps is None or self.step < self._settings.max_steps:
-            planned = loader.next_step(self.step + 1)
-            if planned is None:
-                break
-            loader.ack(self._train(planned, loader))
-            if self.step % self._settings.checkpoint_interval_steps == 0:
-                self._stage()
-            self._relieve_pressure()
-        self.checkpoint()
-        return self.step
-
-    def _train(self, planned: PlannedStep, loader: StepLoader) -> PlannedStep:
-        """Train the step, without what turns out to be poison in it; the step as it was trained."""
-        started = monotonic()
-        if planned.deaths >= DEATHS_BEFORE_TRIAL:
-            deadly = failing_samples(self.controller, self.learner.attempt, *_trial_of(planned))
-            planned = self._without(planned, deadly, loader) if deadly else planned
-        while True:
-            try:
-                # All poison: the step passes by without an update.
-                figures = self.learner.step(planned.step, planned.samples) if planned.refs else {}
-                break
-            except SAMPLE_FAILURES as error:
-                failing = failing_samples(self.controller, self.learner.attempt, *_trial_of(planned))
-                if not failing:
-                    raise
-                self._report("step_failed", step=planned.step, message=str(error))
-                planned = self._without(planned, failing, loader)
-        # A sample is acked by its last visit: until then its features are needed again.
-        finished = [ref.sample_id for ref in planned.finished]
-        self.controller.ack_step(planned.step, planned.rev, finished)
-        self.step, self.last_seq, self.position = planned.step, planned.last_seq, planned.after
-        self._commits.add(planned.trained)
-        seconds = monotonic() - started
-        fields = {"samples": len(planned.refs), "wait_seconds": planned.wait_s, "step_seconds": seconds}
-        self._report("step", step=planned.step, **figures, **fields)
-        return planned
-
-    def _without(self, planned: PlannedStep, poison: dict[str, str], loader: StepLoader) -> PlannedStep:
-        self._quarantine(poison, step=planned.step)
-        return loader.revise(planned, set(poison))
-
-    def _quarantine(self, poison: dict[str, str], *, step: int) -> None:
-        for sample_id, reason in poison.items():
-            self.controller.quarantine([sample_id], step=step, reason=reason)
-            self._report("quarantined", step=step, sample_id=sample_id, message=reason)
-
-    # -- the commit point ------------------------------------------------------------------
+        return getattr(self.ranks.workers[0].learner, "draft", None)
 
     def checkpoint(self) -> None:
         """Make everything up to this step durable, then free what it covers."""
-        self._stage()
-        self._commits.settle()
+        self.coordinator.checkpoint()
 
-    def _stage(self) -> None:
-        if self.step == self._commits.step:
-            return
-        position = [self.position.stage, self.position.offset]
-        values = {**self.learner.describe(), "position": position}
-        self._commits.stage(self.step, self.last_seq, self.learner.files, values)
+    def fit(self, loader: StepLoader) -> int:
+        """Train until the stream ends, `max_steps`, or a stop; the last step. Ends with a checkpoint."""
+        coordinator, settings = self.coordinator, self._settings
+        fetching = Fetching(coordinator, self.ranks, loader)
+        isolation = Isolation(coordinator, self.ranks, loader, fetching, self._report)
+        if not self.ranks.ready and not self._make_first_weights(fetching, isolation):
+            return self.step
+        while settings.max_steps is None or self.step < settings.max_steps:
+            if not self._train_next(loader, fetching, isolation):
+                break
+            if self.step % settings.checkpoint_interval_steps == 0:
+                coordinator.begin_checkpoint()
+            coordinator.relieve_pressure()
+        coordinator.checkpoint()
+        return self.step
 
-    def _wait(self) -> None:
-        """Samples are waited for, and whoever looks meanwhile is to see the ack of the last step."""
-        self.controller.write_ack()
-        self._relieve_pressure()
+    def _train_next(self, loader: StepLoader, fetching: Fetching, isolation: Isolation) -> bool:
+        """One step; False if there is none, or if asked to stop."""
+        began = monotonic()
+        planned = loader.next_step(self.step + 1)
+        held = fetching.hold(planned) if planned else None
+        if held is None:
+            return False
+        self.ranks.read_ahead(loader.following())
+        fetched = monotonic()
+        outcome = isolation.train(held)
+        if outcome is None:
+            return False
+        trained, figures = outcome
+        self.coordinator.ack(trained)
+        loader.ack(trained)
+        self._report(
+            "step",
+            step=trained.step,
+            **figures,
+            samples=len(trained.refs),
+            wait_seconds=fetched - began,
+            step_seconds=monotonic() - fetched,
+            blocked_seconds=loader.blocked_seconds,
+        )
+        return True
 
-    def _relieve_pressure(self) -> None:
-        """Commit early if the producer waits for bytes that only a checkpoint can free."""
-        self._commits.poll()
-        uncommitted = self._commits.is_writing or self.step != self._commits.step
-        if uncommitted and self.controller.store.facts().get(CHECKPOINT_WANTED):
-            if not self._commits.is_writing:
-                self._stage()
-            self._commits.settle()
+    def _make_first_weights(self, fetching: Fetching, isolation: Isolation) -> bool:
+        """Build the draft from the run's first samples and make it checkpoint 0; False if asked to stop."""
+        is_built = False
+        while not is_built:
+            sample_ids = fetching.hold_first(self._settings.first_samples)
+            if sample_ids is None:
+                return False
+            if not sample_ids:
+                raise self._no_samples()
+            is_built = isolation.build(sample_ids)
+        self.coordinator.checkpoint()
+        return True
+
+    def _no_samples(self) -> TrainingError:
+        store = self.controller.store
+        failed, quarantined = store.failed_tasks(), store.quarantined()
+        reasons = [*failed.values(), *quarantined.values()]
+        return TrainingError(
+            f"The stream of samples has ended, and there is none to train: {len(failed)} prompts failed and "
+            f"{len(quarantined)} samples were quarantined{f' ({reasons[0]})' if reasons else ''}.",
+            why="Without samples there are no first weights.",
+            next="mend the cause (`paceline inspect RUN` tells the reasons) and start a new run.",
+        )
 
 
-def _trial_of(planned: PlannedStep) -> tuple[str, dict[str, Any]]:
-    """The name of a trial of this step, and its samples by id."""
-    ids = [ref.sample_id for ref in planned.refs]
-    return f"train.{planned.step}.{planned.rev}", dict(zip(ids, planned.samples, strict=True))
+@dataclass(frozen=True)
+class ConsumerSide:
+    """What a consumer is made of."""
+
+    controller: DataFlowController
+    features: FeatureStore
+    checkpoints: CheckpointFolder
+    learner: Learner
+
+
+def take_over(
+    side: ConsumerSide,
+    settings: TrainerSettings,
+    loading: LoaderSettings,
+    *,
+    executor: Executor | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    report: Callable[..., None] = lambda *_, **__: None,
+    clock: Callable[[], float] = monotonic,
+) -> tuple[Trainer, StepLoader]:
+    """Become the run's consumer: trainer and loader, both of the start that recovery found.
+
+    An older consumer of the run is fenced from here on. `executor`: writes checkpoints and reads the next
+    step's features while training goes on; None: training waits for both.
+    """
+    start = recover(side.controller, side.checkpoints, report)
+    ranks = Ranks([Worker(side.learner, side.features, executor)])
+    if start.checkpoint is not None:
+        ranks.load(start.checkpoint.files)
+        report("resumed", step=start.step)
+    coordinator = Coordinator(
+        side.controller,
+        side.features,
+        side.checkpoints,
+        ranks,
+        start,
+        settings,
+        executor=executor,
+        report=report,
+    )
+    coordinator.clean_up()
+    loader = StepLoader(
+        side.controller,
+        loading,
+        position=start.position,
+        should_stop=should_stop,
+        on_wait=coordinator.before_wait,
+        report=report,
+        clock=clock,
+    )
+    return Trainer(coordinator, ranks, settings, report=report), loader

@@ -10,14 +10,12 @@ import pytest
 
 from paceline import InMemoryMetadataStore
 from paceline.errors import FencedError, StoreError
-from paceline.features.stores.memory import InMemoryFeatureStore
 from paceline.ledger.channel import CommittedRefLog
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.records import CheckpointRecord, StepPlan, chain_of
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.loader.loader import StepLoader
+from paceline.loader.loader import LoaderSettings, StepLoader
 from paceline.testing.samples import sample_ref
-from paceline.types import SampleRef
 
 
 @pytest.mark.parametrize("stopped_after_reporting", [False, True])
@@ -34,15 +32,7 @@ def test_what_a_successor_freed_and_folded_is_neither_read_nor_waited_for(
     store.commit_samples([sample_ref(0)])
     replaced, successor = (DataFlowController("run0", metadata_store=store) for _ in range(2))
     replaced.take_role("consumer")
-    features, reads = InMemoryFeatureStore(budget_bytes=1 << 20), list[str]()
-    get = features.get
-
-    def noted(ref: SampleRef) -> dict[str, Any]:
-        reads.append(ref.sample_id)
-        return get(ref)
-
-    monkeypatch.setattr(features, "get", noted)
-    loader = StepLoader(replaced, features, batch_size=1)
+    loader = StepLoader(replaced, LoaderSettings(batch_size=1))
     ref = store.get_committed("run0:s0")
     assert ref is not None
     fence = successor.take_role("consumer")
@@ -58,8 +48,7 @@ def test_what_a_successor_freed_and_folded_is_neither_read_nor_waited_for(
         # It had reported the sample lost and was stopped while it waited for the new capture.
         monkeypatch.setattr(store, "report_lost", lambda *_, **__: None)
     with pytest.raises(FencedError):
-        loader.fetch([ref])
-    assert reads == ["run0:s0"], "the ref that the ledger answers now was never tried"
+        loader.recapture.wait_for(ref, "they are gone")
 
 
 class PassingTime:
@@ -87,10 +76,8 @@ class PassingTime:
 def loader_of(store: InMemoryMetadataStore, clock: PassingTime, **settings: Any) -> StepLoader:
     controller = DataFlowController("run0", metadata_store=store)
     controller.take_role("consumer")
-    features = InMemoryFeatureStore(budget_bytes=1 << 20)
-    return StepLoader(
-        controller, features, batch_size=1, block_size=1, report=clock.report, clock=clock, **settings
-    )
+    loading = LoaderSettings(batch_size=1, block_size=1, **settings)
+    return StepLoader(controller, loading, report=clock.report, clock=clock)
 
 
 def test_the_time_without_samples_is_counted_and_told_while_it_passes() -> None:
@@ -101,11 +88,11 @@ def test_the_time_without_samples_is_counted_and_told_while_it_passes() -> None:
     clock.at[2.5] = CommittedRefLog(store).close
     assert loader.next_step(1) is None
     assert loader.exhausted
-    assert loader.blocked.seconds == 2.5
+    assert loader.blocked_seconds == 2.5
     assert clock.told == [(at, "blocked", at) for at in (0.25, 1.25, 2.25)]
     clock.now = 50.0
-    loader.first_samples(1)
-    assert loader.blocked.seconds == 2.5, "what is there is not waited for"
+    loader.first_refs(1)
+    assert loader.blocked_seconds == 2.5, "what is there is not waited for"
 
 
 def test_a_sample_that_nobody_captures_again_is_waited_for_until_the_deadline() -> None:
@@ -116,9 +103,12 @@ def test_a_sample_that_nobody_captures_again_is_waited_for_until_the_deadline() 
     store.lease_tasks("w", 1)
     store.commit_samples([sample_ref(0)])
     loader = loader_of(store, clock, recapture_timeout_s=3.0)
+    planned = loader.next_step(1)
+    assert planned is not None
     with pytest.raises(StoreError, match="not captured again"):
-        loader.next_step(1)
-    assert clock.now == loader.blocked.seconds == 3.25
+        loader.recapture.wait_for(planned.refs[0], "they are gone")
+    loader.leave(planned)
+    assert clock.now == loader.blocked_seconds == 3.25
     assert store.lost_ids() == ["run0:s0"]
     successor = DataFlowController("run0", metadata_store=store)
     successor.take_role("consumer")

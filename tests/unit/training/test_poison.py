@@ -223,7 +223,7 @@ def test_a_sample_that_is_damaged_every_time_is_quarantined(
     run.producer()[1]()
     trainer, loader = run.consumer()
     # While the consumer waits for the sample, a producer comes and captures it again.
-    monkeypatch.setattr(trainer, "_relieve_pressure", lambda: run.producer()[1]())
+    monkeypatch.setattr(trainer.coordinator, "relieve_pressure", lambda: run.producer()[1]())
     trainer.fit(loader)
     store = SQLiteMetadataStore(run.db)
     assert "never readable" in store.quarantined()["small:5"]

@@ -12,7 +12,7 @@ from paceline.ledger.records import CheckpointRecord, Fence, TrainedSample, Trai
 from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.testing.samples import sample_ref
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
-from paceline.training.recovery import recover
+from paceline.training.recovery import find_checkpoint
 
 
 class Run:
@@ -42,7 +42,7 @@ class Run:
         def report(event: str, **_: Any) -> None:
             self.reported.append(event)
 
-        found = recover(self.store, self.folder, fence, fence.epoch - 1, report)
+        found = find_checkpoint(self.store, self.folder, fence, fence.epoch - 1, report)
         return found[0] if found else None
 
 

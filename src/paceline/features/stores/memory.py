@@ -16,7 +16,7 @@ import torch
 from paceline.errors import StoreFullError
 from paceline.features import codec
 from paceline.features.store import Sealed, Usage, Written
-from paceline.features.stores.refusals import corrupt, missing, stale
+from paceline.features.stores.refusals import corrupt, elsewhere, missing, stale
 from paceline.types import SampleRef
 
 
@@ -61,7 +61,9 @@ class InMemoryFeatureStore:
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
         held = self._held.get(ref.sample_id)
-        if held is None or ref.feature_store_uri != self._uri or ref.feature_keys != held.sealed.keys:
+        if ref.feature_store_uri != self._uri:
+            raise elsewhere(ref, self._uri)
+        if held is None or ref.feature_keys != held.sealed.keys:
             raise missing(ref, "they were freed, or never sealed here")
         layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
         if layout.specs != held.sealed.specs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paceline.errors import FeatureCorruptError, FeatureMissingError, StoreError
+from paceline.errors import FeatureCorruptError, FeatureMissingError, FeatureStoreElsewhereError, StoreError
 from paceline.types import SampleRef
 
 
@@ -11,6 +11,14 @@ def missing(ref: SampleRef, because: str) -> FeatureMissingError:
         f"No features of {ref.sample_id!r} lie under {ref.feature_store_uri}: {because}.",
         why="The sample cannot be trained before they are captured again.",
         next="report it lost; `paceline produce RUN.yaml` captures it again.",
+    )
+
+
+def elsewhere(ref: SampleRef, here: str) -> FeatureStoreElsewhereError:
+    return FeatureStoreElsewhereError(
+        f"The features of {ref.sample_id!r} lie in {ref.feature_store_uri}, and here is {here}.",
+        why="Either they are lost with that store, or the producer keeps them in another place.",
+        next="give both roles the same features.directory, on the same machine.",
     )
 
 

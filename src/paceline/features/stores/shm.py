@@ -23,7 +23,7 @@ from paceline.features import codec
 from paceline.features.settings import FeaturesSection
 from paceline.features.store import Sealed, Usage, Written
 from paceline.features.stores.arena import Arena, remove
-from paceline.features.stores.refusals import missing, stale
+from paceline.features.stores.refusals import elsewhere, stale
 from paceline.features.stores.slots import Slot, description_of
 from paceline.types import SampleRef
 
@@ -69,7 +69,7 @@ class SharedMemoryFeatureStore:
         with self._lock:
             arena = self._attached()
             if arena is None or arena.uri != ref.feature_store_uri:
-                raise missing(ref, f"{self._directory} holds {arena.uri if arena else 'no store'}")
+                raise elsewhere(ref, f"{arena.uri if arena else 'no store'} in {self._directory}")
             slot, generation = arena.locate(ref)
         tensors = slot.read(ref, generation)
         with self._lock:

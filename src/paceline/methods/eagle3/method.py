@@ -19,6 +19,7 @@ from paceline.methods.eagle3.decode import Eagle3Decoder
 from paceline.methods.eagle3.loss import Eagle3Batch, collate, training_time_test
 from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft, Midlayer
 from paceline.methods.eagle3.settings import Eagle3Section
+from paceline.methods.eagle3.targets import counted_rows
 from paceline.methods.eagle3.vocab import answer_token_weights, choose_draft_vocab, vocab_maps
 from paceline.methods.eagle3.warm_start import warm_start
 from paceline.methods.method import LossSums
@@ -96,6 +97,9 @@ class Eagle3Method:
     def describe(self, draft: nn.Module) -> dict[str, Any]:
         assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type
         return asdict(draft.config)
+
+    def num_tokens(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> int:
+        return sum(int(counted_rows(sample["loss_mask"])[1:].sum()) for sample in samples)
 
     def collate(self, samples: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Eagle3Batch:
         return collate(samples).to(device)

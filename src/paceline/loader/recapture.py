@@ -1,0 +1,77 @@
+"""A feature that is gone or damaged is a cache miss: the producer captures its prompt again.
+
+The sample keeps its ordinal and its place in the plan; only its ref changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from paceline.errors import StoreError
+from paceline.ledger.controller import DataFlowController
+from paceline.loader.waiting import Waiting
+from paceline.types import SampleRef
+
+WAIT_S = 1.0
+
+
+class StoppedError(Exception):
+    """Asked to stop while waiting for a sample to be captured again."""
+
+
+class QuarantinedError(Exception):
+    """The sample that was waited for is in quarantine."""
+
+    def __init__(self, sample_id: str) -> None:
+        super().__init__(sample_id)
+        self.sample_id = sample_id
+
+
+class Recapture:
+    def __init__(
+        self, controller: DataFlowController, waiting: Waiting, report: Callable[..., None], timeout_s: float
+    ) -> None:
+        """`timeout_s`: how long one sample is waited for."""
+        self._controller = controller
+        self._waiting = waiting
+        self._report = report
+        self._timeout_s = timeout_s
+
+    def wait_for(self, tried: SampleRef, cause: str) -> SampleRef:
+        """Report the sample lost, unless that is known already, and wait for its new ref.
+
+        Raises StoppedError, QuarantinedError, or StoreError if no producer captures it in time.
+        """
+        with self._waiting.blocked:
+            return self._wait_for(tried, cause)
+
+    def _wait_for(self, tried: SampleRef, cause: str) -> SampleRef:
+        store, waiting = self._controller.store, self._waiting
+        deadline = waiting.clock() + self._timeout_s
+        reported = False
+        while True:
+            mark, interrupted = store.lsn(), waiting.interrupted
+            # A successor may have trained and freed the sample: then no producer will capture it again.
+            store.refuse_if_replaced(self._controller.fence("consumer"))
+            record, known = store.sample_record(tried.sample_id), store.get_committed(tried.sample_id)
+            assert record is not None, "a planned sample is committed"
+            if record.state == "quarantined":
+                raise QuarantinedError(tried.sample_id)
+            if known is not None and known != tried and record.state == "present":
+                return known
+            if record.state != "lost" and not reported:
+                store.report_lost([tried.sample_id], fence=self._controller.fence("consumer"))
+                reported = True
+                self._report("waiting_for_recapture", sample_id=tried.sample_id, cause=cause)
+                continue
+            if waiting.should_stop():
+                raise StoppedError
+            if interrupted or waiting.clock() > deadline:
+                break
+            waiting.begin()
+            store.wait(mark, WAIT_S)
+        raise StoreError(
+            f"The features of {tried.sample_id} are gone and were not captured again ({cause})",
+            why="The sample is committed, so it is trained later; no weights were changed.",
+            next="run the same command again; `paceline produce RUN.yaml` captures it.",
+        )

@@ -1,0 +1,154 @@
+"""The books of a run's training: acks, quarantine, checkpoints. One process, whatever the number of ranks.
+
+An ack is provisional: it says that the weights in memory contain the step. The checkpoint is the commit
+(commits.py): once its folder is durable and the ledger names it head, and not before, the features that
+it covers are freed. A consumer that dies goes back to the newest valid checkpoint and replays the recorded
+plans from there, so the weights come out bit for bit as if it had never died. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from typing import Any
+
+from paceline.errors import TrainingError
+from paceline.features.store import FeatureStore
+from paceline.ledger.controller import DataFlowController
+from paceline.ledger.facts import BUILDS_BEGUN, CHECKPOINT_WANTED, PROBES_BEGUN, QUARANTINED_IN_A_ROW
+from paceline.ledger.trial import DEATHS_BEFORE_TRIAL, DEATHS_TO_CONVICT, Trial
+from paceline.loader.loader import PlannedStep
+from paceline.training.checkpoint import CheckpointFolder
+from paceline.training.commits import Commits
+from paceline.training.recovery import Start
+from paceline.training.settings import TrainerSettings
+from paceline.training.worker import Ranks
+
+
+class Coordinator:
+    def __init__(
+        self,
+        controller: DataFlowController,
+        features: FeatureStore,
+        folder: CheckpointFolder,
+        ranks: Ranks,
+        start: Start,
+        settings: TrainerSettings,
+        *,
+        executor: Executor | None = None,
+        report: Callable[..., None] = lambda *_, **__: None,
+    ) -> None:
+        """`executor`: writes checkpoints while training goes on; None: training waits for them."""
+        self.controller = controller
+        self.step, self.last_seq, self.position = start.step, start.last_seq, start.position
+        self._features = features
+        self._ranks = ranks
+        self._fence = start.fence
+        self._quarantine_max = settings.quarantine_max_in_a_row
+        self._report = report
+        self._commits = Commits(
+            controller, features, folder, start, executor, kept=settings.checkpoints_kept, report=report
+        )
+
+    def clean_up(self) -> None:
+        """Remove what an older consumer left behind: checkpoints in no record, features that are covered."""
+        self._commits.sweep()
+        self.controller.release(self._features)
+
+    # -- steps -----------------------------------------------------------------------------
+
+    def ack(self, planned: PlannedStep) -> None:
+        """The weights contain the step. A sample is acked by its last visit, after which it is not needed."""
+        if planned.refs and self._facts().get(QUARANTINED_IN_A_ROW):
+            self._set_fact(QUARANTINED_IN_A_ROW, 0)
+        self.controller.ack_step(planned.step, planned.rev, [ref.sample_id for ref in planned.finished])
+        self.step, self.last_seq, self.position = planned.step, planned.last_seq, planned.after
+        self._commits.add(planned.trained)
+
+    def before_wait(self) -> None:
+        """Samples are waited for: the last ack is written, and the producer gets what it waits for."""
+        self.controller.write_ack()
+        self.relieve_pressure()
+
+    # -- checkpoints -----------------------------------------------------------------------
+
+    def checkpoint(self) -> None:
+        """Make everything up to this step durable, then free what it covers."""
+        self.begin_checkpoint()
+        self._commits.settle()
+
+    def begin_checkpoint(self) -> None:
+        """Take the weights as they are; they are written while training goes on."""
+        if self.step == self._commits.step:
+            return
+        position = [self.position.stage, self.position.offset]
+        values = {**self._ranks.describe(), "position": position}
+        self._commits.stage(self.step, self.last_seq, self._ranks.snapshot, values)
+
+    def relieve_pressure(self) -> None:
+        """Commit early if the producer waits for bytes that only a checkpoint can free."""
+        self._commits.poll()
+        uncommitted = self._commits.is_writing or self.step != self._commits.step
+        if uncommitted and self._facts().get(CHECKPOINT_WANTED):
+            if not self._commits.is_writing:
+                self.begin_checkpoint()
+            self._commits.settle()
+
+    # -- isolation -------------------------------------------------------------------------
+
+    def trial(self, name: str, sample_ids: Sequence[str]) -> Trial:
+        return Trial(self.controller.store, name, list(sample_ids), fence=self._fence)
+
+    def quarantine(self, tried: Sequence[str], culprits: Mapping[str, str], *, step: int | None) -> None:
+        """Quarantine the culprits among the samples tried, each with its reason, for good.
+
+        Raises TrainingError, and quarantines none, if too many would follow one another.
+        """
+        if not culprits:
+            return
+        in_a_row = int(self._facts().get(QUARANTINED_IN_A_ROW) or 0)
+        for sample_id in tried:
+            in_a_row = in_a_row + 1 if sample_id in culprits else 0
+            if in_a_row > self._quarantine_max:
+                raise self._too_many(sample_id, culprits[sample_id])
+        self._set_fact(QUARANTINED_IN_A_ROW, in_a_row)
+        for sample_id, reason in culprits.items():
+            self.controller.quarantine([sample_id], step=step, reason=reason)
+            self._report("quarantined", step=step, sample_id=sample_id, message=reason)
+
+    def _too_many(self, sample_id: str, reason: str) -> TrainingError:
+        return TrainingError(
+            f"{sample_id} cannot be trained ({reason}), and it would be more than {self._quarantine_max} "
+            "samples in a row that are quarantined.",
+            why="So many at once have one cause, most often, which lies in no sample. This one and those "
+            "behind it are not quarantined.",
+            next="find the cause (`paceline inspect RUN` tells the reasons), mend it, and run the same "
+            "command again. If the samples are bad, raise training.quarantine_max_in_a_row.",
+        )
+
+    def begin_build(self) -> bool:
+        """Count an attempt at the first weights; False if too many consumers died in one."""
+        begun = int(self._facts().get(BUILDS_BEGUN) or 0)
+        if begun >= DEATHS_BEFORE_TRIAL:
+            return False
+        self._set_fact(BUILDS_BEGUN, begun + 1)
+        return True
+
+    def forget_builds(self) -> None:
+        self._set_fact(BUILDS_BEGUN, 0)
+
+    def begin_probe(self) -> bool:
+        """Count an attempt to train what is harmless; False if too many consumers died in one."""
+        begun = int(self._facts().get(PROBES_BEGUN) or 0)
+        dies = begun >= DEATHS_TO_CONVICT
+        self._set_fact(PROBES_BEGUN, 0 if dies else begun + 1)
+        return not dies
+
+    def end_probe(self) -> None:
+        self._set_fact(PROBES_BEGUN, 0)
+
+    def _facts(self) -> Mapping[str, Any]:
+        return self.controller.store.facts()
+
+    def _set_fact(self, name: str, value: Any) -> None:
+        self.controller.store.set_facts({name: value}, fence=self._fence)

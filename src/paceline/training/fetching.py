@@ -1,0 +1,84 @@
+"""All ranks hold their samples of a step before any of them trains it.
+
+What a rank cannot read is captured again. A sample that stays unreadable is quarantined; a feature store
+that is not where the producer's is convicts no sample: the consumer stops.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from paceline.errors import StoreError
+from paceline.loader.loader import PlannedStep, StepLoader
+from paceline.loader.recapture import QuarantinedError, StoppedError
+from paceline.training.coordinator import Coordinator
+from paceline.training.worker import FIRST_WEIGHTS, Ranks, Unreadable
+from paceline.types import SampleRef
+
+RECAPTURES_MAX = 5  # of one sample in one step, before it is quarantined
+ELSEWHERE_MAX = 2  # refs of one sample that name another store; a store may be lost while one waits
+
+
+class Fetching:
+    def __init__(self, coordinator: Coordinator, ranks: Ranks, loader: StepLoader) -> None:
+        self._coordinator = coordinator
+        self._ranks = ranks
+        self._loader = loader
+
+    def hold(self, planned: PlannedStep) -> PlannedStep | None:
+        """The step as all ranks hold it, less what can never be read; None if asked to stop.
+
+        Raises StoreError if its features are gone for now; no rank has changed anything then.
+        """
+        while True:
+            try:
+                return planned.with_refs(self._hold(planned.step, planned.rev, planned.refs))
+            except QuarantinedError as gone:
+                planned = self._loader.revise(planned, {gone.sample_id})
+            except StoppedError:
+                self._loader.leave(planned)
+                return None
+            except StoreError:
+                self._loader.leave(planned)
+                raise
+
+    def hold_first(self, count: int) -> list[str] | None:
+        """The ids of the run's first `count` samples, which all ranks hold; None if asked to stop."""
+        while (refs := self._loader.first_refs(count)) is not None:
+            try:
+                return list(self._hold(FIRST_WEIGHTS, 0, refs))
+            except QuarantinedError:
+                continue
+            except StoppedError:
+                break
+        return None
+
+    def _hold(self, step: int, rev: int, refs: Sequence[SampleRef]) -> dict[str, SampleRef]:
+        """The refs, by sample id, under which the ranks hold the samples."""
+        current = {ref.sample_id: ref for ref in refs}
+        tries: Counter[str] = Counter()
+        while unreadable := self._ranks.fetch(step, rev, list(current.values())):
+            for sample_id, why in unreadable.items():
+                tries[sample_id] += 1
+                if why.is_elsewhere and tries[sample_id] > ELSEWHERE_MAX:
+                    raise _looks_elsewhere(current[sample_id], why)
+                if tries[sample_id] > RECAPTURES_MAX:
+                    self._give_up(sample_id, why)
+                current[sample_id] = self._loader.recapture.wait_for(current[sample_id], why.what)
+        return current
+
+    def _give_up(self, sample_id: str, why: Unreadable) -> None:
+        reason = f"captured again {RECAPTURES_MAX} times and never readable: {why.what}"
+        self._coordinator.quarantine([sample_id], {sample_id: reason}, step=None)
+        raise QuarantinedError(sample_id)
+
+
+def _looks_elsewhere(ref: SampleRef, why: Unreadable) -> StoreError:
+    return StoreError(
+        f"The producer keeps the features in a store that this consumer does not find. {why.what}",
+        why=f"{ref.sample_id} was captured again and still lies there. No sample is to blame and none was "
+        "quarantined.",
+        next="give both roles the same features.directory on one machine (containers: one shared /dev/shm), "
+        "and run the same command again.",
+    )

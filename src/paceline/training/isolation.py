@@ -1,0 +1,161 @@
+"""Which samples of a step cannot be trained: found by trials that leave no trace in the weights.
+
+An error of the step (NaN or infinite loss, a shape that does not fit) is isolated at once. A death of the
+process cannot be caught: a step in which several consumers died is tried before it is trained. A sample
+that is found to be a culprit is quarantined, and the step is trained without it. If no sample fails by
+itself the step is trained as planned, with the same weights as ever. If all of them do, the place is probed
+first: weights, target or machine that train nothing at all convict no sample, and training stops. Want of
+memory is never a sample's fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from paceline.errors import PacelineError, TrainingError
+from paceline.ledger.trial import DEATHS_BEFORE_TRIAL
+from paceline.loader.loader import PlannedStep, StepLoader
+from paceline.training.coordinator import Coordinator
+from paceline.training.fetching import Fetching
+from paceline.training.worker import Ranks
+
+DEADLY = "the consumer's process dies of this sample"
+SAMPLE_FAILURES = (TrainingError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+FAILURES = (*SAMPLE_FAILURES, MemoryError)
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+
+
+class Isolation:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        ranks: Ranks,
+        loader: StepLoader,
+        fetching: Fetching,
+        report: Callable[..., None],
+    ) -> None:
+        self._coordinator = coordinator
+        self._ranks = ranks
+        self._loader = loader
+        self._fetching = fetching
+        self._report = report
+
+    def train(self, planned: PlannedStep) -> tuple[PlannedStep, dict[str, Any]] | None:
+        """Train a step that all ranks hold: as it was trained, without its culprits, and its figures.
+
+        If all of it was quarantined the step passes without an update. None if asked to stop.
+        """
+        revised: PlannedStep | None = planned
+        if planned.deaths >= DEATHS_BEFORE_TRIAL:
+            revised = self._without_culprits(planned)
+        while revised is not None and revised.refs:
+            planned = revised
+            try:
+                return planned, self._ranks.step()
+            except FAILURES as error:
+                _raise_unless_a_sample_may_cause(error, f"Step {planned.step}")
+                self._report("step_failed", step=planned.step, message=str(error))
+                revised = self._without_culprits(planned)
+                if revised is planned:
+                    raise
+        return None if revised is None else (revised, {})
+
+    def build(self, sample_ids: Sequence[str]) -> bool:
+        """Make the first weights from samples that all ranks hold; False if some were quarantined instead."""
+        if self._coordinator.begin_build():
+            try:
+                self._ranks.build()
+            except FAILURES as error:
+                _raise_unless_a_sample_may_cause(error, "The build of the first weights")
+                culprits = self._culprits("build", sample_ids)
+                if not culprits:
+                    raise
+            else:
+                return True
+        else:  # consumers died over it, or were killed
+            culprits = self._culprits("build", sample_ids)
+        self._coordinator.quarantine(sample_ids, culprits, step=0)
+        self._coordinator.forget_builds()
+        return False
+
+    def _without_culprits(self, planned: PlannedStep) -> PlannedStep | None:
+        """The step without its culprits, held by all ranks; itself if it has none; None if asked to stop."""
+        culprits = self._culprits(f"train.{planned.step}.{planned.rev}", planned.sample_ids)
+        if not culprits:
+            return planned
+        self._coordinator.quarantine(planned.sample_ids, culprits, step=planned.step)
+        return self._fetching.hold(self._loader.revise(planned, set(culprits)))
+
+    def _culprits(self, name: str, sample_ids: Sequence[str]) -> dict[str, str]:
+        """The samples that fail by themselves, or have killed processes, and why.
+
+        `name`: of the trial, for a successor. Raises TrainingError if the place is at fault.
+        """
+        reasons: dict[str, str] = {}
+
+        def is_harmless(tried: Sequence[str]) -> bool:
+            try:
+                self._ranks.attempt(tried)
+            except FAILURES as error:
+                _raise_unless_a_sample_may_cause(error, f"A trial of {len(tried)} samples")
+                if len(tried) == 1:
+                    reasons[tried[0]] = getattr(error, "what", str(error)) or type(error).__name__
+                return False
+            return True
+
+        found = self._coordinator.trial(name, sample_ids).run(is_harmless)
+        culprits = {sample_id: reasons.get(sample_id, DEADLY) for sample_id in found}
+        if culprits and len(culprits) == len(sample_ids):  # no other sample shows that the place is sound
+            self._prove_the_place(
+                f"The trial {name} fails with each of its {len(culprits)} samples", culprits
+            )
+        return culprits
+
+    def _prove_the_place(self, name: str, culprits: dict[str, str]) -> None:
+        """Raise TrainingError, and convict no sample, if weights, target or machine may be at fault."""
+        what = f"The trial {name} fails with each of its {len(culprits)} samples"
+        reason = next(iter(culprits.values()))
+        if not self._coordinator.begin_probe():
+            raise _place_is_at_fault(what, reason, "processes die in a step on a harmless sample, too")
+        try:
+            trained_before = self._ranks.probe()
+        except FAILURES as error:
+            self._coordinator.end_probe()
+            _raise_unless_a_sample_may_cause(error, "A step on a harmless sample")
+            raise _place_is_at_fault(what, reason, f"so does a harmless one: {error}") from error
+        self._coordinator.end_probe()
+        if len(culprits) > 1 and not trained_before:
+            raise _place_is_at_fault(what, reason, "and no sample has been trained since this start")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator failed, on any device."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    text = str(error).lower()
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
+        isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY)
+    )
+
+
+def _raise_unless_a_sample_may_cause(error: Exception, what: str) -> None:
+    """Raise what is the fault of the settings, the ledger or the machine, whatever the samples are."""
+    if isinstance(error, PacelineError) and not isinstance(error, TrainingError):
+        raise error
+    if is_out_of_memory(error):
+        raise TrainingError(
+            f"{what} needs more memory than there is ({str(error) or type(error).__name__}).",
+            why="No sample is to blame and none was quarantined; the weights are those of the step before.",
+            next="free memory (the device's, if it is one), or set method.recompute: true, which changes no "
+            "bit of the weights, and run the same command again; or start a new run with a smaller "
+            "training.micro_batch_size.",
+        ) from error
+
+
+def _place_is_at_fault(what: str, reason: str, proof: str) -> TrainingError:
+    return TrainingError(
+        f"{what} ({reason}), {proof}.",
+        why="So the weights, the target or the machine are at fault, and no sample was quarantined.",
+        next="if the message names the target, mend it; if the weights diverged, lower "
+        "training.learning_rate in a new run; else look at the machine and run the same command again.",
+    )

@@ -1,0 +1,198 @@
+"""What trains: one rank (`Worker`), and all ranks of a run as the coordinator sees them (`Ranks`).
+
+The coordinator says what happens with one message a step, a plain record: `StepOrder`. Every rank fetches
+its slice of the step's samples and answers `Fetched`: that it holds them, or which it cannot read. Only
+when all ranks hold their slices does any of them train, so a step happens on all ranks or on none. A rank
+knows no ledger, and no torch either: its weights are the learner's (learner.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from paceline.durable_files import FileContent
+from paceline.errors import FeatureCorruptError, FeatureMissingError, FeatureStoreElsewhereError
+from paceline.features.store import FeatureStore
+from paceline.loader.read_ahead import ReadAhead
+from paceline.training.checkpoint import Aside, FileEntry
+from paceline.training.learner import Learner, Sample
+from paceline.types import SampleRef
+
+FIRST_WEIGHTS = 0  # the step number of an order whose samples make the first weights
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepOrder:
+    """From the coordinator to one rank: the step, its samples in plan order, and which are this rank's."""
+
+    step: int
+    rev: int
+    refs: tuple[SampleRef, ...]
+    start: int
+    stop: int
+
+    @property
+    def mine(self) -> tuple[SampleRef, ...]:
+        return self.refs[self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Why a rank cannot read a sample. `is_elsewhere`: the ref names another store than the rank's."""
+
+    what: str
+    is_elsewhere: bool = False
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A rank's answer: it holds its slice, which counts `num_tokens`, unless something is unreadable."""
+
+    num_tokens: int
+    unreadable: Mapping[str, Unreadable] = field(default_factory=dict)
+
+
+class Worker:
+    """One rank. It holds the samples of one order at a time, its own slice of them."""
+
+    def __init__(self, learner: Learner, features: FeatureStore, executor: Executor | None = None) -> None:
+        """`executor`: reads the next step's features while the current one trains; None: nothing does."""
+        self.learner = learner
+        self._ahead = ReadAhead(features.get, executor)
+        self._held: dict[str, tuple[SampleRef, Sample]] = {}
+        self._trained_well: list[Sample] = []
+
+    def fetch(self, order: StepOrder) -> Fetched:
+        """Hold the slice of `order`; what is held already is not read again."""
+        wanted = {ref.sample_id: ref for ref in order.mine}
+        self._held = {i: held for i, held in self._held.items() if wanted.get(i) == held[0]}
+        unreadable: dict[str, Unreadable] = {}
+        for sample_id, ref in wanted.items():
+            if sample_id not in self._held:
+                try:
+                    self._held[sample_id] = ref, self._ahead.get(ref)
+                except FeatureStoreElsewhereError as error:
+                    unreadable[sample_id] = Unreadable(error.what, is_elsewhere=True)
+                except (FeatureMissingError, FeatureCorruptError) as error:
+                    unreadable[sample_id] = Unreadable(error.what)
+        if unreadable:
+            return Fetched(0, unreadable)
+        return Fetched(self.learner.num_tokens(self._samples(wanted)))
+
+    def read_ahead(self, refs: Sequence[SampleRef]) -> None:
+        """These will probably be asked for next."""
+        self._ahead.start(refs)
+
+    def step(self, order: StepOrder, num_tokens: int) -> dict[str, Any]:
+        """Train the slice; `num_tokens` is the count of the whole step. Figures for the event log."""
+        samples = self._samples([ref.sample_id for ref in order.mine])
+        figures = self.learner.step(order.step, samples, num_tokens)
+        self._trained_well = samples[:1]
+        return figures
+
+    def build(self, order: StepOrder) -> None:
+        """The first weights, from all samples of the order."""
+        self.learner.build(self._samples([ref.sample_id for ref in order.refs]))
+
+    def attempt(self, order: StepOrder, sample_ids: Collection[str]) -> None:
+        """Train those of these samples that this rank holds, without a trace."""
+        chosen = [ref.sample_id for ref in order.refs if ref.sample_id in sample_ids]
+        samples = self._samples([i for i in chosen if i in self._held])
+        if order.step == FIRST_WEIGHTS:
+            self.learner.build(samples)
+        elif samples:
+            self.learner.attempt(samples)
+
+    def probe(self, order: StepOrder) -> bool:
+        """Raise if weights or machine train nothing at all; whether a real sample has shown that they do."""
+        for ref in order.mine[:1]:
+            self.learner.probe(self._held[ref.sample_id][1])
+        if self._trained_well:
+            self.learner.attempt(self._trained_well)
+        return bool(self._trained_well)
+
+    def _samples(self, sample_ids: Collection[str]) -> list[Sample]:
+        return [self._held[sample_id][1] for sample_id in sample_ids]
+
+
+class Ranks:
+    """All ranks of a run, in rank order; each call is one for all of them.
+
+    After a `fetch` that found everything the ranks hold that step, and what follows is about it.
+    """
+
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self.workers = list(workers)
+        self._orders: list[StepOrder] = []
+        self._num_tokens = 0
+        # Ranks exchange gradients within a step, so all must be in it at once.
+        self._threads = ThreadPoolExecutor(len(workers)) if len(workers) > 1 else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are weights."""
+        return all(worker.learner.ready for worker in self.workers)
+
+    def fetch(self, step: int, rev: int, refs: Sequence[SampleRef]) -> dict[str, Unreadable]:
+        """Every rank reads its slice, or all samples for the first weights; what cannot be read."""
+        shares, count = len(self.workers), len(refs)
+        bounds = [(rank * count // shares, (rank + 1) * count // shares) for rank in range(shares)]
+        if step == FIRST_WEIGHTS:
+            bounds = [(0, count)] * shares
+        self._orders = [StepOrder(step, rev, tuple(refs), start, stop) for start, stop in bounds]
+        answers = self._each(lambda worker, order: worker.fetch(order))
+        self._num_tokens = sum(answer.num_tokens for answer in answers)
+        return {i: why for answer in answers for i, why in answer.unreadable.items()}
+
+    def read_ahead(self, refs: Sequence[SampleRef]) -> None:
+        shares, count = len(self.workers), len(refs)
+        for rank, worker in enumerate(self.workers):
+            worker.read_ahead(refs[rank * count // shares : (rank + 1) * count // shares])
+
+    def step(self) -> dict[str, Any]:
+        """One optimizer step on all ranks. If it raises, the weights of all ranks are unchanged."""
+        return self._each(lambda worker, order: worker.step(order, self._num_tokens))[0]
+
+    def build(self) -> None:
+        self._each(lambda worker, order: worker.build(order))
+
+    def attempt(self, sample_ids: Collection[str]) -> None:
+        """Train these of the step's samples without a trace; raises what training them would."""
+        self._each(lambda worker, order: worker.attempt(order, sample_ids))
+
+    def probe(self) -> bool:
+        """Raise if weights or machines train nothing at all; whether real samples have shown it."""
+        return all(self._each(lambda worker, order: worker.probe(order)))
+
+    def load(self, files: Mapping[str, FileContent]) -> None:
+        for worker in self.workers:
+            worker.learner.load(files)
+
+    def snapshot(self) -> Callable[[Aside], list[FileEntry]]:
+        """Take the state of all ranks as it is now; the function writes it, in any thread, later."""
+        parts = [worker.learner.files() for worker in self.workers]
+
+        def write(aside: Aside) -> list[FileEntry]:
+            return [aside.put(name, content) for part in parts for name, content in part.items()]
+
+        return write
+
+    def describe(self) -> dict[str, Any]:
+        return self.workers[0].learner.describe()
+
+    def close(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown()
+
+    def _each(self, act: Callable[[Worker, StepOrder], T]) -> list[T]:
+        """Every rank's answer; raises what the first of those that failed raised, once all have ended."""
+        pairs = list(zip(self.workers, self._orders, strict=True))
+        if self._threads is None:
+            return [act(worker, order) for worker, order in pairs]
+        answers = [self._threads.submit(act, worker, order) for worker, order in pairs]
+        wait(answers)
+        return [answer.result() for answer in answers]
