@@ -47,6 +47,33 @@ FILE_BYTES_MAX = 8 << 20
 TAIL_BYTES = 1 << 20  # of a file that has grown beyond, what is kept of it
 READ_BYTES = 1 << 16  # what a look at the newest events reads
 
+EVENTS = {
+    # every role
+    "role_started": "a process of the role began, with its pid",
+    "role_ended": "it ended by itself, or was asked to stop (`stopped`)",
+    "error": "it ended with this error and exit code",
+    "blocked": "it waits for the other role; seconds so far",
+    # producer
+    "engine_ready": "the target is loaded and was probed",
+    "started": "the producer took over: bytes it swept, samples that are gone",
+    "group": "a capture group is committed; seconds for it and, in all, without room for samples",
+    "group_failed": "prompts failed, or a group as a whole, and why; `buried`: how many for good",
+    "made_room": "samples were given up for a lost one that is needed first",
+    "finished": "every prompt is committed or failed",
+    # consumer
+    "resumed": "training goes on after the checkpoint of this step",
+    "step": "a step is trained: its figures, seconds of fetching and of training, seconds blocked in all",
+    "step_failed": "a step raised; its culprits are sought",
+    "quarantined": "a sample is never trained (again), and why",
+    "waiting_for_recapture": "a sample cannot be read; the producer is to capture it again",
+    "checkpoint": "a checkpoint is head; seconds for it and of training that waited",
+    "checkpoint_damaged": "a recorded checkpoint is missing or not as it was written",
+    "fall_back": "an older checkpoint is head; samples that are to be captured again",
+    "rolled_forward": "a whole checkpoint that the ledger did not know is head",
+    # evaluator
+    "evaluated": "the acceptance lengths",
+}  # what each event says, by name: all there are
+
 
 class EventLog:
     """Appends events to one file. A line is written whole or, after a crash or an error, torn."""

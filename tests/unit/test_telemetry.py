@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,12 @@ def test_an_echoed_event_cannot_command_the_terminal(tmp_path: Path) -> None:
     lines: list[str] = []
     EventLog(tmp_path / "e.jsonl", echo=lines.append).write("quarantined", sample_id="\x1b[2J\nsound")
     assert lines == ["quarantined: sample_id \\x1b[2J\\nsound\n"]
+
+
+def test_every_event_that_is_written_is_listed() -> None:
+    """And nothing is listed that no role writes: the list is what a reader of events can rely on."""
+    written = {"step", "error"}
+    for path in (Path(telemetry.__file__).parent).rglob("*.py"):
+        if "testing" not in path.parts:
+            written |= set(re.findall(r"(?:report|events\.write)\(\s*\"(\w+)\"", path.read_text()))
+    assert written == set(telemetry.EVENTS)

@@ -12,3 +12,4 @@ BUILDS_BEGUN = "builds_begun"
 GIVEN_UP = "given_up"  # identities of recorded checkpoints that were found damaged
 PROBES_BEGUN = "probes_begun"
 QUARANTINED_IN_A_ROW = "quarantined_in_a_row"
+FEATURES_LIE = "features_lie"  # where the producer's feature store is

@@ -12,7 +12,7 @@ import torch
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.precision import resolve_device, torch_dtype
-from paceline.roles.binding import bind_run
+from paceline.roles.binding import bind_run, refuse_other_place
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
 from paceline.roles.wire import ConsumerParts, build_disagg_online_consumer
@@ -49,6 +49,7 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     if store.facts().get(COMPLETED_STEP) is not None:
         features.destroy()
         return
+    refuse_other_place(config, store)
     # One thread writes checkpoints, one reads the next step's features.
     with ThreadPoolExecutor(2, thread_name_prefix="paceline-consumer") as executor:
         trainer, loader = build_disagg_online_consumer(

@@ -12,7 +12,7 @@ from paceline.capture.producer import CaptureSettings
 from paceline.errors import StoreError
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.roles.binding import bind_date, bind_run, bind_target
+from paceline.roles.binding import bind_date, bind_run, bind_target, record_place
 from paceline.roles.plan import RunPlan, window_size
 from paceline.roles.process import run_role
 from paceline.roles.wire import build_disagg_online_producer
@@ -27,6 +27,7 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     stretches = bind_run(plan, store, role="producer")
     if store.facts().get(COMPLETED_STEP) is not None:
         return
+    record_place(config, store)
     engine = config.engine.build(config.target, date=bind_date(store))
     engine.probe()
     bind_target(store, engine.facts.model_version, engine.facts.tokenizer_version)

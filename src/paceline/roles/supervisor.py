@@ -20,7 +20,7 @@ from paceline.config.run import RunConfig
 from paceline.errors import LedgerError, PacelineError
 from paceline.ledger.facts import COMPLETED_STEP, END_OF_STREAM
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.roles.binding import bind_run
+from paceline.roles.binding import bind_run, record_place
 from paceline.roles.child import GRACE_S, Child, RoleFailedError, end_orphan
 from paceline.roles.plan import RunPlan, log_path
 from paceline.roles.snapshot import RunSnapshot, take_snapshot
@@ -91,6 +91,7 @@ class Supervisor:
                 bind_run(self._plan, self._store)
                 if self._is_complete() and not self._config.feature_folder.exists():
                     return True
+                record_place(self._config, self._store)
                 self._start("producer")
                 self._start("consumer")
                 return self._watch()

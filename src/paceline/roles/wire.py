@@ -178,6 +178,7 @@ def build_disagg_online_consumer(
             next="pass resume=True, or use a new store for a new run.",
         )
 
+    parts.method.check_target(parts.head)
     return take_over(
         ConsumerSide(
             controller,

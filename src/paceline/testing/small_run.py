@@ -45,12 +45,14 @@ class SmallRun:
         passes: int = 1,
         batch_size: int = 3,
         features: FeatureStore | None = None,
+        quarantine_max_in_a_row: int = 8,
     ) -> None:
         self.folder = folder
         self.num_prompts = num_prompts
         self.max_steps = max_steps
         self.passes = passes
         self.batch_size = batch_size
+        self.quarantine_max_in_a_row = quarantine_max_in_a_row
         self.features = features or InMemoryFeatureStore(budget_bytes=8 << 20)
         self.engine = SyntheticEngine()
         self.prompts: list[Any] = [f"prompt {n}" for n in range(num_prompts)]
@@ -83,6 +85,7 @@ class SmallRun:
             first_samples=4,
             max_steps=self.max_steps,
             checkpoint_interval_steps=2,
+            quarantine_max_in_a_row=self.quarantine_max_in_a_row,
         )
         parts = ConsumerParts(
             method=Eagle3Method({"draft_vocab_size": 32, "ttt_steps": 2, "init": "random"}),
