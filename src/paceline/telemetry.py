@@ -56,6 +56,7 @@ EVENTS = {
     # producer
     "engine_ready": "the target is loaded and was probed",
     "started": "the producer took over: bytes it swept, samples that are gone",
+    "note": "what a person should know of the prompts",
     "group": "a capture group is committed; seconds for it and, in all, without room for samples",
     "group_failed": "prompts failed, or a group as a whole, and why; `buried`: how many for good",
     "made_room": "samples were given up for a lost one that is needed first",
