@@ -205,7 +205,7 @@ def test_a_feature_store_in_another_place_convicts_no_sample(
     def capture_again() -> None:
         run.features = theirs
         lost = set(SQLiteMetadataStore(run.db).lost_ids())
-        theirs.free([written for written in theirs.written() if written.sample_id in lost])
+        theirs.free([written for written in theirs.written() if written[0] in lost])
         run.producer()[1]()
 
     monkeypatch.setattr(trainer.coordinator, "relieve_pressure", capture_again)
