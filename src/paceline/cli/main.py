@@ -18,12 +18,12 @@ import typer
 from paceline.cli.fsck import accept_pages_of, fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
 from paceline.cli.plain import exit_code_of_lost_output, out, say, say_error, stderr
-from paceline.cli.progress import Progress, describe, evaluation_lines, final_line
+from paceline.cli.progress import Progress, describe, evaluation_lines, final_line, trained
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError, explained
 from paceline.regular_files import kind_of
-from paceline.roles.plan import plan_run, role_environment
+from paceline.roles.plan import RunPlan, plan_run, role_environment
 from paceline.roles.preflight import preflight
 from paceline.roles.process import DEBUG_VARIABLE
 from paceline.roles.snapshot import making_sense, open_run, take_snapshot
@@ -112,7 +112,10 @@ def train(run_file: RunFile) -> None:
     if not completed:
         say(out, f"Stopped; nothing is lost. Go on with: paceline train {run_file}")
         raise typer.Exit(INTERRUPTED)
-    _evaluate(run_file, plan.config)
+    if plan.evaluation_obstacle:
+        _print_trained(plan)
+    else:
+        _evaluate(run_file, plan.config)
 
 
 @app.command()
@@ -223,6 +226,13 @@ def _print_evaluation(config: RunConfig) -> None:
         )
     for line in [*evaluation_lines(snapshot), final_line(snapshot)]:
         say(out, line)
+
+
+def _print_trained(plan: RunPlan) -> None:
+    store = open_run(plan.config.run.directory)
+    snapshot = take_snapshot(plan.config.run.directory, store)
+    store.close()
+    say(out, f"not measured: {plan.evaluation_obstacle} | {trained(snapshot)}")
 
 
 def _directory(run: Path) -> Path:

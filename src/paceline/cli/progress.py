@@ -153,6 +153,10 @@ def evaluation_lines(s: RunSnapshot) -> list[str]:
             f"{_shape(way)}: acceptance length {way['acceptance_length']:.2f}, "
             f"{way['speculative_tokens_per_s']:.1f} against {way['plain_tokens_per_s']:.1f} tokens/s"
         )
+    if set_aside := e.get("prompts_set_aside"):
+        name, reason = next(iter(set_aside.items()))
+        count = f"{len(set_aside)} of {len(set_aside) + e['prompts']}"
+        lines.append(f"{count} held-out prompts are set aside, the first: {name}: {reason}")
     return lines
 
 
@@ -165,6 +169,9 @@ def final_line(s: RunSnapshot) -> str:
     e = s.evaluation
     return (
         f"acceptance length {e['acceptance_length']:.2f} | "
-        f"speed-up {e['speed_up']:.2f}x over plain decoding | "
-        f"{s.samples_trained} samples trained | {s.restarts} restarts"
+        f"speed-up {e['speed_up']:.2f}x over plain decoding | {trained(s)}"
     )
+
+
+def trained(s: RunSnapshot) -> str:
+    return f"{s.samples_trained} samples trained | {s.restarts} restarts"

@@ -212,6 +212,8 @@ def _facts(model: PreTrainedModel, model_folder: Path) -> TargetFacts:
         eos_token_ids=tuple(token for token in ends if token < int(config.vocab_size)),
         model_version=version.model,
         tokenizer_version=version.tokenizer,
+        device=model.device.type,
+        max_positions=getattr(config, "max_position_embeddings", None),
     )
 
 

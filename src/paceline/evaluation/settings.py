@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,7 +11,11 @@ from paceline.section import Count, Device, Dtype, Section
 
 
 class EvaluationSection(Section):
-    """`draft_tokens` guesses a cycle as a tree; `branching: 1` = a chain. The chain is measured as well."""
+    """`draft_tokens` guesses a cycle as a tree; `branching: 1` = a chain. The chain is measured as well.
+
+    `unsupported`: what to do about a target that the evaluation cannot decode with; "skip" trains
+    without measuring, and says so before and after, "refuse" trains nothing.
+    """
 
     changeable: ClassVar[tuple[str, ...]] = ("*",)
     prompts: Path
@@ -20,5 +24,6 @@ class EvaluationSection(Section):
     draft_tokens: Annotated[int, Field(ge=1, le=16)] = 7
     branching: Annotated[int, Field(ge=1, le=16)] = 4
     depth: Annotated[int, Field(ge=1, le=16)] = 3
+    unsupported: Literal["skip", "refuse"] = "skip"
     dtype: Dtype = "auto"
     device: Device = "auto"

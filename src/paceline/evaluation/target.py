@@ -24,6 +24,7 @@ from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own docu
 from paceline.errors import ConfigError
 from paceline.evaluation.tree import DraftTree
 from paceline.target.head import TargetHead
+from paceline.target.plain_llama import why_not_plain_llama
 
 
 @dataclass(frozen=True)
@@ -208,20 +209,9 @@ def _product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _require_plain_llama(head: TargetHead) -> None:
-    config = head.config
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    reasons = []
-    if config.get("model_type") != "llama":
-        reasons.append(f"model_type is {config.get('model_type')!r}, not 'llama'")
-    if config.get("hidden_act", "silu") != "silu":
-        reasons.append(f"hidden_act is {config.get('hidden_act')!r}, not 'silu'")
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        reasons.append("its projections have biases")
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        reasons.append(f"rope_type is {rope.get('rope_type', rope.get('type'))!r}, not 'default'")
-    if reasons:
+    if reason := why_not_plain_llama(head.config):
         raise ConfigError(
-            f"cannot evaluate on this target: {'; '.join(reasons)}",
+            f"cannot evaluate on this target: {reason}",
             why="acceptance would be measured against another model than the one that was captured",
-            next="evaluate in the serving engine, or add the architecture to evaluation/target.py",
+            next="evaluate in the serving engine; evaluation.unsupported: skip trains without measuring",
         )

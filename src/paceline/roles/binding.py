@@ -1,4 +1,4 @@
-"""What a run is bound to: its settings, its prompts and its target.
+"""What a run is bound to: its settings and its prompts (its target: target_binding.py).
 
 Settings and prompts are recorded at the first start, and bind once something was captured under them. Until
 then a start with other ones replaces them, if no other role is live, so that advice on settings can be
@@ -73,7 +73,7 @@ def _prompts_bind(store: MetadataStore) -> bool:
 
 def _rebind(plan: RunPlan, store: MetadataStore, role: str | None) -> dict[str, Any]:
     """Record other settings or prompts, unless they bind or another role goes on under the old ones."""
-    with _others_kept_out(plan.config, role) as alone:
+    with others_kept_out(plan.config, role) as alone:
         if alone and not _settings_bind(store):
             facts = {CONFIG: flat(plan.config)}
             if not _prompts_bind(store):
@@ -97,7 +97,7 @@ def _extend(
             next="put the file back until the run is complete, or set a new run.name and run.directory.",
         )
     longer = [*stretches, plan.prompts.size]
-    with _others_kept_out(plan.config, role) as alone:
+    with others_kept_out(plan.config, role) as alone:
         if alone:
             reopened = {COMPLETED_STEP: None, END_OF_STREAM: False}
             store.set_facts({PROMPTS: _prompts(plan, longer), **reopened})
@@ -110,7 +110,7 @@ def _extend(
 
 
 @contextmanager
-def _others_kept_out(config: RunConfig, role: str | None) -> Iterator[bool]:
+def others_kept_out(config: RunConfig, role: str | None) -> Iterator[bool]:
     """Whether no other role is live; none can start inside. A role reads its settings under its lock."""
     with ExitStack() as held:
         try:
@@ -143,18 +143,6 @@ def bind_date(store: MetadataStore) -> str:
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     date: str = store.settle_facts({RENDERING_DATE: now})[RENDERING_DATE]
     return date
-
-
-def bind_target(store: MetadataStore, model_version: str, tokenizer_version: str) -> None:
-    """Record which target the run captures from; refuse another one, whatever its folder is called."""
-    facts, now = store.facts(), {"model_version": model_version, "tokenizer_version": tokenizer_version}
-    recorded = {key: facts[key] for key in now if key in facts} or store.settle_facts(now)
-    if recorded != now:
-        raise ConfigError(
-            f"This run captured from target {recorded}, but target.model is now {now}.",
-            why="Features of two targets in one draft would make it imitate neither.",
-            next="put the old model back, or set a new run.name and run.directory.",
-        )
 
 
 def record_place(config: RunConfig, store: MetadataStore) -> None:

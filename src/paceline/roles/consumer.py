@@ -15,6 +15,7 @@ from paceline.precision import resolve_device, torch_dtype
 from paceline.roles.binding import bind_run, refuse_other_place
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
+from paceline.roles.target_binding import DRAFT_NUMERICS, bind_numerics, bind_target
 from paceline.roles.wire import ConsumerParts, build_disagg_online_consumer
 from paceline.target.head import TargetHead
 from paceline.telemetry import EventLog
@@ -50,16 +51,24 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
         features.destroy()
         return
     refuse_other_place(config, store)
+    target = bind_target(store, config, "consumer")
+    method, head = config.method.build(), TargetHead.load(config.target.model)
+    method.check_target(head)
+    settings = trainer_settings(plan)
+    dtype = "float32" if settings.autocast_dtype is None else "bfloat16"
+    numerics = {"dtype": dtype, "device": resolve_device(settings.device).type}
+    bind_numerics(store, config, "consumer", DRAFT_NUMERICS, numerics)
     # One thread writes checkpoints, one reads the next step's features.
     with ThreadPoolExecutor(2, thread_name_prefix="paceline-consumer") as executor:
         trainer, loader = build_disagg_online_consumer(
             run_id=config.run.name,
             feature_store=features,
             parts=ConsumerParts(
-                method=config.method.build(),
-                head=TargetHead.load(config.target.model),
+                method=method,
+                head=head,
+                target=target,
                 checkpoint_folder=config.checkpoint_folder,
-                settings=trainer_settings(plan),
+                settings=settings,
                 batch_size=config.training.batch_size,
                 passes=config.training.passes,
                 block_size=config.capture.group_size,

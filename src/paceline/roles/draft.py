@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from paceline.config.run import RunConfig
 from paceline.errors import CheckpointDamagedError, CheckpointError
 from paceline.ledger.store import MetadataStore
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
 
 
-def newest_checkpoint(config: RunConfig, store: MetadataStore) -> Checkpoint:
-    """The newest valid checkpoint of a run. Raises CheckpointError if it has none."""
+def newest_checkpoint(config: RunConfig, store: MetadataStore, only: Collection[str]) -> Checkpoint:
+    """The newest valid checkpoint of a run, files of the names in `only`. Raises CheckpointError if it
+    has none."""
     folder = CheckpointFolder(config.checkpoint_folder, config.run.name)
     for record in reversed(store.checkpoints()):
         try:
-            return folder.read(record)
+            return folder.read(record, only)
         except CheckpointDamagedError:
             continue  # damaged; the one before it is as good as it was
     raise CheckpointError(

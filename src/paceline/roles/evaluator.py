@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from paceline.capture.prompt_file import PromptFile
+from paceline.config.run import RunConfig
 from paceline.durable_files import replace_file
+from paceline.errors import ConfigError
 from paceline.evaluation.acceptance import measure_acceptance
+from paceline.evaluation.heldout import HeldOut, encode_held_out
 from paceline.evaluation.speculative import Decoding
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
@@ -19,36 +22,35 @@ from paceline.precision import CPU, torch_dtype
 from paceline.roles.draft import newest_checkpoint
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
+from paceline.roles.target_binding import refuse_other_target
 from paceline.target.head import TargetHead
 from paceline.target.tokenizer import PromptEncoder
 from paceline.telemetry import EventLog
-from paceline.training.torch_learner import restore_draft
+from paceline.training.torch_learner import DRAFT, restore_draft
 
 
 def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -> None:  # noqa: ARG001
     """Decode held-out prompts plainly and speculatively with the newest checkpoint's draft."""
     config = plan.config
     store = SQLiteMetadataStore(config.ledger_path)
-    checkpoint = newest_checkpoint(config, store)
+    refuse_other_target(store, config)
+    checkpoint = newest_checkpoint(config, store, only=(DRAFT,))
     date = store.facts().get(RENDERING_DATE)
     store.close()
     dtype = torch_dtype(config.evaluation.dtype, CPU)
     method, head = config.method.build(), TargetHead.load(config.target.model)
     draft = restore_draft(method, head, config.run.seed, checkpoint.files)
-    encoder = PromptEncoder(
-        config.target.model, max_prompt_tokens=config.prompts.max_prompt_tokens, date=date
-    )
     section = config.evaluation
-    heldout = PromptFile(section.prompts)
-    prompts = [prompt for prompt in heldout.read(0, heldout.size) if not prompt.broken]
     chain = Drafting(min(3, section.draft_tokens))
     tree = Drafting(section.draft_tokens, section.branching, min(section.depth, section.draft_tokens))
     ways = [chain] if section.branching == 1 else [tree, chain]
     drafter = method.drafter(draft, dtype)
+    target = LlamaTarget(head, drafter.layers, dtype)
+    held_out = _held_out(config, head, date)
     reports = measure_acceptance(
-        LlamaTarget(head, drafter.layers, dtype),
+        target,
         drafter,
-        [encoder.encode(prompt.text) for prompt in prompts[: section.max_prompts]],
+        held_out.prompts,
         Decoding(max_new_tokens=section.max_new_tokens, eos_token_ids=head.eos_token_ids),
         ways,
     )
@@ -57,10 +59,33 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
         "dtype": str(dtype),
         **reports[0].to_dict(),
         "chain": reports[-1].to_dict(),
+        "prompts_set_aside": dict(held_out.set_aside),
     }
     path = config.run.directory / "evaluation.json"
     replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
     events.write("evaluated", **result)
+
+
+def _held_out(config: RunConfig, head: TargetHead, date: str | None) -> HeldOut:
+    encoder = PromptEncoder(
+        config.target.model, max_prompt_tokens=config.prompts.max_prompt_tokens, date=date
+    )
+    file = PromptFile(config.evaluation.prompts)
+    prompts = [prompt for prompt in file.read(0, file.size) if not prompt.broken]
+    held_out = encode_held_out(
+        [(prompt.prompt_id, prompt.text) for prompt in prompts[: config.evaluation.max_prompts]],
+        encoder,
+        vocab_size=head.vocab_size,
+        positions=head.config.get("max_position_embeddings"),
+        new=config.evaluation.max_new_tokens,
+    )
+    if not held_out.prompts:
+        raise ConfigError(
+            f"No held-out prompt can be decoded: {held_out.note}.",
+            why="There is nothing to measure the draft on; it is trained and untouched.",
+            next="change evaluation.prompts or evaluation.max_new_tokens, then run the same command again.",
+        )
+    return held_out
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from paceline.capture.prompt_file import PromptFile
 from paceline.capture.source import RunPrompts
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
+from paceline.target.folder import read_config
+from paceline.target.plain_llama import why_not_plain_llama
 
 REPEATS_NAMED = 50
 
@@ -20,18 +22,21 @@ REPEATS_NAMED = 50
 class RunPlan:
     """`num_samples` = prompts x rounds; `num_steps` = optimizer steps for all their passes.
 
-    Both are None for a stream without an end.
+    Both are None for a stream without an end. `evaluation_obstacle`: why the evaluation cannot decode with
+    this target; empty if it can.
     """
 
     config: RunConfig
     prompts: PromptFile
     num_samples: int | None
     num_steps: int | None
+    evaluation_obstacle: str = ""
 
     @property
     def notes(self) -> list[str]:
         """What a person should know before the run starts."""
-        return self.prompts.notes
+        measured = [f"the draft will not be measured: {self.evaluation_obstacle}"]
+        return [*self.prompts.notes, *(measured if self.evaluation_obstacle else [])]
 
     def source(self, stretches: Sequence[int] = ()) -> RunPrompts:
         """Every prompt of every round, in run order, with its task id `round/prompt`; see `bind_run`."""
@@ -40,23 +45,39 @@ class RunPlan:
 
 def plan_run(config: RunConfig) -> RunPlan:
     """Check everything that can be checked before a process starts. Raises ConfigError."""
+    obstacle = _target_obstacle(config)
     heldout = PromptFile(config.evaluation.prompts)
     texts = {prompt.text for prompt in heldout.read(0, heldout.size) if not prompt.broken}
     index_path = config.run.directory / "prompts.index.json"
     prompts = PromptFile(config.prompts.path, heldout=texts, index_path=index_path)
     _refuse_shared(config, prompts)
     _refuse_repeats(config, prompts)
-    if not (config.target.model / "config.json").is_file():
-        raise ConfigError(
-            f"There is no model in {config.target.model} (no config.json).",
-            why="The producer needs the target's weights in a local folder.",
-            next="run `make model`, or set target.model to a Hugging Face model folder.",
-        )
     num_samples = prompts.size * config.prompts.rounds
     num_steps = math.ceil(num_samples * config.training.passes / config.training.batch_size)
     if config.training.max_steps is not None:
         num_steps = min(num_steps, config.training.max_steps)
-    return RunPlan(config, prompts, num_samples, num_steps)
+    return RunPlan(config, prompts, num_samples, num_steps, obstacle)
+
+
+def _target_obstacle(config: RunConfig) -> str:
+    """Why the evaluation cannot decode with the target; raises ConfigError if that or more is refused."""
+    target = read_config(config.target.model)
+    positions, answer = target.get("max_position_embeddings"), config.prompts.max_answer_tokens
+    # Longer prompts than fit beside an answer are set aside one by one; here none would fit.
+    if isinstance(positions, int) and answer >= positions:
+        raise ConfigError(
+            f"prompts.max_answer_tokens is {answer}, and the target has {positions} positions.",
+            why="States and logits beyond the positions that a target was trained with are meaningless.",
+            next=f"set prompts.max_answer_tokens to less than {positions}, prompts included.",
+        )
+    obstacle = why_not_plain_llama(target)
+    if obstacle and config.evaluation.unsupported == "refuse":
+        raise ConfigError(
+            f"The evaluation cannot decode with {config.target.model}: {obstacle}.",
+            why="evaluation.unsupported is refuse; nothing was started.",
+            next="set evaluation.unsupported: skip to train without measuring, or choose another target.",
+        )
+    return obstacle
 
 
 def _refuse_shared(config: RunConfig, prompts: PromptFile) -> None:

@@ -12,9 +12,10 @@ from paceline.capture.producer import CaptureSettings
 from paceline.errors import StoreError
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.roles.binding import bind_date, bind_run, bind_target, record_place
+from paceline.roles.binding import bind_date, bind_run, record_place
 from paceline.roles.plan import RunPlan, window_size
 from paceline.roles.process import run_role
+from paceline.roles.target_binding import TARGET_NUMERICS, bind_numerics, bind_target, refuse_changed
 from paceline.roles.wire import build_disagg_online_producer
 from paceline.telemetry import EventLog
 
@@ -28,9 +29,12 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     if store.facts().get(COMPLETED_STEP) is not None:
         return
     record_place(config, store)
+    target = bind_target(store, config, "producer")
     engine = config.engine.build(config.target, date=bind_date(store))
     engine.probe()
-    bind_target(store, engine.facts.model_version, engine.facts.tokenizer_version)
+    refuse_changed(config, target, engine.facts)
+    numerics = {"dtype": engine.facts.dtype, "device": engine.facts.device}
+    bind_numerics(store, config, "producer", TARGET_NUMERICS, numerics)
     events.write("engine_ready", dtype=engine.facts.dtype, model_version=engine.facts.model_version)
     features = config.features.build(config.feature_folder, owner=True)
     _, drive_producer = build_disagg_online_producer(

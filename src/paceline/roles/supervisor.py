@@ -24,6 +24,7 @@ from paceline.roles.binding import bind_run, record_place
 from paceline.roles.child import GRACE_S, Child, RoleFailedError, end_orphan
 from paceline.roles.plan import RunPlan, log_path
 from paceline.roles.snapshot import RunSnapshot, take_snapshot
+from paceline.roles.target_binding import bind_target
 
 LOOK_S = 0.5
 OWN_EXIT_CODES = range(2, 9)
@@ -89,6 +90,7 @@ class Supervisor:
                 for role in ("producer", "consumer"):
                     end_orphan(self._config.run.directory, role, lambda: self._signals.count > 0)
                 bind_run(self._plan, self._store)
+                bind_target(self._store, self._config)
                 if self._is_complete() and not self._config.feature_folder.exists():
                     return True
                 record_place(self._config, self._store)

@@ -28,6 +28,7 @@ from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.loader.loader import LoaderSettings, StepLoader
 from paceline.methods.method import DraftMethod
 from paceline.target.head import TargetHead
+from paceline.target.version import TargetVersion
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.settings import TrainerSettings
 from paceline.training.torch_learner import TorchLearner
@@ -139,6 +140,7 @@ class ConsumerParts:
     batch_size: int = 8
     passes: int = 1
     block_size: int = 64
+    target: TargetVersion | None = None  # of the samples that may be trained; None: of any
 
 
 def build_disagg_online_consumer(

@@ -17,4 +17,5 @@ class TargetFacts:
     model_version: str
     tokenizer_version: str
     max_positions: int | None = None  # the most tokens a sequence may have
+    device: str = "cpu"  # the kind of device that it computes on
     repeats_bits: bool = True  # a group captured again has the bits it had

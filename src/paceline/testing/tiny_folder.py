@@ -20,6 +20,11 @@ TEMPLATE = (
 def make_tiny_folder(folder: Path, *, seed: int = 0) -> Path:
     """Write the folder: 8 layers, hidden size 32, one token a character. Under a second."""
     save_target(tiny_target(seed), folder)
+    return write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """The tokenizer alone, for a model of `VOCAB` tokens."""
     tokens = SPECIALS + list(CHARACTERS[: VOCAB - len(SPECIALS)])
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))  # noqa: S106 (a token of text)

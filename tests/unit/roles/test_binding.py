@@ -24,7 +24,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.store = folder, InMemoryMetadataStore()
-        (folder / "config.json").write_text("{}")
+        (folder / "config.json").write_text('{"model_type": "llama"}')
         self.write("heldout.jsonl", 900, 2)
         self.write("train.jsonl", 0, 6)
         self.sections: dict[str, dict[str, Any]] = {

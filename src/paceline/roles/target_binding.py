@@ -1,0 +1,103 @@
+"""What a run's target is, and how target and draft are computed: facts that every role compares.
+
+They are recorded at the first start and bind from the first captured sample (of the draft: from the first
+checkpoint) on. Until then another start replaces them, so that advice to choose another target can be
+followed, unless a role that read the old ones is live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from paceline.config.run import RunConfig
+from paceline.errors import ConfigError
+from paceline.ledger.store import MetadataStore
+from paceline.roles.binding import others_kept_out
+from paceline.target.facts import TargetFacts
+from paceline.target.version import TargetVersion
+
+MODEL, TOKENIZER = "model_version", "tokenizer_version"
+TARGET_NUMERICS, DRAFT_NUMERICS = "target_numerics", "draft_numerics"
+
+
+def bind_target(store: MetadataStore, config: RunConfig, role: str = "") -> TargetVersion:
+    """Record which target the run has; refuse another one, whatever its folder is called.
+
+    `role`: the one that the caller is, which does not count as another live one. Raises ConfigError.
+    """
+    version = TargetVersion.of(config.target.model)
+    now = {MODEL: version.model, TOKENIZER: version.tokenizer}
+    binds = store.committed_count() > 0
+    recorded = _settle(store, config, now, binds=binds, role=role)
+    _refuse_unequal(config, recorded, now)
+    return version
+
+
+def refuse_other_target(store: MetadataStore, config: RunConfig) -> TargetVersion:
+    """As `bind_target`, for a role that only reads the run: nothing is recorded."""
+    facts, version = store.facts(), TargetVersion.of(config.target.model)
+    now = {MODEL: version.model, TOKENIZER: version.tokenizer}
+    _refuse_unequal(config, {name: facts.get(name, now[name]) for name in now}, now)
+    return version
+
+
+def refuse_changed(config: RunConfig, bound: TargetVersion, loaded: TargetFacts) -> None:
+    """Raise ConfigError if the folder was changed between binding and loading."""
+    names = {MODEL: loaded.model_version, TOKENIZER: loaded.tokenizer_version}
+    _refuse_unequal(config, {MODEL: bound.model, TOKENIZER: bound.tokenizer}, names)
+
+
+def _refuse_unequal(config: RunConfig, recorded: Mapping[str, str], now: Mapping[str, str]) -> None:
+    parts = {MODEL: "model", TOKENIZER: "tokenizer"}
+    other = [name for name in now if recorded.get(name) != now[name]]
+    if not other:
+        return
+    raise ConfigError(
+        f"{config.target.model} holds another {' and '.join(parts[name] for name in other)} than the one "
+        f"this run was started with ({', '.join(f'{recorded.get(n)}, now {now[n]}' for n in other)}).",
+        why="Features and distributions of two targets in one draft would make it imitate neither. The "
+        "run is untouched.",
+        next="put the old folder back, or set a new run.name and run.directory.",
+    )
+
+
+def bind_numerics(
+    store: MetadataStore, config: RunConfig, role: str, fact: str, now: Mapping[str, str]
+) -> None:
+    """Record type and kind of device that `role` computes in; refuse others, which give other bits.
+
+    Raises ConfigError. Numbers of devices may change, and a device's model: their kind may not.
+    """
+    captured = store.committed_count() > 0
+    binds = captured if fact == TARGET_NUMERICS else bool(store.checkpoints())
+    recorded = _settle(store, config, {fact: dict(now)}, binds=binds, role=role)[fact]
+    if recorded != dict(now):
+        what = "target" if fact == TARGET_NUMERICS else "draft"
+        raise ConfigError(
+            f"This run has computed its {what} as {_told(recorded)}, and would now go on as {_told(now)}.",
+            why="What is computed twice would have other bits, and the weights would be those of no single "
+            "configuration. The run is untouched.",
+            next=f"go on where the {what} is computed as before (set its dtype or device in the run file if "
+            "it says auto), or set a new run.name and run.directory.",
+        )
+
+
+def _told(numerics: Mapping[str, str]) -> str:
+    return " on ".join(numerics[name] for name in ("dtype", "device") if name in numerics)
+
+
+def _settle(
+    store: MetadataStore, config: RunConfig, now: Mapping[str, Any], *, binds: bool, role: str
+) -> dict[str, Any]:
+    """What is recorded under the names of `now`, which is recorded if nothing is, or nothing binds yet."""
+    facts = store.facts()
+    recorded = {name: facts[name] for name in now if name in facts}
+    if not recorded:
+        recorded = store.settle_facts(now)
+    if recorded != now and not binds:
+        with others_kept_out(config, role or None) as alone:
+            if alone:
+                store.set_facts(now)
+                recorded = dict(now)
+    return recorded

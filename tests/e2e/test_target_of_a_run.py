@@ -1,0 +1,121 @@
+"""A run knows its target: no role goes on with another one, and what it cannot measure it says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from paceline.testing.tiny_folder import make_tiny_folder
+from paceline.testing.tiny_run import TinyRun
+
+
+def another_model(model: Path) -> None:
+    make_tiny_folder(model, seed=1)
+
+
+def fine_tuned(model: Path) -> None:
+    """Same names, shapes and configuration."""
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.7.mlp.down_proj.weight"].mul_(1.001)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def another_tokenizer(model: Path) -> None:
+    path = model / "tokenizer.json"
+    path.write_text(path.read_text().replace('"a":4', '"a":5').replace('"a": 4', '"a": 5'))
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+
+def test_no_role_goes_on_with_another_target(tiny_model: Path, tmp_path: Path) -> None:
+    """The folder is replaced while the run is stopped, all its samples captured; the old one goes on."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    run = TinyRun(tmp_path / "run", model)
+    assert run.command("produce").returncode == 0
+    swaps = [("train", fine_tuned), ("consume", another_tokenizer), ("produce", another_model)]
+    for verb, swap in swaps:
+        swap(model)
+        refused = run.command(verb)
+        assert refused.returncode == 2, (verb, refused.stderr)
+        assert "than the one this run was started with" in " ".join(refused.stderr.split())
+        assert "Traceback" not in refused.stderr
+        shutil.rmtree(model)
+        shutil.copytree(tiny_model, model)
+    assert not run.store().checkpoints()
+    finished = run.command("train")
+    assert finished.returncode == 0, finished.stderr
+    assert "40 samples trained" in finished.stdout
+    fine_tuned(model)
+    assert run.command("evaluate").returncode == 2
+
+
+def test_another_type_of_numbers_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """What "auto" stood for when the run began is a fact of it: another machine would give other bits."""
+    run = TinyRun(tmp_path, tiny_model)
+    assert run.command("produce").returncode == 0
+    store = run.store()
+    store.set_facts({"target_numerics": {"dtype": "bfloat16", "device": "cuda"}})
+    store.close()
+    refused = run.command("produce")
+    assert refused.returncode == 2
+    assert "computed its target as bfloat16 on cuda, and would now go on as float32 on cpu" in refused.stderr
+
+
+def test_a_target_binds_only_what_was_captured_from_it(tiny_model: Path, tmp_path: Path) -> None:
+    """A first start on a target that is refused is followed by one on another: the advice can be taken."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    run = TinyRun(tmp_path / "run", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    assert run.command("produce").returncode in (2, 4)
+    (model / "config.json").write_text(json.dumps(config))
+    assert run.command("produce").returncode == 0
+
+
+def test_a_target_that_cannot_be_measured_is_trained_and_said_so(tmp_path: Path) -> None:
+    """Before and after; with `unsupported: refuse` nothing is started."""
+    model = make_tiny_folder(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    weights = load_file(model / "model.safetensors")
+    for layer in range(8):  # the same model as a Qwen2: its projections have biases
+        for name, width in (("q", 32), ("k", 16), ("v", 16)):
+            weights[f"model.layers.{layer}.self_attn.{name}_proj.bias"] = torch.full((width,), 0.01)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    named = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (model / "config.json").write_text(json.dumps({**config, **named}))
+    refusing = TinyRun(tmp_path / "refusing", model)
+    refusing.config["evaluation"]["unsupported"] = "refuse"
+    refusing = TinyRun(tmp_path / "refusing", model, **refusing.config)
+    refused = refusing.command("train")
+    assert refused.returncode == 2
+    assert "evaluation.unsupported" in refused.stderr
+    assert not refusing.directory.exists()
+    run = TinyRun(tmp_path / "skipping", model)
+    trained = run.command("train")
+    assert trained.returncode == 0, trained.stderr
+    reason = "model_type is 'qwen2', not 'llama'"
+    assert f"the draft will not be measured: {reason}" in trained.stdout
+    assert trained.stdout.strip().splitlines()[-1] == (
+        f"not measured: {reason} | 40 samples trained | 0 restarts"
+    )
+
+
+def test_held_out_prompts_that_cannot_be_decoded_are_set_aside(tiny_model: Path, tmp_path: Path) -> None:
+    """Too long, or refused by the template: the others are measured, and the report names them."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    template = (model / "chat_template.jinja").read_text()
+    refuses = "{% if 'Zz' in messages[0].content %}{{ raise_exception('no Zz') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(refuses + template)
+    run = TinyRun(tmp_path / "run", model)
+    with (run.folder / "heldout.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "long", "prompt": "wind " * 80}) + "\n")
+        file.write(json.dumps({"id": "refused", "prompt": "Zz"}) + "\n")
+    result = run.command("train")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((run.directory / "evaluation.json").read_text())
+    assert report["prompts"] == report["identical"] == 3
+    assert list(report["prompts_set_aside"]) == ["long", "refused"]
+    assert "2 of 5 held-out prompts are set aside, the first: long: " in result.stdout

@@ -1,0 +1,175 @@
+"""The head of a target as its folder has it: names, ties, norms, and clear errors for what is broken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from paceline.errors import ConfigError
+from paceline.target.folder import eos_token_ids, read_config
+from paceline.target.head import TargetHead
+from paceline.target.layout import PLAIN, head_layout, layout_by_library
+from paceline.testing.tiny_families import FAMILIES, family_folder
+
+
+def edit(path: Path, **values: Any) -> None:
+    config = json.loads(path.read_text())
+    config.update(values)
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", sorted(PLAIN))
+def test_the_library_confirms_the_families_that_are_known(tmp_path: Path, family: str) -> None:
+    """What is read without the library is what its own model class says."""
+    folder = family_folder(tmp_path / family, family)
+    for tied in (False, True):
+        edit(folder / "config.json", tie_word_embeddings=tied)
+        assert head_layout(folder, read_config(folder)) == layout_by_library(folder)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_heads_logits_are_the_models_own(tmp_path: Path, family: str) -> None:
+    """Norm, lm_head, biases, scales and caps, from the states before the final norm."""
+    folder = family_folder(tmp_path / "model", family)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    head, kept = TargetHead.load(folder), []
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    layers[-1].register_forward_hook(
+        lambda _m, _i, out: kept.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.inference_mode():
+        own = model(torch.arange(3, 20)[None]).logits
+        rows = torch.tensor([5, 3, 40])
+        torch.testing.assert_close(head.output()(kept[0]), own, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(head.output(rows)(kept[0]), own[..., rows], atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_is_tied_where_the_models_class_ties_it(tmp_path: Path) -> None:
+    """config.json says nothing of it, and there is no lm_head.weight: as the library loads it."""
+    folder = family_folder(tmp_path / "model", "gemma")
+    edit(folder / "config.json", tie_word_embeddings=None)
+    assert AutoConfig.from_pretrained(folder).tie_word_embeddings
+    head = TargetHead.load(folder)
+    assert head.lm_head is head.embed_tokens
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({"eos_token_id": 2}, {}, (2,)),
+        ({"eos_token_id": 2}, {"eos_token_id": [7, 2]}, (7, 2)),
+        ({"eos_token_id": 2}, {"eos_token_id": 7}, (7,)),
+        ({"eos_token_id": [3, 3]}, {"temperature": 1}, (3,)),
+        ({"eos_token_id": -1}, {}, ()),
+        ({}, {}, ()),
+    ],
+)
+def test_answers_end_as_the_librarys_own_generate_ends_them(
+    config: dict[str, Any], generation: dict[str, Any], expected: tuple[int, ...]
+) -> None:
+    """generation_config.json has the word, config.json where it says nothing."""
+    assert eos_token_ids(config, generation) == expected
+
+
+def test_the_head_ends_answers_where_capture_does(folder: Path) -> None:
+    """Evaluation and draft vocabulary know the end-of-turn token that only generation_config.json lists."""
+    edit(folder / "generation_config.json", eos_token_id=[9, 2, 500])
+    assert TargetHead.load(folder).eos_token_ids == (9, 2)
+
+
+def nan_in_lm_head(folder: Path) -> None:
+    change_weights(folder, lambda w: w["lm_head.weight"][17].fill_(float("nan")))
+
+
+def infinite_embedding(folder: Path) -> None:
+    change_weights(folder, lambda w: w["model.embed_tokens.weight"][3, 2].fill_(float("inf")))
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def huge_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+
+
+def index(content: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors.index.json").write_text(content)
+
+    return write
+
+
+def config(content: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "config.json").write_text(content)
+
+    return write
+
+
+def config_with(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "config.json", **values)
+
+
+def no_regular_file(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+
+
+DAMAGES = [
+    (nan_in_lm_head, "lm_head.weight.*not finite.*row 17"),
+    (infinite_embedding, "embed_tokens.weight.*not finite.*row 3"),
+    (truncated, "cannot be read"),
+    (empty, "cannot be read"),
+    (no_weights, "neither model.safetensors"),
+    (huge_header, "cannot be read"),
+    (index("{}"), "no weight_map"),
+    (index("[1]"), "holds a list"),
+    (index('{"weight_map": {"model.embed_tokens.weight": "../other.safetensors"}}'), "names '../other"),
+    (index('{"weight_map": {"model.embed_tokens.weight": "gone.safetensors"}}'), "no tensor named"),
+    (config(""), "config.json cannot be read"),
+    (config("[]"), "holds a list"),
+    (config("[" * 100_000), "config.json cannot be read"),
+    (config("{}"), "no model_type"),
+    (config_with(num_hidden_layers="many"), "num_hidden_layers"),
+    (config_with(model_type="no_such_family"), "not a configuration that transformers can read"),
+    (config_with(model_type="vit"), "no causal language model|Embedding"),
+    (config_with(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised .gptq"),
+    (config_with(quantization_config={"quant_method": "fp8"}), "quantised .fp8"),
+    (no_regular_file, "There is no model"),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES)
+def test_a_broken_folder_is_one_clear_error(
+    folder: Path, damage: Callable[[Path], None], reason: str
+) -> None:
+    """Of exit code 2, which the supervisor does not restart, with the folder and what to do."""
+    damage(folder)
+    with pytest.raises(ConfigError, match=reason) as caught:
+        TargetHead.load(folder)
+    assert str(folder) in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert caught.value.next
