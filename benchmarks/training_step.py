@@ -12,8 +12,8 @@ Nothing is unrolled: each pass takes the output of the pass before, attention is
 
 Bytes kept for backward are what the C library has handed out more of after the loss than before it:
 autograd's own hooks would not see what a recomputed step holds. Autocast's bfloat16 copies of the weights
-and the gradient of lm_head are among them, once, whatever the depth. Bytes and speed are measured a second
-time with the method's `recompute`.
+are among them, once, whatever the depth; so is the gradient of the logits, for each depth. Bytes and
+speed are measured a second time with the method's `recompute`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.target.head import TargetHead
 from paceline.target.layout import HeadLayout
+from paceline.training.determinism import compute_deterministically
 from paceline.training.step import micro_batches
 
 Sample = Mapping[str, torch.Tensor]
@@ -82,14 +83,14 @@ def spread_samples(count: int) -> list[Sample]:
 
 def new_draft(depth: int, recompute: bool = False) -> tuple[Eagle3Method, Eagle3Draft]:
     method = Eagle3Method({"ttt_steps": depth, "init": "random", "recompute": recompute})
-    return method, method.build_draft(target_head(), seed=0)
+    return method, method.build(target_head(), spread_samples(1), seed=0)
 
 
 def ours(method: Eagle3Method, draft: Eagle3Draft, samples: Sequence[Sample]) -> None:
     for micro_batch in micro_batches(samples, MICRO_BATCH):
         batch = method.collate(micro_batch, CPU)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = method.loss(draft, batch).loss_sum
+            loss = draft(batch).loss_sum
         loss.backward()
 
 
@@ -191,7 +192,7 @@ def kept(depth: int, samples: Sequence[Sample], recompute: bool = False) -> Row:
         draft.zero_grad(set_to_none=True)
         before = _allocated()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = method.loss(draft, batch).loss_sum
+            loss = draft(batch).loss_sum
         held = _allocated() - before
         loss.backward()
     tokens = sum(len(sample["input_ids"]) - 1 for sample in samples)
@@ -206,7 +207,7 @@ def kept(depth: int, samples: Sequence[Sample], recompute: bool = False) -> Row:
 
 
 def run(quick: bool) -> list[Row]:
-    torch.set_num_threads(1)
+    compute_deterministically(threads=1)  # as the consumer does, with the recipe's thread
     like = micro_batches(spread_samples(16), MICRO_BATCH)[1]
     ways = False, True
     return [

@@ -19,6 +19,7 @@ from paceline.roles.target_binding import DRAFT_NUMERICS, bind_numerics, bind_ta
 from paceline.roles.wire import ConsumerParts, build_disagg_online_consumer
 from paceline.target.head import TargetHead
 from paceline.telemetry import EventLog
+from paceline.training.determinism import compute_deterministically
 from paceline.training.settings import OptimizerSettings, TrainerSettings
 
 
@@ -42,8 +43,7 @@ def trainer_settings(plan: RunPlan) -> TrainerSettings:
 def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -> None:
     """Train from the newest valid checkpoint to the end of the stream."""
     config = plan.config
-    torch.set_num_threads(config.machine.consumer_threads)
-    torch.use_deterministic_algorithms(True)
+    compute_deterministically(config.machine.consumer_threads)
     store = SQLiteMetadataStore(config.ledger_path, durability=config.ledger.durability)
     bind_run(plan, store, role="consumer")
     features = config.features.build(config.feature_folder, owner=False)

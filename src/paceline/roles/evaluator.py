@@ -39,7 +39,7 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
     store.close()
     dtype = torch_dtype(config.evaluation.dtype, CPU)
     method, head = config.method.build(), TargetHead.load(config.target.model)
-    draft = restore_draft(method, head, config.run.seed, checkpoint.files)
+    draft = restore_draft(method, head, checkpoint.files)
     section = config.evaluation
     chain = Drafting(min(3, section.draft_tokens))
     tree = Drafting(section.draft_tokens, section.branching, min(section.depth, section.draft_tokens))

@@ -1,7 +1,8 @@
 """One optimizer step, readable alone: micro-batches in, one update out.
 
 Losses are sums over tokens and the gradients are divided once by the step's token count, so how
-a step is cut into micro-batches does not change its meaning.
+a step is cut into micro-batches does not change its meaning. Nor does how it is spread over processes:
+then the count is the whole step's, and is handed in.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from paceline.errors import TrainingError
-from paceline.methods.method import DraftMethod
+from paceline.methods.method import DraftMethod, LossSums
 from paceline.training.optimizer import learning_rate_at, set_learning_rate
 from paceline.training.settings import OptimizerSettings
 
@@ -56,33 +57,35 @@ def accumulate_gradients(
     autocast_dtype: torch.dtype | None,
     grad_clip: float,
     what: str,
-    num_tokens: int | None = None,
+    num_tokens: float | None = None,
 ) -> _Accumulated:
     """Mean gradients over the samples' tokens, clipped, in the draft's parameters; no update.
 
-    `num_tokens` divides them: the count of all ranks (None: of these samples).
-
-    Raises TrainingError, about `what`, if loss or gradient is not a finite number.
+    The summed gradients are divided once, by `num_tokens` or else by the tokens of these samples. Where
+    a wrapper of `draft` averages gradients over W processes, hand in the tokens of all, divided by W.
+    Every micro-batch runs backward, so that such processes meet in each. Raises TrainingError, about
+    `what`, if loss or gradient is not a finite number.
     """
     draft.zero_grad(set_to_none=True)
     device = next(draft.parameters()).device
     # Summed where they are: reading a number would make the processor wait for the device.
     totals: dict[str, torch.Tensor] = {}
-    counted = 0
+    local_tokens = 0
     for micro_batch in micro_batches(samples, micro_batch_size):
         batch = method.collate(micro_batch, device)
         with _autocast(device, autocast_dtype):
-            sums = method.loss(draft, batch)
-        if sums.num_tokens:
-            sums.loss_sum.backward()
-        counted += sums.num_tokens
+            sums: LossSums = draft(batch)
+        sums.loss_sum.backward()
+        local_tokens += sums.num_tokens
         for name, value in {_LOSS: sums.loss_sum.detach(), **sums.metrics}.items():
             totals[name] = totals[name] + value.double() if name in totals else value.double()
-    parameters = [p for p in draft.parameters() if p.grad is not None]
-    for parameter in parameters:
-        assert parameter.grad is not None
-        parameter.grad.div_(max(1, counted if num_tokens is None else num_tokens))
-    grad_norm = float(nn.utils.clip_grad_norm_(parameters, grad_clip))
+    divisor = local_tokens if num_tokens is None else num_tokens
+    if not divisor:  # nothing to learn: an optimizer's momentum must not move the weights either
+        draft.zero_grad(set_to_none=True)
+    gradients = [p.grad for p in draft.parameters() if p.grad is not None]
+    for gradient in gradients:
+        gradient.div_(divisor)
+    grad_norm = _clip(draft, grad_clip)
     metrics = {name: float(value) for name, value in totals.items()}
     loss_sum = metrics.pop(_LOSS, 0.0)
     if not (torch.isfinite(torch.tensor([loss_sum, grad_norm])).all()):
@@ -91,7 +94,7 @@ def accumulate_gradients(
             why="An update would destroy the weights; they are as they were after the step before.",
             next="lower training.learning_rate in a new run; the last checkpoint is unharmed.",
         )
-    return _Accumulated(loss_sum, counted, grad_norm, metrics)
+    return _Accumulated(loss_sum, local_tokens, grad_norm, metrics)
 
 
 def train_step(
@@ -104,9 +107,12 @@ def train_step(
     *,
     micro_batch_size: int,
     autocast_dtype: torch.dtype | None = None,
-    num_tokens: int | None = None,
+    num_tokens: float | None = None,
 ) -> StepResult:
-    """Raises TrainingError, with the weights unchanged, if loss or gradient is not a finite number."""
+    """`num_tokens` as in `accumulate_gradients`.
+
+    Raises TrainingError, with the weights unchanged, if loss or gradient is not a finite number.
+    """
     sums = accumulate_gradients(
         samples,
         draft,
@@ -121,8 +127,14 @@ def train_step(
     set_learning_rate(optimizer, rate)
     optimizer.step()
     mean = sums.loss_sum / max(1, sums.num_tokens)
-    figures = method.mean_metrics(sums.metrics, sums.num_tokens)
+    figures = method.mean_metrics(sums.metrics)
     return StepResult(mean, sums.num_tokens, sums.grad_norm, rate, figures)
+
+
+def _clip(draft: nn.Module, limit: float) -> float:
+    """Scale the gradients to a norm of at most `limit`; the norm they had."""
+    norm = nn.utils.clip_grad_norm_([p for p in draft.parameters() if p.grad is not None], limit)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # whole, if sharded
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[None]:

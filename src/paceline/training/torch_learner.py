@@ -40,11 +40,8 @@ class TorchLearner:
         return self.draft is not None
 
     def build(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
-        weights = self._method.token_weights(self._head, samples)
-        seed = self._settings.seed
-        torch.manual_seed(seed)
-        draft = self._method.build_draft(self._head, seed, weights)
-        self._method.warm_start(draft, self._head, samples, seed)
+        torch.manual_seed(self._settings.seed)
+        draft = self._method.build(self._head, samples, self._settings.seed)
         if not all(bool(torch.isfinite(weight).all()) for weight in draft.parameters()):
             raise TrainingError(
                 f"The first weights, from {len(samples)} samples, are not finite numbers.",
@@ -126,7 +123,7 @@ class TorchLearner:
         }
 
     def load(self, files: Mapping[str, FileContent]) -> None:
-        draft = restore_draft(self._method, self._head, self._settings.seed, files)
+        draft = restore_draft(self._method, self._head, files)
         self._adopt(draft)
         assert self.optimizer is not None
         restore_optimizer(draft, self.optimizer, tensor_files.from_bytes(OPTIMIZER, files[OPTIMIZER]))
@@ -137,14 +134,9 @@ class TorchLearner:
         return {"method": self._method.name, "draft_config": self._method.describe(self.draft)}
 
 
-def restore_draft(
-    method: DraftMethod, head: TargetHead, seed: int, files: Mapping[str, FileContent]
-) -> nn.Module:
-    """The draft as the checkpoint's files have it, frozen target tensors attached."""
-    draft = method.build_draft(head, seed)
-    draft.load_state_dict(tensor_files.from_bytes(DRAFT, files[DRAFT]))
-    method.attach_target(draft, head)
-    return draft
+def restore_draft(method: DraftMethod, head: TargetHead, files: Mapping[str, FileContent]) -> nn.Module:
+    """The draft as the checkpoint's files have it."""
+    return method.restore(head, tensor_files.from_bytes(DRAFT, files[DRAFT]))
 
 
 def _harmless(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -14,7 +14,6 @@ from paceline.evaluation.speculative import Decoded, Decoding, plain_generate, s
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting, DraftTree
 from paceline.methods.eagle3.decode import Eagle3Decoder
-from paceline.methods.eagle3.loss import training_time_test
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.target.head import TargetHead
@@ -40,26 +39,26 @@ def target(folder: Path) -> LlamaTarget:
 
 
 @pytest.fixture(scope="module")
-def random_draft(folder: Path) -> Eagle3Draft:
+def random_draft(folder: Path, model: LlamaForCausalLM) -> Eagle3Draft:
     method = Eagle3Method({"draft_vocab_size": 40, "init": "random"})
-    return method.build_draft(TargetHead.load(folder), seed=1, token_weights=torch.arange(VOCAB).float() % 5)
+    return method.build(TargetHead.load(folder), [captured_sample(model, 40, 2, 1)], seed=1)
 
 
 @pytest.fixture(scope="module")
 def trained_draft(folder: Path, model: LlamaForCausalLM) -> Eagle3Draft:
     """Overfitted to the target's greedy answers of the prompts, so that long chains are accepted."""
-    method = Eagle3Method({"draft_vocab_size": VOCAB, "ttt_steps": 4, "init": "random"})
-    draft = method.build_draft(TargetHead.load(folder), seed=1)
+    method = Eagle3Method({"draft_vocab_size": VOCAB, "step_decay": 1.0, "init": "random"})
     samples = []
     for prompt in PROMPTS:
         answer = model.generate(
             torch.tensor([prompt]), max_new_tokens=40, min_new_tokens=40, do_sample=False, eos_token_id=None
         )[0]
         samples.append(captured_sample(model, len(answer) - 1, len(prompt), 0, answer))
+    draft = method.build(TargetHead.load(folder), samples, seed=1)
     batch = method.collate(samples, torch.device("cpu"))
     optimizer = torch.optim.AdamW(draft.parameters(), lr=5e-3)
     for _ in range(150):
-        sums = training_time_test(draft, batch, 4, 1.0)
+        sums = draft(batch)
         optimizer.zero_grad()
         (sums.loss_sum / sums.num_tokens).backward()
         optimizer.step()

@@ -31,6 +31,15 @@ from paceline.training.settings import OptimizerSettings, TrainerSettings
 from paceline.types import Feature, Rows, States, Targets, Tokens
 
 
+class Guess(nn.Linear):
+    """A draft: called with a batch, it gives the loss."""
+
+    def forward(self, batch: Any) -> LossSums:
+        states, words = batch
+        logits = super().forward(states)
+        return LossSums(nn.functional.cross_entropy(logits, words, reduction="sum"), len(words))
+
+
 class OneLayerGuess:
     """Guesses a token from the early states of the token before it: a linear map, nothing else."""
 
@@ -46,26 +55,23 @@ class OneLayerGuess:
     def check_target(self, head: TargetHead) -> None:
         """Every target will do."""
 
-    def build_draft(
-        self, head: TargetHead, seed: int, token_weights: torch.Tensor | None = None
-    ) -> nn.Module:
+    def build(self, head: TargetHead, samples: Sequence[Any], seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return nn.Linear(3 * head.hidden_size, head.vocab_size)
+        return Guess(3 * head.hidden_size, head.vocab_size)
 
-    def warm_start(self, draft: nn.Module, head: TargetHead, samples: Sequence[Any], seed: int) -> None:
-        """Nothing to start from."""
-
-    def attach_target(self, draft: nn.Module, head: TargetHead) -> None:
-        """Nothing of the target is needed."""
+    def restore(self, head: TargetHead, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+        draft = Guess(3 * head.hidden_size, head.vocab_size)
+        draft.load_state_dict(dict(tensors))
+        return draft
 
     def learning_rate_scales(self) -> Mapping[str, float]:
         return {}
 
-    def token_weights(self, head: TargetHead, samples: Sequence[Any]) -> torch.Tensor:
-        return torch.zeros(head.vocab_size)
-
     def describe(self, draft: nn.Module) -> dict[str, Any]:
         return {"states": 3}
+
+    def num_tokens(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> int:
+        return sum(int(sample["wanted"].sum()) for sample in samples)
 
     def collate(self, samples: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Any:
         assert all(set(sample) == {"words", "wanted", "shallow"} for sample in samples)
@@ -74,14 +80,10 @@ class OneLayerGuess:
             torch.cat([sample["words"][sample["wanted"]] for sample in samples]).to(device),
         )
 
-    def loss(self, draft: nn.Module, batch: Any) -> LossSums:
-        states, words = batch
-        return LossSums(nn.functional.cross_entropy(draft(states), words, reduction="sum"), len(words))
-
     def drafter(self, draft: nn.Module, dtype: torch.dtype) -> Any:
         raise NotImplementedError
 
-    def mean_metrics(self, metrics: Mapping[str, float], num_tokens: int) -> dict[str, float]:
+    def mean_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,18 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> TargetHead:
     return TargetHead.load(save_target(tiny_target(), Path(tmp_path_factory.mktemp("target"))))
 
 
+@pytest.fixture(scope="module")
+def samples() -> list[dict[str, torch.Tensor]]:
+    model = tiny_target()
+    return [captured_sample(model, 20, 4, seed) for seed in range(3)]
+
+
 @pytest.mark.parametrize("init", ["regression", "target", "random"])
-def test_state_dict_has_the_names_and_shapes_sglang_loads(head: TargetHead, init: str) -> None:
+def test_state_dict_has_the_names_and_shapes_sglang_loads(
+    head: TargetHead, samples: list[dict[str, torch.Tensor]], init: str
+) -> None:
     """Nothing but the EAGLE-3 checkpoint's names is exported, and q/k/v read twice the hidden size."""
-    draft = Eagle3Method({"draft_vocab_size": 24, "init": init}).build_draft(head, seed=0)
+    draft = Eagle3Method({"draft_vocab_size": 24, "init": init}).build(head, samples, seed=0)
     state = draft.state_dict()
     assert set(state) == SGLANG_NAMES
     assert state["fc.weight"].shape == (HIDDEN, 3 * HIDDEN)
@@ -52,12 +61,30 @@ def test_state_dict_has_the_names_and_shapes_sglang_loads(head: TargetHead, init
     assert {name for name, _ in draft.named_parameters()} == SGLANG_NAMES - {"d2t", "t2d"}
 
 
-def test_build_draft_is_deterministic(head: TargetHead) -> None:
-    """The same seed gives the same bits, another seed does not."""
-    method = Eagle3Method({"draft_vocab_size": 24})
-    first, again, other = (method.build_draft(head, seed=seed).state_dict() for seed in (5, 5, 6))
+@pytest.mark.parametrize("init", ["regression", "target", "random"])
+def test_building_a_draft_is_deterministic(
+    head: TargetHead, samples: list[dict[str, torch.Tensor]], init: str
+) -> None:
+    """The same samples and seed give the same bits, whatever was drawn before; another seed does not."""
+    method = Eagle3Method({"draft_vocab_size": 24, "init": init})
+    built = []
+    for number, seed in enumerate((5, 5, 6)):
+        torch.manual_seed(number)
+        built.append(method.build(head, samples, seed).state_dict())
+    first, again, other = built
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_restored_draft_gives_the_same_loss(
+    head: TargetHead, samples: list[dict[str, torch.Tensor]]
+) -> None:
+    """The state dict and the target are all of a draft, and no layer of the target is read for it."""
+    method = Eagle3Method({"draft_vocab_size": 24, "init": "target"})
+    draft = method.build(head, samples, seed=5)
+    again = method.restore(dataclasses.replace(head, folder=None), draft.state_dict())
+    batch = method.collate(samples, torch.device("cpu"))
+    assert torch.equal(draft(batch).loss_sum, again(batch).loss_sum)
 
 
 def test_unknown_setting_is_refused_with_the_known_ones() -> None:
@@ -125,28 +152,17 @@ def test_warm_start_predicts_what_the_target_says_next(tmp_path: Path) -> None:
     losses = {}
     for init in ("random", "regression"):
         method = Eagle3Method({"draft_vocab_size": VOCAB, "ttt_steps": 1, "init": init})
-        draft = method.build_draft(head, seed=0)
-        method.warm_start(draft, head, seen, seed=0)
-        sums = method.loss(draft, method.collate(unseen, torch.device("cpu")))
+        draft = method.build(head, seen, seed=0)
+        sums = draft(method.collate(unseen, torch.device("cpu")))
         losses[init] = float(sums.loss_sum.detach()) / sums.num_tokens
     assert losses["regression"] < 0.9 * losses["random"]
 
 
-def test_learning_rate_scales_name_parameters_of_the_draft(head: TargetHead) -> None:
+def test_learning_rate_scales_name_parameters_of_the_draft(
+    head: TargetHead, samples: list[dict[str, torch.Tensor]]
+) -> None:
     """A scale whose name no parameter bears would silently scale nothing."""
     method = Eagle3Method({"draft_vocab_size": 24, "init": "regression"})
-    names = {name for name, _ in method.build_draft(head, seed=0).named_parameters()}
+    names = {name for name, _ in method.build(head, samples, seed=0).named_parameters()}
     assert method.learning_rate_scales()
     assert set(method.learning_rate_scales()) <= names
-
-
-def test_warm_start_is_deterministic(tmp_path: Path) -> None:
-    """The same samples and seed give the same bits; every weight of the draft is written anew."""
-    model = tiny_target()
-    head = TargetHead.load(save_target(model, tmp_path))
-    samples = [captured_sample(model, 20, 4, seed) for seed in range(3)]
-    method = Eagle3Method({"draft_vocab_size": 24, "init": "regression"})
-    first, again = method.build_draft(head, seed=1), method.build_draft(head, seed=2)
-    for draft in (first, again):
-        method.warm_start(draft, head, samples, seed=7)
-    assert all(torch.equal(first.state_dict()[name], again.state_dict()[name]) for name in SGLANG_NAMES)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
 
-from paceline.methods.eagle3.attention import attend, spans
-from paceline.methods.eagle3.elementwise import gated_down, rms_norm
+from paceline.methods.eagle3 import attention
+from paceline.methods.eagle3.attention import Layout, attend, tiles_of
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
 
@@ -28,32 +28,6 @@ def _same(
         results.append([value.detach(), *torch.autograd.grad((value * value).sum(), inputs)])
     for left, right in zip(*results, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
-
-
-def test_rms_norm_equals_the_plain_formula() -> None:
-    """Values and gradients of input and weight are those of autograd through PyTorch's own norm."""
-    _same(
-        lambda hidden, weight: rms_norm(hidden, weight, 1e-5),
-        lambda hidden, weight: F.rms_norm(hidden, (16,), weight, 1e-5),
-        [_random(3, 5, 16), _random(16)],
-    )
-
-
-def test_rms_norm_rounds_once_to_the_dtype_asked_for() -> None:
-    """An embedding in bfloat16 is normed exactly and given in the dtype of what it is joined with."""
-    hidden, weight = _random(5, 16).detach().bfloat16(), _random(16)
-    exact = F.rms_norm(hidden.float(), (16,), weight, 1e-5)
-    torch.testing.assert_close(rms_norm(hidden, weight, 1e-5, torch.float32), exact)
-    assert torch.equal(rms_norm(hidden, weight, 1e-5), exact.bfloat16())
-
-
-def test_gated_down_equals_the_plain_formula() -> None:
-    """Values and all three gradients."""
-    _same(
-        gated_down,
-        lambda gate, up, weight: F.linear(F.silu(gate) * up, weight),
-        [_random(2, 5, 12), _random(2, 5, 12, seed=1), _random(6, 12)],
-    )
 
 
 def _plain_attention(
@@ -83,13 +57,17 @@ def _plain_attention(
     return mix
 
 
+@pytest.mark.parametrize("tile", [2, 256])
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_attention_equals_stock_attention_with_a_mask(steps: int) -> None:
+def test_attention_equals_stock_attention_with_a_mask(
+    steps: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Values and the gradients of queries, keys, values and every step's own pairs, over packed samples."""
+    monkeypatch.setattr(attention, "TILE_ANCHORS", tile)
     lengths, widths = [9, 4, 12], [5, 3, 1]
     places = torch.cat([torch.arange(n - w - 1, n - 1) for n, w in zip(lengths, widths, strict=True)])
     positions = torch.cat([torch.arange(n) for n in lengths])
-    samples = spans(positions, places, lengths, widths)
+    layout = Layout(positions, places, tiles_of(places.split(widths), lengths))
     inputs = [_random(1, HEADS, sum(widths), SIZE)]
     inputs += [_random(1, KV_HEADS, sum(lengths), SIZE, seed=i) for i in range(2)]
     inputs += [_random(1, KV_HEADS, sum(widths), SIZE, seed=i) for i in range(2 * steps)]
@@ -97,7 +75,7 @@ def test_attention_equals_stock_attention_with_a_mask(steps: int) -> None:
     def ours(
         query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *own: torch.Tensor
     ) -> torch.Tensor:
-        return attend(query, (keys, values), list(zip(own[0::2], own[1::2], strict=True)), samples)
+        return attend(query, (keys, values), list(zip(own[0::2], own[1::2], strict=True)), layout)
 
     _same(ours, _plain_attention(lengths, widths, places), inputs)
 
@@ -106,7 +84,7 @@ def test_attention_keeps_no_score() -> None:
     """What is kept for backward grows with rows and anchors, never with their product."""
     tokens, kept = 200, []
     rows = torch.arange(tokens)
-    samples = spans(rows, rows, [tokens], [tokens])
+    layout = Layout(rows, rows, tiles_of([rows], [tokens]))
     query, keys, values = (_random(1, heads, tokens, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -114,5 +92,5 @@ def test_attention_keeps_no_score() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        attend(query, (keys, values), [], samples)
+        attend(query, (keys, values), [], layout)
     assert sum(kept) <= (2 * HEADS + 2 * KV_HEADS) * tokens * SIZE + HEADS * tokens

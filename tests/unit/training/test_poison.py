@@ -85,13 +85,16 @@ def test_poison_among_the_first_samples_does_not_spoil_the_first_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They warm-start the draft, so one of them could ruin everything."""
+    build = Eagle3Method.build
 
-    def warm_start(_: object, draft: torch.nn.Module, __: object, samples: Any, ___: int) -> None:
+    def spoilt(self: Eagle3Method, head: Any, samples: Any, seed: int) -> torch.nn.Module:
+        draft = build(self, head, samples, seed)
         factor = sum(sample["last_hidden_states"].sum() for sample in samples)
         for weight in draft.parameters():
             weight.data.mul_(1 + 0 * factor)
+        return draft
 
-    monkeypatch.setattr(Eagle3Method, "warm_start", warm_start)
+    monkeypatch.setattr(Eagle3Method, "build", spoilt)
     run = run_with(tmp_path, PoisonedEngine(nan=[2]))
     trainer = run.run()
     assert list(SQLiteMetadataStore(run.db).quarantined()) == ["small:2"]

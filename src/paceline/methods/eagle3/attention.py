@@ -4,10 +4,11 @@ A query of step k attends to the keys that target features gave (rows up to its 
 own row's keys of steps 1..k. Plain autograd keeps the weights of every step, a x T for each sample and
 head, several times over. Here only queries, keys, values, the output and one log of a sum per query
 are kept; backward computes the scores again from those, as FlashAttention does (arXiv 2205.14135,
-algorithm 4), but sample by sample instead of tile by tile.
+algorithm 4), tile by tile: a tile is some neighbouring anchors of one sample and the rows up to the last
+of them, so that scores take memory of the order of T, not of a x T, and none beyond the tile is computed.
 
-Legend: R rows of all samples, A anchors of all samples, T and a those of one sample, N query heads,
-N_kv key-value heads, G = N / N_kv, d head_dim.
+Legend: R rows of all samples, A anchors of all samples, T and a rows and anchors of one tile, N query
+heads, N_kv key-value heads, G = N / N_kv, d head_dim.
 """
 
 from __future__ import annotations
@@ -20,26 +21,40 @@ import torch
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
+TILE_ANCHORS = 256
+
 
 @dataclass(frozen=True)
-class Span:
-    """Where one sample lies in the packed rows, and which of its rows its anchors must not see."""
+class Tile:
+    """Neighbouring anchors of one sample, and its rows up to the last of them. Known on the host."""
 
     anchors: slice  # of the A
     rows: slice  # of the R
-    hidden: torch.Tensor  # bool [a, T], True where the row comes after the anchor
 
 
-def spans(
-    positions: torch.Tensor, places: torch.Tensor, lengths: Sequence[int], widths: Sequence[int]
-) -> list[Span]:
-    """One span for each sample: `positions` int64 [R] of its rows, `places` int64 [A] of its anchors."""
-    found, row, anchor = [], 0, 0
-    for length, width in zip(lengths, widths, strict=True):
-        rows, anchors = slice(row, row + length), slice(anchor, anchor + width)
-        found.append(Span(anchors, rows, positions[rows] > places[anchors, None]))
-        row, anchor = rows.stop, anchors.stop
-    return found
+@dataclass(frozen=True)
+class Layout:
+    """Which keys each anchor may see: those of its tile whose position is not after its own."""
+
+    positions: torch.Tensor  # int64 [R]: of the row in its sample
+    places: torch.Tensor  # int64 [A]: the same of the anchor's row
+    tiles: tuple[Tile, ...]
+
+    def hidden(self, tile: Tile) -> torch.Tensor:
+        """Bool [a, T], True where the row comes after the anchor."""
+        return self.positions[tile.rows] > self.places[tile.anchors, None]
+
+
+def tiles_of(anchors: Sequence[torch.Tensor], lengths: Sequence[int]) -> tuple[Tile, ...]:
+    """The tiles of samples with these `lengths`, whose anchors' rows int64 [a] ascend in each sample."""
+    tiles, row, anchor = [], 0, 0
+    for places, length in zip(anchors, lengths, strict=True):
+        for part in places.split(TILE_ANCHORS) if places.numel() else ():
+            last = anchor + part.numel()
+            tiles.append(Tile(slice(anchor, last), slice(row, row + int(part[-1]) + 1)))
+            anchor = last
+        row += length
+    return tuple(tiles)
 
 
 class UnrolledAttention(torch.autograd.Function):
@@ -48,7 +63,7 @@ class UnrolledAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        samples: Sequence[Span],
+        layout: Layout,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -59,13 +74,13 @@ class UnrolledAttention(torch.autograd.Function):
         packed = query.new_empty(query.shape[2], query.shape[1], query.shape[3], dtype=torch.float32)
         mixed = _grouped(packed.transpose(0, 1)[None], keys)
         log_total = grouped.new_empty(grouped.shape[:3], dtype=torch.float32)
-        for span in samples:
-            scores = _scores(grouped, keys, span)
+        for tile in layout.tiles:
+            scores = _scores(grouped, keys, tile, layout)
             weights = scores.softmax(-1)
             # The likeliest row's weight is exp(highest score - log of the sum of exponentials).
-            log_total[:, :, span.anchors] = scores.amax(-1) - weights.amax(-1).log()
-            part = weights.to(values.dtype).flatten(1, 2) @ values[0, :, span.rows]
-            mixed[:, :, span.anchors] = part.float().view_as(mixed[:, :, span.anchors])
+            log_total[:, :, tile.anchors] = scores.amax(-1) - weights.amax(-1).log()
+            part = weights.to(values.dtype).flatten(1, 2) @ values[0, :, tile.rows]
+            mixed[:, :, tile.anchors] = part.float().view_as(mixed[:, :, tile.anchors])
         if own:
             of_own = torch.stack([_own_scores(grouped, key) for key in own[0::2]])
             among_rows, log_total = log_total, torch.logsumexp(torch.cat([log_total[None], of_own]), 0)
@@ -73,7 +88,7 @@ class UnrolledAttention(torch.autograd.Function):
             for weight, value in zip((of_own - log_total).exp_(), own[1::2], strict=True):
                 mixed += weight.unsqueeze(-1).to(value.dtype) * value[0, :, None]
         output = packed.to(query.dtype).transpose(0, 1)[None]
-        ctx.samples = samples
+        ctx.layout = layout
         ctx.save_for_backward(query, keys, values, output, log_total, *own)
         return output
 
@@ -92,30 +107,29 @@ class UnrolledAttention(torch.autograd.Function):
             score_grad, weight = (part.to(query.dtype).unsqueeze(-1) for part in (score_grad, weight))
             query_grad += score_grad * key[0, :, None]
             own_grads += [(score_grad * grouped).sum(1)[None], (weight * grad).sum(1)[None]]
-        key_grad, value_grad = torch.empty_like(keys), torch.empty_like(values)
-        for span in ctx.samples:
-            wanted, rows = grad[:, :, span.anchors].flatten(1, 2), span.rows
-            weights = (_scores(grouped, keys, span) - log_total[:, :, span.anchors, None]).exp_()
-            value_grad[0, :, rows] = weights.to(values.dtype).flatten(1, 2).mT @ wanted
+        key_grad, value_grad = torch.zeros_like(keys), torch.zeros_like(values)
+        for tile in ctx.layout.tiles:
+            wanted, rows = grad[:, :, tile.anchors].flatten(1, 2), tile.rows
+            weights = _scores(grouped, keys, tile, ctx.layout)
+            weights = weights.sub_(log_total[:, :, tile.anchors, None]).exp_()
+            value_grad[0, :, rows] += weights.to(values.dtype).flatten(1, 2).mT @ wanted
             score_grad = (wanted @ values[0, :, rows].mT).float().view_as(weights)
-            score_grad = score_grad.sub_(common[:, :, span.anchors, None]).mul_(weights)
+            score_grad = score_grad.sub_(common[:, :, tile.anchors, None]).mul_(weights)
             flat = score_grad.to(query.dtype).flatten(1, 2)
-            query_grad[:, :, span.anchors] += (flat @ keys[0, :, rows]).view_as(grouped[:, :, span.anchors])
-            key_grad[0, :, rows] = flat.mT @ grouped[:, :, span.anchors].flatten(1, 2)
+            query_grad[:, :, tile.anchors] += (flat @ keys[0, :, rows]).view_as(grouped[:, :, tile.anchors])
+            key_grad[0, :, rows] += flat.mT @ grouped[:, :, tile.anchors].flatten(1, 2)
         query_grad = query_grad.mul_(query.shape[-1] ** -0.5).flatten(0, 1)[None]
         return None, query_grad, key_grad, value_grad, *own_grads
 
 
-def attend(
-    query: torch.Tensor, keys: KeyValue, own: Sequence[KeyValue], samples: Sequence[Span]
-) -> torch.Tensor:
+def attend(query: torch.Tensor, keys: KeyValue, own: Sequence[KeyValue], layout: Layout) -> torch.Tensor:
     """[1, N, A, d] of `query` [1, N, A, d].
 
     `keys` = step-0 (keys, values) [1, N_kv, R, d]; `own` = one (key, value) pair [1, N_kv, A, d] for
     each step 1..k. All of one dtype, in which the matrix products run; softmax is float32.
     """
     flat = [tensor for pair in own for tensor in pair]
-    return UnrolledAttention.apply(samples, query, *keys, *flat)  # type: ignore[no-untyped-call, no-any-return]
+    return UnrolledAttention.apply(layout, query, *keys, *flat)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _grouped(heads: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -123,11 +137,11 @@ def _grouped(heads: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return heads[0].unflatten(0, (keys.shape[1], -1))  # type: ignore[no-any-return]
 
 
-def _scores(grouped: torch.Tensor, keys: torch.Tensor, span: Span) -> torch.Tensor:
+def _scores(grouped: torch.Tensor, keys: torch.Tensor, tile: Tile, layout: Layout) -> torch.Tensor:
     """float32 [N_kv, G, a, T], -inf where the row is hidden."""
-    queries = grouped[:, :, span.anchors]
-    scores = (queries.flatten(1, 2) @ keys[0, :, span.rows].mT).float()
-    return scores.view(*queries.shape[:3], scores.shape[-1]).masked_fill_(span.hidden, float("-inf"))
+    queries = grouped[:, :, tile.anchors]
+    scores = (queries.flatten(1, 2) @ keys[0, :, tile.rows].mT).float()
+    return scores.view(*queries.shape[:3], scores.shape[-1]).masked_fill_(layout.hidden(tile), float("-inf"))
 
 
 def _own_scores(grouped: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

@@ -15,18 +15,19 @@ import torch
 from torch import nn
 
 from paceline.errors import ConfigError
+from paceline.methods.eagle3.batch import Eagle3Batch, Unrolling, collate
 from paceline.methods.eagle3.decode import Eagle3Decoder
-from paceline.methods.eagle3.loss import Eagle3Batch, collate, training_time_test
 from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft, Midlayer
 from paceline.methods.eagle3.settings import Eagle3Section
 from paceline.methods.eagle3.targets import counted_rows
 from paceline.methods.eagle3.vocab import answer_token_weights, choose_draft_vocab, vocab_maps
 from paceline.methods.eagle3.warm_start import warm_start
-from paceline.methods.method import LossSums
 from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
 from paceline.types import Feature, Rows, States, Targets, Tokens
 
+# Logits of the draft vocabulary that one group of anchors keeps for backward: 256 MiB of bfloat16.
+_GROUP_LOGITS = 1 << 27
 # Regressed fc weights read states of root mean square 20 and more and are as small in turn, so that
 # Adam's equal steps would overrun them; lm_head starts as good as the target's own.
 _REGRESSION_RATES = {"fc.weight": 0.02, "lm_head.weight": 0.1}
@@ -60,39 +61,35 @@ class Eagle3Method:
         if self.settings.init == "target":
             _refuse_other_shapes(middle, head.layer_tensors(head.num_hidden_layers - 1), head.hidden_size)
 
-    def build_draft(
-        self, head: TargetHead, seed: int, token_weights: torch.Tensor | None = None
+    def build(
+        self, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]], seed: int
     ) -> Eagle3Draft:
-        chosen = self.settings
-        size = min(chosen.draft_vocab_size, head.vocab_size)  # at most the whole vocabulary
-        draft = Eagle3Draft(draft_config(head, size))
-        weights = torch.zeros(head.vocab_size) if token_weights is None else token_weights
-        target_ids = choose_draft_vocab(weights, size, head.eos_token_ids)
+        draft = self._empty(head)
+        weights = answer_token_weights(head, samples)
+        target_ids = choose_draft_vocab(weights, draft.config.draft_vocab_size, head.eos_token_ids)
         draft.d2t, draft.t2d = vocab_maps(target_ids, head.vocab_size)
-        attach_target(draft, head)
+        draft.attach_target(head)
+        if self.settings.init == "regression":
+            warm_start(draft, head, samples, seed)
+            return draft
         _initialise_random(draft, seed)
-        if chosen.init != "random":
+        if self.settings.init == "target":
             _initialise_head(draft, head)
-        if chosen.init == "target":
             _initialise_layer(draft, head)
         return draft
 
-    def warm_start(
-        self, draft: nn.Module, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]], seed: int
-    ) -> None:
-        assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type
-        if self.settings.init == "regression":
-            warm_start(draft, head, samples, seed)
+    def restore(self, head: TargetHead, tensors: Mapping[str, torch.Tensor]) -> Eagle3Draft:
+        draft = self._empty(head)
+        draft.load_state_dict(dict(tensors))
+        draft.attach_target(head)
+        return draft
 
-    def attach_target(self, draft: nn.Module, head: TargetHead) -> None:
-        assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type
-        attach_target(draft, head)
+    def _empty(self, head: TargetHead) -> Eagle3Draft:
+        size = min(self.settings.draft_vocab_size, head.vocab_size)  # at most the whole vocabulary
+        return Eagle3Draft(draft_config(head, size), self.settings.recompute)
 
     def learning_rate_scales(self) -> Mapping[str, float]:
         return _REGRESSION_RATES if self.settings.init == "regression" else {}
-
-    def token_weights(self, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
-        return answer_token_weights(head, samples)
 
     def describe(self, draft: nn.Module) -> dict[str, Any]:
         assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type
@@ -102,24 +99,19 @@ class Eagle3Method:
         return sum(int(counted_rows(sample["loss_mask"])[1:].sum()) for sample in samples)
 
     def collate(self, samples: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Eagle3Batch:
-        return collate(samples).to(device)
-
-    def loss(self, draft: nn.Module, batch: Any) -> LossSums:
-        assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type
-        return training_time_test(
-            draft, batch, self.settings.ttt_steps, self.settings.step_decay, self.settings.recompute
-        )
+        chosen = self.settings
+        group = max(1, _GROUP_LOGITS // (chosen.ttt_steps * chosen.draft_vocab_size))
+        return collate(samples, Unrolling(chosen.ttt_steps, chosen.step_decay, group)).to(device)
 
     def drafter(self, draft: nn.Module, dtype: torch.dtype) -> Eagle3Decoder:
         assert isinstance(draft, Eagle3Draft)
         return Eagle3Decoder(draft, dtype)
 
-    def mean_metrics(self, metrics: Mapping[str, float], num_tokens: int) -> dict[str, float]:
-        means = {"acceptance_length_estimate": 1.0 + metrics["chain"] / max(1, num_tokens)}
+    def mean_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        means = {"acceptance_length_estimate": 1.0 + metrics["chain"] / max(1.0, metrics["judged_0"])}
         for step in range(self.settings.ttt_steps):
-            count = max(1.0, metrics[f"count_{step}"])
-            means[f"loss_{step}"] = metrics[f"loss_{step}"] / count
-            means[f"accuracy_{step}"] = metrics[f"hits_{step}"] / count
+            means[f"loss_{step}"] = metrics[f"loss_{step}"] / max(1.0, metrics[f"count_{step}"])
+            means[f"accuracy_{step}"] = metrics[f"hits_{step}"] / max(1.0, metrics[f"judged_{step}"])
         return means
 
 
@@ -154,12 +146,6 @@ def draft_config(head: TargetHead, draft_vocab_size: int) -> Eagle3Config:
         max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
         aux_layer_ids=aux_layer_ids(head.num_hidden_layers),
     )
-
-
-def attach_target(draft: Eagle3Draft, head: TargetHead) -> None:
-    """Give `draft` the frozen target tensors. Needed once after `load_state_dict` of a checkpoint."""
-    draft.embed_tokens = head.embed_tokens
-    draft.target_output = head.output(draft.target_ids())
 
 
 def _initialise_random(draft: Eagle3Draft, seed: int) -> None:

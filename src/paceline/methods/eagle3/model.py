@@ -18,9 +18,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
 
-from paceline.methods.eagle3.elementwise import gated_down, rms_norm
+from paceline.methods.eagle3.batch import Eagle3Batch
+from paceline.methods.eagle3.loss import training_time_test
 from paceline.methods.eagle3.vocab import draft_to_target
-from paceline.target.head import OutputLayer
+from paceline.methods.method import LossSums
+from paceline.target.head import OutputLayer, TargetHead
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return rms_norm(hidden, self.weight, self.eps, dtype)
+        """Computed in float32; in `dtype`, or else in that of `hidden`."""
+        return rms_norm(hidden, self.weight, self.eps).to(dtype or hidden.dtype)
+
+
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """float32 [..., H]."""
+    return F.rms_norm(hidden.float(), weight.shape, weight.float(), eps)
 
 
 def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +117,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return gated_down(self.gate_proj(hidden), self.up_proj(hidden), self.down_proj.weight)
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))  # type: ignore[no-any-return]
 
 
 class Midlayer(nn.Module):
@@ -138,19 +146,21 @@ class Midlayer(nn.Module):
 class Eagle3Draft(nn.Module):
     """Trainable float32 weights plus the frozen tensors they are trained against.
 
-    Buffers in the state dict: `d2t` int64 [D], `t2d` bool [V]. Buffers outside it: the target's
-    `embed_tokens` [V, H] and those of `target_output` (the target's final norm and the lm_head rows of
-    the draft vocabulary). Raises nothing by itself; build it with `Eagle3Method.build_draft`.
+    Called with a batch it gives the loss: whatever wraps modules (data parallel, sharding, compilation)
+    wraps the training of this one. Buffers in the state dict: `d2t` int64 [D], `t2d` bool [V]. Not in it
+    are the target's: its embedding, its output over the draft vocabulary (`target_output`) and over its
+    own (`target_choices`). Raises nothing by itself; build it with `Eagle3Method`.
     """
 
     d2t: torch.Tensor
     t2d: torch.Tensor
-    embed_tokens: torch.Tensor
     target_output: OutputLayer
+    target_choices: OutputLayer
+    own_embedding: torch.Tensor | None
 
-    def __init__(self, config: Eagle3Config) -> None:
+    def __init__(self, config: Eagle3Config, recompute: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, recompute
         hidden, vocab, reduced = config.hidden_size, config.vocab_size, config.draft_vocab_size
         self.fc = nn.Linear(len(config.aux_layer_ids) * hidden, hidden, bias=False)
         self.midlayer = Midlayer(config)
@@ -158,11 +168,33 @@ class Eagle3Draft(nn.Module):
         self.lm_head = nn.Linear(hidden, reduced, bias=False)
         self.register_buffer("d2t", torch.zeros(reduced, dtype=torch.int64))
         self.register_buffer("t2d", torch.zeros(vocab, dtype=torch.bool))
-        self.register_buffer("embed_tokens", torch.zeros(vocab, hidden), persistent=False)
+        self.register_buffer("own_embedding", None, persistent=False)
+
+    def forward(self, batch: Eagle3Batch) -> LossSums:
+        """The training loss, unrolled over the draft's own outputs."""
+        return training_time_test(self, batch, self.recompute)
+
+    def attach_target(self, head: TargetHead) -> None:
+        """Take the frozen tensors of the target. Needed once the vocabulary is known."""
+        self.target_output, self.target_choices = head.output(self.target_ids()), head.output()
+        # Kept once where the target ties it to lm_head, on every device.
+        self.own_embedding = None if head.lm_head is head.embed_tokens else head.embed_tokens
+
+    @property
+    def embed_tokens(self) -> torch.Tensor:
+        """Frozen target embedding, target dtype [V, H]."""
+        return self.target_choices.rows if self.own_embedding is None else self.own_embedding
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Frozen target embedding of `token_ids` [...] -> target dtype [..., H]."""
         return F.embedding(token_ids, self.embed_tokens)
+
+    def fuse(self, states: torch.Tensor) -> torch.Tensor:
+        """The feature [..., H] of auxiliary target states [..., 3H]."""
+        kind = states.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            states = states.to(self.fc.weight.dtype)
+        return self.fc(states)  # type: ignore[no-any-return]
 
     def target_ids(self) -> torch.Tensor:
         """Target token id of every draft token id, int64 [D]."""
