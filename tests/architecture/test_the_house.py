@@ -61,6 +61,15 @@ def test_one_place_decides_what_auto_stands_for() -> None:
     assert asking == ["precision.py"]
 
 
+def test_every_path_of_the_guide_to_adding_exists() -> None:
+    """Who adds a method, an engine, a store, a ledger or an export reads and edits what is there."""
+    text = (ROOT / "docs" / "adding.md").read_text()
+    named = set(re.findall(r"`((?:src|tests|docs)/[\w./-]+)`", text))
+    assert len(named) > 15
+    for path in sorted(named):
+        assert (ROOT / path).exists(), path
+
+
 def test_nothing_unpickles() -> None:
     """Files from a disk are data, never code."""
     loaders = r"\b(import|from) (pickle|cPickle|dill|cloudpickle|joblib|shelve|marshal)\b"

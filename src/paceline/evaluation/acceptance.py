@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from paceline.errors import ConfigError
-from paceline.evaluation.speculative import Decoded, Decoding, Drafter, plain_generate, speculative_generate
+from paceline.evaluation.speculative import Decoded, Decoding, plain_generate, speculative_generate
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
+from paceline.methods.drafter import Drafter
 
 
 @dataclass(frozen=True)

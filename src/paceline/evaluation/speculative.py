@@ -13,33 +13,15 @@ Legend: V target vocabulary, D draft vocabulary, n new rows.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from paceline.errors import ConfigError
 from paceline.evaluation.target import LlamaTarget, TargetStep
 from paceline.evaluation.tree import Drafting, DraftTree
-from paceline.methods.eagle3.decode import Choose
-
-
-class Drafter(Protocol):
-    """What a draft method must offer to be decoded with. Adapters: methods/eagle3/decode.py."""
-
-    target_ids: torch.Tensor  # int64 [D]
-    layers: tuple[int, ...]  # of the target, whose states `propose` reads side by side
-
-    def start(self, capacity: int) -> None: ...
-
-    def propose(
-        self, aux: torch.Tensor, next_ids: torch.Tensor, count: int, choose: Choose
-    ) -> tuple[list[int], list[torch.Tensor | None]]: ...
-
-    def propose_tree(
-        self, aux: torch.Tensor, next_ids: torch.Tensor, num_tokens: int, branching: int, depth: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]: ...
-
+from paceline.methods.drafter import Drafter, TreeDrafter
 
 # The longest chain: plain decoding reserves the same cache, so that both see tensors of one shape.
 MAX_DRAFT_TOKENS = 16
@@ -72,13 +54,13 @@ class Decoded:
 
 def plain_generate(target: LlamaTarget, prompt_ids: tuple[int, ...], decoding: Decoding) -> Decoded:
     """Decode one token per target step. Raises ConfigError if there is nothing to decode."""
-    choose = _Chooser(decoding)
+    choose = _Chooser(decoding, target.device)
     began = time.perf_counter()
     logits = _prefill(target, prompt_ids, decoding).logits
     prefilled = time.perf_counter()
     tokens = [choose(logits[-1])[0]]
     while not _finished(tokens, decoding):
-        logits = target.forward(torch.tensor(tokens[-1:])).logits
+        logits = target.forward(_ids(tokens[-1:], target)).logits
         tokens.append(choose(logits[-1])[0])
     return Decoded(tokens, time.perf_counter() - prefilled, prefilled - began)
 
@@ -92,7 +74,7 @@ def speculative_generate(
 ) -> Decoded:
     """Decode with 1 to 16 draft tokens a cycle. Raises ConfigError if there is nothing to decode.
 
-    A tree is for greedy decoding; sampling verifies the chain of the same length.
+    A tree is for greedy decoding and drafts that can draw one; else the chain of the same length is verified.
     """
     if not 1 <= drafting.num_tokens <= MAX_DRAFT_TOKENS:
         raise ConfigError(
@@ -100,7 +82,7 @@ def speculative_generate(
             why="the cache reserves room for one chain past the end of the answer",
             next="use 3 or 4 for a chain, 7 for a tree",
         )
-    choose = _Chooser(decoding)
+    choose = _Chooser(decoding, target.device)
     began = time.perf_counter()
     step = _prefill(target, prompt_ids, decoding)
     prefilled = time.perf_counter()
@@ -109,9 +91,11 @@ def speculative_generate(
     aux, next_ids = step.aux, [*prompt_ids[1:], tokens[0]]
     accepted: list[int] = []
     use_tree = not drafting.is_chain and decoding.temperature <= 0
-    cycle = _tree_cycle if use_tree else _chain_cycle
     while not _finished(tokens, decoding):
-        aux, next_ids = cycle(target, drafter, aux, next_ids, drafting, choose)
+        if use_tree and isinstance(drafter, TreeDrafter):
+            aux, next_ids = _tree_cycle(target, drafter, aux, next_ids, drafting)
+        else:
+            aux, next_ids = _chain_cycle(target, drafter, aux, next_ids, drafting, choose)
         accepted.append(len(next_ids) - 1)
         _extend(tokens, next_ids, decoding)
     seconds = time.perf_counter() - prefilled
@@ -128,8 +112,8 @@ def _chain_cycle(
 ) -> tuple[torch.Tensor, list[int]]:
     """One cycle: states of the rows that were kept, and the token after each of them."""
     processed = target.length
-    chain, proposals = drafter.propose(aux, torch.tensor(next_ids), drafting.num_tokens, choose)
-    step = target.forward(torch.tensor([next_ids[-1], *chain]))
+    chain, proposals = drafter.propose(aux, _ids(next_ids, target), drafting.num_tokens, choose)
+    step = target.forward(_ids([next_ids[-1], *chain], target))
     if choose.temperature > 0:
         kept, own = _verify_sampled(step.logits, chain, proposals, drafter.target_ids, choose)
     else:
@@ -140,14 +124,13 @@ def _chain_cycle(
 
 def _tree_cycle(
     target: LlamaTarget,
-    drafter: Drafter,
+    drafter: TreeDrafter,
     aux: torch.Tensor,
     next_ids: list[int],
     drafting: Drafting,
-    choose: _Chooser,  # noqa: ARG001 (a tree is greedy)
 ) -> tuple[torch.Tensor, list[int]]:
     tokens, parents = drafter.propose_tree(
-        aux, torch.tensor(next_ids), drafting.num_tokens, drafting.branching, drafting.max_depth
+        aux, _ids(next_ids, target), drafting.num_tokens, drafting.branching, drafting.max_depth
     )
     tree = DraftTree((next_ids[-1], *tokens), (-1, *parents))
     step = target.verify(tree)
@@ -165,15 +148,19 @@ def _prefill(target: LlamaTarget, prompt_ids: tuple[int, ...], decoding: Decodin
             next="give a prompt and max_new_tokens >= 1",
         )
     target.start(len(prompt_ids) + decoding.max_new_tokens + MAX_DRAFT_TOKENS)
-    return target.forward(torch.tensor(prompt_ids), last_only=True)
+    return target.forward(_ids(prompt_ids, target), last_only=True)
+
+
+def _ids(tokens: Sequence[int], target: LlamaTarget) -> torch.Tensor:
+    return torch.tensor(tokens, device=target.device)
 
 
 class _Chooser:
     """Turns logits into tokens: argmax when greedy, one seeded draw otherwise."""
 
-    def __init__(self, decoding: Decoding) -> None:
+    def __init__(self, decoding: Decoding, device: torch.device) -> None:
         self.temperature = decoding.temperature
-        self.generator = torch.Generator().manual_seed(decoding.seed)
+        self.generator = torch.Generator(device).manual_seed(decoding.seed)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return (logits.float() / self.temperature).softmax(-1)
@@ -188,7 +175,8 @@ class _Chooser:
         return self.draw(probabilities), probabilities
 
     def accepts(self, probability: float) -> bool:
-        return float(torch.rand((), generator=self.generator, dtype=torch.float64)) < probability
+        draw = torch.rand((), generator=self.generator, dtype=torch.float64, device=self.generator.device)
+        return float(draw) < probability
 
 
 def _verify_greedy(logits: torch.Tensor, chain: list[int]) -> tuple[int, int]:

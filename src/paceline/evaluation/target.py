@@ -23,6 +23,7 @@ from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own docu
 
 from paceline.errors import ConfigError
 from paceline.evaluation.tree import DraftTree
+from paceline.precision import CPU
 from paceline.target.head import TargetHead
 from paceline.target.plain_llama import why_not_plain_llama
 
@@ -48,16 +49,23 @@ class TargetStep:
 class LlamaTarget:
     """One sequence at a time: `start`, then `forward` and `truncate`."""
 
-    def __init__(self, head: TargetHead, aux_layer_ids: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        head: TargetHead,
+        aux_layer_ids: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+    ) -> None:
         _require_plain_llama(head)
         config = head.config
-        self.head, self.aux_layer_ids, self.dtype = head, aux_layer_ids, dtype
+        self.head, self.aux_layer_ids, self.dtype, self.device = head, aux_layer_ids, dtype, device
         self.heads = int(config["num_attention_heads"])
         self.kv_heads = int(config.get("num_key_value_heads") or self.heads)
         self.head_dim = int(config.get("head_dim") or head.hidden_size // self.heads)
-        self.embed_tokens = head.embed_tokens.to(dtype)
-        self.lm_head = self.embed_tokens if head.lm_head is head.embed_tokens else head.lm_head.to(dtype)
-        self.norm = head.norm_weight.to(dtype)
+        self.embed_tokens = head.embed_tokens.to(device, dtype)
+        is_tied = head.lm_head is head.embed_tokens
+        self.lm_head = self.embed_tokens if is_tied else head.lm_head.to(device, dtype)
+        self.norm = head.norm_weight.to(device, dtype)
         self.layers = [self._read_layer(index) for index in range(head.num_hidden_layers)]
         self.length = 0
 
@@ -80,12 +88,12 @@ class LlamaTarget:
         # Whole blocks of 64 keep the vectorised softmax free of tails.
         self.capacity = -(-capacity // 64) * 64
         shape = (len(self.layers), self.kv_heads, self.capacity, self.head_dim)
-        self.keys, self.values = torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
-        angles = torch.outer(torch.arange(self.capacity).float(), 1.0 / self.head.rope_theta**exponents)
+        self.keys, self.values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        rows = torch.arange(self.capacity, device=self.device)
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=self.device) / self.head_dim
+        angles = torch.outer(rows.float(), 1.0 / self.head.rope_theta**exponents)
         self.cos = torch.cat((angles.cos(), angles.cos()), -1).to(self.dtype).unsqueeze(1)  # [C, 1, d]
         self.sin = torch.cat((-angles.sin(), angles.sin()), -1).to(self.dtype).unsqueeze(1)
-        rows = torch.arange(self.capacity)
         self.mask = torch.where(rows[None] > rows[:, None], float("-inf"), 0.0).to(self.dtype)  # [C, C]
         self.length = 0
 
@@ -96,7 +104,7 @@ class LlamaTarget:
     @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, last_only: bool = False) -> TargetStep:
         """Process `token_ids` int64 [n] after what is cached."""
-        rows = torch.arange(self.length, self.length + int(token_ids.numel()))
+        rows = torch.arange(self.length, self.length + int(token_ids.numel()), device=self.device)
         step = self._run(token_ids, rows, None, last_only)
         self.length += int(token_ids.numel())
         return step
@@ -104,11 +112,12 @@ class LlamaTarget:
     @torch.inference_mode()
     def verify(self, tree: DraftTree) -> TargetStep:
         """Process the rows of a draft tree, each after its own path; `accept` then keeps one path."""
-        paths = tree.paths()
+        paths = tree.paths().to(self.device)
         count = paths.shape[0]
         shape = (len(self.layers), count, self.kv_heads, self.head_dim)
-        self.tree_keys, self.tree_values = torch.empty(2, *shape, dtype=self.dtype)
-        return self._run(torch.tensor(tree.tokens), self.length + tree.depths(), paths, False)
+        self.tree_keys, self.tree_values = torch.empty(2, *shape, dtype=self.dtype, device=self.device)
+        token_ids = torch.tensor(tree.tokens, device=self.device)
+        return self._run(token_ids, self.length + tree.depths().to(self.device), paths, False)
 
     def accept(self, path: list[int]) -> None:
         """Cache the rows of a path of the tree verified last, in the places plain decoding gives them."""
@@ -190,7 +199,8 @@ class LlamaTarget:
         return own.view(count * self.kv_heads, self.capacity, self.head_dim)
 
     def _read_layer(self, index: int) -> _Layer:
-        raw = {name: tensor.to(self.dtype) for name, tensor in self.head.layer_tensors(index).items()}
+        tensors = self.head.layer_tensors(index)
+        raw = {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
         return _Layer(
             qkv=torch.cat([raw[f"self_attn.{name}_proj.weight"] for name in "qkv"]),
             out=raw["self_attn.o_proj.weight"],

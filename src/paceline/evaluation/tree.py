@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from paceline.precision import CPU
+
 
 @dataclass(frozen=True)
 class Drafting:
@@ -46,11 +48,11 @@ class DraftTree:
         """int64 [rows, depth]: each row's path, its own number repeated to the end."""
         paths = [self.path(row) for row in range(len(self.tokens))]
         depth = max(len(path) for path in paths)
-        return torch.tensor([path + [path[-1]] * (depth - len(path)) for path in paths])
+        return torch.tensor([path + [path[-1]] * (depth - len(path)) for path in paths], device=CPU)
 
     def depths(self) -> torch.Tensor:
         """int64 [rows]: 0 for the root."""
-        return torch.tensor([len(self.path(row)) - 1 for row in range(len(self.tokens))])
+        return torch.tensor([len(self.path(row)) - 1 for row in range(len(self.tokens))], device=CPU)
 
     def follow(self, wanted: list[int]) -> list[int]:
         """The longest path whose every token is what the target wants after its parent."""

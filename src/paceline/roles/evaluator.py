@@ -18,7 +18,7 @@ from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
 from paceline.ledger.facts import RENDERING_DATE
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.precision import CPU, torch_dtype
+from paceline.precision import resolve_device, torch_dtype
 from paceline.roles.draft import newest_checkpoint
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
@@ -37,15 +37,16 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
     checkpoint = newest_checkpoint(config, store, only=(DRAFT,))
     date = store.facts().get(RENDERING_DATE)
     store.close()
-    dtype = torch_dtype(config.evaluation.dtype, CPU)
+    device = resolve_device(config.evaluation.device)
+    dtype = torch_dtype(config.evaluation.dtype, device)
     method, head = config.method.build(), TargetHead.load(config.target.model)
     draft = restore_draft(method, head, checkpoint.files)
     section = config.evaluation
     chain = Drafting(min(3, section.draft_tokens))
     tree = Drafting(section.draft_tokens, section.branching, min(section.depth, section.draft_tokens))
     ways = [chain] if section.branching == 1 else [tree, chain]
-    drafter = method.drafter(draft, dtype)
-    target = LlamaTarget(head, drafter.layers, dtype)
+    drafter = method.drafter(draft.to(device), dtype)
+    target = LlamaTarget(head, drafter.layers, dtype, device)
     held_out = _held_out(config, head, date)
     reports = measure_acceptance(
         target,
@@ -57,6 +58,7 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
     result = {
         "checkpoint_step": checkpoint.step,
         "dtype": str(dtype),
+        "device": device.type,
         **reports[0].to_dict(),
         "chain": reports[-1].to_dict(),
         "prompts_set_aside": dict(held_out.set_aside),

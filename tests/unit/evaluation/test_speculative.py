@@ -121,6 +121,41 @@ def test_greedy_output_of_a_tree_equals_plain_decoding(
         assert tree.acceptance_length > chain.acceptance_length, "more guesses hit more often"
 
 
+def test_every_tensor_of_decoding_is_made_where_the_target_lies(
+    target: LlamaTarget, trained_draft: Eagle3Draft
+) -> None:
+    """A tensor made without a device would land on the wrong one, and mixing devices is an error."""
+    drafter = Eagle3Decoder(trained_draft, torch.float32)
+    sampled = Decoding(max_new_tokens=8, temperature=0.7)
+    with torch.device("meta"):  # whatever names no device lies elsewhere
+        assert torch.zeros(()).is_meta
+        tree, _ = measure_acceptance(target, drafter, PROMPTS, NEVER_ENDS, [Drafting(7, 3, 4), Drafting(3)])
+        speculative_generate(target, drafter, PROMPTS[0], sampled, Drafting(3))
+    assert tree.identical == len(PROMPTS)
+
+
+def test_a_draft_that_draws_no_tree_is_decoded_as_a_chain(
+    target: LlamaTarget, trained_draft: Eagle3Draft
+) -> None:
+    """A tree is what a draft may offer, not what every method must."""
+
+    class Chain:
+        def __init__(self) -> None:
+            own = Eagle3Decoder(trained_draft, torch.float32)
+            self.target_ids, self.layers, self.start, self.propose = (
+                own.target_ids,
+                own.layers,
+                own.start,
+                own.propose,
+            )
+
+    tree, chain = (
+        speculative_generate(target, Chain(), PROMPTS[0], NEVER_ENDS, drafting)
+        for drafting in (Drafting(3, 2, 3), Drafting(3))
+    )
+    assert (tree.tokens, tree.accepted) == (chain.tokens, chain.accepted)
+
+
 def test_a_tree_row_sees_its_own_path_alone(target: LlamaTarget) -> None:
     """Every row's logits are those of plain decoding along its path, bit for bit in float32."""
     tree = DraftTree(tokens=(9, 4, 30, 11, 7, 50), parents=(-1, 0, 0, 1, 2, 3))

@@ -7,15 +7,11 @@ Nothing here needs to be exact: a wrong proposal costs time, never correctness.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
 
+from paceline.methods.drafter import Choose
 from paceline.methods.eagle3.model import Eagle3Draft, rope_tables, rotate
-
-# Draft logits [D] in, (draft token id, its distribution float32 [D] or None when greedy) out.
-Choose = Callable[[torch.Tensor], tuple[int, torch.Tensor | None]]
 
 
 class Eagle3Decoder:
@@ -24,7 +20,7 @@ class Eagle3Decoder:
     def __init__(self, draft: Eagle3Draft, dtype: torch.dtype = torch.bfloat16) -> None:
         attention, layer = draft.midlayer.self_attn, draft.midlayer
         self.config, self.dtype = draft.config, dtype
-        self.layers = draft.config.aux_layer_ids
+        self.layers, self.device = draft.config.aux_layer_ids, draft.fc.weight.device
         self.heads, self.kv_heads, self.head_dim = attention.heads, attention.kv_heads, attention.head_dim
 
         def copied(*parts: torch.Tensor) -> torch.Tensor:
@@ -51,8 +47,9 @@ class Eagle3Decoder:
     def start(self, capacity: int) -> None:
         """Begin a sequence of at most `capacity` rows, drafted ones included."""
         shape = (self.kv_heads, capacity, self.head_dim)
-        self.keys, self.values = torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)
-        self.cos, self.sin = rope_tables(torch.arange(capacity), self.head_dim, self.config.rope_theta)
+        self.keys, self.values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        rows = torch.arange(capacity, device=self.device)
+        self.cos, self.sin = rope_tables(rows, self.head_dim, self.config.rope_theta)
         self.length = 0
 
     @torch.inference_mode()
@@ -101,12 +98,13 @@ class Eagle3Decoder:
             places = [frontier.index(guesses[g][2]) for g in likeliest]
             frontier = likeliest
             lines = [[*lines[place], drafted + i] for i, place in enumerate(places)]
-            mask = torch.zeros(len(frontier), real_rows + drafted + len(frontier), dtype=torch.bool)
+            size = len(frontier), real_rows + drafted + len(frontier)
+            mask = torch.zeros(size, dtype=torch.bool, device=self.device)
             mask[:, :real_rows] = True
             for i, line in enumerate(lines):
                 mask[i, [real_rows + row for row in line]] = True
             ids = self.target_ids[[guesses[g][1] for g in frontier]]
-            position = torch.full((len(frontier),), real_rows + level)
+            position = torch.full((len(frontier),), real_rows + level, device=self.device)
             features = self._layer(features[places], ids, position, mask)
             drafted += len(frontier)
         self.length = real_rows
@@ -155,7 +153,9 @@ class Eagle3Decoder:
         Without `positions` [n] and `mask` [n, rows] the rows follow each other.
         """
         new, rows = feature.shape[0], slice(self.length, self.length + feature.shape[0])
-        turn = torch.arange(self.length, self.length + new) if positions is None else positions
+        turn = positions
+        if turn is None:
+            turn = torch.arange(self.length, self.length + new, device=self.device)
         embedding = F.embedding(token_ids, self.embed_tokens)
         inputs = torch.cat(
             (self._rms(embedding, self.embedding_norm), self._rms(feature, self.feature_norm)), dim=-1
@@ -166,7 +166,7 @@ class Eagle3Decoder:
         self.values[:, rows] = qkv[0, self.heads + self.kv_heads :]
         self.length += new
         if mask is None and new > 1:
-            mask = torch.ones(new, self.length, dtype=torch.bool).tril(self.length - new)
+            mask = torch.ones(new, self.length, dtype=torch.bool, device=self.device).tril(self.length - new)
         mixed = F.scaled_dot_product_attention(
             rotated[:, : self.heads],
             self.keys[None, :, : self.length],
