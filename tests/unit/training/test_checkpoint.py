@@ -16,7 +16,7 @@ from safetensors.torch import save
 from paceline import crashpoints
 from paceline.errors import CheckpointDamagedError, CheckpointError
 from paceline.ledger.records import TrainedSample, TrainedStep
-from paceline.training.checkpoint import Checkpoint, CheckpointFolder
+from paceline.training.checkpoint import Aside, Checkpoint, CheckpointFolder, FileEntry
 from paceline.training.tensor_files import from_bytes
 
 
@@ -96,6 +96,92 @@ def test_a_full_disk_keeps_the_older_checkpoint(tmp_path: Path, monkeypatch: pyt
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == [record.name]
     assert folder.read(record).step == 1
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evaluator needs no optimizer file, and looking for whole checkpoints holds none of their bytes."""
+    folder = CheckpointFolder(tmp_path, "run0")
+    record = folder.write(checkpoint())
+    (tmp_path / record.name / "rng.safetensors").unlink()
+    got = folder.read(record, names=["draft.safetensors"])
+    assert got.files["draft.safetensors"] == checkpoint().files["draft.safetensors"]
+    assert got.step == folder.read(record, names=()).step == 3
+    whole = folder.write(checkpoint(4))
+    read, real = list[str](), Path.read_bytes
+
+    def noted(path: Path) -> bytes:
+        read.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", noted)
+    [(found, content)] = folder.unrecorded([record])
+    assert (found, read) == (whole, ["manifest.json"])
+    assert content == checkpoint(4)
+
+
+def test_a_file_that_is_damaged_after_it_was_verified_is_found_when_it_is_read(tmp_path: Path) -> None:
+    """Its bytes are compared with the digest again."""
+    folder = CheckpointFolder(tmp_path, "run0")
+    record = folder.write(checkpoint())
+    got = folder.read(record)
+    (tmp_path / record.name / "draft.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointDamagedError, match="does not match its digest"):
+        got.files["draft.safetensors"]
+
+
+def test_every_rank_puts_its_part_and_the_manifest_comes_last(tmp_path: Path) -> None:
+    """Until then no name of a checkpoint is there; a part that fails leaves nothing."""
+    folder = CheckpointFolder(tmp_path, "run0")
+    content = replace(checkpoint(), files={})
+
+    def fill(aside: Aside) -> list[FileEntry]:
+        entries = [aside.put(f"rank-{rank}.bin", bytes([rank])) for rank in (0, 1)]
+        assert not [path for path in tmp_path.iterdir() if path.suffix != ".new"]
+        assert not (aside.path / "manifest.json").exists()
+        return entries
+
+    record = folder.write(content, fill)
+    assert folder.read(record).files == {"rank-0.bin": b"\0", "rank-1.bin": b"\1"}
+
+    def fail(aside: Aside) -> list[FileEntry]:
+        aside.put("rank-0.bin", b"")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="free space"):
+        folder.write(content, fail)
+    assert [path.name for path in tmp_path.iterdir()] == [record.name]
+
+
+def test_only_its_owner_may_read_a_checkpoint(tmp_path: Path) -> None:
+    """As with the features: 0700 for folders, 0600 for files."""
+    folder = CheckpointFolder(tmp_path, "run0")
+    record = folder.write(checkpoint())
+    assert (tmp_path / record.name).stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / record.name).iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc", ".", "", "step-00000003-000002-abc/../../x"])
+def test_a_record_does_not_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    """A name that no checkpoint can have is a damaged record, and nothing is opened."""
+    folder = CheckpointFolder(tmp_path / "checkpoints", "run0")
+    record = folder.write(checkpoint())
+    (tmp_path / "checkpoints" / record.name).rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointDamagedError, match="no checkpoint has such a name"):
+        folder.read(replace(record, name=name))
+
+
+def test_a_checkpoint_that_was_moved_to_another_disk_is_read_and_its_link_swept(tmp_path: Path) -> None:
+    """Its folder is a symbolic link then; what it leads to is left alone."""
+    folder = CheckpointFolder(tmp_path / "checkpoints", "run0")
+    record = folder.write(checkpoint())
+    place, elsewhere = folder.folder / record.name, tmp_path / "other-disk"
+    place.rename(elsewhere)
+    place.symlink_to(elsewhere)
+    assert folder.read(record) == checkpoint()
+    assert folder.sweep(keep={record.name}) == []
+    assert folder.sweep(keep=set()) == [record.name]
+    assert not place.is_symlink()
+    assert (elsewhere / "draft.safetensors").exists()
 
 
 def test_sweep_removes_what_no_record_names(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from paceline.errors import FencedError
+from paceline.errors import FencedError, LedgerError
+from paceline.ledger.controller import DataFlowController
 from paceline.ledger.records import CheckpointRecord, Fence, TrainedSample, TrainedStep, chain_of
 from paceline.ledger.stores.memory import InMemoryMetadataStore
+from paceline.loader.passes import Position
 from paceline.testing.samples import sample_ref
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
-from paceline.training.recovery import find_checkpoint
+from paceline.training.recovery import find_checkpoint, recover
 
 
 class Run:
@@ -95,3 +97,41 @@ def test_what_follows_a_damaged_head_is_given_up_with_it(tmp_path: Path) -> None
         assert run.recover(run.consumer()) == one
     assert run.reported[-1] == "fall_back"
     assert run.folder.read(three).step == 3, "it is for the sweep to remove"
+
+
+def test_an_old_ledger_over_newer_checkpoints_is_called_old(tmp_path: Path) -> None:
+    """Its own are gone, and to restore those or begin anew would give whole weights up: it names them."""
+    run = Run(tmp_path)
+    first = run.consumer()
+    run.write(1, first.epoch, None)
+    run.recover(first)
+    [one] = run.store.checkpoints()
+    two = run.write(2, first.epoch, one)
+    three = run.write(3, first.epoch, two)
+    run.folder.sweep({two.name, three.name})
+    with pytest.raises(LedgerError, match=r"The ledger is old") as caught:
+        run.recover(run.consumer())
+    assert two.name in str(caught.value)
+    assert three.name in str(caught.value)
+    assert run.folder.read(three).step == 3
+
+
+def test_a_start_says_where_the_run_stands(tmp_path: Path) -> None:
+    """Trainer and loader are built from it: at the beginning, and after a checkpoint."""
+    controller = DataFlowController("run0", metadata_store=InMemoryMetadataStore())
+    controller.store.commit_samples([sample_ref(0)])
+    folder = CheckpointFolder(tmp_path, "run0")
+    start = recover(controller, folder, lambda *_, **__: None)
+    assert (start.head, start.step, start.last_seq, start.position) == (None, 0, 0, Position())
+    samples = (TrainedSample(1, "run0:s0", "task-0", True),)
+    lineage = (TrainedStep(1, 0, 1, samples),)
+    chain = chain_of("", [one.plan for one in lineage])
+    values = {"position": [2, 5]}
+    record = folder.write(Checkpoint(1, 1, {"w": b"w"}, values, lineage, "", chain, start.fence.epoch, 0))
+    again = recover(controller, folder, lambda *_, **__: None)
+    assert again.fence.epoch == start.fence.epoch + 1
+    assert again.head is not None
+    assert again.head.manifest_digest == record.manifest_digest
+    assert (again.step, again.last_seq, again.position) == (1, 1, Position(2, 5))
+    assert again.checkpoint is not None
+    assert again.checkpoint.files["w"] == b"w", "under the name by which it was claimed"
