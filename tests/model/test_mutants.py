@@ -21,8 +21,8 @@ from paceline.testing.metadata_store_suite import MetadataStoreSuite
 from paceline.testing.mutants import MUTANTS, seeds_to_detect
 from paceline.testing.simulated_run import Shape, simulated_producer
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
-from paceline.training.commits import Commits, Inline
-from paceline.training.recovery import recover
+from paceline.training.commits import Commits
+from paceline.training.recovery import Start, recover
 
 SEEDS = 600
 
@@ -100,10 +100,10 @@ def a_checkpoint_tells_the_steps_it_contains() -> None:
     trained = TrainedStep(1, 0, 1, (TrainedSample(1, "run0:s0", None, True),))
     with tempfile.TemporaryDirectory() as place:
         folder = CheckpointFolder(Path(place), "run0")
-        features, fence = InMemoryLightFeatureStore(), controller.take_role("consumer")
-        commits = Commits(controller, features, folder, fence, Inline(), kept=2, report=lambda *_, **__: None)
+        features, start = InMemoryLightFeatureStore(), Start(controller.take_role("consumer"))
+        commits = Commits(controller, features, folder, start, None, kept=2, report=lambda *_, **__: None)
         commits.add(trained)
-        commits.stage(1, 1, dict, {})
+        commits.stage(1, 1, lambda: lambda _: [], {})
         [(_, checkpoint)] = folder.unrecorded([])
         assert checkpoint.lineage == (trained,)
 

@@ -18,6 +18,7 @@ from paceline.loader.loader import StepLoader
 from paceline.roles.wire import build_disagg_online_consumer, resolve_metadata_store, run_disagg_online
 from paceline.testing.small_run import SmallRun, same_bits, weights
 from paceline.testing.synthetic import SyntheticEngine
+from paceline.training import torch_learner
 from paceline.training.checkpoint import CheckpointFolder
 
 
@@ -358,3 +359,21 @@ def test_checkpoints_of_a_dead_consumer_that_never_became_head_are_swept(tmp_pat
     (folder.folder / "step-00000099-dead").mkdir()
     run.consumer()
     assert not (folder.folder / "step-00000099-dead").exists()
+
+
+def test_gradients_are_divided_by_the_tokens_that_the_loss_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The count that the coordinator hands in, known before the step, is the loss's own on one rank."""
+    given: list[tuple[float | None, int]] = []
+    real = torch_learner.train_step
+
+    def noted(*args: Any, num_tokens: float | None = None, **kwargs: Any) -> Any:
+        result = real(*args, num_tokens=num_tokens, **kwargs)
+        given.append((num_tokens, result.num_tokens))
+        return result
+
+    monkeypatch.setattr(torch_learner, "train_step", noted)
+    SmallRun(tmp_path).run()
+    assert len(given) == 5
+    assert all(handed_in == counted > 0 for handed_in, counted in given)
