@@ -39,10 +39,11 @@ def test_train_trains_every_sample_and_leaves_no_feature(finished: TinyRun) -> N
 COMES_LATE = """
 import sys
 from pathlib import Path
+from paceline.engines.transformers import TransformersEngine
 from paceline.roles import producer
 from paceline.roles.process import run_role
 
-load = producer.TransformersEngine.probe
+load = TransformersEngine.probe
 
 def completed_meanwhile(engine):
     load(engine)
@@ -50,7 +51,7 @@ def completed_meanwhile(engine):
     store.set_facts({"completed_step": 10})
     store.close()
 
-producer.TransformersEngine.probe = completed_meanwhile
+TransformersEngine.probe = completed_meanwhile
 sys.exit(run_role("producer", Path(sys.argv[1]), producer.produce))
 """
 
@@ -61,7 +62,7 @@ def test_a_producer_that_comes_when_all_is_trained_leaves_no_feature_store(
     """It was started again at the very end, and still loaded its model when the consumer freed everything."""
     run = TinyRun(tmp_path, tiny_model)
     command = [sys.executable, "-c", COMES_LATE, str(run.run_file), str(run.directory / "ledger.db")]
-    done = subprocess.run(command, env=run.environment(""), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=run.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not load_run_config(run.run_file).feature_folder.exists()
 
@@ -200,7 +201,7 @@ def test_full_shared_memory_loses_nothing(tiny_model: Path, tmp_path: Path) -> N
     script = 'mount -t tmpfs -o size=200k none "$1" 2>/dev/null || exit 99; shift; exec "$@"'
     failed = subprocess.run(
         [unshare, "--mount", "sh", "-c", script, "sh", str(tmp_path / "shm"), *run.arguments("produce")],
-        env=run.environment(""),
+        env=run.environment(),
         text=True,
         capture_output=True,
         check=False,

@@ -18,15 +18,14 @@ from paceline.regular_files import open_regular
 UNSOUND = 9  # exit code
 
 
-def fsck_directory(console: Console, directory: Path, features: Path | None = None) -> int:
+def fsck_directory(console: Console, directory: Path) -> int:
     """Print what the checker finds in the run; 0 if the promise is kept, else UNSOUND.
 
-    `features`: where the run keeps its features, if that is not where its first start did. Raises
-    SchemaError for a ledger that is empty or of another version, ConfigError or OSError for what this
+    Raises SchemaError for a ledger that is empty or of another version, ConfigError or OSError for what this
     user may not read.
     """
     open_regular(directory / "ledger.db").close()
-    report = check(directory, features=features)
+    report = check(directory)
     if report.forbidden:
         raise ConfigError(
             f"{directory} was not checked as a whole: {report.forbidden}.",

@@ -15,6 +15,7 @@ from typing import Annotated, ParamSpec
 
 import typer
 
+from paceline.cli.clean import clean_folder
 from paceline.cli.fsck import accept_pages_of, fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
 from paceline.cli.plain import exit_code_of_lost_output, out, say, say_error, stderr
@@ -171,10 +172,21 @@ def fsck(
     directory = _directory(run)
     if not kind_of(directory / "ledger.db"):
         open_run(directory)  # says what to do
-    features = None if _is_directory(run) else load_run_config(run).feature_folder
     if accept_pages:
         accept_pages_of(out, directory)
-    raise typer.Exit(fsck_directory(out, directory, features))
+    raise typer.Exit(fsck_directory(out, directory))
+
+
+@app.command()
+@advises
+def clean(
+    base: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="Where feature folders lie.", readable=False)
+    ] = Path("/dev/shm"),  # noqa: S108 (where they lie unless features.directory says otherwise)
+    yes: Annotated[bool, typer.Option("--yes", help="Free them; without it they are only listed.")] = False,
+) -> None:
+    """List the features in shared memory that no run needs any more, or free them."""
+    clean_folder(out, base, free=yes)
 
 
 @app.command()

@@ -248,6 +248,8 @@ def _check_slots(ledger: Ledger, folder: Path, report: Report) -> None:
 
 def _feature_folder(facts: dict[str, Any], directory: Path) -> Path | None:
     """Where a run of this configuration keeps its features."""
+    if lies := facts.get("features_lie"):
+        return Path(lies["folder"])
     config = facts.get("config", {})
     if "features.directory" not in config or "run.name" not in config:
         return None

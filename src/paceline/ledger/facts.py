@@ -13,3 +13,4 @@ GIVEN_UP = "given_up"  # identities of recorded checkpoints that were found dama
 PROBES_BEGUN = "probes_begun"
 QUARANTINED_IN_A_ROW = "quarantined_in_a_row"
 FEATURES_LIE = "features_lie"  # where the producer's feature store is
+FEATURES_NAME = "features_name"  # of its folder, where a stranger took the usual one

@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from paceline.config.load import flat, refuse_changes
 from paceline.config.run import RunConfig
-from paceline.errors import ConfigError, RunBusyError, StoreError
+from paceline.errors import ConfigError, RunBusyError
 from paceline.ledger.facts import (
     COMPLETED_STEP,
     CONFIG,
     END_OF_STREAM,
-    FEATURES_LIE,
     PROMPTS,
     RENDERING_DATE,
 )
@@ -28,7 +26,6 @@ from paceline.ledger.gate import RoleLock
 from paceline.ledger.store import MetadataStore
 from paceline.roles.plan import RunPlan
 
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 ROLES = ("producer", "consumer")
 
 
@@ -143,40 +140,3 @@ def bind_date(store: MetadataStore) -> str:
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     date: str = store.settle_facts({RENDERING_DATE: now})[RENDERING_DATE]
     return date
-
-
-def record_place(config: RunConfig, store: MetadataStore) -> None:
-    """Say where the producer keeps the features; by the producer, or by what is about to start it."""
-    place = _place(config)
-    if store.facts().get(FEATURES_LIE) != place:
-        store.set_facts({FEATURES_LIE: place})
-
-
-def refuse_other_place(config: RunConfig, store: MetadataStore) -> None:
-    """Raise StoreError if this consumer would look for the features where the producer does not keep them.
-
-    What another boot of a machine recorded tells nothing but the folder.
-    """
-    theirs, ours = store.facts().get(FEATURES_LIE), _place(config)
-    if theirs is None or theirs == ours:
-        return
-    if theirs["folder"] == ours["folder"] and theirs["boot"] != ours["boot"]:
-        return
-    mount = "" if theirs["folder"] != ours["folder"] else ", which is another mount there"
-    raise StoreError(
-        f"The producer keeps the features in {theirs['folder']}{mount}, and this consumer looks for them in "
-        f"{ours['folder']}.",
-        why="It would find none of them. Nothing was trained, and no sample is to blame.",
-        next="give both roles the same features.directory (containers: one shared /dev/shm). If it was "
-        "changed for both, start the producer first.",
-    )
-
-
-def _place(config: RunConfig) -> dict[str, Any]:
-    folder = config.feature_folder.absolute()
-    try:
-        device = config.features.directory.stat().st_dev
-        boot = BOOT_ID.read_text().strip()
-    except OSError:
-        device, boot = 0, ""
-    return {"folder": str(folder), "device": device, "boot": boot}

@@ -12,7 +12,8 @@ import torch
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.precision import resolve_device, torch_dtype
-from paceline.roles.binding import bind_run, refuse_other_place
+from paceline.roles.binding import bind_run
+from paceline.roles.feature_folder import folder_of, refuse_other_place
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
 from paceline.roles.target_binding import DRAFT_NUMERICS, bind_numerics, bind_target
@@ -46,7 +47,7 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     compute_deterministically(config.machine.consumer_threads)
     store = SQLiteMetadataStore(config.ledger_path, durability=config.ledger.durability)
     bind_run(plan, store, role="consumer")
-    features = config.features.build(config.feature_folder, owner=False)
+    features = config.features.build(folder_of(config, store), owner=False)
     if store.facts().get(COMPLETED_STEP) is not None:
         features.destroy()
         return

@@ -55,14 +55,24 @@ def shared_memory_holds_the_budget(plan: RunPlan) -> Iterator[Finding]:
             refuses=True,
         )
         return
+    total = space.f_blocks * space.f_frsize  # 0 where there is no limit
+    other = f"Give more (`docker run --shm-size={features.budget_mib + 64}m`), set features.directory to a "
+    other += "folder on a disk, or lower features.budget_mib to"
+    if 0 < total < features.budget_mib << 20:
+        yield Finding(
+            f"{features.directory} holds {total >> 20} MiB in all, and features.budget_mib is "
+            f"{features.budget_mib}.",
+            f"{other} {max(1, total * 9 // 10 >> 20)}.",
+            refuses=True,
+        )
+        return
     # What a start before this one has left there is used again.
     room = space.f_bavail * space.f_frsize + _bytes_below(plan.config.feature_folder)
     if room < features.budget_mib << 20:
         yield Finding(
             f"{features.directory} has room for {room >> 20} MiB, and features.budget_mib is "
             f"{features.budget_mib}: the producer will stop when it is full.",
-            f"Give more (`docker run --shm-size={features.budget_mib + 64}m`), or lower features.budget_mib "
-            f"to {max(1, room >> 20)}.",
+            f"{other} {max(1, room >> 20)}.",
         )
 
 

@@ -12,7 +12,8 @@ from paceline.capture.producer import CaptureSettings
 from paceline.errors import StoreError
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.roles.binding import bind_date, bind_run, record_place
+from paceline.roles.binding import bind_date, bind_run
+from paceline.roles.feature_folder import take_folder
 from paceline.roles.plan import RunPlan, window_size
 from paceline.roles.process import run_role
 from paceline.roles.target_binding import TARGET_NUMERICS, bind_numerics, bind_target, refuse_changed
@@ -28,7 +29,7 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     stretches = bind_run(plan, store, role="producer")
     if store.facts().get(COMPLETED_STEP) is not None:
         return
-    record_place(config, store)
+    folder = take_folder(config, store)
     target = bind_target(store, config, "producer")
     engine = config.engine.build(config.target, date=bind_date(store))
     engine.probe()
@@ -36,7 +37,7 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     numerics = {"dtype": engine.facts.dtype, "device": engine.facts.device}
     bind_numerics(store, config, "producer", TARGET_NUMERICS, numerics)
     events.write("engine_ready", dtype=engine.facts.dtype, model_version=engine.facts.model_version)
-    features = config.features.build(config.feature_folder, owner=True)
+    features = config.features.build(folder, owner=True)
     _, drive_producer = build_disagg_online_producer(
         run_id=config.run.name,
         engine=engine,

@@ -20,8 +20,9 @@ from paceline.config.run import RunConfig
 from paceline.errors import LedgerError, PacelineError
 from paceline.ledger.facts import COMPLETED_STEP, END_OF_STREAM
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.roles.binding import bind_run, record_place
+from paceline.roles.binding import bind_run
 from paceline.roles.child import GRACE_S, Child, RoleFailedError, end_orphan
+from paceline.roles.feature_folder import folder_of, take_folder
 from paceline.roles.plan import RunPlan, log_path
 from paceline.roles.snapshot import RunSnapshot, take_snapshot
 from paceline.roles.target_binding import bind_target
@@ -91,9 +92,9 @@ class Supervisor:
                     end_orphan(self._config.run.directory, role, lambda: self._signals.count > 0)
                 bind_run(self._plan, self._store)
                 bind_target(self._store, self._config)
-                if self._is_complete() and not self._config.feature_folder.exists():
+                if self._is_complete() and not folder_of(self._config, self._store).exists():
                     return True
-                record_place(self._config, self._store)
+                take_folder(self._config, self._store)
                 self._start("producer")
                 self._start("consumer")
                 return self._watch()

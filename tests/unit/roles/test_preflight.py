@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,12 +27,16 @@ def plan_with(directory: Path, budget_mib: int, folder: Path) -> Any:
     return SimpleNamespace(config=SimpleNamespace(features=features, feature_folder=folder))
 
 
-def test_shared_memory_that_is_smaller_than_the_budget_is_noted(tmp_path: Path) -> None:
-    """With what to do about it; a budget that fits is no finding, a place that is not there refuses."""
-    [finding] = shared_memory_holds_the_budget(plan_with(tmp_path, 1 << 40, tmp_path / "f"))
-    assert "lower features.budget_mib" in finding.next
-    assert "--shm-size=" in finding.next
-    assert not finding.refuses
+def test_shared_memory_that_is_smaller_than_the_budget_is_told_before_the_start(tmp_path: Path) -> None:
+    """It can never hold it, or is too full now. A budget that fits is no finding, a place that is not there
+    refuses."""
+    space = os.statvfs(tmp_path)
+    total_mib, free_mib = (n * space.f_frsize >> 20 for n in (space.f_blocks, space.f_bavail))
+    for budget_mib, refuses in ((total_mib + 1, True), (min(free_mib + 100, total_mib), False)):
+        [finding] = shared_memory_holds_the_budget(plan_with(tmp_path, budget_mib, tmp_path / "f"))
+        assert finding.refuses == refuses
+        for advice in ("lower features.budget_mib", "--shm-size=", "set features.directory to a folder on"):
+            assert advice in finding.next
     assert not list(shared_memory_holds_the_budget(plan_with(tmp_path, 1, tmp_path / "f")))
     [finding] = shared_memory_holds_the_budget(plan_with(tmp_path / "none", 1, tmp_path / "f"))
     assert finding.refuses

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
-import stat
 import uuid
 from collections import defaultdict, deque
 from pathlib import Path
@@ -21,13 +19,19 @@ from pathlib import Path
 import torch
 
 from paceline.errors import StoreError, StoreFullError
+from paceline.features.ownership import (
+    HALF_MADE,
+    IDENTITY,
+    OWNER_FILE,
+    SLOT_NAME,
+    hold,
+    is_private,
+    make_private,
+)
 from paceline.features.stores.refusals import missing
 from paceline.features.stores.slots import PAGE_BYTES, Slot, State, create_file, map_file, slot_bytes
 from paceline.types import SampleRef
 
-IDENTITY = "identity"
-SLOT_NAME = re.compile(r"slot-\d{8,}")
-HALF_MADE = re.compile(rf"({IDENTITY}|slot-\d{{8,}})\.new")
 SLOTS_MAX = 32_768  # Half of what Linux lets one process map (vm.max_map_count).
 
 _MAGIC = int.from_bytes(b"PACESTOR", "little")
@@ -44,6 +48,7 @@ class Arena:
         header = identity.numpy().data
         self.uri = f"shm://{directory.name}/{bytes(header[_UUID]).decode(errors='replace')}"
         self.slots: dict[str, Slot] = {}
+        self._held = hold(directory)  # as long as this object lives
         self._directory = directory
         self._identity = directory / IDENTITY
         self._words = header.cast("Q")
@@ -57,7 +62,10 @@ class Arena:
     @classmethod
     def own(cls, directory: Path, budget_bytes: int) -> Arena:
         """As the only writer: make the store or take it over, with what a dead owner left reclaimed."""
-        _make_private(directory)
+        try:
+            make_private(directory)
+        except OSError as error:
+            raise _no_room(directory, PAGE_BYTES, error) from error
         identity = _open_identity(directory)
         if identity is None:
             # Half made, or of another boot of the machine, which may have lost any part of it.
@@ -74,7 +82,7 @@ class Arena:
     @classmethod
     def attach(cls, directory: Path, budget_bytes: int) -> Arena | None:
         """As the reader; None while there is no store in the directory."""
-        if not _is_private(directory):
+        if not is_private(directory):
             return None
         # Looked at before it is opened: if it is replaced in between, `is_current` says so.
         inode = _inode(directory / IDENTITY)
@@ -240,20 +248,6 @@ class Arena:
         self._rings[slot.num_bytes].append(slot)
 
 
-def remove(directory: Path) -> None:
-    """Unlink every file of the store and the directory. Safe when it is already gone, or half gone."""
-    if not _is_private(directory):
-        return
-    _open_identity(directory)  # Refuses a directory that is not ours.
-    for path in (*_slot_paths(directory), *directory.glob("*.new"), directory / IDENTITY):
-        path.unlink(missing_ok=True)
-    try:
-        directory.rmdir()
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # What others put there stays.
-            raise
-
-
 def _slot_paths(directory: Path) -> list[Path]:
     return [directory / name for name in _slot_names(directory)]
 
@@ -265,30 +259,6 @@ def _slot_names(directory: Path) -> list[str]:
         return []
 
 
-def _make_private(directory: Path) -> None:
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise _no_room(directory, PAGE_BYTES, error) from error
-    _is_private(directory)
-    directory.chmod(0o700)
-
-
-def _is_private(directory: Path) -> bool:
-    """False if there is nothing. Raises StoreError if it is anything but a directory of ours."""
-    try:
-        facts = directory.lstat()
-    except FileNotFoundError:
-        return False
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
-        raise StoreError(
-            f"{directory} is a link, no directory, or not owned by user {os.geteuid()}.",
-            why="Whoever owns it could change the features that are trained.",
-            next="choose another run.name or features.directory, or remove it.",
-        )
-    return True
-
-
 def _open_identity(directory: Path) -> torch.Tensor | None:
     """The mapped identity file; None if the directory is empty or half made, or of another boot.
 
@@ -297,7 +267,8 @@ def _open_identity(directory: Path) -> torch.Tensor | None:
     try:
         identity = map_file(directory / IDENTITY, PAGE_BYTES)
     except FileNotFoundError:
-        foreign = [path.name for path in directory.iterdir() if not HALF_MADE.fullmatch(path.name)]
+        names = {path.name for path in directory.iterdir()} - {OWNER_FILE}
+        foreign = [name for name in sorted(names) if not HALF_MADE.fullmatch(name)]
         if foreign:
             raise _other_format(directory, f"it holds {foreign[0]!r} but no identity file") from None
         return None

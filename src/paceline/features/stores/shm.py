@@ -20,9 +20,10 @@ from typing import Any
 
 from paceline.errors import StoreError
 from paceline.features import codec
+from paceline.features.ownership import remove
 from paceline.features.settings import FeaturesSection
 from paceline.features.store import Sealed, Usage, Written
-from paceline.features.stores.arena import Arena, remove
+from paceline.features.stores.arena import Arena
 from paceline.features.stores.refusals import elsewhere, stale
 from paceline.features.stores.slots import Slot, description_of
 from paceline.types import SampleRef

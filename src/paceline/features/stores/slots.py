@@ -25,6 +25,7 @@ import torch
 from paceline.crashpoints import reach
 from paceline.errors import StoreError
 from paceline.features import codec
+from paceline.features.ownership import OTHERS_MAY_WRITE
 from paceline.features.stores.refusals import corrupt, missing
 from paceline.types import SampleRef
 
@@ -67,15 +68,18 @@ def slot_bytes(payload_bytes: int) -> int:
 def map_file(path: Path, num_bytes: int | None = None) -> torch.Tensor:
     """The file as shared, writable memory: uint8 [file size]; unmapped when no tensor uses it.
 
-    Raises OSError, and ValueError if it is no regular file of `num_bytes`. Torch maps through
+    Raises OSError, and ValueError if it is no regular file of `num_bytes` that this user alone may write.
+    Nothing that a stranger planted (a FIFO, a link) can hold it up. Torch maps through
     /proc/self/fd because Python's own mmap keeps a file descriptor open per mapping, and there can
     be thousands of slots.
     """
-    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode) or not facts.st_size or facts.st_size % PAGE_BYTES:
             raise ValueError(f"{path} is no file of whole pages")
+        if facts.st_uid != os.geteuid() or facts.st_mode & OTHERS_MAY_WRITE:
+            raise ValueError(f"{path} is not this user's alone")
         if num_bytes not in (None, facts.st_size):
             raise ValueError(f"{path} has {facts.st_size} bytes instead of {num_bytes}")
         return torch.from_file(f"/proc/self/fd/{fd}", shared=True, size=facts.st_size, dtype=torch.uint8)

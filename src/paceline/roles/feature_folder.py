@@ -1,0 +1,185 @@
+"""Where a run's features lie: which folder it takes, what it leaves behind, and what no run needs any more.
+
+The name follows from the run's name and directory. Where a stranger took that name, the run takes a free
+one and keeps to it. A run that moved, or was told another features.directory, takes another folder; its
+producer then frees the one before.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paceline.config.run import RunConfig
+from paceline.errors import ConfigError, PacelineError, StoreError
+from paceline.features.ownership import (
+    IDENTITY,
+    Owner,
+    bytes_of,
+    is_strangers,
+    owner_of,
+    remove,
+    sign,
+    take,
+)
+from paceline.ledger.facts import COMPLETED_STEP, FEATURES_LIE, FEATURES_NAME
+from paceline.ledger.gate import live_holder
+from paceline.ledger.store import MetadataStore
+from paceline.roles.snapshot import open_run
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+ROLES = ("producer", "consumer")
+PREFIX = "paceline-"
+
+
+def folder_of(config: RunConfig, store: MetadataStore) -> Path:
+    """The folder that the run's features lie in, or will."""
+    usual = config.feature_folder
+    name = store.facts().get(FEATURES_NAME)
+    if name is not None and name.startswith(usual.name) and not is_strangers(usual.with_name(name)):
+        return usual.with_name(name)
+    if not is_strangers(usual):
+        return usual
+    chosen = {FEATURES_NAME: f"{usual.name}-{secrets.token_hex(4)}"}
+    if name is None:  # or the other role settles it at this moment
+        chosen = store.settle_facts(chosen)
+    else:
+        store.set_facts(chosen)
+    return usual.with_name(chosen[FEATURES_NAME])
+
+
+def take_folder(config: RunConfig, store: MetadataStore) -> Path:
+    """The folder, made and signed, with what the run left elsewhere freed; by the producer."""
+    folder, run = folder_of(config, store), config.run.directory.absolute()
+    recorded = store.facts().get(FEATURES_LIE)
+    if recorded is not None and Path(recorded["folder"]) != folder.absolute():
+        _free_left(Path(recorded["folder"]), config.run.name, run)
+    record_place(config, store)
+    sign(folder, Owner(config.run.name, run))
+    return folder
+
+
+def _free_left(folder: Path, run: str, directory: Path) -> None:
+    """Where the run kept its features before it moved; not the folder of the run that it is a copy of."""
+    owner = None if is_strangers(folder) else owner_of(folder)
+    if owner is None or owner.run != run:
+        return
+    if owner.directory == directory or not (owner.directory / "ledger.db").exists():
+        _remove_unused(folder)
+
+
+def _remove_unused(folder: Path) -> bool:
+    """False if a process uses it after all."""
+    lock = take(folder)
+    if lock is None:
+        return False
+    with lock, suppress(OSError, StoreError):
+        remove(folder)
+    return not folder.exists()
+
+
+# -- both roles in one place ---------------------------------------------------------------
+
+
+def record_place(config: RunConfig, store: MetadataStore) -> None:
+    """Say where the producer keeps the features; by the producer."""
+    place = _place(config, store)
+    if store.facts().get(FEATURES_LIE) != place:
+        store.set_facts({FEATURES_LIE: place})
+
+
+def refuse_other_place(config: RunConfig, store: MetadataStore) -> None:
+    """Raise StoreError if this consumer would look for the features where the producer does not keep them.
+
+    What another boot of a machine recorded tells nothing but the folder.
+    """
+    theirs, ours = store.facts().get(FEATURES_LIE), _place(config, store)
+    if theirs is None or theirs == ours:
+        return
+    if theirs["folder"] == ours["folder"] and theirs["boot"] != ours["boot"]:
+        return
+    mount = "" if theirs["folder"] != ours["folder"] else ", which is another mount there"
+    raise StoreError(
+        f"The producer keeps the features in {theirs['folder']}{mount}, and this consumer looks for them in "
+        f"{ours['folder']}.",
+        why="It would find none of them. Nothing was trained, and no sample is to blame.",
+        next="give both roles the same features.directory (containers: one shared /dev/shm). If it was "
+        "changed for both, start the producer first.",
+    )
+
+
+def _place(config: RunConfig, store: MetadataStore) -> dict[str, Any]:
+    try:
+        device = config.features.directory.stat().st_dev
+        boot = BOOT_ID.read_text().strip()
+    except OSError:
+        device, boot = 0, ""
+    return {"folder": str(folder_of(config, store).absolute()), "device": device, "boot": boot}
+
+
+# -- what no run needs any more ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FoundFolder:
+    """`why`: what is known of its run; `abandoned`: no run needs it, so it may be freed."""
+
+    folder: Path
+    num_bytes: int
+    why: str
+    abandoned: bool
+
+
+def feature_folders(base: Path) -> Iterator[FoundFolder]:
+    """Every feature folder of this user in `base`. Raises ConfigError if it cannot be listed."""
+    try:
+        entries = sorted(path for path in base.iterdir() if path.name.startswith(PREFIX))
+    except OSError as error:
+        raise ConfigError(
+            f"{base} cannot be listed ({error.strerror}).",
+            why="Feature folders are looked for there.",
+            next="name the folder that features.directory names; without one it is /dev/shm.",
+        ) from error
+    for folder in entries:
+        if not is_strangers(folder) and (owner_of(folder) or (folder / IDENTITY).exists()):
+            why, abandoned = _judged(folder)
+            yield FoundFolder(folder, bytes_of(folder), why, abandoned)
+
+
+def free_abandoned(found: FoundFolder) -> bool:
+    """Free it, unless a process began to use it meanwhile; whether it is gone."""
+    return _judged(found.folder)[1] and _remove_unused(found.folder)
+
+
+def _judged(folder: Path) -> tuple[str, bool]:
+    owner = owner_of(folder)
+    if owner is None:
+        return "it does not say whose it is", False
+    lock = take(folder)
+    if lock is None:
+        return f"run {owner.run} in {owner.directory} uses it", False
+    with lock:
+        return _judged_by_run(folder, owner)
+
+
+def _judged_by_run(folder: Path, owner: Owner) -> tuple[str, bool]:
+    run = f"run {owner.run} in {owner.directory}"
+    if not (owner.directory / "ledger.db").exists():
+        return f"{run} is gone, or was moved", True
+    if any(live_holder(owner.directory, role) is not None for role in ROLES):
+        return f"{run} is at work", False
+    try:
+        with closing(open_run(owner.directory)) as store:
+            facts = store.facts()
+    except (PacelineError, OSError) as error:
+        return f"the ledger of {run} cannot be read: {error}", False
+    if facts.get(COMPLETED_STEP) is not None:
+        return f"{run} is complete", True
+    lies = facts.get(FEATURES_LIE)
+    if lies is not None and Path(lies["folder"]) != folder.absolute():
+        return f"{run} keeps its features in {lies['folder']} now", True
+    return f"{run} can go on from it", False
