@@ -21,23 +21,19 @@ from paceline.roles.wire import ConsumerParts, build_disagg_online_consumer
 from paceline.target.head import TargetHead
 from paceline.telemetry import EventLog
 from paceline.training.determinism import compute_deterministically
-from paceline.training.settings import OptimizerSettings, TrainerSettings
+from paceline.training.settings import TrainerSettings
 
 
 def trainer_settings(plan: RunPlan) -> TrainerSettings:
     config, training = plan.config, plan.config.training
     dtype = torch_dtype(config.method.dtype, resolve_device(training.device))
     return TrainerSettings(
-        optimizer=OptimizerSettings.of(training, plan.num_steps),
-        seed=config.run.seed,
-        micro_batch_size=training.micro_batch_size,
+        total_steps=plan.num_steps,
         first_samples=config.method.first_samples,
-        device=training.device,
+        training=training,
+        checkpoint=config.checkpoint,
+        seed=config.run.seed,
         autocast_dtype=torch.bfloat16 if dtype is torch.bfloat16 else None,
-        max_steps=training.max_steps,
-        checkpoint_interval_steps=config.checkpoint.interval_steps,
-        checkpoints_kept=config.checkpoint.keep,
-        quarantine_max_in_a_row=training.quarantine_max_in_a_row,
     )
 
 
@@ -57,7 +53,7 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     method.check_target(head)
     settings = trainer_settings(plan)
     dtype = "float32" if settings.autocast_dtype is None else "bfloat16"
-    numerics = {"dtype": dtype, "device": resolve_device(settings.device).type}
+    numerics = {"dtype": dtype, "device": resolve_device(config.training.device).type}
     bind_numerics(store, config, "consumer", DRAFT_NUMERICS, numerics)
     # One thread writes checkpoints, one reads the next step's features.
     with ThreadPoolExecutor(2, thread_name_prefix="paceline-consumer") as executor:
@@ -70,8 +66,6 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
                 target=target,
                 checkpoint_folder=config.checkpoint_folder,
                 settings=settings,
-                batch_size=config.training.batch_size,
-                passes=config.training.passes,
                 block_size=config.capture.group_size,
             ),
             metadata_store=store,

@@ -137,8 +137,6 @@ class ConsumerParts:
     head: TargetHead
     checkpoint_folder: Path
     settings: TrainerSettings
-    batch_size: int = 8
-    passes: int = 1
     block_size: int = 64
     target: TargetVersion | None = None  # of the samples that may be trained; None: of any
 
@@ -180,6 +178,7 @@ def build_disagg_online_consumer(
             next="pass resume=True, or use a new store for a new run.",
         )
 
+    training = parts.settings.training
     parts.method.check_target(parts.head)
     return take_over(
         ConsumerSide(
@@ -189,7 +188,7 @@ def build_disagg_online_consumer(
             TorchLearner(parts.method, parts.head, parts.settings),
         ),
         parts.settings,
-        LoaderSettings(parts.batch_size, parts.passes, parts.block_size, idle_timeout_s),
+        LoaderSettings(training.batch_size, training.passes, parts.block_size, idle_timeout_s),
         executor=executor,
         should_stop=should_stop,
         report=report,

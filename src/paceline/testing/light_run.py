@@ -37,7 +37,7 @@ from paceline.testing.light_adapters import (
     LightFeatureStore,
 )
 from paceline.training.checkpoint import CheckpointFolder
-from paceline.training.settings import OptimizerSettings, TrainerSettings
+from paceline.training.settings import CheckpointSection, TrainerSettings
 from paceline.training.trainer import ConsumerSide, Trainer, take_over
 from paceline.types import PromptTask
 
@@ -107,10 +107,9 @@ class RunShape:
 
     def settings(self) -> TrainerSettings:
         return TrainerSettings(
-            optimizer=OptimizerSettings(total_steps=1),
+            total_steps=1,
             first_samples=self.first_samples,
-            checkpoint_interval_steps=self.interval,
-            checkpoints_kept=self.kept,
+            checkpoint=CheckpointSection(interval_steps=self.interval, keep=self.kept),
         )
 
 

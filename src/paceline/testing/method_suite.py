@@ -28,7 +28,7 @@ from paceline.roles.wire import (
 )
 from paceline.target.head import TargetHead
 from paceline.testing.tiny_folder import make_tiny_folder
-from paceline.training.settings import OptimizerSettings, TrainerSettings
+from paceline.training.settings import TrainerSettings, TrainingSection
 from paceline.types import States, Targets, Tokens, name_of
 
 Sample = dict[str, torch.Tensor]
@@ -172,12 +172,12 @@ class MethodSuite(ABC):
         _, drive = build_disagg_online_producer(
             engine=self.engine, prompts=PROMPTS, capture=capture, **shared
         )
+        training = TrainingSection(batch_size=4, micro_batch_size=2, device="cpu")
         parts = ConsumerParts(
             method=self.method,
             head=self.head,
             checkpoint_folder=tmp_path / "checkpoints",
-            settings=TrainerSettings(OptimizerSettings(total_steps=3), first_samples=4, device="cpu"),
-            batch_size=4,
+            settings=TrainerSettings(3, first_samples=4, training=training),
             block_size=4,
         )
         trainer, loader = build_disagg_online_consumer(parts=parts, resume=True, **shared)

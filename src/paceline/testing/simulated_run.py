@@ -14,7 +14,7 @@ from paceline.capture.source import PromptList
 from paceline.ledger.controller import DataFlowController
 from paceline.loader.loader import LoaderSettings, StepLoader
 from paceline.testing.light_adapters import LIGHT_FEATURES, SAMPLE_BYTES, HashLearner, LightEngine
-from paceline.training.settings import OptimizerSettings, TrainerSettings
+from paceline.training.settings import CheckpointSection, TrainerSettings
 from paceline.training.trainer import ConsumerSide, Trainer, take_over
 from paceline.types import PromptTask
 
@@ -108,9 +108,9 @@ def simulated_consumer(
 ) -> tuple[Trainer, StepLoader]:
     controller = DataFlowController(RUN_ID, metadata_store=store)
     settings = TrainerSettings(
-        optimizer=OptimizerSettings(total_steps=1),
+        total_steps=1,
         first_samples=shape.group,
-        checkpoint_interval_steps=shape.interval,
+        checkpoint=CheckpointSection(interval_steps=shape.interval),
     )
     side = ConsumerSide(controller, features, folder, learner)
     loading = LoaderSettings(shape.batch, shape.passes, shape.group, recapture_timeout_s=shape.patience_s)

@@ -23,7 +23,7 @@ from paceline.roles.wire import (
 )
 from paceline.testing.kill_points import pointed
 from paceline.testing.synthetic import SyntheticEngine, synthetic_head
-from paceline.training.settings import OptimizerSettings, TrainerSettings
+from paceline.training.settings import CheckpointSection, TrainerSettings, TrainingSection
 from paceline.training.trainer import Trainer
 
 RUN_ID = "small"
@@ -79,21 +79,25 @@ class SmallRun:
     def consumer(
         self, *, resume: bool = True, should_stop: Callable[[], bool] = lambda: False
     ) -> tuple[Trainer, StepLoader]:
-        settings = TrainerSettings(
-            optimizer=OptimizerSettings(total_steps=5, warmup_steps=1),
-            micro_batch_size=2,
-            first_samples=4,
+        training = TrainingSection(
+            passes=self.passes,
+            batch_size=self.batch_size,
+            micro_batch_size=min(2, self.batch_size),
+            warmup_steps=1,
             max_steps=self.max_steps,
-            checkpoint_interval_steps=2,
             quarantine_max_in_a_row=self.quarantine_max_in_a_row,
+        )
+        settings = TrainerSettings(
+            total_steps=5,
+            first_samples=4,
+            training=training,
+            checkpoint=CheckpointSection(interval_steps=2),
         )
         parts = ConsumerParts(
             method=Eagle3Method({"draft_vocab_size": 32, "ttt_steps": 2, "init": "random"}),
             head=synthetic_head(),
             checkpoint_folder=self.folder / "checkpoints",
             settings=settings,
-            batch_size=self.batch_size,
-            passes=self.passes,
             block_size=4,
         )
         trainer, loader = build_disagg_online_consumer(

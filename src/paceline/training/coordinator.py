@@ -44,10 +44,10 @@ class Coordinator:
         self._features = features
         self._ranks = ranks
         self._fence = start.fence
-        self._quarantine_max = settings.quarantine_max_in_a_row
+        self._quarantine_max = settings.training.quarantine_max_in_a_row
         self._report = report
         self._commits = Commits(
-            controller, features, folder, start, executor, kept=settings.checkpoints_kept, report=report
+            controller, features, folder, start, executor, kept=settings.checkpoint.keep, report=report
         )
 
     def clean_up(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, model_validator
@@ -71,19 +71,19 @@ class CheckpointSection(Section):
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """What decides the weights (seed, sizes, optimizer) and how often they are made durable.
+    """What the trainer is given: its sections of the run file, and what follows from the rest of the run.
 
-    `first_samples`: how many of the run's first samples choose the draft vocabulary and warm-start.
-    `quarantine_max_in_a_row`: samples quarantined one after another, before training stops instead.
+    `total_steps`: see `OptimizerSettings`. `first_samples`: how many of the run's first samples the first
+    weights are made from.
     """
 
-    optimizer: OptimizerSettings
+    total_steps: int | None
+    first_samples: int
+    training: TrainingSection = field(default_factory=TrainingSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     seed: int = 0
-    micro_batch_size: int = 8
-    first_samples: int = 64
     autocast_dtype: torch.dtype | None = None
-    device: str = "auto"
-    max_steps: int | None = None
-    checkpoint_interval_steps: int = 25
-    checkpoints_kept: int = 2
-    quarantine_max_in_a_row: int = 8
+
+    @property
+    def optimizer(self) -> OptimizerSettings:
+        return OptimizerSettings.of(self.training, self.total_steps)

@@ -33,7 +33,7 @@ class TorchLearner:
         self._head = head
         self._settings = settings
         self._staging = tensor_files.Staging()
-        self._device = resolve_device(settings.device)
+        self._device = resolve_device(settings.training.device)
 
     @property
     def ready(self) -> bool:
@@ -70,7 +70,7 @@ class TorchLearner:
             self._method,
             self.optimizer,
             self._settings.optimizer,
-            micro_batch_size=self._settings.micro_batch_size,
+            micro_batch_size=self._settings.training.micro_batch_size,
             autocast_dtype=self._settings.autocast_dtype,
             num_tokens=num_tokens,
         )
@@ -90,9 +90,9 @@ class TorchLearner:
                 samples,
                 self.draft,
                 self._method,
-                micro_batch_size=self._settings.micro_batch_size,
+                micro_batch_size=self._settings.training.micro_batch_size,
                 autocast_dtype=self._settings.autocast_dtype,
-                grad_clip=self._settings.optimizer.grad_clip,
+                grad_clip=self._settings.training.grad_clip,
                 what=f"A trial of {len(samples)} samples",
             )
         finally:

@@ -65,10 +65,10 @@ class Trainer:
         isolation = Isolation(coordinator, self.ranks, loader, fetching, self._report)
         if not self.ranks.ready and not self._make_first_weights(fetching, isolation):
             return self.step
-        while settings.max_steps is None or self.step < settings.max_steps:
+        while settings.training.max_steps is None or self.step < settings.training.max_steps:
             if not self._train_next(loader, fetching, isolation):
                 break
-            if self.step % settings.checkpoint_interval_steps == 0:
+            if self.step % settings.checkpoint.interval_steps == 0:
                 coordinator.begin_checkpoint()
             coordinator.relieve_pressure()
         coordinator.checkpoint()
