@@ -23,6 +23,7 @@ from paceline.telemetry import read_events
 
 ROLES = ("producer", "consumer")
 EVALUATION_BYTES_MAX = 1 << 20
+ESTIMATE, STEPS_OF_ESTIMATE = "acceptance_length_estimate", 100
 # What people are shown of each way that was measured.
 MEASURED = (
     *("prompts", "identical", "num_draft_tokens", "branching", "acceptance_length"),
@@ -102,7 +103,7 @@ def take_snapshot(directory: Path, store: MetadataStore) -> RunSnapshot:
     facts, usage = store.facts(), store.usage()
     checkpoints = store.checkpoints()
     events = {role: read_events(directory / "events" / f"{role}.jsonl") for role in ROLES}
-    step, group = _last(events["consumer"], "step"), _last(events["producer"], "group")
+    step, group = _last_step(events["consumer"]), _last(events["producer"], "group")
     return RunSnapshot(
         run_id=facts.get(RUN_ID, "?"),
         prompts=store.task_counts(),
@@ -138,6 +139,16 @@ def _blocked_s(events: list[dict[str, Any]]) -> float:
 def _last(events: list[dict[str, Any]], kind: str) -> dict[str, float]:
     """What the newest event of this kind counts."""
     return next((_numbers(event) for event in reversed(events) if event.get("event") == kind), {})
+
+
+def _last_step(events: list[dict[str, Any]]) -> dict[str, float]:
+    """What the newest step counts; its estimate is the mean of the newest steps', each of few tokens."""
+    last = _last(events, "step")
+    if ESTIMATE in last:
+        found = [_numbers(event) for event in events if event.get("event") == "step"]
+        newest = [figures[ESTIMATE] for figures in found[-STEPS_OF_ESTIMATE:] if ESTIMATE in figures]
+        last[ESTIMATE] = sum(newest) / len(newest)
+    return last
 
 
 def _evaluation(path: Path) -> dict[str, Any]:

@@ -60,3 +60,11 @@ def test_both_sides_blocked_time_is_shown_wherever_a_run_is(tmp_path: Path) -> N
     assert both in described.get()
     assert "blocked 7 s" in shown.get()
     assert "blocked 41 s" in shown.get()
+
+
+def test_the_shown_estimate_is_the_mean_of_the_newest_steps(tmp_path: Path) -> None:
+    """One step judges a few tokens only: its own figure would jump from line to line."""
+    steps = [("step", {"step": n, "acceptance_length_estimate": 2.0 + n % 2}) for n in range(300)]
+    snapshot = snapshot_of(tmp_path, consumer=steps)
+    assert snapshot.last_step["step"] == 299
+    assert snapshot.last_step["acceptance_length_estimate"] == 2.5
