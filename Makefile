@@ -6,7 +6,7 @@ MODEL ?= models/SmolLM2-135M-Instruct
 SCALE ?= 1
 BIN := $(VENV)/bin
 
-.PHONY: help install model train evaluate test lint types layers check bench reliability clean
+.PHONY: help install model train evaluate test lint types layers check bench gpu reliability clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.installed
 bench: install $(VENV)/.bench ## every benchmark: a table of ratios to limits of the same run, JSON and a plot
 	$(BIN)/python -m benchmarks --quick
 	$(BIN)/python -m benchmarks.readme
+
+gpu: install ## three minutes on a CUDA device: everything a run does there, and where a step waits
+	$(BIN)/python scripts/gpu_check.py
 
 reliability: install ## the long proof: simulation, kills, power loss, bit flips (SCALE=1: half an hour)
 	$(BIN)/python -m reliability --scale $(SCALE)
