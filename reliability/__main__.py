@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 SUITES = [
     "simulation",
     "kill_schedules",
+    "random_kills",
     "mutants",
     "ledger_model",
     "power_cuts",

@@ -6,6 +6,7 @@ The resumed run must end with weights bitwise equal to those of the run nobody t
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import time
@@ -16,15 +17,12 @@ import pytest
 import torch
 
 from paceline.ledger.gate import live_holder
+from paceline.testing import random_kills
+from paceline.testing.random_kills import make_run
 from paceline.testing.small_run import same_bits
 from paceline.testing.tiny_run import TinyRun
 
 NUM_SAMPLES = 120
-
-
-def make_run(folder: Path, model: Path) -> TinyRun:
-    first = TinyRun(folder, model)
-    return TinyRun(folder, model, prompts={**first.config["prompts"], "rounds": 6})
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +116,13 @@ def test_an_interrupted_run_stops_at_a_checkpoint_and_goes_on(
     result = run.command("train")
     assert result.returncode == 0, result.stderr
     check(run, uninterrupted)
+
+
+def test_kills_at_random_times_leave_the_same_weights(
+    tiny_model: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
+) -> None:
+    """Producer, consumer, supervisor or all of them, wherever they are: the command is started again."""
+    run = make_run(tmp_path, tiny_model)
+    counts = random_kills.train_with_kills(run, random.Random(1), kills=3)
+    assert sum(count for what, count in counts.items() if what.endswith("killed")) >= 2, counts
+    random_kills.check(run, uninterrupted)

@@ -1,0 +1,148 @@
+"""The real command on a tiny real target, with its processes killed at random times until it has finished.
+
+    python -m paceline.testing.random_kills --seed 3 [--kills 6]
+
+Not at named points: somewhere in the imports, in a model's loading, in the middle of a system call. What
+the seed fixes is who dies after how long; what that process is doing then, it cannot fix. The run must end in
+the weights of the run that nothing happened to, and the checker must find it sound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from paceline.ledger.gate import live_holder
+from paceline.testing.small_run import same_bits
+from paceline.testing.tiny_folder import make_tiny_folder
+from paceline.testing.tiny_run import TinyRun
+
+VICTIMS = ("producer", "consumer", "supervisor", "everything")
+ROLES = ("producer", "consumer")
+PAUSE_S = (0.1, 10.0)  # between two kills
+PROMPTS, ROUNDS = 20, 6
+
+
+class Violation(AssertionError):  # noqa: N818 (it is what the tests look for)
+    """The run broke a promise."""
+
+
+def make_run(folder: Path, model: Path) -> TinyRun:
+    """Long enough to be killed a few times: 120 samples, 30 steps."""
+    prompts = {"path": str(folder / "train.jsonl"), "rounds": ROUNDS, "max_answer_tokens": 12}
+    return TinyRun(folder, model, prompts=prompts)
+
+
+def train_with_kills(run: TinyRun, rng: random.Random, kills: int) -> Counter[str]:
+    """`paceline train`, started again whenever it was killed itself, to its end; how often who was killed."""
+    counts: Counter[str] = Counter()
+    while True:
+        counts["starts"] += 1
+        with run.start("train") as train:
+            while True:
+                pause = rng.uniform(*PAUSE_S) if kills else None
+                try:
+                    out, err = train.communicate(timeout=pause)
+                    break
+                except subprocess.TimeoutExpired:
+                    victim = rng.choice(VICTIMS)
+                    kills -= 1
+                    counts[f"{victim} killed"] += _strike(run, train, victim)
+        if train.returncode == 0:
+            return counts
+        if train.returncode != -signal.SIGKILL:
+            raise Violation(f"paceline train ended with {train.returncode}: {out[-2000:]}\n{err[-2000:]}")
+
+
+def _strike(run: TinyRun, train: subprocess.Popen[str], victim: str) -> bool:
+    """Whether it was there to be killed."""
+    if victim in ROLES:
+        return _kill(live_holder(run.directory, victim))
+    if victim == "everything":
+        train.send_signal(signal.SIGSTOP)  # so that it cannot start a role again
+        for role in ROLES:
+            _kill(live_holder(run.directory, role))
+    train.kill()
+    return True
+
+
+def _kill(pid: int | None) -> bool:
+    with suppress(ProcessLookupError):
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            return True
+    return False
+
+
+def check(run: TinyRun, wanted: dict[str, torch.Tensor]) -> None:
+    """Raises Violation."""
+    store = run.store()
+    left = {
+        "weights that differ": not same_bits(run.final_weights(), wanted),
+        "samples not trained": PROMPTS * ROUNDS - len(store.durable_marker()["acked"]),
+        "samples convicted": store.quarantined(),
+        "prompts convicted": store.failed_tasks(),
+        "features left": store.usage().resident_samples,
+    }
+    store.close()
+    fsck = run.command("fsck")
+    left["what the checker finds"] = fsck.stdout if fsck.returncode else ""
+    wrong = {what: value for what, value in left.items() if value}
+    if wrong:
+        raise Violation(f"after the run in {run.folder}: {wrong}")
+
+
+def undisturbed(folder: Path, model: Path) -> dict[str, torch.Tensor]:
+    run = make_run(folder, model)
+    train_with_kills(run, random.Random(0), kills=0)
+    return run.final_weights()
+
+
+def execute(seed: int, kills: int, model: Path, wanted: dict[str, torch.Tensor]) -> Counter[str]:
+    """One run in a folder of its own. Raises Violation, with the command that repeats it."""
+    folder = Path(tempfile.mkdtemp(prefix="paceline-killed-"))
+    run = make_run(folder, model)
+    try:
+        counts = train_with_kills(run, random.Random(seed), kills)
+        check(run, wanted)
+    except Violation as violation:
+        command = f"python -m {__spec__.name} --seed {seed} --kills {kills}"
+        raise Violation(f"{violation}\nthe run is in {folder}\nrepeat: {command}") from violation
+    shutil.rmtree(folder)
+    return counts
+
+
+def execute_all(seeds: range, kills: int) -> Counter[str]:
+    """One run a seed, against one that nothing happened to. Raises Violation."""
+    total: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as name:
+        model = make_tiny_folder(Path(name) / "model")
+        wanted = undisturbed(Path(name) / "undisturbed", model)
+        for seed in seeds:
+            total += execute(seed, kills, model, wanted)
+    total["runs"] = len(seeds)
+    return total
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--kills", type=int, default=6)
+    given = arguments.parse_args()
+    counts = execute_all(range(given.seed, given.seed + 1), given.kills)
+    sys.stdout.write(f"{dict(counts)}\n")
+
+
+if __name__ == "__main__":
+    main()
