@@ -154,3 +154,13 @@ def explained(error: Exception) -> PacelineError:
 
 
 SAID_MAX = 1000  # characters of an unknown error's own text
+
+
+def is_want_of_memory(error: BaseException) -> bool:
+    """Of whichever library: torch raises a RuntimeError on the CPU and a class of its own on a GPU."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    text = str(error).lower()
+    told = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(
+        words in text for words in (*told, "alloc_failed")
+    )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from paceline.capture.encoding import INPUT_FAILURES, EncodedPrompt
 from paceline.capture.groups import CaptureGroup
 from paceline.engines.engine import Captured
-from paceline.errors import ConfigError, EngineError
+from paceline.errors import ConfigError, EngineError, is_want_of_memory
 from paceline.ledger.controller import DataFlowController
 from paceline.ledger.trial import DEATHS_BEFORE_TRIAL, Trial
 
@@ -32,14 +32,6 @@ class CaptureFailedError(Exception):
         super().__init__(str(error) or type(error).__name__)
         self.error = error
         self.is_of_machine = is_want_of_memory(error)
-
-
-def is_want_of_memory(error: BaseException) -> bool:
-    """Of whichever library: torch raises a RuntimeError on the CPU and a class of its own on a GPU."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    text = str(error).lower()
-    told = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(words in text for words in told)
 
 
 class Isolation:

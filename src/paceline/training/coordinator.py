@@ -45,6 +45,7 @@ class Coordinator:
         self._ranks = ranks
         self._fence = start.fence
         self._quarantine_max = settings.training.quarantine_max_in_a_row
+        self._in_a_row = int(controller.store.facts().get(QUARANTINED_IN_A_ROW) or 0)
         self._report = report
         self._commits = Commits(
             controller, features, folder, start, executor, kept=settings.checkpoint.keep, report=report
@@ -59,8 +60,8 @@ class Coordinator:
 
     def ack(self, planned: PlannedStep) -> None:
         """The weights contain the step. A sample is acked by its last visit, after which it is not needed."""
-        if planned.refs and self._facts().get(QUARANTINED_IN_A_ROW):
-            self._set_fact(QUARANTINED_IN_A_ROW, 0)
+        if planned.refs:
+            self._count_in_a_row(0)
         self.controller.ack_step(planned.step, planned.rev, [ref.sample_id for ref in planned.finished])
         self.step, self.last_seq, self.position = planned.step, planned.last_seq, planned.after
         self._commits.add(planned.trained)
@@ -106,15 +107,21 @@ class Coordinator:
         """
         if not culprits:
             return
-        in_a_row = int(self._facts().get(QUARANTINED_IN_A_ROW) or 0)
+        in_a_row = self._in_a_row
         for sample_id in tried:
             in_a_row = in_a_row + 1 if sample_id in culprits else 0
             if in_a_row > self._quarantine_max:
                 raise self._too_many(sample_id, culprits[sample_id])
-        self._set_fact(QUARANTINED_IN_A_ROW, in_a_row)
+        self._count_in_a_row(in_a_row)
         for sample_id, reason in culprits.items():
             self.controller.quarantine([sample_id], step=step, reason=reason)
             self._report("quarantined", step=step, sample_id=sample_id, message=reason)
+
+    def _count_in_a_row(self, in_a_row: int) -> None:
+        """On record, since what fails in a row may be met by one consumer after another."""
+        if in_a_row != self._in_a_row:
+            self._set_fact(QUARANTINED_IN_A_ROW, in_a_row)
+            self._in_a_row = in_a_row
 
     def _too_many(self, sample_id: str, reason: str) -> TrainingError:
         return TrainingError(

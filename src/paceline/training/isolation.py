@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from paceline.errors import PacelineError, TrainingError
+from paceline.errors import PacelineError, TrainingError, is_want_of_memory
 from paceline.ledger.trial import DEATHS_BEFORE_TRIAL
 from paceline.loader.loader import PlannedStep, StepLoader
 from paceline.training.coordinator import Coordinator
@@ -23,7 +23,6 @@ from paceline.training.worker import Ranks
 DEADLY = "the consumer's process dies of this sample"
 SAMPLE_FAILURES = (TrainingError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 FAILURES = (*SAMPLE_FAILURES, MemoryError)
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
 class Isolation:
@@ -129,20 +128,11 @@ class Isolation:
             raise _place_is_at_fault(what, reason, "and no sample has been trained since this start")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator failed, on any device."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    text = str(error).lower()
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
-        isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY)
-    )
-
-
 def _raise_unless_a_sample_may_cause(error: Exception, what: str) -> None:
     """Raise what is the fault of the settings, the ledger or the machine, whatever the samples are."""
     if isinstance(error, PacelineError) and not isinstance(error, TrainingError):
         raise error
-    if is_out_of_memory(error):
+    if is_want_of_memory(error):
         raise TrainingError(
             f"{what} needs more memory than there is ({str(error) or type(error).__name__}).",
             why="No sample is to blame and none was quarantined; the weights are those of the step before.",
