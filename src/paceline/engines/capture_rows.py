@@ -31,7 +31,10 @@ class CaptureRows:
         features: Sequence[Feature],
         facts: TargetFacts,
         device: torch.device,
+        *,
+        share_prefix: bool = True,
     ) -> None:
+        """`share_prefix`: what all rows begin with is read once; their padding then stands behind it."""
         known = [request.processed for request in group]
         lengths = [len(tokens) for tokens in known]
         self._group, self._features, self._facts, self._lengths = group, features, facts, lengths
@@ -39,7 +42,7 @@ class CaptureRows:
         self.count = len(group)
         self.capacity = longest + answer
         self.length = longest  # positions processed (or about to be, by the prefill), padding included
-        self.shared = _common_prefix(known)
+        self.shared = _common_prefix(known) if share_prefix else 0
         # A row: what all prompts share, padding, the rest of what is known, its answer.
         self.padding = torch.tensor([longest - length for length in lengths], device=device)
         slots = torch.arange(self.capacity, device=device)
@@ -114,14 +117,15 @@ class CaptureRows:
         for row, request in enumerate(self._group):
             tokens = [*request.token_ids, *self._answers[row]]
             states = {name: kept.of_row(row, self._lengths[row]) for name, kept in self._kept.items()}
-            if not all(_is_finite(state) for state in states.values()):
+            if not all(_is_sound(state) for state in states.values()):
                 bad.append(request.sample_id)
             captured.append(
                 Captured(request.sample_id, sample_tensors(request, self._features, tokens, states))
             )
         if bad:
             raise EngineError(
-                f"The target gave states that are not finite for {len(bad)} samples (first: {bad[0]}).",
+                f"The target gave states that are not finite, or all zero, for {len(bad)} samples "
+                f"(first: {bad[0]}).",
                 why="Training on them would destroy the draft's weights; nothing of the group was stored.",
                 next="try target.dtype: float32, or remove the prompt.",
             )
@@ -197,9 +201,12 @@ class _Kept:
         return self._states[row, : self._counts[row] + length - self._known[row]]
 
 
-def _is_finite(states: torch.Tensor) -> bool:
-    """Least and greatest in one pass: an infinite number is one of them, a NaN is both."""
-    return not states.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(states))).all())
+def _is_sound(states: torch.Tensor) -> bool:
+    """Whether every row is finite and none is all zeros, which no layer of a target gives."""
+    least, greatest = torch.aminmax(states, dim=-1) if states.numel() else (states, states)
+    # An infinite number is one of them, a NaN is both.
+    finite = torch.isfinite(least).all() & torch.isfinite(greatest).all()
+    return bool(finite & ((least != 0) | (greatest != 0)).all())
 
 
 def _common_prefix(known: Sequence[Sequence[int]]) -> int:

@@ -9,7 +9,7 @@ safetensors are read; no code of the model folder is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,33 @@ from paceline.engines.attention import ATTENTION
 from paceline.engines.cache import PreallocatedLayer, copy_cache
 from paceline.engines.capture_rows import CaptureRows
 from paceline.engines.engine import Captured, CaptureRequest
+from paceline.engines.families import Way, own_attention, way_of
+from paceline.engines.hooks import Hooks
+from paceline.engines.probe import TOKENS, Bounds, Plain, compare, compare_tokens
 from paceline.engines.settings import TransformersSection
-from paceline.errors import CaptureMismatchError, EngineError
+from paceline.errors import EngineError
 from paceline.precision import resolve_device, torch_dtype
 from paceline.target.facts import TargetFacts
 from paceline.target.folder import eos_token_ids, read_config, read_generation_config
-from paceline.target.model import load_whole, unusable
+from paceline.target.head import TargetHead
+from paceline.target.layout import bent, decoder_parts, head_layout
+from paceline.target.model import load_whole
 from paceline.target.settings import TargetSection
 from paceline.target.tokenizer import PromptEncoder
 from paceline.target.version import TargetVersion
-from paceline.types import Feature, States
+from paceline.types import Feature, States, Tokens
 
 PREFILL_ROWS = 8
-PROBE_TEXT = "Riders in a paceline take turns at the front."
+# One beginning, which capture may read once for all, and rests of different lengths.
+PROBE_TEXTS = (
+    "The wind turns.",
+    "The wind turns a wheel, and every rider in line follows until one lets go.",
+    "The wind turns at noon.",
+)
+PROBE_ANSWER = 8  # tokens
+PROBE_BEYOND = 8  # tokens beyond a sliding window
+PROBE_TOKENS_MAX = 2048  # a longer window is not probed: reading beyond it would take too long
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 class TransformersEngine:
@@ -44,10 +58,14 @@ class TransformersEngine:
         `date`: see `PromptEncoder`.
         """
         self._encoder = PromptEncoder(model_folder, date=date)
+        self._folder, config = model_folder, read_config(model_folder)
+        self._layout = head_layout(model_folder, config)  # refuses, cheaply, what has no such head
         self._device = resolve_device(device)
-        self._model = load_whole(model_folder, torch_dtype(dtype, self._device), self._device, ATTENTION)
-        _require_llama_layout(self._model, model_folder)
-        self._layers = list(self._model.model.layers)
+        self._model = load_whole(
+            model_folder, torch_dtype(dtype, self._device), self._device, own_attention(config)
+        )
+        self._parts = decoder_parts(self._model)
+        self._way = way_of(self._model)
         self._facts = _facts(self._model, model_folder)
 
     @classmethod
@@ -67,19 +85,29 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def capture(self, group: Sequence[CaptureRequest], features: Sequence[Feature]) -> list[Captured]:
-        """See `TargetEngine`. Raises EngineError naming the samples whose states are not finite."""
-        if not group:
-            return []
-        rows = CaptureRows(group, features, self._facts, self._device)
-        cache = self._empty_cache(len(group), rows.capacity)
-        with _Hooks(self._layers, self._layers_of(features)) as states:
-            hidden = self._prefill(rows, cache, states)
-            while rows.are_open and (token_ids := rows.choose(self._model.lm_head(hidden))) is not None:
+        """See `TargetEngine`. Raises EngineError naming the samples whose states are not finite or zero."""
+        if self._way == Way.ALONE:
+            return [sample for request in group for sample in self._capture([request], features)]
+        return self._capture(group, features) if group else []
+
+    def _capture(self, group: Sequence[CaptureRequest], features: Sequence[Feature]) -> list[Captured]:
+        own = self._way == Way.OWN
+        rows = CaptureRows(group, features, self._facts, self._device, share_prefix=own)
+        cache = self._empty_cache(len(group), rows.capacity) if own else self._library_cache()
+        with Hooks(self._parts.layers, self._layers_of(features)) as states:
+            hidden = self._prefill(rows, cache, states) if own else self._prefill_whole(rows, cache, states)
+            while rows.are_open and (token_ids := rows.choose(self._logits(hidden))) is not None:
                 positions = (rows.length - rows.padding)[:, None]
                 mask = rows.mask[:, : rows.length + 1]
                 hidden = self._forward(token_ids, mask, positions, cache)
                 rows.keep(states.taken)
         return rows.samples()
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's own logits of its final hidden states [B, H]."""
+        logits: torch.Tensor = self._parts.lm_head(hidden)
+        layout = self._layout
+        return logits if layout.logit_scale == 1.0 and not layout.soft_cap else bent(logits.float(), layout)
 
     def _layers_of(self, features: Sequence[Feature]) -> set[int]:
         """Every layer whose state is asked for. Raises EngineError for one that the target has not."""
@@ -96,7 +124,7 @@ class TransformersEngine:
             )
         return asked
 
-    def _prefill(self, rows: CaptureRows, cache: DynamicCache, states: _Hooks) -> torch.Tensor:
+    def _prefill(self, rows: CaptureRows, cache: DynamicCache, states: Hooks) -> torch.Tensor:
         """Read what is known: what all rows begin with (the template's system prompt) once, then rows of
         like length together, so that little padding is computed.
 
@@ -125,22 +153,38 @@ class TransformersEngine:
             copy_cache(part, cache, members, start, skip=shared)
         return hidden
 
+    def _prefill_whole(self, rows: CaptureRows, cache: Any, states: Hooks) -> torch.Tensor:
+        """As `_prefill`, of all rows at once, padding before each."""
+        everyone = torch.arange(rows.count, device=self._device)
+        positions = torch.arange(rows.length, device=self._device) - rows.padding[:, None]
+        hidden = self._forward(rows.known_ids, rows.mask[:, : rows.length], positions, cache)
+        rows.keep_known(everyone, states.taken)
+        return hidden
+
+    def _library_cache(self) -> Any:
+        """A cache of the library's own kind for the family."""
+        return _OwnPast() if self._way == Way.ALONE else DynamicCache(config=self._model.config)
+
     def _empty_cache(self, num_rows: int, capacity: int) -> DynamicCache:
         cache = DynamicCache(config=self._model.config)
-        cache.layers[:] = [PreallocatedLayer(num_rows, capacity) for _ in self._layers]
+        cache.layers[:] = [PreallocatedLayer(num_rows, capacity) for _ in self._parts.layers]
         return cache
 
     def _forward(
-        self, token_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
+        self, token_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
     ) -> torch.Tensor:
         """One forward of the decoder; the final hidden state of each row's last token, [B, H]."""
-        output = self._model.model(
-            input_ids=token_ids,
-            attention_mask=mask,
-            position_ids=positions.clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        if isinstance(cache, _OwnPast):
+            output = self._parts.decoder(input_ids=token_ids, use_cache=True, **cache.kept)
+            cache.keep(output)
+        else:
+            output = self._parts.decoder(
+                input_ids=token_ids,
+                attention_mask=mask,
+                position_ids=positions.clamp(min=0),
+                past_key_values=cache,
+                use_cache=True,
+            )
         hidden: torch.Tensor = output.last_hidden_state[:, -1]
         return hidden
 
@@ -148,56 +192,70 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def probe(self) -> None:
-        ids = torch.tensor([self.encode(PROBE_TEXT)], device=self._device)
-        last = self._facts.num_hidden_layers
-        with _Hooks(self._layers, range(last + 1)) as states:
-            output = self._model(input_ids=ids, output_hidden_states=True, use_cache=False)
-        # The library's own last one is normed already; that one is judged by the logits it gives.
-        same = all(torch.equal(states.taken[k], output.hidden_states[k]) for k in range(last))
-        logits = self._model.lm_head(self._model.model.norm(states.taken[last]))[0].float()
-        agreed = _argmax_agrees(logits, output.logits[0].float(), torch.finfo(self._model.dtype).eps)
-        if not (same and agreed):
-            raise CaptureMismatchError(
-                "The captured states do not reproduce the model's own output "
-                f"(layers {'as asked' if same else 'differ'}, argmax {'agrees' if agreed else 'differs'}).",
-                why="A draft trained on them would imitate another model.",
-                next="compare the installed transformers with constraints.txt, and check the model folder.",
-            )
+        """See `TargetEngine`, and probe.py for what is compared."""
+        family, last = self._model.config.model_type, self._facts.num_hidden_layers
+        head = TargetHead.load(self._folder)
+        output = head.output().to(self._device)
+        bounds = Bounds.of(self._model.dtype, head.lm_head.dtype, experts=_has_experts(self._model.config))
+        dtype = self._facts.dtype
+        features = [Feature(f"state {k}", States((k,)), dtype=dtype) for k in range(1, last + 1)]
+        group = self._probe_group()
+        try:
+            samples = self.capture(group, (Feature(TOKENS, Tokens(), dtype="int32"), *features))
+            compare(family, samples, self._plain, output, bounds)
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise EngineError(
+                f"The target's family {family!r} cannot be captured from: {type(error).__name__}: {error}",
+                why="The installed transformers does not run this target as capture needs it.",
+                next="choose a target of another family (docs/targets.md lists those that are tested).",
+            ) from error
+        compare_tokens(family, samples, [len(request.token_ids) for request in group], output, last)
+
+    def _probe_group(self) -> list[CaptureRequest]:
+        """Prompts of different lengths; one is longer than a sliding window that is not too long to read."""
+        answer, limit = PROBE_ANSWER, self._facts.max_positions or PROBE_TOKENS_MAX
+        known = [self.encode(text) for text in PROBE_TEXTS]
+        window = getattr(self._model.config, "sliding_window", None) or 0
+        if 0 < window + PROBE_BEYOND <= min(limit - answer, PROBE_TOKENS_MAX):
+            repeats = -(-(window + PROBE_BEYOND) // len(known[-1]))
+            known.append((known[-1] * repeats)[: window + PROBE_BEYOND])
+        known = [tokens[-(limit - answer) :] if len(tokens) + answer > limit else tokens for tokens in known]
+        return [CaptureRequest(f"probe {i}", ids, max_new_tokens=answer) for i, ids in enumerate(known)]
+
+    def _plain(self, tokens: list[int]) -> Plain:
+        """The model's own forward of these tokens alone, on the library's attention, without a cache.
+
+        In place of the engine's own attention the library's plainest, which leaves nothing out.
+        """
+        ids, layers = torch.tensor([tokens], device=self._device), self._parts.layers
+        config, chosen = self._model.config, self._model.config._attn_implementation
+        config._attn_implementation = "eager" if chosen == ATTENTION else chosen
+        try:
+            with Hooks(layers, [len(layers)]) as last:
+                output = self._model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        finally:
+            config._attn_implementation = chosen
+        # The library's own last one is normed already; that one is judged by the logits it gives, too.
+        states = dict(enumerate(output.hidden_states[: len(layers)]))
+        del states[0]
+        return Plain({k: state[0] for k, state in {**states, **last.taken}.items()}, output.logits[0])
 
 
-class _Hooks:
-    """Keeps the states of the latest forward after each of `ids` blocks, [B, n, H] by layer id."""
+class _OwnPast:
+    """What a decoder keeps of a prompt, in its own form and under its own name."""
 
-    def __init__(self, layers: Sequence[torch.nn.Module], ids: Collection[int]) -> None:
-        self._layers = layers
-        self._ids = sorted(set(ids))
-        self.taken: dict[int, torch.Tensor] = {}
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
 
-    def __enter__(self) -> _Hooks:
-        self._handles = [self._layers[k - 1].register_forward_hook(self._keep(k)) for k in self._ids if k]
-        if 0 in self._ids:
-            self._handles.append(self._layers[0].register_forward_pre_hook(self._keep_input))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _keep(self, layer_id: int) -> Callable[[torch.nn.Module, Any, Any], None]:
-        def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-            self.taken[layer_id] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    def _keep_input(self, _module: torch.nn.Module, inputs: Any) -> None:
-        self.taken[0] = inputs[0]
+    def keep(self, output: Any) -> None:
+        names = ("past_key_values", "cache_params", "state")
+        self.kept = {name: output[name] for name in names if output.get(name) is not None}
+        if not self.kept:
+            raise ValueError("its decoder keeps nothing of the tokens that it has read")
 
 
-def _require_llama_layout(model: PreTrainedModel, model_folder: Path) -> None:
-    decoder = getattr(model, "model", None)
-    if not (hasattr(model, "lm_head") and hasattr(decoder, "layers") and hasattr(decoder, "norm")):
-        reason = f"{type(model).__name__} has no model.layers, model.norm and lm_head"
-        raise unusable(model_folder, reason, "choose a decoder laid out as Llama is")
+def _has_experts(config: Any) -> bool:
+    return any(getattr(config, name, None) for name in EXPERTS)
 
 
 def _facts(model: PreTrainedModel, model_folder: Path) -> TargetFacts:
@@ -215,13 +273,3 @@ def _facts(model: PreTrainedModel, model_folder: Path) -> TargetFacts:
         device=model.device.type,
         max_positions=getattr(config, "max_position_embeddings", None),
     )
-
-
-def _argmax_agrees(logits: torch.Tensor, own: torch.Tensor, eps: float) -> bool:
-    """Same argmax at every position, but for positions where the two best differ by rounding alone.
-
-    `eps` is the relative rounding step of the type both were computed in.
-    """
-    best = own.topk(2, dim=-1).values
-    close = best[:, 0] - best[:, 1] <= 3 * eps * best[:, 0].abs().clamp(min=1.0)
-    return bool(((logits.argmax(-1) == own.argmax(-1)) | close).all())

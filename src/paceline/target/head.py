@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own docu
 
 from paceline.errors import ConfigError
 from paceline.target.folder import TensorFiles, eos_token_ids, read_config, read_generation_config
-from paceline.target.layout import LLAMA, PLAIN, HeadLayout, apply_norm, head_layout
+from paceline.target.layout import LLAMA, PLAIN, HeadLayout, apply_norm, bent, head_layout
 from paceline.target.sizes import sizes_by_library
 
 CHECKED_ROWS = 8192
@@ -56,15 +56,7 @@ class OutputLayer(nn.Module):
         """
         normed = apply_norm(states, self.gain, self.norm_bias, self.layout).to(states.dtype)
         bias = None if self.row_bias is None else self.row_bias.to(self.rows.dtype)
-        return self.bent(F.linear(normed.to(self.rows.dtype), self.rows, bias).float())
-
-    def bent(self, logits: torch.Tensor) -> torch.Tensor:
-        """What the family does to the products of lm_head."""
-        if self.layout.logit_scale != 1.0:
-            logits = logits * self.layout.logit_scale
-        if self.layout.soft_cap:
-            logits = torch.tanh(logits / self.layout.soft_cap) * self.layout.soft_cap
-        return logits
+        return bent(F.linear(normed.to(self.rows.dtype), self.rows, bias).float(), self.layout)
 
 
 @dataclass(frozen=True)

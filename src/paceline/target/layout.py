@@ -177,6 +177,15 @@ def apply_norm(
     return F.layer_norm(exact, size, gain.float(), None if bias is None else bias.float(), layout.eps)
 
 
+def bent(logits: torch.Tensor, layout: HeadLayout) -> torch.Tensor:
+    """What the family does to the products of lm_head."""
+    if layout.logit_scale != 1.0:
+        logits = logits * layout.logit_scale
+    if layout.soft_cap:
+        logits = torch.tanh(logits / layout.soft_cap) * layout.soft_cap
+    return logits
+
+
 def _logit_changes(config: Any) -> tuple[float, float]:
     """(scale, cap): what families do to logits, by the names their configurations have for it."""
     scale = float(getattr(config, "logit_scale", None) or 1.0)

@@ -83,8 +83,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {},
     "recurrent_gemma": {"attention_window_size": 6, "lru_width": 64},
     "qwen3_next": {**_EXPERTS, "shared_expert_intermediate_size": 16, **_RECURRENT},
-    "lfm2": {},
-    "falcon_h1": {},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 4},
 }
 
 
@@ -104,5 +103,5 @@ def family_folder(folder: Path, family: str, seed: int = 0, **config: Any) -> Pa
             elif parameter.dim() == 2:
                 parameter.normal_(0.0, 0.1)
     model.save_pretrained(folder)
-    write_tokenizer(folder)
+    write_tokenizer(folder, template=None)
     return folder

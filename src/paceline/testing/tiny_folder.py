@@ -23,7 +23,7 @@ def make_tiny_folder(folder: Path, *, seed: int = 0) -> Path:
     return write_tokenizer(folder)
 
 
-def write_tokenizer(folder: Path) -> Path:
+def write_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Path:
     """The tokenizer alone, for a model of `VOCAB` tokens."""
     tokens = SPECIALS + list(CHARACTERS[: VOCAB - len(SPECIALS)])
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -36,7 +36,7 @@ def write_tokenizer(folder: Path) -> Path:
         bos_token="<bos>",  # noqa: S106
         eos_token="<eos>",  # noqa: S106
         unk_token="<unk>",  # noqa: S106
-        chat_template=TEMPLATE,
+        chat_template=template,
     )
     fast.save_pretrained(folder)
     return folder

@@ -7,15 +7,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from paceline.engines.engine import Captured, CaptureRequest
-from paceline.engines.transformers import TransformersEngine, _argmax_agrees
+from paceline.engines.probe import count_disagreements
+from paceline.engines.transformers import TransformersEngine
 from paceline.errors import CaptureMismatchError, EngineError
 from paceline.precision import CPU, has_bfloat16, torch_dtype
 from paceline.target.tokenizer import PromptEncoder
@@ -102,13 +105,13 @@ def test_sampled_tokens_follow_the_targets_distribution(engine: TransformersEngi
 
 def test_the_probe_finds_a_wrong_layer(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """An off-by-one in the layer ids is caught before anything is captured."""
-    layers = engine._layers
-    monkeypatch.setattr(engine, "_layers", [*layers[:2], layers[3], layers[2], *layers[4:]])
-    with pytest.raises(CaptureMismatchError, match="layers differ, argmax agrees"):
-        engine.probe()
-    monkeypatch.setattr(engine, "_layers", [*layers[:-1], layers[-2]])
-    with pytest.raises(CaptureMismatchError, match="argmax differs"):
-        engine.probe()
+    layers = engine._parts.layers
+    for k, reason in ((2, "states after block 2 differ"), (8, "distribution to train on differs")):
+        shifted = nn.ModuleList([*layers[: k - 1], layers[k - 2], *layers[k:]])
+        monkeypatch.setattr(engine, "_parts", replace(engine._parts, layers=shifted))
+        with pytest.raises(CaptureMismatchError, match=reason):
+            engine.probe()
+        monkeypatch.undo()
 
 
 def test_states_that_are_not_finite_never_leave(
@@ -179,11 +182,6 @@ def with_a_small_weight(folder: Path) -> None:
     change_weights(folder, lambda weights: weights.update({name: weights[name][:10].clone()}))
 
 
-def another_layout(folder: Path) -> None:
-    config = GPT2Config(vocab_size=61, n_embd=32, n_layer=8, n_head=4, bos_token_id=1, eos_token_id=2)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-
-
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -192,7 +190,6 @@ def another_layout(folder: Path) -> None:
         (without_a_weight, "layers.3.mlp.up_proj"),
         (without_a_head, "lm_head"),
         (with_a_small_weight, "layers.3.mlp.up_proj"),
-        (another_layout, "GPT2LMHeadModel"),
     ],
 )
 def test_a_model_that_is_not_whole_is_refused(
@@ -235,10 +232,11 @@ def test_the_version_tells_a_model_from_its_fine_tune(
 
 def test_the_probe_forgives_rounding_alone() -> None:
     """How near two logits must be to change places follows from the type they were computed in."""
-    own, swapped = torch.tensor([[10.0, 9.9, 0.0]]), torch.tensor([[9.9, 10.0, 0.0]])
-    assert _argmax_agrees(swapped, own, torch.finfo(torch.bfloat16).eps)
-    assert not _argmax_agrees(swapped, own, torch.finfo(torch.float32).eps)
-    assert not _argmax_agrees(swapped, own - torch.tensor([0.0, 2.0, 0.0]), torch.finfo(torch.bfloat16).eps)
+    logits, chosen = torch.tensor([[10.0, 9.9, 0.0]]), torch.tensor([1])
+    assert count_disagreements(logits, chosen, torch.finfo(torch.bfloat16).eps) == 0
+    assert count_disagreements(logits, chosen, torch.finfo(torch.float32).eps) == 1
+    assert count_disagreements(logits, torch.tensor([2]), torch.finfo(torch.bfloat16).eps) == 1
+    assert count_disagreements(logits, torch.tensor([0]), 0.0) == 0
 
 
 def test_a_missing_or_broken_model_is_one_clear_error(tmp_path: Path, folder: Path) -> None:

@@ -1,0 +1,54 @@
+"""How a family is captured: which prompts share a forward, and whose attention and cache they use.
+
+Only families whose equality is tested (tests/unit/engines/test_families.py) get the engine's own attention
+and cache; all others run on the library's. Whatever is chosen here, the probe compares its states
+with the model's own before anything is captured.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from paceline.engines.attention import ATTENTION
+
+OWN = frozenset({"llama", "qwen2", "qwen3"})
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+
+
+class Way(StrEnum):
+    OWN = "own"  # a padded batch whose shared beginning is read once; this engine's attention and cache
+    BATCH = "batch"  # a padded batch, on the library's attention and cache
+    ALONE = "alone"  # a prompt at a time, on the library's attention and cache
+
+
+def own_attention(config: Mapping[str, Any]) -> str | None:
+    """The attention to load config.json's model with; None: the library's choice for the family."""
+    return ATTENTION if _is_plain(config) else None
+
+
+def way_of(model: PreTrainedModel) -> Way:
+    """A recurrent layer would carry padding into its state, and some families know positions by place."""
+    config = model.config
+    if config._attn_implementation == ATTENTION:
+        return Way.OWN
+    kinds = set(getattr(config, "layer_types", None) or ())
+    recurrent = bool(getattr(model, "_is_stateful", False)) or not kinds <= _ATTENTION_LAYERS
+    return Way.BATCH if not recurrent and takes_positions(model) else Way.ALONE
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    return "position_ids" in inspect.signature(model.get_decoder().forward).parameters
+
+
+def _is_plain(config: Mapping[str, Any]) -> bool:
+    """A family in `OWN` whose every layer attends to everything before it."""
+    windows = config.get("use_sliding_window") or (
+        config.get("sliding_window") and config["model_type"] not in OWN
+    )
+    kinds = set(config.get("layer_types") or ())
+    return config["model_type"] in OWN and not windows and kinds <= {"full_attention"}

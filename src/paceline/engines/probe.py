@@ -1,0 +1,132 @@
+"""Whether what is captured is the target's own: the real capture path against the model's plain forward.
+
+A padded group of prompts of different lengths is answered greedily and captured through the cache, once,
+before the first capture of a run. Each sample is compared with a forward of its own tokens alone,
+without cache or padding: the states after every block, the distribution that the draft is trained
+on (the head as the trainer builds it) with the model's own logits, and the tokens that the captured
+states stand for with those that the target wrote. Bounds follow from the type that was computed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from paceline.engines.engine import Captured
+from paceline.errors import CaptureMismatchError
+from paceline.target.head import OutputLayer
+
+TOKENS = "tokens"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """`state`: of a row's difference to its norm. `stray`: the share of rows that may exceed it, because
+    rounding sends a token to another expert. `distribution`: mean total variation."""
+
+    state: float
+    stray: float
+    distribution: float
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, head: torch.dtype, *, experts: bool) -> Bounds:
+        exact = dtype == torch.float32
+        distribution = 1e-3 if exact and head == torch.float32 else 0.05
+        return cls(2e-3 if exact else 0.1, 0.05 if experts else 0.0, distribution)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The model's own forward of a sample's processed tokens: states by layer id [T, H], logits [T, V]."""
+
+    states: Mapping[int, torch.Tensor]
+    logits: torch.Tensor
+
+
+def compare(
+    family: str,
+    samples: Sequence[Captured],
+    plain: Callable[[list[int]], Plain],
+    output: OutputLayer,
+    bounds: Bounds,
+) -> None:
+    """Raise CaptureMismatchError, by family and reason, unless all samples are the model's own.
+
+    A sample holds TOKENS and, under "state K", the states after K blocks of all its tokens.
+    """
+    worst: dict[int, list[torch.Tensor]] = {}
+    for sample in samples:
+        tokens = sample.tensors[TOKENS].tolist()
+        own = plain(tokens[:-1])
+        for layer, expected in own.states.items():
+            captured = sample.tensors[f"state {layer}"].float()
+            worst.setdefault(layer, []).append(_row_errors(captured, expected.float(), family, layer))
+        last = sample.tensors[f"state {max(own.states)}"]
+        _compare_distribution(family, output(last), own.logits.float(), bounds)
+    for layer, errors in worst.items():
+        rows = torch.cat(errors)
+        stray = float((rows > bounds.state).float().mean())
+        if stray > bounds.stray:
+            raise _mismatch(
+                family,
+                f"the states after block {layer} differ from the model's own by up to "
+                f"{float(rows.max()):.1%} in {stray:.0%} of the rows",
+            )
+
+
+def _row_errors(captured: torch.Tensor, own: torch.Tensor, family: str, layer: int) -> torch.Tensor:
+    if captured.shape != own.shape:
+        raise _mismatch(family, f"block {layer} gives states of shape {tuple(own.shape)}")
+    norms = own.norm(dim=-1)
+    if not bool(torch.isfinite(norms).all()) or not bool((norms > 0).all()):
+        raise _mismatch(family, f"the model's own states after block {layer} are zero or not finite")
+    errors: torch.Tensor = (captured - own).norm(dim=-1) / norms
+    return errors
+
+
+def _compare_distribution(family: str, ours: torch.Tensor, own: torch.Tensor, bounds: Bounds) -> None:
+    if ours.shape != own.shape:
+        raise _mismatch(family, f"its head gives {ours.shape[-1]} logits, the model {own.shape[-1]}")
+    if not bool(torch.isfinite(own).all()) or not bool(torch.isfinite(ours).all()):
+        raise _mismatch(family, "the model's own logits are not finite (a weight is NaN or infinite)")
+    apart = float((ours.softmax(-1) - own.softmax(-1)).abs().sum(-1).mean() / 2)
+    if apart > bounds.distribution:
+        raise _mismatch(family, f"the distribution to train on differs from the model's own by {apart:.1%}")
+
+
+def compare_tokens(
+    family: str, samples: Sequence[Captured], prompts: Sequence[int], output: OutputLayer, last: int
+) -> None:
+    """Raise CaptureMismatchError unless greedy answers are what their captured states stand for."""
+    for sample, prompt in zip(samples, prompts, strict=True):
+        states = sample.tensors[f"state {last}"][prompt - 1 :]
+        logits, tokens = output(states), sample.tensors[TOKENS][prompt:].long()
+        if wrong := count_disagreements(logits, tokens, _eps(states, output)):
+            raise _mismatch(
+                family,
+                f"{wrong} of {len(tokens)} tokens of an answer are not those that its captured states "
+                "stand for",
+            )
+
+
+def count_disagreements(logits: torch.Tensor, tokens: torch.Tensor, eps: float) -> int:
+    """Tokens [n] that are not the argmax of logits [n, V], ties by rounding of relative size eps aside."""
+    best = logits.amax(-1)
+    given = logits.gather(-1, tokens[:, None]).squeeze(-1)
+    close = best - given <= 8 * eps * best.abs().clamp(min=1.0)
+    return int((~close).sum())
+
+
+def _eps(states: torch.Tensor, output: OutputLayer) -> float:
+    return max(torch.finfo(states.dtype).eps, torch.finfo(output.rows.dtype).eps)
+
+
+def _mismatch(family: str, reason: str) -> CaptureMismatchError:
+    return CaptureMismatchError(
+        f"The target's family {family!r} cannot be captured from: {reason}.",
+        why="A draft trained on this would imitate another model. Nothing was captured.",
+        next="check that the model folder is whole and that transformers is the version of "
+        "constraints.txt; else choose a target of another family.",
+    )
