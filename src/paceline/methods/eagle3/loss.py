@@ -35,7 +35,7 @@ def training_time_test(draft: Eagle3Draft, batch: Eagle3Batch, recompute: bool =
     `num_tokens` counts the anchors. Metrics, per step k: `loss_k` summed over `count_k` predictions;
     `hits_k` of `judged_k` judged ones are the target's own choice; and `chain`, the summed number of
     leading hits of the `judged_0` judged anchors, whose mean plus 1 estimates the acceptance length.
-    With `recompute` backward computes every step's layer again, to the same bits, instead of keeping it.
+    With `recompute` backward computes layers and logits again, to the same bits, instead of keeping them.
     """
     layer, attention = draft.midlayer, draft.midlayer.self_attn
     fused = draft.fuse(batch.aux_hidden_states)
@@ -53,7 +53,7 @@ def training_time_test(draft: Eagle3Draft, batch: Eagle3Batch, recompute: bool =
         else:
             feature, own = _deeper(*parts)
         outputs.append(feature)
-    loss_sum, losses = _losses(draft, batch, outputs)
+    loss_sum, losses = _losses(draft, batch, outputs, recompute)
     counted = batch.scale > 0
     metrics = {
         **_by_step("loss", (losses * counted).sum(1)),
@@ -87,12 +87,12 @@ def _deeper(
 
 
 def _losses(
-    draft: Eagle3Draft, batch: Eagle3Batch, outputs: Sequence[torch.Tensor]
+    draft: Eagle3Draft, batch: Eagle3Batch, outputs: Sequence[torch.Tensor], recompute: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss sum [], each prediction's loss float32 [S, A]) of the steps' `outputs`, S times [A, H].
 
-    One group keeps the gradient of its logits. Where there are several, backward computes each one's
-    logits again: memory of the order of D then does not grow with anchors or steps.
+    One group keeps the gradient of its logits. Where there are several, or with `recompute`, backward
+    computes each one's logits again: memory of the order of D then does not grow with anchors or steps.
     """
     sums, losses = [], []
     for group in batch.groups:
@@ -104,7 +104,7 @@ def _losses(
             batch.picked[:, group.anchors] - group.targets.start,
             batch.scale[:, group.anchors],
         )
-        if len(batch.groups) > 1:
+        if recompute or len(batch.groups) > 1:
             part = checkpoint(_group_loss, *parts, use_reentrant=False, preserve_rng_state=False)
         else:
             part = _group_loss(*parts)

@@ -16,13 +16,12 @@ class Eagle3Section(MethodSection):
     `init`: "regression" (closed form, from the run's first samples), "target" (weights of the target's
     last layer) or "random".
 
-    `recompute`: backward computes every unrolled step's layer again, to the same bits. Between forward
-    and backward an anchor (a token that can be drafted from) keeps, for each step, in elements of the
-    compute dtype, 2I + 8H + 2(N + N_kv)d (hidden size H, intermediate size I, N query and N_kv key-value
-    heads of size d) without it, and 3H + 2 N_kv d with it; neither grows with a sample's length. The
-    gradient of lm_head is kept once, in float32. With SmolLM2-135M's sizes and two anchors in three
-    tokens a step more keeps 12.2 KiB a token, or 2.6, and recomputing makes the whole training step
-    about 15 % slower (benchmarks/training_step.py).
+    `recompute`: backward computes every unrolled step's layer and logits again, to the same bits. Without
+    it a step more keeps, between forward and backward, what autograd keeps of a decoder layer, and one
+    number for each token of the draft vocabulary (256 MiB of those at most); with it 3H + 2 N_kv d numbers
+    an anchor (hidden size H, N_kv key-value heads of size d). Neither grows with a sample's length. With
+    SmolLM2-135M's sizes, 8,192 draft tokens and two anchors in three tokens that is 32 KiB a token, or 2
+    (benchmarks/training_step.py).
     """
 
     component: ClassVar[str] = "paceline.methods.eagle3.method:Eagle3Method"
