@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paceline.ledger.controller import DataFlowController
 
 from benchmarks.rows import Row, against, row
 from paceline import durable_files
 from paceline.features.stores.memory import InMemoryFeatureStore
-from paceline.ledger.controller import DataFlowController
 from paceline.ledger.records import StepPlan, TrainedStep
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.training.checkpoint import CheckpointFolder, Fill

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import apsw
-
 from paceline.ledger.controller import OpIds
+
 from paceline.ledger.gate import WriterGate
 from paceline.ledger.records import Fence, StepAck, StepPlan
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore

@@ -9,12 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paceline.ledger.channel import StreamingRefQueue
-    from paceline.ledger.controller import DataFlowController
-    from paceline.ledger.store import MetadataStore
-    from paceline.ledger.stores.memory import InMemoryMetadataStore
-    from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-    from paceline.ledger.streaming_channel import StreamingRefChannel
+    from paceline.compat.channel import StreamingRefQueue
+    from paceline.compat.controller import DataFlowController
+    from paceline.compat.stores import InMemoryMetadataStore, MetadataStore, SQLiteMetadataStore
+    from paceline.compat.streaming_channel import StreamingRefChannel
     from paceline.roles.wire import (
         build_disagg_online_consumer,
         build_disagg_online_producer,
@@ -23,12 +21,10 @@ if TYPE_CHECKING:
     from paceline.types import FeatureSpec, PromptTask, SampleRef, assert_no_tensors
 
 _HOMES = {
-    "paceline.ledger.channel": ("StreamingRefQueue",),
-    "paceline.ledger.controller": ("DataFlowController",),
-    "paceline.ledger.store": ("MetadataStore",),
-    "paceline.ledger.stores.memory": ("InMemoryMetadataStore",),
-    "paceline.ledger.stores.sqlite": ("SQLiteMetadataStore",),
-    "paceline.ledger.streaming_channel": ("StreamingRefChannel",),
+    "paceline.compat.channel": ("StreamingRefQueue",),
+    "paceline.compat.controller": ("DataFlowController",),
+    "paceline.compat.stores": ("InMemoryMetadataStore", "MetadataStore", "SQLiteMetadataStore"),
+    "paceline.compat.streaming_channel": ("StreamingRefChannel",),
     "paceline.roles.wire": (
         "build_disagg_online_consumer",
         "build_disagg_online_producer",

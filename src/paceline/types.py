@@ -105,6 +105,7 @@ class SampleRef:
     `draft_weight_version` is provenance only: the target is frozen, so a ref never goes stale.
     `metadata["digest"]` is the digest of the sealed bytes; a reader verifies it (G5). `generation`
     is the byte intent they were written under: bytes of another generation are not this sample's.
+    `ordinal` is the place of its prompt in the run's prompt order.
     """
 
     sample_id: str
@@ -122,6 +123,7 @@ class SampleRef:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
     generation: int = 0
+    ordinal: int | None = None
 
 
 _SCALARS = (str, bytes, bool, int, float, type(None))

@@ -29,10 +29,10 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny
 
 def test_train_trains_every_sample_and_leaves_no_feature(finished: TinyRun) -> None:
     """Both roles, to the end: 40 samples durable, shared memory given back."""
-    store = finished.store()
-    assert len(store.durable_marker()["acked"]) == 40
-    assert store.facts()["completed_step"] == 10
-    assert store.usage().resident_samples == 0
+    ledger = finished.ledger()
+    assert durable(finished) == 40
+    assert ledger.facts()["completed_step"] == 10
+    assert ledger.snapshot().usage.resident_samples == 0
     assert not load_run_config(finished.run_file).feature_folder.exists()
 
 
@@ -47,9 +47,9 @@ load = TransformersEngine.probe
 
 def completed_meanwhile(engine):
     load(engine)
-    store = producer.SQLiteMetadataStore(sys.argv[2])
-    store.set_facts({"completed_step": 10})
-    store.close()
+    ledger = producer.SQLiteLedger(sys.argv[2])
+    ledger.set_facts(None, None, {"completed_step": 10})
+    ledger.close()
 
 TransformersEngine.probe = completed_meanwhile
 sys.exit(run_role("producer", Path(sys.argv[1]), producer.produce))
@@ -164,10 +164,9 @@ def test_a_broken_prompt_line_is_set_aside_and_the_run_goes_on(tiny_model: Path,
     assert result.returncode == 0, result.stderr
     assert f"3 of 23 prompts are set aside, the first: {path}, line 2: it is not JSON" in result.stdout
     assert "40 samples trained" in result.stdout
-    assert len(run.store().durable_marker()["acked"]) == 40
-    assert list(run.store().failed_tasks()) == [
-        f"{turn}/unreadable-line-{line}" for turn in (0, 1) for line in (2, 3, 4)
-    ]
+    assert durable(run) == 40
+    failed = [reason.partition(":")[0] for reason in run.ledger().failed().values()]
+    assert failed == [f"{turn}/unreadable-line-{line}" for turn in (0, 1) for line in (2, 3, 4)]
     for command in ("status", "inspect"):
         listed = run.command(command).stdout
         assert f"failed prompt 1/unreadable-line-3: {path}, line 3: its prompt cannot be encoded" in listed
@@ -184,7 +183,7 @@ def test_a_second_trainer_is_refused_and_disturbs_nothing(tiny_model: Path, tmp_
         assert "paceline status" in second.stderr
         assert run.command("produce").returncode == 0
         assert first.wait(timeout=120) == 0
-    assert run.store().facts()["completed_step"] == 10
+    assert run.ledger().facts()["completed_step"] == 10
 
 
 def test_full_shared_memory_loses_nothing(tiny_model: Path, tmp_path: Path) -> None:
@@ -211,15 +210,22 @@ def test_full_shared_memory_loses_nothing(tiny_model: Path, tmp_path: Path) -> N
     assert failed.returncode == 5, failed.stderr
     assert "Next:" in failed.stderr
     assert "Traceback" not in failed.stderr
-    committed = run.store().committed_count()
+    committed = run.ledger().snapshot().committed
     assert 0 < committed < 40
     ended = run.command("train")
     assert ended.returncode == 0, ended.stderr
-    assert len(run.store().durable_marker()["acked"]) == 40
+    assert durable(run) == 40
+
+
+def durable(run: TinyRun) -> int:
+    """Samples that the head's weights contain to their last visit."""
+    head = run.ledger().snapshot().head
+    steps = [trained for trained in run.ledger().history() if head is not None and trained.step <= head.step]
+    return len({sample.sample_id for trained in steps for sample in trained.samples if sample.finished})
 
 
 def _epochs(run: TinyRun) -> dict[str, int]:
-    return run.store().role_epochs() if (run.directory / "ledger.db").exists() else {}
+    return dict(run.ledger().snapshot().epochs) if (run.directory / "ledger.db").exists() else {}
 
 
 def _wait_until(condition: object) -> None:

@@ -44,7 +44,7 @@ def test_no_role_goes_on_with_another_target(tiny_model: Path, tmp_path: Path) -
         assert "Traceback" not in refused.stderr
         shutil.rmtree(model)
         shutil.copytree(tiny_model, model)
-    assert not run.store().checkpoints()
+    assert not run.ledger().snapshot().checkpoints
     finished = run.command("train")
     assert finished.returncode == 0, finished.stderr
     assert "40 samples trained" in finished.stdout
@@ -56,9 +56,9 @@ def test_another_type_of_numbers_is_refused(tiny_model: Path, tmp_path: Path) ->
     """What "auto" stood for when the run began is a fact of it: another machine would give other bits."""
     run = TinyRun(tmp_path, tiny_model)
     assert run.command("produce").returncode == 0
-    store = run.store()
-    store.set_facts({"target_numerics": {"dtype": "bfloat16", "device": "cuda"}})
-    store.close()
+    ledger = run.ledger()
+    ledger.set_facts(None, None, {"target_numerics": {"dtype": "bfloat16", "device": "cuda"}})
+    ledger.close()
     refused = run.command("produce")
     assert refused.returncode == 2
     assert "computed its target as bfloat16 on cuda, and would now go on as float32 on cpu" in refused.stderr

@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-
-from paceline.errors import FencedError
-from paceline.features.store import Written
 from paceline.ledger.controller import DataFlowController
-from paceline.ledger.records import TrainedSample, TrainedStep
 from paceline.ledger.store import MetadataStore
 from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.ledger.trial import Trial
-from paceline.testing.light_adapters import InMemoryLightFeatureStore, LightEngine
 from paceline.testing.metadata_protocol_suite import MetadataProtocolSuite
 from paceline.testing.metadata_store_suite import MetadataStoreSuite
+
+from paceline.errors import FencedError
+from paceline.features.store import Written
+from paceline.ledger.records import TrainedSample, TrainedStep
+from paceline.testing.light_adapters import InMemoryLightFeatureStore, LightEngine
 from paceline.testing.mutants import MUTANTS, seeds_to_detect
 from paceline.testing.simulated_run import Shape, simulated_producer
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder

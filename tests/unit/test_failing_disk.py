@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from paceline.compat.streaming_channel import StreamingRefChannel
 from paceline.errors import CheckpointError, LedgerError
-from paceline.ledger.streaming_channel import StreamingRefChannel
 from paceline.training.checkpoint import CheckpointFolder
 
 

@@ -16,8 +16,8 @@ from time import monotonic
 from paceline.errors import ConfigError
 from paceline.features.store import FeatureStore
 from paceline.ledger.facts import CHECKPOINT_WANTED
-from paceline.ledger.records import Fence
-from paceline.ledger.store import MetadataStore
+from paceline.ledger.producer_session import ProducerSession
+from paceline.ledger.records import Budget
 from paceline.telemetry import BlockedTime
 
 LOW = 0.75
@@ -85,17 +85,22 @@ class Backpressure:
     def __init__(
         self,
         features: FeatureStore,
-        store: MetadataStore,
+        session: ProducerSession,
         marks: Watermarks,
         *,
         report: Callable[..., None] = lambda *_, **__: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._features = features
-        self._store = store
+        self._session = session
         self._marks = marks
         self._paused = False
         self.blocked = BlockedTime(report, clock)
+
+    @property
+    def budget(self) -> Budget:
+        """What the ledger keeps to when bytes are promised, whatever other workers do meanwhile."""
+        return Budget(self._marks.budget_bytes, self._marks.budget_samples)
 
     @property
     def sample_bytes(self) -> int:
@@ -105,7 +110,6 @@ class Backpressure:
     def wait_for_credit(
         self,
         should_stop: Callable[[], bool],
-        fence: Fence | None,
         on_wait: Callable[[], None] = lambda: None,
     ) -> bool:
         """Block until a group fits; False if asked to stop first. Never busy-polls.
@@ -117,16 +121,16 @@ class Backpressure:
                 if should_stop():
                     return False
                 self.blocked.waiting()
-                self._ask_for_checkpoint(fence)
-                mark = self._store.lsn()  # before the last look, so that no release is missed
+                self._ask_for_checkpoint()
+                mark = self._session.lsn()  # before the last look, so that no release is missed
                 on_wait()
                 if not self.has_credit():
-                    self._store.wait(mark, WAIT_S)
+                    self._session.wait(mark, WAIT_S)
         return True
 
     def has_credit(self) -> bool:
         """Whether a group fits now; below the low watermark only, once it did not."""
-        marks, ledger = self._marks, self._store.usage()
+        marks, ledger = self._marks, self._session.snapshot().usage
         # What the ledger counts includes bytes that are only promised; what the store counts, its slack.
         promised = ledger.resident_bytes + ledger.reserved_bytes
         resident = max(self._features.usage().resident_bytes, promised)
@@ -138,6 +142,7 @@ class Backpressure:
         self._paused = full
         return not full
 
-    def _ask_for_checkpoint(self, fence: Fence | None) -> None:
-        if self._store.usage().provisional_samples and not self._store.facts().get(CHECKPOINT_WANTED):
-            self._store.set_facts({CHECKPOINT_WANTED: True}, fence=fence)
+    def _ask_for_checkpoint(self) -> None:
+        now = self._session.snapshot()
+        if now.usage.provisional_samples and not now.facts.get(CHECKPOINT_WANTED):
+            self._session.set_facts({CHECKPOINT_WANTED: True})

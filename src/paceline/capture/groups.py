@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paceline.capture.encoding import EncodedPrompt, Encoding, rendering_of
-from paceline.capture.source import PromptSource, group_of
+from paceline.capture.source import PromptSource, digest_of, group_of
 from paceline.errors import ConfigError, LedgerError
-from paceline.ledger.controller import DataFlowController
 from paceline.ledger.facts import RENDERING
-from paceline.ledger.records import TaskLease
+from paceline.ledger.producer_session import ProducerSession
+from paceline.ledger.records import Lease, SourceBlock, State
 
 KNOWN_AMONG = 1024  # of the run's first prompts one is looked for that was captured before
 
@@ -43,9 +43,9 @@ class Groups:
     """Reads and encodes a run's prompts, group by group."""
 
     def __init__(
-        self, controller: DataFlowController, prompts: PromptSource, encoding: Encoding, group_size: int
+        self, session: ProducerSession, prompts: PromptSource, encoding: Encoding, group_size: int
     ) -> None:
-        self._controller = controller
+        self._session = session
         self._prompts = prompts
         self._encoding = encoding
         self._group_size = group_size
@@ -54,21 +54,21 @@ class Groups:
         """The ordinals of its group."""
         return group_of(ordinal, self._group_size, self._prompts.starts)
 
-    def group(self, leases: Sequence[TaskLease]) -> CaptureGroup:
+    def group(self, leases: Sequence[Lease]) -> CaptureGroup:
         """The one that these leases, all of one group, belong to: its prompts but those that failed for good.
 
         Raises ConfigError if they are rendered otherwise than when one of them was captured.
         """
-        encoded = self._encoded(self.bounds(leases[0].ordinal))
+        bounds = self.bounds(leases[0].ordinal)
+        encoded = self._encoded(bounds)
         by_ordinal = {prompt.ordinal: prompt for prompt in encoded}
         for lease in leases:
-            there = by_ordinal.get(lease.ordinal)
-            if there is None or there.task_id != lease.task_id:
-                raise _other_order(lease, there)
-        failed = self._controller.store.failed_tasks()
+            if lease.ordinal not in by_ordinal:
+                raise _too_few(lease.ordinal)
+        failed = self._session.failed(bounds.start, bounds.stop)
         group = CaptureGroup(
             wanted=tuple(by_ordinal[lease.ordinal] for lease in leases),
-            members=tuple(prompt for prompt in encoded if prompt.task_id not in failed),
+            members=tuple(prompt for prompt in encoded if prompt.ordinal not in failed),
             rendering=rendering_of(encoded),
             deaths=max(lease.deaths for lease in leases),
         )
@@ -77,34 +77,44 @@ class Groups:
 
     def sample_id(self, prompt: EncodedPrompt) -> str:
         """A sample's identity is its prompt's: `run:task`. The same after any number of restarts."""
-        return f"{self._controller.run_id}:{prompt.task_id}"
+        return f"{self._session.run_id}:{prompt.task_id}"
 
-    def make_known(self) -> None:
-        """Tell the ledger of prompts that it does not know yet."""
-        store, size = self._controller.store, self._prompts.size or 0
-        if sum(store.task_counts().values()) < size:
-            ids = [prompt.prompt_id for prompt in self._prompts.read(0, size)]
-            store.add_tasks(ids, fence=self._controller.fence("producer"))
+    def make_known(self) -> bool:
+        """Tell the ledger of prompts that it does not know yet; whether there are any.
+
+        Of a source with an end all of them, by the digests of its blocks; of one without, the next group.
+        Raises ConfigError if the known ones are others.
+        """
+        known = self._session.snapshot().prompts.known
+        if self._prompts.size is not None:
+            ends = [block.first + block.count for block in self._session.source_blocks()]
+            return self._session.extend(self._prompts.blocks(ends)) > 0
+        more = self._prompts.read(known, self._group_size)
+        if not more:
+            return False
+        return self._session.extend([SourceBlock(known, len(more), digest_of(more))]) > 0
 
     def bind_rendering(self) -> None:
         """The first group's token ids are a fact of the run: a start that renders it otherwise is refused.
 
         Raises ConfigError.
         """
-        store = self._controller.store
         now = rendering_of(self._encoded(self.bounds(0)))
-        if not store.committed_count():
-            store.set_facts({RENDERING: now}, fence=self._controller.fence("producer"))
-        elif store.facts().get(RENDERING, now) != now:
+        if not self._session.snapshot().committed:
+            self._session.set_facts({RENDERING: now})
+        elif self._session.facts().get(RENDERING, now) != now:
             raise _other_rendering("the first group")
 
     def captured_before(self) -> EncodedPrompt | None:
         """A prompt of the run that was captured; None if none was."""
-        store = self._controller.store
-        if store.committed_count():
+        now = self._session.snapshot()
+        there = {entry.ref.ordinal for entry in self._session.read(0, KNOWN_AMONG).entries}
+        failed = self._session.failed(0, KNOWN_AMONG)
+        if now.committed:
             for ordinal, prompt in enumerate(self._prompts.read(0, KNOWN_AMONG)):
-                encoded = self._encoding.prompt(ordinal, prompt)
-                if not encoded.broken and store.is_committed(self.sample_id(encoded)):
+                was_captured = ordinal in there or (ordinal < now.archived_place and ordinal not in failed)
+                encoded = self._encoding.prompt(ordinal, prompt) if was_captured else None
+                if encoded is not None and not encoded.broken:
                     return encoded
         return None
 
@@ -113,18 +123,17 @@ class Groups:
 
     def _refuse_other_rendering(self, group: CaptureGroup) -> None:
         """A sample that is captured again was captured of the same token ids."""
-        lost = set(self._controller.store.lost_ids())
+        known = self._session.find([self.sample_id(prompt) for prompt in group.wanted])
         for prompt in group.wanted:
-            sample_id = self.sample_id(prompt)
-            known = self._controller.store.get_committed(sample_id) if sample_id in lost else None
-            if known is not None and known.metadata.get("rendering", group.rendering) != group.rendering:
+            record = known.get(self.sample_id(prompt))
+            lost = record.ref.metadata if record is not None and record.state == State.LOST else {}
+            if lost.get("rendering", group.rendering) != group.rendering:
                 raise _other_rendering(f"the group of {prompt.task_id}")
 
 
-def _other_order(lease: TaskLease, there: EncodedPrompt | None) -> LedgerError:
-    given = None if there is None else there.task_id
+def _too_few(ordinal: int) -> LedgerError:
     return LedgerError(
-        f"Prompt {lease.ordinal} of the ledger is {lease.task_id!r}; this producer has {given!r} there.",
+        f"The ledger knows prompt {ordinal}; this producer has none there.",
         why="Groups are slices of the prompt order; another order gives other features.",
         next="pass the prompts the run was started with, in the same order.",
     )

@@ -1,7 +1,7 @@
 """Isolation: which prompts of a capture group fail, when the group does; the others go on without them.
 
 An error is bisected at once. A death of the process cannot be caught, so prompts whose leases were held by
-several dead producers are first tried in parts, under a durable trial (ledger/trial.py).
+several dead producers are first tried in parts, under a durable record (ledger/isolation.py).
 
 A fault of the engine or the machine convicts no prompt. Before a whole group is convicted the engine must
 show that it can still capture something: a prompt that was captured before, or, where there is none yet, one
@@ -17,8 +17,9 @@ from paceline.capture.encoding import INPUT_FAILURES, EncodedPrompt
 from paceline.capture.groups import CaptureGroup
 from paceline.engines.engine import Captured
 from paceline.errors import ConfigError, EngineError, is_want_of_memory
-from paceline.ledger.controller import DataFlowController
-from paceline.ledger.trial import DEATHS_BEFORE_TRIAL, Trial
+from paceline.ledger import isolation
+from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION
+from paceline.ledger.producer_session import ProducerSession
 
 FAILURES_IN_A_ROW_MAX = 16
 
@@ -37,8 +38,7 @@ class CaptureFailedError(Exception):
 class Isolation:
     def __init__(
         self,
-        controller: DataFlowController,
-        worker_id: str,
+        session: ProducerSession,
         *,
         answer: Answer,
         probe: Callable[[], None],
@@ -50,8 +50,8 @@ class Isolation:
 
         `captured_before`: a prompt of this run that was captured once, None if none was.
         """
-        self._controller = controller
-        self._worker_id = worker_id
+        self._session = session
+        self._ordinals: dict[str, int] = {}  # by task id, of the groups that are in work here
         self._answer = answer
         self._probe = probe
         self._captured_before = captured_before
@@ -67,11 +67,12 @@ class Isolation:
 
     def without_known(self, group: CaptureGroup) -> CaptureGroup:
         """The group without prompts that have no token ids, or that kill the engine's process."""
+        self._ordinals.update({prompt.task_id: prompt.ordinal for prompt in group.members})
         broken = {prompt.task_id: prompt.broken for prompt in group.members if prompt.broken}
         wanted = set(group.wanted_ids)
         self._fail({i: reason for i, reason in broken.items() if i in wanted}, retryable=False)
         group = group.without(list(broken))
-        if not group.wanted or group.deaths < DEATHS_BEFORE_TRIAL:
+        if not group.wanted or group.deaths < DEATHS_BEFORE_ISOLATION:
             return group
         return self._without_deadly(group)
 
@@ -85,8 +86,8 @@ class Isolation:
         def is_harmless(task_ids: Sequence[str]) -> bool:
             return self._failure([by_id[task_id] for task_id in task_ids]) is None
 
-        fence = self._controller.fence("producer")
-        culprits = Trial(self._controller.store, "capture", list(by_id), fence=fence).run(is_harmless)
+        name = f"capture.{self._session.worker}"
+        culprits = isolation.Isolation(self._session, name, list(by_id)).run(is_harmless)
         if len(culprits) == len(by_id):
             self._engine_must_work(group)
             self._count_in_a_row(group, culprits, "the engine's process dies of it")
@@ -128,16 +129,21 @@ class Isolation:
                 {i: why for i, (why, again) in held.items() if again is retryable}, retryable=retryable
             )
 
+    @property
+    def num_held(self) -> int:
+        """Prompts that failed, whose leases are kept until something was captured."""
+        return len(self._held)
+
     def finish(self) -> None:
         """No prompt is left. Raises EngineError if not one of them could be captured."""
-        store = self._controller.store
-        failed = {**store.failed_tasks(), **{task_id: why for task_id, (why, _) in self._held.items()}}
+        held = {self._ordinals[i]: _named(i, why) for i, (why, _) in self._held.items()}
+        failed = {**self._session.ledger.failed(), **held}
         broken = [task_id for task_id, (_, may_try_again) in self._held.items() if not may_try_again]
-        if not failed or store.committed_count():
+        if not failed or self._session.snapshot().committed:
             self.succeeded()
             return
         self.give_back_held()
-        first = "; ".join(f"{task_id}: {reason}" for task_id, reason in list(failed.items())[:3])
+        first = "; ".join(reason for _, reason in sorted(failed.items())[:3])
         has_engine_failed = len(broken) < len(failed)
         raise (EngineError if has_engine_failed else ConfigError)(
             f"None of the {len(failed)} prompts can be captured. The first: {first}.",
@@ -227,7 +233,7 @@ class Isolation:
 
     def _fail(self, reasons: dict[str, str], *, retryable: bool) -> None:
         """Not before the run has captured anything: until then settings may still change."""
-        if self._controller.store.committed_count():
+        if self._session.snapshot().committed:
             self._record(reasons, retryable=retryable)
         else:
             self._hold(reasons, retryable=retryable)
@@ -237,11 +243,12 @@ class Isolation:
 
     def _record(self, reasons: dict[str, str], *, retryable: bool) -> None:
         for task_id, reason in reasons.items():
-            for_good = self._controller.fail_prompt_tasks(self._worker_id, [task_id], reason, retryable)
+            ordinals = [self._ordinals[task_id]]
+            for_good = self._session.fail(ordinals, _named(task_id, reason), retryable=retryable)
             self._report("group_failed", prompts=[task_id], failed=len(for_good), message=reason)
 
     def _give_back(self, task_ids: Sequence[str]) -> None:
-        self._controller.return_prompt_tasks(self._worker_id, task_ids)
+        self._session.give_back([self._ordinals[task_id] for task_id in task_ids])
 
 
 def as_failure(error: BaseException) -> CaptureFailedError:
@@ -249,3 +256,8 @@ def as_failure(error: BaseException) -> CaptureFailedError:
     if not isinstance(error, (*INPUT_FAILURES, MemoryError)):
         raise error
     return CaptureFailedError(error)
+
+
+def _named(task_id: str, reason: str) -> str:
+    """The ledger knows a prompt by its number; its reason begins with its id."""
+    return f"{task_id}: {reason}"

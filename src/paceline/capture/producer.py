@@ -11,22 +11,20 @@ engine fails is found (isolation.py) and set aside with its reason; its group go
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from time import monotonic
 
-from paceline.capture.backpressure import Backpressure
+from paceline.capture.backpressure import WAIT_S, Backpressure
 from paceline.capture.encoding import EncodedPrompt, Encoding, PromptLimits
 from paceline.capture.groups import CaptureGroup, Groups
 from paceline.capture.isolation import FAILURES_IN_A_ROW_MAX, CaptureFailedError, Isolation, as_failure
 from paceline.capture.source import PromptSource
 from paceline.engines.engine import Captured, CaptureRequest, TargetEngine
 from paceline.features.store import FeatureStore, Written
-from paceline.ledger.channel import CommittedRefLog
-from paceline.ledger.controller import DataFlowController
-from paceline.ledger.records import Fence
+from paceline.ledger.producer_session import ProducerSession, Wanted
+from paceline.ledger.records import Ownership, State
 from paceline.types import Feature, SampleRef, Tokens, name_of
 
 
@@ -52,7 +50,7 @@ class CaptureSettings:
 class Producer:
     def __init__(
         self,
-        controller: DataFlowController,
+        session: ProducerSession,
         engine: TargetEngine,
         features: FeatureStore,
         prompts: PromptSource,
@@ -60,27 +58,22 @@ class Producer:
         backpressure: Backpressure,
         *,
         report: Callable[..., None] = lambda *_, **__: None,
-        worker_id: str = "producer-0",
     ) -> None:
-        self.controller = controller
+        self.session = session
         self.engine = engine
-        self.worker_id = worker_id
         self._features = features
         self._prompts = prompts
         self._settings = settings
         self._backpressure = backpressure
         self._report = report
-        self._log = CommittedRefLog(controller.store)
-        self._fence: Fence | None = None
         limits = PromptLimits(engine.facts.vocab_size, settings.max_prompt_tokens)
         self.encoding = Encoding(
             engine.encode, limits.for_positions(engine.facts.max_positions, settings.max_answer_tokens)
         )
-        self._groups = Groups(controller, prompts, self.encoding, settings.group_size)
+        self._groups = Groups(session, prompts, self.encoding, settings.group_size)
         self._captured: EncodedPrompt | None = None  # the last one that this process captured
         self._isolation = Isolation(
-            controller,
-            worker_id,
+            session,
             answer=self._answer,
             probe=engine.probe,
             captured_before=self._captured_before,
@@ -89,22 +82,24 @@ class Producer:
         )
 
     def run(self, max_rounds: int | None = None, should_stop: Callable[[], bool] | None = None) -> int:
-        """Capture until no prompt is pending, then close the stream; samples committed by this call.
+        """Capture until every prompt is settled, then end the stream; samples committed by this call.
 
-        Takes the producer role first: leases of an earlier producer, or of a call that failed,
-        return. A stop or `max_rounds` leaves the stream open: whoever comes next goes on from there.
+        Takes the worker's role first: leases of its earlier process, or of a call that failed, return. A
+        stop or `max_rounds` leaves the stream open: the next call goes on from there.
         """
         stop = should_stop or (lambda: False)
         self._take_over()
         committed, rounds, size = 0, 0, self._settings.group_size
         try:
             while not stop() and (max_rounds is None or rounds < max_rounds):
-                if not self._backpressure.wait_for_credit(stop, self._fence, self._make_room_for_lost):
+                if not self._backpressure.wait_for_credit(stop, self._before_wait):
                     break
-                leases = self.controller.lease(self.worker_id, size, group_size=size)
-                if not leases:
-                    self._finish()
-                    break
+                mark = self.session.lsn()
+                leases = self.session.lease(size, size)
+                if not leases and not self._groups.make_known():
+                    if self._finish():
+                        break
+                    self.session.wait(mark, WAIT_S)  # other workers hold what is left
                 for _, together in groupby(leases, lambda lease: self._groups.bounds(lease.ordinal)):
                     committed += self._capture(self._groups.group(list(together)))
                 rounds += 1
@@ -113,81 +108,104 @@ class Producer:
         return committed
 
     def _take_over(self) -> None:
-        """Become the producer, free what a dead one never committed, and report what is gone.
+        """Become the worker, free what its dead process never committed, and report what is gone.
 
-        Taking the role revokes every byte intent, in one transaction; only then are bytes deleted.
+        Taking the role revokes the worker's byte intents, in one transaction; only then are bytes deleted.
         """
-        store = self.controller.store
-        self._fence = self._log.fence = self.controller.take_role("producer")
-        if self._log.is_closed() and store.task_counts()["pending"] > len(store.lost_ids()):
-            self._log.reopen()  # prompts were added; a sample captured again adds nothing to the log
+        epoch = self.session.acquire()
         orphans, gone = self._compare_with_features()
         self._groups.make_known()
         self._groups.bind_rendering()
-        if not store.committed_count() and (note := self.encoding.look_for_long(self._prompts)):
+        if not self.session.snapshot().committed and (note := self.encoding.look_for_long(self._prompts)):
             self._report("note", message=note)
-        self._report("started", orphans=len(orphans), lost=len(gone), epoch=self._fence.epoch)
+        self._report("started", orphans=orphans, lost=len(gone), epoch=epoch)
 
-    def _compare_with_features(self) -> tuple[list[Written], list[str]]:
-        """Free what no sample stands for any more, report what is gone; both. A store that keeps no list is
-        left alone.
+    def _compare_with_features(self) -> tuple[int, list[str]]:
+        """Free bytes that belong to no sample and no worker, and report what is gone; how many, and which.
 
-        Bytes under a generation that this ledger has not given out are either those of a ledger of which
-        this one is an older copy, or a successor's. Only the first lets `skip_generations` pass, so nothing
-        on the list is a successor's after it.
+        The store is listed before the ledger is asked: what is listed under a generation that the ledger
+        gave out, and is neither a sample's nor promised to a worker, belongs to none. One that it never
+        gave out is of a ledger of which this one is an older copy: it is skipped over, and then an orphan.
+        A store that keeps no list is told what was revoked.
         """
-        assert self._fence is not None, "this is the producer"
-        store = self.controller.store
-        present, written = store.present_generations(), self._features.written()
+        written = self._features.written()
+        owned = self.session.ownership()
         if written is None:
-            return [], []
+            return self._free_revoked(), []
         newest = max((generation for _, generation in written), default=0)
-        if newest >= self._fence.generation:
-            self._fence = self._log.fence = self.controller.skip_generations(newest)
-        orphans = [one for one in written if present.get(one[0]) not in (0, one[1])]
+        if newest >= owned.next_generation:
+            self.session.swept([], skip_through=newest)
+        keep = owned.generations
+        orphans = [
+            (sample_id, generation)
+            for sample_id, generation in written
+            if generation not in keep and owned.present.get(sample_id) != 0
+        ]
         self._features.free(orphans)
+        self._free_revoked()
         # After a reboot the ledger knows samples that the memory forgot: all are reported at once.
-        here = {sample_id for sample_id, _ in set(written) - set(orphans)}
-        gone = [sample_id for sample_id in present if sample_id not in here]
+        gone = self._without_bytes(owned, written)
+        gone = self._without_bytes(owned, self._features.written() or []) if gone else []
         if gone:
-            store.report_lost(gone, fence=self._fence)
-        return orphans, gone
+            self.session.report_lost(gone)
+        return len(orphans), gone
 
-    def _make_room_for_lost(self) -> None:
-        """The consumer may wait for a lost sample while this producer waits for room.
+    @staticmethod
+    def _without_bytes(owned: Ownership, written: Sequence[Written]) -> list[str]:
+        """Samples that ought to be there. (Others may have come since the store was listed.)"""
+        there = set(written)
+        names = {sample_id for sample_id, _ in written}
+        return [
+            sample_id
+            for sample_id, generation in owned.present.items()
+            if (sample_id, generation) not in there and (generation or sample_id not in names)
+        ]
 
-        Those are given up, the last first, until a group fits: features are a cache, and they are
-        captured again when the consumer has come closer.
+    def _free_revoked(self) -> int:
+        """Free bytes that were promised to a worker that is gone; how many there may have been."""
+        revoked = self.session.revoked()
+        if revoked:
+            self._features.free(revoked)
+            self.session.swept([generation for _, generation in revoked])
+        return len(revoked)
+
+    def _before_wait(self) -> None:
+        self._free_revoked()
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """The consumer may wait for a sample that this producer has no room for: one that was lost, or the
+        next of the log, while samples behind it, captured by other workers, take the room.
+
+        Those are given up, the last first, until a group fits: features are a cache, and they are captured
+        again when the consumer has come closer.
         """
-        store = self.controller.store
-        lost = store.lost_ids()
-        if not lost or self._backpressure.has_credit():
+        lost, settled = self.session.lost(1), self.session.snapshot().settled
+        needed = min([settled, *(record.place for record in lost)])
+        behind = [record for record in self.session.present() if record.place > needed and not record.durable]
+        if not behind or (not lost and behind[-1].place < settled) or self._backpressure.has_credit():
             return
-        needed = store.sample_record(lost[0])
-        assert needed is not None, "a lost sample is committed"
-        given_up = []
-        for entry in reversed(store.read_committed(needed.seq, store.committed_count())):
-            sample_id = entry.ref.sample_id
-            if not entry.present or entry.quarantined or entry.ref.feature_keys == {}:
-                continue
-            record = store.sample_record(sample_id)
-            if record is None or record.durable:
-                continue  # durable weights contain it: its bytes go with the next release
-            store.report_lost([sample_id], fence=self._fence)
-            if sample_id not in store.lost_ids():
-                continue  # they do by now
-            self._features.free([(sample_id, entry.ref.generation)])
-            given_up.append(sample_id)
+        given_up = 0
+        for record in reversed(behind):
+            self.session.report_lost([record.sample_id])
+            now = self.session.find([record.sample_id]).get(record.sample_id)
+            if now is None or now.state != State.LOST:
+                continue  # durable weights contain it by now: its bytes go with the next release
+            self._features.free([(record.sample_id, record.ref.generation)])
+            given_up += 1
             if self._backpressure.has_credit():
                 break
-        self._report("made_room", given_up=len(given_up), needed=lost[0])
+        self._report("made_room", given_up=given_up, needed=needed)
 
-    def _finish(self) -> None:
+    def _finish(self) -> bool:
+        """End the stream, unless prompts are still to be captured; whether this worker is done."""
+        if self.session.snapshot().prompts.leased > self._isolation.num_held:
+            return False
         self._isolation.finish()
-        counts = self.controller.store.task_counts()
-        if counts["leased"] == 0 and counts["pending"] == 0:
-            self._log.close()
-        self._report("finished", failed_prompts=counts["failed"])
+        ended = self.session.end_stream()
+        if ended:
+            self._report("finished", failed_prompts=self.session.snapshot().prompts.failed)
+        return ended
 
     def _capture(self, group: CaptureGroup) -> int:
         """Capture the group whole, store and commit what is wanted of it; how many were new."""
@@ -195,15 +213,18 @@ class Producer:
         group = self._isolation.without_known(group)
         if not group.wanted:
             return 0
+        generations = self._reserve(group)
+        if generations is None:
+            return 0
         try:
-            with self._reserved(group) as generations:
-                captured = self._answer(group.members)
+            captured = self._answer(group.members)
         except CaptureFailedError as failure:
+            self.session.swept(list(generations.values()))  # nothing was written
             self._isolation.find(group, failure)
             return 0
         tensors = {sample.sample_id: sample for sample in captured}
         refs = [self._put(prompt, tensors, generations, group.rendering) for prompt in group.wanted]
-        fresh = self.controller.commit_samples(self.worker_id, refs)
+        fresh = self.session.commit(refs)
         self._free_unwanted(refs, fresh)
         self._captured = group.wanted[-1]
         self._isolation.succeeded()
@@ -217,26 +238,22 @@ class Producer:
         )
         return len(fresh)
 
-    @contextmanager
-    def _reserved(self, group: CaptureGroup) -> Iterator[dict[str, int]]:
-        """The generation that each wanted sample is written under; given up if the capture fails."""
+    def _reserve(self, group: CaptureGroup) -> dict[str, int] | None:
+        """The generation that each wanted sample is written under; None if another worker took the room."""
         size = self._backpressure.sample_bytes
-        generations = self.controller.reserve(
-            {self._groups.sample_id(prompt): size for prompt in group.wanted}
-        )
-        try:
-            yield generations
-        except CaptureFailedError:
-            self.controller.revoke(list(generations.values()))
-            raise
+        wanted = [Wanted(p.ordinal, self._groups.sample_id(p), size) for p in group.wanted]
+        generations = self.session.reserve(wanted, self._backpressure.budget)
+        if generations is None:
+            self.session.give_back([prompt.ordinal for prompt in group.wanted])
+            return None
+        return {item.sample_id: number for item, number in zip(wanted, generations, strict=True)}
 
     def _free_unwanted(self, refs: Sequence[SampleRef], fresh: Sequence[SampleRef]) -> None:
         """Bytes that the ledger did not take: while they were written, the sample was settled otherwise."""
+        known = self.session.find([ref.sample_id for ref in refs])
         for ref in refs:
-            if ref in fresh:
-                continue
-            known = self.controller.store.get_committed(ref.sample_id)
-            if known is None or known.generation != ref.generation:
+            record = known.get(ref.sample_id)
+            if ref not in fresh and (record is None or record.ref.generation != ref.generation):
                 self._features.free([(ref.sample_id, ref.generation)])
 
     def _captured_before(self) -> EncodedPrompt | None:
@@ -275,7 +292,7 @@ class Producer:
         facts, tokens = self.engine.facts, sample.tensors[name_of(Tokens, self._settings.features)]
         return SampleRef(
             sample_id=sample_id,
-            run_id=self.controller.run_id,
+            run_id=self.session.run_id,
             source_task_id=prompt.task_id,
             feature_store_uri=sealed.uri,
             feature_keys=sealed.keys,
@@ -287,6 +304,7 @@ class Producer:
             tokenizer_version=facts.tokenizer_version,
             metadata={"digest": sealed.digest, "digest_kind": sealed.digest_kind, "rendering": rendering},
             generation=generation,
+            ordinal=prompt.ordinal,
         )
 
 

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from paceline.capture.prompts import Prompt, broken_line, parse_line
-from paceline.capture.source import BLOCK, digest_of
+from paceline.capture.source import BLOCK, blocks_between, digest_of
 from paceline.errors import ConfigError
+from paceline.ledger.records import SourceBlock
 
 INDEX_VERSION = 1
 LONGEST_KEPT = 1024  # prompts whose length is worth a look before a run starts
@@ -131,6 +132,9 @@ class PromptFile:
         if rest and self.index.blocks[whole].num_prompts != rest:
             known[-1] = digest_of(self._block(whole)[:rest])
         return known
+
+    def blocks(self, bounds: Sequence[int] = ()) -> list[SourceBlock]:
+        return blocks_between(bounds, self.size, lambda first, count: digest_of(self.read(first, count)))
 
     def lines_of(self, block: int) -> str:
         """Where a block stands in the file, for a person."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Prompt:
     broken: str = ""
     token_ids: tuple[int, ...] | None = None
     round: int = 0
-    place: str = ""
+    place: str = field(default="", compare=False)
 
 
 class _BrokenError(Exception):

@@ -10,11 +10,13 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any, Protocol, runtime_checkable
 
 from paceline.capture.prompts import Prompt
+from paceline.ledger.records import SourceBlock
 from paceline.types import PromptTask
 
 BLOCK = 1024  # prompts under one digest
@@ -38,6 +40,9 @@ class PromptSource(Protocol):
     def read(self, first: int, count: int) -> list[Prompt]:
         """The prompts from ordinal `first` on; fewer only at the end."""
 
+    def blocks(self, bounds: Sequence[int] = ()) -> list[SourceBlock]:
+        """All prompts, in blocks that end at these ordinals at least, each with a digest of its content."""
+
 
 def digest_of(prompts: Iterable[Prompt]) -> str:
     """Identity of some prompts and their order."""
@@ -45,6 +50,19 @@ def digest_of(prompts: Iterable[Prompt]) -> str:
     for prompt in prompts:
         digest.update(json.dumps([prompt.prompt_id, prompt.text, prompt.token_ids]).encode() + b"\n")
     return digest.hexdigest()[:16]
+
+
+@runtime_checkable
+class HasDigests(Protocol):
+    """A source that knows the digests of its blocks without being read."""
+
+    def digests(self, count: int) -> list[str]: ...
+
+
+def blocks_between(bounds: Iterable[int], size: int, digest: Callable[[int, int], str]) -> list[SourceBlock]:
+    """Blocks that end at each of the bounds, and at the end of the source."""
+    ends = sorted({*(bound for bound in bounds if 0 < bound < size), size})
+    return [SourceBlock(a, b - a, digest(a, b - a)) for a, b in pairwise([0, *ends]) if b > a]
 
 
 class PromptList:
@@ -69,6 +87,9 @@ class PromptList:
     def read(self, first: int, count: int) -> list[Prompt]:
         places = range(first, min(first + count, len(self._prompts)))
         return [_as_prompt(self._prompts[place], place) for place in places]
+
+    def blocks(self, bounds: Sequence[int] = ()) -> list[SourceBlock]:
+        return blocks_between([*bounds], self.size, lambda first, count: digest_of(self.read(first, count)))
 
 
 def _as_prompt(given: PromptTask | Mapping[str, Any] | str, place: int) -> Prompt:
@@ -130,6 +151,22 @@ class RunPrompts:
             assert len(part) == wanted, "the source is as long as it says"
             found += [replace(p, prompt_id=f"{turn}/{p.prompt_id}", round=turn) for p in part]
         return found
+
+    def blocks(self, bounds: Sequence[int] = ()) -> list[SourceBlock]:  # noqa: ARG002 (they are among its own)
+        """Each round of each stretch, by the digest of the set as it was then: nothing is read for it."""
+        found = []
+        for stretch, (place, end) in enumerate(pairwise(self._places)):
+            digest = hashlib.sha256("".join(self._set_digests(end)).encode()).hexdigest()[:16]
+            for turn in range(self._rounds):
+                first = self._ends[stretch] + turn * (end - place)
+                found.append(SourceBlock(first, end - place, f"{digest}.{turn}"))
+        return found
+
+    def _set_digests(self, size: int) -> list[str]:
+        """Of the set's first `size` prompts."""
+        if isinstance(self._prompts, HasDigests):
+            return self._prompts.digests(size)
+        return [digest_of(self._prompts.read(0, size))]
 
 
 def group_of(ordinal: int, group_size: int, starts: Sequence[int] = (0,)) -> range:

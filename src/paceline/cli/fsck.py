@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -11,8 +10,6 @@ from paceline.cli.plain import say
 from paceline.errors import ConfigError, SchemaError
 from paceline.fsck.checker import check
 from paceline.fsck.report import OF_A_HISTORY, RULES, Report
-from paceline.ledger.gate import RoleLock
-from paceline.ledger.stores.sqlite.page_checksums import accept_pages
 from paceline.regular_files import open_regular
 
 UNSOUND = 9  # exit code
@@ -36,8 +33,7 @@ def fsck_directory(console: Console, directory: Path) -> int:
         raise SchemaError(
             f"{directory} was not checked: {report.unchecked}.",
             why="Nothing was changed, and nothing in it was judged.",
-            next=f"paceline status {directory}, which opens it and brings an earlier version up to this one "
-            f"behind a backup; then paceline fsck {directory} again.",
+            next="use the version of Paceline that wrote it; or start the run, if it has not begun.",
         )
     counted = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.counts.items())
     say(console, f"looked at {counted or 'what could be read'}")
@@ -60,24 +56,7 @@ def fsck_directory(console: Console, directory: Path) -> int:
     return UNSOUND
 
 
-def accept_pages_of(console: Console, directory: Path) -> None:
-    """Take the ledger's pages as they are. Raises RunBusyError while a role runs, SchemaError if they are
-    damaged."""
-    with ExitStack() as held:
-        for role in ("producer", "consumer"):
-            held.callback(RoleLock(directory, role).release)
-        accepted = accept_pages(directory / "ledger.db")
-    say(console, f"{accepted} pages of {directory / 'ledger.db'} have new checksums")
-
-
 def _advice(directory: Path, report: Report) -> str:
-    if all(error.startswith("C10 ") for error in report.errors):
-        return (
-            "What is in the pages makes sense. Did another program (sqlite3, a database browser) open "
-            "ledger.db after a crash? It writes such pages even if it only reads. Then keep a copy of the "
-            f"file, and `paceline fsck {directory} --accept-pages` takes them as they are. If not, the disk "
-            "has changed bits: restore ledger and checkpoints from one backup."
-        )
     if all(error.startswith("C5 ") for error in report.errors):
         if not report.is_resumable:
             return (

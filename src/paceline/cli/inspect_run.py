@@ -2,62 +2,66 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 
 from rich.console import Console
 
 from paceline.cli.plain import say
 from paceline.errors import ConfigError
 from paceline.ledger.facts import CONFIG, RUN_ID
-from paceline.ledger.records import SampleRecord
-from paceline.ledger.store import MetadataStore
+from paceline.ledger.records import SampleRecord, Snapshot, State, TrainedStep
+from paceline.ledger.stores.sqlite.view import LedgerView
 
 
-def inspect_step(console: Console, store: MetadataStore, step: int) -> None:
+def inspect_step(console: Console, view: LedgerView, step: int) -> None:
     """The samples of a step, in the order they were trained. Raises ConfigError for an unknown step."""
     if step == 0:
         say(console, "step 0: the checkpoint before the first step, the draft as it is built; no sample yet")
         return
-    plan, visits = None, Counter[str]()
-    for plan in store.plans():
-        if plan.step >= step:
-            break
-        visits.update(plan.sample_ids)
-    if plan is None or plan.step != step:
+    now, found = view.snapshot(), view.history(step=step)
+    if not found:
         raise ConfigError(
             f"Step {step} has no plan in this ledger.",
-            why=f"The last step acked is {store.trained_step()}.",
+            why=f"The last step acked is {now.trained_step}.",
             next="paceline inspect RUN shows how far the run is.",
         )
-    revision = f", plan revision {plan.rev}" if plan.rev else ""
-    say(console, f"step {step}: {_progress(store, step)}{revision}, {len(plan.sample_ids)} samples")
-    for place, sample_id in enumerate(plan.sample_ids, start=1):
-        visits[sample_id] += 1
-        record = store.sample_record(sample_id)
-        if record is None:
-            say(console, f"{place:4}  {sample_id}  unknown to this ledger")
-            continue
-        last = " and last" if record.step == step and record.state != "quarantined" else ""
+    [trained] = found
+    revision = f", plan revision {trained.rev}" if trained.rev else ""
+    say(console, f"step {step}: {_progress(now, step)}{revision}, {len(trained.samples)} samples")
+    for number, sample in enumerate(trained.samples, start=1):
+        visits = [t.step for t in view.history(sample_id=sample.sample_id) if t.step <= step]
+        last = " and last" if sample.finished else ""
+        record = view.find(sample.sample_id)
+        state = _state(record, now, trained) if record or sample.finished else "unknown to this ledger"
         say(
             console,
-            f"{place:4}  {sample_id}  seq {record.seq}, visit {visits[sample_id]}{last}; {_state(record)}",
+            f"{number:4}  {sample.sample_id}  place {sample.place}, visit {len(visits)}{last}; {state}",
         )
 
 
-def inspect_sample(console: Console, store: MetadataStore, sample_id: str) -> None:
-    """A sample's life. Raises ConfigError if nobody knows it.
+def inspect_sample(console: Console, view: LedgerView, sample_id: str) -> None:
+    """A sample's life. Raises ConfigError if the run does not know it.
 
     `sample_id` may also be the prompt's task id, `round/id`, or its id in the prompt file: then the
     samples of all its rounds are told.
     """
-    facts, failed = store.facts(), store.failed_tasks()
-    task_id = sample_id.removeprefix(f"{facts.get(RUN_ID, '')}:")
-    of_rounds = [f"{turn}/{task_id}" for turn in range(facts.get(CONFIG, {}).get("prompts.rounds", 1))]
-    for task_ids in ([task_id], of_rounds):
-        records = [_record_of(store, sample_id if i == task_id else i) for i in task_ids]
-        if any(records) or failed.keys() & set(task_ids):
-            for record, known_id in zip(records, task_ids, strict=True):
-                _tell_life(console, store, known_id, record, failed.get(known_id))
+    facts = view.facts()
+    run_id = facts.get(RUN_ID, "")
+    task_id = sample_id.removeprefix(f"{run_id}:")
+    rounds = range(facts.get(CONFIG, {}).get("prompts.rounds", 1))
+    reasons = list(view.failed().values())
+    for task_ids in ([task_id], [f"{turn}/{task_id}" for turn in rounds]):
+        lives = [(i, view.find(f"{run_id}:{i}"), view.history(sample_id=f"{run_id}:{i}")) for i in task_ids]
+        if any(record or steps for _, record, steps in lives) or any(_failure(reasons, i) for i in task_ids):
+            for known_id, record, steps in lives:
+                _tell_life(
+                    console,
+                    view.snapshot(),
+                    f"{run_id}:{known_id}",
+                    record,
+                    steps,
+                    _failure(reasons, known_id),
+                )
             return
     raise ConfigError(
         f"No sample {sample_id!r} was ever committed, and no prompt {task_id!r} has failed.",
@@ -66,55 +70,66 @@ def inspect_sample(console: Console, store: MetadataStore, sample_id: str) -> No
     )
 
 
-def _record_of(store: MetadataStore, name: str) -> SampleRecord | None:
-    return store.sample_record(name) or store.sample_record(f"{store.facts().get(RUN_ID, '')}:{name}")
+def _failure(reasons: Sequence[str], task_id: str) -> str | None:
+    """Why a prompt failed: a reason begins with the prompt's id."""
+    mine = [reason for reason in reasons if reason.startswith(f"{task_id}: ")]
+    return mine[0].removeprefix(f"{task_id}: ") if mine else None
 
 
 def _tell_life(
-    console: Console, store: MetadataStore, task_id: str, record: SampleRecord | None, failed: str | None
+    console: Console,
+    now: Snapshot,
+    sample_id: str,
+    record: SampleRecord | None,
+    steps: Sequence[TrainedStep],
+    failed: str | None,
 ) -> None:
-    if record is None:
+    if record is None and not steps:
         what = "never committed; set aside: " + failed if failed is not None else "not captured yet"
-        say(console, f"prompt {task_id}: {what}")
+        say(console, f"prompt {sample_id.partition(':')[2]}: {what}")
         return
-    say(console, f"sample {record.sample_id} (prompt {record.task_id}), place {record.seq} in the log")
-    for plan in store.plans():
-        if record.sample_id in plan.sample_ids:
-            say(console, f"  visited by step {plan.step} ({_progress(store, plan.step)})")
-    say(console, f"  {_state(record)}")
+    places = [s.place for trained in steps for s in trained.samples if s.sample_id == sample_id]
+    place = record.place if record is not None else places[0]
+    say(console, f"sample {sample_id} (prompt {sample_id.partition(':')[2]}), place {place} in the log")
+    for trained in steps:
+        say(console, f"  visited by step {trained.step} ({_progress(now, trained.step)})")
+    say(console, f"  {_state(record, now, steps[-1] if steps else None)}")
     if failed is not None:
-        say(console, f"  its prompt was set aside: {failed}")
+        say(console, f"  its prompt failed: {failed}")
 
 
-def inspect_all(console: Console, store: MetadataStore) -> None:
+def inspect_all(console: Console, view: LedgerView) -> None:
     """How far the run is, and what was set aside and why."""
-    heads = store.checkpoints()
+    now = view.snapshot()
     say(
         console,
-        f"{store.committed_count()} samples committed, step {store.trained_step()} acked, "
-        f"head {heads[-1].name if heads else 'none yet'}, retained: {[head.step for head in heads]}",
+        f"{now.committed} samples committed, step {now.trained_step} acked, "
+        f"head {now.head.name if now.head else 'none yet'}, retained: {[c.step for c in now.checkpoints]}",
     )
-    for sample_id, reason in store.quarantined().items():
-        say(console, f"quarantined {sample_id}: {reason}")
-    for task_id, reason in store.failed_tasks().items():
-        say(console, f"failed prompt {task_id}: {reason}")
-    for sample_id in store.lost_ids():
-        say(console, f"to be captured again {sample_id}")
+    for record in view.samples(State.QUARANTINED):
+        say(console, f"quarantined {record.sample_id}: {record.reason}")
+    for reason in view.failed().values():
+        say(console, f"failed prompt {reason}")
+    for record in view.samples(State.LOST):
+        say(console, f"to be captured again {record.sample_id}")
 
 
-def _progress(store: MetadataStore, step: int) -> str:
-    heads = store.checkpoints()
-    if heads and step <= heads[-1].step:
+def _progress(now: Snapshot, step: int) -> str:
+    if now.head is not None and step <= now.head.step:
         return "durable"
-    return "provisional" if step <= store.trained_step() else "planned"
+    return "provisional" if step <= now.trained_step else "planned"
 
 
-def _state(record: SampleRecord) -> str:
-    if record.state == "quarantined":
+def _state(record: SampleRecord | None, now: Snapshot, last: TrainedStep | None) -> str:
+    """`record` is None of an archived sample; `last` is then the step of its last visit."""
+    if record is None:
+        at = f", last by step {last.step}" if last is not None else ""
+        return f"trained{at}, durable; features freed"
+    if record.state == State.QUARANTINED:
         at = "" if record.step is None else f" by step {record.step}"
         return f"in quarantine{at}: {record.reason}"
     trained = "not trained to the end yet"
     if record.step is not None:
-        trained = f"trained, last by step {record.step}, {'durable' if record.durable else 'provisional'}"
-    features = {"present": "resident", "lost": "lost, to be captured again", "released": "freed"}
+        trained = f"trained, last by step {record.step}, {_progress(now, record.step)}"
+    features = {State.PRESENT: "resident", State.LOST: "lost, to be captured again", State.RELEASED: "freed"}
     return f"{trained}; features {features[record.state]}"

@@ -16,7 +16,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from paceline.cli.clean import clean_folder
-from paceline.cli.fsck import accept_pages_of, fsck_directory
+from paceline.cli.fsck import fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
 from paceline.cli.plain import exit_code_of_lost_output, out, say, say_error, stderr
 from paceline.cli.progress import Progress, describe, evaluation_lines, final_line, trained
@@ -138,11 +138,9 @@ def consume(run_file: RunFile) -> None:
 def status(run: Run) -> None:
     """Show what a run has done and what it is doing."""
     directory = _directory(run)
-    store = open_run(directory)
     with making_sense(directory):
-        snapshot = take_snapshot(directory, store)
+        snapshot = take_snapshot(directory, open_run(directory))
     describe(out, snapshot)
-    store.close()
 
 
 @app.command()
@@ -152,28 +150,19 @@ def evaluate(run: Run) -> None:
     run_file = run
     if _is_directory(run):
         run_file = run / "evaluated-run.yaml"
-        store = open_run(run)
         with making_sense(run):
-            recorded = recorded_config(store.facts().get("config", {}), run)
-        store.close()
+            recorded = recorded_config(open_run(run).facts().get("config", {}), run)
         run_file.write_text(recorded)
     _evaluate(run_file, load_run_config(run_file))
 
 
 @app.command()
 @advises
-def fsck(
-    run: Run,
-    accept_pages: Annotated[
-        bool, typer.Option(help="First take pages that another program wrote into the ledger as they are.")
-    ] = False,
-) -> None:
+def fsck(run: Run) -> None:
     """Check, independently of the code that wrote it, that a run has kept its promise. Changes nothing."""
     directory = _directory(run)
     if not kind_of(directory / "ledger.db"):
         open_run(directory)  # says what to do
-    if accept_pages:
-        accept_pages_of(out, directory)
     raise typer.Exit(fsck_directory(out, directory))
 
 
@@ -198,15 +187,14 @@ def inspect(
 ) -> None:
     """Tell from the ledger alone what was trained, and what was set aside and why."""
     directory = _directory(run)
-    store = open_run(directory)
     with making_sense(directory):
+        view = open_run(directory)
         if step is not None:
-            inspect_step(out, store, step)
+            inspect_step(out, view, step)
         if sample is not None:
-            inspect_sample(out, store, sample)
+            inspect_sample(out, view, sample)
         if step is None and sample is None:
-            inspect_all(out, store)
-    store.close()
+            inspect_all(out, view)
 
 
 def _evaluate(run_file: Path, config: RunConfig) -> None:
@@ -227,9 +215,7 @@ def _run_role(role: str, run_file: Path) -> None:
 
 
 def _print_evaluation(config: RunConfig) -> None:
-    store = open_run(config.run.directory)
-    snapshot = take_snapshot(config.run.directory, store)
-    store.close()
+    snapshot = take_snapshot(config.run.directory, open_run(config.run.directory))
     if not snapshot.evaluation:
         raise ConfigError(
             f"{config.run.directory / 'evaluation.json'} is not what the evaluation has written.",
@@ -241,9 +227,7 @@ def _print_evaluation(config: RunConfig) -> None:
 
 
 def _print_trained(plan: RunPlan) -> None:
-    store = open_run(plan.config.run.directory)
-    snapshot = take_snapshot(plan.config.run.directory, store)
-    store.close()
+    snapshot = take_snapshot(plan.config.run.directory, open_run(plan.config.run.directory))
     say(out, f"not measured: {plan.evaluation_obstacle} | {trained(snapshot)}")
 
 

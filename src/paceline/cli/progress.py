@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from paceline.cli.plain import plain, say
+from paceline.ledger.records import PromptCounts
 from paceline.roles.plan import RunPlan
 from paceline.roles.snapshot import RunSnapshot
 
@@ -54,16 +55,16 @@ def _clock(seconds: float) -> str:
 def _line(s: RunSnapshot, plan: RunPlan, elapsed: float) -> str:
     parts = [
         _clock(elapsed),
-        f"captured {s.samples_committed}/{plan.num_samples}",
-        f"trained {s.samples_trained}",
-        f"resident {s.resident_bytes / 2**20:.0f} MiB",
+        f"captured {s.ledger.committed}/{plan.num_samples}",
+        f"trained {s.ledger.samples_trained}",
+        f"resident {s.ledger.usage.resident_bytes / 2**20:.0f} MiB",
         f"checkpoint {s.checkpoint_step if s.checkpoint_step is not None else '-'}",
         f"blocked producer {s.blocked_s['producer']:.0f} s, consumer {s.blocked_s['consumer']:.0f} s",
     ]
     if s.last_step:
         parts.append(_step_text(s))
-    if s.restarts:
-        parts.append(f"restarts {s.restarts}")
+    if s.ledger.restarts:
+        parts.append(f"restarts {s.ledger.restarts}")
     return " | ".join(parts)
 
 
@@ -89,13 +90,13 @@ def _table(s: RunSnapshot, plan: RunPlan, elapsed: float) -> Table:
     table.add_row(
         "producer",
         _process(s, "producer"),
-        f"{s.samples_committed}/{plan.num_samples} samples",
+        f"{s.ledger.committed}/{plan.num_samples} samples",
         f"{rate}, blocked {s.blocked_s['producer']:.0f} s",
     )
     table.add_row(
         "consumer",
         _process(s, "consumer"),
-        f"{s.samples_trained}/{plan.num_samples} samples",
+        f"{s.ledger.samples_trained}/{plan.num_samples} samples",
         f"{_step_text(s) if s.last_step else 'waiting for the first samples'}, "
         f"blocked {s.blocked_s['consumer']:.0f} s",
     )
@@ -103,8 +104,9 @@ def _table(s: RunSnapshot, plan: RunPlan, elapsed: float) -> Table:
         "ledger",
         "",
         f"checkpoint at step {s.checkpoint_step}" if s.checkpoint_step is not None else "no checkpoint yet",
-        f"{s.resident_bytes / 2**20:.0f} MiB resident, {s.samples_provisional} samples provisional, "
-        f"{s.restarts} restarts",
+        f"{s.ledger.usage.resident_bytes / 2**20:.0f} MiB resident, "
+        f"{s.ledger.usage.provisional_samples} samples provisional, "
+        f"{s.ledger.restarts} restarts",
     )
     return table
 
@@ -113,30 +115,35 @@ def _process(s: RunSnapshot, role: str) -> str:
     return "ended" if s.live[role] is None else str(s.live[role] or "running, process unknown")
 
 
+def _prompts_text(p: PromptCounts) -> str:
+    return f"{p.pending} pending, {p.leased} leased, {p.done} done, {p.failed} failed"
+
+
 def describe(console: Console, s: RunSnapshot) -> None:
     """The whole state of a run, for `paceline status`."""
     table = Table(title=plain(f"run {s.run_id}"), title_justify="left", show_header=False)
-    state = "complete" if s.completed_step is not None else "live" if s.is_live else "stopped"
+    state = "complete" if s.is_complete else "live" if s.is_live else "stopped"
     rows = {
         "state": state,
         "producer": _process(s, "producer"),
         "consumer": _process(s, "consumer"),
-        "prompts": ", ".join(f"{count} {name}" for name, count in s.prompts.items()),
-        "samples": f"{s.samples_committed} committed, {s.samples_trained} trained "
-        f"({s.samples_provisional} not yet covered by a checkpoint), {s.samples_lost} to capture again, "
-        f"{len(s.quarantined)} in quarantine",
-        "features": f"{s.samples_resident} samples, {s.resident_bytes / 2**20:.1f} MiB resident",
+        "prompts": _prompts_text(s.ledger.prompts),
+        "samples": f"{s.ledger.committed} committed, {s.ledger.samples_trained} trained "
+        f"({s.ledger.usage.provisional_samples} not yet covered by a checkpoint), "
+        f"{s.ledger.lost} to capture again, {len(s.quarantined)} in quarantine",
+        "features": f"{s.ledger.usage.resident_samples} samples, "
+        f"{s.ledger.usage.resident_bytes / 2**20:.1f} MiB resident",
         "checkpoint": f"step {s.checkpoint_step}" if s.checkpoint_step is not None else "none yet",
         "last step": _step_text(s) if s.last_step else "none yet",
         "blocked": f"producer {s.blocked_s['producer']:.1f} s for room, "
         f"consumer {s.blocked_s['consumer']:.1f} s for samples (each since its last start)",
-        "restarts": str(s.restarts),
+        "restarts": str(s.ledger.restarts),
     }
     for name, value in rows.items():
         table.add_row(name, plain(value))
     console.print(table)
-    for task_id, reason in s.failed_prompts.items():
-        say(console, f"failed prompt {task_id}: {reason}")
+    for reason in s.failed_prompts.values():
+        say(console, f"failed prompt {reason}")
     for sample_id, reason in s.quarantined.items():
         say(console, f"quarantined {sample_id}: {reason}")
     if s.evaluation:
@@ -174,4 +181,4 @@ def final_line(s: RunSnapshot) -> str:
 
 
 def trained(s: RunSnapshot) -> str:
-    return f"{s.samples_trained} samples trained | {s.restarts} restarts"
+    return f"{s.ledger.samples_trained} samples trained | {s.ledger.restarts} restarts"

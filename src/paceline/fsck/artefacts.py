@@ -1,7 +1,8 @@
-"""What lies on the disk, decoded by the checker's own code: ledger, folded history, slots.
+"""What lies on the disk, decoded by the checker's own code: ledger, archived steps, slots.
 
 Formats: ledger/stores/sqlite/schema.sql, features/stores/slots.py. The ledger is opened read-only and read
-at one moment, so it may belong to a live run; what is damaged in it is reported, not raised.
+at one moment, so it may belong to a live run; what is damaged in it is reported, not raised. The archive
+is read one block at a time.
 """
 
 from __future__ import annotations
@@ -22,36 +23,58 @@ import apsw
 from paceline.fsck.files import open_file, refuse_what_is_no_database
 from paceline.fsck.report import Report
 
-APPLICATION_ID, SCHEMA = 0x50414345, 3
+APPLICATION_ID, SCHEMA = 0x50414345, 1
 HEADER_BYTES, TEXT_AT = 4096, 128
 MAGIC, SEALED = int.from_bytes(b"PACESLOT", "little"), 0x5345414C45442E2E
 ALL_BITS = (1 << 64) - 1
-BLOCK_BYTES_MAX = 1 << 28  # of folded history, unpacked
+BLOCK_BYTES_MAX = 1 << 28  # of the archive, unpacked
+UNKNOWN_PLACE = -1  # of a planned sample that was never committed
 
 
 @dataclass(slots=True)
 class Sample:
-    """A committed sample; of a folded one nothing but the first five is left."""
+    """A committed sample that has a row."""
 
-    seq: int
+    place: int
     sample_id: str
-    task_id: str | None
-    ack_step: int | None
-    durable: bool = True
-    state: str = "released"  # present | lost | released | quarantined
-    ordinal: int | None = None
-    resident: bool = False
-    generation: int = 0
-    num_bytes: int = 0
-    reason: str = ""
-    ref: str | None = None
+    ordinal: int | None
+    state: str  # present | lost | released | quarantined
+    resident: bool
+    num_bytes: int
+    generation: int
+    acked: int  # 0 no, 1 provisionally, 2 durably
+    step: int | None
+    reason: str
+    ref: str
+
+    @property
+    def durable(self) -> bool:
+        return self.acked == 2
+
+    @property
+    def ack_step(self) -> int | None:
+        return self.step if self.acked else None
+
+
+@dataclass(slots=True)
+class Visit:
+    """One sample in a step; `finished`: its last visit, as far as the ledger says."""
+
+    place: int
+    sample_id: str
+    finished: bool
 
 
 @dataclass(slots=True)
 class Step:
     step: int
     rev: int
-    ids: list[str]
+    visits: list[Visit]
+    archived: bool
+
+    @property
+    def ids(self) -> list[str]:
+        return [visit.sample_id for visit in self.visits]
 
     @property
     def digest(self) -> str:
@@ -66,10 +89,9 @@ class Ledger:
         self._report = report
         refuse_what_is_no_database(path)
         self.owner = path.stat().st_uid
-        # Without a log beside it nobody has it open, and reading it must not make one.
+        # Without a log beside it no process has it open, and reading it must not make one.
         self.at_rest = not path.with_name(path.name + "-wal").exists()
         uri = f"file:{quote(str(path.resolve()))}?mode=ro{'&immutable=1' if self.at_rest else ''}"
-        # Not through a layer that checks pages: what is in damaged ones is judged too.
         flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
         self._db = apsw.Connection(uri, flags=flags, vfs="unix")
         self._db.set_busy_timeout(60_000)
@@ -90,24 +112,38 @@ class Ledger:
         names = [row[1] for row in self._rows("PRAGMA table_info(run)")]
         self.run: dict[str, Any] = dict(zip(names, self._rows("SELECT * FROM run")[0], strict=True))
         self.facts = {key: json.loads(value) for key, value in self._rows("SELECT key, value FROM fact")}
-        self.tasks = {
-            row[0]: row[1:] for row in self._rows("SELECT ordinal, task_id, state, reason FROM task")
+        self.source = self._rows("SELECT first, count FROM source ORDER BY first")
+        self.prompts: dict[int, tuple[str, bool, str]] = {
+            ordinal: (state, bool(again), reason)
+            for ordinal, state, again, reason in self._rows(
+                "SELECT ordinal, state, again, reason FROM prompt"
+            )
         }
-        self.intents: dict[int, str] = dict(self._rows("SELECT generation, sample_id FROM intent"))
+        self.intents: dict[int, tuple[str, bool]] = {
+            generation: (sample_id, bool(revoked))
+            for generation, sample_id, revoked in self._rows(
+                "SELECT generation, sample_id, revoked FROM intent"
+            )
+        }
         self.checkpoints = self._rows(
-            "SELECT step, name, manifest_digest, last_seq, chain FROM checkpoint ORDER BY step"
+            "SELECT step, name, manifest_digest, chain, first_place FROM checkpoint ORDER BY step"
         )
         self.head: int = self.checkpoints[-1][0] if self.checkpoints else 0
-        [(self.last_operation,)] = self._rows("SELECT coalesce(max(lsn), 0) FROM operation")
-        self.acked = {row[0] for row in self._rows("SELECT sample_id FROM ack")}
-        self.prompt_blocks = self._rows("SELECT first, last FROM folded WHERE kind = 'tasks' ORDER BY first")
-        self.prompts = {first + n: i for first, ids in self._blocks("tasks") for n, i in enumerate(ids)}
-        self.samples = self._samples()
-        self.last_folded_step = 0
-        self.steps = self._steps()
+        self.samples: dict[str, Sample] = {
+            row[1]: Sample(row[0], row[1], row[2], row[3], bool(row[4]), *row[5:])
+            for row in self._rows(
+                "SELECT place, sample_id, ordinal, state, resident, bytes, generation, acked, step, reason, "
+                "ref FROM sample ORDER BY place"
+            )
+        }
+        self.blocks = self._rows("SELECT first, last, finished FROM archive ORDER BY first")
 
-    def _rows(self, sql: str) -> list[Any]:
-        return list(self._db.execute(sql))
+    @property
+    def in_ordinal_order(self) -> bool:
+        return bool(self.run["place_order"] != "arrival")
+
+    def _rows(self, sql: str, *values: Any) -> list[Any]:
+        return list(self._db.execute(sql, values))
 
     def now(self, sql: str) -> set[Any]:
         """The first column at this later moment: what a live run has not changed meanwhile."""
@@ -118,61 +154,63 @@ class Ledger:
     def close(self) -> None:
         self._db.close()
 
-    def _blocks(self, kind: str) -> Iterator[tuple[int, Any]]:
-        """(first, content) of every folded block that is not damaged; one without content is left out."""
-        for first, last, digest, content in self._db.execute(
-            "SELECT first, last, digest, content FROM folded WHERE kind = ? ORDER BY first", (kind,)
-        ):
-            if content is None:
-                continue
-            try:
-                data = lzma.LZMADecompressor().decompress(content, BLOCK_BYTES_MAX)
-            except lzma.LZMAError:
-                data = b""
-            if sha256(data) != digest:
-                self._report.error("C8", f"the folded {kind} {first} to {last} are damaged")
-                continue
-            found = json.loads(data)
-            if kind == "tasks":
-                ends = first, first + len(found) - 1
-            else:
-                keys = found["seq"] if kind == "samples" else [step[0] for step in found]
-                ends = keys[0], keys[-1]
-            if ends != (first, last):
-                what = f"the folded {kind} {first} to {last} are those of {ends[0]} to {ends[1]}"
-                self._report.error("C8", what)
-            yield first, found
+    # -- steps -----------------------------------------------------------------------------
 
-    def _samples(self) -> dict[int, Sample]:
-        found: dict[int, Sample] = {}
-        for _, block in self._blocks("samples"):
-            columns = (block["seq"], block["sample_id"], block["task_id"], block["step"])
-            for seq, *rest in zip(*columns, strict=True):
-                if seq in found:
-                    self._report.error("C8", f"seq {seq} is folded twice", [rest[0]])
-                found[seq] = Sample(seq, *rest)
-        if max(found, default=0) > self.run["folded_seq"]:
-            self._report.error("C8", f"seq {max(found)} is folded, the counter says {self.run['folded_seq']}")
-        for seq, i, task, step, durable, state, ordinal, resident, *rest in self._db.execute(
-            "SELECT seq, sample_id, task_id, step, coalesce(durable, 0), state, ordinal, resident, "
-            "generation, bytes, reason, ref FROM sample LEFT JOIN ack USING (sample_id) ORDER BY seq"
-        ):
-            if seq in found:
-                self._report.error("C8", f"seq {seq} is both folded and live", [i])
-            found[seq] = Sample(seq, i, task, step, bool(durable), state, ordinal, bool(resident), *rest)
-        return found
+    def steps(self) -> Iterator[Step]:
+        """Every step in the order on record: the archived ones, then those with a row."""
+        for first, _, _ in self.blocks:
+            yield from self._archived(first)
+        yield from self._planned("1")
 
-    def _steps(self) -> list[Step]:
-        """In the order on record: the folded ones, then the live ones."""
-        found, samples = [], self.samples
-        for _, block in self._blocks("steps"):
-            for step, rev, _, seqs in block:
-                # An id that was never committed stays an id; a seq whose sample is gone becomes one.
-                ids = [samples[s].sample_id if s in samples else str(s) for s in seqs]
-                found.append(Step(step, rev, ids))
-        self.last_folded_step = max((step.step for step in found), default=0)
-        rows = self._rows("SELECT step, rev, sample_ids FROM plan ORDER BY step")
-        return found + [Step(step, rev, json.loads(ids)) for step, rev, ids in rows]
+    def step(self, number: int) -> Step | None:
+        """The step on record."""
+        found = list(self._planned("step = ?", number))
+        for first, last, _ in self.blocks if not found else []:
+            if first <= number <= last:
+                found = [step for step in self._archived(first) if step.step == number]
+        return found[0] if found else None
+
+    def _planned(self, where: str, *values: Any) -> Iterator[Step]:
+        for number, rev, ids in self._rows(
+            f"SELECT step, rev, sample_ids FROM plan WHERE {where} ORDER BY step",  # noqa: S608 (ours)
+            *values,
+        ):
+            visits = []
+            for sample_id in json.loads(ids):
+                known = self.samples.get(sample_id)
+                place = UNKNOWN_PLACE if known is None else known.place
+                visits.append(Visit(place, sample_id, known is not None and known.ack_step == number))
+            yield Step(number, rev, visits, archived=False)
+
+    def _archived(self, first: int) -> list[Step]:
+        """The steps of one block; [] if it is damaged, which is reported once."""
+        if self._block is None or self._block[0] != first:
+            self._block = first, self._read_block(first)
+        return self._block[1]
+
+    _block: tuple[int, list[Step]] | None = None
+
+    def _read_block(self, first: int) -> list[Step]:
+        [(last, finished, digest, content)] = self._rows(
+            "SELECT last, finished, digest, content FROM archive WHERE first = ?", first
+        )
+        try:
+            data = lzma.LZMADecompressor().decompress(content, BLOCK_BYTES_MAX)
+        except lzma.LZMAError:
+            data = b""
+        what = f"the archived steps {first} to {last}"
+        if sha256(data) != digest:
+            self._report.error_once("C8", f"{what} are damaged")
+            return []
+        steps = [
+            Step(number, rev, [Visit(p, i, bool(done)) for p, i, _, done in visits], archived=True)
+            for number, rev, visits in json.loads(data)
+        ]
+        if (steps[0].step, steps[-1].step) != (first, last):
+            self._report.error_once("C8", f"{what} are those of {steps[0].step} to {steps[-1].step}")
+        if sum(visit.finished for step in steps for visit in step.visits) != finished:
+            self._report.error_once("C8", f"{what} finish another number of samples than is noted")
+        return steps
 
 
 @dataclass(frozen=True)

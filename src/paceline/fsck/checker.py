@@ -3,27 +3,25 @@
 It reads a run's ledger, checkpoints and slots, and imports nothing of Paceline but its own package: the
 rules are written from the documents (docs/guarantees.md, ledger/stores/sqlite/schema.sql), so a bug in the
 product is not also a bug here. It never writes, and it may look at a live run: what was removed or added
-after the moment it looks at is not held against the run. The rules, C1 to C10, are in report.py.
+after the moment it looks at is not held against the run. The rules, C1 to C9, are in report.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import apsw
 
-from paceline.fsck.artefacts import SCHEMA, Ledger, sha256, slots_in_use
+from paceline.fsck.artefacts import SCHEMA, Ledger, Sample, Slot, sha256, slots_in_use
 from paceline.fsck.files import refuse_what_is_no_database
 from paceline.fsck.lineage import check_folders, check_lineage
-from paceline.fsck.pages import damaged_pages
-from paceline.fsck.report import SHOWN, Report
+from paceline.fsck.report import Report
 
 STATES = ("present", "lost", "released", "quarantined")
-TASK_STATES = ("pending", "leased", "done", "failed")
+PROMPT_STATES = ("pending", "leased", "failed")
 NONSENSE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
@@ -37,9 +35,6 @@ def check(directory: Path, *, features: Path | None = None, passes: int | None =
     before, at_rest = _stamp(path), False
     try:
         refuse_what_is_no_database(path)
-        foreign = damaged_pages(path)
-        if foreign:
-            report.error("C10", f"{len(foreign)} pages do not match their checksums", foreign)
         ledger = Ledger(path, report)
         at_rest = ledger.at_rest
         if ledger.version == SCHEMA:
@@ -73,19 +68,19 @@ def _check_all(
 ) -> None:
     _check_counters(ledger, report)
     _check_prompts(ledger, report)
-    check_lineage(ledger, passes, report)
+    steps = check_lineage(ledger, passes, report)
     _check_states(ledger, report)
     check_folders(ledger, directory / "checkpoints", report)
     _check_bytes(ledger, features or _feature_folder(ledger.facts, directory), report)
     samples = ledger.samples.values()
     report.counts |= {
-        "samples": len(samples),
-        "steps": len(ledger.steps),
+        "samples": ledger.run["committed"],
+        "steps": steps,
         "checkpoints": len(ledger.checkpoints),
         "head_step": ledger.head,
-        "folded_samples": sum(sample.ref is None for sample in samples),
+        "archived_samples": ledger.run["archived"],
         "quarantined": sum(sample.state == "quarantined" for sample in samples),
-        "failed_prompts": sum(state == "failed" for _, state, _ in ledger.tasks.values()),
+        "failed_prompts": sum(state == "failed" for state, *_ in ledger.prompts.values()),
     }
 
 
@@ -93,55 +88,63 @@ def _check_all(
 
 
 def _check_counters(ledger: Ledger, report: Report) -> None:
-    run, samples = ledger.run, ledger.samples
-    last = run["last_seq"]
-    if len(samples) != last or any(not 1 <= seq <= last for seq in samples):
-        missing = islice((seq for seq in range(1, last + 1) if seq not in samples), SHOWN)
-        report.error("C8", f"{last} samples were committed, {len(samples)} are known; seqs missing", missing)
-    if ledger.last_operation > run["lsn"]:
-        report.error("C8", f"operation {ledger.last_operation} is on record, the log ends at {run['lsn']}")
-    places = Counter(sample.sample_id for sample in samples.values())
-    twice = [i for i, count in places.items() if count > 1]
-    if twice:
-        report.error("C2", "samples have two places in the log", twice)
-    strangers = sorted(ledger.acked - places.keys())
-    if strangers:
-        report.error("C1", "acked, but never committed", strangers)
+    run, samples = ledger.run, ledger.samples.values()
+    if len(samples) + run["archived"] != run["committed"]:
+        what = f"{run['committed']} samples were committed; {len(samples)} have rows, {run['archived']} are"
+        report.error("C8", f"{what} archived")
+    finished = sum(block[2] for block in ledger.blocks)
+    last = max((block[1] for block in ledger.blocks), default=0)
+    with_rows = sum(s.durable and s.step is not None and s.step <= last for s in samples)
+    if finished - with_rows != run["archived"]:
+        what = f"{run['archived']} samples are archived; the archive finishes {finished}, {with_rows} of them"
+        report.error("C8", f"{what} have rows")
+    odd = [s.sample_id for s in samples if s.place < run["archived_place"] and _may_be_read(s)]
+    if odd:
+        report.error("C1", f"before place {run['archived_place']}, where no consumer reads any more", odd)
     oldest = min((step for step, *_ in ledger.checkpoints), default=0)
-    if not ledger.last_folded_step <= run["folded_step"] <= oldest:
-        folded = (
-            f"history is folded up to step {ledger.last_folded_step}, the counter says {run['folded_step']}"
-        )
-        report.error("C8", f"{folded}, the oldest checkpoint is that of step {oldest}")
-    used = max([*ledger.intents, *(sample.generation for sample in samples.values())], default=0)
+    if not last <= run["archived_step"] <= oldest:
+        archived = f"steps are archived up to {last}, the counter says {run['archived_step']}"
+        report.error("C8", f"{archived}, the oldest checkpoint is that of step {oldest}")
+    used = max([*ledger.intents, *(s.generation for s in samples)], default=0)
     if used >= run["next_generation"]:
         report.error("C9", f"generation {used} is in use, but {run['next_generation']} is the next")
+    if not ledger.in_ordinal_order:
+        places = sorted(s.place for s in samples)
+        if places and (places[0] < 0 or places[-1] >= run["committed"]):
+            report.error("C8", f"{run['committed']} samples arrived, and one has place {places[-1]}")
+
+
+def _may_be_read(sample: Sample) -> bool:
+    return sample.state == "lost" or (sample.state == "present" and not sample.acked)
 
 
 def _check_prompts(ledger: Ledger, report: Report) -> None:
     """A prompt without a row is done below `next_ordinal`, and pending from there on."""
-    run, tasks = ledger.run, ledger.tasks
-    following, known = run["next_ordinal"], run["num_tasks"]
-    ends = [(-1, -1), *ledger.prompt_blocks, (known, known)]
-    if any(after[0] != before[1] + 1 for before, after in pairwise(ends)):
-        blocks = [f"{first} to {last}" for first, last in ledger.prompt_blocks]
-        report.error("C8", f"{known} prompts are known, but their blocks have a gap or an overlap", blocks)
-    if following > known or any(not 0 <= ordinal < known for ordinal in tasks):
-        report.error("C8", f"{known} prompts are known, but {following} or a later one is in work")
-    named = {s.ordinal: s.task_id for s in ledger.samples.values() if s.ordinal is not None}
-    named |= {ordinal: task_id for ordinal, (task_id, *_) in tasks.items()}
-    other = [f"{i} at {n}" for n, i in named.items() if ledger.prompts.get(n, i) != i]
-    if other:
-        report.error("C8", "a prompt's place is that of another prompt", other)
-    done = following + sum((state == "done") - (n < following) for n, (_, state, _) in tasks.items())
-    have = {s.ordinal for s in ledger.samples.values() if s.ordinal is not None and s.state != "lost"}
-    have -= {n for n, (_, state, _) in tasks.items() if state != "done"}
-    count = len(have) + sum(s.ref is None for s in ledger.samples.values())
-    if count < done:
-        committed = {sample.task_id for sample in ledger.samples.values()}
-        behind = {n: i for n, i in ledger.prompts.items() if n < following and n not in tasks}
-        names = [i for i in behind.values() if i not in committed]
-        report.error("C1", f"{done - count} prompts are done, but their samples are gone", names)
+    run, following = ledger.run, ledger.run["next_ordinal"]
+    ends = [(0, 0), *ledger.source, (run["num_prompts"], 0)]
+    if any(after[0] != before[0] + before[1] for before, after in pairwise(ends)):
+        blocks = [f"{first} to {first + count - 1}" for first, count in ledger.source]
+        what = f"{run['num_prompts']} prompts are known, but their blocks have a gap or an overlap"
+        report.error("C8", what, blocks)
+    late = [n for n in ledger.prompts if not 0 <= n < following]
+    if late:
+        report.error("C8", f"prompts are in work that were never leased (the next is {following})", late)
+    if run["closed"] and any(state != "failed" and not again for state, again, _ in ledger.prompts.values()):
+        report.error("C8", "the stream has ended, but prompts are still to be captured")
+    if not ledger.in_ordinal_order:
+        return
+    misplaced = [s.sample_id for s in ledger.samples.values() if s.ordinal != s.place]
+    if misplaced:
+        report.error("C8", "their places are not those of their prompts", misplaced)
+    done = following - len(ledger.prompts)
+    failed_later = sum(
+        s.state in ("lost", "quarantined") and ledger.prompts.get(s.place, ("", True, ""))[0] == "failed"
+        for s in ledger.samples.values()
+    )
+    open_again = sum(is_again and state != "failed" for state, is_again, _ in ledger.prompts.values())
+    have = run["committed"] - open_again - failed_later
+    if have != done:
+        report.error("C1", f"{done} prompts are done, but {have} of their samples are known")
 
 
 # -- C1: what became of every sample -----------------------------------------------------------
@@ -151,7 +154,7 @@ def _check_states(ledger: Ledger, report: Report) -> None:
     head = ledger.head
     # SQLite does not look at CHECK constraints through a connection that only reads.
     odd = [s.sample_id for s in ledger.samples.values() if s.state not in STATES]
-    odd += [task_id for task_id, state, _ in ledger.tasks.values() if state not in TASK_STATES]
+    odd += [f"prompt {n}" for n, (state, *_) in ledger.prompts.items() if state not in PROMPT_STATES]
     if odd:
         report.error("C1", "in a state that there is not", odd)
     for s in ledger.samples.values():
@@ -159,15 +162,13 @@ def _check_states(ledger: Ledger, report: Report) -> None:
             report.error("C1", "quarantined without a reason", [s.sample_id])
         if s.state == "released" and not s.durable:
             report.error("C1", "its features were freed before a checkpoint covered it", [s.sample_id])
-        if s.durable and ledger.checkpoints and s.ack_step is not None and s.ack_step > head:
-            report.error("C1", f"durable by step {s.ack_step}, but the head is {head}", [s.sample_id])
-        covered = s.ack_step is not None and s.ack_step <= head
-        if covered and not s.durable and s.state != "quarantined":
-            report.error(
-                "C1", f"acked by step {s.ack_step}, which the head covers, but not durable", [s.sample_id]
-            )
+        if s.durable and ledger.checkpoints and s.step is not None and s.step > head:
+            report.error("C1", f"durable by step {s.step}, but the head is {head}", [s.sample_id])
+        if s.acked == 1 and s.step is not None and s.step <= head:
+            what = f"acked by step {s.step}, which the head covers, but not durable"
+            report.error("C1", what, [s.sample_id])
         if s.state == "lost" and s.ordinal is not None and not _is_open(ledger, s.ordinal):
-            report.error("C1", "lost, and nobody will capture it again", [s.sample_id])
+            report.error("C1", "lost, and no producer will capture it again", [s.sample_id])
         if s.resident != (s.state == "present") and s.state != "quarantined":
             told = "should" if s.resident else "should not"
             report.error("C9", f"{s.state}, yet the feature store {told} hold its bytes", [s.sample_id])
@@ -177,15 +178,16 @@ def _check_states(ledger: Ledger, report: Report) -> None:
     for s in ledger.samples.values():
         if s.state == "quarantined":
             report.note(f"quarantined: {s.sample_id}: {s.reason}")
-    for task_id, state, reason in ledger.tasks.values():
+    for number, (state, _, reason) in ledger.prompts.items():
         if state == "failed":
-            report.note(f"failed prompt: {task_id}: {reason}")
+            report.note(f"failed prompt {reason or number}")
+            if not reason:
+                report.error("C1", "failed without a reason", [f"prompt {number}"])
 
 
 def _is_open(ledger: Ledger, ordinal: int) -> bool:
     """Whether the prompt waits, is in work, or failed for good (with a reason)."""
-    _, state, _ = ledger.tasks.get(ordinal, ("", "done", ""))
-    return state != "done" or (ordinal not in ledger.tasks and ordinal >= ledger.run["next_ordinal"])
+    return ordinal in ledger.prompts or ordinal >= ledger.run["next_ordinal"]
 
 
 # -- C9: bytes ---------------------------------------------------------------------------------
@@ -194,17 +196,16 @@ def _is_open(ledger: Ledger, ordinal: int) -> bool:
 def _check_bytes(ledger: Ledger, folder: Path | None, report: Report) -> None:
     owners: dict[int, str] = {}
     for s in ledger.samples.values():
-        if s.generation and s.generation in ledger.intents:
+        if s.generation and not ledger.intents.get(s.generation, ("", True))[1]:
             report.error("C9", f"generation {s.generation} is committed and still promised", [s.sample_id])
         if s.generation and owners.setdefault(s.generation, s.sample_id) != s.sample_id:
             report.error(
                 "C9", f"generation {s.generation} has two owners", [owners[s.generation], s.sample_id]
             )
-        if s.ref is not None:
-            ref = json.loads(s.ref)
-            told = (ref["sample_id"], ref.get("generation", 0), ref["estimated_bytes"])
-            if told != (s.sample_id, s.generation, s.num_bytes):
-                report.error("C9", f"its ref tells of other bytes: {told}", [s.sample_id])
+        ref = json.loads(s.ref)
+        told = (ref["sample_id"], ref.get("generation", 0), ref["estimated_bytes"])
+        if told != (s.sample_id, s.generation, s.num_bytes):
+            report.error("C9", f"its ref tells of other bytes: {told}", [s.sample_id])
     if folder is not None and folder.is_dir():
         _check_slots(ledger, folder, report)
     elif folder is not None and (gone := [s.sample_id for s in ledger.samples.values() if s.resident]):
@@ -231,9 +232,7 @@ def _check_slots(ledger: Ledger, folder: Path, report: Report) -> None:
             if sample.sample_id in held:
                 report.error("C9", f"{slot.name} and another slot hold the same sample", [sample.sample_id])
             held.add(sample.sample_id)
-        elif ledger.intents.get(slot.generation) is None or (
-            slot.sealed and ledger.intents[slot.generation] != slot.sample_id
-        ):
+        elif _is_orphan(ledger, slot):
             left.append(f"{slot.name} ({slot.sample_id or 'unreadable'})")
     gone = [sample_id for sample_id in resident if sample_id not in held]
     if gone:  # and not freed by a live run meanwhile
@@ -244,6 +243,12 @@ def _check_slots(ledger: Ledger, folder: Path, report: Report) -> None:
     if left or damaged:
         report.note("slots that nobody owns, swept when a producer starts", [*left, *damaged])
     report.counts["slots"] = len(slots)
+
+
+def _is_orphan(ledger: Ledger, slot: Slot) -> bool:
+    """It is of no live intent."""
+    sample_id, revoked = ledger.intents.get(slot.generation, ("", True))
+    return revoked or (slot.sealed and sample_id != slot.sample_id)
 
 
 def _feature_folder(facts: dict[str, Any], directory: Path) -> Path | None:

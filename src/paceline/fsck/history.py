@@ -55,7 +55,11 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _check_effects(calls: list[dict[str, Any]], ledger: Ledger, report: Report) -> None:
     states = {sample.sample_id: sample.state for sample in ledger.samples.values()}
-    known = {"commit": states.keys(), "quarantine": {i for i, s in states.items() if s == "quarantined"}}
+    archived = {v.sample_id for step in ledger.steps() if step.archived for v in step.visits if v.finished}
+    known = {
+        "commit": states.keys() | archived,
+        "quarantine": {i for i, s in states.items() if s == "quarantined"},
+    }
     for op, ids in known.items():
         phases: dict[str, list[str]] = defaultdict(list)
         for call in calls:

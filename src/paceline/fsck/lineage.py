@@ -1,139 +1,183 @@
-"""The checker's rules for what was trained: chains, steps and visits (C2, C3, C4), and checkpoints (C5)."""
+"""The checker's rules for what was trained: chains, steps and visits (C2, C3, C4), and checkpoints (C5).
+
+Steps are looked at one after another, the archived ones first, and of a finished sample one bit is kept: so
+a run of any length is checked in little memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mode
 from typing import Any
 
-from paceline.fsck.artefacts import Ledger, Sample, Step, sha256
+from paceline.fsck.artefacts import UNKNOWN_PLACE, Ledger, Sample, Step, sha256
 from paceline.fsck.files import open_file, read_file, size_of
-from paceline.fsck.report import Report
+from paceline.fsck.report import SHOWN, Report
 
 FORBIDDEN = "forbidden"  # in the place of a rule: it could not be looked at
-BASES_MAX = 512  # steps at which the beginning of a chain is looked for
 UNREADABLE = (AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
-def check_lineage(ledger: Ledger, passes: int | None, report: Report) -> None:
-    """`passes`: how often each sample is visited; None: what the run recorded, or most samples say."""
-    base = _check_chains(ledger, report)
-    _check_steps(ledger, base, report)
-    visits = Counter(i for step in ledger.steps if step.step <= ledger.head for i in step.ids)
-    planned = Counter(i for step in ledger.steps for i in step.ids)
-    passes = passes or _passes(ledger, visits, planned)
-    often = [i for i, count in visits.items() if count > passes]
-    if often:
-        report.error("C2", f"visited more than {passes} times in the weights of the head", often)
-    often = [i for i, count in planned.items() if count > passes >= visits[i]]
-    if often:
-        report.error("C2", f"planned to be visited more than {passes} times", often)
-    if _is_whole(ledger):
-        _check_visits(ledger, visits, passes, report)
+def check_lineage(ledger: Ledger, passes: int | None, report: Report) -> int:
+    """How many steps there are. `passes`: how often each sample is visited; None: what the run recorded,
+    or most samples say."""
+    walk = _Walk(ledger, report)
+    for step in ledger.steps():
+        walk.take(step)
+    walk.end(passes)
+    return walk.count
 
 
-def _check_chains(ledger: Ledger, report: Report) -> int:
-    """The step at which the chain begins: 0, or the last that a version without chains trained."""
-    digests = {step.step: step.digest for step in ledger.steps}
-    chained = [(step, chain) for step, *_, chain in ledger.checkpoints if chain]
-    bare = [step for step, *_, chain in ledger.checkpoints if step and not chain]
-    if bare:
-        report.note("checkpoints of an earlier version have no chain to check, at steps", bare)
-    if not chained:
-        return max(bare, default=0)
-    first = min(digests, default=1) - 1
-    bases = [0, *bare, *range(first, first + BASES_MAX)]
-    found = (base for base in bases if _chain("", base, chained[0][0], digests) == chained[0][1])
-    base = next(found, None)
-    if base is None:
-        report.error("C3", f"the checkpoint of step {chained[0][0]} does not cover the steps on record")
-    elif base:
-        report.note(f"the steps up to {base} were trained by an earlier version and have no chain to check")
-    for (before, chain), (step, expected) in pairwise(chained):
-        if _chain(chain, before, step, digests) != expected:
-            report.error("C3", f"the checkpoint of step {step} does not continue that of step {before}")
-    return base or 0
+class _Bits:
+    """A set of small numbers."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def add(self, number: int) -> bool:
+        """Whether it is new."""
+        place, bit = number >> 3, 1 << (number & 7)
+        if place >= len(self._bytes):
+            self._bytes.extend(bytes(place + 1 - len(self._bytes) + 4096))
+        known = self._bytes[place] & bit
+        self._bytes[place] |= bit
+        return not known
+
+    def __contains__(self, number: int) -> bool:
+        return number >> 3 < len(self._bytes) and bool(self._bytes[number >> 3] & 1 << (number & 7))
 
 
-def _chain(before: str, base: int, step: int, digests: dict[int, str]) -> str | None:
-    """The hash of steps base + 1 to `step` behind `before`; None if one of them is not on record."""
-    chain = before
-    for number in range(base + 1, step + 1):
-        if number not in digests:
-            return None
-        chain = sha256(chain + digests[number])
-    return chain if base < step else None
+@dataclass
+class _Open:
+    """What is known of a sample that is not finished: its visits, and those in the head's weights."""
+
+    place: int
+    planned: int = 0
+    trained: int = 0
+    last: int = 0
 
 
-def _check_steps(ledger: Ledger, base: int, report: Report) -> None:
-    numbers, trained = [step.step for step in ledger.steps], ledger.run["trained_step"]
-    gaps = [after for before, after in pairwise(numbers) if after != before + 1]
-    if gaps:
-        report.error("C4", "steps are missing, repeated or out of order before", gaps)
-    if numbers and numbers[0] > base + 1:
-        report.error("C4", f"the plans of the steps before {numbers[0]} are missing")
-    if trained > max([*numbers[-1:], base, 0]) or trained < ledger.head:
-        last = numbers[-1] if numbers else "none"
-        report.error("C4", f"step {trained} is acked; the last plan is {last}, the head {ledger.head}")
-    places = {sample.sample_id: sample.seq for sample in ledger.samples.values()}
-    seen: set[str] = set()
-    furthest = 0
-    for step in ledger.steps:
-        unknown = [i for i in step.ids if i not in places]
+@dataclass
+class _Walk:
+    ledger: Ledger
+    report: Report
+    count: int = 0
+    last: int = 0
+    chain: str = ""
+    furthest: int = -1
+    open: dict[str, _Open] = field(default_factory=dict)
+    visits_of_finished: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+    num_finished: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+
+    def __post_init__(self) -> None:
+        self.seen, self.done = _Bits(), _Bits()
+        self.heads = {step: chain for step, _, _, chain, _ in self.ledger.checkpoints}
+
+    def take(self, step: Step) -> None:
+        if step.step != self.last + 1:
+            self.report.error("C4", "steps are missing, repeated or out of order before", [step.step])
+        self.count, self.last = self.count + 1, step.step
+        self._check_chain(step)
+        unknown = [v.sample_id for v in step.visits if v.place == UNKNOWN_PLACE]
         if unknown:
-            report.error("C4", f"step {step.step} trains what was never committed", unknown)
-        first_visits = [i for i in step.ids if i in places and i not in seen]
-        for sample_id in dict.fromkeys(first_visits):
-            if places[sample_id] < furthest and _is_whole(ledger):
-                report.error("C4", f"step {step.step} visits out of log order", [sample_id])
-            furthest = max(furthest, places[sample_id])
-        seen.update(first_visits)
+            self.report.error("C4", f"step {step.step} trains what was never committed", unknown)
+        for visit in step.visits:
+            if visit.place != UNKNOWN_PLACE:
+                self._visit(step, visit.place, visit.sample_id, visit.finished)
+
+    def _check_chain(self, step: Step) -> None:
+        self.chain = sha256(self.chain + step.digest)
+        expected = self.heads.pop(step.step, None)
+        if expected is not None and expected != self.chain:
+            self.report.error("C3", f"the checkpoint of step {step.step} does not cover the steps on record")
+            self.chain = expected  # the next one is judged by itself
+
+    def _visit(self, step: Step, place: int, sample_id: str, finished: bool) -> None:
+        if self.seen.add(place):
+            if place < self.furthest:
+                self.report.error("C4", f"step {step.step} visits out of log order", [sample_id])
+            self.furthest = max(self.furthest, place)
+        if place in self.done:
+            self.report.error("C2", f"step {step.step} trains it after its last visit", [sample_id])
+            return
+        known = self.open.setdefault(sample_id, _Open(place))
+        known.planned += 1
+        if step.step <= self.ledger.head:
+            known.trained, known.last = known.trained + 1, step.step
+        if finished and step.step <= self.ledger.head:
+            self.done.add(place)
+            del self.open[sample_id]
+            self.num_finished[known.trained] += 1
+            if len(self.visits_of_finished[known.trained]) < SHOWN:
+                self.visits_of_finished[known.trained].append(sample_id)
+
+    # -- when every step was seen ----------------------------------------------------------
+
+    def end(self, passes: int | None) -> None:
+        for step in self.heads:
+            if step > 0:
+                self.report.error("C3", f"the checkpoint of step {step} does not cover the steps on record")
+        for step, chain in self.heads.items():
+            if step == 0 and chain:
+                self.report.error("C3", "the checkpoint before the first step has a lineage")
+        trained = self.ledger.run["trained_step"]
+        if not self.ledger.head <= trained <= self.last:
+            what = f"step {trained} is acked, the last plan is {self.last}, the head {self.ledger.head}"
+            self.report.error("C4", what)
+        passes = passes or self._passes()
+        for count, ids in self.visits_of_finished.items():
+            if count > passes:
+                self.report.error("C2", f"visited more than {passes} times in the weights of the head", ids)
+            elif count < passes:
+                self.report.error("C2", f"durable after {count} of {passes} visits", ids)
+        self._check_open(passes)
+
+    def _passes(self) -> int:
+        config = self.ledger.facts.get("config")
+        if config is not None:
+            return int(config.get("training.passes", 1))
+        if self.num_finished:
+            return max(self.num_finished, key=lambda count: (self.num_finished[count], -count))
+        return max((known.planned for known in self.open.values()), default=1)
+
+    def _check_open(self, passes: int) -> None:
+        for sample_id, known in self.open.items():
+            if known.trained > passes:
+                what = f"visited more than {passes} times in the weights of the head"
+                self.report.error("C2", what, [sample_id])
+            elif known.planned > passes:
+                self.report.error("C2", f"planned to be visited more than {passes} times", [sample_id])
+        for s in self.ledger.samples.values():
+            self._check_sample(s, passes)
+
+    def _check_sample(self, s: Sample, passes: int) -> None:
+        known = self.open.get(s.sample_id)
+        if s.durable and known is not None and known.trained:
+            what = f"acked by step {s.ack_step}, last visited by step {known.last}"
+            self.report.error("C2", what, [s.sample_id])
+        elif s.durable and s.place not in self.done:
+            self.report.error("C1", "durable, but in no step of the head's lineage", [s.sample_id])
+        elif not s.durable and s.state != "quarantined" and known is not None and known.trained >= passes:
+            what = "fully trained in the head's weights, and yet to be trained again"
+            self.report.error("C1", what, [s.sample_id])
 
 
-def _is_whole(ledger: Ledger) -> bool:
-    """Whether every step has its plan: an earlier version dropped those it needed no more."""
-    return bool(ledger.steps) and ledger.steps[0].step == 1
-
-
-def _passes(ledger: Ledger, visits: Counter[str], planned: Counter[str]) -> int:
-    config = ledger.facts.get("config")
-    if config is not None:
-        return int(config.get("training.passes", 1))
-    durable = [visits[s.sample_id] for s in ledger.samples.values() if s.durable and visits[s.sample_id]]
-    return mode(durable) if durable else max(planned.values(), default=1)
-
-
-def _check_visits(ledger: Ledger, visits: Counter[str], passes: int, report: Report) -> None:
-    last = {i: step.step for step in ledger.steps if step.step <= ledger.head for i in step.ids}
-    for s in ledger.samples.values():
-        count = visits[s.sample_id]
-        if s.durable and not count:
-            report.error("C1", "durable, but in no step of the head's lineage", [s.sample_id])
-        elif s.durable and count < passes:
-            report.error("C2", f"durable after {count} of {passes} visits", [s.sample_id])
-        elif s.durable and s.ack_step not in (None, last[s.sample_id]):
-            what = f"acked by step {s.ack_step}, last visited by step {last[s.sample_id]}"
-            report.error("C2", what, [s.sample_id])
-        elif not s.durable and s.state != "quarantined" and count >= passes:
-            report.error(
-                "C1", "fully trained in the head's weights, and yet to be trained again", [s.sample_id]
-            )
+# -- C5: checkpoints ---------------------------------------------------------------------------
 
 
 def check_folders(ledger: Ledger, folder: Path, report: Report) -> None:
-    """Every checkpoint on record against its manifest and files, and against the plans."""
-    plans = {step.step: step for step in ledger.steps}
-    places = {sample.sample_id: sample for sample in ledger.samples.values()}
-    before: tuple[int, str] | None = None
+    """Every checkpoint on record against its manifest and files, and against the steps."""
     damaged = 0
-    for record in ledger.checkpoints:
+    found = [
+        (record, list(_problems(ledger, folder / record[1], record, before)))
+        for record, before in _with_the_one_before(ledger.checkpoints)
+    ]
+    for record, problems in found:
         step, name = record[:2]
-        problems = list(_problems(folder / name, record, before, plans, places))
         forbidden = [problem for rule, problem in problems if rule == FORBIDDEN]
         if forbidden:
             report.forbidden = f"checkpoint {name}: {forbidden[0]}"
@@ -141,23 +185,25 @@ def check_folders(ledger: Ledger, folder: Path, report: Report) -> None:
             for rule, problem in problems:
                 report.error(rule, f"checkpoint {name} (step {step}): {problem}")
             damaged += any(rule == "C5" for rule, _ in problems)
-        before = step, name
     report.is_resumable = not damaged or damaged < len(ledger.checkpoints)
     recorded = {record[1] for record in ledger.checkpoints}
-    found = {path.name for path in folder.glob("step-*")} if folder.is_dir() else set()
-    if found - recorded:
-        names = sorted(found - recorded)
+    there = {path.name for path in folder.glob("step-*")} if folder.is_dir() else set()
+    if there - recorded:
+        names = sorted(there - recorded)
         report.note("folders of no recorded checkpoint, unfinished or swept at the next start", names)
 
 
+def _with_the_one_before(records: list[Any]) -> Iterator[tuple[Any, tuple[int, str] | None]]:
+    before: tuple[int, str] | None = None
+    for record in records:
+        yield record, before
+        before = record[0], record[1]
+
+
 def _problems(
-    folder: Path,
-    record: Any,
-    before: tuple[int, str] | None,
-    plans: dict[int, Step],
-    places: dict[str, Sample],
+    ledger: Ledger, folder: Path, record: Any, before: tuple[int, str] | None
 ) -> Iterator[tuple[str, str]]:
-    step, _, digest, last_seq, chain = record
+    step, _, digest, chain, first_place = record
     try:
         data = read_file(folder / "manifest.json")
         if sha256(data) != digest:
@@ -177,23 +223,29 @@ def _problems(
     except UNREADABLE as error:
         yield "C5", f"it cannot be read ({error})"
         return
-    told = (manifest["step"], manifest["last_seq"], manifest.get("chain", ""))
-    if told != (step, last_seq, chain):
+    told = (manifest["step"], manifest["chain"], manifest["first_place"])
+    if told != (step, chain, first_place):
         yield "C5", "its manifest tells of another step or lineage than the ledger"
-    lineage = manifest.get("lineage", [])
-    if before is not None and "lineage" in manifest:
+    lineage = manifest["lineage"]
+    if before is not None:
         # A later consumer may have put the folder under a name of its own epoch.
         if manifest["previous"].rpartition("-")[2] != before[1].rpartition("-")[2]:
             yield "C3", f"it follows {manifest['previous'] or 'nothing'}, not {before[1]}"
         if [row[0] for row in lineage] != list(range(before[0] + 1, step + 1)):
             yield "C4", f"its lineage is not steps {before[0] + 1} to {step}"
-    for number, rev, _, samples in lineage:
-        if number in plans and (plans[number].rev, plans[number].ids) != (rev, [row[1] for row in samples]):
-            yield "C4", f"its step {number} is not the one on record"
-        ends = {row[1] for row in samples if row[3]}
-        for seq, sample_id, _, _ in samples:
-            known, finished = places.get(sample_id), sample_id in ends
-            if known is None or known.seq != seq:
-                yield "C1", f"{sample_id} is in its weights, and the ledger does not know it at seq {seq}"
-            elif known.durable and finished != (known.ack_step == number):
-                yield "C2", f"{sample_id} is {'' if finished else 'not '}finished by step {number} here"
+    for number, rev, samples in lineage:
+        yield from _problems_of_step(ledger, number, rev, samples)
+
+
+def _problems_of_step(ledger: Ledger, number: int, rev: int, samples: list[Any]) -> Iterator[tuple[str, str]]:
+    on_record = ledger.step(number)
+    if on_record is None or (on_record.rev, on_record.ids) != (rev, [row[1] for row in samples]):
+        yield "C4", f"its step {number} is not the one on record"
+        return
+    ends = {row[1] for row in samples if row[3]}
+    for visit, (place, sample_id, _, _) in zip(on_record.visits, samples, strict=True):
+        finished, known = sample_id in ends, ledger.samples.get(sample_id)
+        if visit.place != place:
+            yield "C1", f"{sample_id} is in its weights, and the ledger does not know it at place {place}"
+        elif (known is None or known.durable) and finished != visit.finished:
+            yield "C2", f"{sample_id} is {'' if finished else 'not '}finished by step {number} here"

@@ -14,9 +14,8 @@ RULES = {
     "C5": "checkpoints on disk are the ones recorded, byte for byte",
     "C6": "what failed changed nothing",
     "C7": "who was taken over changed nothing any more",
-    "C8": "counters, prompts and folded history agree",
+    "C8": "counters, prompts and archived history agree",
     "C9": "bytes have one owner, and no generation is used twice",
-    "C10": "every page of the ledger is as Paceline wrote it",
 }
 OF_A_HISTORY = ("C6", "C7")  # not asked of what lies on the disk
 SHOWN = 5  # ids in one line
@@ -38,6 +37,10 @@ class Report:
 
     def error(self, rule: str, what: str, ids: Iterable[Any] = ()) -> None:
         self.errors.append(f"{rule} {what}{_named(ids)}")
+
+    def error_once(self, rule: str, what: str) -> None:
+        if f"{rule} {what}" not in self.errors:
+            self.error(rule, what)
 
     def note(self, what: str, ids: Iterable[Any] = ()) -> None:
         self.notes.append(f"{what}{_named(ids)}")

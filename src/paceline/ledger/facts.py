@@ -1,11 +1,10 @@
-"""The names of the small values that roles leave for each other in the metadata store."""
+"""The names of the small values that roles leave for each other in the ledger."""
 
 RUN_ID = "run_id"
 CONFIG = "config"
 PROMPTS = "prompts"  # sizes of the set at the start and after each extension, and digests of its blocks
 RENDERING = "rendering"  # digest of the first group's token ids
 RENDERING_DATE = "rendering_date"  # what a chat template that writes the date takes for now
-END_OF_STREAM = "end_of_stream"
 CHECKPOINT_WANTED = "checkpoint_wanted"
 COMPLETED_STEP = "completed_step"
 BUILDS_BEGUN = "builds_begun"

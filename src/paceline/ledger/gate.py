@@ -1,92 +1,36 @@
-"""Who may write a file, and where a database may lie: file locks of one host.
+"""The queue of writers of one ledger, a file lock of one host.
 
-The kernel frees a file lock when its holder dies, `kill -9` included, so a successor takes over at
+The kernel frees a file lock when its holder dies, `kill -9` included, so a successor goes on at
 once and no timeout decides anything.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
-import struct
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
-from paceline.errors import ConfigError, LedgerError, RunBusyError
-
-NETWORK_FILESYSTEMS = frozenset(
-    [
-        *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4"),
-        *("orangefs", "panfs", "smb2", "smb3", "smbfs"),
-        *("fuse.gcsfuse", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs"),
-    ]
-)
-
-
-@contextlib.contextmanager
-def _advising(file: str) -> Iterator[None]:
-    """An error of the system becomes one that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise _cannot_use(file, error) from error
-
-
-def _cannot_use(file: str, error: OSError) -> LedgerError:
-    return LedgerError(
-        f"{file} cannot be used ({error}).",
-        why="Without it two processes could write at once. Nothing was changed.",
-        next="check that disk and the limit of open files (`ulimit -n`), then run it again.",
-    )
-
-
-FLOCK = "hhlli"  # struct flock: type, whence, start, length (0: to the end), pid (0 for this kind)
-
-
-def byte_range(kind: int, start: int = 0, length: int = 0) -> bytes:
-    """`kind` as in fcntl(2); length 0: to the end of the file."""
-    return struct.pack(FLOCK, kind, os.SEEK_SET, start, length, 0)
-
-
-ALL_FOR_WRITING = byte_range(fcntl.F_WRLCK)
-DOOR_BYTE = 66  # of the gate file, locked but never written, as those of group_sync.py
-IN_THE_DOOR, DOOR_FREE = byte_range(fcntl.F_WRLCK, DOOR_BYTE, 1), byte_range(fcntl.F_UNLCK, DOOR_BYTE, 1)
-
-
-def is_locked(fd: int, range_: bytes = ALL_FOR_WRITING) -> bool:
-    """Whether anybody else holds a lock that is in the way of this one. Raises OSError."""
-    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, range_)
-    return bool(struct.unpack(FLOCK, found)[0] != fcntl.F_UNLCK)
+from paceline.ledger.locks import advising, cannot_use
 
 
 class WriterGate:
-    """A queue for writers of several processes.
-
-    SQLite's own busy handler sleeps and retries, so one writer in a tight loop starves the others;
-    flock(2) queues them. Who frees it is still awake and would often have it again before anybody who
-    waited is: so there is a door before it, and only who waits in the door may have the gate next.
-    """
+    """SQLite's own busy handler sleeps and retries, so one writer in a tight loop starves the others;
+    flock(2) queues them."""
 
     def __init__(self, path: Path) -> None:
         """Raises LedgerError."""
-        self.path = path
-        with _advising(f"the gate of writers, {path},"):
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._what = f"the gate of writers, {path},"
+        with advising(self._what):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
     def __enter__(self) -> None:
         """Wait for this process's turn. Raises LedgerError before anything is written."""
         try:
-            try:
-                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, IN_THE_DOOR)
-                fcntl.flock(self._fd, fcntl.LOCK_EX)
-            finally:
-                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, DOOR_FREE)
-        except BaseException as error:  # of the system, or of a signal's handler between two locks
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+        except OSError as error:
+            raise cannot_use(self._what, error) from error
+        except BaseException:  # of a signal's handler, just after
             fcntl.flock(self._fd, fcntl.LOCK_UN)
-            if isinstance(error, OSError):
-                raise _cannot_use(f"the gate of writers, {self.path},", error) from error
             raise
 
     def __exit__(self, *_: object) -> None:
@@ -98,100 +42,14 @@ class WriterGate:
             self._fd = -1
 
 
-class RoleLock:
-    """At most one live process per role of a run. Held until `release` or death.
+class NoGate:
+    """Of a ledger that no other process can open."""
 
-    An open-file-description lock rather than flock(2): it can be looked at without being taken, so
-    that asking who holds a role never gets in the way of a process that starts.
-    """
+    def __enter__(self) -> None:
+        pass
 
-    def __init__(self, folder: Path, role: str) -> None:
-        """Raises RunBusyError, naming the holder, if another live process has it; LedgerError."""
-        path = folder / f"{role}.lock"
-        with _advising(f"the lock {path}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            with _advising(f"the lock {path}"):
-                self._take(folder, role)
-        except BaseException:
-            self.release()
-            raise
+    def __exit__(self, *_: object) -> None:
+        pass
 
-    def _take(self, folder: Path, role: str) -> None:
-        try:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, ALL_FOR_WRITING)
-        except (BlockingIOError, PermissionError) as error:  # either tells that it is held
-            holder = _named_holder(self._fd)
-            it = f"process {holder}" if holder else "its process"
-            raise RunBusyError(
-                f"The {role} of the run in {folder} is already running (process {holder or 'unknown'}).",
-                why=f"Two {role}s would do the same work twice; the running one is not disturbed.",
-                next=f"watch it: `paceline status {folder}`; or stop {it} and run this again.",
-            ) from error
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, _naming(os.getpid()), 0)
-
-    def release(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-UNKNOWN = 0  # no process has this id
-
-
-def live_holder(folder: Path, role: str) -> int | None:
-    """The process id that holds the role now, UNKNOWN if the file does not say, or None.
-
-    Whether it is held the lock says; the file only informs.
-    """
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW  # a FIFO there must not hold us up
-    try:
-        fd = os.open(folder / f"{role}.lock", flags)
-    except OSError:  # not there, or not to be looked at by this user
-        return None
-    try:
-        return _named_holder(fd) if is_locked(fd) else None
-    finally:
-        os.close(fd)
-
-
-def _naming(pid: int) -> bytes:
-    """With a checksum: whoever is told a wrong number may stop the wrong process."""
-    name = str(pid).encode()
-    return name + b" %08x" % zlib.crc32(name)
-
-
-def _named_holder(fd: int) -> int:
-    content = os.pread(fd, 64, 0)
-    name = content.partition(b" ")[0]
-    return int(name) if name.isdigit() and content == _naming(int(name)) else UNKNOWN
-
-
-def filesystem_of(path: Path) -> str:
-    """The type of the filesystem that holds `path`, as the kernel names it; "" if it is not told."""
-    mounts = Path("/proc/self/mountinfo")
-    if not mounts.exists():
-        return ""
-    target = path.resolve()
-    best, kind = -1, ""
-    for line in mounts.read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        point = Path(left.split()[4].replace("\\040", " "))
-        depth = len(point.parts)
-        # Later lines are mounted over earlier ones, so an equal depth replaces.
-        if depth >= best and (target == point or point in target.parents):
-            best, kind = depth, right.split()[0]
-    return kind
-
-
-def refuse_network_filesystem(path: Path) -> None:
-    """Raise ConfigError if `path` lies on a network filesystem."""
-    kind = filesystem_of(path)
-    if kind in NETWORK_FILESYSTEMS:
-        raise ConfigError(
-            f"{path} lies on a network filesystem ({kind}).",
-            why="SQLite's write-ahead log needs shared memory and locks that such filesystems do not keep.",
-            next="set run.directory to a local disk.",
-        )
+    def close(self) -> None:
+        pass

@@ -1,77 +1,144 @@
-"""What the control plane hands in and out: plain records, and the hash of a lineage."""
+"""What the control plane hands in and out: plain records, and the hash of a lineage.
+
+A *place* is a position in the log of samples, counted from 0. As a rule it is the prompt's ordinal, so
+that plans and weights follow from the prompts alone; a run in arrival order counts commits instead.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
 
 from paceline.types import SampleRef
+
+CONSUMER = "consumer"
+
+
+class Order(StrEnum):
+    """What a sample's place in the log is. Settled by the first producer or commit, for good."""
+
+    ORDINAL = "ordinal"  # the ordinal of its prompt; prompts that fail leave holes
+    ARRIVAL = "arrival"  # how many were committed before it
 
 
 @dataclass(frozen=True)
 class Fence:
-    """The right to write as `role`, until another process acquires the role.
+    """The right to write as `role`, until the role is acquired again.
 
-    `generation`: the first that this epoch may reserve; every intent below it was committed or revoked
-    before, so bytes below it that the ledger does not name are nobody's.
+    `role` is "consumer", or "producer:" and the worker's name.
     """
 
     role: str
     epoch: int
-    generation: int = 0
+
+    @property
+    def worker(self) -> str:
+        """The producer's name; "" of the consumer."""
+        return self.role.partition(":")[2]
+
+
+def producer_role(worker: str) -> str:
+    return f"producer:{worker}"
 
 
 @dataclass(frozen=True)
-class CommittedRef:
-    """A committed ref at its place in the stream.
+class SourceBlock:
+    """`count` prompts from ordinal `first` on, known by the digest of their content."""
 
-    `present` is False while its features are lost. Of a sample whose history was folded away the ref
-    keeps nothing but its ids.
-    """
-
-    seq: int
-    ref: SampleRef
-    present: bool = True
-    quarantined: bool = False
+    first: int
+    count: int
+    digest: str
 
 
 @dataclass(frozen=True)
-class SampleRecord:
-    """What the ledger knows of one sample. `state`: present, lost, released or quarantined.
-
-    `step` is that of its ack (its last visit), or that in whose plan it was quarantined.
-    """
-
-    sample_id: str
-    seq: int
-    state: str
-    task_id: str | None
-    step: int | None
-    durable: bool
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class TaskLease:
-    """The right to capture one prompt; `ordinal` is its place in the run's prompt order.
+class Lease:
+    """The right to capture the prompt at `ordinal`.
 
     `attempt` counts failures; `deaths` counts processes that died while they held the lease.
     """
 
-    task_id: str
     ordinal: int
-    attempt: int
+    attempt: int = 0
     deaths: int = 0
 
 
 @dataclass(frozen=True)
+class Budget:
+    """The most that may be resident or promised at once; None: samples are not limited."""
+
+    num_bytes: int
+    num_samples: int | None = None
+
+
+@dataclass(frozen=True)
 class Intent:
-    """The right to write `num_bytes` of one sample under `generation`, a number never used twice."""
+    """The right to write `num_bytes` of one sample under `generation`, a number never used twice.
+
+    `revoked`: its bytes may be there and are to be deleted (see `Ledger.swept`).
+    """
 
     generation: int
     sample_id: str
     num_bytes: int
+    ordinal: int | None = None
+    worker: str = ""
+    revoked: bool = False
+
+
+class State(StrEnum):
+    """Of a committed sample."""
+
+    PRESENT = "present"  # the feature store holds its bytes
+    LOST = "lost"  # it is to be captured again
+    RELEASED = "released"  # durable weights contain it, its bytes are freed
+    QUARANTINED = "quarantined"  # it is never trained (again), for a reason
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One committed sample at its place in the log. Of an archived one the ref keeps nothing but its id."""
+
+    place: int
+    ref: SampleRef
+    state: State = State.PRESENT
+
+    @property
+    def sample_id(self) -> str:
+        return self.ref.sample_id
+
+
+@dataclass(frozen=True)
+class Page:
+    """Entries of the settled part of the log.
+
+    `settled`: every place below it is a committed sample, or a hole that stays one. `closed`: nothing
+    will follow it.
+    """
+
+    entries: tuple[Entry, ...]
+    settled: int
+    closed: bool
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """What the ledger knows of one sample.
+
+    `step` is that of its ack (its last visit), or that in whose plan it was quarantined. `resident`: the
+    feature store should hold its bytes.
+    """
+
+    sample_id: str
+    place: int
+    state: State
+    ref: SampleRef
+    step: int | None = None
+    durable: bool = False
+    reason: str = ""
+    resident: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +150,6 @@ class StepPlan:
 
     step: int
     sample_ids: tuple[str, ...]
-    last_seq: int
     rev: int = 0
 
     @property
@@ -116,9 +182,9 @@ class BegunStep:
 class TrainedSample:
     """One sample of a trained step; `finished` if this was its last visit."""
 
-    seq: int
+    place: int
     sample_id: str
-    task_id: str | None
+    ordinal: int | None
     finished: bool
 
 
@@ -128,26 +194,26 @@ class TrainedStep:
 
     step: int
     rev: int
-    last_seq: int
     samples: tuple[TrainedSample, ...]
 
     @property
     def plan(self) -> StepPlan:
-        return StepPlan(self.step, tuple(s.sample_id for s in self.samples), self.last_seq, self.rev)
+        return StepPlan(self.step, tuple(s.sample_id for s in self.samples), self.rev)
 
 
 @dataclass(frozen=True)
 class CheckpointRecord:
     """A durable checkpoint: the folder's name, and the digest of its manifest.
 
-    `chain` is the lineage's hash up to `step` (see `chain_of`); "" if its writer keeps none.
+    `chain` is the lineage's hash up to `step` (see `chain_of`); `first_place` is where a consumer that
+    resumes from it begins to read the log.
     """
 
     step: int
     name: str
     manifest_digest: str
-    last_seq: int
     chain: str = ""
+    first_place: int = 0
 
 
 def chain_of(before: str, plans: Iterable[StepPlan]) -> str:
@@ -159,22 +225,108 @@ def chain_of(before: str, plans: Iterable[StepPlan]) -> str:
 
 
 @dataclass(frozen=True)
-class LedgerUsage:
+class Usage:
     """Counts and bytes of what occupies the feature store, or is about to.
 
     resident: committed and not freed; provisional: resident and acked, but by no durable checkpoint;
-    waiting: not acked at all (lost ones included); reserved: byte intents that no commit ended yet.
+    waiting: not acked at all (lost ones included); reserved: intents that neither a commit nor a sweep
+    ended yet.
     """
 
-    resident_samples: int
-    resident_bytes: int
-    provisional_samples: int
-    provisional_bytes: int
-    waiting_samples: int
+    resident_samples: int = 0
+    resident_bytes: int = 0
+    provisional_samples: int = 0
+    provisional_bytes: int = 0
+    waiting_samples: int = 0
     reserved_samples: int = 0
     reserved_bytes: int = 0
+
+    def has_room(self, budget: Budget, num_samples: int, num_bytes: int) -> bool:
+        samples = self.resident_samples + self.reserved_samples + num_samples
+        if budget.num_samples is not None and samples > budget.num_samples:
+            return False
+        return self.resident_bytes + self.reserved_bytes + num_bytes <= budget.num_bytes
+
+
+@dataclass(frozen=True)
+class PromptCounts:
+    """Prompts in each state; their sum is how many the ledger knows.
+
+    `again`: those of `pending` and `leased` whose sample was lost.
+    """
+
+    pending: int = 0
+    leased: int = 0
+    done: int = 0
+    failed: int = 0
+    again: int = 0
+
+    @property
+    def known(self) -> int:
+        return self.pending + self.leased + self.done + self.failed
+
+    @property
+    def open(self) -> int:
+        """Still to be captured, or being captured."""
+        return self.pending + self.leased
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The counters of a ledger at one moment: everything that costs the same however long the run is."""
+
+    lsn: int
+    order: Order | None
+    prompts: PromptCounts
+    committed: int  # samples, ever
+    settled: int  # see `Page`
+    closed: bool
+    usage: Usage
+    lost: int
+    quarantined: int
+    trained_step: int  # the last step acked since the head, or the head's own
+    checkpoints: tuple[CheckpointRecord, ...]  # retained, oldest first; the last one is the head
+    epochs: Mapping[str, int]  # how often each role was acquired
+    facts: Mapping[str, Any]
+    next_generation: int
+    archived_place: int = 0  # samples below it have no rows, unless they were quarantined
+
+    @property
+    def head(self) -> CheckpointRecord | None:
+        return self.checkpoints[-1] if self.checkpoints else None
+
+    @property
+    def samples_trained(self) -> int:
+        """Acked, durably or not."""
+        return self.committed - self.usage.waiting_samples - self.quarantined
+
+    @property
+    def restarts(self) -> int:
+        return sum(epoch - 1 for epoch in self.epochs.values())
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Which bytes in a feature store belong to a sample or to a worker, at one moment.
+
+    Generations below `next_generation` that are neither in `present` nor in `promised` belong to none, and
+    never will; later ones may by now.
+    """
+
+    present: Mapping[str, int]  # sample id to generation
+    promised: Mapping[int, str]  # generation of a live intent to sample id
+    next_generation: int
+
+    @property
+    def generations(self) -> set[int]:
+        return {*self.present.values(), *self.promised}
 
 
 def compacted(ref: SampleRef) -> SampleRef:
     """The ref without what only a reader of its (freed) features would need."""
     return replace(ref, feature_keys={}, feature_specs={}, metadata={})
+
+
+def bare_ref(sample_id: str, ordinal: int | None) -> SampleRef:
+    """All that is left of the ref of an archived or a forgotten sample."""
+    return SampleRef(sample_id, "", None, "", {}, {}, "", ordinal=ordinal)

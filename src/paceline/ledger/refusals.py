@@ -12,7 +12,15 @@ def fenced(fence: Fence, current: int) -> FencedError:
     return FencedError(
         f"This {fence.role} holds epoch {fence.epoch}, but epoch {current} has taken over.",
         why="A newer process does this work now; nothing was written.",
-        next="stop this process; `paceline status RUN` shows who holds the role.",
+        next="stop this process; `paceline status RUN` shows which process holds the role.",
+    )
+
+
+def late(fence: Fence, op: int, last: int) -> FencedError:
+    return FencedError(
+        f"Operation {op} of this {fence.role} arrived after operation {last}.",
+        why="It is a delayed copy of a call that was answered long ago; nothing was written.",
+        next="nothing: the process that sent it went on since.",
     )
 
 
@@ -36,7 +44,7 @@ def not_covered(sample_ids: Sequence[str]) -> IllegalTransitionError:
     return IllegalTransitionError(
         f"{len(sample_ids)} samples are not covered by a durable checkpoint yet (first: {sample_ids[0]}).",
         why="Their features would be needed again after a crash.",
-        next="release them after record_checkpoint has named a step that covers them.",
+        next="release them after a recorded checkpoint covers their last step.",
     )
 
 
@@ -45,6 +53,22 @@ def intent_revoked(sample_ids: Sequence[str]) -> IntentRevokedError:
         f"The byte intents of {len(sample_ids)} samples were revoked (first: {sample_ids[0]}).",
         why="Their bytes may have been deleted meanwhile, so nothing of this batch was committed.",
         next="reserve again and write the bytes under the new generation.",
+    )
+
+
+def other_place(sample_id: str, ordinal: int | None, there: str) -> IllegalTransitionError:
+    return IllegalTransitionError(
+        f"{sample_id} cannot be committed for prompt {ordinal}: {there}.",
+        why="A sample's place in the log is its prompt's; another one would change what is trained.",
+        next="pass the prompts the run was started with, in the same order.",
+    )
+
+
+def other_order(settled: str, wanted: str) -> ConfigError:
+    return ConfigError(
+        f"This run's log is in {settled} order, and {wanted} order was asked for.",
+        why="Where a sample stands in the log is settled by the first producer, for the whole run.",
+        next="use the same producer as before, or start a new run in another folder.",
     )
 
 
@@ -66,17 +90,22 @@ def contradicts(checkpoint: CheckpointRecord, because: str) -> IllegalTransition
     )
 
 
-def history_is_folded(step: int, folded: int) -> IllegalTransitionError:
+def history_is_archived(step: int, archived: int) -> IllegalTransitionError:
     return IllegalTransitionError(
-        f"The ledger cannot go back to step {step}: its history up to step {folded} is folded away.",
+        f"The ledger cannot go back to step {step}: its history up to step {archived} is archived.",
         why="Samples trained up to there have no rows any more that could be undone.",
-        next=f"restore a checkpoint of step {folded} or later, or start a new run.",
+        next=f"restore a checkpoint of step {archived} or later, or start a new run.",
     )
 
 
-def prompts_differ(known: int) -> ConfigError:
+def prompts_differ(first: int, known: int) -> ConfigError:
     return ConfigError(
-        f"These prompts do not begin with the {known} that this run knows.",
+        f"The prompts from number {first} on are not those that this run knows ({known} in all).",
         why="A sample is identified by its prompt's place; what was trained already would be trained again.",
         next="pass the prompts the run was started with, in the same order; new ones go to the end.",
     )
+
+
+def passed_over(name: str) -> str:
+    """Why a prompt is failed that a checkpoint of a newer ledger left out."""
+    return f"it was set aside before this ledger was restored: checkpoint {name} passed over it"

@@ -1,7 +1,7 @@
 """In which order the committed samples are visited when each is trained on more than once.
 
 A target writes more slowly than a draft learns, so a run may visit every sample `passes` times. The
-log is cut into blocks of `block_size` samples. Stage s visits block s for the first time, block
+log is cut into blocks. Stage s visits block s for the first time, block
 s - 1 for the second, and so on, taking one sample of each in turn; after the last block the older
 ones finish. So a window of `passes` blocks is enough, however long the run is, and the order is a
 pure function of the log: a `Position` says where a run stands. With one pass it is the log's order.
@@ -15,6 +15,14 @@ from itertools import zip_longest
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Block(Generic[T]):
+    """A stretch of the log. `ends`: nothing follows it. Where prompts failed it has fewer samples."""
+
+    items: Sequence[T]
+    ends: bool
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,10 @@ class Visit(Generic[T]):
 class VisitOrder(Generic[T]):
     """Turns blocks of the log, read one after another, into visits."""
 
-    def __init__(self, *, passes: int, block_size: int, position: Position = START) -> None:
-        """After a resume the first block that `visits` reads must be `first_block(position)`."""
+    def __init__(self, *, passes: int, position: Position = START) -> None:
+        """The first block that is read is `first_block(position)`."""
         self._passes = passes
-        self._block_size = block_size
-        self._next_block = self.first_block(position, passes)
-        self._stage = self._next_block
+        self._stage = self.first_block(position, passes)
         self._skip_to = position
         self._window: list[list[T]] = []  # newest first
         self._ready: list[Visit[T]] = []
@@ -60,28 +66,29 @@ class VisitOrder(Generic[T]):
         """The oldest block that a run at `position` may still visit."""
         return max(0, position.stage - passes + 1)
 
-    def visits(self, count: int, read_block: Callable[[int], Sequence[T] | None]) -> list[Visit[T]] | None:
+    def visits(self, count: int, read_block: Callable[[int], Block[T] | None]) -> list[Visit[T]] | None:
         """The next `count` visits; fewer only at the end of the log.
 
-        `read_block(size)` gives the next block, a short or empty one at the log's end, or None if it
-        was interrupted; then nothing is taken and None comes back.
+        `read_block(number)` gives a block of the log, or None if it was interrupted; then nothing is
+        taken and None comes back.
         """
         if not self._fill(count, read_block):
             return None
         taken, self._ready = self._ready[:count], self._ready[count:]
         return taken
 
-    def look_ahead(self, count: int, read_block: Callable[[int], Sequence[T] | None]) -> list[Visit[T]]:
+    def look_ahead(self, count: int, read_block: Callable[[int], Block[T] | None]) -> list[Visit[T]]:
         """Up to `count` of the visits that come next, which stay; fewer if `read_block` has no more now."""
         self._fill(count, read_block)
         return self._ready[:count]
 
-    def _fill(self, count: int, read_block: Callable[[int], Sequence[T] | None]) -> bool:
+    def _fill(self, count: int, read_block: Callable[[int], Block[T] | None]) -> bool:
         while len(self._ready) < count and not self._is_over():
-            block: Sequence[T] | None = [] if self._ended else read_block(self._block_size)
+            block = Block[T]([], ends=True) if self._ended else read_block(self._stage)
             if block is None:
                 return False
-            self._enter_stage(list(block))
+            self._ended = block.ends
+            self._enter_stage(list(block.items))
         return True
 
     def put_back(self, visits: Sequence[Visit[T]]) -> None:
@@ -92,8 +99,6 @@ class VisitOrder(Generic[T]):
         return self._ended and not any(self._window[: self._passes - 1])
 
     def _enter_stage(self, block: list[T]) -> None:
-        if len(block) < self._block_size:
-            self._ended = True
         self._window = [block, *self._window][: self._passes]
         members = [
             (item, age == self._passes - 1)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from paceline.errors import StoreError
-from paceline.ledger.controller import DataFlowController
+from paceline.ledger.consumer_session import ConsumerSession
+from paceline.ledger.records import State
 from paceline.loader.waiting import Waiting
 from paceline.types import SampleRef
 
@@ -29,10 +30,10 @@ class QuarantinedError(Exception):
 
 class Recapture:
     def __init__(
-        self, controller: DataFlowController, waiting: Waiting, report: Callable[..., None], timeout_s: float
+        self, session: ConsumerSession, waiting: Waiting, report: Callable[..., None], timeout_s: float
     ) -> None:
         """`timeout_s`: how long one sample is waited for."""
-        self._controller = controller
+        self._session = session
         self._waiting = waiting
         self._report = report
         self._timeout_s = timeout_s
@@ -46,21 +47,20 @@ class Recapture:
             return self._wait_for(tried, cause)
 
     def _wait_for(self, tried: SampleRef, cause: str) -> SampleRef:
-        store, waiting = self._controller.store, self._waiting
+        session, waiting = self._session, self._waiting
         deadline = waiting.clock() + self._timeout_s
         reported = False
         while True:
-            mark, interrupted = store.lsn(), waiting.interrupted
+            mark, interrupted = session.lsn(), waiting.interrupted
             # A successor may have trained and freed the sample: then no producer will capture it again.
-            store.refuse_if_replaced(self._controller.fence("consumer"))
-            record, known = store.sample_record(tried.sample_id), store.get_committed(tried.sample_id)
-            assert record is not None, "a planned sample is committed"
-            if record.state == "quarantined":
+            session.refuse_if_replaced()
+            record = session.find([tried.sample_id])[tried.sample_id]
+            if record.state == State.QUARANTINED:
                 raise QuarantinedError(tried.sample_id)
-            if known is not None and known != tried and record.state == "present":
-                return known
-            if record.state != "lost" and not reported:
-                store.report_lost([tried.sample_id], fence=self._controller.fence("consumer"))
+            if record.ref != tried and record.state == State.PRESENT:
+                return record.ref
+            if record.state != State.LOST and not reported:
+                session.report_lost([tried.sample_id])
                 reported = True
                 self._report("waiting_for_recapture", sample_id=tried.sample_id, cause=cause)
                 continue
@@ -69,7 +69,7 @@ class Recapture:
             if interrupted or waiting.clock() > deadline:
                 break
             waiting.begin()
-            store.wait(mark, WAIT_S)
+            session.wait(mark, WAIT_S)
         raise StoreError(
             f"The features of {tried.sample_id} are gone and were not captured again ({cause})",
             why="The sample is committed, so it is trained later; no weights were changed.",

@@ -15,31 +15,27 @@ from typing import Any
 from paceline.config.load import flat, refuse_changes
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError, RunBusyError
-from paceline.ledger.facts import (
-    COMPLETED_STEP,
-    CONFIG,
-    END_OF_STREAM,
-    PROMPTS,
-    RENDERING_DATE,
-)
-from paceline.ledger.gate import RoleLock
-from paceline.ledger.store import MetadataStore
+from paceline.ledger.facts import COMPLETED_STEP, CONFIG, PROMPTS, RENDERING_DATE
+from paceline.ledger.ledger import Ledger
+from paceline.ledger.locks import RoleLock
 from paceline.roles.plan import RunPlan
 
 ROLES = ("producer", "consumer")
 
 
-def bind_run(plan: RunPlan, store: MetadataStore, *, role: str | None = None) -> tuple[int, ...]:
+def bind_run(plan: RunPlan, ledger: Ledger, *, role: str | None = None) -> tuple[int, ...]:
     """Record what the run is, or refuse what it is not; the stretches of its prompts (capture/source.py).
 
     `role`: the one whose lock the caller holds. Raises ConfigError.
     """
-    facts = store.facts()
+    facts = ledger.facts()
     if CONFIG not in facts:  # or another process settles it at this moment
         sizes = [plan.prompts.size]
-        facts = store.settle_facts({CONFIG: flat(plan.config), PROMPTS: _prompts(plan, sizes)})
-    if facts[CONFIG] != flat(plan.config) and not _settings_bind(store):
-        facts = _rebind(plan, store, role)
+        facts = ledger.set_facts(
+            None, None, {CONFIG: flat(plan.config), PROMPTS: _prompts(plan, sizes)}, settle=True
+        )
+    if facts[CONFIG] != flat(plan.config) and not _settings_bind(ledger):
+        facts = _rebind(plan, ledger, role)
     refuse_changes(facts[CONFIG], plan.config)
     stretches = facts[PROMPTS]["stretches"]
     is_longer, has_same_beginning = (
@@ -48,10 +44,10 @@ def bind_run(plan: RunPlan, store: MetadataStore, *, role: str | None = None) ->
     )
     if has_same_beginning and not is_longer:
         return tuple(stretches)
-    if not _prompts_bind(store):
-        return tuple(_rebind(plan, store, role)[PROMPTS]["stretches"])
+    if not _prompts_bind(ledger):
+        return tuple(_rebind(plan, ledger, role)[PROMPTS]["stretches"])
     if has_same_beginning:
-        return _extend(plan, store, role, stretches)
+        return _extend(plan, ledger, role, stretches)
     raise _other_prompts(plan, facts[PROMPTS])
 
 
@@ -59,34 +55,33 @@ def _prompts(plan: RunPlan, stretches: Sequence[int]) -> dict[str, Any]:
     return {"stretches": list(stretches), "digests": plan.prompts.digests(stretches[-1])}
 
 
-def _settings_bind(store: MetadataStore) -> bool:
+def _settings_bind(ledger: Ledger) -> bool:
     """Something was captured, or set aside for good, under them."""
-    return store.committed_count() > 0 or store.task_counts()["failed"] > 0
+    now = ledger.snapshot()
+    return now.committed > 0 or now.prompts.failed > 0
 
 
-def _prompts_bind(store: MetadataStore) -> bool:
-    return sum(store.task_counts().values()) > 0
+def _prompts_bind(ledger: Ledger) -> bool:
+    return ledger.snapshot().prompts.known > 0
 
 
-def _rebind(plan: RunPlan, store: MetadataStore, role: str | None) -> dict[str, Any]:
+def _rebind(plan: RunPlan, ledger: Ledger, role: str | None) -> dict[str, Any]:
     """Record other settings or prompts, unless they bind or another role goes on under the old ones."""
     with others_kept_out(plan.config, role) as alone:
-        if alone and not _settings_bind(store):
+        if alone and not _settings_bind(ledger):
             facts = {CONFIG: flat(plan.config)}
-            if not _prompts_bind(store):
+            if not _prompts_bind(ledger):
                 facts[PROMPTS] = _prompts(plan, [plan.prompts.size])
-            store.set_facts(facts)
-    return store.facts()
+            ledger.set_facts(None, None, facts)
+    return ledger.facts()
 
 
-def _extend(
-    plan: RunPlan, store: MetadataStore, role: str | None, stretches: Sequence[int]
-) -> tuple[int, ...]:
+def _extend(plan: RunPlan, ledger: Ledger, role: str | None, stretches: Sequence[int]) -> tuple[int, ...]:
     """The prompt file of a complete run is longer by now: the run goes on with what was added.
 
     Only then, because weights must follow from the prompts, and not from when they were added.
     """
-    if store.facts().get(COMPLETED_STEP) is None:
+    if ledger.facts().get(COMPLETED_STEP) is None:
         raise ConfigError(
             f"{plan.prompts.path} has {plan.prompts.size} prompts by now, and this run of {stretches[-1]} "
             "is not complete.",
@@ -96,8 +91,8 @@ def _extend(
     longer = [*stretches, plan.prompts.size]
     with others_kept_out(plan.config, role) as alone:
         if alone:
-            reopened = {COMPLETED_STEP: None, END_OF_STREAM: False}
-            store.set_facts({PROMPTS: _prompts(plan, longer), **reopened})
+            ledger.set_facts(None, None, {PROMPTS: _prompts(plan, longer), COMPLETED_STEP: None})
+            ledger.end_stream(None, None, False)
             return tuple(longer)
     raise ConfigError(
         f"{plan.prompts.path} is longer than when this run started, and another role of the run is live.",
@@ -135,8 +130,8 @@ def _other_prompts(plan: RunPlan, recorded: dict[str, Any]) -> ConfigError:
     )
 
 
-def bind_date(store: MetadataStore) -> str:
+def bind_date(ledger: Ledger) -> str:
     """The run's own date: that of its first start, which a chat template may write into every prompt."""
     now = datetime.now().astimezone().isoformat(timespec="seconds")
-    date: str = store.settle_facts({RENDERING_DATE: now})[RENDERING_DATE]
+    date: str = ledger.set_facts(None, None, {RENDERING_DATE: now}, settle=True)[RENDERING_DATE]
     return date

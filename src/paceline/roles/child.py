@@ -15,7 +15,7 @@ from typing import Any
 
 from paceline.config.run import RunConfig
 from paceline.errors import PacelineError
-from paceline.ledger.gate import UNKNOWN, live_holder
+from paceline.ledger.locks import UNKNOWN, live_holder
 from paceline.roles.plan import log_path, role_environment
 from paceline.roles.process import REPORT_VARIABLE, SUPERVISOR_VARIABLE
 from paceline.telemetry import read_tail, shorten

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from paceline.ledger.facts import COMPLETED_STEP
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.precision import resolve_device, torch_dtype
 from paceline.roles.binding import bind_run
 from paceline.roles.feature_folder import folder_of, refuse_other_place
@@ -41,20 +41,20 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     """Train from the newest valid checkpoint to the end of the stream."""
     config = plan.config
     compute_deterministically(config.machine.consumer_threads)
-    store = SQLiteMetadataStore(config.ledger_path, durability=config.ledger.durability)
-    bind_run(plan, store, role="consumer")
-    features = config.features.build(folder_of(config, store), owner=False)
-    if store.facts().get(COMPLETED_STEP) is not None:
+    ledger = SQLiteLedger(config.ledger_path, durability=config.ledger.durability)
+    stretches = bind_run(plan, ledger, role="consumer")
+    features = config.features.build(folder_of(config, ledger), owner=False)
+    if ledger.facts().get(COMPLETED_STEP) is not None:
         features.destroy()
         return
-    refuse_other_place(config, store)
-    target = bind_target(store, config, "consumer")
+    refuse_other_place(config, ledger)
+    target = bind_target(ledger, config, "consumer")
     method, head = config.method.build(), TargetHead.load(config.target.model)
     method.check_target(head)
     settings = trainer_settings(plan)
     dtype = "float32" if settings.autocast_dtype is None else "bfloat16"
     numerics = {"dtype": dtype, "device": resolve_device(config.training.device).type}
-    bind_numerics(store, config, "consumer", DRAFT_NUMERICS, numerics)
+    bind_numerics(ledger, config, "consumer", DRAFT_NUMERICS, numerics)
     # One thread writes checkpoints, one reads the next step's features.
     with ThreadPoolExecutor(2, thread_name_prefix="paceline-consumer") as executor:
         trainer, loader = build_disagg_online_consumer(
@@ -67,19 +67,20 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
                 checkpoint_folder=config.checkpoint_folder,
                 settings=settings,
                 block_size=config.capture.group_size,
+                starts=plan.source(stretches).starts,
             ),
-            metadata_store=store,
+            metadata_store=ledger,
             resume=True,
             should_stop=should_stop,
             executor=executor,
             report=events.write,
         )
         step = trainer.fit(loader)
-    everything_trained = loader.exhausted and store.usage().waiting_samples == 0
+    everything_trained = loader.exhausted and ledger.snapshot().usage.waiting_samples == 0
     if everything_trained or step == config.training.max_steps:
-        store.set_facts({COMPLETED_STEP: step}, fence=trainer.controller.fence("consumer"))
+        trainer.session.set_facts({COMPLETED_STEP: step})
         features.destroy()
-    store.close()
+    ledger.close()
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@ from collections.abc import Collection
 
 from paceline.config.run import RunConfig
 from paceline.errors import CheckpointDamagedError, CheckpointError
-from paceline.ledger.store import MetadataStore
+from paceline.ledger.stores.sqlite.view import LedgerView
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
 
 
-def newest_checkpoint(config: RunConfig, store: MetadataStore, only: Collection[str]) -> Checkpoint:
+def newest_checkpoint(config: RunConfig, view: LedgerView, only: Collection[str]) -> Checkpoint:
     """The newest valid checkpoint of a run, files of the names in `only`. Raises CheckpointError if it
     has none."""
     folder = CheckpointFolder(config.checkpoint_folder, config.run.name)
-    for record in reversed(store.checkpoints()):
+    for record in reversed(view.snapshot().checkpoints):
         try:
             return folder.read(record, only)
         except CheckpointDamagedError:

@@ -17,7 +17,7 @@ from paceline.evaluation.speculative import Decoding
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
 from paceline.ledger.facts import RENDERING_DATE
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.stores.sqlite.view import LedgerView
 from paceline.precision import resolve_device, torch_dtype
 from paceline.roles.draft import newest_checkpoint
 from paceline.roles.plan import RunPlan
@@ -32,11 +32,10 @@ from paceline.training.torch_learner import DRAFT, restore_draft
 def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -> None:  # noqa: ARG001
     """Decode held-out prompts plainly and speculatively with the newest checkpoint's draft."""
     config = plan.config
-    store = SQLiteMetadataStore(config.ledger_path)
-    refuse_other_target(store, config)
-    checkpoint = newest_checkpoint(config, store, only=(DRAFT,))
-    date = store.facts().get(RENDERING_DATE)
-    store.close()
+    view = LedgerView(config.ledger_path)
+    refuse_other_target(view, config)
+    checkpoint = newest_checkpoint(config, view, only=(DRAFT,))
+    date = view.facts().get(RENDERING_DATE)
     device = resolve_device(config.evaluation.device)
     dtype = torch_dtype(config.evaluation.dtype, device)
     method, head = config.method.build(), TargetHead.load(config.target.model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from paceline.features.ownership import (
     take,
 )
 from paceline.ledger.facts import COMPLETED_STEP, FEATURES_LIE, FEATURES_NAME
-from paceline.ledger.gate import live_holder
-from paceline.ledger.store import MetadataStore
+from paceline.ledger.ledger import Ledger
+from paceline.ledger.locks import live_holder
 from paceline.roles.snapshot import open_run
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -36,29 +36,29 @@ ROLES = ("producer", "consumer")
 PREFIX = "paceline-"
 
 
-def folder_of(config: RunConfig, store: MetadataStore) -> Path:
+def folder_of(config: RunConfig, ledger: Ledger) -> Path:
     """The folder that the run's features lie in, or will."""
     usual = config.feature_folder
-    name = store.facts().get(FEATURES_NAME)
+    name = ledger.facts().get(FEATURES_NAME)
     if name is not None and name.startswith(usual.name) and not is_strangers(usual.with_name(name)):
         return usual.with_name(name)
     if not is_strangers(usual):
         return usual
     chosen = {FEATURES_NAME: f"{usual.name}-{secrets.token_hex(4)}"}
     if name is None:  # or the other role settles it at this moment
-        chosen = store.settle_facts(chosen)
+        chosen = ledger.set_facts(None, None, chosen, settle=True)
     else:
-        store.set_facts(chosen)
+        ledger.set_facts(None, None, chosen)
     return usual.with_name(chosen[FEATURES_NAME])
 
 
-def take_folder(config: RunConfig, store: MetadataStore) -> Path:
+def take_folder(config: RunConfig, ledger: Ledger) -> Path:
     """The folder, made and signed, with what the run left elsewhere freed; by the producer."""
-    folder, run = folder_of(config, store), config.run.directory.absolute()
-    recorded = store.facts().get(FEATURES_LIE)
+    folder, run = folder_of(config, ledger), config.run.directory.absolute()
+    recorded = ledger.facts().get(FEATURES_LIE)
     if recorded is not None and Path(recorded["folder"]) != folder.absolute():
         _free_left(Path(recorded["folder"]), config.run.name, run)
-    record_place(config, store)
+    record_place(config, ledger)
     sign(folder, Owner(config.run.name, run))
     return folder
 
@@ -85,19 +85,19 @@ def _remove_unused(folder: Path) -> bool:
 # -- both roles in one place ---------------------------------------------------------------
 
 
-def record_place(config: RunConfig, store: MetadataStore) -> None:
+def record_place(config: RunConfig, ledger: Ledger) -> None:
     """Say where the producer keeps the features; by the producer."""
-    place = _place(config, store)
-    if store.facts().get(FEATURES_LIE) != place:
-        store.set_facts({FEATURES_LIE: place})
+    place = _place(config, ledger)
+    if ledger.facts().get(FEATURES_LIE) != place:
+        ledger.set_facts(None, None, {FEATURES_LIE: place})
 
 
-def refuse_other_place(config: RunConfig, store: MetadataStore) -> None:
+def refuse_other_place(config: RunConfig, ledger: Ledger) -> None:
     """Raise StoreError if this consumer would look for the features where the producer does not keep them.
 
     What another boot of a machine recorded tells nothing but the folder.
     """
-    theirs, ours = store.facts().get(FEATURES_LIE), _place(config, store)
+    theirs, ours = ledger.facts().get(FEATURES_LIE), _place(config, ledger)
     if theirs is None or theirs == ours:
         return
     if theirs["folder"] == ours["folder"] and theirs["boot"] != ours["boot"]:
@@ -112,13 +112,13 @@ def refuse_other_place(config: RunConfig, store: MetadataStore) -> None:
     )
 
 
-def _place(config: RunConfig, store: MetadataStore) -> dict[str, Any]:
+def _place(config: RunConfig, ledger: Ledger) -> dict[str, Any]:
     try:
         device = config.features.directory.stat().st_dev
         boot = BOOT_ID.read_text().strip()
     except OSError:
         device, boot = 0, ""
-    return {"folder": str(folder_of(config, store).absolute()), "device": device, "boot": boot}
+    return {"folder": str(folder_of(config, ledger).absolute()), "device": device, "boot": boot}
 
 
 # -- what no run needs any more ------------------------------------------------------------
@@ -173,8 +173,7 @@ def _judged_by_run(folder: Path, owner: Owner) -> tuple[str, bool]:
     if any(live_holder(owner.directory, role) is not None for role in ROLES):
         return f"{run} is at work", False
     try:
-        with closing(open_run(owner.directory)) as store:
-            facts = store.facts()
+        facts = open_run(owner.directory).facts()
     except (PacelineError, OSError) as error:
         return f"the ledger of {run} cannot be read: {error}", False
     if facts.get(COMPLETED_STEP) is not None:

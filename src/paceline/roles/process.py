@@ -21,7 +21,7 @@ from pathlib import Path
 
 from paceline.config.load import load_run_config
 from paceline.errors import PacelineError, explained
-from paceline.ledger.gate import RoleLock
+from paceline.ledger.locks import RoleLock
 from paceline.roles.plan import RunPlan, events_path, plan_run, processors_of_roles
 from paceline.telemetry import EventLog
 from paceline.terminal import Output, open_standard_streams, printable

@@ -11,7 +11,7 @@ import torch
 from paceline.capture.producer import CaptureSettings
 from paceline.errors import StoreError
 from paceline.ledger.facts import COMPLETED_STEP
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.binding import bind_date, bind_run
 from paceline.roles.feature_folder import take_folder
 from paceline.roles.plan import RunPlan, window_size
@@ -25,17 +25,17 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     """Capture every prompt that is not committed yet (or is lost), then end."""
     config = plan.config
     torch.set_num_threads(config.machine.producer_threads)
-    store = SQLiteMetadataStore(config.ledger_path, durability=config.ledger.durability)
-    stretches = bind_run(plan, store, role="producer")
-    if store.facts().get(COMPLETED_STEP) is not None:
+    ledger = SQLiteLedger(config.ledger_path, durability=config.ledger.durability)
+    stretches = bind_run(plan, ledger, role="producer")
+    if ledger.facts().get(COMPLETED_STEP) is not None:
         return
-    folder = take_folder(config, store)
-    target = bind_target(store, config, "producer")
-    engine = config.engine.build(config.target, date=bind_date(store))
+    folder = take_folder(config, ledger)
+    target = bind_target(ledger, config, "producer")
+    engine = config.engine.build(config.target, date=bind_date(ledger))
     engine.probe()
     refuse_changed(config, target, engine.facts)
     numerics = {"dtype": engine.facts.dtype, "device": engine.facts.device}
-    bind_numerics(store, config, "producer", TARGET_NUMERICS, numerics)
+    bind_numerics(ledger, config, "producer", TARGET_NUMERICS, numerics)
     events.write("engine_ready", dtype=engine.facts.dtype, model_version=engine.facts.model_version)
     features = config.features.build(folder, owner=True)
     _, drive_producer = build_disagg_online_producer(
@@ -56,24 +56,24 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
         ),
         window_size=window_size(config),
         budget_samples=config.features.budget_samples,
-        metadata_store=store,
+        metadata_store=ledger,
         attempt_max=config.capture.attempt_max,
         report=events.write,
     )
 
     def training_is_over() -> bool:
-        return should_stop() or store.facts().get(COMPLETED_STEP) is not None
+        return should_stop() or ledger.facts().get(COMPLETED_STEP) is not None
 
     try:
         drive_producer(should_stop=training_is_over)
     except StoreError:
         # A consumer that reached its last step has given the memory back under this producer's hands.
-        if store.facts().get(COMPLETED_STEP) is None:
+        if ledger.facts().get(COMPLETED_STEP) is None:
             raise
-    if store.facts().get(COMPLETED_STEP) is not None:
+    if ledger.facts().get(COMPLETED_STEP) is not None:
         features.destroy()  # opened anew, perhaps, after the consumer had given it back
     features.close()
-    store.close()
+    ledger.close()
 
 
 if __name__ == "__main__":

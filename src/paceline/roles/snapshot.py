@@ -15,9 +15,10 @@ from typing import Any
 
 from paceline.errors import ConfigError, LedgerError, PacelineError
 from paceline.ledger.facts import COMPLETED_STEP, RUN_ID
-from paceline.ledger.gate import live_holder
-from paceline.ledger.store import MetadataStore
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.ledger import Ledger
+from paceline.ledger.locks import live_holder
+from paceline.ledger.records import Snapshot, State
+from paceline.ledger.stores.sqlite.view import LedgerView
 from paceline.regular_files import kind_of, read_regular
 from paceline.telemetry import read_events
 
@@ -35,18 +36,9 @@ MEASURED = (
 class RunSnapshot:
     """`blocked_s`: how long each role, since its last start, has waited for the other one."""
 
-    run_id: str
-    prompts: dict[str, int]
-    samples_committed: int
-    samples_resident: int
-    samples_provisional: int
-    samples_lost: int
+    ledger: Snapshot
     quarantined: dict[str, str]
-    resident_bytes: int
-    checkpoint_step: int | None
-    completed_step: int | None
-    restarts: int
-    failed_prompts: dict[str, str]
+    failed_prompts: dict[int, str]  # by number, which is the ordinal
     live: dict[str, int | None]  # see `live_holder`
     last_step: dict[str, float]
     last_group: dict[str, float]
@@ -54,19 +46,24 @@ class RunSnapshot:
     evaluation: dict[str, Any]
 
     @property
-    def samples_trained(self) -> int:
-        """Acked, durably or not."""
-        return self.samples_committed - self._waiting - len(self.quarantined)
+    def run_id(self) -> str:
+        return str(self.ledger.facts.get(RUN_ID, "?"))
+
+    @property
+    def checkpoint_step(self) -> int | None:
+        return None if self.ledger.head is None else self.ledger.head.step
+
+    @property
+    def is_complete(self) -> bool:
+        return self.ledger.facts.get(COMPLETED_STEP) is not None
 
     @property
     def is_live(self) -> bool:
         return any(holder is not None for holder in self.live.values())
 
-    _waiting: int = 0
 
-
-def open_run(directory: Path) -> SQLiteMetadataStore:
-    """The ledger of a run. Raises ConfigError if there is none; makes none."""
+def open_run(directory: Path) -> LedgerView:
+    """The ledger of a run, only to be read. Raises ConfigError if there is none."""
     path = directory / "ledger.db"
     if kind_of(path) != "file":
         what = "that is no regular file" if kind_of(path) or path.is_symlink() or path.is_fifo() else ""
@@ -81,7 +78,7 @@ def open_run(directory: Path) -> SQLiteMetadataStore:
             why="It was not written yet, or somebody has emptied it.",
             next="paceline train RUN.yaml; if it did begin, restore ledger and checkpoints from one backup.",
         )
-    return SQLiteMetadataStore(path)
+    return LedgerView(path)
 
 
 @contextmanager
@@ -99,30 +96,18 @@ def making_sense(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def take_snapshot(directory: Path, store: MetadataStore) -> RunSnapshot:
-    facts, usage = store.facts(), store.usage()
-    checkpoints = store.checkpoints()
+def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
     events = {role: read_events(directory / "events" / f"{role}.jsonl") for role in ROLES}
     step, group = _last_step(events["consumer"]), _last(events["producer"], "group")
     return RunSnapshot(
-        run_id=facts.get(RUN_ID, "?"),
-        prompts=store.task_counts(),
-        samples_committed=store.committed_count(),
-        samples_resident=usage.resident_samples,
-        samples_provisional=usage.provisional_samples,
-        samples_lost=len(store.lost_ids()),
-        quarantined=store.quarantined(),
-        resident_bytes=usage.resident_bytes,
-        checkpoint_step=checkpoints[-1].step if checkpoints else None,
-        completed_step=facts.get(COMPLETED_STEP),
-        restarts=sum(epoch - 1 for epoch in store.role_epochs().values()),
-        failed_prompts=store.failed_tasks(),
+        ledger=ledger.snapshot(),
+        quarantined={record.sample_id: record.reason for record in ledger.samples(State.QUARANTINED)},
+        failed_prompts=ledger.failed(),
         live={role: live_holder(directory, role) for role in ROLES},
         last_step=step,
         last_group=group,
         blocked_s={role: _blocked_s(events[role]) for role in ROLES},
         evaluation=_evaluation(directory / "evaluation.json"),
-        _waiting=usage.waiting_samples,
     )
 
 

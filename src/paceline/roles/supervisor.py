@@ -18,8 +18,8 @@ from typing import Any
 
 from paceline.config.run import RunConfig
 from paceline.errors import LedgerError, PacelineError
-from paceline.ledger.facts import COMPLETED_STEP, END_OF_STREAM
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.facts import COMPLETED_STEP
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.binding import bind_run
 from paceline.roles.child import GRACE_S, Child, RoleFailedError, end_orphan
 from paceline.roles.feature_folder import folder_of, take_folder
@@ -78,7 +78,7 @@ class Supervisor:
         self._before: object = None  # progress at the last restart
         self._failed_before: tuple[str, str] | None = None  # role and error of the last restart
         self._signals = StopSignals(lambda: list(self._children.values()))
-        self._store = SQLiteMetadataStore(self._config.ledger_path)
+        self._store = SQLiteLedger(self._config.ledger_path)
         self._ledger = _identity(self._config.ledger_path)
 
     def run(self) -> bool:
@@ -130,8 +130,8 @@ class Supervisor:
         return self._store.facts().get(COMPLETED_STEP) is not None
 
     def _producer_has_work(self) -> bool:
-        counts = self._store.task_counts()
-        return counts["pending"] + counts["leased"] > 0 or not self._store.facts().get(END_OF_STREAM)
+        now = self._store.snapshot()
+        return now.prompts.open > 0 or not now.closed
 
     def _look_after(self, role: str) -> None:
         """A role ended: start it again if there is work left and the end was not its own error."""
@@ -147,11 +147,11 @@ class Supervisor:
             self._restart(role, code, error)
 
     def _refuse_a_run_of_failed_prompts(self) -> None:
-        counts = self._store.task_counts()
-        if counts["failed"] and not any(counts[state] for state in ("pending", "leased", "done")):
-            reason = next(iter(self._store.failed_tasks().values()))
+        prompts = self._store.snapshot().prompts
+        if prompts.failed and prompts.failed == prompts.known:
+            reason = next(iter(self._store.failed().values()))
             raise PacelineError(
-                f"None of the {counts['failed']} prompts could be captured; the first: {reason}",
+                f"None of the {prompts.failed} prompts could be captured; the first: {reason}",
                 why="There is nothing to train on.",
                 next=f"paceline status {self._config.run.directory} lists them all; mend what they have in "
                 "common, then start a new run.",
@@ -189,11 +189,12 @@ class Supervisor:
 
     def _progress(self) -> object:
         """What moves while a run, or the search for the sample that kills it, gets anywhere."""
-        facts, store = self._store.facts(), self._store
-        trials = {key: value["queue"] for key, value in facts.items() if key.startswith("trial.") and value}
-        heads = [record.step for record in store.checkpoints()]
-        set_aside = len(store.quarantined()), store.task_counts()["failed"]
-        return store.committed_count(), heads, trials, set_aside
+        now = self._store.snapshot()
+        isolations = {
+            key: value["queue"] for key, value in now.facts.items() if key.startswith("isolation.") and value
+        }
+        heads = [record.step for record in now.checkpoints]
+        return now.committed, heads, isolations, now.quarantined, now.prompts.failed
 
     def _start(self, role: str) -> None:
         config = self._config

@@ -12,7 +12,8 @@ from typing import Any
 
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
-from paceline.ledger.store import MetadataStore
+from paceline.ledger.ledger import Ledger
+from paceline.ledger.stores.sqlite.view import LedgerView
 from paceline.roles.binding import others_kept_out
 from paceline.target.facts import TargetFacts
 from paceline.target.version import TargetVersion
@@ -21,22 +22,22 @@ MODEL, TOKENIZER = "model_version", "tokenizer_version"
 TARGET_NUMERICS, DRAFT_NUMERICS = "target_numerics", "draft_numerics"
 
 
-def bind_target(store: MetadataStore, config: RunConfig, role: str = "") -> TargetVersion:
+def bind_target(ledger: Ledger, config: RunConfig, role: str = "") -> TargetVersion:
     """Record which target the run has; refuse another one, whatever its folder is called.
 
     `role`: the one that the caller is, which does not count as another live one. Raises ConfigError.
     """
     version = TargetVersion.of(config.target.model)
     now = {MODEL: version.model, TOKENIZER: version.tokenizer}
-    binds = store.committed_count() > 0
-    recorded = _settle(store, config, now, binds=binds, role=role)
+    binds = ledger.snapshot().committed > 0
+    recorded = _settle(ledger, config, now, binds=binds, role=role)
     _refuse_unequal(config, recorded, now)
     return version
 
 
-def refuse_other_target(store: MetadataStore, config: RunConfig) -> TargetVersion:
+def refuse_other_target(ledger: LedgerView, config: RunConfig) -> TargetVersion:
     """As `bind_target`, for a role that only reads the run: nothing is recorded."""
-    facts, version = store.facts(), TargetVersion.of(config.target.model)
+    facts, version = ledger.facts(), TargetVersion.of(config.target.model)
     now = {MODEL: version.model, TOKENIZER: version.tokenizer}
     _refuse_unequal(config, {name: facts.get(name, now[name]) for name in now}, now)
     return version
@@ -62,16 +63,14 @@ def _refuse_unequal(config: RunConfig, recorded: Mapping[str, str], now: Mapping
     )
 
 
-def bind_numerics(
-    store: MetadataStore, config: RunConfig, role: str, fact: str, now: Mapping[str, str]
-) -> None:
+def bind_numerics(ledger: Ledger, config: RunConfig, role: str, fact: str, now: Mapping[str, str]) -> None:
     """Record type and kind of device that `role` computes in; refuse others, which give other bits.
 
     Raises ConfigError. Numbers of devices may change, and a device's model: their kind may not.
     """
-    captured = store.committed_count() > 0
-    binds = captured if fact == TARGET_NUMERICS else bool(store.checkpoints())
-    recorded = _settle(store, config, {fact: dict(now)}, binds=binds, role=role)[fact]
+    snapshot = ledger.snapshot()
+    binds = snapshot.committed > 0 if fact == TARGET_NUMERICS else snapshot.head is not None
+    recorded = _settle(ledger, config, {fact: dict(now)}, binds=binds, role=role)[fact]
     if recorded != dict(now):
         what = "target" if fact == TARGET_NUMERICS else "draft"
         raise ConfigError(
@@ -88,16 +87,16 @@ def _told(numerics: Mapping[str, str]) -> str:
 
 
 def _settle(
-    store: MetadataStore, config: RunConfig, now: Mapping[str, Any], *, binds: bool, role: str
+    ledger: Ledger, config: RunConfig, now: Mapping[str, Any], *, binds: bool, role: str
 ) -> dict[str, Any]:
     """What is recorded under the names of `now`, which is recorded if nothing is, or nothing binds yet."""
-    facts = store.facts()
+    facts = ledger.facts()
     recorded = {name: facts[name] for name in now if name in facts}
     if not recorded:
-        recorded = store.settle_facts(now)
+        recorded = ledger.set_facts(None, None, now, settle=True)
     if recorded != now and not binds:
         with others_kept_out(config, role or None) as alone:
             if alone:
-                store.set_facts(now)
+                ledger.set_facts(None, None, now)
                 recorded = dict(now)
     return recorded

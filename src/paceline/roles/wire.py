@@ -22,9 +22,10 @@ from paceline.capture.source import PromptList, PromptSource
 from paceline.engines.engine import TargetEngine
 from paceline.errors import ConfigError, PacelineError
 from paceline.features.store import FeatureStore
-from paceline.ledger.controller import DataFlowController
-from paceline.ledger.store import MetadataStore
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.consumer_session import ConsumerSession
+from paceline.ledger.ledger import Ledger
+from paceline.ledger.producer_session import ProducerSession
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.loader.loader import LoaderSettings, StepLoader
 from paceline.methods.method import DraftMethod
 from paceline.target.head import TargetHead
@@ -48,10 +49,8 @@ class DriveProducer(Protocol):
     ) -> int: ...
 
 
-def resolve_metadata_store(
-    metadata_store: MetadataStore | None, metadata_db_path: str | os.PathLike[str] | None
-) -> MetadataStore | None:
-    """The store given; else SQLite at the path given; else None, a private in-process store."""
+def resolve_ledger(metadata_store: Ledger | None, metadata_db_path: str | os.PathLike[str] | None) -> Ledger:
+    """The ledger given; else SQLite at the path given; else a private one of this process."""
     if metadata_store is not None and metadata_db_path is not None:
         raise ConfigError(
             "Both metadata_store and metadata_db_path were given.",
@@ -59,8 +58,8 @@ def resolve_metadata_store(
             next="pass one of the two.",
         )
     if metadata_db_path is not None:
-        return SQLiteMetadataStore(metadata_db_path)
-    return metadata_store
+        return SQLiteLedger(metadata_db_path)
+    return metadata_store or SQLiteLedger()
 
 
 def build_disagg_online_producer(
@@ -72,7 +71,7 @@ def build_disagg_online_producer(
     capture: CaptureSettings,
     window_size: int = 64,
     budget_samples: int | None = None,
-    metadata_store: MetadataStore | None = None,
+    metadata_store: Ledger | None = None,
     metadata_db_path: str | os.PathLike[str] | None = None,
     attempt_max: int = 3,
     report: Report = no_report,
@@ -87,8 +86,8 @@ def build_disagg_online_producer(
     durable store: `metadata_store`, or `metadata_db_path` for SQLite; neither = a private
     in-process store. Raises ConfigError if the budget is too small.
     """
-    store = resolve_metadata_store(metadata_store, metadata_db_path)
-    controller = DataFlowController(run_id, metadata_store=store, attempt_max=attempt_max)
+    ledger = resolve_ledger(metadata_store, metadata_db_path)
+    session = ProducerSession(ledger, run_id, attempt_max=attempt_max)
     source = PromptList(prompts) if isinstance(prompts, Sequence) else prompts
     longest = capture.max_prompt_tokens or _longest_prompt(source, engine)
     sample_bytes = largest_sample_bytes(
@@ -111,8 +110,8 @@ def build_disagg_online_producer(
         budget_samples=budget_samples,
         group_samples=capture.group_size,
     )
-    backpressure = Backpressure(feature_store, controller.store, marks, report=report)
-    producer = Producer(controller, engine, feature_store, source, capture, backpressure, report=report)
+    backpressure = Backpressure(feature_store, session, marks, report=report)
+    producer = Producer(session, engine, feature_store, source, capture, backpressure, report=report)
     return producer, producer.run
 
 
@@ -139,6 +138,7 @@ class ConsumerParts:
     settings: TrainerSettings
     block_size: int = 64
     target: TargetVersion | None = None  # of the samples that may be trained; None: of any
+    starts: Sequence[int] = (0,)  # see LoaderSettings
 
 
 def build_disagg_online_consumer(
@@ -146,7 +146,7 @@ def build_disagg_online_consumer(
     run_id: str,
     feature_store: FeatureStore,
     parts: ConsumerParts,
-    metadata_store: MetadataStore | None = None,
+    metadata_store: Ledger | None = None,
     metadata_db_path: str | os.PathLike[str] | None = None,
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
@@ -162,18 +162,17 @@ def build_disagg_online_consumer(
     train its samples twice. `executor` (two threads are enough; the caller shuts it down) writes
     checkpoints and reads the next step's features meanwhile; None: training waits for both.
     """
-    store = resolve_metadata_store(metadata_store, metadata_db_path)
-    if resume and (store is None or not store.durable):
+    ledger = resolve_ledger(metadata_store, metadata_db_path)
+    if resume and not ledger.durable:
         raise ConfigError(
             "resume=True needs a durable metadata store; this one is private to the process.",
             why="An in-process store has no history to resume from.",
             next="pass metadata_db_path=... (or metadata_store=SQLiteMetadataStore(path)).",
         )
-    controller = DataFlowController(run_id, metadata_store=store)
-    if not resume and controller.store.checkpoints():
+    session = ConsumerSession(ledger, run_id)
+    if not resume and session.checkpoints():
         raise ConfigError(
-            f"The store of run {run_id!r} already has a checkpoint at step "
-            f"{controller.store.checkpoints()[-1].step}.",
+            f"The store of run {run_id!r} already has a checkpoint at step {session.checkpoints()[-1].step}.",
             why="Starting over would train its samples a second time.",
             next="pass resume=True, or use a new store for a new run.",
         )
@@ -182,13 +181,13 @@ def build_disagg_online_consumer(
     parts.method.check_target(parts.head)
     return take_over(
         ConsumerSide(
-            controller,
+            session,
             feature_store,
             CheckpointFolder(parts.checkpoint_folder, run_id),
             TorchLearner(parts.method, parts.head, parts.settings),
         ),
         parts.settings,
-        LoaderSettings(training.batch_size, training.passes, parts.block_size, idle_timeout_s),
+        LoaderSettings(training.batch_size, training.passes, parts.block_size, parts.starts, idle_timeout_s),
         executor=executor,
         should_stop=should_stop,
         report=report,
@@ -260,7 +259,7 @@ def run_disagg_online(
 def _refuse_two_private_stores(trainer: object, drive_producer: object) -> None:
     """Both sides built without a store have one each, and would never meet."""
     producer = getattr(drive_producer, "__self__", None)
-    stores = [getattr(getattr(side, "controller", None), "store", None) for side in (trainer, producer)]
+    stores = [getattr(getattr(side, "session", None), "ledger", None) for side in (trainer, producer)]
     if None not in stores and stores[0] is not stores[1] and not any(s.durable for s in stores if s):
         raise ConfigError(
             "Producer and trainer have a private in-process metadata store each.",

@@ -1,4 +1,4 @@
-"""What the ledger must survive below it: power failures, failing calls, flipped bits. Seeded, counted."""
+"""What the ledger must survive below it: power failures and failing calls. Seeded, counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,20 +16,14 @@ from unittest.mock import patch
 import apsw
 
 from paceline.errors import LedgerError, PacelineError, UnknownResultError
-from paceline.ledger.stores.memory import InMemoryMetadataStore
-from paceline.ledger.stores.sqlite import Durability, SQLiteMetadataStore
-from paceline.ledger.stores.sqlite.page_checksums import RESERVED_AT, RESERVED_BYTES
+from paceline.ledger.records import Intent, Order, SourceBlock, producer_role
+from paceline.ledger.stores.sqlite import Durability, SQLiteLedger
 from paceline.testing.ledger_history import FINAL, History, state_of
-from paceline.testing.recording_vfs import FaultyVFS, Files, RecordingVFS, images
+from paceline.testing.recording_vfs import FaultyVFS, RecordingVFS, images
 from paceline.testing.samples import sample_ref
+from paceline.testing.specification_of_steps import SpecificationLedger
 
 LEDGER_FILES = ("ledger.db", "ledger.db-wal")
-
-
-class DamagedPage(apsw.IOError):
-    """What the checksum layer answers."""
-
-    extendedresult = apsw.SQLITE_IOERR_DATA
 
 
 Fault = tuple[type[apsw.Error], str]  # as SQLite's own file layer tells it; the kind of call, see `FaultyVFS`
@@ -38,7 +33,6 @@ FAULTS: dict[str, Fault] = {
     "a short write": (apsw.FullError, "short write"),
     "a failed sync": (apsw.IOError, "sync"),
     "EIO at a read": (apsw.IOError, "read"),
-    "damage at a read": (DamagedPage, "read"),
     "EMFILE at an open": (apsw.CantOpenError, "open"),
     "EIO at a truncation": (apsw.IOError, "truncate"),
     "EIO at a look at a size": (apsw.IOError, "size"),
@@ -48,58 +42,36 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def open_ledger(folder: Path, durability: Durability = "full", vfs: str | None = None) -> SQLiteMetadataStore:
-    store = SQLiteMetadataStore(folder / "ledger.db", durability=durability, vfs=vfs)
-    store.fold_from = 2
-    return store
+def open_ledger(folder: Path, durability: Durability = "full", vfs: str | None = None) -> SQLiteLedger:
+    ledger = SQLiteLedger(folder / "ledger.db", durability=durability, vfs=vfs)
+    ledger.archive_from = 2
+    return ledger
 
 
 def lose_power(
-    folder: Path,
-    seed: int,
-    durability: Durability,
-    *,
-    calls: int,
-    per_interval: int,
-    checksums: bool = True,
+    folder: Path, seed: int, durability: Durability, *, calls: int, per_interval: int
 ) -> Counter[str]:
-    """Record a history, then open every image of it; what was acknowledged must be there.
-
-    With `checksums` as the product writes it, once the files are there; without, from the first write on.
-    """
+    """Record a history, then open every image of it; what was acknowledged must be there."""
     rng = random.Random(seed)
     vfs = RecordingVFS(f"power-{seed}-{durability}")
     live = folder / "live"
     live.mkdir(parents=True)
-    with vfs.below_checksums() if checksums else nullcontext(vfs.name) as layer:
-        if checksums:
-            _reserve_bytes(live, layer)
-        store = open_ledger(live, durability, layer)
-        log_file = apsw.SQLITE_OPEN_WAL | apsw.SQLITE_OPEN_READWRITE
-        # The log, which has no page checksums, is synced below that layer.
-        store._log = apsw.VFSFile(vfs.name, f"{store.path}-wal", [log_file, 0])
-        made: Files = {}
-        if checksums:  # forget how they were made: with a rollback journal, whose removal is not recorded
-            made = {name: bytearray((live / name).read_bytes()) for name in LEDGER_FILES}
-            vfs.events.clear()
-        states: dict[int, Any] = {0: state_of(store)}
-        vfs.mark(None)
-        for name, call in History(store, rng).calls(calls):
-            call()
-            states[store.lsn()] = state_of(store)
-            vfs.mark((store.lsn(), name in FINAL or durability == "full"))
-        store.close()
+    ledger = open_ledger(live, durability, vfs.name)
+    states: dict[int, Any] = {0: state_of(ledger)}
+    vfs.mark(None)
+    for name, call in History(ledger, rng).calls(calls):
+        call()
+        states[ledger.lsn()] = state_of(ledger)
+        vfs.mark((ledger.lsn(), name in FINAL or durability == "full"))
+    ledger.close()
     counts: Counter[str] = Counter(calls=len(states) - 1)
     kept = [event for event in vfs.events if event.kind == "mark" or event.file in LEDGER_FILES]
-    seen = images(kept, rng, per_interval=per_interval, synced=made)
+    seen = images(kept, rng, per_interval=per_interval, synced={})
     for number, (happened, files) in enumerate(seen):
         marks = [event.note for event in kept[:happened] if event.kind == "mark"]
         promised = max((lsn for lsn, kept in filter(None, marks) if kept), default=0)
         image = folder / f"image-{number}"
         image.mkdir()
-        counts["images with checksums"] += len(files.get("ledger.db", b"")) > RESERVED_AT and (
-            files["ledger.db"][RESERVED_AT] == RESERVED_BYTES
-        )
         for name, data in files.items():
             (image / name).write_bytes(data)
         _check_image(image, states, promised, created=bool(marks), where=f"seed {seed}, event {happened}")
@@ -107,26 +79,29 @@ def lose_power(
     return counts
 
 
-def _reserve_bytes(folder: Path, layer: str) -> None:
-    """A new database with page checksums, as the product makes it when no file layer is given."""
-    database = apsw.Connection(str(folder / "ledger.db"), vfs=layer)
-    database.reserve_bytes(None, RESERVED_BYTES)
-    database.execute("CREATE TABLE first (x); DROP TABLE first")
-    database.close()
-
-
 def _check_image(image: Path, states: dict[int, Any], promised: int, *, created: bool, where: str) -> None:
-    store = open_ledger(image)
-    lsn = store.lsn()
+    ledger = open_ledger(image)
+    lsn = ledger.lsn()
     assert lsn >= promised, f"{where}: call {promised} was acknowledged, the ledger is at {lsn}"
     assert created or lsn == 0
-    assert state_of(store) == states[lsn], f"{where}: the ledger is not as it was after call {lsn}"
-    store.acquire_role("producer", "after the power came back")
-    assert store.commit_sample(sample_ref(999)) is True
-    store.close()
+    assert state_of(ledger) == states[lsn], f"{where}: the ledger is not as it was after call {lsn}"
+    _go_on_working(ledger, "after the power came back")
+    ledger.close()
     for path in image.iterdir():
         if path.is_file():
             path.unlink()
+
+
+def _go_on_working(ledger: SQLiteLedger, holder: str) -> None:
+    """A producer can take over and capture a prompt that was never seen."""
+    fence = ledger.acquire(producer_role("later"), holder, Order.ORDINAL)
+    known = ledger.snapshot().prompts.known
+    assert ledger.extend(fence, 1, [SourceBlock(known, 1, "one more")]) == 1
+    while ledger.lease(fence, None, 1)[-1].ordinal != known:
+        pass
+    [generation] = ledger.reserve(fence, 2, [Intent(0, "one more", 1, known)], None) or []
+    ref = replace(sample_ref(999, ordinal=known), sample_id="one more", generation=generation)
+    assert ledger.commit(fence, 3, [ref]) == [True]
 
 
 def fail_calls(folder: Path, seed: int, fault: str, *, lasting: bool, calls: int = 30) -> Counter[str]:
@@ -186,8 +161,7 @@ def _fail_every(
             again = open_ledger(place)
             now = state_of(again)
             assert now in allowed, "half a call is on the disk, or another one than the error says"
-            again.acquire_role("producer", "the next process")
-            assert again.commit_sample(sample_ref(999)) is True
+            _go_on_working(again, "the next process")
             again.close()
         except Exception as found:
             found.add_note(f"operation {turn}: {fault}, lasting={lasting}")
@@ -201,7 +175,8 @@ def _fail_every(
 
 def _play_until_it_fails(place: Path, vfs: FaultyVFS, seed: int, calls: int) -> list[Any]:
     """The states that may be found by the next process."""
-    twin = InMemoryMetadataStore()
+    twin = SpecificationLedger()
+    twin.archive_from = 2
     before = after = state_of(twin)
     store = None
     try:
@@ -226,25 +201,30 @@ def _play_until_it_fails(place: Path, vfs: FaultyVFS, seed: int, calls: int) -> 
     return allowed
 
 
-def _close(store: SQLiteMetadataStore) -> None:
+def _close(store: SQLiteLedger) -> None:
     """SQLite ignores errors of its last clean-up, but a file layer written in Python hands them up."""
     with suppress(LedgerError), _advised():
         store.close()
 
 
-def _go_on(store: SQLiteMetadataStore, allowed: list[Any]) -> list[Any]:
+def _go_on(store: SQLiteLedger, allowed: list[Any]) -> list[Any]:
     """One more call of the store that has just refused one; the states that may be found then."""
     with suppress(PacelineError), _advised():
         assert state_of(store) in allowed, "the store that failed reads what is not there"
-    changed = [{**state, "facts": {**state["facts"], "after": 1}} for state in allowed]
+    changed = [_with_fact(state) for state in allowed]
     try:
         with _advised():
-            store.set_facts({"after": 1})
+            store.set_facts(None, None, {"after": 1})
     except UnknownResultError:
         return allowed + changed
     except PacelineError:
         return allowed
     return changed
+
+
+def _with_fact(state: dict[str, Any]) -> dict[str, Any]:
+    facts = {**state["facts"], "after": 1}
+    return {**state, "facts": facts, "snapshot": {**state["snapshot"], "facts": facts}}
 
 
 @contextmanager
@@ -257,40 +237,3 @@ def _advised() -> Iterator[None]:
         raise
     except (apsw.Error, OSError) as error:  # raised where the store does not explain it
         raise AssertionError(f"unexplained: {error!r}") from error
-
-
-def flip_bits(folder: Path, seed: int, *, flips: int) -> Counter[str]:
-    """One bit of the closed database at a time: found, or without any effect on what is read."""
-    rng = random.Random(seed)
-    origin = folder / "origin"
-    origin.mkdir(parents=True)
-    store = open_ledger(origin)
-    for _, call in History(store, rng).calls(120):
-        call()
-    expected, lsn = state_of(store), store.lsn()
-    store.close()
-    whole = (origin / "ledger.db").read_bytes()
-    counts: Counter[str] = Counter()
-    for number in range(flips):
-        place = folder / f"flip-{number}"
-        place.mkdir()
-        data = bytearray(whole)
-        bit = rng.randrange(len(data) * 8)
-        data[bit // 8] ^= 1 << (bit % 8)
-        (place / "ledger.db").write_bytes(data)
-        counts[_read_flipped(place, expected, lsn, where=f"seed {seed}, bit {bit}")] += 1
-        for path in place.iterdir():
-            if path.is_file():
-                path.unlink()
-    return counts
-
-
-def _read_flipped(place: Path, expected: Any, lsn: int, *, where: str) -> str:
-    try:
-        store = open_ledger(place)
-        found, number = state_of(store), store.lsn()
-        store.close()
-    except LedgerError:
-        return "found"
-    assert (found, number) == (expected, lsn), f"{where}: other values were read without a word"
-    return "harmless"

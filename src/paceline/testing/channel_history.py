@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from paceline import durable_files
+from paceline.compat.streaming_channel import StreamingRefChannel
 from paceline.errors import LedgerError
-from paceline.ledger.streaming_channel import StreamingRefChannel
 from paceline.testing.file_images import images
 from paceline.testing.recording_files import CODES, Killed, RecordedFiles, Strike, failing
 from paceline.testing.samples import sample_ref

@@ -1,6 +1,6 @@
 """What the trainer does with a checkpoint folder and a ledger, in its order: write, record, forget, sweep.
 
-The ledger is a journal of calls on the readable store, each durable when it returns.
+The ledger is a journal of calls on the specification, each durable when it returns.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.ledger.records import (
+    CONSUMER,
     CheckpointRecord,
     Fence,
     StepAck,
@@ -21,9 +22,8 @@ from paceline.ledger.records import (
     TrainedStep,
     chain_of,
 )
-from paceline.ledger.store import MetadataStore
-from paceline.ledger.stores.memory import InMemoryMetadataStore
 from paceline.testing.samples import sample_ref
+from paceline.testing.specification_of_steps import SpecificationLedger
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
 from paceline.training.recovery import find_checkpoint
 
@@ -40,41 +40,48 @@ class Promise:
 
 
 @dataclass
-class Ledger:
-    """A store whose calls are noted, so that it can be had again as it was after any of them."""
+class Journal:
+    """A ledger whose calls are noted, so that it can be had again as it was after any of them."""
 
-    store: MetadataStore = field(default_factory=InMemoryMetadataStore)
-    calls: list[Callable[[MetadataStore], Any]] = field(default_factory=list)
+    ledger: SpecificationLedger = field(default_factory=SpecificationLedger)
+    calls: list[Callable[[SpecificationLedger], Any]] = field(default_factory=list)
 
-    def do(self, call: Callable[[MetadataStore], Any]) -> Any:
-        result = call(self.store)
+    def do(self, call: Callable[[SpecificationLedger], Any]) -> Any:
+        result = call(self.ledger)
         self.calls.append(call)
         return result
 
-    def as_of(self, calls: int) -> Ledger:
-        then = Ledger()
+    def as_of(self, calls: int) -> Journal:
+        then = Journal()
         for call in self.calls[:calls]:
             then.do(call)
         return then
 
 
 class Noted:
-    """The part of a store that `find_checkpoint` uses; its changes go through the consumer's journal."""
+    """The part of a session that `find_checkpoint` uses; its changes go through the consumer's journal."""
 
     def __init__(self, consumer: Consumer) -> None:
         self._consumer = consumer
-        store = consumer.ledger.store
-        self.checkpoints, self.lsn, self.facts = store.checkpoints, store.lsn, store.facts
-        self.refuse_if_replaced = store.refuse_if_replaced
+        self._fence = consumer.fence
+        self.epoch = consumer.fence.epoch
+        ledger = consumer.journal.ledger
+        self.lsn, self.facts = ledger.lsn, ledger.facts
 
-    def set_facts(self, facts: dict[str, Any], *, fence: Fence) -> None:
-        self._consumer.do(lambda store: store.set_facts(facts, fence=fence))
+    def checkpoints(self) -> tuple[CheckpointRecord, ...]:
+        return self._consumer.records()
 
-    def adopt_checkpoint(self, record: CheckpointRecord, lineage: Any, *, fence: Fence) -> None:
-        self._consumer.do(lambda store: store.adopt_checkpoint(record, lineage, fence=fence))
+    def refuse_if_replaced(self) -> None:
+        """One consumer follows the other here."""
 
-    def fall_back(self, step: int, *, fence: Fence) -> list[str]:
-        lost: list[str] = self._consumer.do(lambda store: store.fall_back(step, fence=fence))
+    def set_facts(self, facts: dict[str, Any]) -> None:
+        self._consumer.do(lambda ledger: ledger.set_facts(self._fence, None, facts))
+
+    def adopt(self, record: CheckpointRecord, lineage: Any) -> None:
+        self._consumer.do(lambda ledger: ledger.head(self._fence, None, record, lineage))
+
+    def fall_back(self, step: int) -> list[str]:
+        lost: list[str] = self._consumer.do(lambda ledger: ledger.fall_back(self._fence, None, step))
         return lost
 
 
@@ -83,7 +90,7 @@ class Consumer:
     """One consumer after another on the same folder. `attempted` and `written` outlive them."""
 
     place: Path
-    ledger: Ledger
+    journal: Journal
     rng: random.Random
     promise: Callable[[Promise], None] = lambda _: None
     attempted: list[Checkpoint] = field(default_factory=list)  # before any of their bytes are on the disk
@@ -94,10 +101,10 @@ class Consumer:
 
     def start(self) -> None:
         """Take over as the trainer does: recover, then sweep."""
-        self.fence: Fence = self.do(lambda store: store.acquire_role("consumer", "c"))
+        self.fence: Fence = self.do(lambda ledger: ledger.acquire(CONSUMER, "c"))
         self.folder = CheckpointFolder(self.place, RUN)
         report = lambda event, **_: self.reports.append(event)  # noqa: E731
-        found = find_checkpoint(Noted(self), self.folder, self.fence, self.fence.epoch - 1, report)  # type: ignore[arg-type]
+        found = find_checkpoint(Noted(self), self.folder, self.fence.epoch - 1, report)  # type: ignore[arg-type]
         self.head = None
         if found is not None:
             self.head, checkpoint = found
@@ -105,13 +112,16 @@ class Consumer:
             self.written[self.head] = checkpoint
         self._sweep()
 
-    def do(self, call: Callable[[MetadataStore], Any]) -> Any:
-        result = self.ledger.do(call)
+    def do(self, call: Callable[[SpecificationLedger], Any]) -> Any:
+        result = self.journal.do(call)
         self._promise()
         return result
 
+    def records(self) -> tuple[CheckpointRecord, ...]:
+        return self.journal.ledger.snapshot().checkpoints
+
     def _promise(self) -> None:
-        self.promise(Promise(len(self.ledger.calls), frozenset(self.whole)))
+        self.promise(Promise(len(self.journal.calls), frozenset(self.whole)))
 
     def train(self) -> Checkpoint:
         """A step or two (none before the first checkpoint); what is to be saved then."""
@@ -120,7 +130,7 @@ class Consumer:
         lineage = tuple(self._step(step) for step in range(head.step + 1 if head else 1, last + 1))
         return Checkpoint(
             step=last,
-            last_seq=lineage[-1].last_seq if lineage else 0,
+            first_place=0,
             files={
                 "draft.safetensors": rng.randbytes(rng.randint(4500, 9000)),
                 "optimizer.safetensors": rng.randbytes(rng.randint(1, 1500)),
@@ -131,20 +141,20 @@ class Consumer:
             previous=head.name if head else "",
             chain=chain_of(head.chain if head else "", [trained.plan for trained in lineage]),
             epoch=self.fence.epoch,
-            lsn=self.ledger.store.lsn(),
+            lsn=self.journal.ledger.lsn(),
         )
 
     def _step(self, step: int) -> TrainedStep:
         """Commit two samples, plan them, ack them: the same ones whoever gets to this step."""
         refs = [sample_ref(2 * step), sample_ref(2 * step + 1)]
-        self.do(lambda store: store.commit_samples(refs))
-        seqs = {e.ref.sample_id: e.seq for e in self.ledger.store.read_committed(0, 10_000)}
-        plan = StepPlan(step, tuple(ref.sample_id for ref in refs), seqs[refs[-1].sample_id])
+        self.do(lambda ledger: ledger.commit(None, None, refs))
+        places = {e.sample_id: e.place for e in self.journal.ledger.read(0, 10_000).entries}
+        plan = StepPlan(step, tuple(ref.sample_id for ref in refs))
         fence = self.fence
-        self.do(lambda store: store.begin_step(plan, fence=fence))
-        self.do(lambda store: store.ack_step(StepAck(step, 0, plan.sample_ids), fence=fence))
-        samples = [TrainedSample(seqs[r.sample_id], r.sample_id, r.source_task_id, True) for r in refs]
-        return TrainedStep(step, 0, plan.last_seq, tuple(samples))
+        self.do(lambda ledger: ledger.plan(fence, None, plan))
+        self.do(lambda ledger: ledger.plan(fence, None, None, StepAck(step, 0, plan.sample_ids)))
+        samples = [TrainedSample(places[i], i, None, True) for i in plan.sample_ids]
+        return TrainedStep(step, 0, tuple(samples))
 
     def save(self, checkpoint: Checkpoint) -> None:
         self.attempted.append(checkpoint)
@@ -153,36 +163,36 @@ class Consumer:
         self.whole.add(record)
         self._promise()
         fence = self.fence
-        self.do(lambda store: store.record_checkpoint(record, fence=fence))
+        self.do(lambda ledger: ledger.head(fence, None, record))
         self.head = record
 
     def retire(self) -> None:
-        for record in self.ledger.store.checkpoints()[:-KEPT]:
+        for record in self.records()[:-KEPT]:
             self.whole.discard(record)
             self.do(partial(_forget, record.step, self.fence))
         self._sweep()
 
     def _sweep(self) -> None:
-        records = self.ledger.store.checkpoints()
+        records = self.records()
         self.whole &= set(records)
         self._promise()
         self.folder.sweep({record.name for record in records}, epoch=self.fence.epoch)
 
     def check(self) -> None:
         """Every record reads back bit for bit, and what no record names is whole or not offered."""
-        records = self.ledger.store.checkpoints()
+        records = self.records()
         for record in {*records, *self.whole}:
             assert self.folder.read(record) == self.written[record], f"{record.name} reads otherwise"
         for record, checkpoint in self.folder.unrecorded(records):
             assert checkpoint in self.attempted, f"{record.name} holds what nobody wrote"
             assert self.folder.read(record) == checkpoint, f"{record} is not its record"
-            assert (record.step, record.last_seq) == (checkpoint.step, checkpoint.last_seq)
+            assert (record.step, record.first_place) == (checkpoint.step, checkpoint.first_place)
             assert record.chain == checkpoint.chain
 
     def check_swept(self) -> None:
-        names = {record.name for record in self.ledger.store.checkpoints()}
+        names = {record.name for record in self.records()}
         assert {path.name for path in self.place.iterdir()} == names
 
 
-def _forget(step: int, fence: Fence, store: MetadataStore) -> None:
-    store.forget_checkpoint(step, fence=fence)
+def _forget(step: int, fence: Fence, ledger: SpecificationLedger) -> None:
+    ledger.forget(fence, None, step)

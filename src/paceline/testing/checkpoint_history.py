@@ -18,7 +18,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from paceline.errors import CheckpointError
-from paceline.testing.checkpoint_consumer import KEPT, RUN, Consumer, Ledger, Promise
+from paceline.testing.checkpoint_consumer import KEPT, RUN, Consumer, Journal, Promise
 from paceline.testing.file_images import Image, images
 from paceline.testing.recording_files import CODES, Killed, RecordedFiles, Strike, failing
 from paceline.training.checkpoint import CheckpointFolder
@@ -44,7 +44,7 @@ def lose_power(folder: Path, seed: int, *, saves: int, per_point: int) -> Counte
     live = folder / "live"
     live.mkdir(parents=True)
     files = RecordedFiles(live)
-    consumer = Consumer(live / FOLDER, Ledger(), rng, files.mark)
+    consumer = Consumer(live / FOLDER, Journal(), rng, files.mark)
     with files.watching(), named_by(seed):
         _survive(files, rng, consumer.start, consumer, counts)
         for _ in range(saves):
@@ -95,18 +95,18 @@ def _survive(
 def check_image(image: Image, before: Consumer, folder: Path, where: str) -> None:
     """Read what was promised, start a consumer on it, save once more."""
     promise: Promise = image.note or Promise(0, frozenset())
-    ledger = before.ledger.as_of(promise.calls)
-    consumer = Consumer(folder / FOLDER, ledger, random.Random(0))
+    journal = before.journal.as_of(promise.calls)
+    consumer = Consumer(folder / FOLDER, journal, random.Random(0))
     consumer.attempted, consumer.written = list(before.attempted), dict(before.written)
     consumer.whole = set(promise.whole)
-    steps = [record.step for record in (*promise.whole, *ledger.store.checkpoints())]
+    steps = [record.step for record in (*promise.whole, *consumer.records())]
     with image.laid_out(folder, where):
         consumer.folder = CheckpointFolder(consumer.place, RUN)
         consumer.check()
         consumer.start()
         assert set(consumer.reports) <= {"rolled_forward"}, consumer.reports
         assert (consumer.head.step if consumer.head else -1) >= max(steps, default=-1)
-        assert consumer.head == next(iter(ledger.store.checkpoints()[::-1]), None)
+        assert consumer.head == next(iter(consumer.records()[::-1]), None)
         consumer.check_swept()
         _cycle(consumer)
         consumer.check()
@@ -135,7 +135,7 @@ def fail_every_call(
         live = folder / f"turn-{turn}"
         live.mkdir(parents=True)
         files = RecordedFiles(live)
-        consumer = Consumer(live / FOLDER, Ledger(), random.Random(seed), files.mark)
+        consumer = Consumer(live / FOLDER, Journal(), random.Random(seed), files.mark)
         with files.watching(), named_by(seed):
             consumer.start()
             for _ in range(KEPT):
@@ -157,7 +157,7 @@ def fail_every_call(
 def _fail(files: RecordedFiles, consumer: Consumer, strike: Strike, counts: Counter[str]) -> bool:
     """Save under the strike, then save again without; whether the strike met anything."""
     checkpoint = consumer.train()
-    heads = consumer.ledger.store.checkpoints()
+    heads = consumer.records()
     files.arm(strike)
     refused: CheckpointError | None = None
     try:

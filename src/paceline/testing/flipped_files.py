@@ -1,7 +1,7 @@
 """One flipped bit at a time, in checkpoints, the ref channel and shared memory: seeded, counted.
 
-A checkpoint must be refused, whichever of its files is hit. A channel must be refused or read exactly. Lock
-and bell files must harm nobody. A feature `get` must raise FeatureMissing or FeatureCorrupt, or return
+A checkpoint must be refused, whichever of its files is hit. A channel must be refused or read exactly. A
+feature `get` must raise FeatureMissing or FeatureCorrupt, or return
 exactly what was sealed; only the sample that was hit may be affected, and it can be captured again.
 """
 
@@ -12,23 +12,19 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
+from paceline.compat.streaming_channel import StreamingRefChannel
 from paceline.errors import (
     CheckpointError,
     FeatureCorruptError,
     FeatureMissingError,
     LedgerError,
-    RunBusyError,
     StoreError,
 )
 from paceline.features import codec
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.features.stores.slots import HEADER_BYTES, PAGE_BYTES
-from paceline.ledger.gate import UNKNOWN, RoleLock, live_holder
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.ledger.streaming_channel import StreamingRefChannel
 from paceline.testing.feature_store_suite import assert_same, feature_ref, features
 from paceline.testing.samples import sample_ref
 from paceline.testing.shared_memory import owner_of, reader_of, slot_files
@@ -127,41 +123,6 @@ def _publish(log: Path, rng: random.Random) -> list[str]:
             whole = log.read_bytes()
             log.write_bytes(whole + whole[: rng.randrange(60, 200)])
     return ids
-
-
-# -- locks and bells -------------------------------------------------------------------------
-
-
-def flip_locks(folder: Path, seed: int, *, flips: int) -> Counter[str]:
-    """Who holds a role is then unknown, but it is held; the writers' gate and the bell work as before."""
-    rng = random.Random(seed)
-    ledger = folder / "ledger.db"
-    SQLiteMetadataStore(ledger).close()
-    role, gate, bell = (
-        folder / "consumer.lock",
-        folder / "ledger.db-gate",
-        folder / "ledger.db-bell/dead.fifo",
-    )
-    lock = RoleLock(folder, "consumer")
-    bell.write_bytes(bytes(8))  # a FIFO itself has no bytes on the disk
-    counts: Counter[str] = Counter()
-    for number in range(flips):
-        path = (role, gate, bell)[number % 3]
-        bit = rng.randrange(8 * path.stat().st_size)
-        flip(path, bit)
-        assert live_holder(folder, "consumer") == (UNKNOWN if path is role else os.getpid())
-        with suppress(RunBusyError):
-            RoleLock(folder, "consumer")
-            raise AssertionError(f"seed {seed}: bit {bit} of {path.name} let a second process in")
-        store = SQLiteMetadataStore(ledger)
-        assert store.commit_sample(sample_ref(number)) is True
-        assert store.committed_count() == number + 1
-        store.close()
-        if path is role:
-            flip(path, bit)
-        counts[path.name] += 1
-    lock.release()
-    return counts
 
 
 # -- features in shared memory ---------------------------------------------------------------

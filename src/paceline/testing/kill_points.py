@@ -1,7 +1,7 @@
 """Kill points around the parts of a run, put there from outside: before and after every changing call.
 
-    ledger = pointed(SQLiteMetadataStore(path), "ledger")
-    arm("ledger.commit_samples.before:2")  # this process dies when it commits for the second time
+    ledger = pointed(SQLiteLedger(path), "ledger")
+    arm("ledger.commit.before:2")  # this process dies when it commits for the second time
 
 A point is called `part.method.before`, `.after`, or `.failed` if the call raised. It needs no hook in the
 part, so a part gets points for its new methods, too. The few places where no call begins or ends, inside a
@@ -25,10 +25,8 @@ from paceline.crashpoints import reach, watch
 # change finds the same as a kill at one of these.
 QUESTIONS = frozenset(
     (
-        *("all_committed_ids", "checkpoints", "committed_count", "durable_marker", "failed_tasks", "facts"),
-        *("get_committed", "get_plan", "intents", "is_committed", "lost_ids", "lsn", "plans"),
-        *("present_generations", "present_ids", "quarantined", "read_committed", "releasable"),
-        *("role_epochs", "sample_record", "task_counts", "trained_step", "usage", "wait"),
+        *("facts", "failed", "find", "history", "lsn", "ownership", "read", "releasable", "revoked"),
+        *("samples", "snapshot", "source_blocks", "step_plan", "usage", "wait"),
         *("close", "describe", "encode", "num_tokens", "written"),
     )
 )
@@ -95,8 +93,9 @@ def _with_points(call: Callable[..., Any], method: str) -> Callable[..., Any]:
 
 
 def _kind_of_fact(args: tuple[Any, ...]) -> str:
-    """A role's facts are places of their own: `ledger.set_facts(trial).before`."""
-    return f"({next(iter(args[0])).partition('.')[0]})" if args and args[0] else ""
+    """A role's facts are places of their own: `ledger.set_facts(isolation).before`."""
+    facts = next((value for value in args if isinstance(value, dict) and value), {})
+    return f"({next(iter(facts)).partition('.')[0]})" if facts else ""
 
 
 class Armed:

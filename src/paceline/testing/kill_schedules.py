@@ -28,6 +28,7 @@ from pathlib import Path
 from paceline import crashpoints
 from paceline.errors import PacelineError
 from paceline.fsck.checker import check as fsck
+from paceline.ledger.records import State
 from paceline.testing import killed_run
 from paceline.testing.killed_run import Fault, KilledRun, Violation, qualified
 from paceline.testing.light_run import LightRun, Outcome, RunShape, expected_steps, head_of, uninterrupted
@@ -86,22 +87,22 @@ DETOURS: list[tuple[str, str, RunShape, tuple[Fault, ...]]] = [
     (
         "consumer",
         "checkpoints.claim.before checkpoint.after_claim checkpoints.claim.after"
-        " ledger.adopt_checkpoint.before ledger.adopt_checkpoint.after @adopt_checkpoint",
+        " ledger.head.before ledger.head.after @head",
         PLAIN,
-        (Fault("consumer", "kill", "ledger.record_checkpoint.before", 2),),
+        (Fault("consumer", "kill", "ledger.head.before", 2),),
     ),
     (
         "consumer",
         "features.get.failed ledger.report_lost.before ledger.report_lost.after @report_lost",
         PLAIN,
-        tuple(Fault("consumer", "lose", "ledger.begin_step.before", 2, salt=salt) for salt in (0, 1)),
+        tuple(Fault("consumer", "lose", "ledger.plan.before", 2, salt=salt) for salt in (0, 1)),
     ),
     (
         "producer",
         "features.free.between features.free.after"
         " ledger.report_lost.before ledger.report_lost.after @report_lost",
         PLAIN,
-        (Fault("producer", "reboot", "ledger.commit_samples.before", 3),),
+        (Fault("producer", "reboot", "ledger.commit.before", 3),),
     ),
     ("consumer", "features.get.failed", PLAIN, (Fault("consumer", "reboot", "features.get.after", 2),)),
     (
@@ -112,14 +113,14 @@ DETOURS: list[tuple[str, str, RunShape, tuple[Fault, ...]]] = [
     ),
     (
         "producer",
-        "ledger.set_facts(trial).before ledger.set_facts(trial).after @set_facts(trial)"
+        "ledger.set_facts(isolation).before ledger.set_facts(isolation).after @set_facts(isolation)"
         " engine.capture.before engine.capture.after",
         PLAIN,
         tuple(Fault("producer", "kill", "engine.capture.after") for _ in range(3)),
     ),
     (
         "consumer",
-        "ledger.set_facts(trial).before ledger.set_facts(trial).after @set_facts(trial)"
+        "ledger.set_facts(isolation).before ledger.set_facts(isolation).after @set_facts(isolation)"
         " learner.attempt.before learner.attempt.after",
         PLAIN,
         tuple(Fault("consumer", "kill", "learner.step.after") for _ in range(3)),
@@ -262,27 +263,33 @@ def check(killed: KilledRun, wanted: Outcome) -> None:
     run, shape = killed.run, killed.run.shape
     bad = [f"light:{shape.bad_sample}"] if 0 <= shape.bad_sample < shape.prompts else []
     bad = [sample_id for sample_id in bad if shape.bad_sample != shape.bad_prompt]
-    store = run.open_store()
-    tasks, usage = store.task_counts(), store.usage()
-    found = head_of(store, run.checkpoints)
-    records = {record.name for record in store.checkpoints()}
-    epoch = store.role_epochs()["consumer"]
+    ledger = run.open_ledger()
+    now = ledger.snapshot()
+    prompts, usage = now.prompts, now.usage
+    found = head_of(ledger, run.checkpoints)
+    records = {record.name for record in now.checkpoints}
+    epoch = now.epochs["consumer"]
     losses = {"lose", "reboot", "damage_head"} & {fault.kind for fault in killed.faults}
-    facts = {key for key, value in store.facts().items() if key.startswith("trial.") and value}
+    facts = {key for key, value in ledger.facts().items() if key.startswith("isolation.") and value}
+    quarantined = {sample.place: sample.sample_id for sample in ledger.samples(State.QUARANTINED)}
+    visits = [sample for trained in ledger.history() for sample in trained.samples]
+    log = quarantined | {sample.place: sample.sample_id for sample in visits}
     left = {
         "weights that differ": found.weights != wanted.weights,
         "steps that differ": found.trained != wanted.trained,
         "lineage that differs": found.chain != wanted.chain,
-        "log that differs": store.all_committed_ids() != shape.sample_ids,
-        "samples not durable": set(shape.sample_ids) - store.durable_marker()["acked"] - set(bad),
-        "samples convicted": set(store.quarantined()) ^ set(bad),
-        "prompts convicted": set(store.failed_tasks()) - {str(shape.bad_prompt)} - {b[6:] for b in bad},
-        "prompts open": tasks["pending"] + tasks["leased"],
-        "intents": store.intents(),
+        "log that differs": [log[place] for place in sorted(log)] != shape.sample_ids,
+        "samples not trained to their end": set(shape.sample_ids)
+        - {sample.sample_id for sample in visits if sample.finished}
+        - set(bad),
+        "samples convicted": set(quarantined.values()) ^ set(bad),
+        "prompts convicted": set(ledger.failed()) - {shape.bad_prompt} - {int(b[6:]) for b in bad},
+        "prompts open": prompts.open,
+        "intents": ledger.ownership().promised or ledger.revoked(),
         "bytes on the books": usage.resident_bytes + usage.reserved_bytes + usage.waiting_samples,
-        "lost samples": store.lost_ids(),
+        "lost samples": now.lost,
         "features missed that nobody took away": not losses and killed.counts["missed by the consumer"],
-        "trials": facts,
+        "isolations": facts,
         "what the checker finds": fsck(run.folder, passes=shape.passes).errors,
         "features": [path.name for path in run.feature_folder.glob("*.*")],
         "checkpoints missing": records - run.checkpoint_names(),
@@ -293,7 +300,7 @@ def check(killed: KilledRun, wanted: Outcome) -> None:
             if not (killed.has_zombies and epoch_of(name) < epoch)
         ],
     }
-    store.close()
+    ledger.close()
     wrong = {what: value for what, value in left.items() if value}
     if wrong:
         raise Violation(f"after the run: {wrong}")

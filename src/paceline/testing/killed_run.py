@@ -28,8 +28,8 @@ import apsw
 
 from paceline import crashpoints
 from paceline.errors import CheckpointError, FencedError, PacelineError
-from paceline.ledger.facts import COMPLETED_STEP, END_OF_STREAM
-from paceline.ledger.gate import RoleLock
+from paceline.ledger.facts import COMPLETED_STEP
+from paceline.ledger.locks import RoleLock
 from paceline.ledger.records import CheckpointRecord
 from paceline.testing import kill_points
 from paceline.testing.light_adapters import LightFeatureStore
@@ -40,9 +40,8 @@ DEADLINE_S = 60.0
 QUIET_MS = 40  # no news for so long: a stopped process may hold a lock, so it is woken up
 DONE, FENCED, STALE, FAILED, BROKEN = range(10, 15)
 NOTED = {
-    "ledger.set_facts(trial).after": "trial held",
-    "ledger.between_folds@compact": "history folded",
-    "ledger.adopt_checkpoint.after": "rolled forward",
+    "ledger.set_facts(isolation).after": "isolation held",
+    "ledger.between_archives@compact": "history archived",
     "ledger.fall_back.after": "fell back",
 }
 
@@ -109,7 +108,7 @@ class Watcher:
         self.reached[name] += 1
         if name in NOTED:
             self.send("noted", what=NOTED[name])
-        if name == "ledger.acquire_role.after":
+        if name == "ledger.acquire.after":
             self.send("acquired", epoch=kill_points.answer().epoch)
         if self._stale[0] and name.startswith("ledger.after_commit") and not self._came_before_the_stop():
             self.send("violation", what=f"a zombie committed {name}")
@@ -145,7 +144,7 @@ class Watcher:
 
 def damage_head(run: LightRun, rng: random.Random) -> bool:
     """Delete or alter the newest checkpoint on record, if a whole one is left to fall back to."""
-    rows = look(run, "SELECT step, name, manifest_digest, last_seq, chain FROM checkpoint ORDER BY step")
+    rows = look(run, "SELECT step, name, manifest_digest, chain, first_place FROM checkpoint ORDER BY step")
     checkpoints = CheckpointFolder(run.checkpoints, RUN_ID)
     try:
         checkpoints.read(CheckpointRecord(*rows[-2]))
@@ -165,7 +164,7 @@ def damage_head(run: LightRun, rng: random.Random) -> bool:
 def look(run: LightRun, sql: str, *values: str) -> list[tuple[Any, ...]]:
     """Rows of the ledger, past the writers' gate: a stopped process may hold it."""
     try:
-        db = apsw.Connection(str(run.ledger), flags=apsw.SQLITE_OPEN_READWRITE)
+        db = apsw.Connection(str(run.ledger_path), flags=apsw.SQLITE_OPEN_READWRITE)
     except apsw.CantOpenError:
         return []
     db.set_busy_timeout(5000)  # another connection may just be closing, or recovering from a kill
@@ -403,6 +402,8 @@ class KilledRun:
             self.counts["checkpoints on pressure"] += step % self.run.shape.interval > 0 and step != last
         elif event == "waiting_for_recapture":
             self.counts["missed by the consumer"] += 1
+        elif event == "rolled_forward":
+            self.counts["rolled forward"] += 1
         elif event == "made_room":
             self.counts["gave up samples to make room"] += 1
         may_be_work = event in ("fall_back", "waiting_for_recapture", "rolled_forward")
@@ -416,9 +417,9 @@ class KilledRun:
 
     def _producer_has_work(self) -> bool:
         """As in roles/supervisor.py."""
-        open_tasks = look(self.run, "SELECT 1 FROM task WHERE state IN ('pending', 'leased')")
-        untouched = look(self.run, "SELECT 1 FROM run WHERE next_ordinal < num_tasks")
-        return bool(open_tasks or untouched) or not self._is_true(END_OF_STREAM)
+        open_ = look(self.run, "SELECT 1 FROM prompt WHERE state IN ('pending', 'leased')")
+        going_on = look(self.run, "SELECT 1 FROM run WHERE next_ordinal < num_prompts OR NOT closed")
+        return bool(open_ or going_on)
 
 
 def line_of(message: dict[str, Any]) -> str:

@@ -1,39 +1,67 @@
 """A seeded history of ledger calls as producers and consumers make them, and the whole state to compare.
 
 For tests that break the file below the ledger: which calls are made is a function of the seed and of what
-the ledger answers, so the same history can be played on any store.
+the ledger answers, so the same history can be played on any ledger.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from paceline.ledger.records import CheckpointRecord, Fence, StepAck, StepPlan, chain_of
-from paceline.ledger.store import MetadataStore
+from paceline.ledger.ledger import Ledger
+from paceline.ledger.records import (
+    CONSUMER,
+    Fence,
+    Intent,
+    Order,
+    SourceBlock,
+    State,
+    StepAck,
+    StepPlan,
+    TrainedSample,
+    TrainedStep,
+    producer_role,
+)
+from paceline.testing.ledger_calls import checkpoint_of, id_of
 from paceline.testing.samples import sample_ref
 
-FINAL = {"acquire_role", "record_checkpoint", "fall_back", "quarantine", "fail_tasks", "adopt_checkpoint"}
+FINAL = {
+    "acquire",
+    "evict",
+    "head",
+    "fall_back",
+    "forget",
+    "quarantine",
+    "fail",
+    "end_stream",
+    "settle_facts",
+}
+PROMPTS = 40
+WORKERS = ("a", "b", "c")
 Call = tuple[str, Callable[[], Any]]
 
 
 @dataclass
 class History:
-    """One run on `store`; `calls` yields the calls, to be made by whoever iterates."""
+    """One run on `ledger`; `calls` yields the calls, to be made by the test that iterates."""
 
-    store: MetadataStore
+    ledger: Ledger
     rng: random.Random
-    number: int = 0
+    ops: Counter[str] = field(default_factory=Counter)
     fences: dict[str, Fence] = field(default_factory=dict)
+    lineage: list[TrainedStep] = field(default_factory=list)
 
     def calls(self, count: int) -> Iterator[Call]:
         """`count` calls and a few; the first ones make the run."""
-        yield "add_tasks", lambda: self.store.add_tasks([f"task-{n}" for n in range(40)])
-        for role in ("producer", "consumer"):
-            yield "acquire_role", partial(self._take, role)
+        yield "acquire", partial(self._take, CONSUMER)
+        for worker in WORKERS:
+            yield "acquire", partial(self._take, producer_role(worker))
+        yield from self._change("extend", WORKERS[0], [SourceBlock(0, PROMPTS, "prompts")])
         moves = [self._capture, self._capture, self._train, self._train, self._cover, self._trouble]
         made = 0
         while made < count:
@@ -42,124 +70,117 @@ class History:
                 yield call
 
     def _take(self, role: str) -> None:
-        self.fences[role] = self.store.acquire_role(role, "history")
+        order = None if role == CONSUMER else Order.ORDINAL
+        self.fences[role] = self.ledger.acquire(role, "history", order)
 
-    def _op(self) -> str:
-        self.number += 1
-        return f"op-{self.number}"
+    def _change(self, name: str, worker: str, *args: Any, **kwargs: Any) -> Iterator[Call]:
+        """A change by a producer, or by the consumer (""); the answer is kept in `answer`."""
+        role = producer_role(worker) if worker else CONSUMER
+        self.ops[role] += 1
+        op = self.ops[role]
+
+        def call() -> None:
+            self.answer = getattr(self.ledger, name)(self.fences[role], op, *args, **kwargs)
+
+        self.answer = None
+        yield name, call
 
     def _capture(self) -> Iterator[Call]:
-        store, fence = self.store, self.fences["producer"]
-        leases: list[Any] = []
-        op = self._op()
-        yield (
-            "lease_tasks",
-            lambda: leases.extend(store.lease_tasks("w", self.rng.randint(1, 4), fence=fence, op_id=op)),
-        )
-        if not leases:
+        worker = self.rng.choice(WORKERS)
+        yield from self._change("lease", worker, self.rng.randint(1, 4))
+        numbers = [lease.ordinal for lease in self.answer or []]
+        if not numbers:
             return
-        numbers = [int(lease.task_id.removeprefix("task-")) for lease in leases]
-        sizes = {f"run0:s{n}": 100 + n for n in numbers}
-        generations: dict[str, int] = {}
-        op = self._op()
-        yield "reserve", lambda: generations.update(store.reserve(sizes, fence=fence, op_id=op))
-        refs = [replace(sample_ref(n), generation=generations[f"run0:s{n}"]) for n in numbers]
-        op = self._op()
-        yield "commit_samples", lambda: store.commit_samples(refs, fence=fence, op_id=op)
+        wanted = [Intent(0, id_of(n), 100 + n, n) for n in numbers]
+        yield from self._change("reserve", worker, wanted, None)
+        refs = [
+            replace(sample_ref(n, ordinal=n), generation=generation)
+            for n, generation in zip(numbers, self.answer or [], strict=False)
+        ]
+        if refs:
+            yield from self._change("commit", worker, refs)
 
     def _train(self) -> Iterator[Call]:
-        store, fence = self.store, self.fences["consumer"]
-        step = store.trained_step() + 1
-        plan = store.get_plan(step)
+        ledger = self.ledger
+        step = ledger.snapshot().trained_step + 1
+        plan = ledger.step_plan(step)
         if plan is None:
-            trained = {i for known in store.plans() if known.step < step for i in known.sample_ids}
+            planned = {s.sample_id for t in ledger.history() if t.step < step for s in t.samples}
             ready = [
-                e.ref.sample_id
-                for e in store.read_committed(0, 1000)
-                if e.present and not e.quarantined and e.ref.sample_id not in trained
+                entry.sample_id
+                for entry in ledger.read(0, PROMPTS).entries
+                if entry.state == State.PRESENT and entry.sample_id not in planned
             ][: self.rng.randint(1, 3)]
             if not ready:
                 return
-            plan = StepPlan(step, tuple(ready), store.committed_count())
-        begun = plan
-        op, ack = self._op(), self._op()
-        yield "begin_step", lambda: store.begin_step(begun, fence=fence, op_id=op)
-        yield (
-            "ack_step",
-            lambda: store.ack_step(StepAck(step, begun.rev, begun.sample_ids), fence=fence, op_id=ack),
-        )
+            plan = StepPlan(step, tuple(ready))
+        yield from self._change("plan", "", plan)
+        yield from self._change("plan", "", None, StepAck(step, plan.rev, plan.sample_ids))
 
     def _cover(self) -> Iterator[Call]:
-        store, fence = self.store, self.fences["consumer"]
-        step, heads = store.trained_step(), store.checkpoints()
-        head = heads[-1] if heads else None
+        ledger, now = self.ledger, self.ledger.snapshot()
+        step, head = now.trained_step, now.head
         if step == (head.step if head else 0):
             return
-        since = [plan for plan in store.plans() if (head.step if head else 0) < plan.step <= step]
-        chain = chain_of(head.chain if head else "", since)
-        record = CheckpointRecord(step, f"step-{step}", f"digest-{step}", since[-1].last_seq, chain)
-        yield "record_checkpoint", lambda: store.record_checkpoint(record, fence=fence)
-        freed: list[str] = []
-        yield (
-            "begin_release",
-            lambda: freed.extend(store.begin_release(50, fence=fence)),
-        )
-        yield "record_released", lambda: store.record_released(freed, fence=fence)
-        for old in store.checkpoints()[:-2]:
-            yield "forget_checkpoint", partial(store.forget_checkpoint, old.step, fence=fence)
-        yield "compact", lambda: store.compact(fence=fence)
+        since = [
+            TrainedStep(
+                t.step, t.rev, tuple(TrainedSample(s.place, s.sample_id, s.ordinal, True) for s in t.samples)
+            )
+            for t in ledger.history()
+            if (head.step if head else 0) < t.step <= step
+        ]
+        open_places = [e.place for e in ledger.read(0, PROMPTS).entries if e.state != State.RELEASED]
+        first = min(open_places, default=now.settled)
+        record = checkpoint_of(since, head.chain if head else "", first_place=first)
+        yield from self._change("head", "", record)
+        freed = list(ledger.releasable(self.fences[CONSUMER], 50))
+        yield from self._change("released", "", freed)
+        for old in ledger.snapshot().checkpoints[:-2]:
+            yield from self._change("forget", "", old.step)
+        yield from self._change("compact", "")
 
     def _trouble(self) -> Iterator[Call]:
-        store, consumer = self.store, self.fences["consumer"]
-        present = store.present_ids()
+        ledger, worker = self.ledger, self.rng.choice(WORKERS)
+        present = list(ledger.ownership().present)
         one = [self.rng.choice(present)] if present else []
-        kind = self.rng.randrange(7)
+        kind = self.rng.randrange(8)
         if kind == 0:
-            yield "acquire_role", lambda: self._take("producer")
+            yield "acquire", partial(self._renew, producer_role(worker))
         elif kind == 1:
-            yield "acquire_role", lambda: self._take("consumer")
+            yield "acquire", partial(self._renew, CONSUMER)
         elif kind == 2:
-            yield "report_lost", lambda: store.report_lost(one, fence=consumer)
+            yield from self._change("report_lost", "", one)
         elif kind == 3:
-            planned = {i for p in store.plans() for i in p.sample_ids}
+            planned = {s.sample_id for t in ledger.history() for s in t.samples}
             free = [i for i in present if i not in planned][:1]
-            yield "quarantine", lambda: store.quarantine(free, step=None, reason="poison", fence=consumer)
-        elif kind == 4 and len(store.checkpoints()) > 1:
-            before = store.checkpoints()[-2].step
-            yield "fall_back", lambda: store.fall_back(before, fence=consumer)
+            yield from self._change("quarantine", "", free, step=None, reason="poison")
+        elif kind == 4 and len(ledger.snapshot().checkpoints) > 1:
+            yield from self._change("fall_back", "", ledger.snapshot().checkpoints[-2].step)
         elif kind == 5:
-            yield "set_facts", lambda: store.set_facts({"n": self.rng.random()}, fence=consumer)
+            yield from self._change("set_facts", "", {"n": self.rng.random()})
+        elif kind == 6:
+            yield from self._change("swept", worker, [i.generation for i in ledger.revoked()])
         else:
-            leases: list[Any] = []
-            fence = self.fences["producer"]
-            yield "lease_tasks", lambda: leases.extend(store.lease_tasks("w", 1, fence=fence))
-            ids = [lease.task_id for lease in leases]
-            yield (
-                "fail_tasks",
-                lambda: store.fail_tasks("w", ids, reason="no", attempt_max=2, fence=fence),
-            )
+            yield from self._change("lease", worker, 1)
+            ordinals = [lease.ordinal for lease in self.answer or []]
+            yield from self._change("fail", worker, ordinals, reason="no", attempt_max=2)
+
+    def _renew(self, role: str) -> None:
+        self._take(role)
+        self.ops[role] = 0
 
 
-def state_of(store: MetadataStore) -> dict[str, Any]:
+def state_of(ledger: Ledger) -> dict[str, Any]:
     """Everything that can be asked of a ledger, but its log number."""
-    marker = store.durable_marker()
-    entries = store.read_committed(0, 10_000)
     return {
-        "ids": store.all_committed_ids(),
-        "log": [(e.seq, e.ref.sample_id, e.present, e.quarantined) for e in entries],
-        "marker": (sorted(marker["acked"]), marker["global_step"], marker["optimizer_durable"]),
-        "records": [store.sample_record(e.ref.sample_id) for e in entries],
-        "usage": store.usage(),
-        "tasks": store.task_counts(),
-        "failed": store.failed_tasks(),
-        "plans": list(store.plans()),
-        "trained": store.trained_step(),
-        "heads": store.checkpoints(),
-        "present": store.present_generations(),
-        "lost": store.lost_ids(),
-        "quarantined": store.quarantined(),
-        "intents": store.intents(),
-        "releasable": store.releasable(1000),
-        "facts": store.facts(),
-        "epochs": store.role_epochs(),
+        "snapshot": asdict(replace(ledger.snapshot(), lsn=0)),
+        "page": ledger.read(0, 10_000),
+        "samples": [ledger.samples(state) for state in State],
+        "history": list(ledger.history()),
+        "failed": ledger.failed(),
+        "ownership": ledger.ownership(),
+        "revoked": ledger.revoked(),
+        "releasable": list(ledger.releasable(None, 1000).items()),
+        "source": ledger.source_blocks(),
+        "facts": ledger.facts(),
     }

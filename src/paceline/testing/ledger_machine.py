@@ -1,9 +1,9 @@
-"""Two metadata stores side by side, the same calls on both: the specification against the other one.
+"""Two ledgers side by side, the same calls on both: the specification against the SQLite store.
 
-`LedgerTwins.call` applies one call to the in-memory store and to the SQLite store. Results, types of
-errors and everything a reader can see must agree after it, and the protocol's own invariants hold:
-a released sample is durable or quarantined; a durable ack is undone by nothing but `fall_back`; seqs
-have no gaps; a generation is reserved once; no prompt is leased twice; what is known is never fresh.
+`LedgerTwins.call` applies one call to both. Results, types of errors and everything a reader can see
+must agree after it, and the protocol's own invariants hold: a released sample is durable; a durable ack
+is undone by nothing but `fall_back`; a settled place never changes; a generation is reserved once; no
+prompt is leased twice; an epoch never goes back.
 """
 
 from __future__ import annotations
@@ -13,69 +13,59 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paceline.errors import ConfigError, PacelineError
-from paceline.ledger.records import CheckpointRecord, Fence, TaskLease, TrainedStep
-from paceline.ledger.store import MetadataStore
-from paceline.ledger.stores.memory import InMemoryMetadataStore
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore, folding
+from paceline.errors import PacelineError
+from paceline.ledger.ledger import Ledger
+from paceline.ledger.records import CheckpointRecord, Fence, Lease, SampleRecord, State, TrainedStep
+from paceline.ledger.stores.sqlite import SQLiteLedger, archive
+from paceline.testing.specification_of_steps import SpecificationLedger
 from paceline.types import SampleRef
 
-NUMBERS = 12  # sample n is that of prompt task-n; the last two prompts are never added
-STEPS = 40
+NUMBERS = 12  # sample n is that of prompt n
+WORKERS = ("w0", "w1", "w2")
 IDS = [f"run0:s{n}" for n in range(NUMBERS)]
-TASKS = [f"task-{n}" for n in range(NUMBERS)]
 
 
 class DisagreementError(AssertionError):
-    """The stores disagree, or the protocol is broken."""
+    """The ledgers disagree, or the protocol is broken."""
 
 
 @contextmanager
 def small_blocks(size: int) -> Iterator[None]:
-    """Fold into blocks of `size` rows, so that a handful of samples makes several."""
-    before = folding.BLOCK
-    folding.BLOCK = size
+    """Archive into blocks of `size` visits, so that a handful of samples makes several."""
+    before = archive.BLOCK
+    archive.BLOCK = size
     try:
         yield
     finally:
-        folding.BLOCK = before
+        archive.BLOCK = before
 
 
-def observed(store: MetadataStore) -> dict[str, Any]:
-    """Everything a reader can see, but for what folding leaves out of a ref."""
-    log, plans = store.read_committed(0, 10 * NUMBERS), list(store.plans())
+def observed(ledger: Ledger) -> dict[str, Any]:
+    """Everything a reader can see."""
     return {
-        "lsn": store.lsn(),
-        "ids": store.all_committed_ids(),
-        "count": store.committed_count(),
-        "log": [(e.seq, e.ref.sample_id, e.ref.source_task_id, e.present, e.quarantined) for e in log],
-        "records": {i: store.sample_record(i) for i in IDS},
-        "is_committed": [store.is_committed(i) for i in IDS[::6]],
-        "marker": store.durable_marker(),
-        "usage": store.usage(),
-        "task_counts": store.task_counts(),
-        "failed_tasks": store.failed_tasks(),
-        "plans": plans,
-        "plan_of": [store.get_plan(s.step) for s in (*plans[:1], *plans[-1:])],
-        "trained_step": store.trained_step(),
-        "checkpoints": store.checkpoints(),
-        "lost": store.lost_ids(),
-        "present": store.present_generations(),
-        "present_ids": store.present_ids(),
-        "quarantined": store.quarantined(),
-        "intents": store.intents(),
-        "releasable": store.releasable(10 * NUMBERS),
-        "facts": store.facts(),
-        "roles": store.role_epochs(),
+        "snapshot": ledger.snapshot(),
+        "lsn": ledger.lsn(),
+        "page": ledger.read(0, 10 * NUMBERS),
+        "part": ledger.read(2, 5),
+        "records": ledger.find(IDS),
+        "states": {state: ledger.samples(state) for state in State},
+        "failed": ledger.failed(),
+        "some failed": ledger.failed(1, 4),
+        "ownership": ledger.ownership(),
+        "revoked": ledger.revoked(),
+        "releasable": list(ledger.releasable(None, 10 * NUMBERS).items()),
+        "history": list(ledger.history()),
+        "history of a sample": list(ledger.history(sample_id=IDS[1])),
+        "history of a step": list(ledger.history(step=2)),
+        "plans": {step: ledger.step_plan(step) for step in range(12)},
+        "source": ledger.source_blocks(),
+        "last of the source": ledger.source_blocks(3, 1),
+        "facts": ledger.facts(),
     }
-
-
-def refs_of(store: MetadataStore) -> dict[str, SampleRef | None]:
-    return {i: store.get_committed(i) for i in IDS}
 
 
 def compare(expected: dict[str, Any], found: dict[str, Any], context: str) -> None:
@@ -84,30 +74,14 @@ def compare(expected: dict[str, Any], found: dict[str, Any], context: str) -> No
             raise DisagreementError(f"{context}: {name}\n  expected {value!r}\n  found    {found[name]!r}")
 
 
-def compare_refs(
-    expected: dict[str, SampleRef | None], found: dict[str, SampleRef | None], context: str
-) -> None:
-    """Whole refs; of one that either store folded, its ids."""
-    for sample_id, one in expected.items():
-        other = found[sample_id]
-        if one is None or other is None or (one.feature_specs and other.feature_specs):
-            same = one == other
-        else:
-            same = (one.sample_id, one.source_task_id) == (other.sample_id, other.source_task_id)
-        if not same:
-            raise DisagreementError(
-                f"{context}: ref of {sample_id}\n  expected {one!r}\n  found    {other!r}"
-            )
-
-
 @dataclass
 class History:
-    """What the checks need to remember of the past; goes back in time together with the stores."""
+    """What the checks need to remember of the past; goes back in time together with the ledgers."""
 
     durable: set[str] = field(default_factory=set)
-    known: list[str] = field(default_factory=list)
+    settled: list[str] = field(default_factory=list)  # by place, "" of a hole
     generation: int = 0
-    held: set[str] = field(default_factory=set)
+    held: set[int] = field(default_factory=set)  # leased prompts
     lsn: int = 0
     epochs: dict[str, int] = field(default_factory=dict)
 
@@ -137,12 +111,13 @@ def short(value: Any) -> str:
 
 
 class LedgerTwins:
-    """The two stores, the calls so far, and the checks after each."""
+    """The two ledgers, the calls so far, and the checks after each."""
 
-    def __init__(self, path: Path, *, fold_from: int = 1, vfs: str | None = None, **options: Any) -> None:
-        self.path, self._fold_from, self._vfs = path, fold_from, vfs
+    def __init__(self, path: Path, *, archive_from: int = 1, vfs: str | None = None, **options: Any) -> None:
+        self.path, self._archive_from, self._vfs = path, archive_from, vfs
         self._options = {"durability": "head", **options}
-        self.memory = InMemoryMetadataStore()
+        self.memory = SpecificationLedger()
+        self.memory.archive_from = archive_from
         self.sqlite = self._open()
         self.history = History()
         self.log: list[str] = []
@@ -151,10 +126,10 @@ class LedgerTwins:
         self.autocheckpoint = 1000
         self._saved: tuple[Any, History] | None = None
 
-    def _open(self) -> SQLiteMetadataStore:
-        store = SQLiteMetadataStore(self.path, vfs=self._vfs, **self._options)
-        store.fold_from = self._fold_from
-        return store
+    def _open(self) -> SQLiteLedger:
+        ledger = SQLiteLedger(self.path, vfs=self._vfs, **self._options)
+        ledger.archive_from = self._archive_from
+        return ledger
 
     def reopen(self) -> None:
         self.log.append("reopen()")
@@ -177,8 +152,7 @@ class LedgerTwins:
         self.log.append("save()")
         self.sqlite.close()
         shutil.copy(self.path, self.path.with_suffix(".saved"))
-        state = {k: v for k, v in vars(self.memory).items() if k != "_changed"}
-        self._saved = copy.deepcopy((state, self.history))
+        self._saved = copy.deepcopy((self.memory.rows, self.history))
         self.sqlite = self._open()
 
     def restore(self) -> bool:
@@ -188,28 +162,21 @@ class LedgerTwins:
         self.log.append("restore()")
         self.sqlite.close()
         shutil.copy(self.path.with_suffix(".saved"), self.path)
-        self.path.with_name(f"{self.path.name}-gate").unlink()  # it says that more had been on the disk
         self.sqlite = self._open()
-        state, self.history = copy.deepcopy(self._saved)
-        vars(self.memory).update(state)
+        self.memory.rows, self.history = copy.deepcopy(self._saved)
         self.check("restore")
         return True
 
     # -- one call ---------------------------------------------------------------------------
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> Outcome:
-        """Apply the call to both stores. Raises DisagreementError if they differ in anything."""
+        """Apply the call to both ledgers. Raises DisagreementError if they differ in anything."""
         words = [short(a) for a in args] + [f"{k}={short(v)}" for k, v in kwargs.items() if v is not None]
         text = f"{name}({', '.join(words)})"
         self.log.append(text)
         before = self.memory.lsn()
         found = outcome(lambda: getattr(self.sqlite, name)(*args, **kwargs))
-        if name == "add_tasks" and found.error is ConfigError:
-            self._refused_prompts(args[0])
-            return found
         expected = outcome(lambda: getattr(self.memory, name)(*args, **kwargs))
-        if name == "compact" and expected.error is None:
-            found = replace(found, value=expected.value)  # how much is folded is the store's own affair
         if expected != found:
             raise DisagreementError(self._told(f"{text}\n  expected {expected}\n  found    {found}"))
         if expected.error is not None and self.memory.lsn() != before:
@@ -223,14 +190,6 @@ class LedgerTwins:
         self.counts[f"{name} {'refused' if found.error else 'done'}"] += 1
         return found
 
-    def _refused_prompts(self, task_ids: Sequence[str]) -> None:
-        """Once prompt ids are folded, a list must begin with the prompts known: a limit of the store."""
-        known = list(self.memory._tasks)
-        if list(task_ids[: len(known)]) == known:
-            raise DisagreementError(
-                self._told(f"add_tasks({task_ids}) was refused though it begins with {known}")
-            )
-
     def _told(self, what: str) -> str:
         return what + "\nafter:\n  " + "\n  ".join(self.log)
 
@@ -239,47 +198,56 @@ class LedgerTwins:
     def check(self, name: str) -> dict[str, Any]:
         expected = observed(self.memory)
         compare(expected, observed(self.sqlite), name)
-        compare_refs(refs_of(self.memory), refs_of(self.sqlite), name)
         self._invariants(name, expected)
         return expected
 
     def _invariants(self, name: str, seen: dict[str, Any]) -> None:
-        past = self.history
-        records = [record for record in seen["records"].values() if record is not None]
-        durable = {r.sample_id for r in records if r.durable}
-        head = seen["checkpoints"][-1].step if seen["checkpoints"] else 0
-        known: list[str] = seen["ids"]
+        past, snapshot = self.history, seen["snapshot"]
+        records: list[SampleRecord] = list(seen["records"].values())
+        durable = {r.sample_id for r in records if r.durable} | self.memory.rows.archived_ids
+        head = snapshot.head.step if snapshot.head else 0
         self._require(name == "fall_back" or past.durable <= durable, "a durable ack was undone")
         self._require(
-            all(r.durable for r in records if r.state == "released"), "released without a durable ack"
+            all(r.durable for r in records if r.state == State.RELEASED), "released without a durable ack"
         )
-        self._require([seq for seq, *_ in seen["log"]] == list(range(1, len(known) + 1)), "seqs have gaps")
-        self._require(known[: len(past.known)] == past.known, "the committed log changed")
-        self._require(len(set(known)) == len(known) == seen["count"], "a sample is in the log twice")
-        self._require(past.lsn <= seen["lsn"] <= past.lsn + 1, "lsn")
-        self._require(all(seen["roles"][r] >= e for r, e in past.epochs.items()), "an epoch went back")
-        self._require(seen["trained_step"] >= head, "trained step behind head")
-        self._require(not set(seen["lost"]) & set(seen["present"]), "lost and resident")
-        leased = {i for i, task in self.memory._tasks.items() if task.state == "leased"}
-        self._require(seen["task_counts"]["leased"] == len(leased), "leases")
-        past.durable, past.known, past.lsn, past.epochs = durable, known, seen["lsn"], seen["roles"]
+        settled = self._settled_log(seen)
+        self._require(settled[: len(past.settled)] == past.settled, "the settled log changed")
+        known = [sample_id for sample_id in settled if sample_id]
+        self._require(len(set(known)) == len(known), "a sample is in the log twice")
+        self._require(len(records) + len(self.memory.rows.archived_ids) == snapshot.committed, "committed")
+        self._require(past.lsn <= snapshot.lsn <= past.lsn + 1, "lsn")
+        self._require(all(snapshot.epochs[r] >= e for r, e in past.epochs.items()), "an epoch went back")
+        self._require(snapshot.trained_step >= head, "trained step behind head")
+        self._require(not any(r.resident for r in records if r.state == State.LOST), "lost and resident")
+        leased = {n for n, prompt in self.memory.rows.prompts.items() if prompt.state == "leased"}
+        self._require(snapshot.prompts.leased == len(leased), "leases")
+        past.durable, past.settled, past.lsn = durable, settled, snapshot.lsn
+        past.epochs = dict(snapshot.epochs)
         past.held &= leased
+
+    def _settled_log(self, seen: dict[str, Any]) -> list[str]:
+        by_place = {entry.place: entry.sample_id for entry in seen["page"].entries}
+        by_place |= {
+            s.place: s.sample_id
+            for trained in self.memory.rows.archive.values()
+            for s in trained.samples
+            if s.place >= 0
+        }
+        return [by_place.get(place, "") for place in range(seen["page"].settled)]
 
     def _require(self, holds: bool, what: str) -> None:
         if not holds:
             raise DisagreementError(f"invariant broken: {what}")
 
-    def leased(self, leases: Sequence[TaskLease]) -> None:
-        """The result of a new lease: nobody else holds one of them."""
-        ids = {lease.task_id for lease in leases}
-        self._require(not ids & self.history.held, f"leased twice: {ids & self.history.held}")
-        self.history.held |= ids
+    def leased(self, leases: Sequence[Lease]) -> None:
+        """The result of a new lease: no worker holds one of them."""
+        ordinals = {lease.ordinal for lease in leases}
+        self._require(not ordinals & self.history.held, f"leased twice: {ordinals & self.history.held}")
+        self.history.held |= ordinals
 
-    def reserved(self, generations: dict[str, int]) -> None:
-        self._require(
-            all(g > self.history.generation for g in generations.values()), "a generation came again"
-        )
-        self.history.generation = max([self.history.generation, *generations.values()])
+    def reserved(self, generations: Sequence[int]) -> None:
+        self._require(all(g > self.history.generation for g in generations), "a generation came again")
+        self.history.generation = max([self.history.generation, *generations])
 
 
 @dataclass(frozen=True)

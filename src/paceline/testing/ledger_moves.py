@@ -1,7 +1,8 @@
 """The moves of the ledger machine: every mutating call, with sensible and with senseless arguments.
 
 A move takes a list of small integers (`Picks`) and nothing else decides what it does, so that
-Hypothesis can shrink a failing run and a seeded generator can drive a long one.
+Hypothesis can shrink a failing run and a seeded generator can drive a long one. Three producers and the
+consumer make them, in ordinal or in arrival order.
 """
 
 from __future__ import annotations
@@ -15,18 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from paceline.ledger.records import (
+    CONSUMER,
+    Budget,
     CheckpointRecord,
     Fence,
+    Intent,
+    Order,
+    SourceBlock,
     StepAck,
     StepPlan,
     TrainedSample,
     TrainedStep,
     chain_of,
+    producer_role,
 )
 from paceline.testing.ledger_machine import (
     IDS,
     NUMBERS,
-    TASKS,
+    WORKERS,
     Archived,
     DisagreementError,
     LedgerTwins,
@@ -36,7 +43,7 @@ from paceline.testing.samples import sample_ref
 from paceline.types import SampleRef
 
 PICKS = 24  # as many as a move can ask for, and more
-ADDED = NUMBERS - 2  # prompts that are ever added; samples of the others have no prompt on record
+ROLES = (CONSUMER, *(producer_role(worker) for worker in WORKERS))
 
 
 class Picks:
@@ -63,96 +70,105 @@ class Picks:
 
 
 class LedgerMoves:
-    def __init__(self, twins: LedgerTwins) -> None:
+    def __init__(self, twins: LedgerTwins, order: Order = Order.ORDINAL) -> None:
         self.twins = twins
-        self._fences: dict[str, list[Fence]] = {"producer": [], "consumer": []}
-        self._ops = 0
-        self._past: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
+        self._order = order
+        self._fences: dict[str, list[Fence]] = {role: [] for role in ROLES}
+        self._ops: Counter[Fence] = Counter()
+        self._past: dict[Fence, tuple[str, tuple[Any, ...], dict[str, Any], Any]] = {}
         self._finished: dict[int, list[str]] = {}
         self._archive: list[Archived] = []
+        for role in ROLES:
+            self._acquire(role)
 
     # -- arguments ---------------------------------------------------------------------------
 
     def _fence(self, role: str, picks: Picks) -> Fence | None:
         """The holder's; sometimes none, sometimes a stale one."""
         held = self._fences[role]
-        if not held:
-            return None
         turn = picks.below(10)
-        return held[0] if turn == 9 else None if turn == 8 else held[-1]
+        return held[0] if turn == 9 else None if turn == 8 and self._order == Order.ARRIVAL else held[-1]
 
-    def _call(self, name: str, *args: Any, op: bool = False, **kwargs: Any) -> Any:
-        if op:
-            self._ops += 1
-            kwargs["op_id"] = f"op-{self._ops}"
-        outcome = self.twins.call(name, *args, **kwargs)
-        if op and outcome.error is None:
-            self._past = [*self._past[-9:], (name, args, kwargs, outcome.value)]
+    def _producer(self, picks: Picks) -> Fence | None:
+        return self._fence(producer_role(picks.one(WORKERS)), picks)
+
+    def _consumer(self, picks: Picks) -> Fence | None:
+        return self._fence(CONSUMER, picks)
+
+    def _call(self, name: str, fence: Fence | None, *args: Any, **kwargs: Any) -> Any:
+        """Under the fence's next operation number."""
+        op = None
+        if fence is not None:
+            op = self._ops[fence] + 1
+        outcome = self.twins.call(name, fence, op, *args, **kwargs)
+        if outcome.error is None and fence is not None and op is not None:
+            self._ops[fence] = op
+            self._past[fence] = (name, args, kwargs, outcome.value)
         return outcome.value if outcome.error is None else None
 
     def _state(self, *states: str) -> list[str]:
-        records = [self.twins.memory.sample_record(i) for i in self.twins.memory.all_committed_ids()]
-        return [r.sample_id for r in records if r is not None and r.state in states]
+        return [r.sample_id for r in self.twins.memory.find(IDS).values() if r.state in states]
 
-    def _ref(self, number: int, picks: Picks) -> SampleRef:
-        """With no generation, that of its intent, or one that is gone."""
-        intents = [x.generation for x in self.twins.memory.intents() if x.sample_id == IDS[number]]
+    def _ref(self, number: int, fence: Fence | None, picks: Picks) -> SampleRef:
+        """With the generation of its intent, one that is gone, or none."""
+        ref = sample_ref(number, ordinal=number, num_bytes=100 + number)
+        worker = "" if fence is None else fence.worker
+        intents = [
+            x.generation
+            for x in self.twins.memory.rows.intents.values()
+            if x.sample_id == IDS[number] and (x.worker == worker or picks.rarely())
+        ]
         turn = picks.below(8)
         if turn == 7:
-            return replace(
-                sample_ref(number), generation=1 + picks.below(max(1, self.twins.history.generation))
-            )
-        if intents and turn > 1:
-            return replace(sample_ref(number), generation=picks.one(intents))
-        return replace(sample_ref(number, num_bytes=100 + number), generation=0)
+            return replace(ref, generation=1 + picks.below(max(1, self.twins.history.generation)))
+        if intents and turn > 0:
+            return replace(ref, generation=picks.one(intents))
+        return replace(ref, generation=0, ordinal=picks.one([number, number, None, number + 1]))
 
     def _head(self) -> CheckpointRecord | None:
-        records = self.twins.memory.checkpoints()
-        return records[-1] if records else None
+        return self.twins.memory.snapshot().head
 
-    # -- the producer ------------------------------------------------------------------------
+    # -- producers ---------------------------------------------------------------------------
 
-    def add_tasks(self, picks: Picks) -> None:
-        known = list(self.twins.memory._tasks)
-        new = [t for t in TASKS[:ADDED] if t not in known][: 1 + picks.below(6)]
-        chosen = picks.some(TASKS[:ADDED], 6) if picks.rarely() else known + new
-        self._call("add_tasks", chosen, fence=self._fence("producer", picks))
+    def extend(self, picks: Picks) -> None:
+        known = self.twins.memory.source_blocks()
+        size = sum(block.count for block in known)
+        count = min(1 + picks.below(5), NUMBERS - size)
+        new = [SourceBlock(size, count, f"digest {size} {count}")] if count > 0 else []
+        blocks = picks.one([new, new, new, [*known, *new], [*known[:1], *new], list(reversed(known))])
+        if picks.rarely():
+            blocks = [SourceBlock(picks.below(NUMBERS), 2, "another")]
+        self._call("extend", self._producer(picks), blocks)
 
     def lease(self, picks: Picks) -> None:
-        leases = self._call(
-            "lease_tasks",
-            f"w{picks.below(2)}",
-            1 + picks.below(4),
-            group_size=picks.one([None, None, 2, 3]),
-            fence=self._fence("producer", picks),
-            op=True,
-        )
+        fence = self._producer(picks)
+        leases = self._call("lease", fence, 1 + picks.below(4), picks.one([None, None, 2, 3]))
         self.twins.leased(leases or [])
 
-    def reserve(self, picks: Picks) -> None:
-        sizes = {i: 10 + n for n, i in enumerate(picks.some(IDS))}
-        generations = self._call("reserve", sizes, fence=self._fence("producer", picks), op=True)
-        self.twins.reserved(generations or {})
+    def _wanted(self, picks: Picks) -> list[Intent]:
+        return [Intent(0, IDS[n], 10 + n, n) for n in picks.some(list(range(NUMBERS)))]
 
-    def revoke(self, picks: Picks) -> None:
-        generations = [x.generation for x in self.twins.memory.intents()]
-        self._call("revoke", picks.some([*generations, 999]), fence=self._fence("producer", picks))
+    def reserve(self, picks: Picks) -> None:
+        budget = picks.one([None, None, Budget(200), Budget(1000, 2), Budget(1000, 6)])
+        generations = self._call("reserve", self._producer(picks), self._wanted(picks), budget)
+        self.twins.counts["met: no room"] += generations is None
+        self.twins.reserved(generations or [])
 
     def commit(self, picks: Picks) -> None:
-        held = [TASKS.index(t) for t in sorted(self.twins.history.held)]
+        fence = self._producer(picks)
+        held = sorted(self.twins.history.held)
         numbers = picks.some(list(range(NUMBERS)) if picks.rarely() or not held else held)
-        refs = [self._ref(number, picks) for number in numbers]
-        self._commit(refs, fence=self._fence("producer", picks), op=picks.below(2) == 1)
+        self._commit(fence, [self._ref(number, fence, picks) for number in numbers if number < NUMBERS])
 
     def commit_again(self, picks: Picks) -> None:
-        refs = [self.twins.memory.get_committed(i) for i in self.twins.memory.all_committed_ids()]
-        chosen = [sample_ref(IDS.index(r.sample_id)) if not r.feature_specs else r for r in refs if r]
-        self._commit(picks.some(chosen), fence=self._fence("producer", picks))
+        refs = [r.ref for r in self.twins.memory.find(IDS).values()]
+        refs += [sample_ref(IDS.index(i), ordinal=IDS.index(i)) for i in self.twins.memory.rows.archived_ids]
+        self._commit(self._producer(picks), [replace(ref, metadata={}) for ref in picks.some(refs)])
 
-    def _commit(self, refs: Sequence[SampleRef], **kwargs: Any) -> None:
+    def _commit(self, fence: Fence | None, refs: Sequence[SampleRef]) -> None:
         memory = self.twins.memory
-        known, lost = set(memory.all_committed_ids()), set(memory.lost_ids())
-        fresh = self._call("commit_samples", refs, **kwargs)
+        known, lost = set(memory.find(IDS)) | memory.rows.archived_ids, set(self._state("lost"))
+        fresh = self._call("commit", fence, refs)
         for ref, is_fresh in zip(refs, fresh or [], strict=False):
             if is_fresh and ref.sample_id in known - lost:
                 raise DisagreementError(f"{ref.sample_id} was known and is fresh")
@@ -160,75 +176,100 @@ class LedgerMoves:
             known.add(ref.sample_id)
             lost.discard(ref.sample_id)
 
-    def skip(self, picks: Picks) -> None:
-        """Bytes of generations lie there that an older copy of the ledger never gave out."""
-        if fence := self._fence("producer", picks):
-            self._call("skip_generations", picks.below(40), fence=fence)
+    def swept(self, picks: Picks) -> None:
+        """Some revoked bytes are gone; bytes may lie there that an older copy never gave out."""
+        generations = [x.generation for x in self.twins.memory.rows.intents.values()]
+        skip = picks.below(40) if picks.rarely() else 0
+        self._call("swept", self._producer(picks), picks.some([*generations, 999]), skip)
 
     def fail(self, picks: Picks) -> None:
-        self._call(
-            "fail_tasks",
-            f"w{picks.below(2)}",
-            picks.some(sorted(self.twins.history.held) or TASKS),
-            reason=f"reason {picks.below(3)}",
-            attempt_max=picks.one([None, 1, 2, 3]),
-            fence=self._fence("producer", picks),
-        )
+        ordinals = picks.some(sorted(self.twins.history.held) or list(range(NUMBERS)))
+        how = {"reason": f"reason {picks.below(3)}", "attempt_max": picks.one([None, 1, 2, 3])}
+        failed = self._call("fail", self._producer(picks), ordinals, **how)
+        self.twins.counts["met: a hole in the log"] += bool(failed)
 
     def give_back(self, picks: Picks) -> None:
-        tasks = picks.some(sorted(self.twins.history.held) or TASKS)
-        self._call("return_tasks", f"w{picks.below(2)}", tasks, fence=self._fence("producer", picks))
+        ordinals = picks.some(sorted(self.twins.history.held) or list(range(NUMBERS)))
+        self._call("give_back", self._producer(picks), ordinals)
+
+    def end_stream(self, picks: Picks) -> None:
+        self._call("end_stream", self._producer(picks), picks.below(4) > 0)
 
     def report_lost(self, picks: Picks) -> None:
         ids = picks.some(IDS if picks.rarely() else self._state("present", "lost") or IDS)
-        self._call("report_lost", ids, fence=self._fence(picks.one(["producer", "consumer"]), picks))
+        fence = self._consumer(picks) if picks.below(2) else self._producer(picks)
+        self._call("report_lost", fence, ids)
 
     def acquire(self, picks: Picks) -> None:
-        role = picks.one(["producer", "consumer"])
-        fence = self._call("acquire_role", role, f"holder-{picks.below(9)}")
-        self._fences[role].append(fence)
-        if role == "producer":
-            self.twins.history.held.clear()
+        self._acquire(picks.one(ROLES))
+
+    def _acquire(self, role: str) -> None:
+        order = None if role == CONSUMER else self._order
+        before = {n for n, p in self.twins.memory.rows.prompts.items() if p.state == "leased"}
+        outcome = self.twins.call("acquire", role, "holder", order)
+        if outcome.error is not None:
+            raise DisagreementError(f"{role} cannot be acquired: {outcome.error}")
+        self._fences[role].append(outcome.value)
+        after = {n for n, p in self.twins.memory.rows.prompts.items() if p.state == "leased"}
+        others = [f for f, (name, *_) in self._past.items() if f.role != role and name == "lease"]
+        self.twins.counts["met: another worker's leases stay"] += bool(before & after) and bool(others)
+        self.twins.history.held &= after
+
+    def other_order(self, picks: Picks) -> None:
+        other = Order.ARRIVAL if self._order == Order.ORDINAL else Order.ORDINAL
+        self.twins.call("acquire", producer_role(picks.one(WORKERS)), "holder", other)
+
+    def evict(self, picks: Picks) -> None:
+        worker = picks.one(WORKERS)
+        done = self.twins.call("evict", fence := self._producer(picks), None, worker)
+        if done.error is None:
+            self.twins.counts["met: a worker evicted"] += 1
+            role = producer_role(worker)
+            epoch = self.twins.memory.snapshot().epochs[role]
+            self._fences[role].append(Fence(role, epoch))
+            self.twins.history.held = {
+                n for n, p in self.twins.memory.rows.prompts.items() if p.state == "leased"
+            }
+            assert fence is not None or self._order == Order.ARRIVAL
 
     # -- the consumer ------------------------------------------------------------------------
 
     def _plan(self, step: int, rev: int, picks: Picks) -> StepPlan:
-        memory = self.twins.memory
-        waiting = [i for i in self._state("present") if not memory.sample_record(i).durable]  # type: ignore[union-attr]
-        ids = tuple(picks.some(IDS if picks.rarely() else waiting))
-        return StepPlan(step, ids, memory.committed_count(), rev)
+        records = self.twins.memory.find(IDS)
+        waiting = [i for i in self._state("present") if not records[i].durable]
+        return StepPlan(step, tuple(picks.some(IDS if picks.rarely() else waiting)), rev)
 
     def begin(self, picks: Picks) -> None:
         memory = self.twins.memory
-        step = memory.trained_step() + 1
+        trained = memory.snapshot().trained_step
+        step = trained + 1
         turn = picks.below(8)
         if turn == 6:
             step = 1 + picks.below(step)  # replayed, or long done
         elif turn == 7:
             step += 1 + picks.below(2)
         ack = self._ack(picks) if turn in (5, 7) else None
-        known = memory.get_plan(step)
+        known = memory.step_plan(step)
         rev = (known.rev if known else 0) + (1 if picks.below(6) == 5 else 0)
         plan = self._plan(step, rev, picks)
-        fence, op, trained = self._fence("consumer", picks), picks.below(2) == 1, memory.trained_step()
+        fence = self._consumer(picks)
         with self._acking(ack):
-            self._call("begin_step", plan, ack=ack, fence=fence, op=op)
-        self.twins.counts["met: an ack with the next plan"] += memory.trained_step() > trained
+            self._call("plan", fence, plan, ack)
+        self.twins.counts["met: an ack with the next plan"] += memory.snapshot().trained_step > trained
 
     def leave(self, picks: Picks) -> None:
-        step = self.twins.memory.trained_step() + picks.below(3)
-        self._call("leave_step", step, fence=self._fence("consumer", picks))
+        self._call("leave", self._consumer(picks), self.twins.memory.snapshot().trained_step + picks.below(3))
 
     def ack(self, picks: Picks) -> None:
         ack = self._ack(picks)
         with self._acking(ack):
-            self._call("ack_step", ack, fence=self._fence("consumer", picks), op=True)
+            self._call("plan", self._consumer(picks), None, ack)
 
     def _ack(self, picks: Picks) -> StepAck:
         """Of the next step, as a rule as its plan has it."""
         memory = self.twins.memory
-        step = memory.trained_step() + (1 if not picks.rarely() else picks.below(3))
-        plan = memory.get_plan(step)
+        step = memory.snapshot().trained_step + (1 if not picks.rarely() else picks.below(3))
+        plan = memory.step_plan(step)
         rev = (plan.rev if plan else 0) + (1 if picks.rarely() else 0)
         finished = list(plan.sample_ids) if plan else []
         if picks.below(4) == 3:
@@ -238,47 +279,41 @@ class LedgerMoves:
     @contextmanager
     def _acking(self, ack: StepAck | None) -> Iterator[None]:
         """Remembers what the ack finished, if it is taken in the block."""
-        trained = self.twins.memory.trained_step()
+        trained = self.twins.memory.snapshot().trained_step
         yield
-        if ack is not None and self.twins.memory.trained_step() == trained + 1:
+        if ack is not None and self.twins.memory.snapshot().trained_step == trained + 1:
             self._finished[ack.step] = list(ack.finished)
 
-    def train_ack(self, picks: Picks) -> None:
-        """The simple way, without plans; only of what is not folded: nobody acks what he cannot read."""
-        self._call(
-            "record_train_ack",
-            picks.some(self._state("present", "lost", "released") or IDS[-2:]),
-            global_step=picks.one([None, 1, 2, 3, self.twins.memory.trained_step()]),
-            optimizer_durable=picks.below(4) == 3,
-            fence=self._fence("consumer", picks),
-        )
+    def _first_place(self) -> int:
+        """Where a consumer resumes: no sample before it is still to be trained."""
+        open_ = [r.place for r in self.twins.memory.find(IDS).values() if r.step is None]
+        return min(open_, default=self.twins.memory.snapshot().settled)
 
     def checkpoint(self, picks: Picks) -> None:
         head, memory = self._head(), self.twins.memory
         first = head.step + 1 if head else 1
-        step = max(first, memory.trained_step())
+        step = max(first, memory.snapshot().trained_step)
         if picks.rarely():
             step = 1 + picks.below(step + 1)
-        plans = [memory.get_plan(s) for s in range(first, step + 1)]
+        plans = [memory.step_plan(s) for s in range(first, step + 1)]
         known = [plan for plan in plans if plan is not None]
         chain = chain_of(head.chain if head else "", known)
         chain = picks.one([chain] * 5 + ["", "wrong"])
-        record = CheckpointRecord(
-            step, f"step-{step}-{picks.below(2)}", "digest", memory.committed_count(), chain
-        )
-        self._call("record_checkpoint", record, fence=self._fence("consumer", picks))
-        if record in memory.checkpoints() and record != head:
+        record = CheckpointRecord(step, f"step-{step}-{picks.below(2)}", "digest", chain, self._first_place())
+        self._call("head", self._consumer(picks), record)
+        if record in memory.snapshot().checkpoints and record != head:
             before = next((a.lineage for a in reversed(self._archive) if a.record == head), ())
             lineage = (*before, *(self._trained(plan) for plan in known))
             self._archive.append(Archived(record, lineage))
 
     def _trained(self, plan: StepPlan) -> TrainedStep:
-        memory, finished = self.twins.memory, self._finished.get(plan.step, [])
-        records = [memory.sample_record(i) for i in plan.sample_ids]
+        records, finished = self.twins.memory.find(plan.sample_ids), self._finished.get(plan.step, [])
         samples = [
-            TrainedSample(r.seq, r.sample_id, r.task_id, r.sample_id in finished) for r in records if r
+            TrainedSample(r.place, i, r.ref.ordinal, i in finished)
+            for i in plan.sample_ids
+            if (r := records.get(i)) is not None
         ]
-        return TrainedStep(plan.step, plan.rev, plan.last_seq, tuple(samples))
+        return TrainedStep(plan.step, plan.rev, tuple(samples))
 
     def adopt_again(self, picks: Picks) -> None:
         """A checkpoint that was recorded once, of a ledger that may have forgotten it."""
@@ -289,127 +324,138 @@ class LedgerMoves:
             self._adopt(archived.record, lineage, picks)
 
     def adopt_new(self, picks: Picks) -> None:
-        """A lineage that nobody recorded, right or not."""
+        """A lineage that no ledger recorded, right or not."""
         head, memory = self._head(), self.twins.memory
-        step, lineage, seq = (head.step if head else 0), [], memory.committed_count()
-        unknown = [n for n in range(NUMBERS) if not memory.is_committed(IDS[n])]
+        step, lineage, place = (head.step if head else 0), [], memory.snapshot().committed
+        unknown = [n for n in range(NUMBERS) if IDS[n] not in memory.find(IDS)]
         for _ in range(1 + picks.below(2)):
             step += 1
-            plan = memory.get_plan(step)
+            plan = memory.step_plan(step)
             if plan is not None and picks.below(3):
                 lineage.append(self._trained(plan))
                 continue
+            records = memory.find(picks.some(self._state("present", "lost", "quarantined")))
             samples = [
-                TrainedSample(r.seq, r.sample_id, r.task_id, picks.below(4) != 3)
-                for r in map(memory.sample_record, picks.some(self._state("present", "lost", "quarantined")))
-                if r is not None
+                TrainedSample(r.place, r.sample_id, r.ref.ordinal, picks.below(4) != 3)
+                for r in records.values()
             ]
             for number in unknown[: picks.below(3)]:
-                seq += 1 if picks.below(5) != 4 else 2
-                samples.append(TrainedSample(seq, IDS[number], TASKS[number], picks.below(4) != 3))
+                at = number if self._order == Order.ORDINAL else place
+                place += 1 if picks.below(5) != 4 else 2
+                samples.append(TrainedSample(at, IDS[number], number, picks.below(4) != 3))
                 unknown = unknown[1:]
             rev = (plan.rev if plan else 0) + picks.below(2)
-            lineage.append(TrainedStep(step, rev, seq, tuple(samples)))
+            lineage.append(TrainedStep(step, rev, tuple(samples)))
         before = head.chain if head else ""
         chain = "wrong" if picks.rarely() else chain_of(before, [t.plan for t in lineage])
-        record = CheckpointRecord(step, f"step-{step}-adopted", "digest", seq, chain)
+        record = CheckpointRecord(step, f"step-{step}-adopted", "digest", chain, self._first_place())
         self._adopt(record, lineage, picks)
 
     def _adopt(self, record: CheckpointRecord, lineage: list[TrainedStep], picks: Picks) -> None:
-        before = self.twins.memory.committed_count()
-        self._call("adopt_checkpoint", record, lineage, fence=self._fence("consumer", picks))
-        entered = self.twins.memory.committed_count() - before
+        before = self.twins.memory.snapshot().committed
+        self._call("head", self._consumer(picks), record, lineage)
+        entered = self.twins.memory.snapshot().committed - before
         self.twins.counts["met: a forgotten sample rolled forward"] += entered > 0
         if self._head() == record and not any(a.record == record for a in self._archive):
             self._archive.append(Archived(record, tuple(lineage)))
 
     def forget(self, picks: Picks) -> None:
-        steps = [c.step for c in self.twins.memory.checkpoints()] or [1]
-        self._call("forget_checkpoint", picks.one(steps), fence=self._fence("consumer", picks))
+        steps = [c.step for c in self.twins.memory.snapshot().checkpoints] or [1]
+        self._call("forget", self._consumer(picks), picks.one(steps))
 
     def fall_back(self, picks: Picks) -> None:
-        steps = [c.step for c in self.twins.memory.checkpoints()]
+        steps = [c.step for c in self.twins.memory.snapshot().checkpoints]
         step = picks.one([*steps, *steps, 0])
-        lost = self._call("fall_back", step, fence=self._fence("consumer", picks))
+        lost = self._call("fall_back", self._consumer(picks), step)
         self.twins.counts["met: freed samples lost by falling back"] += bool(lost)
 
     def quarantine(self, picks: Picks) -> None:
-        self._call(
-            "quarantine",
-            picks.some(IDS if picks.rarely() else self._state("present", "lost") or IDS, 2),
-            step=picks.one([None, self.twins.memory.trained_step() + 1, 1]),
-            reason=f"poison {picks.below(3)}",
-            fence=self._fence("consumer", picks),
-        )
+        ids = picks.some(IDS if picks.rarely() else self._state("present", "lost") or IDS, 2)
+        step = picks.one([None, self.twins.memory.snapshot().trained_step + 1, 1])
+        self._call("quarantine", self._consumer(picks), ids, step=step, reason=f"poison {picks.below(3)}")
 
     def release(self, picks: Picks) -> None:
-        ids = list(
-            self._call("begin_release", 1 + picks.below(6), fence=self._fence("consumer", picks)) or []
-        )
+        fence = self._consumer(picks)
+        found = self.twins.call("releasable", fence, 1 + picks.below(6))
+        ids = list(found.value or [])
         if picks.rarely():
             ids = picks.some(IDS)
-        self._call("record_released", ids, fence=self._fence("consumer", picks))
+        self._call("released", fence, ids)
 
     def compact(self, picks: Picks) -> None:
-        self._call("compact", fence=self._fence("consumer", picks))
-        folded = "SELECT count(*) FROM folded WHERE kind = 'samples'"
-        forgotten = "SELECT count(*) FROM folded WHERE content IS NULL"
-        self.twins.counts["met: folded samples"] += self.twins.sqlite._value(folded) > 0
-        self.twins.counts["met: folded prompt ids"] += self.twins.sqlite._value(forgotten) > 0
+        self._call("compact", self._consumer(picks))
+        self.twins.counts["met: archived samples"] += bool(self.twins.memory.rows.archived_ids)
 
     # -- in good order, so that samples come to the end of their lives --------------------------
 
     def capture(self, picks: Picks) -> None:
         """Lease, reserve, commit."""
-        fence = self._fences["producer"][-1] if self._fences["producer"] else None
-        leases = self._call("lease_tasks", "w0", 3, fence=fence, op=True) or []
+        fence = self._fences[producer_role(picks.one(WORKERS))][-1]
+        leases = self._call("lease", fence, 3) or []
         self.twins.leased(leases)
-        numbers = [TASKS.index(lease.task_id) for lease in leases]
-        sizes = {IDS[n]: 100 + n for n in numbers}
-        generations = self._call("reserve", sizes, fence=fence, op=True)
+        numbers = [lease.ordinal for lease in leases if lease.ordinal < NUMBERS]
+        wanted = [Intent(0, IDS[n], 100 + n, n) for n in numbers]
+        generations = self._call("reserve", fence, wanted, None) or []
         self.twins.reserved(generations)
-        refs = [replace(sample_ref(n), generation=generations[IDS[n]]) for n in numbers]
-        self._commit(refs[picks.below(2) :], fence=fence, op=True)
+        refs = [
+            replace(sample_ref(n, ordinal=n), generation=generation)
+            for n, generation in zip(numbers, generations, strict=False)
+        ]
+        self._commit(fence, refs[picks.below(2) :])
 
     def train(self, picks: Picks) -> None:
         """Begin the next step and ack it."""
-        fence = self._fences["consumer"][-1] if self._fences["consumer"] else None
-        plan = self._plan(self.twins.memory.trained_step() + 1, 0, picks)
-        begun = self._call("begin_step", plan, fence=fence, op=True)
+        fence = self._fences[CONSUMER][-1]
+        plan = self._plan(self.twins.memory.snapshot().trained_step + 1, 0, picks)
+        begun = self._call("plan", fence, plan)
         if begun is not None:
             ack = StepAck(plan.step, begun.plan.rev, begun.plan.sample_ids)
-            self._call("ack_step", ack, fence=fence, op=True)
+            self._call("plan", fence, None, ack)
             self._finished[plan.step] = list(ack.finished)
 
     def cover(self, picks: Picks) -> None:
-        """Checkpoint, free, forget the older checkpoints, fold."""
-        fence = self._fences["consumer"][-1] if self._fences["consumer"] else None
+        """Checkpoint, free, forget the older checkpoints, archive."""
+        fence = self._fences[CONSUMER][-1]
         self.checkpoint(Picks([]))
-        freed = self._call("begin_release", 100, fence=fence) or []
-        self._call("record_released", list(freed), fence=fence)
-        for old in self.twins.memory.checkpoints()[: -1 - picks.below(3)]:
-            self._call("forget_checkpoint", old.step, fence=fence)
+        freed = self.twins.call("releasable", fence, 100).value or {}
+        self._call("released", fence, list(freed))
+        for old in self.twins.memory.snapshot().checkpoints[: -1 - picks.below(3)]:
+            self._call("forget", fence, old.step)
         if picks.below(3):
             self.compact(Picks([]))
 
-    # -- anybody -----------------------------------------------------------------------------
+    # -- any role ----------------------------------------------------------------------------
 
     def set_facts(self, picks: Picks) -> None:
-        self._call("set_facts", {f"fact-{picks.below(3)}": [picks.below(5), None, "x"]})
+        facts = {f"fact-{picks.below(3)}": [picks.below(5), None, "x"]}
+        self._call("set_facts", self._producer(picks), facts)
 
     def settle_facts(self, picks: Picks) -> None:
         facts: dict[str, Any] = {f"fact-{picks.below(5)}": picks.below(5), "fact-x": (1, 2)}
-        self._call("settle_facts", facts, fence=self._fence(picks.one(["producer", "consumer"]), picks))
+        self._call("set_facts", self._fence(picks.one(ROLES), picks), facts, settle=True)
 
     def repeat(self, picks: Picks) -> None:
-        """A call whose result got lost, with the same op id: the same answer, and nothing happens."""
-        if self._past:
-            name, args, kwargs, value = picks.one(self._past)
+        """A call whose result got lost, with the same number: the same answer, and nothing happens."""
+        held = [f for f in self._past if self._fences[f.role][-1] == f]
+        if held:
+            fence = picks.one(held)
+            name, args, kwargs, value = self._past[fence]
+            lasting = self.twins.memory.rows.roles[fence.role].last_op == self._ops[fence]
             before = self.twins.memory.lsn()
-            again = self._call(name, *args, **kwargs)
+            again = self.twins.call(name, fence, self._ops[fence], *args, **kwargs)
             self.twins.counts["met: a call repeated"] += 1
-            if again != value or self.twins.memory.lsn() != before:
+            if lasting and (again.value != value or self.twins.memory.lsn() != before):
                 raise DisagreementError(f"{name} repeated: {value} before, {again} now")
+
+    def arrive_late(self, picks: Picks) -> None:
+        """A copy of a call that was answered long ago changes nothing."""
+        held = [f for f in self._past if self._fences[f.role][-1] == f and self._ops[f] > 1]
+        if held:
+            fence, before = picks.one(held), self.twins.memory.lsn()
+            late = self.twins.memory.rows.roles[fence.role].last_op > 1
+            self.twins.call("set_facts", fence, 1, {"late": True})
+            if late and self.twins.memory.lsn() != before:
+                raise DisagreementError("a call that arrived late changed something")
 
     def reopen(self, picks: Picks) -> None:
         self.twins.reopen()
@@ -421,19 +467,20 @@ class LedgerMoves:
         """The ledger goes back, its clients start anew; the checkpoints' folders stay."""
         if picks.below(2) and self.twins.restore():
             self.twins.counts["met: a ledger restored from a backup"] += 1
-            self._fences = {"producer": [], "consumer": []}
-            self._past = []
+            self._fences = {role: [] for role in ROLES}
+            self._past, self._ops = {}, Counter()
+            for role in ROLES:
+                self._acquire(role)
 
 
 # How often a long run takes each, so that samples get through all of their life.
 WEIGHTS: dict[str, int] = {
     "capture": 8, "train": 12, "cover": 7,
-    "add_tasks": 3, "lease": 3, "reserve": 2, "revoke": 1, "skip": 1, "commit": 4,
-    "commit_again": 2, "fail": 1,
-    "give_back": 1, "report_lost": 2, "acquire": 2, "begin": 5, "leave": 1, "ack": 5, "train_ack": 1,
-    "checkpoint": 3, "adopt_again": 2, "adopt_new": 2, "forget": 1, "fall_back": 2, "quarantine": 1,
-    "release": 2, "compact": 2, "set_facts": 1, "settle_facts": 1, "repeat": 2,
-    "reopen": 1, "save": 1, "restore": 1,
+    "extend": 3, "lease": 3, "reserve": 2, "swept": 1, "commit": 4, "commit_again": 2, "fail": 2,
+    "give_back": 1, "end_stream": 1, "report_lost": 2, "acquire": 2, "other_order": 1, "evict": 1,
+    "begin": 5, "leave": 1, "ack": 5, "checkpoint": 3, "adopt_again": 2, "adopt_new": 2, "forget": 1,
+    "fall_back": 2, "quarantine": 1, "release": 2, "compact": 2, "set_facts": 1, "settle_facts": 1,
+    "repeat": 2, "arrive_late": 1, "reopen": 1, "save": 1, "restore": 1,
 }  # fmt: skip
 
 
@@ -442,12 +489,14 @@ def random_script(rng: random.Random, length: int) -> list[tuple[str, bytes]]:
     return [(name, rng.randbytes(PICKS)) for name in rng.choices(names, weights, k=length)]
 
 
-def play(folder: Path, script: Sequence[tuple[str, bytes]], *, block: int, fold_from: int) -> Counter[str]:
-    """Make these moves on a new pair of stores; how often each call was made, and what was met."""
+def play(
+    folder: Path, script: Sequence[tuple[str, bytes]], *, block: int, archive_from: int, order: Order
+) -> Counter[str]:
+    """Make these moves on a new pair of ledgers; how often each call was made, and what was met."""
     with small_blocks(block):
-        twins = LedgerTwins(folder / "ledger.db", fold_from=fold_from)
+        twins = LedgerTwins(folder / "ledger.db", archive_from=archive_from)
         try:
-            moves = LedgerMoves(twins)
+            moves = LedgerMoves(twins, order)
             for name, picks in script:
                 getattr(moves, name)(Picks(picks))
         finally:
@@ -458,5 +507,7 @@ def play(folder: Path, script: Sequence[tuple[str, bytes]], *, block: int, fold_
 def play_at_random(folder: Path, seed: int, length: int) -> Counter[str]:
     """One seeded run of `length` moves."""
     rng = random.Random(seed)
-    block, fold_from = rng.choice([2, 3, 4096]), rng.choice([1, 1, 2])
-    return play(folder, random_script(rng, length), block=block, fold_from=fold_from)
+    block, archive_from = rng.choice([2, 3, 4096]), rng.choice([1, 1, 2])
+    order = rng.choice([Order.ORDINAL, Order.ORDINAL, Order.ARRIVAL])
+    script = random_script(rng, length)
+    return play(folder, script, block=block, archive_from=archive_from, order=order)

@@ -204,8 +204,8 @@ class InMemoryLightFeatureStore:
         known = self.held.get(sample_id)
         if known is not None and generation in (0, known[0]):
             return _sealed(self.uri, sample_id, known[1], known[0])
-        if generation and generation < self._newest:
-            raise stale(sample_id, generation, self._newest)
+        if known is not None and generation < known[0]:
+            raise stale(sample_id, generation, known[0])
         payload = _pack(tensors)
         self.held.pop(sample_id, None)
         if self.usage().resident_bytes + len(payload) > self.budget_bytes:

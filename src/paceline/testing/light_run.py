@@ -21,11 +21,11 @@ from paceline.capture.producer import CaptureSettings, Producer
 from paceline.capture.source import PromptList
 from paceline.errors import EngineError, TrainingError
 from paceline.features.store import FeatureStore
-from paceline.ledger.controller import DataFlowController
+from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.facts import COMPLETED_STEP
-from paceline.ledger.store import MetadataStore
-from paceline.ledger.stores.memory import InMemoryMetadataStore
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.ledger import Ledger
+from paceline.ledger.producer_session import ProducerSession
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.loader.loader import LoaderSettings, StepLoader
 from paceline.testing.kill_points import pointed
 from paceline.testing.light_adapters import (
@@ -42,7 +42,7 @@ from paceline.training.trainer import ConsumerSide, Trainer, take_over
 from paceline.types import PromptTask
 
 RUN_ID = "light"
-FOLD_FROM = 6  # history is folded after so few samples, so that runs this small have some
+ARCHIVE_FROM = 6  # so few samples are archived already, so that runs this small have an archive
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class RunShape:
 
     @property
     def sample_ids(self) -> list[str]:
-        """In commit order."""
+        """In the order of the log."""
         return [f"{RUN_ID}:{n}" for n in range(self.prompts) if n != self.bad_prompt]
 
     def tasks(self) -> list[PromptTask]:
@@ -123,12 +123,12 @@ class Outcome:
 
 
 def no_report(event: str, **fields: Any) -> None:
-    """Say nothing to nobody."""
+    """Discard the event."""
 
 
 def build_producer(
     shape: RunShape,
-    store: MetadataStore,
+    ledger: Ledger,
     features: FeatureStore,
     *,
     report: Callable[..., None] = no_report,
@@ -147,18 +147,18 @@ def build_producer(
         budget_samples=shape.budget_samples,
         group_samples=shape.group,
     )
-    controller = DataFlowController(RUN_ID, metadata_store=store)
+    session = ProducerSession(ledger, RUN_ID)
     settings = CaptureSettings(group_size=shape.group, max_answer_tokens=4, features=LIGHT_FEATURES)
-    backpressure = Backpressure(features, store, marks, report=report)
+    backpressure = Backpressure(features, session, marks, report=report)
     engine = pointed(shape.engine(), "engine")
     return Producer(
-        controller, engine, features, PromptList(shape.tasks()), settings, backpressure, report=report
+        session, engine, features, PromptList(shape.tasks()), settings, backpressure, report=report
     )
 
 
 def build_consumer(
     shape: RunShape,
-    store: MetadataStore,
+    ledger: Ledger,
     features: FeatureStore,
     checkpoints: Path,
     *,
@@ -166,9 +166,8 @@ def build_consumer(
     should_stop: Callable[[], bool] = lambda: False,
     report: Callable[..., None] = no_report,
 ) -> tuple[Trainer, StepLoader]:
-    controller = DataFlowController(RUN_ID, metadata_store=store)
     side = ConsumerSide(
-        controller,
+        ConsumerSession(ledger, RUN_ID),
         features,
         pointed(CheckpointFolder(checkpoints, RUN_ID), "checkpoints"),
         pointed(shape.learner(), "learner"),
@@ -185,14 +184,14 @@ class LightRun:
     def __init__(self, folder: Path, shape: RunShape) -> None:
         self.folder = folder
         self.shape = shape
-        self.ledger = folder / "ledger.db"
+        self.ledger_path = folder / "ledger.db"
         self.checkpoints = folder / "checkpoints"
         self.feature_folder = folder / "features"
 
-    def open_store(self) -> SQLiteMetadataStore:
-        store: SQLiteMetadataStore = pointed(SQLiteMetadataStore(self.ledger, durability="head"), "ledger")
-        store.fold_from = FOLD_FROM
-        return store
+    def open_ledger(self) -> SQLiteLedger:
+        ledger: SQLiteLedger = pointed(SQLiteLedger(self.ledger_path, durability="head"), "ledger")
+        ledger.archive_from = ARCHIVE_FROM
+        return ledger
 
     def open_features(self, *, owner: bool) -> LightFeatureStore:
         bare = LightFeatureStore(self.feature_folder, budget_bytes=self.shape.budget_bytes, owner=owner)
@@ -201,60 +200,61 @@ class LightRun:
 
     def produce(self, report: Callable[..., None] = no_report) -> None:
         """The producer's process."""
-        store = self.open_store()
-        if COMPLETED_STEP not in store.facts():
-            report("found", intents=len(store.intents()))
+        ledger = self.open_ledger()
+        if COMPLETED_STEP not in ledger.facts():
+            report("found", intents=len(ledger.ownership().promised))
             features = self.open_features(owner=True)
-            producer = build_producer(self.shape, store, features, report=report)
-            producer.run(should_stop=lambda: COMPLETED_STEP in store.facts())
-        store.close()
+            producer = build_producer(self.shape, ledger, features, report=report)
+            producer.run(should_stop=lambda: COMPLETED_STEP in ledger.facts())
+        ledger.close()
 
     def consume(self, report: Callable[..., None] = no_report) -> None:
         """The consumer's process."""
-        store = self.open_store()
-        if COMPLETED_STEP not in store.facts():
-            known = {record.name for record in store.checkpoints()}
+        ledger = self.open_ledger()
+        if COMPLETED_STEP not in ledger.facts():
+            known = {record.name for record in ledger.snapshot().checkpoints}
             report("found", orphan_checkpoints=len(self.checkpoint_names() - known))
             features = self.open_features(owner=False)
             executor = ThreadPoolExecutor(2) if self.shape.threads else None
             trainer, loader = build_consumer(
-                self.shape, store, features, self.checkpoints, executor=executor, report=report
+                self.shape, ledger, features, self.checkpoints, executor=executor, report=report
             )
             step = trainer.fit(loader)
             if executor is not None:
                 executor.shutdown()
-            if loader.exhausted and store.usage().waiting_samples == 0:
-                store.set_facts({COMPLETED_STEP: step}, fence=trainer.controller.fence("consumer"))
-        store.close()
+            if loader.exhausted and ledger.snapshot().usage.waiting_samples == 0:
+                trainer.session.set_facts({COMPLETED_STEP: step})
+        ledger.close()
 
     def checkpoint_names(self) -> set[str]:
         return {path.name for path in self.checkpoints.glob("step-*")}
 
 
-def head_of(store: MetadataStore, checkpoints: Path) -> Outcome:
+def head_of(ledger: Ledger, checkpoints: Path) -> Outcome:
     """What the head checkpoint holds."""
-    head = store.checkpoints()[-1]
+    head = ledger.snapshot().head
+    assert head is not None, "the run has a checkpoint"
     files = CheckpointFolder(checkpoints, RUN_ID).read(head).files
     return Outcome(bytes(files["weights.bin"]), json.loads(bytes(files["trained.json"])), head.chain)
 
 
 def uninterrupted(shape: RunShape, folder: Path) -> Outcome:
     """The same run in one process, in memory: first everything is captured, then it is trained."""
-    store = InMemoryMetadataStore()
+    ledger = SQLiteLedger()
     # Weights do not depend on how much room there is, and one process cannot wait for itself.
     roomy = replace(shape, tight=False)
     features = InMemoryLightFeatureStore(shape.budget_bytes)
-    build_producer(roomy, store, features).run()
-    trainer, loader = build_consumer(roomy, store, features, folder)
+    build_producer(roomy, ledger, features).run()
+    trainer, loader = build_consumer(roomy, ledger, features, folder)
     trainer.fit(loader)
     assert features.usage().resident_samples == 0, "nothing may stay behind"
-    return head_of(store, folder)
+    return head_of(ledger, folder)
 
 
 def expected_steps(shape: RunShape) -> list[list[str]]:
     """Which samples each step trains, written down without the product: the order in passes.py."""
-    ids = shape.sample_ids
-    blocks = [ids[i : i + shape.group] for i in range(0, len(ids), shape.group)]
+    groups = [range(i, min(i + shape.group, shape.prompts)) for i in range(0, shape.prompts, shape.group)]
+    blocks = [[f"{RUN_ID}:{n}" for n in group if n != shape.bad_prompt] for group in groups]
     visits: list[str] = []
     for stage in range(len(blocks) + shape.passes - 1):
         window = [blocks[stage - age] for age in range(shape.passes) if 0 <= stage - age < len(blocks)]

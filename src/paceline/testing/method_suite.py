@@ -16,8 +16,7 @@ from paceline.evaluation.speculative import Decoding, plain_generate, speculativ
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
 from paceline.features.stores.memory import InMemoryFeatureStore
-from paceline.ledger.channel import CommittedRefLog
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.methods.method import DraftMethod, LossSums
 from paceline.precision import CPU
 from paceline.roles.wire import (
@@ -165,10 +164,10 @@ class MethodSuite(ABC):
 
     def test_it_goes_from_capture_to_checkpoint(self, tmp_path: Path) -> None:
         """What it declares is captured, stored, sized, collated and trained; nothing else is."""
-        store = SQLiteMetadataStore(tmp_path / "ledger.db")
+        ledger = SQLiteLedger(tmp_path / "ledger.db")
         features = InMemoryFeatureStore(budget_bytes=8 << 20)
         capture = CaptureSettings(group_size=4, max_answer_tokens=6, features=self.features)
-        shared: dict[str, Any] = {"run_id": "suite", "feature_store": features, "metadata_store": store}
+        shared: dict[str, Any] = {"run_id": "suite", "feature_store": features, "metadata_store": ledger}
         _, drive = build_disagg_online_producer(
             engine=self.engine, prompts=PROMPTS, capture=capture, **shared
         )
@@ -182,8 +181,8 @@ class MethodSuite(ABC):
         )
         trainer, loader = build_disagg_online_consumer(parts=parts, resume=True, **shared)
         assert run_disagg_online(trainer=trainer, loader=loader, drive_producer=drive) == 3
-        for ref in CommittedRefLog(store).poll():
-            assert set(ref.feature_specs) == {feature.name for feature in self.features}
-        newest = store.checkpoints()[-1]
+        for entry in ledger.read(0, len(PROMPTS)).entries:
+            assert set(entry.ref.feature_specs) == {feature.name for feature in self.features}
+        newest = ledger.snapshot().checkpoints[-1]
         assert newest.step == 3
         assert (tmp_path / "checkpoints" / newest.name / "draft.safetensors").is_file()

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from paceline import durable_files
-from paceline.errors import PacelineError
-from paceline.ledger import streaming_channel
+from paceline.compat import streaming_channel
+from paceline.compat.streaming_channel import StreamingRefChannel, _Tail
 from paceline.ledger.stores.sqlite.database import Database
-from paceline.ledger.stores.sqlite.group_sync import ANNOUNCED, GroupSync
-from paceline.ledger.streaming_channel import StreamingRefChannel, _Tail
 from paceline.testing.mutants import Mutant
 
 
@@ -83,97 +79,14 @@ def ends_no_past(real: Any) -> Any:
     return lambda start, end: real(start, end) if start < end else b""
 
 
-def noted_before_synced(_: Any) -> Any:
-    def wait_for(self: GroupSync, lsn: int) -> None:
-        with self.alone:
-            if self._noted() < lsn:
-                self._note(max(lsn, self._said(ANNOUNCED)))
-                self._sync()
-
-    return wait_for
-
-
-def notes_what_came_since(_: Any) -> Any:
-    def wait_for(self: GroupSync, lsn: int) -> None:
-        with self.alone:
-            if self._noted() < lsn:
-                self._sync()
-                self._note(max(lsn, self._said(ANNOUNCED)))
-
-    return wait_for
-
-
-class Log:
-    """As far as changes were committed to it, and as far as it is on the disk; some syncs fail."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self.rng = rng
-        self.committed = self.on_disk = 0
-
-    def sync(self) -> None:
-        if self.rng.random() < 0.2:
-            raise OSError("injected")
-        self.on_disk = self.committed
-        self.others_commit(self.rng.randint(0, 2))  # meanwhile
-
-    def opened(self, place: Path) -> GroupSync:
-        """By somebody who writes all of it again if nobody vouches for it."""
-        (place / "ledger.db").touch()
-        self.group = GroupSync(place / "gate", self.sync)
-        with self.group.alone:
-            self.group.enter(place / "ledger.db", self._write_again)
-        return self.group
-
-    def others_commit(self, number: int) -> None:
-        """And wait for the disk."""
-        self.committed += number
-        self.group.announce(self.committed)
-
-    def _write_again(self, _: int) -> None:
-        self.on_disk = self.committed
-
-    def lose_power(self) -> None:
-        """Or a copy is put back, which may be older."""
-        self.committed = self.on_disk = self.rng.randint(0, self.on_disk)
-
-
-def share_syncs(place: Path, seed: int) -> None:
-    """The check of group sync alone: whoever asks for a change gets it onto the disk or an error."""
-    place.mkdir(parents=True)
-    log = Log(random.Random(seed))
-    group = log.opened(place)
-    for _ in range(60):
-        log.others_commit(1)
-        lsn = log.rng.randint(1, log.committed)
-        with suppress(OSError, PacelineError):
-            group.wait_for(lsn)
-            assert log.on_disk >= lsn, f"seed {seed}: change {lsn} is not on the disk, but the call returned"
-        if log.rng.random() < 0.1:
-            group.close()
-            log.lose_power()
-            group = log.opened(place)
-    group.close()
+def never_full(_: Any) -> Any:
+    return lambda *_: None
 
 
 LOG_MUTANTS: dict[str, tuple[str, Mutant]] = {
     "log not synced": (
         "ledger and power",
-        Mutant("acknowledged calls are gone", ((Database, "_sync_log", nothing),)),
-    ),
-    "sync noted before it is made": (
-        "shared syncs",
-        Mutant("a failed sync covers the next call", ((GroupSync, "wait_for", noted_before_synced),)),
-    ),
-    "sync covers what came during it": (
-        "shared syncs",
-        Mutant("commits during a sync are not synced", ((GroupSync, "wait_for", notes_what_came_since),)),
-    ),
-    "note of a sync never cleared": (
-        "shared syncs",
-        Mutant(
-            "the last life's syncs are believed",
-            ((GroupSync, "_nobody_else_is_here", lambda _: lambda _: False),),
-        ),
+        Mutant("acknowledged calls are gone", ((Database, "_sync_commits", never_full),)),
     ),
     "replaced in place": (
         "channel and power",

@@ -18,7 +18,7 @@ from pathlib import Path
 from paceline import crashpoints
 from paceline.errors import PacelineError
 from paceline.fsck.checker import check
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.light_run import LightRun, Outcome, RunShape, head_of, uninterrupted
 
 
@@ -39,10 +39,10 @@ class MainsRun(LightRun):
         self.reached = 0
         self.cut_at = -1
 
-    def open_store(self) -> SQLiteMetadataStore:
-        store = super().open_store()
+    def open_ledger(self) -> SQLiteLedger:
+        ledger = super().open_ledger()
         self._note(synced=True)
-        return store
+        return ledger
 
     def watch(self, name: str) -> None:
         if name in ("ledger.after_commit", "ledger.after_sync"):
@@ -53,7 +53,7 @@ class MainsRun(LightRun):
             raise PowerCutError
 
     def _note(self, *, synced: bool) -> None:
-        files = [self.ledger, self.ledger.with_name("ledger.db-wal")]
+        files = [self.ledger_path, self.ledger_path.with_name("ledger.db-wal")]
         image = {path.name: path.read_bytes() for path in files if path.exists()}
         self.images = [image] if synced else [*self.images, image]
 
@@ -92,7 +92,7 @@ def _cut(folder: Path, shape: RunShape, at: int, wanted: Outcome) -> int:
     except PowerCutError:
         gc.collect()  # closes what the dead run had open
     after = run.boot(folder / "after", random.Random(at))
-    if after.ledger.exists():
+    if after.ledger_path.exists():
         _judge(after, f"after the power failure at point {at}")
     try:
         after.produce()
@@ -100,10 +100,10 @@ def _cut(folder: Path, shape: RunShape, at: int, wanted: Outcome) -> int:
     except PacelineError as error:
         raise Violation(f"after the power failure at point {at} the run does not go on: {error}") from error
     _judge(after, f"after the run that went on from the power failure at point {at}")
-    store = after.open_store()
-    if head_of(store, after.checkpoints) != wanted:
+    ledger = after.open_ledger()
+    if head_of(ledger, after.checkpoints) != wanted:
         raise Violation(f"other weights after a power failure at point {at} of {shape}")
-    store.close()
+    ledger.close()
     return len(run.images) - 1
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from paceline.ledger.gate import live_holder
+from paceline.ledger.locks import live_holder
 from paceline.testing.small_run import same_bits
 from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.testing.tiny_run import TinyRun
@@ -87,15 +87,17 @@ def _kill(pid: int | None) -> bool:
 
 def check(run: TinyRun, wanted: dict[str, torch.Tensor]) -> None:
     """Raises Violation."""
-    store = run.store()
+    ledger = run.ledger()
+    now = ledger.snapshot()
+    finished = {s.sample_id for t in ledger.history() for s in t.samples if s.finished}
     left = {
         "weights that differ": not same_bits(run.final_weights(), wanted),
-        "samples not trained": PROMPTS * ROUNDS - len(store.durable_marker()["acked"]),
-        "samples convicted": store.quarantined(),
-        "prompts convicted": store.failed_tasks(),
-        "features left": store.usage().resident_samples,
+        "samples not trained": PROMPTS * ROUNDS - len(finished),
+        "samples convicted": now.quarantined,
+        "prompts convicted": ledger.failed(),
+        "features left": now.usage.resident_samples,
     }
-    store.close()
+    ledger.close()
     fsck = run.command("fsck")
     left["what the checker finds"] = fsck.stdout if fsck.returncode else ""
     wrong = {what: value for what, value in left.items() if value}

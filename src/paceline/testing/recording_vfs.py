@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import apsw
-
-from paceline.ledger.stores.sqlite.page_checksums import LAYER, checksum_layer
 
 TEARS = (512, 4096)
 RECORDED = ("write", "truncate", "sync")
@@ -41,7 +38,7 @@ class RecordingVFS(apsw.VFS):
     def __init__(self, name: str) -> None:
         self.name = name
         self.events: list[Event] = []
-        super().__init__(name, "unix")  # below any checksums
+        super().__init__(name, "unix")
 
     def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:  # noqa: N802 (SQLite's names)
         self.meets(Event("", "open"))
@@ -50,20 +47,6 @@ class RecordingVFS(apsw.VFS):
     def xDelete(self, name: str, sync_folder: bool) -> None:  # noqa: N802
         self.meets(Event("", "delete"))
         super().xDelete(name, sync_folder)
-
-    @contextmanager
-    def below_checksums(self) -> Iterator[str]:
-        """The product's checksum layer on top of this one, for databases opened in the block.
-
-        That layer lies on the layer that is the default when it is loaded, so it is loaded anew. No other
-        database may be open in this process meanwhile.
-        """
-        assert checksum_layer() is not None
-        try:
-            _load_checksums_over(self.name)
-            yield LAYER
-        finally:
-            _load_checksums_over("unix")
 
     def mark(self, note: Any) -> None:
         """Note that the program has come to a point (a call returned)."""
@@ -74,13 +57,6 @@ class RecordingVFS(apsw.VFS):
         if event.kind in RECORDED:
             self.events.append(event)
         return None
-
-
-def _load_checksums_over(vfs: str) -> None:
-    apsw.unregister_vfs(LAYER)
-    apsw.set_default_vfs(vfs)
-    checksum_layer.cache_clear()
-    checksum_layer()
 
 
 class _RecordingFile(apsw.VFSFile):

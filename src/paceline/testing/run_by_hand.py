@@ -1,15 +1,22 @@
-"""A run made by hand, call by call of the store, with checkpoints of a few bytes."""
+"""A run made by hand, call by call of the sessions, with checkpoints of a few bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from paceline.ledger.records import CheckpointRecord, StepAck, TrainedSample, TrainedStep, chain_of
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.testing.samples import sample_ref
+from paceline.ledger.consumer_session import ConsumerSession
+from paceline.ledger.records import CheckpointRecord, SourceBlock, TrainedSample, TrainedStep, chain_of
+from paceline.ledger.stores.sqlite import SQLiteLedger
+from paceline.testing.ledger_calls import RUN_ID, consumer_of, producer_of, refs_of
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
+
+
+class Nothing:
+    """A feature store without bytes."""
+
+    def free(self, written: object) -> None:
+        """Nothing is there."""
 
 
 class RunByHand:
@@ -18,70 +25,77 @@ class RunByHand:
     def __init__(self, folder: Path, prompts: int = 12) -> None:
         """A run that goes on in `folder`, or begins there with so many prompts."""
         self.folder = folder
-        self.checkpoints = CheckpointFolder(folder / "checkpoints", "run0")
+        self.checkpoints = CheckpointFolder(folder / "checkpoints", RUN_ID)
         self.since_head: list[TrainedStep] = []
+        self._prompts = prompts
         self.open()
-        if not self.store.facts():
-            self.store.set_facts({"run_id": "run0", "config": {"training.passes": 1}})
-            self.store.add_tasks([f"task-{n}" for n in range(prompts)], fence=self.producer)
+        if "config" not in self.ledger.facts():
+            self.ledger.set_facts(None, None, {"config": {"training.passes": 1}})
 
     def open(self) -> None:
         """Take both roles, as after a restart."""
-        self.store = SQLiteMetadataStore(self.folder / "ledger.db", durability="head")
-        self.store.fold_from = 1
-        self.producer = self.store.acquire_role("producer", "test")
-        self.consumer = self.store.acquire_role("consumer", "test")
+        self.ledger = SQLiteLedger(self.folder / "ledger.db", durability="head")
+        self.ledger.archive_from = 1
+        known = self.ledger.source_blocks()
+        self.producer = producer_of(self.ledger, prompts=known[0].count if known else self._prompts)
+        self.consumer: ConsumerSession = consumer_of(self.ledger)
+
+    def extend(self, count: int) -> None:
+        known = self.ledger.snapshot().prompts.known
+        self.producer.extend([SourceBlock(known, count, f"{count} more from {known}")])
 
     def capture(self, count: int) -> list[str]:
         """The next prompts, or those to be captured again; the ids of their samples."""
-        numbers = [lease.ordinal for lease in self.store.lease_tasks("w", count, fence=self.producer)]
-        refs = [sample_ref(number) for number in numbers]
-        generations = self.store.reserve({r.sample_id: r.estimated_bytes for r in refs}, fence=self.producer)
-        refs = [replace(ref, generation=generations[ref.sample_id]) for ref in refs]
-        assert self.store.commit_samples(refs, fence=self.producer) == [True] * count
+        numbers = [lease.ordinal for lease in self.producer.lease(count)]
+        refs = refs_of(self.producer, *numbers)
+        assert self.producer.commit(refs) == refs
+        assert len(refs) == count
         return [ref.sample_id for ref in refs]
 
     def begin(self, sample_ids: Sequence[str], rev: int = 0) -> TrainedStep:
         """Plan and begin the next step."""
-        records = [self.store.sample_record(sample_id) for sample_id in sample_ids]
-        samples = tuple(TrainedSample(r.seq, r.sample_id, r.task_id, True) for r in records if r is not None)
-        step = self.store.trained_step() + 1
-        trained = TrainedStep(step, rev, max((s.seq for s in samples), default=0), samples)
-        self.store.begin_step(trained.plan, fence=self.consumer)
+        records = self.ledger.find(sample_ids)
+        samples = tuple(
+            TrainedSample(records[i].place, i, records[i].ref.ordinal, True)
+            for i in sample_ids
+            if i in records
+        )
+        trained = TrainedStep(self.ledger.snapshot().trained_step + 1, rev, samples)
+        self.consumer.plan(trained.plan)
         return trained
 
     def train(self, sample_ids: Sequence[str], rev: int = 0) -> None:
         """Begin and ack the next step; every sample is visited once."""
         trained = self.begin(sample_ids, rev)
-        finished = tuple(s.sample_id for s in trained.samples)
-        self.store.ack_step(StepAck(trained.step, rev, finished), fence=self.consumer)
+        self.consumer.ack(trained.step, rev, [s.sample_id for s in trained.samples])
+        self.consumer.write_ack()
         self.since_head.append(trained)
 
     def write_checkpoint(self) -> tuple[CheckpointRecord, list[TrainedStep]]:
         """The folder alone, as a crash before the ledger's record leaves it; and its lineage."""
-        heads = self.store.checkpoints()
-        chain = chain_of(heads[-1].chain if heads else "", [trained.plan for trained in self.since_head])
-        last = max((trained.last_seq for trained in self.since_head), default=0)
+        now = self.ledger.snapshot()
+        chain = chain_of(now.head.chain if now.head else "", [trained.plan for trained in self.since_head])
+        places = [s.place for trained in self.since_head for s in trained.samples]
         written = Checkpoint(
-            self.store.trained_step(),
-            last,
+            now.trained_step,
+            max(places, default=-1) + 1,
             {"weights.bin": b"weights" * 50},
             {},
             tuple(self.since_head),
-            heads[-1].name if heads else "",
+            now.head.name if now.head else "",
             chain,
             self.consumer.epoch,
-            self.store.lsn(),
+            now.lsn,
         )
         lineage, self.since_head = self.since_head, []
         return self.checkpoints.write(written), lineage
 
     def checkpoint(self, keep: int = 2) -> None:
-        """Commit, free what is covered, retire and fold."""
+        """Commit, free what is covered, retire and archive."""
         record, _ = self.write_checkpoint()
-        self.store.record_checkpoint(record, fence=self.consumer)
-        self.store.record_released(self.store.releasable(99), fence=self.consumer)
-        for old in self.store.checkpoints()[:-keep]:
-            self.store.forget_checkpoint(old.step, fence=self.consumer)
-        self.store.compact(fence=self.consumer)
-        self.checkpoints.sweep({record.name for record in self.store.checkpoints()})
+        self.consumer.head(record)
+        self.consumer.release(Nothing())
+        for old in self.consumer.checkpoints()[:-keep]:
+            self.consumer.forget(old.step)
+        self.consumer.compact()
+        self.checkpoints.sweep({record.name for record in self.consumer.checkpoints()})

@@ -5,7 +5,9 @@ from __future__ import annotations
 from paceline.types import FeatureSpec, SampleRef
 
 
-def sample_ref(number: int, *, run_id: str = "run0", num_bytes: int = 100) -> SampleRef:
+def sample_ref(
+    number: int, *, run_id: str = "run0", num_bytes: int = 100, ordinal: int | None = None
+) -> SampleRef:
     """The ref `run0:s<number>` of task `task-<number>`."""
     sample_id = f"{run_id}:s{number}"
     return SampleRef(
@@ -19,4 +21,5 @@ def sample_ref(number: int, *, run_id: str = "run0", num_bytes: int = 100) -> Sa
         num_tokens=4,
         estimated_bytes=num_bytes,
         metadata={"digest": f"{number:032x}"},
+        ordinal=ordinal,
     )

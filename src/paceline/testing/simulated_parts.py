@@ -15,15 +15,20 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from paceline.errors import CheckpointDamagedError, UnknownResultError
 from paceline.features.store import Sealed, Usage, Written
-from paceline.ledger.records import CheckpointRecord
-from paceline.ledger.stores.memory import InMemoryMetadataStore
+from paceline.ledger.ledger import Ledger
+from paceline.ledger.records import CheckpointRecord, State
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.light_adapters import InMemoryLightFeatureStore
+from paceline.testing.specification_of_steps import SpecificationLedger
 from paceline.training.checkpoint import Checkpoint, epoch_of, identity_of
 from paceline.types import SampleRef
+
+ARCHIVE_FROM = 4  # samples or steps, so that runs this small have an archive
 
 
 class ViolationError(AssertionError):
@@ -52,51 +57,72 @@ class Way(Protocol):
 
 
 FINAL = {  # on the disk on return, see ledger/stores/sqlite/database.py
-    "acquire_role",
-    "settle_facts",
-    "record_checkpoint",
-    "adopt_checkpoint",
-    "fall_back",
-    "quarantine",
-    "fail_tasks",
-    "forget_checkpoint",
+    *("acquire", "evict", "head", "fall_back", "quarantine", "fail", "forget", "end_stream"),
 }
 CHANGES = FINAL | {
-    *("reserve", "revoke", "commit_samples", "record_train_ack", "ack_step", "add_tasks", "lease_tasks"),
-    *("return_tasks", "begin_step", "leave_step", "begin_release", "record_released"),
-    *("report_lost", "compact", "set_facts", "skip_generations"),
+    *("extend", "lease", "give_back", "reserve", "commit", "report_lost", "swept", "plan", "leave"),
+    *("releasable", "released", "compact", "set_facts"),
 }
-REPEATABLE = {"reserve", "commit_samples", "lease_tasks", "begin_step", "ack_step"}
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
 class SimulatedDisk:
-    """The one ledger of a simulated run, with what a power loss may take back (durability "head")."""
+    """The one ledger of a simulated run, with what a power loss may take back (durability "head").
 
-    def __init__(self, *, may_lose_power: bool) -> None:
-        self.store = InMemoryMetadataStore()
+    `real`: a folder for a SQLite ledger with its real files; None: the specification is the ledger.
+    """
+
+    def __init__(self, *, may_lose_power: bool, real: Path | None = None) -> None:
+        self._path = None if real is None else real / "ledger.db"
+        self.ledger: Ledger = self._opened()
         self._may_lose_power = may_lose_power
         self._synced = self._copy()
         self._since: list[Call] = []
 
-    def _copy(self) -> dict[str, Any]:
+    def _opened(self) -> Ledger:
+        ledger: SQLiteLedger | SpecificationLedger
+        if self._path is None:
+            ledger = SpecificationLedger()
+        else:
+            ledger = SQLiteLedger(self._path, durability="head")
+            ledger._db.execute("PRAGMA wal_autocheckpoint=0")  # a copy of the log is a copy of the ledger
+        ledger.archive_from = ARCHIVE_FROM
+        return ledger
+
+    def close(self) -> None:
+        self.ledger.close()
+
+    def _copy(self) -> Any:
         if not self._may_lose_power:
-            return {}
-        return copy.deepcopy({k: v for k, v in vars(self.store).items() if k != "_changed"})
+            return None
+        if self._path is None:
+            assert isinstance(self.ledger, SpecificationLedger)
+            return copy.deepcopy(self.ledger.rows)
+        files = (self._path, self._path.with_name("ledger.db-wal"))
+        return {file: file.read_bytes() for file in files if file.exists()}
 
     def changed(self, call: Call) -> None:
-        if call[0] in FINAL:
+        if call[0] in FINAL or call[2].get("settle"):
             self._since, self._synced = [], self._copy()
         elif self._may_lose_power:
             self._since.append(call)
 
     def lose_power(self, keep: float) -> None:
         """Back to a state between the last final call and now."""
-        vars(self.store).update(copy.deepcopy(self._synced))
+        if self._path is None:
+            assert isinstance(self.ledger, SpecificationLedger)
+            self.ledger.rows = copy.deepcopy(self._synced)
+        else:
+            self.ledger.close()
+            for file in self._path.parent.iterdir():
+                file.unlink()
+            for file, data in self._synced.items():
+                file.write_bytes(data)
+            self.ledger = self._opened()
         kept = self._since[: round(keep * len(self._since))]
         self._since = []
         for name, args, kwargs in kept:
-            getattr(self.store, name)(*args, **kwargs)
+            getattr(self.ledger, name)(*args, **kwargs)
             self._since.append((name, args, kwargs))
 
 
@@ -135,7 +161,7 @@ class _Slow(Future[Any]):
             self.set_result(work())
 
 
-class SimulatedStore:
+class SimulatedLedger:
     """One actor's view of the ledger."""
 
     durable = True
@@ -150,41 +176,40 @@ class SimulatedStore:
 
     def wait(self, seen_lsn: int, timeout_s: float) -> int:
         self._way.wait(seen_lsn)
-        return self._disk.store.lsn()
+        return self._disk.ledger.lsn()
 
     def __getattr__(self, name: str) -> Any:
-        real = getattr(self._disk.store, name)
         if name not in CHANGES:
-            return real
+            return getattr(self._disk.ledger, name)
 
         def change(*args: Any, **kwargs: Any) -> Any:
             self._way.point(name)
-            before = self._disk.store.lsn()
-            result = real(*args, **kwargs)
-            if self._disk.store.lsn() != before:
-                self._judge(name, args, kwargs)
+            before = self._disk.ledger.lsn()
+            result = getattr(self._disk.ledger, name)(*args, **kwargs)
+            if self._disk.ledger.lsn() != before:
+                self._judge(name, args)
                 self._disk.changed((name, args, kwargs))
-            if name in REPEATABLE and kwargs.get("op_id") and self._way.loses_result():
+            if name not in ("acquire", "releasable") and args[0] is not None and self._way.loses_result():
                 raise UnknownResultError("The answer got lost.", next="repeat the call.")
             return result
 
         return change
 
-    def _judge(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _judge(self, name: str, args: tuple[Any, ...]) -> None:
         epochs = self._way.epochs
-        if name == "acquire_role":
+        if name == "acquire":
             self._role = args[0]
             self._way.took(self._role)
             return
-        fence = kwargs.get("fence")
+        fence = args[0]
         if fence is None and self._role:
             raise ViolationError(f"{name} by a {self._role} without its fence")
         if fence is not None and fence.epoch != epochs[fence.role]:
             raise ViolationError(
                 f"{name} by epoch {fence.epoch} of the {fence.role}, but {epochs[fence.role]} rules"
             )
-        if name in ("record_checkpoint", "adopt_checkpoint"):
-            self._may_be_head(args[0])
+        if name == "head":
+            self._may_be_head(args[2])
 
 
 class SimulatedFeatures:
@@ -215,14 +240,16 @@ class SimulatedFeatures:
                 raise ViolationError(f"the features of {sample_id} were freed before a checkpoint covers it")
 
     def _is_needed(self, sample_id: str, generation: int) -> bool:
-        """By the rows alone, not by the store's own idea of what is covered."""
-        store = self._disk.store
-        sample, ack = store._samples.get(sample_id), store._acks.get(sample_id)
+        """By the rows alone, not by the ledger's own idea of what is covered."""
+        ledger = self._disk.ledger
+        sample = ledger.find([sample_id]).get(sample_id)
         if sample is None or sample.ref.generation != generation or not sample.resident:
             return False
-        head = max(store._checkpoints, default=-1)
-        step = sample.quarantine_step if sample.state == "quarantined" else ack.step if ack else head + 1
-        return step is not None and step > head
+        head = ledger.snapshot().head
+        covered = head.step if head is not None else -1
+        if sample.state == State.QUARANTINED:
+            return sample.step is not None and sample.step > covered
+        return sample.step is None or sample.step > covered
 
     def written(self) -> list[Written]:
         self._way.point("list")
@@ -278,8 +305,8 @@ class SimulatedFolder:
             checkpoint.step,
             name,
             hashlib.sha256(content).hexdigest(),
-            checkpoint.last_seq,
             checkpoint.chain,
+            checkpoint.first_place,
         )
         folders.held[name] = record, checkpoint
         return record
@@ -308,7 +335,7 @@ class SimulatedFolder:
     def sweep(self, keep: set[str], *, epoch: int | None = None) -> list[str]:
         self._way.point("sweep_checkpoints")
         swept = [n for n in self._folders.held if n not in keep and (epoch is None or epoch_of(n) <= epoch)]
-        recorded = {record.name for record in self._disk.store.checkpoints()}
+        recorded = {record.name for record in self._disk.ledger.snapshot().checkpoints}
         for name in swept:
             if name in recorded:
                 raise ViolationError(f"the recorded checkpoint {name} was deleted")

@@ -11,7 +11,8 @@ from typing import Any
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
 from paceline.capture.producer import CaptureSettings, Producer
 from paceline.capture.source import PromptList
-from paceline.ledger.controller import DataFlowController
+from paceline.ledger.consumer_session import ConsumerSession
+from paceline.ledger.producer_session import ProducerSession
 from paceline.loader.loader import LoaderSettings, StepLoader
 from paceline.testing.light_adapters import LIGHT_FEATURES, SAMPLE_BYTES, HashLearner, LightEngine
 from paceline.training.settings import CheckpointSection, TrainerSettings
@@ -26,7 +27,8 @@ class Shape:
     """What decides the weights of a run, how often it checkpoints, and how much room it has.
 
     `spare`: samples of room beyond the least that is allowed; None: all that anyone could want.
-    `patience_s`: how long a consumer waits for a lost sample before it stops.
+    `patience_s`: how long a consumer waits for a lost sample before it stops. `producers`: how many there
+    are at a time.
     """
 
     prompts: int = 12
@@ -36,6 +38,7 @@ class Shape:
     interval: int = 2
     spare: int | None = None
     patience_s: float = 1800.0
+    producers: int = 1
 
     @property
     def window(self) -> int:
@@ -68,7 +71,8 @@ class Shape:
 
 def simulated_producer(
     shape: Shape,
-    store: Any,
+    worker: str,
+    ledger: Any,
     features: Any,
     engine: LightEngine,
     report: Callable[..., None],
@@ -88,17 +92,15 @@ def simulated_producer(
         budget_samples=shape.budget_samples,
         group_samples=shape.group,
     )
-    controller = DataFlowController(RUN_ID, metadata_store=store, attempt_max=3)
+    session = ProducerSession(ledger, RUN_ID, worker, attempt_max=3)
     settings = CaptureSettings(group_size=shape.group, max_answer_tokens=4, features=LIGHT_FEATURES)
-    pressure = Backpressure(features, store, marks, report=report, clock=clock)
-    return Producer(
-        controller, engine, features, PromptList(shape.tasks()), settings, pressure, report=report
-    )
+    pressure = Backpressure(features, session, marks, report=report, clock=clock)
+    return Producer(session, engine, features, PromptList(shape.tasks()), settings, pressure, report=report)
 
 
 def simulated_consumer(
     shape: Shape,
-    store: Any,
+    ledger: Any,
     features: Any,
     folder: Any,
     learner: HashLearner,
@@ -106,12 +108,11 @@ def simulated_consumer(
     report: Callable[..., None],
     clock: Callable[[], float] = monotonic,
 ) -> tuple[Trainer, StepLoader]:
-    controller = DataFlowController(RUN_ID, metadata_store=store)
     settings = TrainerSettings(
         total_steps=1,
         first_samples=shape.group,
         checkpoint=CheckpointSection(interval_steps=shape.interval),
     )
-    side = ConsumerSide(controller, features, folder, learner)
+    side = ConsumerSide(ConsumerSession(ledger, RUN_ID), features, folder, learner)
     loading = LoaderSettings(shape.batch, shape.passes, shape.group, recapture_timeout_s=shape.patience_s)
     return take_over(side, settings, loading, executor=executor, report=report, clock=clock)

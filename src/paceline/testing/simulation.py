@@ -1,20 +1,24 @@
-"""A deterministic simulation of whole runs: the product's own producer, loader, trainer and controller.
+"""A deterministic simulation of whole runs: the product's own producer, loader, trainer and sessions.
 
 Producers and consumers are greenlets over simulated parts; a scheduler, seeded, decides who makes the
 next change, and who is killed, suspended while a successor takes over (and resumed later: a zombie),
 whose answers get lost, which features and checkpoints are lost, and when the power fails. A seed
 draws its own run and its own mix of faults. The clock is the scheduler's, too: it moves with every turn,
 and by a time-out when nobody is ready. Whatever happened, the run must end, and in the weights of
-the run to which nothing happened; and every rule in simulated_parts.py must hold all the time.
+the run to which nothing happened; and every rule in simulated_parts.py must hold all the time. Half of the
+seeds have three producers; a tenth runs on the SQLite ledger and its real files, the others on the
+specification.
 """
 
 from __future__ import annotations
 
 import random
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from greenlet import getcurrent, greenlet  # type: ignore[import-untyped]
@@ -27,8 +31,8 @@ from paceline.errors import (
     TrainingError,
     UnknownResultError,
 )
-from paceline.ledger.facts import COMPLETED_STEP, END_OF_STREAM
-from paceline.ledger.records import CheckpointRecord
+from paceline.ledger.facts import COMPLETED_STEP
+from paceline.ledger.records import CONSUMER, CheckpointRecord, State, producer_role
 from paceline.loader.recapture import WAIT_S
 from paceline.testing.light_adapters import HashLearner, InMemoryLightFeatureStore, LightEngine
 from paceline.testing.simulated_parts import (
@@ -36,7 +40,7 @@ from paceline.testing.simulated_parts import (
     SimulatedFeatures,
     SimulatedFolder,
     SimulatedFolders,
-    SimulatedStore,
+    SimulatedLedger,
     SlowDisk,
     ViolationError,
 )
@@ -44,8 +48,10 @@ from paceline.testing.simulated_run import RUN_ID, Shape, simulated_consumer, si
 
 SWITCHES_MAX = 6_000  # twenty times what the longest run needs
 IDLE_MAX = 400
+REAL_EVERY = 10  # seeds: one of them runs on the SQLite ledger
+MEMORY = Path("/dev/shm")  # noqa: S108 (private folders in it)
 TURN_S = 0.1
-ROLES = ("producer", "consumer")
+SWITCHES_A_PRODUCER = 4_000
 KINDS = ("kill", "kill", "kill_both", "zombie", "zombie", "lose", "corrupt", "damage", "power", "forget")
 
 
@@ -69,7 +75,7 @@ class Poison:
 @dataclass
 class Fault:
     kind: str
-    role: str
+    role: str  # of which the victim is, or one of several workers, by turns
     after: int  # scheduling points of the run
 
 
@@ -96,11 +102,12 @@ class World:
     rng: random.Random
     faults: list[Fault]
     lossy: float = 0.0
+    real: Path | None = None  # where the ledger's files are to lie
     expected: dict[int, bytes] | None = None
     counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.disk = SimulatedDisk(may_lose_power=any(f.kind == "power" for f in self.faults))
+        self.disk = SimulatedDisk(may_lose_power=any(f.kind == "power" for f in self.faults), real=self.real)
         self.features = InMemoryLightFeatureStore(self.shape.budget_bytes)
         self.folders = SimulatedFolders()
         self.actors: list[Actor] = []
@@ -165,11 +172,9 @@ class World:
         for other in self.actors:
             other.replaced = other.replaced or other.role == role
         actor = Actor(role, greenlet(lambda: None))
-        actor.run = greenlet(
-            lambda: self._live(actor, self._produce if role == "producer" else self._consume)
-        )
+        actor.run = greenlet(lambda: self._live(actor, self._consume if role == CONSUMER else self._produce))
         self.actors.append(actor)
-        self.counts[f"{role}s"] += 1
+        self.counts[f"{role.partition(':')[0]}s"] += 1
 
     def _live(self, actor: Actor, work: Callable[[Actor], None]) -> None:
         try:
@@ -192,29 +197,32 @@ class World:
         actor.dead = True
 
     def _parts(self, actor: Actor) -> tuple[Any, Any]:
-        store = SimulatedStore(self.disk, self, self.may_be_head)
-        return store, SimulatedFeatures(self.features, self.disk, self)
+        ledger = SimulatedLedger(self.disk, self, self.may_be_head)
+        return ledger, SimulatedFeatures(self.features, self.disk, self)
 
     def _produce(self, actor: Actor) -> None:
-        store, features = self._parts(actor)
+        ledger, features = self._parts(actor)
+        worker = actor.role.partition(":")[2]
         engine = LightEngine(
             self._refuses(actor, self.poison.engine_fails, self.poison.engine_dies, RuntimeError)
         )
-        producer = simulated_producer(self.shape, store, features, engine, self._report, lambda: self.now)
-        producer.run(should_stop=lambda: COMPLETED_STEP in store.facts())
+        producer = simulated_producer(
+            self.shape, worker, ledger, features, engine, self._report, lambda: self.now
+        )
+        producer.run(should_stop=lambda: COMPLETED_STEP in ledger.facts())
 
     def _consume(self, actor: Actor) -> None:
-        store, features = self._parts(actor)
+        ledger, features = self._parts(actor)
         refuses = self._refuses(actor, self.poison.trainer_fails, self.poison.trainer_dies, TrainingError)
         actor.learner = HashLearner(refuses)
         folder: Any = SimulatedFolder(self.folders, self.disk, self)
         disk = SlowDisk(lambda: self.rng.randrange(3))
         trainer, loader = simulated_consumer(
-            self.shape, store, features, folder, actor.learner, disk, self._report, lambda: self.now
+            self.shape, ledger, features, folder, actor.learner, disk, self._report, lambda: self.now
         )
         step = trainer.fit(loader)
-        if loader.exhausted and store.usage().waiting_samples == 0:
-            store.set_facts({COMPLETED_STEP: step}, fence=trainer.controller.fence("consumer"))
+        if loader.exhausted and ledger.snapshot().usage.waiting_samples == 0:
+            trainer.session.set_facts({COMPLETED_STEP: step})
 
     def _refuses(
         self, actor: Actor, fails: Sequence[int], dies: Sequence[int], error: type[Exception]
@@ -237,7 +245,7 @@ class World:
         while not self._is_complete():
             self.switches += 1
             self.now += TURN_S
-            if self.switches > SWITCHES_MAX:
+            if self.switches > SWITCHES_MAX + SWITCHES_A_PRODUCER * (self.shape.producers - 1):
                 raise ViolationError("the run does not come to an end")
             self._inject()
             self._start_what_is_missing()
@@ -257,7 +265,7 @@ class World:
         return [actor for actor in self.actors if not actor.dead]
 
     def _is_awake(self, actor: Actor) -> bool:
-        return actor.waits_for is None or self.disk.store.lsn() != actor.waits_for
+        return actor.waits_for is None or self.disk.ledger.lsn() != actor.waits_for
 
     def _resume(self, actor: Actor) -> None:
         self.running = actor
@@ -284,17 +292,19 @@ class World:
             self._resume(actor)
 
     def _is_complete(self) -> bool:
-        return COMPLETED_STEP in self.disk.store.facts()
+        return COMPLETED_STEP in self.disk.ledger.facts()
 
     def _start_what_is_missing(self) -> None:
-        for role in ROLES:
+        for role in (*self._producers, CONSUMER):
             if any(a.role == role and not a.suspended and not a.replaced for a in self._living()):
                 continue
-            store = self.disk.store
-            counts = store.task_counts()
-            idle = store.facts().get(END_OF_STREAM) and not counts["pending"] + counts["leased"]
-            if role == "consumer" or not idle or not self.epochs.get("producer"):
+            now = self.disk.ledger.snapshot()
+            if role == CONSUMER or now.prompts.open or not now.closed:
                 self._spawn(role)
+
+    @property
+    def _producers(self) -> list[str]:
+        return [producer_role(str(number)) for number in range(self.shape.producers)]
 
     def _kill(self, actor: Actor) -> None:
         actor.dead = True
@@ -311,7 +321,11 @@ class World:
     # -- faults ----------------------------------------------------------------------------
 
     def _victims(self, fault: Fault) -> list[Actor]:
-        return [a for a in self._living() if a.role == fault.role and not a.suspended]
+        """One worker, if there are several."""
+        role = CONSUMER
+        if fault.role != CONSUMER:
+            role = self._producers[fault.after % len(self._producers)]
+        return [a for a in self._living() if a.role == role and not a.suspended]
 
     def _kill_fault(self, victims: Sequence[Actor]) -> None:
         for actor in victims:
@@ -339,11 +353,11 @@ class World:
 
     def _damage(self, _: Fault) -> None:
         """The newest of several retained checkpoints; found when the next consumer starts."""
-        heads = self.disk.store.checkpoints()
+        heads = self.disk.ledger.snapshot().checkpoints
         whole = [head for head in heads if head.name not in self.folders.damaged]
         if len(whole) > 1:
             self.folders.damaged.add(whole[-1].name)
-            self._kill_fault([a for a in self._living() if a.role == "consumer"])
+            self._kill_fault([a for a in self._living() if a.role == CONSUMER])
 
     def _forget(self, _: Fault) -> None:
         """A reboot: shared memory is gone, and with it every process."""
@@ -354,7 +368,7 @@ class World:
     def _power(self, fault: Fault) -> None:
         self._forget(fault)
         self.disk.lose_power(self.rng.random())
-        self.epochs.update(self.disk.store.role_epochs())
+        self.epochs.update(self.disk.ledger.snapshot().epochs)
 
     _FAULTS = {
         "kill": _kill_role,
@@ -371,25 +385,38 @@ class World:
 
     def check_the_end(self) -> None:
         """Nothing is lost, nothing is left, and nothing was trained more often than configured."""
-        store, ids = self.disk.store, self.shape.sample_ids
-        aside = set(store.quarantined()) | {f"{RUN_ID}:{task}" for task in store.failed_tasks()}
-        acked = store.durable_marker()["acked"]
-        if acked | aside != set(ids) or acked & aside:
-            raise ViolationError(
-                f"not trained: {sorted(set(ids) - acked - aside)}; both: {sorted(acked & aside)}"
-            )
-        self._spawn("producer")
-        last = self.actors[-1]
-        while not last.dead:
-            last.waits_for = None
-            self._resume(last)
-        left = set(self.features.held)
-        if left or store.present_ids() or store.intents():
-            raise ViolationError(f"left behind: {sorted(left)}, {store.present_ids()}, {store.intents()}")
-        head = store.checkpoints()[-1]
-        visits = Counter(i for plan in store.plans() if plan.step <= head.step for i in plan.sample_ids)
-        if any(visits[i] != self.shape.passes for i in acked):
+        ledger, ids = self.disk.ledger, self.shape.sample_ids
+        aside, finished = self.aside(), self._finished()
+        if set(finished) | aside != set(ids) or set(finished) & aside:
+            missing, both = set(ids) - set(finished) - aside, set(finished) & aside
+            raise ViolationError(f"not trained: {sorted(missing)}; trained and set aside: {sorted(both)}")
+        for role in self._producers:
+            self._spawn(role)
+            last = self.actors[-1]
+            while not last.dead:
+                last.waits_for = None
+                self._resume(last)
+        left, owned = set(self.features.held), ledger.ownership()
+        if left or owned.present or owned.promised or ledger.revoked():
+            raise ViolationError(f"left behind: {sorted(left)}, {owned}, {ledger.revoked()}")
+        if any(visits != self.shape.passes for visits in finished.values()):
             raise ViolationError("a sample was visited more or less often than configured")
+
+    def aside(self) -> set[str]:
+        """Samples that were quarantined, and those of prompts that failed."""
+        ledger = self.disk.ledger
+        quarantined = {record.sample_id for record in ledger.samples(State.QUARANTINED)}
+        return quarantined | {f"{RUN_ID}:{ordinal}" for ordinal in ledger.failed()}
+
+    def _finished(self) -> dict[str, int]:
+        """Samples that the head's weights contain, and how often each was visited."""
+        head = self.disk.ledger.snapshot().head
+        steps = [t for t in self.disk.ledger.history() if head is not None and t.step <= head.step]
+        visits = Counter(sample.sample_id for trained in steps for sample in trained.samples)
+        ended = [sample.sample_id for trained in steps for sample in trained.samples if sample.finished]
+        if len(set(ended)) < len(ended):
+            raise ViolationError("a sample was trained for the last time twice")
+        return {sample_id: visits[sample_id] for sample_id in ended}
 
 
 @cache
@@ -403,13 +430,11 @@ def crash_free(shape: Shape, poison: Poison) -> tuple[dict[int, bytes], frozense
         world.run()
     except PacelineError:
         return None
-    store = world.disk.store
-    aside = set(store.quarantined()) | {f"{RUN_ID}:{task}" for task in store.failed_tasks()}
-    return world.trajectory, frozenset(aside)
+    return world.trajectory, frozenset(world.aside())
 
 
-def draw(seed: int) -> World:
-    """The run and the faults of a seed."""
+def draw(seed: int, real: Path | None = None) -> World:
+    """The run and the faults of a seed; `real`: the folder for a SQLite ledger."""
     rng = random.Random(seed)
     shape = Shape(
         prompts=rng.choice((5, 8, 12)),
@@ -421,23 +446,29 @@ def draw(seed: int) -> World:
     )
     # Drawn by itself, so that a seed keeps everything else that it drew before there was a clock.
     patience_s = random.Random(f"patience {seed}").choice((Shape.patience_s, Shape.patience_s, 1.5, 0.5))
-    shape = replace(shape, patience_s=patience_s)
+    shape = replace(shape, patience_s=patience_s, producers=3 if seed % 2 else 1)
     poison = Poison()
     if rng.random() < 0.2:
         kind = rng.choice(tuple(vars(poison)))
         poison = replace(poison, **{kind: (rng.randrange(shape.prompts),)})
     kinds = rng.sample(KINDS, rng.randint(1, 4))
     faults = [
-        Fault(rng.choice(kinds), rng.choice(ROLES), round(rng.random() ** 2 * 400))
+        Fault(rng.choice(kinds), rng.choice(("producer", CONSUMER)), round(rng.random() ** 2 * 400))
         for _ in range(rng.choice((0, 1, 2, 3, 4, 6, 8)) if not poison else rng.choice((0, 1, 2)))
     ]
     lossy = rng.choice((0.0, 0.0, 0.02, 0.1))
-    return World(shape, poison, rng, sorted(faults, key=lambda f: f.after), lossy)
+    return World(shape, poison, rng, sorted(faults, key=lambda f: f.after), lossy, real)
 
 
 def simulate(seed: int) -> Counter[str]:
     """One seed; what happened in it. Raises ViolationError."""
-    world = draw(seed)
+    if seed % REAL_EVERY:
+        return _simulate(seed, draw(seed))
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+        return _simulate(seed, draw(seed, Path(folder)))
+
+
+def _simulate(seed: int, world: World) -> Counter[str]:
     known = crash_free(world.shape.weights_only, world.poison)
     if known is None:
         return Counter({"halted by poison": 1})
@@ -450,9 +481,11 @@ def simulate(seed: int) -> Counter[str]:
         raise ViolationError(f"seed {seed}: {violation}") from violation
     except (PacelineError, ConfigError) as error:
         raise ViolationError(f"seed {seed}: {type(error).__name__}: {error}") from error
-    store = world.disk.store
-    found = set(store.quarantined()) | {f"{RUN_ID}:{task}" for task in store.failed_tasks()}
+    found = world.aside()
+    world.disk.close()
     if found != aside:
         raise ViolationError(f"seed {seed}: set aside {sorted(found)} instead of {sorted(aside)}")
     world.counts["runs"] += 1
+    world.counts["runs on real files"] += world.real is not None
+    world.counts["runs of three producers"] += world.shape.producers == 3
     return world.counts

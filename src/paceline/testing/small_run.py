@@ -11,7 +11,7 @@ import torch
 from paceline.capture.producer import CaptureSettings, Producer
 from paceline.features.store import FeatureStore
 from paceline.features.stores.memory import InMemoryFeatureStore
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.loader.loader import StepLoader
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.roles.wire import (
@@ -73,7 +73,7 @@ class SmallRun:
                 features=Eagle3Method().features(self.engine.facts),
             ),
             window_size=16,
-            metadata_store=pointed(SQLiteMetadataStore(self.db), "ledger"),
+            metadata_store=pointed(SQLiteLedger(self.db), "ledger"),
         )
 
     def consumer(
@@ -104,7 +104,7 @@ class SmallRun:
             run_id=RUN_ID,
             feature_store=pointed(self.features, "features"),
             parts=parts,
-            metadata_store=pointed(SQLiteMetadataStore(self.db), "ledger"),
+            metadata_store=pointed(SQLiteLedger(self.db), "ledger"),
             resume=resume,
             should_stop=should_stop,
             idle_timeout_s=60.0,

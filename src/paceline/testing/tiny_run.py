@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.stores.sqlite import SQLiteLedger
 
 WORDS = [
     "the",
@@ -87,11 +87,12 @@ class TinyRun:
     def environment(self) -> dict[str, str]:
         return {**os.environ, "COLUMNS": "200"}
 
-    def store(self) -> SQLiteMetadataStore:
-        return SQLiteMetadataStore(self.directory / "ledger.db")
+    def ledger(self) -> SQLiteLedger:
+        return SQLiteLedger(self.directory / "ledger.db")
 
     def final_weights(self) -> dict[str, torch.Tensor]:
-        head = self.store().checkpoints()[-1]
+        head = self.ledger().snapshot().head
+        assert head is not None, "the run has a checkpoint"
         return load_file(self.directory / "checkpoints" / head.name / "draft.safetensors")
 
 

@@ -75,11 +75,12 @@ class Checkpoint:
 
     Files of one that was read are read, and checked again, when they are asked for. `lineage`: the steps
     since the checkpoint called `previous`; `chain`: the hash of the whole lineage; `epoch` and `lsn`: the
-    consumer's epoch and the ledger's log number when it was written.
+    consumer's epoch and the ledger's log number when it was written; `first_place`: where a consumer that
+    resumes from it begins to read the log.
     """
 
     step: int
-    last_seq: int
+    first_place: int
     files: Mapping[str, FileContent]
     values: Mapping[str, Any]
     lineage: tuple[TrainedStep, ...] = ()
@@ -132,14 +133,14 @@ class CheckpointFolder:
         aside.path.rename(self.folder / name)
         reach("checkpoint.before_sync")
         durable_files.sync_folder(self.folder)
-        return CheckpointRecord(checkpoint.step, name, digest, checkpoint.last_seq, checkpoint.chain)
+        return CheckpointRecord(checkpoint.step, name, digest, checkpoint.chain, checkpoint.first_place)
 
     def _manifest(self, checkpoint: Checkpoint, entries: Iterable[FileEntry]) -> bytes:
         manifest = {
             "format_version": FORMAT_VERSION,
             "run_id": self.run_id,
             "step": checkpoint.step,
-            "last_seq": checkpoint.last_seq,
+            "first_place": checkpoint.first_place,
             "previous": checkpoint.previous,
             "chain": checkpoint.chain,
             "epoch": checkpoint.epoch,
@@ -184,7 +185,7 @@ class CheckpointFolder:
                 self._check(name, entry)
         return Checkpoint(
             manifest["step"],
-            manifest["last_seq"],
+            manifest["first_place"],
             _Files(self, name, entries),
             manifest["values"],
             tuple(_step_from_json(step) for step in manifest["lineage"]),
@@ -234,7 +235,7 @@ class CheckpointFolder:
             except OSError as error:
                 raise self._disk_fails("read", error) from error
             record = CheckpointRecord(
-                checkpoint.step, entry.name, _sha256(data), checkpoint.last_seq, checkpoint.chain
+                checkpoint.step, entry.name, _sha256(data), checkpoint.chain, checkpoint.first_place
             )
             found.append((record, checkpoint))
         return sorted(found, key=lambda pair: pair[0].step)
@@ -340,13 +341,13 @@ def epoch_of(name: str) -> int:
 
 
 def _step_to_json(trained: TrainedStep) -> list[Any]:
-    samples = [[s.seq, s.sample_id, s.task_id, s.finished] for s in trained.samples]
-    return [trained.step, trained.rev, trained.last_seq, samples]
+    samples = [[s.place, s.sample_id, s.ordinal, s.finished] for s in trained.samples]
+    return [trained.step, trained.rev, samples]
 
 
 def _step_from_json(value: list[Any]) -> TrainedStep:
-    step, rev, last_seq, samples = value
-    return TrainedStep(step, rev, last_seq, tuple(TrainedSample(*sample) for sample in samples))
+    step, rev, samples = value
+    return TrainedStep(step, rev, tuple(TrainedSample(*sample) for sample in samples))
 
 
 def _sha256(data: FileContent) -> str:

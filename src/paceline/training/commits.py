@@ -17,7 +17,7 @@ from typing import Any
 
 from paceline.errors import PacelineError
 from paceline.features.store import FeatureStore
-from paceline.ledger.controller import DataFlowController
+from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.facts import CHECKPOINT_WANTED
 from paceline.ledger.records import CheckpointRecord, TrainedStep, chain_of
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder, Fill
@@ -47,7 +47,7 @@ class _Staged:
 class Commits:
     def __init__(
         self,
-        controller: DataFlowController,
+        session: ConsumerSession,
         features: FeatureStore,
         folder: CheckpointFolder,
         start: Start,
@@ -58,10 +58,9 @@ class Commits:
     ) -> None:
         """`kept`: how many checkpoints stay, the head included. `executor` None: training waits for each."""
         self.head = start.head
-        self._controller = controller
+        self._session = session
         self._features = features
         self._folder = folder
-        self._fence = start.fence
         self._executor = executor or Inline()
         self._kept = kept
         self._report = report
@@ -84,26 +83,27 @@ class Commits:
         return self._staged is not None
 
     def stage(
-        self, step: int, last_seq: int, snapshot: Callable[[], Fill], values: Mapping[str, Any]
+        self, step: int, first_place: int, snapshot: Callable[[], Fill], values: Mapping[str, Any]
     ) -> None:
         """Begin the checkpoint of `step`; one that is still being written is recorded first.
 
+        `first_place`: where a consumer that resumes from it begins to read the log.
         `snapshot` takes the weights as they are and returns what writes them aside.
         """
         self.settle()
-        self._controller.write_ack()
+        self._session.write_ack()
         began = monotonic()
         head, lineage = self.head, tuple(self._since_staged)
         checkpoint = Checkpoint(
             step=step,
-            last_seq=last_seq,
+            first_place=first_place,
             files={},
             values=values,
             lineage=lineage,
             previous=head.name if head else "",
             chain=chain_of(head.chain if head else "", [trained.plan for trained in lineage]),
-            epoch=self._fence.epoch,
-            lsn=self._controller.store.lsn(),
+            epoch=self._session.epoch,
+            lsn=self._session.lsn(),
         )
         writing = self._executor.submit(self._folder.write, checkpoint, snapshot())
         self._staged = _Staged(step, writing, began, monotonic() - began)
@@ -122,24 +122,23 @@ class Commits:
         waited_from = monotonic()
         record = staged.writing.result()
         stall_s = staged.stall_s + monotonic() - waited_from
-        self._controller.store.record_checkpoint(record, fence=self._fence)
+        self._session.head(record)
         self.head, self._staged = record, None
-        released = self._controller.release(self._features)
+        released = self._session.release(self._features)
         self._retire_old()
-        self._controller.store.set_facts({CHECKPOINT_WANTED: False}, fence=self._fence)
+        self._session.set_facts({CHECKPOINT_WANTED: False})
         seconds = monotonic() - staged.began
         self._report(
             "checkpoint", step=record.step, released=released, seconds=seconds, stall_seconds=stall_s
         )
 
     def _retire_old(self) -> None:
-        store = self._controller.store
-        for record in store.checkpoints()[: -self._kept]:
-            store.forget_checkpoint(record.step, fence=self._fence)
-        store.compact(fence=self._fence)
+        for record in self._session.checkpoints()[: -self._kept]:
+            self._session.forget(record.step)
+        self._session.compact()
         self.sweep()
 
     def sweep(self) -> None:
         """Remove what no record names; nothing is being written then."""
-        keep = {record.name for record in self._controller.store.checkpoints()}
-        self._folder.sweep(keep, epoch=self._fence.epoch)
+        keep = {record.name for record in self._session.checkpoints()}
+        self._folder.sweep(keep, epoch=self._session.epoch)

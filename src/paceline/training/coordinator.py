@@ -14,9 +14,9 @@ from typing import Any
 
 from paceline.errors import TrainingError
 from paceline.features.store import FeatureStore
-from paceline.ledger.controller import DataFlowController
+from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.facts import BUILDS_BEGUN, CHECKPOINT_WANTED, PROBES_BEGUN, QUARANTINED_IN_A_ROW
-from paceline.ledger.trial import DEATHS_BEFORE_TRIAL, DEATHS_TO_CONVICT, Trial
+from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION, DEATHS_TO_CONVICT, Isolation
 from paceline.loader.loader import PlannedStep
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.commits import Commits
@@ -28,7 +28,7 @@ from paceline.training.worker import Ranks
 class Coordinator:
     def __init__(
         self,
-        controller: DataFlowController,
+        session: ConsumerSession,
         features: FeatureStore,
         folder: CheckpointFolder,
         ranks: Ranks,
@@ -39,22 +39,22 @@ class Coordinator:
         report: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
         """`executor`: writes checkpoints while training goes on; None: training waits for them."""
-        self.controller = controller
-        self.step, self.last_seq, self.position = start.step, start.last_seq, start.position
+        self.session = session
+        self.step, self.position = start.step, start.position
+        self._first_place = start.checkpoint.first_place if start.checkpoint else 0
         self._features = features
         self._ranks = ranks
-        self._fence = start.fence
         self._quarantine_max = settings.training.quarantine_max_in_a_row
-        self._in_a_row = int(controller.store.facts().get(QUARANTINED_IN_A_ROW) or 0)
+        self._in_a_row = int(session.facts().get(QUARANTINED_IN_A_ROW) or 0)
         self._report = report
         self._commits = Commits(
-            controller, features, folder, start, executor, kept=settings.checkpoint.keep, report=report
+            session, features, folder, start, executor, kept=settings.checkpoint.keep, report=report
         )
 
     def clean_up(self) -> None:
         """Remove what an older consumer left behind: checkpoints in no record, features that are covered."""
         self._commits.sweep()
-        self.controller.release(self._features)
+        self.session.release(self._features)
 
     # -- steps -----------------------------------------------------------------------------
 
@@ -62,13 +62,13 @@ class Coordinator:
         """The weights contain the step. A sample is acked by its last visit, after which it is not needed."""
         if planned.refs:
             self._count_in_a_row(0)
-        self.controller.ack_step(planned.step, planned.rev, [ref.sample_id for ref in planned.finished])
-        self.step, self.last_seq, self.position = planned.step, planned.last_seq, planned.after
+        self.session.ack(planned.step, planned.rev, [ref.sample_id for ref in planned.finished])
+        self.step, self.position, self._first_place = planned.step, planned.after, planned.first_place
         self._commits.add(planned.trained)
 
     def before_wait(self) -> None:
         """Samples are waited for: the last ack is written, and the producer gets what it waits for."""
-        self.controller.write_ack()
+        self.session.write_ack()
         self.relieve_pressure()
 
     # -- checkpoints -----------------------------------------------------------------------
@@ -84,7 +84,7 @@ class Coordinator:
             return
         position = [self.position.stage, self.position.offset]
         values = {**self._ranks.describe(), "position": position}
-        self._commits.stage(self.step, self.last_seq, self._ranks.snapshot, values)
+        self._commits.stage(self.step, self._first_place, self._ranks.snapshot, values)
 
     def relieve_pressure(self) -> None:
         """Commit early if the producer waits for bytes that only a checkpoint can free."""
@@ -97,8 +97,8 @@ class Coordinator:
 
     # -- isolation -------------------------------------------------------------------------
 
-    def trial(self, name: str, sample_ids: Sequence[str]) -> Trial:
-        return Trial(self.controller.store, name, list(sample_ids), fence=self._fence)
+    def isolation(self, name: str, sample_ids: Sequence[str]) -> Isolation:
+        return Isolation(self.session, name, list(sample_ids))
 
     def quarantine(self, tried: Sequence[str], culprits: Mapping[str, str], *, step: int | None) -> None:
         """Quarantine the culprits among the samples tried, each with its reason, for good.
@@ -114,7 +114,7 @@ class Coordinator:
                 raise self._too_many(sample_id, culprits[sample_id])
         self._count_in_a_row(in_a_row)
         for sample_id, reason in culprits.items():
-            self.controller.quarantine([sample_id], step=step, reason=reason)
+            self.session.quarantine([sample_id], step=step, reason=reason)
             self._report("quarantined", step=step, sample_id=sample_id, message=reason)
 
     def _count_in_a_row(self, in_a_row: int) -> None:
@@ -136,7 +136,7 @@ class Coordinator:
     def begin_build(self) -> bool:
         """Count an attempt at the first weights; False if too many consumers died in one."""
         begun = int(self._facts().get(BUILDS_BEGUN) or 0)
-        if begun >= DEATHS_BEFORE_TRIAL:
+        if begun >= DEATHS_BEFORE_ISOLATION:
             return False
         self._set_fact(BUILDS_BEGUN, begun + 1)
         return True
@@ -155,7 +155,7 @@ class Coordinator:
         self._set_fact(PROBES_BEGUN, 0)
 
     def _facts(self) -> Mapping[str, Any]:
-        return self.controller.store.facts()
+        return self.session.facts()
 
     def _set_fact(self, name: str, value: Any) -> None:
-        self.controller.store.set_facts({name: value}, fence=self._fence)
+        self.session.set_facts({name: value})

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from paceline.errors import PacelineError, TrainingError, is_want_of_memory
-from paceline.ledger.trial import DEATHS_BEFORE_TRIAL
+from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION
 from paceline.loader.loader import PlannedStep, StepLoader
 from paceline.training.coordinator import Coordinator
 from paceline.training.fetching import Fetching
@@ -46,7 +46,7 @@ class Isolation:
         If all of it was quarantined the step passes without an update. None if asked to stop.
         """
         revised: PlannedStep | None = planned
-        if planned.deaths >= DEATHS_BEFORE_TRIAL:
+        if planned.deaths >= DEATHS_BEFORE_ISOLATION:
             revised = self._without_culprits(planned)
         while revised is not None and revised.refs:
             planned = revised
@@ -103,7 +103,7 @@ class Isolation:
                 return False
             return True
 
-        found = self._coordinator.trial(name, sample_ids).run(is_harmless)
+        found = self._coordinator.isolation(name, sample_ids).run(is_harmless)
         culprits = {sample_id: reasons.get(sample_id, DEADLY) for sample_id in found}
         if culprits and len(culprits) == len(sample_ids):  # no other sample shows that the place is sound
             self._prove_the_place(

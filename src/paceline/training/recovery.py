@@ -9,14 +9,13 @@ knows. If it does not, and the ledger is the older one, stop: neither may be tru
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from paceline.errors import CheckpointDamagedError, CheckpointError, IllegalTransitionError, LedgerError
-from paceline.ledger.controller import DataFlowController
+from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.facts import GIVEN_UP
-from paceline.ledger.records import CheckpointRecord, Fence
-from paceline.ledger.store import MetadataStore
+from paceline.ledger.records import CONSUMER, CheckpointRecord
 from paceline.loader.passes import START, Position
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder, identity_of
 
@@ -25,9 +24,8 @@ Found = tuple[CheckpointRecord, Checkpoint]
 
 @dataclass(frozen=True)
 class Start:
-    """What a new consumer begins with: its right to write, and the checkpoint, if the run has one."""
+    """What a new consumer begins with: the checkpoint, if the run has one."""
 
-    fence: Fence
     head: CheckpointRecord | None = None
     checkpoint: Checkpoint | None = None
 
@@ -36,30 +34,25 @@ class Start:
         return self.checkpoint.step if self.checkpoint else 0
 
     @property
-    def last_seq(self) -> int:
-        return self.checkpoint.last_seq if self.checkpoint else 0
-
-    @property
     def position(self) -> Position:
         """How much of the stream the weights contain."""
         return Position(*self.checkpoint.values["position"]) if self.checkpoint else START
 
 
-def recover(controller: DataFlowController, folder: CheckpointFolder, report: Callable[..., None]) -> Start:
+def recover(session: ConsumerSession, folder: CheckpointFolder, report: Callable[..., None]) -> Start:
     """Take the consumer role, which fences every older consumer of the run, and find the start.
 
     Raises as `find_checkpoint` does.
     """
-    epoch_before = controller.store.role_epochs().get("consumer", 0)
-    fence = controller.take_role("consumer")
-    found = find_checkpoint(controller.store, folder, fence, epoch_before, report)
-    return Start(fence, *(found or ()))
+    epoch_before = session.snapshot().epochs.get(CONSUMER, 0)
+    session.acquire()
+    found = find_checkpoint(session, folder, epoch_before, report)
+    return Start(*(found or ()))
 
 
 def find_checkpoint(
-    store: MetadataStore,
+    session: ConsumerSession,
     folder: CheckpointFolder,
-    fence: Fence,
     epoch_before: int,
     report: Callable[..., None],
 ) -> Found | None:
@@ -69,14 +62,14 @@ def find_checkpoint(
     checkpoints but none is valid, or if one that may be cannot be read now; LedgerError if the ledger is
     older than a checkpoint it contradicts.
     """
-    found = _newest_valid(store, folder, fence, report)
-    return _roll_forward(store, folder, fence, epoch_before, report, found)
+    found = _newest_valid(session, folder, report)
+    return _roll_forward(session, folder, epoch_before, report, found)
 
 
 def _newest_valid(
-    store: MetadataStore, folder: CheckpointFolder, fence: Fence, report: Callable[..., None]
+    session: ConsumerSession, folder: CheckpointFolder, report: Callable[..., None]
 ) -> Found | None:
-    records = store.checkpoints()
+    records = session.checkpoints()
     for record in reversed(records):
         try:
             checkpoint = folder.read(record)
@@ -85,9 +78,9 @@ def _newest_valid(
             continue
         if record != records[-1]:
             damaged = [identity_of(newer.name) for newer in records if newer.step > record.step]
-            known = store.facts().get(GIVEN_UP, [])
-            store.set_facts({GIVEN_UP: sorted({*known, *damaged})}, fence=fence)
-            lost = store.fall_back(record.step, fence=fence)
+            known = session.facts().get(GIVEN_UP, [])
+            session.set_facts({GIVEN_UP: sorted({*known, *damaged})})
+            lost = session.fall_back(record.step)
             report("fall_back", step=record.step, lost_samples=len(lost))
         return record, checkpoint
     if records:
@@ -103,28 +96,27 @@ def _newest_valid(
 
 
 def _roll_forward(
-    store: MetadataStore,
+    session: ConsumerSession,
     folder: CheckpointFolder,
-    fence: Fence,
     epoch_before: int,
     report: Callable[..., None],
     found: Found | None,
 ) -> Found | None:
-    while (following := _adopt_next(store, folder, fence, epoch_before, found)) is not None:
+    while (following := _adopt_next(session, folder, epoch_before, found)) is not None:
         found = following
         report("rolled_forward", step=found[0].step, steps=len(found[1].lineage))
     return found
 
 
 def _adopt_next(
-    store: MetadataStore, folder: CheckpointFolder, fence: Fence, epoch_before: int, head: Found | None
+    session: ConsumerSession, folder: CheckpointFolder, epoch_before: int, head: Found | None
 ) -> Found | None:
     """The unrecorded checkpoint that continues `head`, and is head by now; None if there is none."""
     head_step, head_name = (head[0].step, head[0].name) if head else (-1, "")
-    given_up = set(store.facts().get(GIVEN_UP, []))
-    listed = folder.unrecorded(store.checkpoints())
+    given_up = set(session.facts().get(GIVEN_UP, []))
+    listed = folder.unrecorded(session.checkpoints())
     if listed:  # what was listed before this answer is no successor's, so it may be claimed
-        store.refuse_if_replaced(fence)
+        session.refuse_if_replaced()
     for record, checkpoint in listed:
         previous = identity_of(checkpoint.previous)
         if record.step <= head_step:
@@ -135,13 +127,13 @@ def _adopt_next(
         try:
             if previous != identity_of(head_name):
                 raise IllegalTransitionError(f"It follows {checkpoint.previous!r}, which is not the head.")
-            claimed = folder.claim(record, fence.epoch)
+            claimed = folder.claim(record, session.epoch)
             if claimed is None:  # swept or claimed by a consumer that this one takes over from
-                return _adopt_next(store, folder, fence, epoch_before, head)
+                return _adopt_next(session, folder, epoch_before, head)
             checkpoint = folder.read(claimed, names=())  # its files lie under the claimed name
-            store.adopt_checkpoint(claimed, checkpoint.lineage, fence=fence)
+            session.adopt(claimed, checkpoint.lineage)
         except IllegalTransitionError as error:
-            if checkpoint.epoch > epoch_before or checkpoint.lsn > store.lsn():
+            if checkpoint.epoch > epoch_before or checkpoint.lsn > session.lsn():
                 raise _ledger_is_older(record, folder, error) from error
             continue  # written by a consumer that was replaced before it could be recorded
         return claimed, checkpoint
@@ -160,7 +152,7 @@ def _ledger_is_older(
 
 
 def _ledger_forgot(
-    records: list[CheckpointRecord], whole: list[CheckpointRecord], folder: CheckpointFolder
+    records: Sequence[CheckpointRecord], whole: list[CheckpointRecord], folder: CheckpointFolder
 ) -> LedgerError:
     names = ", ".join(f"{record.name} (step {record.step})" for record in whole)
     return LedgerError(

@@ -14,7 +14,8 @@ from typing import Any
 
 from paceline.errors import TrainingError
 from paceline.features.store import FeatureStore
-from paceline.ledger.controller import DataFlowController
+from paceline.ledger.consumer_session import ConsumerSession
+from paceline.ledger.records import State
 from paceline.loader.loader import LoaderSettings, StepLoader
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.coordinator import Coordinator
@@ -41,8 +42,8 @@ class Trainer:
         self._report = report
 
     @property
-    def controller(self) -> DataFlowController:
-        return self.coordinator.controller
+    def session(self) -> ConsumerSession:
+        return self.coordinator.session
 
     @property
     def step(self) -> int:
@@ -88,7 +89,6 @@ class Trainer:
             return False
         trained, figures = outcome
         self.coordinator.ack(trained)
-        loader.ack(trained)
         self._report(
             "step",
             step=trained.step,
@@ -114,9 +114,9 @@ class Trainer:
         return True
 
     def _no_samples(self) -> TrainingError:
-        store = self.controller.store
-        failed, quarantined = store.failed_tasks(), store.quarantined()
-        reasons = [*failed.values(), *quarantined.values()]
+        ledger = self.session.ledger
+        failed, quarantined = ledger.failed(), ledger.samples(State.QUARANTINED)
+        reasons = [*failed.values(), *(record.reason for record in quarantined)]
         return TrainingError(
             f"The stream of samples has ended, and there is none to train: {len(failed)} prompts failed and "
             f"{len(quarantined)} samples were quarantined{f' ({reasons[0]})' if reasons else ''}.",
@@ -129,7 +129,7 @@ class Trainer:
 class ConsumerSide:
     """What a consumer is made of."""
 
-    controller: DataFlowController
+    session: ConsumerSession
     features: FeatureStore
     checkpoints: CheckpointFolder
     learner: Learner
@@ -150,13 +150,13 @@ def take_over(
     An older consumer of the run is fenced from here on. `executor`: writes checkpoints and reads the next
     step's features while training goes on; None: training waits for both.
     """
-    start = recover(side.controller, side.checkpoints, report)
+    start = recover(side.session, side.checkpoints, report)
     ranks = Ranks([Worker(side.learner, side.features, executor)])
     if start.checkpoint is not None:
         ranks.load(start.checkpoint.files)
         report("resumed", step=start.step)
     coordinator = Coordinator(
-        side.controller,
+        side.session,
         side.features,
         side.checkpoints,
         ranks,
@@ -167,7 +167,7 @@ def take_over(
     )
     coordinator.clean_up()
     loader = StepLoader(
-        side.controller,
+        side.session,
         loading,
         position=start.position,
         should_stop=should_stop,

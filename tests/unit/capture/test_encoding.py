@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from paceline import InMemoryMetadataStore
 from paceline.capture.backpressure import Backpressure, Watermarks
 from paceline.capture.encoding import Encoding, PromptLimits, rendering_of
 from paceline.capture.producer import CaptureSettings, Producer
 from paceline.capture.prompt_file import PromptFile
 from paceline.capture.source import BLOCK, PromptList, RunPrompts
 from paceline.errors import ConfigError
-from paceline.ledger.controller import DataFlowController
+from paceline.ledger.producer_session import ProducerSession
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.light_adapters import LIGHT_FEATURES, InMemoryLightFeatureStore, LightEngine
 
 
@@ -118,16 +118,16 @@ def test_a_start_among_a_hundred_thousand_prompts_costs_what_it_reads(tmp_path: 
     """The first group is captured, and a later start goes on, with a block read and a few prompts encoded."""
     path = write(tmp_path / "prompts.jsonl", [f"question {n}" for n in range(100_000)])
     PromptFile(path, index_path=tmp_path / "index.json")
-    store, features, engine = InMemoryMetadataStore(), InMemoryLightFeatureStore(), LightEngine()
+    ledger, features, engine = SQLiteLedger(), InMemoryLightFeatureStore(), LightEngine()
     settings = CaptureSettings(64, 4, LIGHT_FEATURES, max_prompt_tokens=192)
     for rounds in (1, 0, 1):
         file = PromptFile(path, index_path=tmp_path / "index.json")
-        controller = DataFlowController("run", metadata_store=store)
-        pressure = Backpressure(features, store, Watermarks(1 << 20, 64 * 256))
-        producer = Producer(controller, engine, features, RunPrompts(file, 1, [100_000]), settings, pressure)
+        session = ProducerSession(ledger, "run")
+        pressure = Backpressure(features, session, Watermarks(1 << 20, 64 * 256, group_samples=64))
+        producer = Producer(session, engine, features, RunPrompts(file, 1, [100_000]), settings, pressure)
         lines_before = file.lines_read
         assert producer.run(max_rounds=rounds) == 64 * rounds
-        if store.committed_count() > 64 or not rounds:
+        if ledger.snapshot().committed > 64 or not rounds:
             assert file.lines_read - lines_before <= BLOCK + 1
         assert producer.encoding.num_encoded <= 64 * (1 + rounds) + 64
     assert len(engine.captured) == 2

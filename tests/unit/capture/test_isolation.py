@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from paceline import InMemoryMetadataStore
 from paceline.capture.producer import Producer
 from paceline.errors import ConfigError, EngineError
-from paceline.ledger.facts import END_OF_STREAM
-from paceline.ledger.trial import DEATHS_BEFORE_TRIAL
+from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION
+from paceline.ledger.producer_session import ProducerSession
+from paceline.ledger.records import PromptCounts
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.light_adapters import InMemoryLightFeatureStore, LightEngine
 from paceline.testing.simulated_run import Shape, simulated_producer
 
@@ -21,22 +22,24 @@ class Run:
 
     def __init__(self, prompts: int, group: int) -> None:
         self.shape = Shape(prompts=prompts, group=group)
-        self.store, self.features = InMemoryMetadataStore(), InMemoryLightFeatureStore()
+        self.ledger, self.features = SQLiteLedger(), InMemoryLightFeatureStore()
         self.fails: Callable[[Sequence[int]], bool] = lambda _: False
         self.message = "index out of range"
         self.probe_fails = False
         self.engine = Engine(self)
 
     def producer(self) -> Producer:
-        return simulated_producer(self.shape, self.store, self.features, self.engine, lambda *_, **__: None)
+        return simulated_producer(
+            self.shape, "0", self.ledger, self.features, self.engine, lambda *_, **__: None
+        )
 
     @property
     def committed(self) -> list[int]:
-        return [int(i.rpartition(":")[2]) for i in self.store.all_committed_ids()]
+        return [entry.place for entry in self.ledger.read(0, self.shape.prompts).entries]
 
     @property
     def failed(self) -> list[int]:
-        return [int(task_id) for task_id in self.store.failed_tasks()]
+        return list(self.ledger.failed())
 
 
 class Engine(LightEngine):
@@ -66,7 +69,7 @@ def test_what_fails_is_set_aside_alone_in_groups_of_every_size(group: int, bad: 
     run.producer().run()
     assert run.failed == bad
     assert run.committed == [n for n in range(7) if n not in bad]
-    assert run.store.facts()[END_OF_STREAM]
+    assert run.ledger.snapshot().closed
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -81,7 +84,7 @@ def test_an_engine_that_is_broken_convicts_no_prompt(group: int, broken_from: in
         with pytest.raises(EngineError, match="index out of range"):
             run.producer().run()
     assert run.failed == []
-    assert run.store.task_counts()["leased"] == 0
+    assert run.ledger.snapshot().prompts.leased == 0
     assert len(run.engine.captured) == captured
     run.fails = lambda _: False
     run.producer().run()
@@ -121,7 +124,7 @@ def test_only_so_many_prompts_in_a_row_may_fail() -> None:
     with pytest.raises(EngineError, match=r"17 prompts in a row fail.*failures_in_a_row_max"):
         run.producer().run()
     assert run.committed == [*range(10), 20]
-    assert run.store.task_counts()["leased"] == 0
+    assert run.ledger.snapshot().prompts.leased == 0
     assert not set(run.failed) & {n for n in range(60) if not 10 <= n < 50}
 
 
@@ -131,7 +134,7 @@ def test_nothing_is_set_aside_before_something_was_captured() -> None:
     run.fails = any_of(0, 1, 2)
     run.producer().run(max_rounds=1)
     assert run.failed == []
-    assert run.store.task_counts() == {"pending": 9, "leased": 0, "done": 0, "failed": 0}
+    assert run.ledger.snapshot().prompts == PromptCounts(pending=9)
     run.producer().run()
     assert run.failed == [0, 1, 2]
 
@@ -143,7 +146,7 @@ def test_a_run_of_which_every_prompt_fails_ends_with_an_error(group: int) -> Non
     run.fails = lambda _: True
     with pytest.raises(EngineError, match=r"None of the 5 prompts can be captured.*index out of range"):
         run.producer().run()
-    assert not run.store.facts().get(END_OF_STREAM)
+    assert not run.ledger.snapshot().closed
     assert run.failed == []
 
 
@@ -157,7 +160,7 @@ def test_prompts_that_cannot_be_encoded_end_a_run_of_nothing_else_with_their_rea
 
     run.shape = Tasks(prompts=3, group=2)
     run.producer().run()
-    assert run.store.failed_tasks() == {"0": "0 token ids, not all within the target's 256"}
+    assert run.ledger.failed() == {0: "0: 0 token ids, not all within the target's 256"}
     assert run.committed == [1, 2]
 
 
@@ -172,7 +175,7 @@ def test_members_that_are_not_wanted_convict_none_that_are() -> None:
         with pytest.raises(EngineError, match="no prompt of them is to blame"):
             run.producer().run()
     assert run.failed == []
-    assert run.store.quarantined() == {}
+    assert run.ledger.snapshot().quarantined == 0
     run.fails = lambda _: False
     run.producer().run()
     assert sorted(sample_id for sample_id, _ in run.features.written()) == ["light:0", "light:1", "light:2"]
@@ -182,34 +185,34 @@ def test_an_engine_that_dies_of_everything_is_not_proof_against_one() -> None:
     """Before a trial of prompts whose producers died, one that was captured before is captured again."""
     run = Run(4, 1)
     run.producer().run(max_rounds=1)
-    for _ in range(DEATHS_BEFORE_TRIAL):
-        run.store.acquire_role("producer", "dies")
-        run.store.lease_tasks("producer-0", 1)
+    for _ in range(DEATHS_BEFORE_ISOLATION):
+        dies = ProducerSession(run.ledger, "light")
+        dies.acquire()
+        dies.lease(1)
     run.fails = lambda _: True
     with pytest.raises(EngineError, match=r"The engine fails on 1, and on 0 too, which was captured before"):
         run.producer().run()
     assert run.failed == []
 
 
-def test_another_rendering_of_the_prompts_is_refused() -> None:
+def test_another_rendering_of_the_prompts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the next start by the first group, and when a lost sample would be captured of other token ids."""
     run = Run(6, 2)
+
+    class Told(Shape):
+        def tasks(self) -> Any:
+            return [f"question {n}" for n in range(self.prompts)]
+
+    run.shape = Told(prompts=6, group=2)
     run.producer().run(max_rounds=2)
 
-    class Dated(Shape):
-        first = 0
+    def dated(first: int) -> Callable[[str], tuple[int, ...]]:
+        return lambda text: (7, *text.encode()) if int(text[-1]) >= first else tuple(text.encode())
 
-        def tasks(self) -> Any:
-            tasks = super().tasks()
-            return [
-                *tasks[: self.first],
-                *[{"task_id": t.task_id, "prompt_ids": [7]} for t in tasks[self.first :]],
-            ]
-
-    run.shape = Dated(prompts=6, group=2)
+    monkeypatch.setattr(run.engine, "encode", dated(0))
     with pytest.raises(ConfigError, match="of the first group become other token ids"):
         run.producer().run()
-    Dated.first = 2
+    monkeypatch.setattr(run.engine, "encode", dated(2))
     run.producer().run(max_rounds=0)
     run.features.free([("light:3", 0)])
     with pytest.raises(ConfigError, match="of the group of 3 become other token ids"):

@@ -25,7 +25,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for _ in range(2):
         run.train(run.capture(2))
         run.checkpoint()
-    run.store.close()
+    run.ledger.close()
     return run.folder
 
 
@@ -160,10 +160,9 @@ def test_an_id_cannot_command_the_terminal(tmp_path: Path) -> None:
     """Escape sequences, a bell, a newline that fakes a line of ours: all shown, none obeyed."""
     bad = "\x1b]0;owned\x07\x1b[2J\u202e\n" + "sound: nothing lost"
     run = RunByHand(tmp_path)
-    run.store.add_tasks([bad])
-    run.store.lease_tasks("w", 99, fence=run.producer)
-    run.store.fail_tasks("w", [bad], reason=bad, attempt_max=None, fence=run.producer)
-    run.store.close()
+    run.producer.lease(1)
+    run.producer.fail([0], f"{bad}: {bad}", retryable=False)
+    run.ledger.close()
     for arguments in (
         ("status", tmp_path),
         ("inspect", tmp_path),

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from paceline.cli.main import app
 from paceline.errors import EngineError
 from paceline.ledger.facts import RUN_ID
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
-from paceline.testing.samples import sample_ref
+from paceline.ledger.stores.sqlite import SQLiteLedger
+from paceline.testing.ledger_calls import capture, consumer_of, producer_of
 
 OUTSIDE = ["template error near '[/INST]'", "[red]odd[/red] token", "a :cat: and [b]", "[link=x]\\[/]"]
 
@@ -25,14 +25,14 @@ def told(*arguments: object, code: int = 0) -> str:
 @pytest.mark.parametrize("outside", OUTSIDE)
 def test_a_reason_an_id_and_a_name_are_shown_as_they_are(tmp_path: Path, outside: str) -> None:
     """By status and by inspect, of a run that is called like that, too."""
-    store = SQLiteMetadataStore(tmp_path / "ledger.db")
-    store.set_facts({RUN_ID: outside})
-    store.add_tasks([outside])
-    store.lease_tasks("w", 1)
-    store.fail_tasks("w", [outside], reason=outside, attempt_max=None)
-    store.commit_sample(sample_ref(0))
-    store.quarantine(["run0:s0"], step=1, reason=outside)
-    store.close()
+    ledger = SQLiteLedger(tmp_path / "ledger.db")
+    producer = producer_of(ledger)
+    capture(producer, 0)
+    producer.lease(1)
+    producer.fail([1], f"{outside}: {outside}", retryable=False)
+    consumer_of(ledger).quarantine(["run0:s0"], step=1, reason=outside)
+    ledger.set_facts(None, None, {RUN_ID: outside})
+    ledger.close()
     status = told("status", tmp_path)
     assert f"run {outside}" in status
     for listed in (status, told("inspect", tmp_path)):

@@ -1,4 +1,4 @@
-"""Locks and bells: who holds a role, and what happens when the system refuses one of their calls."""
+"""Locks: who holds a role, and what happens when the system refuses one of their calls."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from paceline import SQLiteMetadataStore
 from paceline.cli.progress import describe
 from paceline.errors import LedgerError, RunBusyError
-from paceline.ledger.gate import IN_THE_DOOR, UNKNOWN, RoleLock, is_locked, live_holder
-from paceline.ledger.stores.sqlite.group_sync import SYNC_LOCK
+from paceline.ledger.locks import UNKNOWN, RoleLock, live_holder
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.snapshot import take_snapshot
-from paceline.testing.samples import sample_ref
 
 
 def test_the_holder_is_named_while_it_holds(tmp_path: Path) -> None:
@@ -40,14 +38,42 @@ def test_a_holder_that_cannot_be_read_is_unknown(tmp_path: Path, content: bytes)
     assert live_holder(tmp_path, "consumer") == UNKNOWN
     with pytest.raises(RunBusyError, match=r"process unknown.*stop its process"):
         RoleLock(tmp_path, "consumer")
-    store = SQLiteMetadataStore(tmp_path / "ledger.db")
+    ledger = SQLiteLedger(tmp_path / "ledger.db")
     told = StringIO()
-    describe(Console(file=told, width=200), take_snapshot(tmp_path, store))
+    describe(Console(file=told, width=200), take_snapshot(tmp_path, ledger))
     assert "running, process unknown" in told.getvalue()
     assert "live" in told.getvalue()
-    store.close()
+    ledger.close()
     lock.release()
     assert live_holder(tmp_path, "consumer") is None
+
+
+@pytest.mark.parametrize("plant", ["link", "fifo"])
+def test_a_planted_lock_file_neither_hangs_nor_is_written(tmp_path: Path, plant: str) -> None:
+    """A link leads to a file of its own choice: it is refused. A FIFO holds no look up."""
+    victim = tmp_path / "precious"
+    victim.write_text("precious")
+    lock = tmp_path / "consumer.lock"
+    if plant == "link":
+        lock.symlink_to(victim)
+        with pytest.raises(LedgerError, match="cannot be used"):
+            RoleLock(tmp_path, "consumer")
+    else:
+        os.mkfifo(lock)
+    assert live_holder(tmp_path, "consumer") is None
+    assert victim.read_text() == "precious"
+
+
+def test_a_ledgers_files_are_its_owners_alone(tmp_path: Path) -> None:
+    """Database, log, gate and locks: prompts stand in reasons and ids."""
+    ledger = SQLiteLedger(tmp_path / "ledger.db")
+    ledger.set_facts(None, None, {"x": 1})
+    lock = RoleLock(tmp_path, "consumer")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert set(modes) >= {"ledger.db", "ledger.db-wal", "ledger.db-gate", "consumer.lock"}
+    assert set(modes.values()) == {0o600}, modes
+    lock.release()
+    ledger.close()
 
 
 @pytest.mark.parametrize("lasting", [False, True])
@@ -68,19 +94,20 @@ def test_a_gate_that_fails_lets_nothing_through(
         path, done, refused = tmp_path / f"{turn}" / "ledger.db", 0, 0
         monkeypatch.setattr(fcntl, "flock", flock)
         try:
-            store = SQLiteMetadataStore(path)
+            ledger = SQLiteLedger(path)
         except LedgerError as error:
             refused += bool(error.next)
         else:
             for number in range(3):
                 try:
-                    done += store.commit_sample(sample_ref(number))
+                    ledger.set_facts(None, None, {f"fact-{number}": 1})
+                    done += 1
                 except LedgerError as error:
                     refused += bool(error.next)
-            store.close()
+            ledger.close()
         monkeypatch.setattr(fcntl, "flock", real)
-        again = SQLiteMetadataStore(path)
-        assert again.committed_count() == done
+        again = SQLiteLedger(path)
+        assert len(again.facts()) == done
         again.close()
         if not refused:
             break
@@ -101,34 +128,27 @@ def test_a_lock_file_that_cannot_be_opened_advises(
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(LedgerError, match="ulimit"):
-        SQLiteMetadataStore(tmp_path / "ledger.db")
+        SQLiteLedger(tmp_path / "ledger.db")
     with pytest.raises(LedgerError, match="ulimit"):
         RoleLock(tmp_path, "consumer")
 
 
-@pytest.mark.parametrize("lock", ["door", "gate", "sync"])
-def test_an_interruption_leaves_no_lock_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: str
-) -> None:
-    """Ctrl-C in a notebook, just when the lock has been taken: others must not wait for this process."""
-    store, other = SQLiteMetadataStore(tmp_path / "db"), SQLiteMetadataStore(tmp_path / "db")
-    call = "flock" if lock == "gate" else "fcntl"
-    wanted = {"door": IN_THE_DOOR, "gate": fcntl.LOCK_EX, "sync": SYNC_LOCK}[lock]
-    real = getattr(fcntl, call)
+def test_an_interruption_leaves_no_lock_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a notebook, just when the gate has been taken: others must not wait for this process."""
+    ledger, other = SQLiteLedger(tmp_path / "db"), SQLiteLedger(tmp_path / "db")
+    real = fcntl.flock
 
-    def interrupted(fd: int, *how: object) -> object:
-        taken = real(fd, *how)
-        if how[-1] == wanted:
+    def interrupted(fd: int, how: int) -> None:
+        real(fd, how)
+        if how == fcntl.LOCK_EX:
             raise KeyboardInterrupt
-        return taken
 
     with monkeypatch.context() as patched:
-        patched.setattr(fcntl, call, interrupted)
+        patched.setattr(fcntl, "flock", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            store.commit_sample(sample_ref(0))
-    assert not is_locked(other._gate._fd, IN_THE_DOOR)
-    assert not is_locked(other._group_sync.alone.fd, SYNC_LOCK)
-    fcntl.flock(other._gate._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ledger.set_facts(None, None, {"x": 1})
+    other.set_facts(None, None, {"x": 2})
+    assert ledger.facts() == {"x": 2}
 
 
 def test_a_lock_that_fails_is_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,23 +162,3 @@ def test_a_lock_that_fails_is_no_other_process(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(LedgerError, match="No locks available"):
             RoleLock(tmp_path, "consumer")
     RoleLock(tmp_path, "consumer").release()
-
-
-def test_a_call_that_cannot_ring_is_done_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is committed; who waits looks again. Who cannot hang up a bell is told what to do."""
-    store = SQLiteMetadataStore(tmp_path / "ledger.db")
-    real = os.open
-
-    def refuse(path: str | Path, *args: int, **kwargs: int) -> int:
-        if Path(path).suffix in (".fifo", ".new"):
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return real(path, *args, **kwargs)
-
-    with store._bell.listen(), monkeypatch.context() as patched:
-        patched.setattr(os, "open", refuse)
-        assert store.commit_sample(sample_ref(0)) is True
-        with pytest.raises(LedgerError, match="ulimit"):
-            store.wait(store.lsn(), 1.0)
-    assert SQLiteMetadataStore(tmp_path / "ledger.db").committed_count() == 1

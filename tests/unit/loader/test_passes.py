@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.loader.passes import START, Position, Visit, VisitOrder
+from paceline.loader.passes import START, Block, Position, Visit, VisitOrder
 
 
-def blocks_of(log: Sequence[int], start: int) -> Callable[[int], list[int]]:
-    place = start
-
-    def read(size: int) -> list[int]:
-        nonlocal place
-        block = list(log[place : place + size])
-        place += len(block)
-        return block
+def blocks_of(log: Sequence[int], size: int, holes: Collection[int] = ()) -> Callable[[int], Block[int]]:
+    def read(number: int) -> Block[int]:
+        start, stop = number * size, (number + 1) * size
+        return Block([item for item in log[start:stop] if item not in holes], ends=stop >= len(log))
 
     return read
 
 
 def all_visits(
-    total: int, passes: int, block_size: int, position: Position = START, count: int = 3
+    total: int,
+    passes: int,
+    block_size: int,
+    position: Position = START,
+    count: int = 3,
+    holes: Collection[int] = (),
 ) -> list[Visit[int]]:
-    order: VisitOrder[int] = VisitOrder(passes=passes, block_size=block_size, position=position)
-    first = VisitOrder.first_block(position, passes) * block_size
-    read, taken = blocks_of(range(total), first), list[Visit[int]]()
+    order: VisitOrder[int] = VisitOrder(passes=passes, position=position)
+    read, taken = blocks_of(range(total), block_size, holes), list[Visit[int]]()
     while visits := order.visits(count, read):
         taken += visits
     return taken
@@ -64,6 +64,21 @@ def test_every_sample_is_visited_exactly_so_often(
 
 
 @given(
+    total=st.integers(0, 30),
+    passes=st.integers(1, 3),
+    block_size=st.integers(1, 6),
+    holes=st.sets(st.integers(0, 29)),
+)
+def test_a_hole_is_left_out_and_moves_no_other_sample_to_another_block(
+    total: int, passes: int, block_size: int, holes: set[int]
+) -> None:
+    """A prompt that failed is in no block; every other sample is visited in the stages it always was."""
+    whole, visits = (all_visits(total, passes, block_size, holes=h) for h in ((), holes))
+    stages = [(v.item, v.stage) for v in whole if v.item not in holes]
+    assert sorted((v.item, v.stage) for v in visits) == sorted(stages)
+
+
+@given(
     total=st.integers(1, 30), passes=st.integers(1, 4), block_size=st.integers(1, 6), cut=st.integers(0, 120)
 )
 def test_any_position_continues_the_same_order(total: int, passes: int, block_size: int, cut: int) -> None:
@@ -76,10 +91,10 @@ def test_any_position_continues_the_same_order(total: int, passes: int, block_si
 
 def test_an_interrupted_read_takes_nothing() -> None:
     """A stop while waiting for a block leaves the order where it was."""
-    order: VisitOrder[int] = VisitOrder(passes=1, block_size=2)
-    assert order.visits(1, lambda _: [1, 2]) == [Visit(1, True, Position(0, 1))]
+    order: VisitOrder[int] = VisitOrder(passes=1)
+    assert order.visits(1, lambda _: Block([1, 2], ends=False)) == [Visit(1, True, Position(0, 1))]
     assert order.visits(2, lambda _: None) is None
-    taken = order.visits(2, lambda _: [3, 4])
+    taken = order.visits(2, lambda _: Block([3, 4], ends=False))
     assert taken is not None
     assert [v.item for v in taken] == [2, 3]
 

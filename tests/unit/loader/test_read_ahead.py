@@ -72,18 +72,18 @@ def test_a_loader_that_reads_ahead_trains_the_same_steps(tmp_path: Path, passes:
     shape = RunShape(prompts=14, group=4, batch=3, passes=passes, interval=2)
     run = LightRun(tmp_path / "run", shape)
     run.produce()
-    store, features = run.open_store(), run.open_features(owner=False)
+    ledger, features = run.open_ledger(), run.open_features(owner=False)
     planned_at: list[int] = []
 
     def report(event: str, **fields: Any) -> None:
         if event == "step":
-            planned_at.append(max(plan.step for plan in store.plans()) - fields["step"])
+            planned_at.append(max(trained.step for trained in ledger.history()) - fields["step"])
 
     with ThreadPoolExecutor(2) as executor:
         trainer, loader = build_consumer(
-            shape, store, features, run.checkpoints, executor=executor, report=report
+            shape, ledger, features, run.checkpoints, executor=executor, report=report
         )
         trainer.fit(loader)
     assert set(planned_at) == {0}
-    assert head_of(store, run.checkpoints) == uninterrupted(shape, tmp_path / "undisturbed")
-    store.close()
+    assert head_of(ledger, run.checkpoints) == uninterrupted(shape, tmp_path / "undisturbed")
+    ledger.close()

@@ -11,19 +11,19 @@ import pytest
 
 from paceline.config.load import parse_run_config
 from paceline.errors import ConfigError
-from paceline.ledger.facts import COMPLETED_STEP, END_OF_STREAM
-from paceline.ledger.gate import RoleLock
-from paceline.ledger.stores.memory import InMemoryMetadataStore
+from paceline.ledger.facts import COMPLETED_STEP
+from paceline.ledger.locks import RoleLock
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.binding import bind_run
 from paceline.roles.plan import RunPlan, plan_run
-from paceline.testing.samples import sample_ref
+from paceline.testing.ledger_calls import capture, producer_of
 
 
 class Run:
     """A run file whose sections can be changed, and its ledger."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.store = folder, InMemoryMetadataStore()
+        self.folder, self.ledger = folder, SQLiteLedger()
         (folder / "config.json").write_text('{"model_type": "llama"}')
         self.write("heldout.jsonl", 900, 2)
         self.write("train.jsonl", 0, 6)
@@ -43,7 +43,7 @@ class Run:
         return plan_run(parse_run_config({**data, **sections}, source="run.yaml"))
 
     def capture_one(self) -> None:
-        self.store.commit_samples([sample_ref(0)])
+        capture(producer_of(self.ledger), 0)
 
 
 @pytest.fixture
@@ -53,60 +53,58 @@ def run(tmp_path: Path) -> Run:
 
 def test_settings_bind_once_something_was_captured_under_them(run: Run) -> None:
     """Until then advice to change one can be followed."""
-    bind_run(run.plan(), run.store)
-    bind_run(run.plan(prompts={"max_prompt_tokens": 260}), run.store)
+    bind_run(run.plan(), run.ledger)
+    bind_run(run.plan(prompts={"max_prompt_tokens": 260}), run.ledger)
     run.capture_one()
-    bind_run(run.plan(prompts={"max_prompt_tokens": 260}), run.store)
+    bind_run(run.plan(prompts={"max_prompt_tokens": 260}), run.ledger)
     with pytest.raises(ConfigError, match="max_prompt_tokens: 260 -> 192"):
-        bind_run(run.plan(), run.store)
+        bind_run(run.plan(), run.ledger)
 
 
 def test_settings_do_not_change_under_a_role_that_is_live(run: Run) -> None:
     """It would capture under the old ones what is recorded under the new."""
-    bind_run(run.plan(), run.store)
+    bind_run(run.plan(), run.ledger)
     producer = RoleLock(run.folder / "run", "producer")
     other = run.plan(training={"batch_size": 9})
     with pytest.raises(ConfigError, match="batch_size"):
-        bind_run(other, run.store, role="consumer")
+        bind_run(other, run.ledger, role="consumer")
     producer.release()
-    bind_run(other, run.store, role="consumer")
+    bind_run(other, run.ledger, role="consumer")
 
 
 def test_a_moved_prompt_file_is_the_same_prompts(run: Run) -> None:
     """They are known by their digests."""
-    bind_run(run.plan(), run.store)
+    bind_run(run.plan(), run.ledger)
     run.capture_one()
     (run.folder / "train.jsonl").rename(run.folder / "moved.jsonl")
-    bind_run(run.plan(prompts={"path": str(run.folder / "moved.jsonl")}), run.store)
+    bind_run(run.plan(prompts={"path": str(run.folder / "moved.jsonl")}), run.ledger)
 
 
 def test_a_longer_file_with_the_same_beginning_extends_a_run_that_was_complete(run: Run) -> None:
     """Both roles then go on; the ordinals of what was captured stay."""
-    assert bind_run(run.plan(), run.store) == (6,)
-    run.store.add_tasks(["0/0"])
+    assert bind_run(run.plan(), run.ledger) == (6,)
     run.capture_one()
     run.write("train.jsonl", 0, 9)
     plan = run.plan()
     with pytest.raises(ConfigError, match="not complete"):
-        bind_run(plan, run.store)
-    run.store.set_facts({COMPLETED_STEP: 3, END_OF_STREAM: True})
-    assert bind_run(plan, run.store) == (6, 9)
-    assert run.store.facts()[COMPLETED_STEP] is None
-    assert run.store.facts()[END_OF_STREAM] is False
-    assert bind_run(plan, run.store) == (6, 9)
+        bind_run(plan, run.ledger)
+    run.ledger.set_facts(None, None, {COMPLETED_STEP: 3})
+    assert bind_run(plan, run.ledger) == (6, 9)
+    assert run.ledger.facts()[COMPLETED_STEP] is None
+    assert not run.ledger.snapshot().closed
+    assert bind_run(plan, run.ledger) == (6, 9)
     assert [p.prompt_id for p in plan.source((6, 9)).read(11, 2)] == ["1/5", "0/6"]
 
 
 @pytest.mark.parametrize(("first", "count"), [(1, 9), (0, 5)])
 def test_another_beginning_is_refused_naming_where_it_differs(run: Run, first: int, count: int) -> None:
     """A sample is its prompt's place in the file."""
-    bind_run(run.plan(), run.store)
-    run.store.add_tasks(["0/0"])
+    bind_run(run.plan(), run.ledger)
     run.capture_one()
     run.write("train.jsonl", first, count)
     where = "it has 5, and the run 6" if count == 5 else "the first that differ are in line 1 to the end"
     with pytest.raises(ConfigError, match=where):
-        bind_run(run.plan(), run.store)
+        bind_run(run.plan(), run.ledger)
 
 
 def test_repeated_prompts_are_taken_once_or_named_all_at_once(run: Run) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from paceline import InMemoryMetadataStore
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
 from paceline.errors import StoreError
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles import feature_folder
 from paceline.roles.feature_folder import record_place, refuse_other_place
 from paceline.testing.tiny_run import TinyRun
@@ -29,26 +29,26 @@ def test_a_consumer_that_looks_elsewhere_is_refused_with_both_places(
     config: RunConfig, tmp_path: Path
 ) -> None:
     """It names what the producer has recorded and what it was given itself."""
-    store, other = InMemoryMetadataStore(), elsewhere(config, tmp_path / "other")
-    record_place(config, store)
+    ledger, other = SQLiteLedger(), elsewhere(config, tmp_path / "other")
+    record_place(config, ledger)
     with pytest.raises(StoreError, match=r"features\.directory") as caught:
-        refuse_other_place(other, store)
+        refuse_other_place(other, ledger)
     assert str(config.feature_folder) in str(caught.value)
     assert str(other.feature_folder) in str(caught.value)
-    refuse_other_place(config, store)
+    refuse_other_place(config, ledger)
 
 
 def test_a_directory_that_was_changed_for_both_is_fine(config: RunConfig, tmp_path: Path) -> None:
     """`paceline train` records the new one before it starts the roles."""
-    store, other = InMemoryMetadataStore(), elsewhere(config, tmp_path / "other")
-    record_place(config, store)
-    record_place(other, store)
-    refuse_other_place(other, store)
+    ledger, other = SQLiteLedger(), elsewhere(config, tmp_path / "other")
+    record_place(config, ledger)
+    record_place(other, ledger)
+    refuse_other_place(other, ledger)
 
 
 def test_a_run_without_a_producer_yet_refuses_no_consumer(config: RunConfig) -> None:
     """Whichever role comes first."""
-    refuse_other_place(config, InMemoryMetadataStore())
+    refuse_other_place(config, SQLiteLedger())
 
 
 @pytest.mark.parametrize(("same_boot", "refused"), [(True, True), (False, False)])
@@ -56,16 +56,16 @@ def test_another_mount_under_the_same_path_is_another_place(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_boot: bool, refused: bool
 ) -> None:
     """Two containers have a /dev/shm each; after a reboot the same one has another number, too."""
-    store = InMemoryMetadataStore()
-    record_place(config, store)
-    recorded = store.facts()["features_lie"]
-    store.set_facts({"features_lie": {**recorded, "device": recorded["device"] + 1}})
+    ledger = SQLiteLedger()
+    record_place(config, ledger)
+    recorded = ledger.facts()["features_lie"]
+    ledger.set_facts(None, None, {"features_lie": {**recorded, "device": recorded["device"] + 1}})
     if not same_boot:
         boot = tmp_path / "boot_id"
         boot.write_text("another boot\n")
         monkeypatch.setattr(feature_folder, "BOOT_ID", boot)
     if refused:
         with pytest.raises(StoreError, match="another mount"):
-            refuse_other_place(config, store)
+            refuse_other_place(config, ledger)
     else:
-        refuse_other_place(config, store)
+        refuse_other_place(config, ledger)

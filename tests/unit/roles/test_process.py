@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from paceline.ledger.gate import RoleLock, live_holder
+from paceline.ledger.locks import RoleLock, live_holder
 from paceline.roles.child import end_orphan
 from paceline.roles.process import REPORT_VARIABLE, SUPERVISOR_VARIABLE
 
@@ -128,7 +128,7 @@ def test_a_hang_up_is_a_wish_to_stop(run_file: Path) -> None:
 HOLDER = """
 import signal, sys
 from pathlib import Path
-from paceline.ledger.gate import RoleLock
+from paceline.ledger.locks import RoleLock
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 lock = RoleLock(Path(sys.argv[1]), "evaluator")
 print("ready", flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from paceline.cli.progress import Progress, describe
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.snapshot import RunSnapshot, take_snapshot
 from paceline.telemetry import EventLog
 
@@ -20,9 +20,9 @@ def snapshot_of(folder: Path, **events: list[tuple[str, dict[str, Any]]]) -> Run
         for event, fields in written:
             log.write(event, **fields)
         log.close()
-    store = SQLiteMetadataStore(folder / "ledger.db")
-    snapshot = take_snapshot(folder, store)
-    store.close()
+    ledger = SQLiteLedger(folder / "ledger.db")
+    snapshot = take_snapshot(folder, ledger)
+    ledger.close()
     return snapshot
 
 

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from paceline import InMemoryMetadataStore
 from paceline.errors import PacelineError
-from paceline.ledger.trial import Trial
+from paceline.ledger.isolation import Isolation
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.child import RoleFailedError
 from paceline.roles.supervisor import Supervisor
-from paceline.testing.samples import sample_ref
+from paceline.testing.ledger_calls import capture, producer_of
 
 
 class Ended:
@@ -32,7 +32,7 @@ class Ended:
 def supervisor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Supervisor:
     """Of a run that allows two restarts; starting a role only counts."""
     supervised = object.__new__(Supervisor)
-    supervised._store = InMemoryMetadataStore()  # type: ignore[assignment]
+    supervised._store = SQLiteLedger()
     supervised._config = SimpleNamespace(  # type: ignore[assignment]
         machine=SimpleNamespace(restarts_max=2), run=SimpleNamespace(directory=tmp_path)
     )
@@ -70,7 +70,7 @@ def test_an_error_that_comes_twice_without_progress_is_not_met_a_third_time(supe
     """It is told in the role's own words; a load of the model each would only delay that."""
     error = RoleFailedError("KeyError: 'weight_map'", "why", "next", 1)
     ended(supervisor, "producer", 1, error)
-    supervisor._store.commit_sample(sample_ref(0))
+    capture(producer_of(supervisor._store), 0)
     ended(supervisor, "producer", 1, error)
     with pytest.raises(RoleFailedError, match="weight_map"):
         ended(supervisor, "producer", 1, error)
@@ -85,28 +85,29 @@ def test_an_error_of_pacelines_own_ends_the_run_at_once(supervisor: Supervisor) 
 
 def test_a_run_whose_every_prompt_failed_ends_with_the_reason(supervisor: Supervisor) -> None:
     """Its consumer ends without an error, and would be started for ever."""
-    supervisor._store.add_tasks(["a", "b"])
-    supervisor._store.lease_tasks("w", 2)
-    supervisor._store.fail_tasks("w", ["a", "b"], reason="no text", attempt_max=None)
+    producer = producer_of(supervisor._store, prompts=2)
+    producer.lease(2)
+    producer.fail([0, 1], "no text", retryable=False)
     with pytest.raises(PacelineError, match=r"None of the 2 prompts.*no text"):
         ended(supervisor, "consumer", 0)
 
 
 def test_restarts_do_not_count_while_the_run_moves(supervisor: Supervisor) -> None:
     """A week of training may meet many kills; each with progress behind it starts the count anew."""
+    producer = producer_of(supervisor._store, prompts=9)
     for number in range(9):
-        supervisor._store.commit_sample(sample_ref(number))
+        capture(producer, number)
         supervisor._restart("producer", -9)
 
 
 def test_the_search_for_a_deadly_sample_is_progress(supervisor: Supervisor) -> None:
     """It takes a death a halving; every halving brings the run closer to going on without the sample."""
-    store = supervisor._store
+    session = producer_of(supervisor._store)
 
     def dies(_: object) -> bool:
         raise KeyboardInterrupt
 
     for _ in range(6):
         with pytest.raises(KeyboardInterrupt):
-            Trial(store, "capture", list("abcdefgh")).run(dies)
+            Isolation(session, "capture.0", list("abcdefgh")).run(dies)
         supervisor._restart("producer", -9)

@@ -26,7 +26,7 @@ def checkpoint(step: int = 3) -> Checkpoint:
         "draft.safetensors": save(weights),
         "rng.safetensors": save({"torch": torch.get_rng_state()}),
     }
-    lineage = (TrainedStep(step, 1, 24, (TrainedSample(24, "run0:a", "a", True),)),)
+    lineage = (TrainedStep(step, 1, (TrainedSample(23, "run0:a", 23, True),)),)
     return Checkpoint(step, 24, files, {"method": "m"}, lineage, "step-before", "c0ffee", epoch=2, lsn=7)
 
 
@@ -287,7 +287,7 @@ def test_an_altered_manifest_nobody_has_on_record_is_not_adopted(tmp_path: Path)
     record = folder.write(checkpoint(3))
     assert [found.name for found, _ in folder.unrecorded([])] == [record.name]
     manifest = tmp_path / record.name / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"last_seq":', '"last_seq":1'))
+    manifest.write_text(manifest.read_text().replace('"first_place":', '"first_place":1'))
     assert folder.unrecorded([]) == []
 
 

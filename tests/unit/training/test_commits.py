@@ -38,12 +38,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     """Steps are acked meanwhile; nothing is head or freed before the folder is durable."""
     run, held = LightRun(tmp_path / "run", SHAPE), HeldUp()
     run.produce()
-    store, features = run.open_store(), run.open_features(owner=False)
+    ledger, features = run.open_ledger(), run.open_features(owner=False)
     heads_at: dict[int, int] = {}
 
     def report(event: str, **fields: Any) -> None:
         if event == "step":
-            heads_at[fields["step"]] = store.checkpoints()[-1].step
+            heads_at[fields["step"]] = ledger.snapshot().checkpoints[-1].step
             if fields["step"] == 3:
                 assert held.waits.wait(WAIT_S)
                 assert features.usage().resident_samples == SHAPE.prompts
@@ -53,15 +53,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     try:
         with ThreadPoolExecutor(1) as executor:
             trainer, loader = build_consumer(
-                SHAPE, store, features, run.checkpoints, executor=executor, report=report
+                SHAPE, ledger, features, run.checkpoints, executor=executor, report=report
             )
             assert trainer.fit(loader) == 6
     finally:
         crashpoints.watch(None)
     assert heads_at[3] == 0, "step 2 was being written when step 3 was acked"
-    assert head_of(store, run.checkpoints) == uninterrupted(SHAPE, tmp_path / "undisturbed")
+    assert head_of(ledger, run.checkpoints) == uninterrupted(SHAPE, tmp_path / "undisturbed")
     assert features.usage().resident_samples == 0
-    store.close()
+    ledger.close()
     assert not check(run.folder).errors
 
 
@@ -81,28 +81,28 @@ def test_a_checkpoint_that_could_not_be_written_stops_the_run(
     monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(CheckpointError, match="free space"):
         run.consume()
-    store = run.open_store()
-    assert store.checkpoints()[-1].step == 2
+    ledger = run.open_ledger()
+    assert ledger.snapshot().checkpoints[-1].step == 2
     monkeypatch.undo()
     run.consume()
-    assert head_of(store, run.checkpoints) == uninterrupted(SHAPE, tmp_path / "undisturbed")
-    store.close()
+    assert head_of(ledger, run.checkpoints) == uninterrupted(SHAPE, tmp_path / "undisturbed")
+    ledger.close()
 
 
 def test_a_checkpoint_nobody_lived_to_record_is_adopted(tmp_path: Path) -> None:
     """Written whole while later steps trained: the next consumer goes on from it."""
     run = LightRun(tmp_path / "run", SHAPE)
     run.produce()
-    crashpoints.watch(raise_at("ledger.record_checkpoint.before", turn=2))
+    crashpoints.watch(raise_at("ledger.head.before", turn=2))
     with pytest.raises(InterruptedError):
         run.consume()
     crashpoints.watch(None)
     events: list[tuple[str, Any]] = []
     run.consume(lambda event, **fields: events.append((event, fields.get("step"))))
     assert ("rolled_forward", 2) in events
-    store = run.open_store()
-    assert head_of(store, run.checkpoints) == uninterrupted(SHAPE, tmp_path / "undisturbed")
-    store.close()
+    ledger = run.open_ledger()
+    assert head_of(ledger, run.checkpoints) == uninterrupted(SHAPE, tmp_path / "undisturbed")
+    ledger.close()
 
 
 def raise_at(point: str, turn: int) -> Any:

@@ -13,7 +13,7 @@ from paceline import SQLiteMetadataStore
 from paceline.engines.engine import Captured, CaptureRequest
 from paceline.errors import EngineError, FeatureCorruptError
 from paceline.features.stores.memory import InMemoryFeatureStore
-from paceline.ledger.trial import DEATHS_BEFORE_TRIAL
+from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.testing.small_run import SmallRun, same_bits, weights
 from paceline.testing.synthetic import SyntheticEngine
@@ -78,7 +78,7 @@ def test_a_sample_whose_loss_is_no_number_is_quarantined(tmp_path: Path, passes:
     assert acked(run) == set(ALL) - set(poison)
     assert all(bool(torch.isfinite(w).all()) for w in weights(trainer).values() if w.is_floating_point())
     assert run.features.usage().resident_samples == 0
-    assert store.usage().waiting_samples == 0
+    assert store.snapshot().usage.waiting_samples == 0
 
 
 def test_poison_among_the_first_samples_does_not_spoil_the_first_weights(
@@ -110,15 +110,16 @@ def test_a_run_with_poison_resumes_to_the_same_weights(tmp_path: Path, steps: in
     run = run_with(tmp_path / "killed", engine, passes=2)
     run.producer()[1]()
     doomed, loader = run.consumer()
-    real, calls = loader.ack, []
+    session = doomed.session
+    real, calls = session.ack, []
 
-    def die(planned: Any) -> None:
-        calls.append(planned)
+    def die(*acked: Any) -> None:
+        calls.append(acked)
         if len(calls) == steps:
             raise KeyboardInterrupt
-        real(planned)
+        real(*acked)
 
-    loader.ack = die  # type: ignore[method-assign]
+    session.ack = die  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         doomed.fit(loader)
     assert same_bits(weights(run.run()), plain)
@@ -129,7 +130,7 @@ def test_a_prompt_that_the_engine_cannot_bear_is_set_aside_alone(tmp_path: Path)
     run = run_with(tmp_path, PoisonedEngine(deadly=[5]))
     run.run()
     store = SQLiteMetadataStore(run.db)
-    assert store.failed_tasks() == {"5": "index out of range at small:5"}
+    assert store.failed() == {5: "5: index out of range at small:5"}
     assert store.all_committed_ids() == [i for i in ALL if i != "small:5"]
     assert acked(run) == set(ALL) - {"small:5"}
     assert ["small:4", "small:6", "small:7"] in run.engine.captured
@@ -140,7 +141,7 @@ def test_a_broken_engine_blames_no_prompt(tmp_path: Path) -> None:
     run = run_with(tmp_path, PoisonedEngine(deadly=range(4), broken=True))
     with pytest.raises(EngineError, match="broken"):
         run.producer()[1]()
-    assert SQLiteMetadataStore(run.db).failed_tasks() == {}
+    assert SQLiteMetadataStore(run.db).failed() == {}
 
 
 @pytest.mark.parametrize("deadly", [[], [2]])
@@ -152,11 +153,11 @@ def test_a_group_that_fails_only_as_a_whole_blames_no_prompt(tmp_path: Path, dea
         with pytest.raises(EngineError, match=r"0 to 3.*out of memory.*capture\.group_size"):
             run.producer()[1]()
     store = SQLiteMetadataStore(run.db)
-    assert store.failed_tasks() == {}, "want of memory says nothing of a prompt"
-    assert store.task_counts()["leased"] == 0
+    assert store.failed() == {}, "want of memory says nothing of a prompt"
+    assert store.snapshot().prompts.leased == 0
     engine.most = float("inf")
     run.run()
-    assert list(store.failed_tasks()) == [str(n) for n in deadly]
+    assert list(store.failed()) == deadly
     assert acked(run) == set(ALL) - {f"small:{n}" for n in deadly}
 
 
@@ -166,7 +167,7 @@ def test_a_failure_of_a_whole_group_that_passes_changes_no_bit(tmp_path: Path) -
     run = run_with(tmp_path / "short", engine := PoisonedEngine())
     engine.most, engine.passing = 2, 1
     assert same_bits(weights(run.run()), plain)
-    assert SQLiteMetadataStore(run.db).failed_tasks() == {}
+    assert SQLiteMetadataStore(run.db).failed() == {}
 
 
 def test_an_engine_that_breaks_during_a_trial_blames_no_prompt(tmp_path: Path) -> None:
@@ -174,14 +175,14 @@ def test_an_engine_that_breaks_during_a_trial_blames_no_prompt(tmp_path: Path) -
     run = run_with(tmp_path, PoisonedEngine())
     store = SQLiteMetadataStore(run.db)
     producer, _ = run.producer()
-    for _ in range(DEATHS_BEFORE_TRIAL):
-        producer.controller.take_role("producer")
-        producer.controller.lease_prompt_tasks(producer.worker_id, 4, group_size=4)
+    for _ in range(DEATHS_BEFORE_ISOLATION):
+        producer.session.acquire()
+        producer.session.lease(4, 4)
     run.engine = PoisonedEngine(deadly=range(4), broken=True)
     with pytest.raises(EngineError, match="broken"):
         run.producer()[1]()
-    assert store.failed_tasks() == {}
-    assert store.task_counts()["leased"] == 0
+    assert store.failed() == {}
+    assert store.snapshot().prompts.leased == 0
 
 
 def test_a_prompt_that_cannot_be_encoded_is_set_aside(tmp_path: Path) -> None:
@@ -191,9 +192,9 @@ def test_a_prompt_that_cannot_be_encoded_is_set_aside(tmp_path: Path) -> None:
     run.prompts[4] = {"task_id": "4", "prompt_ids": [1, 10**6]}
     run.run()
     store = SQLiteMetadataStore(run.db)
-    assert list(store.failed_tasks()) == ["3", "4"]
-    assert "neither text nor token ids" in store.failed_tasks()["3"]
-    assert store.failed_tasks()["4"] == "2 token ids, not all within the target's 64"
+    assert list(store.failed()) == [3, 4]
+    assert "neither text nor token ids" in store.failed()[3]
+    assert store.failed()[4] == "4: 2 token ids, not all within the target's 64"
     assert acked(run) == set(ALL) - {"small:3", "small:4"}
 
 
@@ -205,7 +206,7 @@ def test_a_lost_sample_that_cannot_be_captured_again_is_quarantined(tmp_path: Pa
     run.engine = PoisonedEngine(deadly=[5])
     run.run()
     store = SQLiteMetadataStore(run.db)
-    assert store.quarantined() == {"small:5": "index out of range at small:5"}
+    assert store.quarantined() == {"small:5": "5: index out of range at small:5"}
     assert acked(run) == set(ALL) - {"small:5"}
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from paceline.errors import FencedError, LedgerError
-from paceline.ledger.controller import DataFlowController
-from paceline.ledger.records import CheckpointRecord, Fence, TrainedSample, TrainedStep, chain_of
-from paceline.ledger.stores.memory import InMemoryMetadataStore
-from paceline.loader.passes import Position
-from paceline.testing.samples import sample_ref
+from paceline.ledger.consumer_session import ConsumerSession
+from paceline.ledger.records import CheckpointRecord, TrainedSample, TrainedStep, chain_of
+from paceline.ledger.stores.sqlite import SQLiteLedger
+from paceline.loader.passes import START, Position
+from paceline.testing.ledger_calls import RUN_ID, capture, consumer_of, producer_of
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
 from paceline.training.recovery import find_checkpoint, recover
 
@@ -21,30 +21,29 @@ class Run:
     """A ledger with three samples, one a step, and a folder of checkpoints."""
 
     def __init__(self, tmp_path: Path) -> None:
-        self.store = InMemoryMetadataStore()
-        self.store.commit_samples([sample_ref(n) for n in range(3)])
-        self.folder = CheckpointFolder(tmp_path, "run0")
+        self.ledger = SQLiteLedger()
+        capture(producer_of(self.ledger), 0, 1, 2)
+        self.folder = CheckpointFolder(tmp_path, RUN_ID)
         self.reported: list[str] = []
 
-    def consumer(self) -> Fence:
-        return self.store.acquire_role("consumer", "a test")
+    def consumer(self) -> ConsumerSession:
+        return consumer_of(self.ledger)
 
     def write(
         self, step: int, epoch: int, after: CheckpointRecord | None, *, lsn: int = 0
     ) -> CheckpointRecord:
         """The checkpoint of one step more than `after` has."""
-        samples = (TrainedSample(step, f"run0:s{step - 1}", f"task-{step - 1}", True),)
-        lineage = (TrainedStep(step, 0, step, samples),)
+        lineage = (TrainedStep(step, 0, (TrainedSample(step - 1, f"run0:s{step - 1}", step - 1, True),)),)
         chain = chain_of(after.chain if after else "", [one.plan for one in lineage])
         previous = after.name if after else ""
         content = Checkpoint(step, step, {"w": b"w"}, {}, lineage, previous, chain, epoch, lsn)
         return self.folder.write(content)
 
-    def recover(self, fence: Fence) -> CheckpointRecord | None:
+    def recover(self, session: ConsumerSession) -> CheckpointRecord | None:
         def report(event: str, **_: Any) -> None:
             self.reported.append(event)
 
-        found = find_checkpoint(self.store, self.folder, fence, fence.epoch - 1, report)
+        found = find_checkpoint(session, self.folder, session.epoch - 1, report)
         return found[0] if found else None
 
 
@@ -76,7 +75,7 @@ def test_a_checkpoint_that_a_zombie_claims_first_is_found_under_its_new_name(
     monkeypatch.setattr(run.folder, "claim", after_the_zombie)
     head = run.recover(successor)
     assert head is not None
-    assert (head.step, run.store.checkpoints()) == (1, [head])
+    assert (head.step, run.ledger.snapshot().checkpoints) == (1, (head,))
     assert run.folder.read(head).step == 1
 
 
@@ -87,10 +86,10 @@ def test_what_follows_a_damaged_head_is_given_up_with_it(tmp_path: Path) -> None
     first = run.consumer()
     one = run.write(1, first.epoch, None)
     assert run.recover(first) is not None
-    [one] = run.store.checkpoints()
+    [one] = run.ledger.snapshot().checkpoints
     two = run.write(2, first.epoch, one)
     run.recover(first)
-    two = run.store.checkpoints()[-1]
+    two = run.ledger.snapshot().checkpoints[-1]
     three = run.write(3, first.epoch, two, lsn=1_000)
     (tmp_path / two.name / "w").write_bytes(b"damaged")
     for _ in range(2):  # the consumer that fell back died before it swept
@@ -105,7 +104,7 @@ def test_an_old_ledger_over_newer_checkpoints_is_called_old(tmp_path: Path) -> N
     first = run.consumer()
     run.write(1, first.epoch, None)
     run.recover(first)
-    [one] = run.store.checkpoints()
+    [one] = run.ledger.snapshot().checkpoints
     two = run.write(2, first.epoch, one)
     three = run.write(3, first.epoch, two)
     run.folder.sweep({two.name, three.name})
@@ -118,20 +117,19 @@ def test_an_old_ledger_over_newer_checkpoints_is_called_old(tmp_path: Path) -> N
 
 def test_a_start_says_where_the_run_stands(tmp_path: Path) -> None:
     """Trainer and loader are built from it: at the beginning, and after a checkpoint."""
-    controller = DataFlowController("run0", metadata_store=InMemoryMetadataStore())
-    controller.store.commit_samples([sample_ref(0)])
-    folder = CheckpointFolder(tmp_path, "run0")
-    start = recover(controller, folder, lambda *_, **__: None)
-    assert (start.head, start.step, start.last_seq, start.position) == (None, 0, 0, Position())
-    samples = (TrainedSample(1, "run0:s0", "task-0", True),)
-    lineage = (TrainedStep(1, 0, 1, samples),)
+    capture(producer_of(ledger := SQLiteLedger()), 0)
+    session, folder = ConsumerSession(ledger, RUN_ID), CheckpointFolder(tmp_path, RUN_ID)
+    start = recover(session, folder, lambda *_, **__: None)
+    assert (start.head, start.step, start.position) == (None, 0, START)
+    lineage = (TrainedStep(1, 0, (TrainedSample(0, "run0:s0", 0, True),)),)
     chain = chain_of("", [one.plan for one in lineage])
     values = {"position": [2, 5]}
-    record = folder.write(Checkpoint(1, 1, {"w": b"w"}, values, lineage, "", chain, start.fence.epoch, 0))
-    again = recover(controller, folder, lambda *_, **__: None)
-    assert again.fence.epoch == start.fence.epoch + 1
+    record = folder.write(Checkpoint(1, 1, {"w": b"w"}, values, lineage, "", chain, session.epoch, 0))
+    epoch = session.epoch
+    again = recover(session, folder, lambda *_, **__: None)
+    assert session.epoch == epoch + 1
     assert again.head is not None
     assert again.head.manifest_digest == record.manifest_digest
-    assert (again.step, again.last_seq, again.position) == (1, 1, Position(2, 5))
+    assert (again.step, again.head.first_place, again.position) == (1, 1, Position(2, 5))
     assert again.checkpoint is not None
     assert again.checkpoint.files["w"] == b"w", "under the name by which it was claimed"

@@ -13,7 +13,9 @@ from paceline import SQLiteMetadataStore
 from paceline.engines.engine import Captured, CaptureRequest
 from paceline.errors import ConfigError, FeatureCorruptError, StoreError, TrainingError
 from paceline.features.stores.memory import InMemoryFeatureStore
-from paceline.ledger.channel import CommittedRefLog
+from paceline.ledger.producer_session import ProducerSession
+from paceline.ledger.records import SourceBlock
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.testing.small_run import SmallRun, same_bits, weights
 from paceline.testing.synthetic import SyntheticEngine
@@ -219,11 +221,12 @@ def test_a_feature_store_in_another_place_convicts_no_sample(
 def test_a_stream_that_ends_without_a_sample_is_an_error(tmp_path: Path) -> None:
     """Every prompt failed: to end well would have the consumer started again without end."""
     run = SmallRun(tmp_path)
-    store = SQLiteMetadataStore(run.db)
-    store.add_tasks(["0", "1"])
-    store.lease_tasks("w", 2)
-    store.fail_tasks("w", ["0", "1"], reason="it has no text", attempt_max=None)
-    CommittedRefLog(store).close()
+    session = ProducerSession(SQLiteLedger(run.db), "small")
+    session.acquire()
+    session.extend([SourceBlock(0, 2, "two")])
+    session.lease(2)
+    session.fail([0, 1], "it has no text", retryable=False)
+    assert session.end_stream()
     trainer, loader = run.consumer()
     with pytest.raises(TrainingError, match=r"none to train: 2 prompts failed.*it has no text"):
         trainer.fit(loader)

@@ -13,9 +13,9 @@ from paceline import InMemoryMetadataStore, SQLiteMetadataStore
 from paceline.capture.backpressure import Watermarks
 from paceline.errors import CheckpointError, ConfigError, FencedError, TrainingError
 from paceline.features.stores.memory import InMemoryFeatureStore
-from paceline.ledger.channel import CommittedRefLog
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.loader.loader import StepLoader
-from paceline.roles.wire import build_disagg_online_consumer, resolve_metadata_store, run_disagg_online
+from paceline.roles.wire import build_disagg_online_consumer, resolve_ledger, run_disagg_online
 from paceline.testing.small_run import SmallRun, same_bits, weights
 from paceline.testing.synthetic import SyntheticEngine
 from paceline.training import torch_learner
@@ -37,9 +37,9 @@ def test_a_run_trains_every_sample_once_in_prompt_order(tmp_path: Path) -> None:
     assert store.all_committed_ids() == [f"small:{n}" for n in range(14)]
     assert store.durable_marker()["acked"] == set(store.all_committed_ids())
     assert store.durable_marker()["global_step"] == 5
-    assert store.usage().resident_samples == 0
+    assert store.snapshot().usage.resident_samples == 0
     assert run.features.usage().resident_samples == 0
-    assert [record.step for record in store.checkpoints()] == [4, 5]
+    assert [record.step for record in store.snapshot().checkpoints] == [4, 5]
 
 
 def test_the_same_configuration_gives_the_same_weights(
@@ -133,7 +133,7 @@ def test_a_lost_sample_is_captured_again_into_a_full_store(
     run.engine = SyntheticEngine()
     trainer, loader = run.consumer()
     producer, drive = run.producer()
-    producer._backpressure._marks = Watermarks(budget_bytes=full + 1, group_bytes=full // 2)
+    producer._backpressure._marks = Watermarks(budget_bytes=full + 1, group_bytes=full // 2, group_samples=4)
     run_disagg_online(trainer=trainer, loader=loader, drive_producer=drive)
     assert same_bits(weights(trainer), uninterrupted)
     assert len(run.engine.captured) > 1, "more than the lost sample's group"
@@ -156,7 +156,7 @@ def test_leases_of_a_call_that_failed_return_with_the_next(
     monkeypatch.setattr(run.engine, "capture", fail_once)
     with pytest.raises(MemoryError):
         drive()
-    assert not CommittedRefLog(SQLiteMetadataStore(run.db)).is_closed()
+    assert not SQLiteMetadataStore(run.db).snapshot().closed
     drive()
     assert same_bits(weights(run.run()), uninterrupted)
 
@@ -179,8 +179,8 @@ def test_two_private_stores_are_refused(tmp_path: Path) -> None:
     run = SmallRun(tmp_path)
     producer, drive = run.producer()
     trainer, loader = run.consumer()
-    producer.controller.store = InMemoryMetadataStore()
-    trainer.controller.store = InMemoryMetadataStore()
+    producer.session.ledger = InMemoryMetadataStore()
+    trainer.session.ledger = InMemoryMetadataStore()
     with pytest.raises(ConfigError, match="private in-process metadata store each"):
         run_disagg_online(trainer=trainer, loader=loader, drive_producer=drive)
 
@@ -198,7 +198,7 @@ def test_a_replaced_consumer_is_fenced(tmp_path: Path) -> None:
     with pytest.raises(FencedError):
         old.checkpoint()
     with pytest.raises(FencedError):
-        old.controller.ack_train_refs("t", ["small:0"], global_step=9, optimizer_durable=True)
+        old.session.leave(2)
     assert SQLiteMetadataStore(run.db).lsn() == before
 
 
@@ -213,7 +213,7 @@ def test_a_damaged_head_falls_back_and_captures_again(
     with pytest.raises(Killed):
         doomed.fit(loader)
     doomed.checkpoint()  # it may still be being written
-    head = SQLiteMetadataStore(run.db).checkpoints()[-1]
+    head = SQLiteMetadataStore(run.db).snapshot().checkpoints[-1]
     assert head.step == 4
     (tmp_path / "checkpoints" / head.name / "draft.safetensors").write_bytes(b"damaged")
     captures = len(run.engine.captured)
@@ -230,7 +230,7 @@ def test_no_valid_checkpoint_is_an_error_not_a_fresh_start(tmp_path: Path) -> No
     """Starting over silently would train samples twice under one run."""
     run = SmallRun(tmp_path)
     run.run()
-    for record in SQLiteMetadataStore(run.db).checkpoints():
+    for record in SQLiteMetadataStore(run.db).snapshot().checkpoints:
         (tmp_path / "checkpoints" / record.name / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="None of the 2 checkpoints"):
         run.consumer()
@@ -272,7 +272,7 @@ def keep_producing(run: SmallRun) -> Any:
         total = 0
         while not should_stop():
             mark = store.lsn()
-            if store.task_counts()["pending"]:
+            if store.snapshot().prompts.pending:
                 total += run.producer()[1](should_stop=should_stop)
             else:
                 store.wait(mark, 0.2)
@@ -296,7 +296,7 @@ def test_max_steps_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     """The trainer stops at max_steps, the producer is stopped, the rest stays committed."""
     run = SmallRun(tmp_path, max_steps=3)
     assert run.run().step == 3
-    assert SQLiteMetadataStore(run.db).checkpoints()[-1].step == 3
+    assert SQLiteMetadataStore(run.db).snapshot().checkpoints[-1].step == 3
 
 
 def test_a_loss_that_is_no_number_changes_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +314,7 @@ def test_a_loss_that_is_no_number_changes_no_weight(tmp_path: Path, monkeypatch:
     with pytest.raises(TrainingError, match=r"train.3.0 fails with each of its 3 samples"):
         trainer.fit(loader)
     assert same_bits(weights(trainer), before)
-    assert trainer.controller.store.quarantined() == {}, "it is not the samples' fault"
+    assert trainer.session.snapshot().quarantined == 0, "it is not the samples' fault"
 
 
 def test_resume_needs_a_durable_store(tmp_path: Path) -> None:
@@ -343,12 +343,12 @@ def test_starting_over_on_a_used_store_is_refused(tmp_path: Path) -> None:
 def test_both_sides_share_the_store_they_are_given(tmp_path: Path) -> None:
     """A store object is used as it is, a path is opened, neither is a private store, both is an error."""
     store = InMemoryMetadataStore()
-    assert resolve_metadata_store(store, None) is store
-    opened = resolve_metadata_store(None, tmp_path / "db")
-    assert isinstance(opened, SQLiteMetadataStore)
-    assert resolve_metadata_store(None, None) is None
+    assert resolve_ledger(store, None) is store
+    opened = resolve_ledger(None, tmp_path / "db")
+    assert isinstance(opened, SQLiteLedger)
+    assert not resolve_ledger(None, None).durable
     with pytest.raises(ConfigError, match="one of the two"):
-        resolve_metadata_store(store, tmp_path / "db")
+        resolve_ledger(store, tmp_path / "db")
 
 
 def test_checkpoints_of_a_dead_consumer_that_never_became_head_are_swept(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 from paceline.durable_files import FileContent
 from paceline.errors import TrainingError
 from paceline.features.stores.refusals import missing
-from paceline.ledger.controller import DataFlowController
-from paceline.ledger.stores.memory import InMemoryMetadataStore
+from paceline.ledger.consumer_session import ConsumerSession
+from paceline.ledger.records import State
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.loader.loader import LoaderSettings, StepLoader
 from paceline.testing.light_adapters import InMemoryLightFeatureStore, id_of
 from paceline.testing.light_run import RUN_ID, RunShape, build_producer
@@ -121,26 +122,26 @@ class TwoRanks:
     """A run with all its samples captured, and two ranks over it."""
 
     def __init__(self, folder: Path, bad: Sequence[str] = ()) -> None:
-        self.store = InMemoryMetadataStore()
+        self.ledger = SQLiteLedger()
         self.features = InMemoryLightFeatureStore(SHAPE.budget_bytes)
-        build_producer(SHAPE, self.store, self.features).run()
+        build_producer(SHAPE, self.ledger, self.features).run()
         exchange = Exchange(2)
         self.learners = [SummingLearner(rank, exchange, bad) for rank in range(2)]
         self.views = [Blind(self.features) for _ in range(2)]
         workers = [Worker(learner, view) for learner, view in zip(self.learners, self.views, strict=True)]
         self.ranks = Ranks(workers)
         self.folder = CheckpointFolder(folder, RUN_ID)
-        controller = DataFlowController(RUN_ID, metadata_store=self.store)
-        start = recover(controller, self.folder, lambda *_, **__: None)
+        session = ConsumerSession(self.ledger, RUN_ID)
+        start = recover(session, self.folder, lambda *_, **__: None)
         settings = SHAPE.settings()
-        coordinator = Coordinator(controller, self.features, self.folder, self.ranks, start, settings)
+        coordinator = Coordinator(session, self.features, self.folder, self.ranks, start, settings)
         self.trainer = Trainer(coordinator, self.ranks, settings)
         loading = LoaderSettings(SHAPE.batch, SHAPE.passes, SHAPE.group)
-        self.loader = StepLoader(controller, loading, on_wait=coordinator.before_wait)
+        self.loader = StepLoader(session, loading, on_wait=coordinator.before_wait)
 
     @property
     def refs(self) -> list[SampleRef]:
-        return [entry.ref for entry in self.store.read_committed(0, 99)]
+        return [entry.ref for entry in self.ledger.read(0, 99).entries]
 
 
 def test_an_order_is_all_that_a_rank_needs_to_know(tmp_path: Path) -> None:
@@ -187,7 +188,7 @@ def test_a_run_of_two_ranks_trains_every_sample_once_on_one_of_them(tmp_path: Pa
     assert [ids for _, ids, _ in first] == [[f"light:{n}", f"light:{n + 1}"] for n in (0, 4, 8)]
     assert [ids for _, ids, _ in second] == [[f"light:{n}", f"light:{n + 1}"] for n in (2, 6, 10)]
     assert {tokens for _, _, tokens in [*first, *second]} == {8}
-    head = run.folder.read(run.store.checkpoints()[-1])
+    head = run.folder.read(run.ledger.snapshot().checkpoints[-1])
     assert set(head.files) == {"weight-0", "weight-1"}
     assert run.learners[0].weight == run.learners[1].weight
     assert run.features.usage().resident_samples == 0
@@ -197,7 +198,7 @@ def test_a_culprit_on_one_rank_is_quarantined_and_its_step_trained_on_both(tmp_p
     """Isolation asks all ranks; the step without it is cut into slices anew."""
     run = TwoRanks(tmp_path, bad=["light:6"])
     assert run.trainer.fit(run.loader) == 3
-    assert list(run.store.quarantined()) == ["light:6"]
+    assert [sample.sample_id for sample in run.ledger.samples(State.QUARANTINED)] == ["light:6"]
     steps = [step for learner in run.learners for step in learner.steps if step[0] == 2]
     assert [ids for _, ids, _ in steps] == [["light:4"], ["light:5", "light:7"]]
     assert {tokens for _, _, tokens in steps} == {6}

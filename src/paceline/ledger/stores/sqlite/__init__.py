@@ -1,20 +1,22 @@
-"""The metadata store in one SQLite file; see store.py."""
+"""The ledger in one SQLite file; see ledger.py."""
 
 from paceline.ledger.stores.sqlite.database import (
+    IN_MEMORY,
     SQLITE_BACKPORTS,
     SQLITE_FLOOR,
     Durability,
     check_sqlite_version,
 )
-from paceline.ledger.stores.sqlite.schema import APPLICATION_ID, SCHEMA_USER_VERSION
-from paceline.ledger.stores.sqlite.store import SQLiteMetadataStore
+from paceline.ledger.stores.sqlite.ledger import SQLiteLedger
+from paceline.ledger.stores.sqlite.schema import APPLICATION_ID, SCHEMA_VERSION
 
 __all__ = [
     "APPLICATION_ID",
-    "SCHEMA_USER_VERSION",
+    "IN_MEMORY",
+    "SCHEMA_VERSION",
     "SQLITE_BACKPORTS",
     "SQLITE_FLOOR",
     "Durability",
-    "SQLiteMetadataStore",
+    "SQLiteLedger",
     "check_sqlite_version",
 ]

@@ -1,14 +1,15 @@
-"""One SQLite file as every process of a run opens it: transactions, fences, op ids, durability.
+"""One SQLite file as every process of a run opens it: transactions, fences, operations, durability.
 
-WAL. Writers of all processes queue at a gate (see ledger/gate.py), take BEGIN IMMEDIATE, and either
-commit whole or roll back whole; an error leaves no open transaction behind. What a call committed
-survives `kill -9` always. Power loss: with durability "full" every call; with "head" every call
-before the last one that durable weights depend on (a checkpoint, a role change, a fall back, a
-quarantine): later ones may vanish, from the end backwards. Such a call returns once the log is synced,
-by it or by another process that synced at that moment (see group_sync.py). An I/O error of a commit
-or a sync is final for this object: what the disk holds is unknown then, and whoever opens it next
-writes it again. apsw carries its own SQLite,
-because versions before 3.51.3 can corrupt a write-ahead log with two connections.
+WAL. Writers of all processes queue at a gate (ledger/gate.py), take BEGIN IMMEDIATE, and either commit
+whole or roll back whole; an error leaves no open transaction behind. What a call committed survives
+`kill -9` always. Power loss: with durability "full" every call; with "head" every call before the last
+one that durable weights depend on (a checkpoint, a role change, a fall back, a quarantine, a failed
+prompt): later ones may vanish, from the end backwards. Such a call is committed with synchronous=FULL,
+which syncs the whole log. An I/O error of a commit is final for this object: what the disk holds is
+unknown then. It leaves a mark beside the file, so that the next process to open it writes the log's
+content into the database before it believes anything: the kernel may keep pages that it failed to write.
+apsw carries its own SQLite, because versions before 3.51.3 can corrupt a write-ahead log with two
+connections.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,20 +27,17 @@ import msgspec
 from paceline.crashpoints import reach
 from paceline.durable_files import make_folder
 from paceline.errors import LedgerError, SchemaError, UnknownResultError
-from paceline.ledger.bell import Bell
-from paceline.ledger.gate import WriterGate, refuse_network_filesystem
+from paceline.ledger.filesystem import refuse_network_filesystem, regular_file
+from paceline.ledger.gate import NoGate, WriterGate
 from paceline.ledger.records import Fence
-from paceline.ledger.refusals import fenced
-from paceline.ledger.stores.sqlite.group_sync import GroupSync
-from paceline.ledger.stores.sqlite.page_checksums import RESERVED_BYTES, checksum_layer, refuse_unchecked
+from paceline.ledger.refusals import fenced, late
 from paceline.ledger.stores.sqlite.run_row import READ, READ_TO_CHANGE, WRITE, RunRow
-from paceline.ledger.stores.sqlite.schema import open_schema
+from paceline.ledger.stores.sqlite.schema import known_version, open_schema
 
 Durability = Literal["full", "head"]
+IN_MEMORY = ":memory:"  # a ledger of this object alone
 SQLITE_FLOOR = (3, 51, 3)
 SQLITE_BACKPORTS = ((3, 44, 6), (3, 50, 7))
-OPS_KEPT = 4096
-OPS_AT_ONCE = 1024  # older ones are dropped together: one page of a commit less
 BUSY_MS = 60_000
 
 
@@ -84,134 +82,104 @@ class Errors:
 
 
 class Operation:
-    """One call with an op id: what its first try returned, if there was one, as JSON."""
+    """One change: whether it was made before, and then what it returned, as plain JSON."""
 
-    def __init__(self, op_id: str | None, stored: str | None) -> None:
-        self.op_id = op_id
-        self.repeated = stored is not None
-        self.result: Any = None if stored is None else msgspec.json.decode(stored)
-        self.kept: Any = None
+    def __init__(self, repeated: bool, result: Any) -> None:
+        self.repeated = repeated
+        self.result = result
+        self.changes = True
 
     def keep(self, result: Any) -> None:
-        self.kept = result
+        """What a repetition shall return."""
+        self.result = result
+
+    def cancel(self) -> None:
+        """Nothing is to be changed after all."""
+        self.changes = False
 
 
 class Database:
+    _gate: WriterGate | NoGate = NoGate()
+
     def __init__(self, path: str | os.PathLike[str], durability: Durability, vfs: str | None) -> None:
         check_sqlite_version(apsw.sqlite_lib_version())
-        self.path = Path(path)
-        self._durability = durability
-        self._lock = threading.RLock()
-        self._closed = False
-        self._broken = ""
-        self._now: RunRow | None = None  # of the open transaction, if it changes the ledger
-        self._explained, self._final_errors = Errors(self._explain), Errors(self._fail_for_good)
+        self._prepare(Path(path), durability)
         with self._lock, self._explained, ExitStack() as opened:
-            make_folder(self.path.parent)
+            if str(path) == IN_MEMORY:
+                self._db = apsw.Connection(IN_MEMORY)
+                open_schema(self._db, self.path)
+                return
+            if regular_file(self.path) is None:
+                make_folder(self.path.parent)
             refuse_network_filesystem(self.path.parent)
-            self._bell = Bell(self.path.with_name(self.path.name + "-bell"))
-            gate = self.path.with_name(self.path.name + "-gate")
-            opened.callback(self._bell.close)
-            self._gate = WriterGate(gate)
-            opened.callback(self._gate.close)
-            self._group_sync = GroupSync(gate, self._sync_log)
-            opened.callback(self._group_sync.close)
-            with self._group_sync.alone, self._gate:
+            gate = self._gate = WriterGate(self.path.with_name(self.path.name + "-gate"))
+            opened.callback(gate.close)
+            with gate:
                 self._open(vfs, opened)
             opened.pop_all()
 
+    def _prepare(self, path: Path, durability: Durability) -> None:
+        self.path = path
+        self._durability = durability
+        self._lock = threading.RLock()
+        self._closed = False
+        self._broken: tuple[str, Fence | None, int | None] | None = None  # why, and in which operation
+        self._now: RunRow | None = None  # of the open transaction, if it changes the ledger
+        self._inode: tuple[int, int] | None = None  # of the file; None: no other process can replace it
+        self._syncs = False
+        self._explained, self._final_errors = Errors(self._explain), Errors(self._fail_for_good)
+
+    def read_from(self, db: apsw.Connection, path: Path) -> None:
+        """For a view: ask over this connection, which belongs to the caller and only reads."""
+        self._prepare(path, "head")
+        self._db = db
+
     def _open(self, vfs: str | None, opened: ExitStack) -> None:
-        """With the writers' gate held and no sync under way. `opened`: what is closed if it fails."""
-        refuse_unchecked(self.path)
-        self._db = apsw.Connection(str(self.path), vfs=vfs or checksum_layer())
+        """With the writers' gate held. `opened`: what is closed if it fails."""
+        if vfs is None and not self.path.exists():
+            os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        self._db = apsw.Connection(str(self.path), vfs=vfs)
         opened.callback(self._db.close)
         self._db.set_busy_timeout(BUSY_MS)
         if vfs is not None:  # such file layers have no shared memory; one process alone then
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
-        elif checksum_layer() is not None:
-            self._db.reserve_bytes(None, RESERVED_BYTES)  # of a new database
+        known_version(self._db, self.path)  # before anything is written to another program's database
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
         open_schema(self._db, self.path)
-        self._db.execute("PRAGMA synchronous=NORMAL")  # a commit itself syncs nothing
-        # The log is open before anybody can fail to sync it: the kernel tells nobody who comes later.
-        self._db.execute("SELECT 1 FROM sqlite_schema LIMIT 1")  # makes the file, if there was none
-        flags = apsw.SQLITE_OPEN_WAL | apsw.SQLITE_OPEN_READWRITE
-        self._log = apsw.VFSFile(vfs or "unix", f"{self.path}-wal", [flags, 0])
-        opened.callback(self._log.xClose)
-        self._group_sync.enter(self.path, self._write_again)
+        self._write_again()
+        self._db.execute("PRAGMA synchronous=NORMAL")  # a commit syncs nothing
+        if vfs is None:
+            self._inode = self._inode_now()
 
-    # -- transactions ----------------------------------------------------------------------
+    def _inode_now(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self.path)  # noqa: PTH116 (a third of the time, and before every change)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
-    @contextmanager
-    def _mutation(
-        self, fence: Fence | None, op_id: str | None = None, *, final: bool = False
-    ) -> Iterator[Operation]:
-        """One transaction. `final`: durable weights depend on it, so it is on the disk on return."""
-        is_synced = final or self._durability == "full"
-        with self._lock, self._explained:
-            if self._closed:
-                raise self._is_closed()
-            with self._gate:
-                self._refuse_broken()
-                self._db.execute("BEGIN IMMEDIATE")
-                try:
-                    reach("ledger.after_begin")
-                    operation, self._now = self._begun(fence, op_id)
-                    lsn = self._now.lsn
-                    yield operation
-                    if not operation.repeated:
-                        lsn = self._now.lsn = lsn + 1
-                        self._commit(self._now, operation)
-                        if is_synced:
-                            self._group_sync.announce(lsn)
-                finally:
-                    self._now = None
-                    if self._db.in_transaction:  # a repeated operation, or an error
-                        self._db.execute("ROLLBACK")
-            if not operation.repeated:
-                reach("ledger.after_commit")
-                self._bell.ring()
-            if is_synced:
-                with self._final_errors:
-                    self._group_sync.wait_for(lsn)
-                reach("ledger.after_sync")
-
-    def _begun(self, fence: Fence | None, op_id: str | None) -> tuple[Operation, RunRow]:
-        role = None if fence is None else fence.role
-        [(epoch, result, *columns)] = self._db.execute(READ_TO_CHANGE, (role, op_id))
-        operation = Operation(op_id, result)
-        if not operation.repeated:
-            self._check_fence(fence, epoch or 0)
-        return operation, RunRow(*columns)
-
-    @staticmethod
-    def _check_fence(fence: Fence | None, epoch: int) -> None:
-        if fence is not None and epoch != fence.epoch:
-            raise fenced(fence, epoch)
-
-    def _commit(self, run: RunRow, operation: Operation) -> None:
-        self._db.execute(WRITE, run.values())
-        if operation.op_id is not None:
-            result = msgspec.json.encode(operation.kept).decode()
-            self._db.execute("INSERT INTO operation VALUES (?, ?, ?)", (operation.op_id, run.lsn, result))
-        if run.lsn % OPS_AT_ONCE == 0:
-            self._db.execute("DELETE FROM operation WHERE lsn < ?", (run.lsn - OPS_KEPT,))
-        reach("ledger.before_commit")
-        with self._final_errors:
-            self._db.execute("COMMIT")
-
-    def _sync_log(self) -> None:
-        """Bring the write-ahead log to the disk, through the same file layer that writes it."""
-        self._log.xSync(apsw.SQLITE_SYNC_NORMAL | apsw.SQLITE_SYNC_DATAONLY)
-
-    def _write_again(self, noted: int) -> None:
-        """Bring the log's content into the database: what it holds may never have reached the disk."""
-        if self.lsn() < noted:
-            raise SchemaError(
-                f"{self.path} ends at change {self.lsn()}, but change {noted} was on the disk.",
-                why="Its write-ahead log is damaged, or an older copy lies in its place.",
-                next=f"`paceline fsck {self.path.parent}` says what is left; to go on from there, remove "
-                f"{self._gate.path} and run the same command again: what is missing is captured again.",
+    def _refuse_replaced(self) -> None:
+        """The file that the path names must be the one that is open: what is written to another is lost."""
+        if self._inode is not None and self._inode_now() != self._inode:
+            raise LedgerError(
+                f"{self.path} was deleted or replaced while this process had it open.",
+                why="What is recorded in the old file would be lost, and with it what was trained.",
+                next="stop every process of this run, put the ledger back (a copy of it, or a backup), and "
+                "run the same command again: it goes on from the newest checkpoint that it knows.",
             )
+
+    # -- an error of the disk --------------------------------------------------------------
+
+    @property
+    def _mark(self) -> Path:
+        """There is such a file if the last process failed to sync the log."""
+        return self.path.with_name(self.path.name + "-unsynced")
+
+    def _write_again(self) -> None:
+        """Bring the log's content into the database, if a process failed to sync it."""
+        if not self._mark.exists():
+            return
         [[busy, *_]] = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         if busy:
             raise LedgerError(
@@ -219,23 +187,98 @@ class Database:
                 why="What it holds might not survive a power failure.",
                 next="stop every process of this run, then run the same command again.",
             )
+        self._mark.unlink(missing_ok=True)
 
     def _fail_for_good(self, error: BaseException) -> None:
         if isinstance(error, (apsw.IOError, apsw.CorruptError, apsw.CantOpenError, OSError)):
-            self._broken = str(error)
+            self._broken = (str(error), None, None)
+            with suppress(OSError):
+                self._mark.touch(0o600)
             raise UnknownResultError(
                 f"{self.path} could not be synced ({error}); whether the last change is on disk is unknown.",
                 why="After a failed fsync nothing this process wrote may be trusted to be on the disk.",
                 next="check the disk, then run the same command again: it reads what is really there.",
             ) from error
 
-    def _refuse_broken(self) -> None:
-        if self._broken:
-            raise LedgerError(
-                f"{self.path} failed to sync before ({self._broken}); this process stopped writing to it.",
-                why="What is on the disk is unknown until the file is opened again.",
-                next="check the disk, then run the same command again.",
+    def _refuse_broken(self, fence: Fence | None = None, op: int | None = None) -> None:
+        if self._broken is None:
+            return
+        why, failed_fence, failed_op = self._broken
+        what = f"{self.path} failed to sync before ({why}); this process stopped writing to it."
+        kind = (
+            UnknownResultError if op is not None and (fence, op) == (failed_fence, failed_op) else LedgerError
+        )
+        raise kind(
+            what,
+            why="What is on the disk is unknown until the file is opened again.",
+            next="check the disk, then run the same command again.",
+        )
+
+    # -- transactions ----------------------------------------------------------------------
+
+    @contextmanager
+    def _mutation(
+        self, fence: Fence | None, op: int | None = None, *, final: bool = False
+    ) -> Iterator[Operation]:
+        """One transaction. `final`: durable weights depend on it, so it is on the disk on return."""
+        with self._lock, self._explained:
+            if self._closed:
+                raise self._is_closed()
+            with self._gate:
+                self._refuse_broken(fence, op)
+                self._refuse_replaced()
+                self._sync_commits(final or self._durability == "full")
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    reach("ledger.after_begin")
+                    operation, self._now = self._begun(fence, op)
+                    yield operation
+                    if operation.changes and not operation.repeated:
+                        self._commit(self._now, operation, fence, op)
+                finally:
+                    self._now = None
+                    if self._db.in_transaction:  # a repeated operation, or an error
+                        self._db.execute("ROLLBACK")
+            if operation.changes and not operation.repeated:
+                reach("ledger.after_commit")
+                if self._syncs:
+                    reach("ledger.after_sync")
+
+    def _sync_commits(self, syncs: bool) -> None:
+        if syncs != self._syncs:
+            self._db.execute(f"PRAGMA synchronous={'FULL' if syncs else 'NORMAL'}")
+            self._syncs = syncs
+
+    def _begun(self, fence: Fence | None, op: int | None) -> tuple[Operation, RunRow]:
+        role = None if fence is None else fence.role
+        [(epoch, last_op, result, *columns)] = self._db.execute(READ_TO_CHANGE, (role,))
+        self._check_fence(fence, epoch or 0)
+        repeated = fence is not None and op is not None and op <= last_op
+        if repeated and op is not None and fence is not None and op < last_op:
+            raise late(fence, op, last_op)
+        return Operation(repeated, msgspec.json.decode(result) if repeated else None), RunRow(*columns)
+
+    @staticmethod
+    def _check_fence(fence: Fence | None, epoch: int) -> None:
+        if fence is not None and epoch != fence.epoch:
+            raise fenced(fence, epoch)
+
+    def _commit(self, run: RunRow, operation: Operation, fence: Fence | None, op: int | None) -> None:
+        run.lsn += 1
+        self._db.execute(WRITE, run.values())
+        if fence is not None and op is not None:
+            result = msgspec.json.encode(operation.result).decode()
+            self._db.execute(
+                "UPDATE role SET last_op = ?, result = ? WHERE name = ?", (op, result, fence.role)
             )
+        reach("ledger.before_commit")
+        try:
+            with self._final_errors:
+                self._db.execute("COMMIT")
+        except UnknownResultError:
+            assert self._broken is not None, "set a moment ago"
+            self._broken = (self._broken[0], fence, op)
+            raise
 
     def _explain(self, error: BaseException) -> None:
         """Turn what SQLite says into what the user can do."""
@@ -245,9 +288,8 @@ class Database:
                 why="The change was rolled back; everything committed before is safe.",
                 next="free space on that disk and run the same command again.",
             ) from error
-        checksum_differs = getattr(error, "extendedresult", 0) == apsw.SQLITE_IOERR_DATA
-        if checksum_differs or isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
-            raise self._damaged(error) from error
+        if isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
+            raise damaged(self.path, error) from error
         if isinstance(error, UNUSABLE):
             raise LedgerError(
                 f"{self.path} cannot be read or written ({error}).",
@@ -258,18 +300,29 @@ class Database:
             raise self._is_closed() from error
 
     def _is_closed(self) -> LedgerError:
-        return LedgerError(f"{self.path} is closed.", next="open a new SQLiteMetadataStore.")
+        return LedgerError(f"{self.path} is closed.", next="open it anew.")
 
-    def _damaged(self, error: BaseException) -> SchemaError:
-        return SchemaError(
-            f"{self.path} is damaged or no database ({error}).",
-            why="The ledger cannot be trusted, so nothing was changed.",
-            next=f"`paceline fsck {self.path.parent}` tells what is wrong and what to do.",
-        )
+    # -- reading ---------------------------------------------------------------------------
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Several reads that see one state of the ledger."""
+        with self._lock, self._explained:
+            if self._closed:
+                raise self._is_closed()
+            if self._db.in_transaction:
+                yield
+                return
+            self._db.execute("BEGIN")
+            try:
+                yield
+            finally:
+                if self._db.in_transaction:  # an error may have ended it
+                    self._db.execute("ROLLBACK")
 
     def _rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._lock:
-            if not self._closed and self._db.in_transaction:  # whoever began it explains its errors
+            if not self._closed and self._db.in_transaction:  # what began it explains its errors
                 return list(self._db.execute(sql, values))
             with self._explained:
                 return list(self._db.execute(sql, values))
@@ -284,6 +337,7 @@ class Database:
         return self._db.changes()
 
     def lsn(self) -> int:
+        self._refuse_replaced()
         return int(self._value("SELECT lsn FROM run"))
 
     def _run(self) -> RunRow:
@@ -295,11 +349,13 @@ class Database:
         with self._lock, self._explained, ExitStack() as closing:
             if not self._closed:
                 self._closed = True
-                for part in (
-                    self._bell.close,
-                    self._gate.close,
-                    self._group_sync.close,
-                    self._db.close,
-                    self._log.xClose,
-                ):
-                    closing.callback(part)  # the last one first, and each even if one fails
+                closing.callback(self._gate.close)  # the last one first, and each even if one fails
+                closing.callback(self._db.close)
+
+
+def damaged(path: Path, error: BaseException) -> SchemaError:
+    return SchemaError(
+        f"{path} is damaged or no database ({error}).",
+        why="The ledger cannot be trusted, so nothing was changed.",
+        next=f"`paceline fsck {path.parent}` tells what is wrong and what to do.",
+    )

@@ -10,23 +10,26 @@ class RunRow:
     """The counters of a run; what each means stands in schema.sql."""
 
     lsn: int
-    last_seq: int
-    num_tasks: int
+    place_order: str | None
+    num_prompts: int
     next_ordinal: int
+    closed: int
+    committed: int
     next_generation: int
     trained_step: int
     started_step: int | None
-    folded_step: int
-    folded_seq: int
+    archived_step: int
+    archived_place: int
+    archived: int
 
-    def values(self) -> tuple[int | None, ...]:
+    def values(self) -> tuple[int | str | None, ...]:
         return tuple(getattr(self, name) for name in COLUMNS)
 
 
 COLUMNS = tuple(field.name for field in fields(RunRow))
 READ = f"SELECT {', '.join(COLUMNS)} FROM run"  # noqa: S608 (no outside text)
-READ_TO_CHANGE = (  # with the epoch of a role and the result of an operation, NULL where there is none
-    f"SELECT (SELECT epoch FROM role WHERE name = ?), (SELECT result FROM operation WHERE op_id = ?), "  # noqa: S608
-    f"{', '.join(COLUMNS)} FROM run"
+READ_TO_CHANGE = (  # with the epoch, last operation and its result of a role, NULL where there is none
+    "SELECT role.epoch, role.last_op, role.result, "  # noqa: S608 (no outside text)
+    f"{', '.join(COLUMNS)} FROM run LEFT JOIN role ON role.name = ?"
 )
 WRITE = f"UPDATE run SET {', '.join(f'{name} = ?' for name in COLUMNS)}"  # noqa: S608 (no outside text)

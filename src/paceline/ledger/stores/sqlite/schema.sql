@@ -1,18 +1,21 @@
--- Schema version 3. What nobody will ask again has no row: a prompt below run.next_ordinal without a
--- row is done, one at or above it is pending, and trained samples and plans up to the oldest checkpoint
--- kept are folded. So the tables are as large as what is in flight, however long the run is.
+-- Schema version 1. What no process will ask again has no row: a prompt below run.next_ordinal without a
+-- row is done, one at or above it is pending; trained samples and steps that no recovery can need are
+-- archived. So the tables are as large as what is in flight, however long the run is.
 
 CREATE TABLE run (
     id              INTEGER PRIMARY KEY CHECK (id = 1),
     lsn             INTEGER NOT NULL DEFAULT 0,
-    last_seq        INTEGER NOT NULL DEFAULT 0, -- samples committed, ever
-    num_tasks       INTEGER NOT NULL DEFAULT 0, -- prompts known, ever
+    place_order     TEXT CHECK (place_order IN ('ordinal', 'arrival')), -- what a place is; NULL: not settled
+    num_prompts     INTEGER NOT NULL DEFAULT 0, -- known
     next_ordinal    INTEGER NOT NULL DEFAULT 0, -- the first prompt that was never leased
+    closed          INTEGER NOT NULL DEFAULT 0, -- the stream has ended
+    committed       INTEGER NOT NULL DEFAULT 0, -- samples, ever
     next_generation INTEGER NOT NULL DEFAULT 1,
     trained_step    INTEGER NOT NULL DEFAULT 0, -- the last step acked since the head, or the head's own
     started_step    INTEGER,                    -- begun, and neither acked nor left
-    folded_step     INTEGER NOT NULL DEFAULT 0,
-    folded_seq      INTEGER NOT NULL DEFAULT 0  -- no folded sample has a higher seq
+    archived_step   INTEGER NOT NULL DEFAULT 0, -- no recovery goes back behind it
+    archived_place  INTEGER NOT NULL DEFAULT 0, -- no consumer reads the log below it any more
+    archived        INTEGER NOT NULL DEFAULT 0  -- samples that have no row any more
 );
 INSERT INTO run (id) VALUES (1);
 
@@ -21,70 +24,68 @@ CREATE TABLE fact (
     value TEXT NOT NULL
 ) WITHOUT ROWID;
 
+-- 'consumer', or 'producer:' and a worker's name. The last operation of the epoch and its result, as JSON.
 CREATE TABLE role (
-    name   TEXT PRIMARY KEY,
-    epoch  INTEGER NOT NULL,
-    holder TEXT NOT NULL
+    name    TEXT PRIMARY KEY,
+    epoch   INTEGER NOT NULL,
+    holder  TEXT NOT NULL,
+    last_op INTEGER NOT NULL DEFAULT 0,
+    result  TEXT NOT NULL DEFAULT 'null'
 ) WITHOUT ROWID;
 
-CREATE TABLE operation (
-    op_id  TEXT PRIMARY KEY,
-    lsn    INTEGER NOT NULL,
-    result TEXT NOT NULL
-) WITHOUT ROWID;
+-- The prompts known, in blocks that follow each other.
+CREATE TABLE source (
+    first  INTEGER PRIMARY KEY,
+    count  INTEGER NOT NULL,
+    digest TEXT NOT NULL
+);
 
--- 'done' only for a prompt at or above run.next_ordinal.
-CREATE TABLE task (
+-- Only what is leased, to be captured (again), or failed. `again`: its sample was lost.
+CREATE TABLE prompt (
     ordinal INTEGER PRIMARY KEY,
-    task_id TEXT NOT NULL UNIQUE,
-    state   TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'leased', 'done', 'failed')),
-    holder  TEXT NOT NULL DEFAULT '',
+    state   TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'leased', 'failed')),
+    again   INTEGER NOT NULL DEFAULT 0,
+    worker  TEXT NOT NULL DEFAULT '',
     attempt INTEGER NOT NULL DEFAULT 0,
     deaths  INTEGER NOT NULL DEFAULT 0,
     reason  TEXT NOT NULL DEFAULT ''
 );
--- Not of 'leased': a lease that goes well enters none of them.
-CREATE INDEX task_pending ON task (ordinal) WHERE state = 'pending';
-CREATE INDEX task_done ON task (ordinal) WHERE state = 'done';
-CREATE INDEX task_failed ON task (ordinal) WHERE state = 'failed';
+CREATE INDEX prompt_pending ON prompt (ordinal) WHERE state = 'pending';
+CREATE INDEX prompt_open ON prompt (ordinal, state, again) WHERE state != 'failed';
 
 CREATE TABLE intent (
     generation INTEGER PRIMARY KEY,
     sample_id  TEXT NOT NULL,
-    bytes      INTEGER NOT NULL
+    bytes      INTEGER NOT NULL,
+    ordinal    INTEGER,
+    worker     TEXT NOT NULL DEFAULT '',
+    revoked    INTEGER NOT NULL DEFAULT 0 -- its bytes are to be deleted
 );
 
 CREATE TABLE sample (
-    seq             INTEGER PRIMARY KEY,
+    place           INTEGER PRIMARY KEY,
     sample_id       TEXT NOT NULL UNIQUE,
-    task_id         TEXT,
-    ordinal         INTEGER, -- of its prompt, if the ledger knows that
+    ordinal         INTEGER, -- of its prompt; the place itself in ordinal order
     state           TEXT NOT NULL DEFAULT 'present'
                     CHECK (state IN ('present', 'lost', 'released', 'quarantined')),
     resident        INTEGER NOT NULL DEFAULT 1, -- the feature store should hold its bytes
-    bytes           INTEGER NOT NULL,
+    bytes           INTEGER NOT NULL DEFAULT 0,
     generation      INTEGER NOT NULL DEFAULT 0,
-    quarantine_step INTEGER,
+    acked           INTEGER NOT NULL DEFAULT 0 CHECK (acked IN (0, 1, 2)), -- no; provisionally; durably
+    step            INTEGER, -- of its ack, or that in whose plan it was quarantined
     reason          TEXT NOT NULL DEFAULT '',
     ref             TEXT NOT NULL
 );
-CREATE INDEX sample_resident ON sample (seq, sample_id, generation, bytes, state, resident) WHERE resident;
-CREATE INDEX sample_lost ON sample (seq, sample_id) WHERE state = 'lost';
-CREATE INDEX sample_lost_task ON sample (task_id) WHERE state = 'lost';
-CREATE INDEX sample_quarantined ON sample (seq, sample_id) WHERE state = 'quarantined';
-
-CREATE TABLE ack (
-    sample_id TEXT PRIMARY KEY,
-    step      INTEGER,
-    durable   INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE INDEX ack_provisional ON ack (step) WHERE durable = 0;
+CREATE INDEX sample_ordinal ON sample (ordinal) WHERE ordinal != place;
+CREATE INDEX sample_resident ON sample (place, sample_id, generation, bytes, state, acked, step) WHERE resident;
+CREATE INDEX sample_lost ON sample (place) WHERE state = 'lost';
+CREATE INDEX sample_quarantined ON sample (place) WHERE state = 'quarantined';
+CREATE INDEX sample_provisional ON sample (step) WHERE acked = 1;
 
 CREATE TABLE plan (
     step       INTEGER PRIMARY KEY,
     rev        INTEGER NOT NULL DEFAULT 0,
     sample_ids TEXT NOT NULL, -- JSON
-    last_seq   INTEGER NOT NULL,
     deaths     INTEGER NOT NULL DEFAULT 0
 );
 
@@ -92,18 +93,16 @@ CREATE TABLE checkpoint (
     step            INTEGER PRIMARY KEY,
     name            TEXT NOT NULL,
     manifest_digest TEXT NOT NULL,
-    last_seq        INTEGER NOT NULL,
-    chain           TEXT NOT NULL DEFAULT ''
+    chain           TEXT NOT NULL,
+    first_place     INTEGER NOT NULL -- a consumer that resumes from it begins to read the log there
 );
 
--- Folded history, xz-compressed JSON, sha256 of the JSON beside it. kind 'tasks': the ids of prompts
--- first..last (content NULL once every one of them is history itself); 'samples': columns of samples
--- whose seqs lie in first..last; 'steps': [step, rev, last_seq, [seq, ...]] of first..last.
-CREATE TABLE folded (
-    kind    TEXT NOT NULL CHECK (kind IN ('tasks', 'samples', 'steps')),
-    first   INTEGER NOT NULL,
-    last    INTEGER NOT NULL,
-    digest  TEXT NOT NULL,
-    content BLOB,
-    PRIMARY KEY (kind, first)
+-- Steps first..last, as xz-compressed JSON, sha256 of the JSON beside it:
+-- [[step, rev, [[place, sample_id, ordinal, finished], ...]], ...]. `finished`: how many are.
+CREATE TABLE archive (
+    first    INTEGER PRIMARY KEY,
+    last     INTEGER NOT NULL,
+    finished INTEGER NOT NULL,
+    digest   TEXT NOT NULL,
+    content  BLOB NOT NULL
 );

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from paceline.ledger.records import (
     BegunStep,
@@ -19,173 +19,201 @@ from paceline.ledger.refusals import (
     behind_head,
     contradicts,
     head_is_kept,
-    history_is_folded,
+    history_is_archived,
     out_of_turn,
+    passed_over,
 )
-from paceline.ledger.stores.sqlite.samples import AMONG, SampleTable, json_list
-from paceline.types import SampleRef, ref_to_json
+from paceline.ledger.stores.sqlite.samples import SampleTable
+from paceline.ledger.stores.sqlite.text import AMONG, json_list
 
 
 class StepTable(SampleTable):
     # -- step plans ------------------------------------------------------------------------
 
-    def begin_step(
-        self,
-        plan: StepPlan,
-        *,
-        ack: StepAck | None = None,
-        fence: Fence | None = None,
-        op_id: str | None = None,
-    ) -> BegunStep:
-        with self._mutation(fence, op_id) as operation:
+    def plan(
+        self, fence: Fence | None, op: int | None, plan: StepPlan | None, ack: StepAck | None = None
+    ) -> BegunStep | None:
+        with self._mutation(fence, op) as operation:
             if operation.repeated:
-                step, ids, last_seq, rev, deaths = operation.result
-                return BegunStep(StepPlan(step, tuple(ids), last_seq, rev), deaths)
-            run = self._run()
-            if plan.step <= run.folded_step:
-                raise history_is_folded(plan.step, run.folded_step)
+                if plan is None:
+                    return None
+                step, ids, rev, deaths = operation.result
+                return BegunStep(StepPlan(step, tuple(ids), rev), deaths)
             if ack is not None:
                 self._take_ack(ack)
+            if plan is None:
+                return None
+            run = self._run()
+            if plan.step <= run.archived_step:
+                raise history_is_archived(plan.step, run.archived_step)
             self._change(
-                "INSERT INTO plan (step, rev, sample_ids, last_seq) VALUES (?, ?, ?, ?) "
+                "INSERT INTO plan (step, rev, sample_ids) VALUES (?, ?, ?) "
                 "ON CONFLICT (step) DO UPDATE SET rev = excluded.rev, sample_ids = excluded.sample_ids, "
-                "last_seq = excluded.last_seq, deaths = 0 WHERE excluded.rev > rev AND step > ?",
-                *(plan.step, plan.rev, json.dumps(plan.sample_ids), plan.last_seq, run.trained_step),
+                "deaths = 0 WHERE excluded.rev > rev AND step > ?",
+                *(plan.step, plan.rev, json.dumps(plan.sample_ids), run.trained_step),
             )
             run.started_step = plan.step
-            stored = self._plan_on_record(plan.step)
+            stored = self.step_plan(plan.step)
             assert stored is not None, "the plan was inserted in this transaction"
             deaths = self._value("SELECT deaths FROM plan WHERE step = ?", plan.step)
-            operation.keep([stored.step, stored.sample_ids, stored.last_seq, stored.rev, deaths])
+            operation.keep([stored.step, stored.sample_ids, stored.rev, deaths])
             return BegunStep(stored, deaths)
 
-    def leave_step(self, step: int, *, fence: Fence | None = None) -> None:
-        with self._mutation(fence):
-            if self._run().started_step == step:
+    def leave(self, fence: Fence | None, op: int | None, step: int) -> None:
+        with self._mutation(fence, op) as operation:
+            if not operation.repeated and self._run().started_step == step:
                 self._run().started_step = None
 
-    def ack_step(self, ack: StepAck, *, fence: Fence | None = None, op_id: str | None = None) -> None:
-        with self._mutation(fence, op_id) as operation:
-            if not operation.repeated:
-                self._take_ack(ack)
-
     def _take_ack(self, ack: StepAck) -> None:
-        plan, run = self._plan_on_record(ack.step), self._run()
+        plan, run = self.step_plan(ack.step), self._run()
         if ack.step != run.trained_step + 1 or plan is None or plan.rev != ack.rev:
             raise out_of_turn(ack, run.trained_step, plan)
-        self._ack(ack.finished, ack.step, durable=False)
+        self._change(
+            f"UPDATE sample SET acked = 1, step = ? WHERE acked < 2 AND sample_id {AMONG}",  # noqa: S608 (ours)
+            *(ack.step, json_list(ack.finished)),
+        )
         run.trained_step, run.started_step = ack.step, None
         self._change("UPDATE plan SET deaths = 0 WHERE step = ? AND deaths > 0", ack.step)
 
-    def _plan_on_record(self, step: int) -> StepPlan | None:
-        rows = self._rows("SELECT sample_ids, last_seq, rev FROM plan WHERE step = ?", step)
-        return StepPlan(step, tuple(json.loads(rows[0][0])), *rows[0][1:]) if rows else None
-
-    def get_plan(self, step: int) -> StepPlan | None:
-        with self._reading():
-            plan = self._plan_on_record(step)
-            if plan is None and step <= self._run().folded_step:
-                plan = next((p for p in self._folded_plans() if p.step == step), None)
-        return plan
-
-    def plans(self) -> Iterator[StepPlan]:
-        with self._reading():
-            found = list(self._folded_plans())
-            rows = self._rows("SELECT step, sample_ids, last_seq, rev FROM plan ORDER BY step")
-        found += [StepPlan(step, tuple(json.loads(ids)), last, rev) for step, ids, last, rev in rows]
-        return iter(found)
-
-    def trained_step(self) -> int:
-        return self._run().trained_step
+    def step_plan(self, step: int) -> StepPlan | None:
+        rows = self._rows("SELECT sample_ids, rev FROM plan WHERE step = ?", step)
+        return StepPlan(step, tuple(json.loads(rows[0][0])), rows[0][1]) if rows else None
 
     # -- checkpoints -----------------------------------------------------------------------
 
-    def record_checkpoint(self, checkpoint: CheckpointRecord, *, fence: Fence | None = None) -> None:
-        with self._mutation(fence, final=True):
+    def _checkpoints(self) -> list[CheckpointRecord]:
+        rows = self._rows(
+            "SELECT step, name, manifest_digest, chain, first_place FROM checkpoint ORDER BY step"
+        )
+        return [CheckpointRecord(*row) for row in rows]
+
+    def _head(self) -> CheckpointRecord | None:
+        records = self._checkpoints()
+        return records[-1] if records else None
+
+    def head(
+        self,
+        fence: Fence | None,
+        op: int | None,
+        checkpoint: CheckpointRecord,
+        lineage: Sequence[TrainedStep] | None = None,
+    ) -> None:
+        with self._mutation(fence, op, final=True) as operation:
             head = self._head()
-            if head == checkpoint:
+            if operation.repeated or head == checkpoint:
+                operation.cancel()
                 return
             if head is not None and checkpoint.step <= head.step:
                 raise behind_head(checkpoint.step, head.step)
-            if checkpoint.chain:
-                first = head.step + 1 if head else 1
-                plans = [self._plan_on_record(step) for step in range(first, checkpoint.step + 1)]
-                known = [plan for plan in plans if plan is not None]
-                before = head.chain if head else ""
-                if len(known) < len(plans) or chain_of(before, known) != checkpoint.chain:
-                    raise contradicts(checkpoint, "its lineage is not that of the plans on record")
-            self._become_head(checkpoint)
+            if lineage is not None:
+                self._adopt(checkpoint, lineage)
+            else:
+                self._check_plans(checkpoint, head)
+            self._change(
+                "INSERT INTO checkpoint VALUES (?, ?, ?, ?, ?)",
+                *(checkpoint.step, checkpoint.name, checkpoint.manifest_digest),
+                *(checkpoint.chain, checkpoint.first_place),
+            )
+            run = self._run()
+            run.trained_step = (
+                checkpoint.step if lineage is not None else max(run.trained_step, checkpoint.step)
+            )
+            self._change("UPDATE sample SET acked = 2 WHERE acked = 1 AND step <= ?", checkpoint.step)
 
-    def _head(self) -> CheckpointRecord | None:
-        records = self.checkpoints()
-        return records[-1] if records else None
+    def _check_plans(self, checkpoint: CheckpointRecord, head: CheckpointRecord | None) -> None:
+        first = head.step + 1 if head else 1
+        plans = [self.step_plan(step) for step in range(first, checkpoint.step + 1)]
+        known = [plan for plan in plans if plan is not None]
+        if len(known) < len(plans) or chain_of(head.chain if head else "", known) != checkpoint.chain:
+            raise contradicts(checkpoint, "its lineage is not that of the plans on record")
 
-    def _become_head(self, checkpoint: CheckpointRecord) -> None:
-        self._change(
-            "INSERT INTO checkpoint VALUES (?, ?, ?, ?, ?)",
-            *(checkpoint.step, checkpoint.name, checkpoint.manifest_digest),
-            *(checkpoint.last_seq, checkpoint.chain),
-        )
-        self._run().trained_step = max(self._run().trained_step, checkpoint.step)
-        self._change("UPDATE ack SET durable = 1 WHERE durable = 0 AND step <= ?", checkpoint.step)
-
-    def checkpoints(self) -> list[CheckpointRecord]:
-        rows = self._rows("SELECT step, name, manifest_digest, last_seq, chain FROM checkpoint ORDER BY step")
-        return [CheckpointRecord(*row) for row in rows]
-
-    def forget_checkpoint(self, step: int, *, fence: Fence | None = None) -> None:
-        with self._mutation(fence, final=True):  # its folder is removed next
+    def forget(self, fence: Fence | None, op: int | None, step: int) -> None:
+        with self._mutation(fence, op, final=True) as operation:  # its folder is removed next
             head = self._head()
+            if operation.repeated:
+                return
             if head is not None and step == head.step:
                 raise head_is_kept(step)
             self._change("DELETE FROM checkpoint WHERE step = ?", step)
 
-    def fall_back(self, step: int, *, fence: Fence | None = None) -> list[str]:
-        with self._mutation(fence, final=True):
-            folded = self._run().folded_step
-            if step < folded:
-                raise history_is_folded(step, folded)
+    def fall_back(self, fence: Fence | None, op: int | None, step: int) -> list[str]:
+        with self._mutation(fence, op, final=True) as operation:
+            if operation.repeated:
+                return list(operation.result)
+            archived = self._run().archived_step
+            if step < archived:
+                raise history_is_archived(step, archived)
             lost = self._rows(
-                "SELECT sample_id FROM sample JOIN ack USING (sample_id) "
-                "WHERE state = 'released' AND step > ? ORDER BY seq",
-                step,
+                "SELECT sample_id FROM sample WHERE state = 'released' AND step > ? ORDER BY place", step
             )
             self._change("DELETE FROM checkpoint WHERE step > ?", step)
-            self._change("DELETE FROM ack WHERE step > ?", step)
+            self._change("UPDATE sample SET acked = 0, step = NULL WHERE acked > 0 AND step > ?", step)
             self._lose(i for (i,) in lost)
             self._run().trained_step = min(self._run().trained_step, step)
+            operation.keep([i for (i,) in lost])
             return [i for (i,) in lost]
 
     # -- rolling forward -------------------------------------------------------------------
 
-    def adopt_checkpoint(
-        self, checkpoint: CheckpointRecord, lineage: Sequence[TrainedStep], *, fence: Fence | None = None
-    ) -> None:
-        with self._mutation(fence, final=True):
-            self._check_lineage(checkpoint, lineage)
-            for trained in lineage:
-                plan = trained.plan
-                self._change(
-                    "INSERT OR REPLACE INTO plan (step, rev, sample_ids, last_seq) VALUES (?, ?, ?, ?)",
-                    *(plan.step, plan.rev, json.dumps(plan.sample_ids), plan.last_seq),
-                )
-                for sample in trained.samples:
-                    self._adopt_sample(sample, trained.step)
-            self._refuse_gaps(checkpoint)
-            self._become_head(checkpoint)
-            self._run().trained_step = checkpoint.step
+    def _adopt(self, checkpoint: CheckpointRecord, lineage: Sequence[TrainedStep]) -> None:
+        self._check_lineage(checkpoint, lineage)
+        samples = {s.sample_id: s for trained in lineage for s in trained.samples}
+        unknown = sorted(
+            (s for s in samples.values() if not self._on_record(s.sample_id)), key=lambda s: s.place
+        )
+        if self._settle_order("ordinal") == "arrival":
+            run = self._run()
+            if [s.place for s in unknown] != list(range(run.committed, run.committed + len(unknown))):
+                raise contradicts(checkpoint, "samples before those it trained are unknown here")
+        for sample in unknown:
+            self._enter_forgotten(sample.place, sample.sample_id, sample.ordinal)
+            self._reopen_prompt(sample.ordinal)
+        self._undo_provisional_acks()  # the lineage tells what its weights contain
+        for trained in lineage:
+            plan = trained.plan
+            self._change(
+                "INSERT OR REPLACE INTO plan (step, rev, sample_ids) VALUES (?, ?, ?)",
+                *(plan.step, plan.rev, json.dumps(plan.sample_ids)),
+            )
+            for sample in trained.samples:
+                if sample.finished:
+                    self._adopt_last_visit(sample, trained.step)
+        if samples and self._run().place_order == "ordinal":
+            self._fail_passed_over(checkpoint, max(s.place for s in samples.values()))
+
+    def _undo_provisional_acks(self) -> None:
+        self._change("UPDATE sample SET acked = 0, step = NULL WHERE acked = 1")
+
+    def _on_record(self, sample_id: str) -> bool:
+        return self._value("SELECT 1 FROM sample WHERE sample_id = ?", sample_id) is not None
+
+    def _adopt_last_visit(self, sample: TrainedSample, step: int) -> None:
+        self._change(
+            "UPDATE sample SET acked = 2, step = ? WHERE sample_id = ? AND acked < 2", step, sample.sample_id
+        )
+        if self._change(
+            "UPDATE sample SET state = 'released' WHERE sample_id = ? AND state = 'lost'", sample.sample_id
+        ):
+            self._finish_prompt(sample.ordinal)
+
+    def _fail_passed_over(self, checkpoint: CheckpointRecord, last: int) -> None:
+        """First visits follow the log, so what the lineage left out up to there was set aside."""
+        self._pass_over(last)
+        self._change(
+            "UPDATE prompt SET state = 'failed', worker = '', reason = ordinal || ': ' || ? "
+            "WHERE ordinal <= ? AND state != 'failed' AND NOT again",
+            *(passed_over(checkpoint.name), last),
+        )
 
     def _check_lineage(self, checkpoint: CheckpointRecord, lineage: Sequence[TrainedStep]) -> None:
         head = self._head()
         first = max(0, head.step if head else 0) + 1
-        if head is not None and checkpoint.step <= head.step:
-            raise behind_head(checkpoint.step, head.step)
         if [trained.step for trained in lineage] != list(range(first, checkpoint.step + 1)):
             raise contradicts(checkpoint, f"its steps do not follow the head at step {first - 1}")
         if chain_of(head.chain if head else "", [trained.plan for trained in lineage]) != checkpoint.chain:
             raise contradicts(checkpoint, "its chain does not continue that of the head")
         for trained in lineage:
-            on_record = self._plan_on_record(trained.step)
+            on_record = self.step_plan(trained.step)
             if on_record is not None and trained.rev > on_record.rev:
                 on_record = None  # a revision that the ledger has forgotten
             if on_record is not None and on_record.digest != trained.plan.digest:
@@ -196,82 +224,62 @@ class StepTable(SampleTable):
 
     def _check_trained(self, checkpoint: CheckpointRecord, samples: Sequence[TrainedSample]) -> None:
         """No sample comes after its last visit, neither in this lineage nor in what it continues."""
-        ack, row = "SELECT durable FROM ack WHERE sample_id = ?", "SELECT 1 FROM sample WHERE sample_id = ?"
-        done = {s.sample_id for s in samples if self._value(ack, s.sample_id)}
-        unknown = {s.seq: s.sample_id for s in samples if self._value(row, s.sample_id) is None}
-        ids = set(unknown.values())
-        for seq, sample_id, _, _ in self._folded_samples() if unknown else ():
-            if seq in unknown or sample_id in ids:
-                raise contradicts(checkpoint, f"{sample_id} is folded history at place {seq}")
+        durable = "SELECT 1 FROM sample WHERE sample_id = ? AND acked = 2"
+        done = {s.sample_id for s in samples if self._value(durable, s.sample_id)}
+        places: dict[int, str] = {}
         for sample in samples:
             if sample.sample_id in done:
                 raise contradicts(checkpoint, f"{sample.sample_id} was trained for the last time before")
+            if places.setdefault(sample.place, sample.sample_id) != sample.sample_id:
+                raise contradicts(checkpoint, f"{sample.sample_id} has another place in the log")
             if sample.finished:
                 done.add(sample.sample_id)
+        if len(set(places.values())) < len(places):
+            raise contradicts(checkpoint, "a sample has two places in the log")
 
     def _check_place(self, checkpoint: CheckpointRecord, sample: TrainedSample, *, planned: bool) -> None:
-        for seq, sample_id, state in self._rows(
-            "SELECT seq, sample_id, state FROM sample WHERE seq = ? OR sample_id = ?",
-            *(sample.seq, sample.sample_id),
-        ):
-            if (seq, sample_id) != (sample.seq, sample.sample_id):
+        rows = self._rows(
+            "SELECT place, sample_id, state FROM sample WHERE place = ? OR sample_id = ?",
+            *(sample.place, sample.sample_id),
+        )
+        for place, sample_id, state in rows:
+            if (place, sample_id) != (sample.place, sample.sample_id):
                 raise contradicts(checkpoint, f"{sample.sample_id} has another place in the log")
             if state == "quarantined" and not planned:
                 raise contradicts(checkpoint, f"{sample.sample_id} is quarantined")
+        if not rows and (self._was_here(sample.place) or self._was_archived(sample.sample_id)):
+            raise contradicts(checkpoint, f"{sample.sample_id} was trained for the last time before")
+        failed = "SELECT 1 FROM prompt WHERE ordinal = ? AND state = 'failed'"
+        if not rows and self._run().place_order == "ordinal" and self._value(failed, sample.place):
+            raise contradicts(checkpoint, f"prompt {sample.place} has failed")
 
-    def _adopt_sample(self, sample: TrainedSample, step: int) -> None:
-        """A sample that this ledger forgot is lost, until its last visit says otherwise."""
-        ref = ref_to_json(SampleRef(sample.sample_id, "", sample.task_id, "", {}, {}, ""))
-        entered = self._change(
-            "INSERT INTO sample (seq, sample_id, task_id, state, resident, bytes, ref) "
-            "VALUES (?, ?, ?, 'lost', 0, 0, ?) ON CONFLICT DO NOTHING",
-            *(sample.seq, sample.sample_id, sample.task_id, ref),
-        )
-        if entered:
-            ordinal = self._ordinal_of(sample.task_id)
-            self._change("UPDATE sample SET ordinal = ? WHERE seq = ?", ordinal, sample.seq)
-            self._run().last_seq = max(self._run().last_seq, sample.seq)
-        if sample.finished:
-            self._ack([sample.sample_id], step, durable=True)
-            if self._change(
-                "UPDATE sample SET state = 'released' WHERE seq = ? AND state = 'lost'", sample.seq
-            ):
-                self._finish_task_of(sample.seq, sample.task_id)
-
-    def _refuse_gaps(self, checkpoint: CheckpointRecord) -> None:
+    def _was_here(self, place: int) -> bool:
+        """Whether a place without a row is archived."""
         run = self._run()
-        if self._value("SELECT count(*) FROM sample WHERE seq > ?", run.folded_seq) != (
-            run.last_seq - run.folded_seq
-        ):
-            raise contradicts(checkpoint, "samples before those it trained are unknown here")
+        return place < (run.committed if run.place_order == "arrival" else run.archived_place)
 
-    # -- poison ----------------------------------------------------------------------------
+    def _was_archived(self, sample_id: str) -> bool:
+        return self._run().archived > 0 and self._archived_id(sample_id)
+
+    # -- samples that cannot be trained ----------------------------------------------------
 
     def quarantine(
-        self, sample_ids: Sequence[str], *, step: int | None, reason: str, fence: Fence | None = None
+        self,
+        fence: Fence | None,
+        op: int | None,
+        sample_ids: Sequence[str],
+        *,
+        step: int | None,
+        reason: str,
     ) -> None:
-        with self._mutation(fence, final=True):
-            for sample_id in sample_ids:
-                changed = self._change(
-                    "UPDATE sample SET state = 'quarantined', reason = ?, quarantine_step = ? "
-                    "WHERE sample_id = ? AND state IN ('present', 'lost') AND NOT EXISTS "
-                    "(SELECT 1 FROM ack WHERE ack.sample_id = sample.sample_id AND durable = 1)",
+        with self._mutation(fence, op, final=True) as operation:
+            for sample_id in [] if operation.repeated else sample_ids:
+                rows = self._rows(
+                    "UPDATE sample SET state = 'quarantined', acked = 0, reason = ?, step = ? "
+                    "WHERE sample_id = ? AND state IN ('present', 'lost') AND acked < 2 RETURNING ordinal",
                     *(reason, step, sample_id),
                 )
-                if changed:
-                    self._change("DELETE FROM ack WHERE sample_id = ?", sample_id)
-                    [(ordinal, task_id)] = self._rows(
-                        "SELECT ordinal, task_id FROM sample WHERE sample_id = ?", sample_id
+                for (ordinal,) in rows:  # it is not captured again
+                    self._change(
+                        "DELETE FROM prompt WHERE ordinal = ? AND again AND state = 'pending'", ordinal
                     )
-                    self._bury_task(ordinal, task_id, reason)
-
-    def quarantined(self, among: Sequence[str] | None = None) -> dict[str, str]:
-        if among is None:
-            rows = self._rows("SELECT sample_id, reason FROM sample WHERE state = 'quarantined' ORDER BY seq")
-        else:
-            rows = self._rows(
-                "SELECT sample_id, reason FROM sample "  # noqa: S608 (ours)
-                f"WHERE state = 'quarantined' AND sample_id {AMONG} ORDER BY seq",
-                json_list(among),
-            )
-        return dict(rows)

@@ -1,10 +1,10 @@
-"""Which members of a batch kill whoever works on it: found over as many restarts as it takes.
+"""Which members of a batch kill the process that works on it: found over as many restarts as it takes.
 
 A batch that failed is tried in halves, and halves of halves, with the result thrown away. What is
 about to be tried is written down first, so a process that dies of it convicts it: its successor finds
-the trial where it stood. A death may be chance (somebody killed the process), so it takes two to
-convict a single member. An error is no chance and counts at once. Nothing is decided about who is not
-found guilty: the batch then goes on as planned, and its weights are those it always had.
+the isolation where it stood. A death may be chance (the process was killed), so it takes two to
+convict a single member. An error is no chance and counts at once. Nothing is decided about members that
+are not found guilty: the batch then goes on as planned, and its weights are those it always had.
 """
 
 from __future__ import annotations
@@ -12,22 +12,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from paceline.ledger.records import Fence
-from paceline.ledger.store import MetadataStore
+from paceline.ledger.session import Session
 
-DEATHS_BEFORE_TRIAL = 3
+DEATHS_BEFORE_ISOLATION = 3
 DEATHS_TO_CONVICT = 2
 
 
-class Trial:
-    def __init__(
-        self, store: MetadataStore, name: str, members: Sequence[str], *, fence: Fence | None = None
-    ) -> None:
-        """Takes up the trial of this name and these members where an earlier process left it."""
-        self._store = store
-        self._fact = f"trial.{name}"
-        self._fence = fence
-        left = store.facts().get(self._fact)
+class Isolation:
+    def __init__(self, session: Session, name: str, members: Sequence[str]) -> None:
+        """Takes up the isolation of this name and these members where an earlier process left it.
+
+        `name` is a producer's own (it carries the worker's name), or of one step.
+        """
+        self._session = session
+        self._fact = f"isolation.{name}"
+        left = session.facts().get(self._fact)
         if left is None or left["members"] != list(members):
             left = {"members": list(members), "queue": _halves(list(members)), "guilty": [], "trying": False}
             left["deaths"] = 0
@@ -42,18 +41,12 @@ class Trial:
                 self._failed()
         while state["queue"]:
             state["trying"] = True
-            self._store.set_facts({self._fact: state}, fence=self._fence)
-            try:
-                harmless = is_harmless(state["queue"][0])
-            except Exception:
-                state["trying"] = False  # no death, and no verdict
-                self._store.set_facts({self._fact: state}, fence=self._fence)
-                raise
-            if harmless:
+            self._session.set_facts({self._fact: state})
+            if is_harmless(state["queue"][0]):
                 self._next()
             else:
                 self._failed()
-        self._store.set_facts({self._fact: None}, fence=self._fence)
+        self._session.set_facts({self._fact: None})
         return list(state["guilty"])
 
     def _failed(self) -> None:

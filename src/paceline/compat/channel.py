@@ -1,6 +1,6 @@
-"""The stream of sample refs as a reader sees it, whatever lies beneath.
+"""The stream of sample refs as the earlier API reads it, whatever lies beneath.
 
-`CommittedRefLog` reads it straight from the metadata store: the committed log is the stream, so
+`CommittedRefLog` reads it straight from a store: the committed log is the stream, so
 there is no second channel that could disagree. `StreamingRefChannel` (streaming_channel.py) is
 the same interface over a file of its own. `StreamingRefQueue` turns either into batches.
 """
@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
-from paceline.ledger.facts import END_OF_STREAM
+from paceline.compat.stores import MetadataStore
+from paceline.errors import LedgerError
 from paceline.ledger.records import Fence
-from paceline.ledger.store import MetadataStore
 from paceline.types import SampleRef
 
 PAGE = 256
@@ -48,41 +48,41 @@ class RefChannel(Protocol):
 
 
 class CommittedRefLog:
-    """The metadata store's committed log, in durable sequence order: every sample once."""
+    """A store's committed log, in commit order: every sample once."""
 
     distinct = True
 
-    def __init__(self, store: MetadataStore, *, after_seq: int = 0, fence: Fence | None = None) -> None:
-        """`fence`: of the role that closes and reopens the log."""
+    def __init__(self, store: MetadataStore, *, start: int = 0, fence: Fence | None = None) -> None:
+        """`start`: the first place to read. `fence`: of the role that closes and reopens the log."""
         self.fence = fence
         self._store = store
-        self._after_seq = after_seq
-        self._seqs: dict[str, int] = {}
+        self._next = start
 
     def publish_many(self, refs: Sequence[SampleRef]) -> None:
         """To commit is to publish."""
         self._store.commit_samples(refs, fence=self.fence)
 
     def close(self) -> None:
-        self._store.set_facts({END_OF_STREAM: True}, fence=self.fence)
+        """Raises LedgerError while a prompt is still to be captured."""
+        if not self._store.end_stream(self.fence, None, True):
+            raise LedgerError(
+                "The log was not closed: prompts are still to be captured.",
+                why="Readers would end before those samples come.",
+                next="commit or fail every prompt that was made known, then close it.",
+            )
 
     def reopen(self) -> None:
-        """More will follow after all: prompts were added."""
-        self._store.set_facts({END_OF_STREAM: False}, fence=self.fence)
+        """More will follow after all."""
+        self._store.end_stream(self.fence, None, False)
 
     def is_closed(self) -> bool:
-        return bool(self._store.facts().get(END_OF_STREAM, False))
+        return self._store.snapshot().closed
 
     def poll(self, max_n: int | None = None) -> list[SampleRef]:
-        page = self._store.read_committed(self._after_seq, PAGE if max_n is None else max_n)
-        if page:
-            self._after_seq = page[-1].seq
-        self._seqs.update({entry.ref.sample_id: entry.seq for entry in page})
-        return [entry.ref for entry in page]
-
-    def take_seq(self, sample_id: str) -> int:
-        """The place in the log of a ref that `poll` returned; forgotten once taken."""
-        return self._seqs.pop(sample_id)
+        entries = self._store.read_committed(self._next, PAGE if max_n is None else max_n)
+        if entries:
+            self._next = entries[-1].place + 1
+        return [entry.ref for entry in entries]
 
     def mark_consumed(self, n: int) -> None:
         """Nothing to count: what is consumed is what is acked, and the acks are on record."""
@@ -91,7 +91,7 @@ class CommittedRefLog:
         return self._store.committed_count() - self.in_flight_remote()
 
     def in_flight_remote(self) -> int:
-        return self._store.usage().waiting_samples
+        return self._store.snapshot().usage.waiting_samples
 
     def change_mark(self) -> int:
         return self._store.lsn()

@@ -1,4 +1,4 @@
-"""A trial finds what kills its process, over restarts, and convicts nobody else."""
+"""An isolation finds what kills its process, over restarts, and convicts no other member."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from paceline import InMemoryMetadataStore
-from paceline.ledger.trial import Trial
+from paceline.ledger.isolation import Isolation
+from paceline.ledger.stores.sqlite import SQLiteLedger
+from paceline.testing.ledger_calls import consumer_of, producer_of
 
 
 class Died(BaseException):
@@ -17,7 +18,7 @@ class Died(BaseException):
 
 def verdict(members: list[str], deadly: set[str], raising: set[str], chance: Sequence[int] = ()) -> list[str]:
     """The guilty, over as many processes as it takes; tries whose number is in `chance` die of nothing."""
-    store, tries = InMemoryMetadataStore(), 0
+    ledger, tries = SQLiteLedger(), 0
 
     def is_harmless(tried: Sequence[str]) -> bool:
         nonlocal tries
@@ -28,9 +29,9 @@ def verdict(members: list[str], deadly: set[str], raising: set[str], chance: Seq
 
     while True:
         try:
-            return Trial(store, "t", members).run(is_harmless)
+            return Isolation(consumer_of(ledger), "t", members).run(is_harmless)
         except Died:
-            assert tries < 200, "the trial must come to an end"
+            assert tries < 200, "it must come to an end"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
@@ -45,20 +46,35 @@ def test_exactly_the_guilty_are_found(size: int) -> None:
 
 
 @pytest.mark.parametrize("unlucky", range(1, 8))
-def test_a_death_by_chance_convicts_nobody(unlucky: int) -> None:
-    """One kill from outside, at whatever moment, only makes the trial longer."""
+def test_a_death_by_chance_convicts_no_member(unlucky: int) -> None:
+    """One kill from outside, at whatever moment, only makes it longer."""
     assert verdict(list("abcd"), set(), set(), chance=[unlucky]) == []
     assert verdict(list("abcd"), {"c"}, set(), chance=[unlucky]) == ["c"]
 
 
-def test_a_trial_of_other_members_starts_anew() -> None:
+def test_an_isolation_of_other_members_starts_anew() -> None:
     """What an earlier batch was suspected of says nothing about this one."""
-    store = InMemoryMetadataStore()
+    session = consumer_of(SQLiteLedger())
 
     def dies(_: Sequence[str]) -> bool:
         raise Died
 
     with pytest.raises(Died):
-        Trial(store, "t", ["a", "b"]).run(dies)
-    assert Trial(store, "t", ["a", "c"]).run(lambda _: True) == []
-    assert store.facts()["trial.t"] is None
+        Isolation(session, "t", ["a", "b"]).run(dies)
+    assert Isolation(session, "t", ["a", "c"]).run(lambda _: True) == []
+    assert session.facts()["isolation.t"] is None
+
+
+def test_two_workers_isolate_their_groups_side_by_side() -> None:
+    """Each under a name of its own: one worker's death convicts nothing of the other's."""
+    ledger = SQLiteLedger()
+    one, other = producer_of(ledger, "a"), producer_of(ledger, "b")
+
+    def dies(_: Sequence[str]) -> bool:
+        raise Died
+
+    for _ in range(2):
+        with pytest.raises(Died):
+            Isolation(one, f"capture.{one.worker}", ["x"]).run(dies)
+        assert Isolation(other, f"capture.{other.worker}", ["x"]).run(lambda _: True) == []
+    assert Isolation(one, f"capture.{one.worker}", ["x"]).run(dies) == ["x"]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,8 +25,9 @@ from pathlib import Path
 
 from paceline.durable_files import make_folder, replace_file, sync_folder
 from paceline.errors import LedgerError
-from paceline.ledger.bell import Bell
 from paceline.types import SampleRef, ref_from_json, ref_to_json
+
+POLL_S = 0.003
 
 
 class StreamingRefChannel:
@@ -37,7 +39,6 @@ class StreamingRefChannel:
             make_folder(self.path.parent)
         self._closed_path = self.path.with_name(self.path.name + ".closed")
         self._consumed_path = self.path.with_name(self.path.name + ".consumed")
-        self._bell = Bell(self.path.with_name(self.path.name + "-bell"))
         self._reading = _Tail(self.path)
         self._counting = _Tail(self.path)
         self._published = 0
@@ -74,7 +75,6 @@ class StreamingRefChannel:
                 why="A reader could miss them.",
                 next="check that disk and publish the same refs again; readers drop second copies.",
             ) from error
-        self._bell.ring()
 
     def _append(self, records: bytes) -> None:
         """Records, or only the end of the past."""
@@ -103,7 +103,6 @@ class StreamingRefChannel:
             finally:
                 os.close(fd)
             sync_folder(self.path.parent)
-        self._bell.ring()
 
     @property
     def published(self) -> int:
@@ -148,7 +147,6 @@ class StreamingRefChannel:
         with self._advising("count what was consumed"):
             replace_file(self._consumed_path, _checksum(number) + b" " + number)
         self._marked = self._consumed
-        self._bell.ring()
 
     @contextmanager
     def _advising(self, what: str) -> Iterator[None]:
@@ -167,7 +165,11 @@ class StreamingRefChannel:
         return 2 * size + self.is_closed()
 
     def wait(self, seen: int, timeout_s: float) -> int:
-        return self._bell.wait_for_change(self.change_mark, seen, timeout_s)
+        """Looks every few ms."""
+        deadline = time.monotonic() + timeout_s
+        while (now := self.change_mark()) == seen and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(POLL_S, left))
+        return now
 
 
 class _Tail:

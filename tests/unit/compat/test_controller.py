@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 from paceline import DataFlowController, SQLiteMetadataStore
 from paceline.errors import FencedError, LedgerError
 from paceline.features.stores.memory import InMemoryFeatureStore
-from paceline.ledger.controller import OpIds
 from paceline.testing.samples import sample_ref
 
 REFS = [sample_ref(number) for number in range(5)]
@@ -167,14 +164,3 @@ def test_no_store_means_a_private_one() -> None:
     one.commit_samples("w", REFS)
     assert other.status()["samples_committed"] == 0
     assert one.status()["samples_committed"] == 5
-
-
-def test_no_two_op_ids_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In several threads, and in a forked process, which goes on from a copy of its parent's."""
-    ids, copy = OpIds(), OpIds()
-    copy._mine = ids._mine
-    with ThreadPoolExecutor(4) as threads:
-        made = list(threads.map(lambda _: ids.new(), range(2000)))
-    monkeypatch.setattr(os, "getpid", lambda: -1)
-    made += [copy.new() for _ in range(2000)]
-    assert len(set(made)) == 4000

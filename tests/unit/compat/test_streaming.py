@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from paceline import SQLiteMetadataStore, StreamingRefChannel, StreamingRefQueue
+from paceline import DataFlowController, SQLiteMetadataStore, StreamingRefChannel, StreamingRefQueue
+from paceline.compat.channel import CommittedRefLog
 from paceline.errors import FencedError, LedgerError
-from paceline.ledger.channel import CommittedRefLog
 from paceline.testing.samples import sample_ref
 from paceline.types import SampleRef
 
@@ -257,7 +257,7 @@ def test_get_returns_the_tail_at_the_end_of_the_stream(path: Path) -> None:
 
 
 def test_get_waits_for_the_producer(path: Path) -> None:
-    """A reader that is ahead sleeps until a record arrives, however long its poll interval."""
+    """A reader that is ahead waits until a record arrives, however long its poll interval."""
     queue = StreamingRefQueue(StreamingRefChannel(path), poll_s=60.0)
     taken: list[str] = []
     thread = threading.Thread(target=lambda: taken.extend(ref.sample_id for ref in queue.get(2)))
@@ -315,14 +315,14 @@ def test_the_committed_log_is_the_same_interface(tmp_path: Path) -> None:
     assert drain(queue) == IDS[2:5]
     consumer.record_train_ack(IDS[2:5], global_step=2, optimizer_durable=False)
     assert log.in_flight_remote() == 0
-    assert CommittedRefLog(consumer, after_seq=4).poll() == REFS[4:5]
+    assert CommittedRefLog(consumer, start=4).poll() == REFS[4:5]
 
 
 def test_a_replaced_producer_neither_closes_nor_reopens_the_log(tmp_path: Path) -> None:
     """The end of the stream is the current producer's to declare."""
     store = SQLiteMetadataStore(tmp_path / "db")
-    log = CommittedRefLog(store, fence=store.acquire_role("producer", "first"))
-    store.acquire_role("producer", "second")
+    log = CommittedRefLog(store, fence=DataFlowController("run0", metadata_store=store).take_role("producer"))
+    DataFlowController("run0", metadata_store=store).take_role("producer")
     for change in (log.close, log.reopen):
         with pytest.raises(FencedError):
             change()

@@ -1,0 +1,156 @@
+"""SQLiteMetadataStore and InMemoryMetadataStore: the earlier verbs over a ledger.
+
+Each is a `Ledger`, so the builders of paceline.roles.wire take it as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from paceline.ledger.records import Entry, Fence, State
+from paceline.ledger.stores.sqlite import IN_MEMORY, Durability, SQLiteLedger
+from paceline.ledger.stores.sqlite.text import AMONG, json_list
+from paceline.types import SampleRef
+
+EVERYTHING = 1 << 62
+
+
+class MetadataStore(SQLiteLedger):
+    """What a store of either kind can do, without a role or with one."""
+
+    # -- samples ---------------------------------------------------------------------------
+
+    def commit_sample(self, ref: SampleRef, *, fence: Fence | None = None) -> bool:
+        """Commit one ref; True if it is new, False if its id was committed before."""
+        return self.commit_samples([ref], fence=fence)[0]
+
+    def commit_samples(self, refs: Sequence[SampleRef], *, fence: Fence | None = None) -> list[bool]:
+        """Commit all refs in one transaction, idempotent on `sample_id`; freshness of each."""
+        return self.commit(fence, None, refs)
+
+    def is_committed(self, sample_id: str) -> bool:
+        return bool(self.find([sample_id])) or self._archived_id(sample_id)
+
+    def get_committed(self, sample_id: str) -> SampleRef | None:
+        record = self.find([sample_id]).get(sample_id)
+        return None if record is None else record.ref
+
+    def committed_count(self) -> int:
+        return self._run().committed
+
+    def all_committed_ids(self) -> list[str]:
+        """In commit order, of the whole history."""
+        with self._reading():
+            places = {s.place: s.sample_id for t in self.history() for s in t.samples if s.place >= 0}
+            places.update(self._rows("SELECT place, sample_id FROM sample"))
+        return [places[place] for place in sorted(places)]
+
+    def read_committed(self, start: int, limit: int = EVERYTHING) -> tuple[Entry, ...]:
+        """The log from place `start` on."""
+        return self.read(start, min(start + limit, EVERYTHING)).entries
+
+    # -- acks ------------------------------------------------------------------------------
+
+    def record_train_ack(
+        self,
+        sample_ids: Sequence[str],
+        *,
+        global_step: int | None,
+        optimizer_durable: bool,
+        fence: Fence | None = None,
+    ) -> None:
+        """Record that an optimizer step used the samples. All or nothing, idempotent.
+
+        `optimizer_durable` says that a durable checkpoint covers the step. It holds for the
+        named ids alone and is never taken back by a later ack.
+        """
+        if not all(isinstance(sample_id, str) for sample_id in sample_ids):
+            raise TypeError("sample ids are strings")
+        with self._mutation(fence, final=optimizer_durable):
+            self._change(
+                f"UPDATE sample SET acked = ?, step = ? WHERE acked < 2 AND sample_id {AMONG}",  # noqa: S608
+                *(2 if optimizer_durable else 1, global_step, json_list(sample_ids)),
+            )
+
+    def durable_marker(self) -> dict[str, Any]:
+        """{"acked": set of ids, "global_step": int | None, "optimizer_durable": bool}.
+
+        While any ack is durable: the durably acked ids, the highest step among them, True.
+        Before that: the provisionally acked ids, their highest step, False. So "acked and
+        optimizer_durable" is true of exactly the ids that are safe to release.
+        """
+        with self._reading():
+            self._refuse_broken()  # what it calls durable may be freed
+            archived = [
+                (sample.sample_id, trained.step)
+                for trained in self.history()
+                if trained.step <= self._run().archived_step
+                for sample in trained.samples
+                if sample.finished and not self.find([sample.sample_id])
+            ]
+            durable = (
+                bool(archived) or self._value("SELECT 1 FROM sample WHERE acked = 2 LIMIT 1") is not None
+            )
+            rows = self._rows("SELECT sample_id, step FROM sample WHERE acked = ?", 2 if durable else 1)
+        rows += archived
+        return {
+            "acked": {sample_id for sample_id, _ in rows},
+            "global_step": max((step for _, step in rows if step is not None), default=None),
+            "optimizer_durable": durable,
+        }
+
+    def record_released(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
+        """The features are freed. Raises IllegalTransitionError unless all were durably acked."""
+        self.released(fence, None, sample_ids)
+
+    # -- what there is -----------------------------------------------------------------------
+
+    def present_ids(self) -> list[str]:
+        """Samples whose features the feature store should hold, in commit order."""
+        return list(self.ownership().present)
+
+    def lost_ids(self) -> list[str]:
+        return [record.sample_id for record in self.samples(State.LOST)]
+
+    def quarantined(self) -> dict[str, str]:
+        return {record.sample_id: record.reason for record in self.samples(State.QUARANTINED)}
+
+    # -- prompts by name ---------------------------------------------------------------------
+
+    def task_ids(self) -> list[str]:
+        """The ids of the prompts that a controller made known, in order."""
+        return list(self.facts().get(TASK_IDS, []))
+
+    def failed_tasks(self) -> dict[str, str]:
+        """Failed task ids and the reason of each."""
+        ids = self.task_ids()
+        return {ids[ordinal]: reason for ordinal, reason in self.failed().items()}
+
+
+TASK_IDS = "compat.task_ids"
+
+
+class SQLiteMetadataStore(MetadataStore):
+    """In one SQLite file, shared by every process that opens it."""
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, durability: Durability = "full", vfs: str | None = None
+    ) -> None:
+        super().__init__(path, durability=durability, vfs=vfs)
+
+
+class InMemoryMetadataStore(MetadataStore):
+    """For the threads of one process; it dies with it."""
+
+    durable = False
+
+    def __init__(self) -> None:
+        super().__init__(IN_MEMORY)
+
+
+def ordinals_of(store: MetadataStore, task_ids: Iterable[str | None]) -> list[int | None]:
+    """The place of each prompt in the order in which they were made known; None if it was not."""
+    known = {task_id: ordinal for ordinal, task_id in enumerate(store.task_ids())}
+    return [None if task_id is None else known.get(task_id) for task_id in task_ids]

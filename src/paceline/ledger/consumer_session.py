@@ -1,0 +1,117 @@
+"""ConsumerSession: what the consumer may do to the ledger, under its epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from paceline.ledger.ledger import Ledger
+from paceline.ledger.records import (
+    CONSUMER,
+    BegunStep,
+    CheckpointRecord,
+    StepAck,
+    StepPlan,
+    TrainedStep,
+)
+from paceline.ledger.session import Session
+
+RELEASE_AT_ONCE = 1000
+
+
+class Frees(Protocol):
+    """The one thing that a release asks of a feature store."""
+
+    def free(self, written: Iterable[tuple[str, int]]) -> None: ...
+
+
+class ConsumerSession(Session):
+    def __init__(self, ledger: Ledger, run_id: str) -> None:
+        super().__init__(ledger, run_id, CONSUMER)
+        self._unwritten_ack: StepAck | None = None
+
+    def acquire(self) -> int:
+        self._unwritten_ack = None
+        return super().acquire()
+
+    # -- steps -----------------------------------------------------------------------------
+
+    def step_plan(self, step: int) -> StepPlan | None:
+        return self.ledger.step_plan(step)
+
+    def plan(self, plan: StepPlan) -> BegunStep:
+        """Write down what the step will train before it does; the plan on record wins.
+
+        The ack of the step before goes with it: one transaction for each step of a busy consumer.
+        """
+        begun = self._change(self.ledger.plan, plan, self._unwritten_ack)
+        self._unwritten_ack = None
+        assert begun is not None, "a plan was given"
+        return begun
+
+    def leave(self, step: int) -> None:
+        """The step is not trained now after all; it will be, with the same plan."""
+        self._change(self.ledger.leave, step)
+
+    def ack(self, step: int, rev: int, finished: Sequence[str]) -> None:
+        """The weights in memory contain the step; `finished` had their last visit in it.
+
+        Written down with the plan of the next step, or by `write_ack`. An ack is provisional: one that a
+        crash takes away is of weights that it takes away, too.
+        """
+        self.write_ack()
+        self._unwritten_ack = StepAck(step, rev, tuple(finished))
+
+    def write_ack(self) -> None:
+        """Write the pending ack when no next plan will carry it: before a wait, a checkpoint, the end."""
+        if self._unwritten_ack is not None:
+            self._change(self.ledger.plan, None, self._unwritten_ack)
+            self._unwritten_ack = None
+
+    def quarantine(self, sample_ids: Sequence[str], *, step: int | None, reason: str) -> None:
+        """Never train these samples (again), and say why for good."""
+        self._change(self.ledger.quarantine, list(sample_ids), step=step, reason=reason)
+
+    # -- checkpoints -----------------------------------------------------------------------
+
+    def checkpoints(self) -> tuple[CheckpointRecord, ...]:
+        """Retained ones, oldest first; the last one is the head."""
+        return self.ledger.snapshot().checkpoints
+
+    def head(self, checkpoint: CheckpointRecord) -> None:
+        """THE commit point. Call only once the checkpoint's folder is durable."""
+        self._change(self.ledger.head, checkpoint)
+
+    def adopt(self, checkpoint: CheckpointRecord, lineage: Sequence[TrainedStep]) -> None:
+        """Roll forward to a durable checkpoint that this ledger does not know."""
+        self._change(self.ledger.head, checkpoint, lineage)
+
+    def fall_back(self, step: int) -> list[str]:
+        """Return to the checkpoint at `step`; the samples that must be captured again."""
+        return self._change(self.ledger.fall_back, step)
+
+    def forget(self, step: int) -> None:
+        """Drop the record of an old checkpoint; never of the head."""
+        self._change(self.ledger.forget, step)
+
+    def compact(self) -> None:
+        """Archive what no recovery can need."""
+        self._change(self.ledger.compact)
+
+    # -- features --------------------------------------------------------------------------
+
+    def release(self, features: Frees) -> int:
+        """Free the features of every sample that no step will need again; how many.
+
+        A fenced call first, so that a consumer that was replaced frees nothing; then the bytes, by
+        generation, so that not even a slow one can free what was captured since; the record last:
+        a crash before it repeats the frees, which are idempotent.
+        """
+        freed = 0
+        while covered := self.ledger.releasable(self.fence, RELEASE_AT_ONCE):
+            features.free(list(covered.items()))
+            self._change(self.ledger.released, list(covered))
+            freed += len(covered)
+            if len(covered) < RELEASE_AT_ONCE:
+                break
+        return freed

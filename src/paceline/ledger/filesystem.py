@@ -1,0 +1,70 @@
+"""Where a ledger may lie: the filesystem's type, and whether the file is one that may be opened."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from paceline.errors import ConfigError, LedgerError, SchemaError
+
+NETWORK_FILESYSTEMS = frozenset(
+    [
+        *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4"),
+        *("orangefs", "panfs", "smb2", "smb3", "smbfs"),
+        *("fuse.gcsfuse", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs"),
+    ]
+)
+
+
+def filesystem_of(path: Path) -> str:
+    """The type of the filesystem that holds `path`, as the kernel names it; "" if it is not told."""
+    mounts = Path("/proc/self/mountinfo")
+    if not mounts.exists():
+        return ""
+    target = path.resolve()
+    best, kind = -1, ""
+    for line in mounts.read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        point = Path(left.split()[4].replace("\\040", " "))
+        depth = len(point.parts)
+        # Later lines are mounted over earlier ones, so an equal depth replaces.
+        if depth >= best and (target == point or point in target.parents):
+            best, kind = depth, right.split()[0]
+    return kind
+
+
+def refuse_network_filesystem(path: Path) -> None:
+    """Raise ConfigError if `path` lies on a network filesystem."""
+    kind = filesystem_of(path)
+    if kind in NETWORK_FILESYSTEMS:
+        raise ConfigError(
+            f"{path} lies on a network filesystem ({kind}).",
+            why="SQLite's write-ahead log needs shared memory and locks that such filesystems do not keep.",
+            next="set run.directory to a local disk.",
+        )
+
+
+def regular_file(path: Path) -> os.stat_result | None:
+    """What the kernel says of the regular file at `path`; None if nothing is there.
+
+    Raises SchemaError for anything else (opening a FIFO would wait for ever), LedgerError if the kernel
+    refuses to look. The file is not opened: closing it would drop the locks that SQLite holds on it.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise LedgerError(
+            f"{path} cannot be looked at ({error}).",
+            why="Without the ledger nothing of a run is known. Nothing was changed.",
+            next="check the path and its permissions.",
+        ) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise SchemaError(
+            f"{path} is no regular file.",
+            why="A ledger is one; opening anything else could wait for ever.",
+            next="move it away and restore the ledger, or start a new run in another run.directory.",
+        )
+    return found

@@ -1,0 +1,125 @@
+"""ProducerSession: what a producer may do to the ledger, under its worker's own epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from paceline.ledger.ledger import Ledger
+from paceline.ledger.records import (
+    Budget,
+    Intent,
+    Lease,
+    Order,
+    Ownership,
+    SampleRecord,
+    SourceBlock,
+    State,
+    producer_role,
+)
+from paceline.ledger.session import Session
+from paceline.types import SampleRef
+
+ATTEMPT_MAX = 5
+WORKER = "0"  # the name of a run's only producer
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One sample about to be written: the ordinal of its prompt, its id, and at most how many bytes."""
+
+    ordinal: int
+    sample_id: str
+    num_bytes: int
+
+
+class ProducerSession(Session):
+    def __init__(
+        self,
+        ledger: Ledger,
+        run_id: str,
+        worker: str = WORKER,
+        *,
+        order: Order = Order.ORDINAL,
+        attempt_max: int = ATTEMPT_MAX,
+    ) -> None:
+        """`worker`: a name that no other live producer of the run has."""
+        super().__init__(ledger, run_id, producer_role(worker), order)
+        self.worker = worker
+        self.attempt_max = attempt_max
+
+    # -- the source and its leases ---------------------------------------------------------
+
+    def extend(self, blocks: Sequence[SourceBlock]) -> int:
+        """Make the prompts known; how many were new. Raises ConfigError if known ones differ."""
+        return self._change(self.ledger.extend, list(blocks))
+
+    def source_blocks(self, first: int = 0, limit: int | None = None) -> list[SourceBlock]:
+        return self.ledger.source_blocks(first, limit)
+
+    def lease(self, limit: int, group_size: int | None = None) -> list[Lease]:
+        """Up to `limit` pending prompts, lowest ordinal first, of one capture group; [] if there is none."""
+        return self._change(self.ledger.lease, limit, group_size)
+
+    def fail(self, ordinals: Sequence[int], reason: str, *, retryable: bool = True) -> list[int]:
+        """Give leases back after a failure, and the bytes promised for them; what failed for good.
+
+        Retryable prompts are pending again until `attempt_max` attempts; others fail at once.
+        """
+        limit = self.attempt_max if retryable else None
+        return self._change(self.ledger.fail, list(ordinals), reason=reason, attempt_max=limit)
+
+    def give_back(self, ordinals: Sequence[int]) -> None:
+        """Give leases back without a failure, and the bytes promised for them."""
+        self._change(self.ledger.give_back, list(ordinals))
+
+    def failed(self, start: int, stop: int) -> Mapping[int, str]:
+        return self.ledger.failed(start, stop)
+
+    def end_stream(self) -> bool:
+        """End the stream, unless a prompt is still to be captured; whether it is ended."""
+        return self._change(self.ledger.end_stream, True)
+
+    def reopen_stream(self) -> None:
+        """More will follow after all."""
+        self._change(self.ledger.end_stream, False)
+
+    # -- bytes and samples -----------------------------------------------------------------
+
+    def reserve(self, wanted: Sequence[Wanted], budget: Budget | None = None) -> list[int] | None:
+        """Promise the bytes of samples about to be written; their generations, None if there is no room."""
+        intents = [Intent(0, item.sample_id, item.num_bytes, item.ordinal) for item in wanted]
+        return self._change(self.ledger.reserve, intents, budget)
+
+    def commit(self, refs: Sequence[SampleRef]) -> list[SampleRef]:
+        """Commit what was captured, in one transaction; the refs that were new."""
+        if not refs:
+            return []
+        fresh = self._change(self.ledger.commit, list(refs))
+        return [ref for ref, is_new in zip(refs, fresh, strict=True) if is_new]
+
+    def present(self) -> list[SampleRecord]:
+        """Samples whose bytes lie in the feature store and are not covered yet, by place."""
+        return self.ledger.samples(State.PRESENT)
+
+    def lost(self, limit: int | None = None) -> list[SampleRecord]:
+        """Samples that wait to be captured again, by place."""
+        return self.ledger.samples(State.LOST, limit)
+
+    # -- other workers' remains ------------------------------------------------------------
+
+    def ownership(self) -> Ownership:
+        """Which bytes are whose. To find bytes of no worker: list the feature store first, then ask."""
+        return self.ledger.ownership()
+
+    def revoked(self) -> list[tuple[str, int]]:
+        """Sample id and generation of bytes that were promised, given up, and may still lie there."""
+        return [(intent.sample_id, intent.generation) for intent in self.ledger.revoked()]
+
+    def swept(self, generations: Sequence[int], *, skip_through: int = 0) -> None:
+        """These bytes are gone, or were never written. `skip_through`: see `Ledger.swept`."""
+        self._change(self.ledger.swept, list(generations), skip_through)
+
+    def evict(self, worker: str) -> None:
+        """Fence another producer, return its leases and revoke its intents."""
+        self._change(self.ledger.evict, worker)

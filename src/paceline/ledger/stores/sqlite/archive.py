@@ -1,0 +1,147 @@
+"""The archive: steps and samples that no recovery can need, a few bytes for each; and the history of steps.
+
+Trained samples and plans up to the oldest checkpoint kept can never be undone, and no consumer reads the
+log before the place where that checkpoint resumes. Their rows go into compressed blocks of steps, which
+only people and the checker read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+from collections.abc import Iterator
+from typing import Any
+
+from paceline.crashpoints import reach
+from paceline.errors import SchemaError
+from paceline.ledger.records import Fence, TrainedSample, TrainedStep
+from paceline.ledger.stores.sqlite.prompts import PromptTable
+from paceline.types import SampleRef
+
+BLOCK = 4096  # visits of one block, about
+UNKNOWN_PLACE = -1  # of a planned sample that was never committed
+
+
+class Archive(PromptTable):
+    archive_from = BLOCK  # how many samples or steps must be ready before any is archived
+
+    def compact(self, fence: Fence | None, op: int | None) -> int:
+        with self._mutation(fence, op) as operation:
+            if operation.repeated:
+                return int(operation.result)
+            operation.keep(0)
+            oldest = self._rows("SELECT step, first_place FROM checkpoint ORDER BY step LIMIT 1")
+            if not oldest:
+                operation.cancel()
+                return 0
+            (step, first_place), run = oldest[0], self._run()
+            if step <= run.archived_step and run.archived_place >= first_place:
+                operation.cancel()
+                return 0
+            done = "state = 'released' AND acked = 2 AND step <= ? AND place < ?"
+            ready = self._value(f"SELECT count(*) FROM sample WHERE {done}", step, first_place)  # noqa: S608
+            plans = self._value("SELECT count(*) FROM plan WHERE step <= ?", step)
+            run.archived_step = max(run.archived_step, step)
+            if max(ready, plans) < self.archive_from:
+                return 0
+            self._archive_steps(step)
+            reach("ledger.between_archives")
+            run.archived_place = max(run.archived_place, first_place)
+            run.archived += ready
+            self._change(f"DELETE FROM sample WHERE {done}", step, first_place)  # noqa: S608 (ours)
+            operation.keep(ready)
+            return int(ready)
+
+    def _archive_steps(self, last: int) -> None:
+        """Before their samples: while those have rows, their places are known."""
+        block: list[TrainedStep] = []
+        for trained in self._planned("step <= ?", last):
+            block.append(trained)
+            if sum(len(step.samples) + 1 for step in block) >= BLOCK:
+                self._write_block(block)
+                block = []
+        if block:
+            self._write_block(block)
+        self._change("DELETE FROM plan WHERE step <= ?", last)
+
+    def _write_block(self, steps: list[TrainedStep]) -> None:
+        content = [
+            [t.step, t.rev, [[s.place, s.sample_id, s.ordinal, int(s.finished)] for s in t.samples]]
+            for t in steps
+        ]
+        data = json.dumps(content, separators=(",", ":")).encode()
+        finished = sum(s.finished for t in steps for s in t.samples)
+        self._change(
+            "INSERT OR REPLACE INTO archive VALUES (?, ?, ?, ?, ?)",
+            *(steps[0].step, steps[-1].step, finished, hashlib.sha256(data).hexdigest(), lzma.compress(data)),
+        )
+
+    def _planned(self, where: str, *values: Any) -> Iterator[TrainedStep]:
+        """Steps whose plans have rows."""
+        for step, rev, ids in self._rows(
+            f"SELECT step, rev, sample_ids FROM plan WHERE {where} ORDER BY step",  # noqa: S608 (ours)
+            *values,
+        ):
+            samples = []
+            for sample_id in json.loads(ids):
+                row = self._rows(
+                    "SELECT place, ordinal, acked, step FROM sample WHERE sample_id = ?", sample_id
+                )
+                place, ordinal, acked, acked_by = row[0] if row else (UNKNOWN_PLACE, None, 0, None)
+                finished = bool(acked) and acked_by == step
+                samples.append(TrainedSample(place, sample_id, ordinal, finished))
+            yield TrainedStep(step, rev, tuple(samples))
+
+    # -- reading it ------------------------------------------------------------------------
+
+    def history(self, *, step: int | None = None, sample_id: str | None = None) -> Iterator[TrainedStep]:
+        with self._reading():
+            earliest, latest = (0, 1 << 62) if step is None else (step, step)
+            sql = "SELECT first, digest, content FROM archive WHERE last >= ? AND first <= ? ORDER BY first"
+            wanted = None if sample_id is None else json.dumps(sample_id).encode()
+            for first, digest, content in self._db.execute(sql, (earliest, latest)):
+                for trained in self._steps_of(first, digest, content, wanted):
+                    if step in (None, trained.step) and _names(trained, sample_id):
+                        yield trained
+            for trained in self._planned("step >= ? AND step <= ?", earliest, latest):
+                if _names(trained, sample_id):
+                    yield trained
+
+    def _steps_of(
+        self, first: int, digest: str, content: bytes, wanted: bytes | None
+    ) -> Iterator[TrainedStep]:
+        try:
+            data = lzma.decompress(content)
+        except lzma.LZMAError:
+            data = b""
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise SchemaError(
+                f"The archived steps from {first} on in {self.path} are damaged.",
+                why="Part of the run's history cannot be read; samples in flight are not concerned.",
+                next="run `paceline fsck RUN`; restore the ledger from a backup to get the history back.",
+            )
+        if wanted is None or wanted in data:
+            for step, rev, samples in json.loads(data):
+                yield TrainedStep(
+                    step, rev, tuple(TrainedSample(p, i, n, bool(finished)) for p, i, n, finished in samples)
+                )
+
+    def _archived_id(self, sample_id: str) -> bool:
+        """Whether an archived step finished the sample. Searches the whole archive."""
+        return any(
+            sample.finished and sample.sample_id == sample_id
+            for trained in self.history(sample_id=sample_id)
+            if trained.step <= self._run().archived_step
+            for sample in trained.samples
+        )
+
+    def _is_archived(self, ref: SampleRef) -> bool:
+        run = self._run()
+        if run.place_order == "ordinal":
+            return ref.ordinal is not None and ref.ordinal < run.archived_place
+        return run.archived > 0 and self._archived_id(ref.sample_id)
+
+
+def _names(trained: TrainedStep, sample_id: str | None) -> bool:
+    return sample_id is None or any(sample.sample_id == sample_id for sample in trained.samples)

@@ -1,0 +1,202 @@
+"""Prompts: how many there are and what digests they have; rows only for those in work, again, or failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from paceline.ledger.records import Fence, Intent, Lease, SourceBlock
+from paceline.ledger.refusals import prompts_differ
+from paceline.ledger.stores.sqlite.database import Database
+from paceline.ledger.stores.sqlite.text import AMONG, json_list
+
+
+class PromptTable(Database):
+    # -- the source ------------------------------------------------------------------------
+
+    def extend(self, fence: Fence | None, op: int | None, blocks: Sequence[SourceBlock]) -> int:
+        with self._mutation(fence, op) as operation:
+            if operation.repeated:
+                return int(operation.result)
+            run, before = self._run(), self._run().num_prompts
+            for block in blocks:
+                if block.first == run.num_prompts:
+                    self._change(
+                        "INSERT INTO source VALUES (?, ?, ?)", block.first, block.count, block.digest
+                    )
+                    run.num_prompts += block.count
+                    run.closed = 0
+                elif self.source_blocks(block.first, 1) != [block]:
+                    raise prompts_differ(block.first, before)
+            operation.keep(run.num_prompts - before)
+            return run.num_prompts - before
+
+    def source_blocks(self, first: int = 0, limit: int | None = None) -> list[SourceBlock]:
+        rows = self._rows(
+            "SELECT first, count, digest FROM source WHERE first >= "
+            "coalesce((SELECT max(first) FROM source WHERE first <= ?), 0) AND first + count > ? "
+            "ORDER BY first LIMIT ?",
+            *(first, first, -1 if limit is None else limit),
+        )
+        return [SourceBlock(*row) for row in rows]
+
+    # -- leases ----------------------------------------------------------------------------
+
+    def lease(
+        self, fence: Fence | None, op: int | None, limit: int, group_size: int | None = None
+    ) -> list[Lease]:
+        with self._mutation(fence, op) as operation:
+            if operation.repeated:
+                return [Lease(*values) for values in operation.result]
+            run, size, worker = self._run(), group_size or 1, worker_of(fence)
+            rows = self._rows(
+                "SELECT ordinal, attempt, deaths FROM prompt AS mine WHERE state = 'pending' AND NOT EXISTS ("
+                "SELECT 1 FROM prompt WHERE ordinal >= mine.ordinal / ?1 * ?1 "
+                "AND ordinal < mine.ordinal / ?1 * ?1 + ?1 AND state = 'leased' AND worker != ?2) "
+                "ORDER BY ordinal LIMIT ?3",
+                *(size, worker, limit),
+            )
+            first = run.next_ordinal // size * size
+            is_held = self._value(
+                "SELECT 1 FROM prompt WHERE ordinal >= ? AND state = 'leased' AND worker != ?", first, worker
+            )
+            end = run.next_ordinal if is_held else run.next_ordinal + limit - len(rows)
+            new = range(run.next_ordinal, min(run.num_prompts, end))
+            leases = [Lease(*row) for row in rows] + [Lease(ordinal) for ordinal in new]
+            leases.sort(key=lambda lease: lease.ordinal)
+            if group_size is not None:
+                leases = [x for x in leases if x.ordinal // group_size == leases[0].ordinal // group_size]
+            self._db.executemany(
+                "INSERT INTO prompt (ordinal, state, worker) VALUES (?, 'leased', ?) "
+                "ON CONFLICT (ordinal) DO UPDATE SET state = 'leased', worker = excluded.worker",
+                [(lease.ordinal, worker) for lease in leases],
+            )
+            run.next_ordinal = max([run.next_ordinal, *(lease.ordinal + 1 for lease in leases)])
+            operation.keep([[x.ordinal, x.attempt, x.deaths] for x in leases])
+            return leases
+
+    def fail(
+        self,
+        fence: Fence | None,
+        op: int | None,
+        ordinals: Sequence[int],
+        *,
+        reason: str,
+        attempt_max: int | None,
+    ) -> list[int]:
+        failed = []
+        limit = 0 if attempt_max is None else attempt_max
+        with self._mutation(fence, op, final=True) as operation:
+            if operation.repeated:
+                return list(operation.result)
+            self._revoke_intents_of(fence, ordinals)
+            for ordinal in ordinals:
+                state = self._value(
+                    "UPDATE prompt SET attempt = attempt + 1, worker = '', reason = ?, "
+                    "state = iif(attempt + 1 >= ?, 'failed', 'pending') "
+                    "WHERE ordinal = ? AND state = 'leased' AND worker = ? RETURNING state",
+                    *(reason, limit, ordinal, worker_of(fence)),
+                )
+                if state == "failed":
+                    failed.append(ordinal)
+                    # A lost sample whose prompt cannot be captured any more will never come back.
+                    self._change(
+                        "UPDATE sample SET state = 'quarantined', acked = 0, step = NULL, reason = ? "
+                        "WHERE state = 'lost' AND "
+                        "(place = ? AND ordinal = place OR ordinal = ? AND ordinal != place)",
+                        *(reason, ordinal, ordinal),
+                    )
+            operation.keep(failed)
+            return failed
+
+    def give_back(self, fence: Fence | None, op: int | None, ordinals: Sequence[int]) -> None:
+        with self._mutation(fence, op) as operation:
+            if operation.repeated:
+                return
+            self._revoke_intents_of(fence, ordinals)
+            self._db.executemany(
+                "UPDATE prompt SET state = 'pending', worker = '' "
+                "WHERE ordinal = ? AND state = 'leased' AND worker = ?",
+                [(ordinal, worker_of(fence)) for ordinal in ordinals],
+            )
+
+    def _revoke_intents_of(self, fence: Fence | None, ordinals: Iterable[int]) -> None:
+        self._change(
+            f"UPDATE intent SET revoked = 1 WHERE worker = ? AND ordinal {AMONG}",  # noqa: S608 (ours)
+            *(worker_of(fence), json_list(ordinals)),
+        )
+
+    def _end_work_of(self, worker: str) -> None:
+        """Its process is gone: its leases return with a death on each, its intents are revoked."""
+        self._change("UPDATE intent SET revoked = 1 WHERE worker = ?", worker)
+        self._change(
+            "UPDATE prompt SET state = 'pending', worker = '', deaths = deaths + 1 "
+            "WHERE state = 'leased' AND worker = ?",
+            worker,
+        )
+
+    def end_stream(self, fence: Fence | None, op: int | None, ended: bool) -> bool:
+        with self._mutation(fence, op, final=ended) as operation:
+            if operation.repeated:
+                return bool(operation.result)
+            run = self._run()
+            is_open = self._value("SELECT 1 FROM prompt WHERE state != 'failed' LIMIT 1") is not None
+            ends = ended and not is_open and run.next_ordinal >= run.num_prompts
+            if ends == bool(run.closed):
+                operation.cancel()
+            run.closed = int(ends)
+            operation.keep(ends)
+            return ends
+
+    # -- what a commit or a checkpoint does to a prompt ------------------------------------
+
+    def _pass_over(self, ordinal: int) -> None:
+        """From now on the prompt counts as leased once; those before it that never were are pending."""
+        run = self._run()
+        if ordinal >= run.next_ordinal:
+            self._db.executemany(
+                "INSERT INTO prompt (ordinal) VALUES (?)", [(n,) for n in range(run.next_ordinal, ordinal)]
+            )
+            run.next_ordinal = ordinal + 1
+
+    def _finish_prompt(self, ordinal: int | None) -> None:
+        """Its sample is there."""
+        if ordinal is not None:
+            self._pass_over(ordinal)
+            self._change("DELETE FROM prompt WHERE ordinal = ? AND state != 'failed'", ordinal)
+
+    def _reopen_prompt(self, ordinal: int | None) -> None:
+        """Its sample is lost: capture the prompt again, unless it is being captured, or failed."""
+        if ordinal is not None:
+            self._pass_over(ordinal)
+            self._change(
+                "INSERT INTO prompt (ordinal, again) VALUES (?, 1) "
+                "ON CONFLICT (ordinal) DO UPDATE SET again = 1",
+                ordinal,
+            )
+
+    def _settled(self) -> int:
+        """The first place that may still be taken by a sample."""
+        run = self._run()
+        if run.place_order == "arrival":
+            return run.committed
+        first = self._value("SELECT min(ordinal) FROM prompt WHERE state != 'failed' AND NOT again")
+        return run.next_ordinal if first is None else int(first)
+
+    def failed(self, start: int = 0, stop: int | None = None) -> dict[int, str]:
+        rows = self._rows(
+            "SELECT ordinal, reason FROM prompt WHERE state = 'failed' AND ordinal >= ? AND ordinal < ? "
+            "ORDER BY ordinal",
+            *(start, 1 << 62 if stop is None else stop),
+        )
+        return dict(rows)
+
+    def revoked(self) -> list[Intent]:
+        rows = self._rows(
+            "SELECT generation, sample_id, bytes, ordinal, worker, revoked FROM intent WHERE revoked "
+            "ORDER BY generation"
+        )
+        return [Intent(g, i, size, n, worker, bool(gone)) for g, i, size, n, worker, gone in rows]
+
+
+def worker_of(fence: Fence | None) -> str:
+    return "" if fence is None else fence.worker

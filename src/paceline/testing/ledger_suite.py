@@ -1,0 +1,571 @@
+"""What every ledger must do. Subclass it, give `make`, and pytest runs the rest."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from paceline.errors import ConfigError, FencedError, IllegalTransitionError, IntentRevokedError
+from paceline.ledger.ledger import Ledger
+from paceline.ledger.producer_session import ProducerSession, Wanted
+from paceline.ledger.records import (
+    Budget,
+    Intent,
+    Lease,
+    Order,
+    PromptCounts,
+    SourceBlock,
+    State,
+    StepAck,
+    producer_role,
+)
+from paceline.testing.ledger_calls import (
+    RUN_ID,
+    Training,
+    capture,
+    checkpoint_of,
+    consumer_of,
+    id_of,
+    ids_of,
+    plan_of,
+    producer_of,
+    refs_of,
+    trained_step,
+)
+from paceline.testing.samples import sample_ref
+from paceline.types import SampleRef
+
+
+class LedgerSuite(ABC):
+    @abstractmethod
+    def make(self) -> Ledger:
+        """A new, empty ledger that archives as soon as anything is ready."""
+
+    # -- prompts ---------------------------------------------------------------------------
+
+    def test_a_source_is_known_by_its_blocks(self) -> None:
+        """A longer one extends it; one that differs, or leaves a gap, is refused and changes nothing."""
+        producer = producer_of(self.make(), prompts=4)
+        first, second = SourceBlock(0, 4, "4 prompts"), SourceBlock(4, 2, "more")
+        assert producer.extend([first]) == 0
+        assert producer.extend([first, second]) == 2
+        assert producer.extend([SourceBlock(6, 1, "one")]) == 1
+        for other in (SourceBlock(4, 2, "others"), SourceBlock(4, 3, "more"), SourceBlock(9, 1, "a gap")):
+            with pytest.raises(ConfigError, match="not those"):
+                producer.extend([SourceBlock(7, 1, "new"), other])
+        assert producer.snapshot().prompts == PromptCounts(pending=7)
+        assert producer.source_blocks(5) == [second, SourceBlock(6, 1, "one")]
+        assert producer.source_blocks(0, 1) == [first]
+
+    def test_prompts_are_leased_once_in_order(self) -> None:
+        """No two workers hold the same prompt."""
+        ledger = self.make()
+        first, second = producer_of(ledger, "a", prompts=4), producer_of(ledger, "b", prompts=4)
+        assert first.lease(2) == [Lease(0), Lease(1)]
+        assert second.lease(9) == [Lease(2), Lease(3)]
+        assert first.lease(1) == []
+        assert ledger.snapshot().prompts == PromptCounts(leased=4)
+
+    def test_a_lease_can_keep_to_one_group(self) -> None:
+        """Capture groups are whole: a lease does not reach over the end of the first prompt's group."""
+        producer = producer_of(self.make(), prompts=7)
+        producer.lease(1)
+        assert [x.ordinal for x in producer.lease(3, 3)] == [1, 2]
+        assert [x.ordinal for x in producer.lease(3, 3)] == [3, 4, 5]
+
+    def test_a_group_is_one_workers_at_a_time(self) -> None:
+        """While one of its prompts is held nobody else gets another; its holder does."""
+        ledger = self.make()
+        first = producer_of(ledger, prompts=6)
+        second = producer_of(ledger, worker="b")
+        assert [x.ordinal for x in first.lease(2, 3)] == [0, 1]
+        assert second.lease(3, 3) == []
+        first.fail([0], "refused")
+        assert second.lease(3, 3) == []
+        assert [x.ordinal for x in first.lease(3, 3)] == [0, 2]
+        assert [x.ordinal for x in second.lease(3, 3)] == [3, 4, 5]
+
+    def test_failed_prompts_return_until_their_attempts_are_used_up(self) -> None:
+        """A retryable failure requeues; the last one is final and keeps its reason."""
+        producer = producer_of(self.make(), prompts=2, attempt_max=2)
+        producer.lease(2)
+        assert producer.fail([0], "first") == []
+        assert producer.lease(1) == [Lease(0, attempt=1)]
+        assert producer.fail([0], "second") == [0]
+        assert producer.fail([1], "no text", retryable=False) == [1]
+        assert producer.lease(1) == []
+        assert producer.ledger.failed() == {0: "second", 1: "no text"}
+        assert producer.ledger.failed(1, 2) == {1: "no text"}
+
+    def test_only_the_holder_ends_a_lease(self) -> None:
+        """A worker can neither fail nor give back a prompt that another one holds."""
+        ledger = self.make()
+        holder, other = producer_of(ledger, "a"), producer_of(ledger, "b")
+        holder.lease(1)
+        assert other.fail([0], "not mine", retryable=False) == []
+        other.give_back([0])
+        assert ledger.snapshot().prompts.leased == 1
+
+    def test_a_failure_takes_back_the_bytes_that_were_promised_for_it(self) -> None:
+        """So does giving back; the names stay until the bytes are known to be gone."""
+        producer = producer_of(self.make())
+        producer.lease(2)
+        zero, one = refs_of(producer, 0, 1)
+        producer.fail([0], "no")
+        producer.give_back([1])
+        for ref in (zero, one):
+            with pytest.raises(IntentRevokedError):
+                producer.commit([ref])
+        assert producer.revoked() == [(id_of(0), zero.generation), (id_of(1), one.generation)]
+        assert producer.snapshot().usage.reserved_samples == 2
+        producer.swept([zero.generation])
+        assert producer.revoked() == [(id_of(1), one.generation)]
+        [two] = refs_of(producer, 2)
+        producer.swept([two.generation])  # its own, never written
+        assert producer.snapshot().usage.reserved_samples == 1
+
+    # -- the log ---------------------------------------------------------------------------
+
+    def test_the_ordinal_is_the_place(self) -> None:
+        """Whatever is committed first; readers see what is settled, and nothing behind a gap."""
+        ledger = self.make()
+        a, b = producer_of(ledger, "a"), producer_of(ledger, "b")
+        a.lease(2)
+        b.lease(2)
+        b.commit(refs_of(b, 2, 3))
+        assert (ledger.read(0, 9).entries, ledger.read(0, 9).settled) == ((), 0)
+        a.commit(refs_of(a, 1))
+        assert ledger.read(0, 9).settled == 0
+        a.commit(refs_of(a, 0))
+        page = ledger.read(0, 9)
+        assert [(e.place, e.sample_id) for e in page.entries] == list(enumerate(ids_of(0, 1, 2, 3)))
+        assert (page.settled, page.closed) == (4, False)
+        assert [e.place for e in ledger.read(1, 3).entries] == [1, 2]
+
+    def test_a_prompt_that_fails_is_a_hole_for_ever(self) -> None:
+        """Readers pass it; a worker that comes late with its sample commits nothing."""
+        ledger = self.make()
+        slow, quick = producer_of(ledger, "a", prompts=3), producer_of(ledger, "b", prompts=3)
+        slow.lease(1)
+        [late] = refs_of(slow, 0)
+        quick.lease(2)
+        quick.commit(refs_of(quick, 1, 2))
+        assert slow.ledger.read(0, 3).settled == 0
+        quick.evict("a")
+        quick.lease(1)
+        [again] = refs_of(quick, 0)
+        quick.fail([0], "no", retryable=False)
+        assert [e.place for e in ledger.read(0, 3).entries] == [1, 2]
+        assert ledger.read(0, 3).settled == 3
+        with pytest.raises(FencedError):
+            slow.commit([late])
+        with pytest.raises(IntentRevokedError):
+            quick.commit([again])
+        assert quick.commit(refs_of(quick, 0)) == []
+        assert ledger.snapshot().committed == 2
+
+    def test_a_sample_has_one_place_and_a_place_one_sample(self) -> None:
+        """Another prompt's place, a place that is taken, or none at all: refused, nothing is committed."""
+        producer = producer_of(self.make(), prompts=3)
+        producer.lease(2)
+        zero, one = refs_of(producer, 0, 1)
+        producer.commit([zero])
+        [again] = refs_of(producer, 0)
+        for wrong in (
+            replace(one, ordinal=0),
+            replace(one, ordinal=None),
+            replace(one, ordinal=7),
+            replace(again, ordinal=1),
+        ):
+            with pytest.raises(IllegalTransitionError, match="cannot be committed"):
+                producer.commit([wrong])
+        assert producer.snapshot().committed == 1
+
+    def test_arrival_order_is_recorded(self) -> None:
+        """What comes first is first, whatever its ordinal; the order is settled once for the run."""
+        ledger = self.make()
+        producer = ProducerSession(ledger, RUN_ID, order=Order.ARRIVAL)
+        producer.acquire()
+        producer.extend([SourceBlock(0, 3, "3 prompts")])
+        producer.lease(3)
+        producer.commit(refs_of(producer, 2))
+        producer.commit(refs_of(producer, 0))
+        assert [(e.place, e.sample_id) for e in ledger.read(0, 9).entries] == [(0, id_of(2)), (1, id_of(0))]
+        assert ledger.read(0, 9).settled == 2
+        producer.report_lost([id_of(2)])
+        producer.give_back([1])
+        assert [lease.ordinal for lease in producer.lease(3)] == [1, 2]
+        with pytest.raises(ConfigError, match="arrival order"):
+            ProducerSession(ledger, RUN_ID, "b", order=Order.ORDINAL).acquire()
+
+    def test_a_commit_is_idempotent_on_the_sample(self) -> None:
+        """A second one is not fresh and changes nothing."""
+        producer = producer_of(self.make())
+        producer.lease(2)
+        one, two = refs_of(producer, 0, 1), refs_of(producer, 0, 1)
+        assert producer.commit(one[:1]) == one[:1]
+        assert producer.commit([two[0], two[1], two[1]]) == [two[1]]
+        assert producer.commit([]) == []
+        assert producer.find([id_of(0)])[id_of(0)].ref == one[0]
+        assert producer.snapshot().committed == 2
+        assert producer.ownership().present == {id_of(0): one[0].generation, id_of(1): two[1].generation}
+
+    def test_a_ref_survives_the_ledger_unchanged(self) -> None:
+        """Every field of a ref, nested specs included, comes back equal."""
+        producer = producer_of(self.make())
+        producer.lease(1)
+        [ref] = refs_of(producer, 0)
+        producer.commit([ref])
+        [entry] = producer.read(0, 1).entries
+        assert entry.ref == ref
+        assert isinstance(entry.ref, SampleRef)
+        assert entry.ref.feature_specs["hidden_states"].shape == (4, 8)
+
+    def test_tensors_are_refused_and_nothing_is_written(self) -> None:
+        """A tensor anywhere in a batch refuses the whole batch."""
+
+        class Tensor:
+            dtype, shape, device = "float32", (1,), "cpu"
+
+        producer = producer_of(self.make())
+        producer.lease(2)
+        good, bad = refs_of(producer, 0, 1)
+        smuggler = replace(bad, metadata={"deep": [{"er": Tensor()}]})
+        with pytest.raises(TypeError, match="metadata only"):
+            producer.commit([good, smuggler])
+        assert producer.snapshot().committed == 0
+
+    def test_unknown_samples_are_an_answer(self) -> None:
+        """Asking for an unknown id is not an error."""
+        assert self.make().find(["nothing"]) == {}
+
+    def test_the_stream_ends_when_every_prompt_is_settled(self) -> None:
+        """Not before, whoever asks; it opens again with new prompts, or when a producer says so."""
+        ledger = self.make()
+        a, b = producer_of(ledger, "a", prompts=3), producer_of(ledger, "b", prompts=3)
+        capture(a, 0)
+        a.lease(1)
+        assert (a.end_stream(), b.end_stream()) == (False, False)
+        a.commit(refs_of(a, 1))
+        assert b.end_stream() is False
+        capture(b, 2)
+        assert b.end_stream() is True
+        assert ledger.read(0, 9).closed
+        a.reopen_stream()
+        assert not ledger.read(0, 9).closed
+        assert a.end_stream() is True
+        assert a.extend([SourceBlock(3, 1, "one more")]) == 1
+        assert not ledger.read(0, 9).closed
+
+    # -- bytes -----------------------------------------------------------------------------
+
+    def test_bytes_are_promised_before_they_are_written(self) -> None:
+        """An intent counts as occupied, has a generation of its own, and ends with the commit."""
+        ledger = self.make()
+        producer = producer_of(ledger)
+        producer.lease(2)
+        zero, one = refs_of(producer, 0, 1)
+        assert zero.generation != one.generation
+        assert producer.ownership().promised == {zero.generation: id_of(0), one.generation: id_of(1)}
+        usage = ledger.snapshot().usage
+        assert (usage.reserved_samples, usage.reserved_bytes) == (2, 200)
+        producer.commit([zero])
+        assert producer.ownership().promised == {one.generation: id_of(1)}
+        assert producer.ownership().generations == {zero.generation, one.generation}
+        assert producer.ownership().next_generation > one.generation
+
+    def test_the_budget_is_kept_by_all_workers_together(self) -> None:
+        """What does not fit beside what the others hold is not promised, and nothing changes."""
+        ledger = self.make()
+        a, b = producer_of(ledger, "a"), producer_of(ledger, "b")
+        budget = Budget(300, num_samples=3)
+        assert a.reserve([Wanted(0, id_of(0), 100), Wanted(1, id_of(1), 100)], budget) is not None
+        before = ledger.lsn()
+        assert b.reserve([Wanted(2, id_of(2), 101)], budget) is None
+        assert b.reserve([Wanted(2, id_of(2), 1), Wanted(3, id_of(3), 1)], budget) is None
+        assert ledger.lsn() == before
+        assert b.reserve([Wanted(2, id_of(2), 100)], budget) is not None
+
+    def test_an_intent_is_of_one_sample_and_one_worker(self) -> None:
+        """Another sample cannot be committed under it, nor its own by another worker."""
+        ledger = self.make()
+        a, b = producer_of(ledger, "a"), producer_of(ledger, "b")
+        a.lease(2)
+        [ref] = refs_of(a, 0)
+        with pytest.raises(IntentRevokedError):
+            a.commit([replace(sample_ref(1, ordinal=1), generation=ref.generation)])
+        with pytest.raises(IntentRevokedError):
+            b.commit([ref])
+        with pytest.raises(IntentRevokedError):
+            a.commit([sample_ref(1, ordinal=1)])
+        assert ledger.snapshot().committed == 0
+
+    def test_a_revoked_intent_refuses_the_whole_commit(self) -> None:
+        """Its bytes may be deleted by now; nothing of the batch counts, not even what is sound."""
+        producer = producer_of(self.make())
+        producer.lease(2)
+        refs = refs_of(producer, 0, 1)
+        producer.give_back([1])
+        with pytest.raises(IntentRevokedError, match=id_of(1)):
+            producer.commit(refs)
+        assert producer.snapshot().committed == 0
+
+    def test_a_generation_is_never_used_twice(self) -> None:
+        """Also not after it was revoked, or the role taken over, or skipped over."""
+        ledger = self.make()
+        producer = producer_of(ledger)
+        producer.lease(1)
+        [first] = refs_of(producer, 0)
+        producer.give_back([0])
+        producer.swept([first.generation], skip_through=41)
+        producer = producer_of(ledger)
+        [second] = refs_of(producer, 0)
+        assert second.generation == 42
+        producer.swept([], skip_through=7)
+        assert refs_of(producer, 0)[0].generation == 43
+
+    # -- acks and features -----------------------------------------------------------------
+
+    def test_release_waits_for_a_durable_ack(self) -> None:
+        """No feature is given up before a checkpoint covers it."""
+        ledger = self.make()
+        ids = capture(producer_of(ledger), 0, 1, 2)
+        training = Training(consumer_of(ledger))
+        training.step(0, 1)
+        fence = training.consumer.fence
+        assert ledger.releasable(fence, 10) == {}
+        with pytest.raises(IllegalTransitionError, match="durable checkpoint"):
+            ledger.released(fence, 90, ids[:2])
+        training.checkpoint()
+        assert list(ledger.releasable(fence, 10)) == ids[:2]
+        ledger.released(fence, 91, ids[:2])
+        assert ledger.releasable(fence, 10) == {}
+        assert list(ledger.ownership().present) == ids[2:]
+
+    def test_bytes_are_counted_while_features_are_resident(self) -> None:
+        """Commit adds, release subtracts; provisional is the part a checkpoint would free."""
+        ledger = self.make()
+        capture(producer_of(ledger), 0, 1, 2)
+        training = Training(consumer_of(ledger))
+        training.step(0, 1)
+        usage = ledger.snapshot().usage
+        assert (usage.resident_samples, usage.resident_bytes) == (3, 300)
+        assert (usage.provisional_samples, usage.provisional_bytes, usage.waiting_samples) == (2, 200, 1)
+        training.checkpoint()
+        ledger.released(training.consumer.fence, 90, ids_of(0, 1))
+        usage = ledger.snapshot().usage
+        assert (usage.resident_bytes, usage.provisional_bytes, usage.waiting_samples) == (100, 0, 1)
+
+    def test_a_lost_sample_is_captured_again_but_a_durable_one_is_not(self) -> None:
+        """A lost feature is a cache miss; one that durable weights contain is not needed."""
+        ledger = self.make()
+        producer = producer_of(ledger, prompts=2)
+        ids = capture(producer, 0, 1)
+        training = Training(consumer_of(ledger))
+        training.step(0)
+        training.checkpoint()
+        training.consumer.report_lost(ids)
+        assert [record.sample_id for record in producer.lost()] == ids[1:]
+        assert ledger.read(0, 2).settled == 2, "its place stays settled"
+        assert producer.lease(2) == [Lease(1)]
+        [ref] = refs_of(producer, 1)
+        assert producer.commit([ref]) == [ref]
+        assert (producer.lost(), producer.ownership().present[ids[1]]) == ([], ref.generation)
+
+    def test_a_late_retry_of_a_lost_samples_commit_does_not_bring_it_back(self) -> None:
+        """The ref of bytes that were reported lost is not fresh; one of a new generation is."""
+        producer = producer_of(self.make())
+        producer.lease(1)
+        [old] = refs_of(producer, 0)
+        producer.commit([old])
+        producer.report_lost([old.sample_id])
+        assert producer.commit([old]) == []
+        assert [record.sample_id for record in producer.lost()] == [old.sample_id]
+
+    def test_a_lost_sample_that_weights_came_to_contain_is_not_committed_again(self) -> None:
+        """Its bytes were read before they were lost; those captured again would never be freed."""
+        ledger = self.make()
+        producer = producer_of(ledger, prompts=1)
+        capture(producer, 0)
+        training = Training(consumer_of(ledger))
+        training.step(0)
+        producer.report_lost([id_of(0)])
+        producer.lease(1)
+        refs = refs_of(producer, 0)
+        training.checkpoint()
+        assert producer.commit(refs) == []
+        assert (producer.lost(), producer.ownership().generations) == ([], set())
+        assert ledger.snapshot().prompts == PromptCounts(done=1)
+
+    # -- steps -----------------------------------------------------------------------------
+
+    def test_the_first_plan_of_a_step_wins(self) -> None:
+        """A step is planned once; a replay gets the plan on record."""
+        ledger = self.make()
+        capture(producer_of(ledger), 0, 1)
+        consumer = consumer_of(ledger)
+        first = plan_of(1, 0, 1)
+        assert consumer.plan(first).plan == first
+        assert consumer.plan(plan_of(1, 1)).plan == first
+        assert (consumer.step_plan(1), consumer.step_plan(2)) == (first, None)
+
+    def test_a_revised_plan_replaces_the_one_before(self) -> None:
+        """Without the poison; not backwards, and not once the step is acked."""
+        consumer = consumer_of(self.make())
+        first, revised = plan_of(1, 0, 1), plan_of(1, 0, rev=1)
+        consumer.plan(first)
+        assert consumer.plan(revised).plan == revised
+        assert consumer.plan(first).plan == revised
+        assert revised.digest != plan_of(1, 0).digest
+        consumer.ack(1, 1, [])
+        consumer.write_ack()
+        assert consumer.plan(plan_of(1, rev=2)).plan == revised
+
+    def test_steps_are_acked_one_after_another(self) -> None:
+        """An ack that skips, repeats, or names another revision than planned is refused."""
+        ledger = self.make()
+        consumer = consumer_of(ledger)
+        fence = consumer.fence
+        for step in (1, 2):
+            consumer.plan(plan_of(step, step))
+        with pytest.raises(IllegalTransitionError, match="step 2"):
+            ledger.plan(fence, 50, None, StepAck(2, 0, ()))
+        with pytest.raises(IllegalTransitionError, match="revision"):
+            ledger.plan(fence, 51, None, StepAck(1, 1, ()))
+        ledger.plan(fence, 52, None, StepAck(1, 0, ()))
+        assert ledger.snapshot().trained_step == 1
+        with pytest.raises(IllegalTransitionError):
+            ledger.plan(fence, 53, None, StepAck(1, 0, ()))
+        ledger.plan(fence, 54, None, StepAck(2, 0, ()))
+        with pytest.raises(IllegalTransitionError, match="none"):
+            ledger.plan(fence, 55, None, StepAck(3, 0, ()))
+
+    def test_an_ack_goes_with_the_plan_of_the_next_step(self) -> None:
+        """In one transaction: both, or, if either is refused, neither."""
+        ledger = self.make()
+        capture(producer_of(ledger), 0, 1)
+        consumer = consumer_of(ledger)
+        consumer.plan(plan_of(1, 0))
+        with pytest.raises(IllegalTransitionError, match="revision"):
+            ledger.plan(consumer.fence, 50, plan_of(2, 1), StepAck(1, 1, ()))
+        assert (ledger.snapshot().trained_step, ledger.step_plan(2)) == (0, None)
+        before = ledger.lsn()
+        ledger.plan(consumer.fence, 51, plan_of(2, 1), StepAck(1, 0, (id_of(0),)))
+        assert (ledger.snapshot().trained_step, ledger.lsn()) == (1, before + 1)
+        assert ledger.snapshot().usage.waiting_samples == 1
+
+    def test_a_step_is_told_with_its_samples(self) -> None:
+        """For people: by step, by sample, archived or not."""
+        ledger = self.make()
+        capture(producer_of(ledger), 0, 1)
+        training = Training(consumer_of(ledger))
+        one, two = training.step(0, 1, finished=[1]), training.step(0)
+        assert list(ledger.history()) == [one, two]
+        assert list(ledger.history(step=2)) == [two]
+        assert list(ledger.history(sample_id=id_of(1))) == [one]
+
+    # -- facts -----------------------------------------------------------------------------
+
+    def test_facts_are_small_json_values(self) -> None:
+        """Facts are written together and come back as they were."""
+        consumer = consumer_of(self.make())
+        consumer.set_facts({"a": {"b": [1, None, "x"]}, "c": True})
+        consumer.set_facts({"c": False})
+        facts = consumer.facts()
+        assert (facts["a"], facts["c"]) == ({"b": [1, None, "x"]}, False)
+        assert consumer.snapshot().facts == facts
+
+    def test_of_two_that_settle_a_fact_the_first_one_does(self) -> None:
+        """All of it or nothing: two first starts with different configurations, at the same moment."""
+        ledger = self.make()
+        wanted = {"config": (1, 2), "prompts": "a"}
+        assert ledger.set_facts(None, None, wanted, settle=True) == {"config": [1, 2], "prompts": "a"}
+        assert ledger.set_facts(None, None, {"config": 3, "more": 4}, settle=True) == {"config": [1, 2]}
+        assert ledger.facts() == {"config": [1, 2], "prompts": "a"}
+
+    # -- waiting ---------------------------------------------------------------------------
+
+    def test_waiting_ends_with_the_next_change(self) -> None:
+        """A waiter hears of a change that another thread makes."""
+        ledger = self.make()
+        seen, woken = ledger.lsn(), []
+        waiter = threading.Thread(target=lambda: woken.append(ledger.wait(seen, timeout_s=60.0)))
+        waiter.start()
+        ledger.set_facts(None, None, {"x": 1})
+        waiter.join(timeout=60.0)
+        assert woken == [seen + 1]
+
+    def test_waiting_returns_at_once_when_it_is_late(self) -> None:
+        """A change between the look and the wait is not missed."""
+        ledger = self.make()
+        seen = ledger.lsn()
+        ledger.set_facts(None, None, {"x": 1})
+        assert ledger.wait(seen, timeout_s=60.0) == seen + 1
+        assert ledger.wait(seen + 1, timeout_s=0.0) == seen + 1
+
+    def test_close_is_idempotent(self) -> None:
+        """Closing twice is closing."""
+        ledger = self.make()
+        ledger.close()
+        ledger.close()
+
+    # -- the rights of one epoch -----------------------------------------------------------
+
+    def test_an_old_epoch_is_fenced_on_every_change(self) -> None:
+        """A process that was taken over cannot change anything any more."""
+        ledger = self.make()
+        ids = capture(producer_of(ledger), 0)
+        p, c = producer_of(ledger).fence, consumer_of(ledger).fence
+        producer_of(ledger)
+        consumer_of(ledger)
+        before = ledger.lsn()
+        attempts: list[Callable[[], object]] = [
+            lambda: ledger.evict(p, 9, "other"),
+            lambda: ledger.extend(p, 9, [SourceBlock(6, 1, "x")]),
+            lambda: ledger.lease(p, 9, 1),
+            lambda: ledger.fail(p, 9, [0], reason="", attempt_max=None),
+            lambda: ledger.give_back(p, 9, [0]),
+            lambda: ledger.end_stream(p, 9, True),
+            lambda: ledger.reserve(p, 9, [Intent(0, "x", 1, 1)], None),
+            lambda: ledger.commit(p, 9, [sample_ref(9, ordinal=1)]),
+            lambda: ledger.swept(p, 9, [1], 99),
+            lambda: ledger.report_lost(p, 9, ids),
+            lambda: ledger.plan(c, 9, plan_of(1, 0)),
+            lambda: ledger.plan(c, 9, None, StepAck(1, 0, tuple(ids))),
+            lambda: ledger.leave(c, 9, 1),
+            lambda: ledger.head(c, 9, checkpoint_of([trained_step(1, 0)])),
+            lambda: ledger.head(c, 9, checkpoint_of([trained_step(1, 0)]), [trained_step(1, 0)]),
+            lambda: ledger.fall_back(c, 9, 0),
+            lambda: ledger.forget(c, 9, 1),
+            lambda: ledger.quarantine(c, 9, ids, step=1, reason="x"),
+            lambda: ledger.releasable(c, 1),
+            lambda: ledger.released(c, 9, ids),
+            lambda: ledger.report_lost(c, 9, ids),
+            lambda: ledger.compact(c, 9),
+            lambda: ledger.set_facts(c, 9, {"x": 1}),
+            lambda: ledger.set_facts(c, 9, {"x": 1}, settle=True),
+        ]
+        for attempt in attempts:
+            with pytest.raises(FencedError, match="taken over"):
+                attempt()
+        assert ledger.lsn() == before
+        assert ledger.snapshot().committed == 1
+        assert ledger.snapshot().epochs == {producer_role("0"): 3, "consumer": 2}
+
+    def test_every_state_can_be_listed(self) -> None:
+        """By place, at most as many as asked for."""
+        ledger = self.make()
+        producer = producer_of(ledger)
+        ids = capture(producer, 0, 1, 2)
+        consumer = consumer_of(ledger)
+        consumer.quarantine([ids[1]], step=None, reason="poison")
+        producer.report_lost(ids)
+        assert [r.sample_id for r in ledger.samples(State.LOST)] == [ids[0], ids[2]]
+        assert [r.sample_id for r in ledger.samples(State.LOST, 1)] == [ids[0]]
+        [poison] = ledger.samples(State.QUARANTINED)
+        assert (poison.sample_id, poison.reason, poison.step) == (ids[1], "poison", None)
+        assert ledger.samples(State.PRESENT) == []
