@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
+import pytest
 from safetensors.torch import load_file, save_file
 
+from paceline.testing.tiny_families import family_folder
 from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.testing.tiny_run import TinyRun
 
@@ -77,15 +79,7 @@ def test_a_target_binds_only_what_was_captured_from_it(tiny_model: Path, tmp_pat
 
 def test_a_target_that_cannot_be_measured_is_trained_and_said_so(tmp_path: Path) -> None:
     """Before and after; with `unsupported: refuse` nothing is started."""
-    model = make_tiny_folder(tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    weights = load_file(model / "model.safetensors")
-    for layer in range(8):  # the same model as a Qwen2: its projections have biases
-        for name, width in (("q", 32), ("k", 16), ("v", 16)):
-            weights[f"model.layers.{layer}.self_attn.{name}_proj.bias"] = torch.full((width,), 0.01)
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    named = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-    (model / "config.json").write_text(json.dumps({**config, **named}))
+    model = family_folder(tmp_path / "model", "gemma2")
     refusing = TinyRun(tmp_path / "refusing", model)
     refusing.config["evaluation"]["unsupported"] = "refuse"
     refusing = TinyRun(tmp_path / "refusing", model, **refusing.config)
@@ -93,14 +87,70 @@ def test_a_target_that_cannot_be_measured_is_trained_and_said_so(tmp_path: Path)
     assert refused.returncode == 2
     assert "evaluation.unsupported" in refused.stderr
     assert not refusing.directory.exists()
-    run = TinyRun(tmp_path / "skipping", model)
+    run = TinyRun(tmp_path / "skipping", model, features={"budget_mib": 16})
     trained = run.command("train")
     assert trained.returncode == 0, trained.stderr
-    reason = "model_type is 'qwen2', not 'llama'"
+    reason = "model_type is 'gemma2', not 'llama'"
     assert f"the draft will not be measured: {reason}" in trained.stdout
     assert trained.stdout.strip().splitlines()[-1] == (
         f"not measured: {reason} | 40 samples trained | 0 restarts"
     )
+
+
+def config_is_a_list(model: Path) -> None:
+    (model / "config.json").write_text("[]")
+
+
+def quantised(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+
+
+def cut_weights(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def nan_in_the_head(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"][9].fill_(float("nan"))
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def broken_template(model: Path) -> None:
+    (model / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+
+
+def empty_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (config_is_a_list, "holds a list"),
+        (quantised, "quantised (awq)"),
+        (cut_weights, "incomplete"),
+        (nan_in_the_head, "lm_head.weight"),
+        (broken_template, "chat template does not render"),
+        (empty_tokenizer, "holds no tokenizer"),
+    ],
+)
+def test_a_broken_target_ends_the_command_at_once(
+    tiny_model: Path, tmp_path: Path, damage: Callable[[Path], None], reason: str
+) -> None:
+    """One error that names it, nothing started again, nothing trained."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    damage(model)
+    run = TinyRun(tmp_path / "run", model)
+    result = run.command("train")
+    assert result.returncode in (2, 4), result.stderr
+    assert reason in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    if run.directory.exists():
+        known = run.ledger().snapshot()
+        assert all(epoch <= 1 for epoch in known.epochs.values())
+        assert not known.checkpoints
 
 
 def test_held_out_prompts_that_cannot_be_decoded_are_set_aside(tiny_model: Path, tmp_path: Path) -> None:
@@ -119,3 +169,19 @@ def test_held_out_prompts_that_cannot_be_decoded_are_set_aside(tiny_model: Path,
     assert report["prompts"] == report["identical"] == 3
     assert list(report["prompts_set_aside"]) == ["long", "refused"]
     assert "2 of 5 held-out prompts are set aside, the first: long: " in result.stdout
+
+
+def test_held_out_prompts_of_which_none_can_be_decoded(tiny_model: Path, tmp_path: Path) -> None:
+    """Said before the first capture; the draft is trained and not measured, or nothing is captured."""
+    long = json.dumps({"id": "long", "prompt": "wind " * 80}) + "\n"
+    for unsupported, code in (("refuse", 2), ("skip", 0)):
+        run = TinyRun(tmp_path / unsupported, tiny_model)
+        run.config["evaluation"]["unsupported"] = unsupported
+        run = TinyRun(tmp_path / unsupported, tiny_model, **run.config)
+        (run.folder / "heldout.jsonl").write_text(long)
+        result = run.command("train")
+        assert result.returncode == code, result.stderr
+        words = " ".join((result.stdout + result.stderr).split())
+        assert "1 of 1 held-out prompts are set aside, the first: long: " in words
+        assert run.ledger().snapshot().committed == (0 if code else 40)
+    assert "not measured: No held-out prompt can be decoded" in result.stdout

@@ -302,7 +302,12 @@ class Producer:
             estimated_bytes=sealed.num_bytes,
             target_model_version=facts.model_version,
             tokenizer_version=facts.tokenizer_version,
-            metadata={"digest": sealed.digest, "digest_kind": sealed.digest_kind, "rendering": rendering},
+            metadata={
+                "digest": sealed.digest,
+                "digest_kind": sealed.digest_kind,
+                "rendering": rendering,
+                "greedy": self._request(prompt).temperature == 0.0,
+            },
             generation=generation,
             ordinal=prompt.ordinal,
         )

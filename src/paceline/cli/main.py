@@ -24,6 +24,7 @@ from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError, explained
 from paceline.regular_files import kind_of
+from paceline.roles.child import RoleFailedError
 from paceline.roles.plan import RunPlan, plan_run, role_environment
 from paceline.roles.preflight import preflight
 from paceline.roles.process import DEBUG_VARIABLE
@@ -114,9 +115,9 @@ def train(run_file: RunFile) -> None:
         say(out, f"Stopped; nothing is lost. Go on with: paceline train {run_file}")
         raise typer.Exit(INTERRUPTED)
     if plan.evaluation_obstacle:
-        _print_trained(plan)
+        _print_trained(plan, plan.evaluation_obstacle)
     else:
-        _evaluate(run_file, plan.config)
+        _evaluate_if_possible(run_file, plan)
 
 
 @app.command()
@@ -205,6 +206,16 @@ def _evaluate(run_file: Path, config: RunConfig) -> None:
     _print_evaluation(config)
 
 
+def _evaluate_if_possible(run_file: Path, plan: RunPlan) -> None:
+    """What cannot be measured is said, and fails no run that was trained unless the run file asks for it."""
+    try:
+        _evaluate(run_file, plan.config)
+    except RoleFailedError as error:
+        if error.exit_code != ConfigError.exit_code or plan.config.evaluation.unsupported == "refuse":
+            raise
+        _print_trained(plan, error.what)
+
+
 def _run_role(role: str, run_file: Path) -> None:
     machine = load_run_config(run_file).machine
     threads = machine.producer_threads if role == "producer" else machine.consumer_threads
@@ -226,9 +237,9 @@ def _print_evaluation(config: RunConfig) -> None:
         say(out, line)
 
 
-def _print_trained(plan: RunPlan) -> None:
+def _print_trained(plan: RunPlan, why: str) -> None:
     snapshot = take_snapshot(plan.config.run.directory, open_run(plan.config.run.directory))
-    say(out, f"not measured: {plan.evaluation_obstacle} | {trained(snapshot)}")
+    say(out, f"not measured: {why} | {trained(snapshot)}")
 
 
 def _directory(run: Path) -> Path:

@@ -16,6 +16,7 @@ import torch
 
 from paceline.engines.engine import Captured
 from paceline.errors import CaptureMismatchError
+from paceline.target.agreement import count_disagreements
 from paceline.target.head import OutputLayer
 
 TOKENS = "tokens"
@@ -23,10 +24,14 @@ TOKENS = "tokens"
 
 @dataclass(frozen=True)
 class Bounds:
-    """`state`: of a row's difference to its norm. `stray`: the share of rows that may exceed it, because
-    rounding sends a token to another expert. `distribution`: mean total variation."""
+    """`state`: of a row's difference to its norm; `mean`: of its mean. `stray`: the share of rows that may
+    exceed them, because rounding sends a token to another expert. `distribution`: mean total variation.
+
+    Rounding alone gives about 5 %, 2 % on average and 1 % of total variation in bfloat16 (30 layers).
+    """
 
     state: float
+    mean: float
     stray: float
     distribution: float
 
@@ -34,7 +39,8 @@ class Bounds:
     def of(cls, dtype: torch.dtype, head: torch.dtype, *, experts: bool) -> Bounds:
         exact = dtype == torch.float32
         distribution = 1e-3 if exact and head == torch.float32 else 0.05
-        return cls(2e-3 if exact else 0.1, 0.05 if experts else 0.0, distribution)
+        state, mean = (2e-3, 5e-4) if exact else (0.2, 0.06)
+        return cls(state, mean, 0.05 if experts else 0.0, distribution)
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,12 @@ def compare(
         for layer, expected in own.states.items():
             captured = sample.tensors[f"state {layer}"].float()
             worst.setdefault(layer, []).append(_row_errors(captured, expected.float(), family, layer))
-        last = sample.tensors[f"state {max(own.states)}"]
-        _compare_distribution(family, output(last), own.logits.float(), bounds)
+        _compare_distribution(family, output(own.states[max(own.states)]), own.logits.float(), bounds)
     for layer, errors in worst.items():
         rows = torch.cat(errors)
         stray = float((rows > bounds.state).float().mean())
-        if stray > bounds.stray:
+        usual = rows[rows <= bounds.state] if bounds.stray else rows
+        if stray > bounds.stray or not len(usual) or float(usual.mean()) > bounds.mean:
             raise _mismatch(
                 family,
                 f"the states after block {layer} differ from the model's own by up to "
@@ -102,21 +108,13 @@ def compare_tokens(
     """Raise CaptureMismatchError unless greedy answers are what their captured states stand for."""
     for sample, prompt in zip(samples, prompts, strict=True):
         states = sample.tensors[f"state {last}"][prompt - 1 :]
-        logits, tokens = output(states), sample.tensors[TOKENS][prompt:].long()
+        logits, tokens = output(states), sample.tensors[TOKENS][prompt:].to(states.device).long()
         if wrong := count_disagreements(logits, tokens, _eps(states, output)):
             raise _mismatch(
                 family,
                 f"{wrong} of {len(tokens)} tokens of an answer are not those that its captured states "
                 "stand for",
             )
-
-
-def count_disagreements(logits: torch.Tensor, tokens: torch.Tensor, eps: float) -> int:
-    """Tokens [n] that are not the argmax of logits [n, V], ties by rounding of relative size eps aside."""
-    best = logits.amax(-1)
-    given = logits.gather(-1, tokens[:, None]).squeeze(-1)
-    close = best - given <= 8 * eps * best.abs().clamp(min=1.0)
-    return int((~close).sum())
 
 
 def _eps(states: torch.Tensor, output: OutputLayer) -> float:

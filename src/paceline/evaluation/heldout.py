@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from paceline.errors import PacelineError
+from paceline.errors import ConfigError, PacelineError
 from paceline.evaluation.speculative import MAX_DRAFT_TOKENS
-from paceline.target.tokenizer import PromptEncoder
 
 
 @dataclass(frozen=True)
@@ -27,30 +26,52 @@ class HeldOut:
         return f"{len(self.set_aside)} of {total} held-out prompts are set aside, the first: {name}: {reason}"
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a held-out prompt and its answer must fit into. `positions`: None if the target has no limit."""
+
+    vocab_size: int
+    positions: int | None
+    prompt_tokens: int
+    answer_tokens: int
+
+
 def encode_held_out(
-    prompts: Sequence[tuple[str, str]],
-    encoder: PromptEncoder,
-    *,
-    vocab_size: int,
-    positions: int | None,
-    new: int,
+    prompts: Sequence[tuple[str, str]], encode: Callable[[str], Sequence[int]], room: Room
 ) -> HeldOut:
-    """Of (id, text) pairs. `positions`: how many the target has; `new`: the most tokens of an answer."""
+    """Of (id, text) pairs, through `encode`."""
     usable, set_aside = [], {}
     for name, text in prompts:
         try:
-            ids = encoder.encode(text)
+            ids = tuple(encode(text))
         except PacelineError as error:
             set_aside[name] = error.what
             continue
-        foreign = next((token for token in ids if not 0 <= token < vocab_size), None)
-        length = len(ids) + new + MAX_DRAFT_TOKENS
-        if foreign is not None:
-            set_aside[name] = f"it has the token {foreign}, and the target has {vocab_size} tokens"
-        elif positions is not None and length > positions:
-            set_aside[name] = f"with its answer it takes {length} positions, and the target has {positions}"
-        elif not ids:
-            set_aside[name] = "it has no token"
+        if reason := _why_not(ids, room):
+            set_aside[name] = reason
         else:
             usable.append(ids)
     return HeldOut(tuple(usable), set_aside)
+
+
+def _why_not(ids: Sequence[int], room: Room) -> str:
+    foreign = next((token for token in ids if not 0 <= token < room.vocab_size), None)
+    length = len(ids) + room.answer_tokens + MAX_DRAFT_TOKENS
+    if not ids:
+        return "it has no token"
+    if foreign is not None:
+        return f"it has the token {foreign}, and the target has {room.vocab_size} tokens"
+    if len(ids) > room.prompt_tokens:
+        return f"it has {len(ids)} tokens, more than the {room.prompt_tokens} of prompts.max_prompt_tokens"
+    if room.positions is not None and length > room.positions:
+        return f"with its answer it takes {length} positions, and the target has {room.positions}"
+    return ""
+
+
+def refuse_nothing_to_measure(held_out: HeldOut) -> None:
+    if not held_out.prompts:
+        raise ConfigError(
+            f"No held-out prompt can be decoded: {held_out.note}.",
+            why="There is nothing to measure a draft on; what was trained is untouched.",
+            next="change evaluation.prompts or evaluation.max_new_tokens, then run the same command again.",
+        )

@@ -205,8 +205,15 @@ def _verify_sampled(
         assert proposal is not None  # a sampled chain carries its distributions
         spread = torch.zeros_like(wanted[kept]).index_copy_(0, target_ids, proposal)
         if not chooser.accepts(float(wanted[kept, token] / spread[token])):
-            return kept, chooser.draw((wanted[kept] - spread).clamp_min_(0.0))
+            return kept, chooser.draw(_remainder(wanted[kept], spread))
     return len(chain), chooser.draw(wanted[len(chain)])
+
+
+def _remainder(wanted: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """max(p - q, 0), not normalised. Where p and q agree to rounding nothing is left: then p itself, from
+    which the rejected token differs by no more than that."""
+    left = (wanted - spread).clamp_min_(0.0)
+    return left if bool(left.sum() > 0) else wanted
 
 
 def _finished(tokens: list[int], decoding: Decoding) -> bool:

@@ -14,14 +14,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
-from paceline.errors import LedgerError
+from paceline.errors import ConfigError, LedgerError
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.records import Entry, Page, State, StepPlan, TrainedSample, TrainedStep
 from paceline.loader.passes import START, Block, Position, Visit, VisitOrder
 from paceline.loader.recapture import WAIT_S, Recapture
 from paceline.loader.waiting import Waiting
+from paceline.target.version import TargetVersion
 from paceline.types import SampleRef
 
+ARCHIVED = TargetVersion("unknown", "unknown")
 Visits = tuple[Visit[Entry], ...]
 
 
@@ -38,6 +40,7 @@ class LoaderSettings:
     starts: Sequence[int] = (0,)
     idle_timeout_s: float | None = None
     recapture_timeout_s: float = 1800.0
+    target: TargetVersion | None = None  # of all samples that may be planned; None: any
 
     def block(self, number: int) -> range:
         """The places of a block of the log."""
@@ -181,10 +184,29 @@ class StepLoader:
 
     # -- the stream ------------------------------------------------------------------------
 
+    def _whole(self, page: Page, places: range) -> Block[Entry] | None:
+        if page.settled >= places.stop or page.closed:
+            self._refuse_another_target([entry.ref for entry in page.entries])
+            return Block(list(page.entries), ends=page.closed and page.settled <= places.stop)
+        return None
+
+    def _refuse_another_target(self, refs: Sequence[SampleRef]) -> None:
+        target = self._settings.target
+        for ref in refs:
+            version = TargetVersion(ref.target_model_version, ref.tokenizer_version)
+            # An archived ref has forgotten it: its sample is in the weights already.
+            if target is not None and version not in (target, ARCHIVED):
+                raise ConfigError(
+                    f"{ref.sample_id} was captured from another target ({version.model}, tokenizer "
+                    f"{version.tokenizer}) than this consumer has ({target.model}, {target.tokenizer}).",
+                    why="Its states and the distributions to train on would be those of two models.",
+                    next="give producer and consumer the same target.model, or start a new run.",
+                )
+
     def _block_if_there(self, number: int) -> Block[Entry] | None:
         """The block of the log, if every place in it is settled, or the stream has ended."""
         places = self._settings.block(number)
-        return _whole(self._session.read(places.start, places.stop), places)
+        return self._whole(self._session.read(places.start, places.stop), places)
 
     def _read_block(self, number: int) -> Block[Entry] | None:
         """The same, waited for; None if asked to stop, or interrupted, before it is there."""
@@ -194,7 +216,7 @@ class StepLoader:
             while not waiting.should_stop():
                 mark, interrupted = self._session.lsn(), waiting.interrupted
                 page = self._session.read(places.start, places.stop)
-                block = _whole(page, places)
+                block = self._whole(page, places)
                 if block is not None or interrupted:
                     return block
                 if page.settled != settled:
@@ -231,6 +253,7 @@ class StepLoader:
             page = session.read(0, stop)
             missing = count - len(page.entries)
             if not missing or (page.closed and page.settled <= stop):
+                self._refuse_another_target([entry.ref for entry in page.entries])
                 return [entry.ref for entry in page.entries if entry.state != State.QUARANTINED]
             if page.settled >= stop:
                 stop += missing  # as many prompts as failed
@@ -241,12 +264,6 @@ class StepLoader:
                 waiting.begin()
                 session.wait(mark, WAIT_S)
         return None
-
-
-def _whole(page: Page, places: range) -> Block[Entry] | None:
-    if page.settled >= places.stop or page.closed:
-        return Block(list(page.entries), ends=page.closed and page.settled <= places.stop)
-    return None
 
 
 def _plan(step: int, visits: Sequence[Visit[Entry]]) -> StepPlan:

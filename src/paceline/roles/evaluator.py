@@ -7,12 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from paceline.capture.prompt_file import PromptFile
-from paceline.config.run import RunConfig
 from paceline.durable_files import replace_file
-from paceline.errors import ConfigError
 from paceline.evaluation.acceptance import measure_acceptance
-from paceline.evaluation.heldout import HeldOut, encode_held_out
+from paceline.evaluation.heldout import refuse_nothing_to_measure
 from paceline.evaluation.speculative import Decoding
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
@@ -20,6 +17,7 @@ from paceline.ledger.facts import RENDERING_DATE
 from paceline.ledger.stores.sqlite.view import LedgerView
 from paceline.precision import resolve_device, torch_dtype
 from paceline.roles.draft import newest_checkpoint
+from paceline.roles.held_out import held_out_prompts
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
 from paceline.roles.target_binding import refuse_other_target
@@ -46,7 +44,10 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
     ways = [chain] if section.branching == 1 else [tree, chain]
     drafter = method.drafter(draft.to(device), dtype)
     target = LlamaTarget(head, drafter.layers, dtype, device)
-    held_out = _held_out(config, head, date)
+    encoder = PromptEncoder(config.target.model, date=date)
+    positions = head.config.get("max_position_embeddings")
+    held_out = held_out_prompts(config, encoder.encode, head.vocab_size, positions)
+    refuse_nothing_to_measure(held_out)
     reports = measure_acceptance(
         target,
         drafter,
@@ -65,28 +66,6 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
     path = config.run.directory / "evaluation.json"
     replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
     events.write("evaluated", **result)
-
-
-def _held_out(config: RunConfig, head: TargetHead, date: str | None) -> HeldOut:
-    encoder = PromptEncoder(
-        config.target.model, max_prompt_tokens=config.prompts.max_prompt_tokens, date=date
-    )
-    file = PromptFile(config.evaluation.prompts)
-    prompts = [prompt for prompt in file.read(0, file.size) if not prompt.broken]
-    held_out = encode_held_out(
-        [(prompt.prompt_id, prompt.text) for prompt in prompts[: config.evaluation.max_prompts]],
-        encoder,
-        vocab_size=head.vocab_size,
-        positions=head.config.get("max_position_embeddings"),
-        new=config.evaluation.max_new_tokens,
-    )
-    if not held_out.prompts:
-        raise ConfigError(
-            f"No held-out prompt can be decoded: {held_out.note}.",
-            why="There is nothing to measure the draft on; it is trained and untouched.",
-            next="change evaluation.prompts or evaluation.max_new_tokens, then run the same command again.",
-        )
-    return held_out
 
 
 if __name__ == "__main__":

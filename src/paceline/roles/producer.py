@@ -14,6 +14,7 @@ from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.binding import bind_date, bind_run
 from paceline.roles.feature_folder import take_folder
+from paceline.roles.held_out import look_at_held_out
 from paceline.roles.plan import RunPlan, window_size
 from paceline.roles.process import run_role
 from paceline.roles.target_binding import TARGET_NUMERICS, bind_numerics, bind_target, refuse_changed
@@ -37,6 +38,10 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     numerics = {"dtype": engine.facts.dtype, "device": engine.facts.device}
     bind_numerics(ledger, config, "producer", TARGET_NUMERICS, numerics)
     events.write("engine_ready", dtype=engine.facts.dtype, model_version=engine.facts.model_version)
+    if not plan.evaluation_obstacle and not ledger.snapshot().committed:
+        facts = engine.facts
+        if note := look_at_held_out(config, engine.encode, facts.vocab_size, facts.max_positions):
+            events.write("note", message=note)
     features = config.features.build(folder, owner=True)
     _, drive_producer = build_disagg_online_producer(
         run_id=config.run.name,

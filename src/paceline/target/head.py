@@ -9,7 +9,7 @@ Fails with ConfigError before any training: a missing file, name or config value
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
 
 from paceline.errors import ConfigError
+from paceline.target.facts import TargetFacts
 from paceline.target.folder import TensorFiles, eos_token_ids, read_config, read_generation_config
 from paceline.target.layout import LLAMA, PLAIN, HeadLayout, apply_norm, bent, head_layout
 from paceline.target.sizes import sizes_by_library
@@ -81,7 +82,8 @@ class TargetHead:
         """Read the head of the target in `folder`. Raises ConfigError if it is not one we can read."""
         folder = Path(folder)
         config = read_config(folder)
-        layout, files = head_layout(folder, config), TensorFiles(folder)
+        files = TensorFiles(folder)
+        layout = _as_stored(head_layout(folder, config), files)
         wanted = [layout.embedding, layout.norm, layout.lm_head, layout.norm_bias, layout.lm_head_bias]
         tensors = files.read(list(dict.fromkeys(name for name in wanted if name)))
         for name, tensor in tensors.items():
@@ -101,6 +103,13 @@ class TargetHead:
             lm_head_bias=tensors[layout.lm_head_bias] if layout.lm_head_bias else None,
             eos_token_ids=tuple(token for token in ends if token < embedding.shape[0]),
         )
+
+    @property
+    def facts(self) -> TargetFacts:
+        """As far as the head alone tells: of the folder's type and version it knows nothing."""
+        dtype = str(self.embed_tokens.dtype).removeprefix("torch.")
+        sizes = (self.hidden_size, self.num_hidden_layers, self.vocab_size)
+        return TargetFacts(*sizes, dtype, self.eos_token_ids, "unknown", "unknown")
 
     @property
     def hidden_size(self) -> int:
@@ -141,14 +150,28 @@ class TargetHead:
         names += [f"{prefix}mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
         names += [f"{prefix}{name}.weight" for name in ("input_layernorm", "post_attention_layernorm")]
         files = TensorFiles(self.folder) if self.folder else None
-        if files is None or any(name not in files for name in names):
+        other_norms = bool(self.layout.gain_offset) or self.layout.centred
+        if files is None or other_norms or any(name not in files for name in names):
             missing = next((name for name in names if files and name not in files), "a model folder")
+            missing = "plain RMSNorm" if other_norms else missing
             raise ConfigError(
                 f"the target's layer {index} cannot be read as a Llama layer: there is no {missing}",
                 why="its weights are named otherwise (mixture of experts, fused projections, other norms)",
                 next='set method.init to "regression" or "random"',
             )
         return {name.removeprefix(prefix): tensor for name, tensor in files.read(names).items()}
+
+
+def _as_stored(layout: HeadLayout, files: TensorFiles) -> HeadLayout:
+    """With the names of the folder's files, which the library renames for some families as it loads them."""
+
+    def stored(name: str) -> str:
+        others = (name.partition(".")[2], "embed_out.weight" if name == "lm_head.weight" else "")
+        return next((other for other in (name, *others) if other and other in files), name)
+
+    names = ("embedding", "norm", "lm_head", "norm_bias", "lm_head_bias")
+    changed: dict[str, Any] = {name: stored(getattr(layout, name)) for name in names if getattr(layout, name)}
+    return replace(layout, **changed)
 
 
 def _refuse_not_finite(folder: Path, name: str, tensor: torch.Tensor) -> None:

@@ -71,6 +71,7 @@ class SmallRun:
                 group_size=4,
                 max_answer_tokens=6,
                 features=Eagle3Method().features(self.engine.facts),
+                first_round_temperature=1.0,  # its answers are random, never greedy
             ),
             window_size=16,
             metadata_store=pointed(SQLiteLedger(self.db), "ledger"),

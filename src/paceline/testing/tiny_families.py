@@ -77,6 +77,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nemotron": {},
     "glm4": {},
     "exaone4": _WINDOW,
+    "gpt_neox": {},
     "gpt2": {"n_embd": 64, "n_layer": 8, "n_head": 4, "n_positions": 256},
     "bloom": {"n_layer": 8, "n_head": 4},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 8},

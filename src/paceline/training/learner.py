@@ -22,6 +22,9 @@ class Learner(Protocol):
     def num_tokens(self, samples: Sequence[Sample]) -> int:
         """How many tokens of the samples a step counts; summed over all ranks it divides the gradients."""
 
+    def check_greedy(self, samples: Sequence[Sample]) -> None:
+        """Raise CaptureMismatchError unless these samples, answered greedily, are the target's own."""
+
     def build(self, samples: Sequence[Sample]) -> None:
         """Fresh weights from the run's first samples; a pure function of them and the settings.
 

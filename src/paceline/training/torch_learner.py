@@ -16,6 +16,7 @@ from paceline.durable_files import FileContent
 from paceline.errors import TrainingError
 from paceline.methods.method import DraftMethod
 from paceline.precision import resolve_device
+from paceline.target.agreement import refuse_disagreement
 from paceline.target.head import TargetHead
 from paceline.training import tensor_files
 from paceline.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
@@ -38,6 +39,9 @@ class TorchLearner:
     @property
     def ready(self) -> bool:
         return self.draft is not None
+
+    def check_greedy(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        refuse_disagreement(self._head, self._method.features(self._head.facts), samples)
 
     def build(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
         torch.manual_seed(self._settings.seed)

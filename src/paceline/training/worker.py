@@ -96,6 +96,8 @@ class Worker:
 
     def build(self, order: StepOrder) -> None:
         """The first weights, from all samples of the order."""
+        greedy = [ref.sample_id for ref in order.refs if ref.metadata.get("greedy")]
+        self.learner.check_greedy(self._samples(greedy))
         self.learner.build(self._samples([ref.sample_id for ref in order.refs]))
 
     def attempt(self, order: StepOrder, sample_ids: Collection[str]) -> None:

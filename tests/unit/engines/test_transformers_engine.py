@@ -17,10 +17,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from paceline.engines.engine import Captured, CaptureRequest
-from paceline.engines.probe import count_disagreements
 from paceline.engines.transformers import TransformersEngine
 from paceline.errors import CaptureMismatchError, EngineError
 from paceline.precision import CPU, has_bfloat16, torch_dtype
+from paceline.target.agreement import count_disagreements
 from paceline.target.tokenizer import PromptEncoder
 from paceline.testing.engine_suite import capture, requests
 from paceline.testing.tiny_folder import make_tiny_folder

@@ -241,7 +241,7 @@ def test_settings_that_do_not_fit_the_target_are_said_as_such(
         raise ConfigError("draft_vocab_size=8192 does not fit 61 tokens", next="set it to 61")
 
     run = captured(tmp_path)
-    monkeypatch.setattr(Eagle3Method, "build_draft", refuse)
+    monkeypatch.setattr(Eagle3Method, "build", refuse)
     trainer, loader = run.consumer()
     with pytest.raises(ConfigError, match="does not fit 61 tokens"):
         trainer.fit(loader)
