@@ -32,16 +32,16 @@ if where == "engine":
 if where == "trainer":
     from paceline.methods.eagle3 import method
     from paceline.testing.synthetic import synthetic_sample
-    from paceline.loader.loader import StepLoader
-    real_fetch, real_collate = StepLoader.fetch, method.Eagle3Method.collate
+    from paceline.training.worker import Worker
+    real_fetch, real_collate = Worker.fetch, method.Eagle3Method.collate
     poison = []
-    def fetch(self, refs):
-        current, samples = real_fetch(self, refs)
-        poison.extend(id(s) for r, s in zip(current, samples) if r.sample_id in deadly)
-        return current, samples
+    def fetch(self, order):
+        answer = real_fetch(self, order)
+        poison.extend(id(sample) for i, (_, sample) in self._held.items() if i in deadly)
+        return answer
     def collate(self, samples, device):
         return die() if any(id(s) in poison for s in samples) else real_collate(self, samples, device)
-    StepLoader.fetch, method.Eagle3Method.collate = fetch, collate
+    Worker.fetch, method.Eagle3Method.collate = fetch, collate
 if where == "engine":
     # The producer alone: in one process its deaths would be laid to the consumer's samples, too.
     run.producer()[1]()
