@@ -81,7 +81,8 @@ class PlannedStep:
 
     @property
     def sample_ids(self) -> list[str]:
-        return [visit.item.sample_id for visit in self.visits]
+        """Each once: with several passes a sample may come twice in a step."""
+        return list(dict.fromkeys(visit.item.sample_id for visit in self.visits))
 
     @property
     def finished(self) -> list[SampleRef]:

@@ -55,10 +55,10 @@ class Fetching:
         return None
 
     def _hold(self, step: int, rev: int, refs: Sequence[SampleRef]) -> dict[str, SampleRef]:
-        """The refs, by sample id, under which the ranks hold the samples."""
+        """The refs, by sample id, under which the ranks hold the samples. One may come twice in a step."""
         current = {ref.sample_id: ref for ref in refs}
         tries: Counter[str] = Counter()
-        while unreadable := self._ranks.fetch(step, rev, list(current.values())):
+        while unreadable := self._ranks.fetch(step, rev, [current[ref.sample_id] for ref in refs]):
             for sample_id, why in unreadable.items():
                 tries[sample_id] += 1
                 if why.is_elsewhere and tries[sample_id] > ELSEWHERE_MAX:

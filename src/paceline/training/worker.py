@@ -8,7 +8,7 @@ knows no ledger, and no torch either: its weights are the learner's (learner.py)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -81,7 +81,7 @@ class Worker:
                     unreadable[sample_id] = Unreadable(error.what)
         if unreadable:
             return Fetched(0, unreadable)
-        return Fetched(self.learner.num_tokens(self._samples(wanted)))
+        return Fetched(self.learner.num_tokens(self._samples(order.mine)))
 
     def read_ahead(self, refs: Sequence[SampleRef]) -> None:
         """These will probably be asked for next."""
@@ -89,21 +89,20 @@ class Worker:
 
     def step(self, order: StepOrder, num_tokens: int) -> dict[str, Any]:
         """Train the slice; `num_tokens` is the count of the whole step. Figures for the event log."""
-        samples = self._samples([ref.sample_id for ref in order.mine])
+        samples = self._samples(order.mine)
         figures = self.learner.step(order.step, samples, num_tokens)
         self._trained_well = samples[:1]
         return figures
 
     def build(self, order: StepOrder) -> None:
         """The first weights, from all samples of the order."""
-        greedy = [ref.sample_id for ref in order.refs if ref.metadata.get("greedy")]
-        self.learner.check_greedy(self._samples(greedy))
-        self.learner.build(self._samples([ref.sample_id for ref in order.refs]))
+        self.learner.check_greedy(self._samples([ref for ref in order.refs if ref.metadata.get("greedy")]))
+        self.learner.build(self._samples(order.refs))
 
     def attempt(self, order: StepOrder, sample_ids: Collection[str]) -> None:
         """Train those of these samples that this rank holds, without a trace."""
-        chosen = [ref.sample_id for ref in order.refs if ref.sample_id in sample_ids]
-        samples = self._samples([i for i in chosen if i in self._held])
+        mine = {ref.sample_id: ref for ref in order.mine if ref.sample_id in sample_ids}
+        samples = self._samples(mine.values())
         if order.step == FIRST_WEIGHTS:
             self.learner.build(samples)
         elif samples:
@@ -117,8 +116,8 @@ class Worker:
             self.learner.attempt(self._trained_well)
         return bool(self._trained_well)
 
-    def _samples(self, sample_ids: Collection[str]) -> list[Sample]:
-        return [self._held[sample_id][1] for sample_id in sample_ids]
+    def _samples(self, refs: Iterable[SampleRef]) -> list[Sample]:
+        return [self._held[ref.sample_id][1] for ref in refs]
 
 
 class Ranks:

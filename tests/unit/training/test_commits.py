@@ -12,7 +12,14 @@ import pytest
 from paceline import crashpoints
 from paceline.errors import CheckpointError
 from paceline.fsck.checker import check
-from paceline.testing.light_run import LightRun, RunShape, build_consumer, head_of, uninterrupted
+from paceline.testing.light_run import (
+    LightRun,
+    RunShape,
+    build_consumer,
+    expected_steps,
+    head_of,
+    uninterrupted,
+)
 
 SHAPE = RunShape(prompts=18, group=3, batch=3, passes=1, interval=2)
 WAIT_S = 60.0
@@ -115,3 +122,12 @@ def raise_at(point: str, turn: int) -> Any:
                 raise InterruptedError
 
     return watch
+
+
+@pytest.mark.parametrize(("group", "batch"), [(2, 4), (2, 3), (3, 4), (4, 4)])
+def test_every_visit_is_trained_also_two_of_one_sample_in_one_step(
+    tmp_path: Path, group: int, batch: int
+) -> None:
+    """A sample's passes may meet in a step; the steps are those that passes.py says, visit for visit."""
+    shape = RunShape(prompts=7, group=group, batch=batch, passes=2)
+    assert uninterrupted(shape, tmp_path).trained == expected_steps(shape)
