@@ -113,16 +113,21 @@ class Isolation:
 
     def _prove_the_place(self, name: str, culprits: dict[str, str]) -> None:
         """Raise TrainingError, and convict no sample, if weights, target or machine may be at fault."""
-        what = f"The trial {name} fails with each of its {len(culprits)} samples"
+        count = len(culprits)
+        what = f"The trial {name} fails with " + (
+            f"each of its {count} samples" if count > 1 else "its one sample"
+        )
         reason = next(iter(culprits.values()))
         if not self._coordinator.begin_probe():
-            raise _place_is_at_fault(what, reason, "processes die in a step on a harmless sample, too")
+            raise _place_is_at_fault(what, reason, "and processes die in a step on a harmless one, too")
         try:
             trained_before = self._ranks.probe()
         except FAILURES as error:
             self._coordinator.end_probe()
             _raise_unless_a_sample_may_cause(error, "A step on a harmless sample")
-            raise _place_is_at_fault(what, reason, f"so does a harmless one: {error}") from error
+            told = getattr(error, "what", str(error)) or type(error).__name__
+            advice = getattr(error, "next", "")
+            raise _place_is_at_fault(what, reason, f"and so does a harmless one: {told}", advice) from error
         self._coordinator.end_probe()
         if len(culprits) > 1 and not trained_before:
             raise _place_is_at_fault(what, reason, "and no sample has been trained since this start")
@@ -142,10 +147,11 @@ def _raise_unless_a_sample_may_cause(error: Exception, what: str) -> None:
         ) from error
 
 
-def _place_is_at_fault(what: str, reason: str, proof: str) -> TrainingError:
+def _place_is_at_fault(what: str, reason: str, proof: str, advice: str = "") -> TrainingError:
     return TrainingError(
-        f"{what} ({reason}), {proof}.",
+        f"{what} ({reason.rstrip('.')}), {proof.rstrip('.')}.",
         why="So the weights, the target or the machine are at fault, and no sample was quarantined.",
-        next="if the message names the target, mend it; if the weights diverged, lower "
-        "training.learning_rate in a new run; else look at the machine and run the same command again.",
+        next=advice
+        or "if the weights diverged, lower training.learning_rate in a new run; else look at the machine and "
+        "run the same command again.",
     )

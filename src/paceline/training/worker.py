@@ -110,11 +110,16 @@ class Worker:
 
     def probe(self, order: StepOrder) -> bool:
         """Raise if weights or machine train nothing at all; whether a real sample has shown that they do."""
+        for sample in self._trained_well:
+            try:
+                self.learner.attempt([sample])
+            except Exception:
+                self.learner.probe(sample)  # it may know what is broken
+                raise
+            return True
         for ref in order.mine[:1]:
             self.learner.probe(self._held[ref.sample_id][1])
-        if self._trained_well:
-            self.learner.attempt(self._trained_well)
-        return bool(self._trained_well)
+        return False
 
     def _samples(self, refs: Iterable[SampleRef]) -> list[Sample]:
         return [self._held[ref.sample_id][1] for ref in refs]

@@ -153,6 +153,27 @@ def test_no_more_than_so_many_samples_in_a_row_are_quarantined(tmp_path: Path) -
     assert set(quarantined(run)) == run.engine.bad
 
 
+class OtherWidth(SyntheticEngine):
+    """One prompt's states have half the width."""
+
+    def capture(self, group: Sequence[CaptureRequest], features: Sequence[Feature]) -> list[Captured]:
+        samples = super().capture(group, features)
+        for sample in samples:
+            if sample.sample_id == "small:5":
+                states = sample.tensors["aux_hidden_states"]
+                sample.tensors["aux_hidden_states"] = states[:, ::2].contiguous()
+        return samples
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_one_sample_of_another_shape_is_quarantined_alone(tmp_path: Path, batch_size: int) -> None:
+    """What trained before shows that the place is sound; a sample of the culprit's shape shows nothing."""
+    run = SmallRun(tmp_path, batch_size=batch_size)
+    run.engine = OtherWidth()
+    run.run()
+    assert list(quarantined(run)) == ["small:5"]
+
+
 def test_a_sample_that_trains_ends_the_row(tmp_path: Path) -> None:
     """Bad samples among good ones are quarantined however many there are."""
     run = SmallRun(tmp_path, batch_size=1, quarantine_max_in_a_row=1)
