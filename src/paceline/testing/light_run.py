@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -215,13 +216,11 @@ class LightRun:
             known = {record.name for record in ledger.snapshot().checkpoints}
             report("found", orphan_checkpoints=len(self.checkpoint_names() - known))
             features = self.open_features(owner=False)
-            executor = ThreadPoolExecutor(2) if self.shape.threads else None
-            trainer, loader = build_consumer(
-                self.shape, ledger, features, self.checkpoints, executor=executor, report=report
-            )
-            step = trainer.fit(loader)
-            if executor is not None:
-                executor.shutdown()
+            with ThreadPoolExecutor(2) if self.shape.threads else nullcontext() as executor:
+                trainer, loader = build_consumer(
+                    self.shape, ledger, features, self.checkpoints, executor=executor, report=report
+                )
+                step = trainer.fit(loader)
             if loader.exhausted and ledger.snapshot().usage.waiting_samples == 0:
                 trainer.session.set_facts({COMPLETED_STEP: step})
         ledger.close()

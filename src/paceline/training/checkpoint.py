@@ -109,20 +109,27 @@ class CheckpointFolder:
         """
         files = checkpoint.files
         fill = fill or (lambda aside: [aside.put(name, content) for name, content in files.items()])
-        prefix = f"step-{checkpoint.step:08d}-{checkpoint.epoch:06d}"
-        aside = Aside(self.folder / f"{prefix}-{uuid.uuid4().hex[:8]}.new")  # the name of no earlier attempt
+        aside: Aside | None = None
         try:
-            aside.path.mkdir(mode=0o700)
-            return self._finish(aside, checkpoint, fill(aside))
+            aside = self.begin(checkpoint)
+            return self.finish(aside, checkpoint, fill(aside))
         except OSError as error:
-            shutil.rmtree(aside.path, ignore_errors=True)
+            if aside is not None:
+                shutil.rmtree(aside.path, ignore_errors=True)
             raise CheckpointError(
                 f"The checkpoint of step {checkpoint.step} could not be written to {self.folder} ({error}).",
                 why="The checkpoint before it is untouched, and no feature it does not cover was freed.",
                 next="free space on that disk and run the same command again.",
             ) from error
 
-    def _finish(self, aside: Aside, checkpoint: Checkpoint, entries: Iterable[FileEntry]) -> CheckpointRecord:
+    def begin(self, checkpoint: Checkpoint) -> Aside:
+        """A new folder aside, for every rank to put its files in. Raises OSError."""
+        prefix = f"step-{checkpoint.step:08d}-{checkpoint.epoch:06d}"
+        aside = Aside(self.folder / f"{prefix}-{uuid.uuid4().hex[:8]}.new")  # the name of no earlier attempt
+        aside.path.mkdir(mode=0o700)
+        return aside
+
+    def finish(self, aside: Aside, checkpoint: Checkpoint, entries: Iterable[FileEntry]) -> CheckpointRecord:
         """The manifest last, and then the name. Raises OSError."""
         data = self._manifest(checkpoint, entries)
         durable_files.write_file(aside.path / MANIFEST, data)
