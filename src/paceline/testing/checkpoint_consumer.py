@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,8 @@ class Consumer:
         found = find_checkpoint(Noted(self), self.folder, self.fence.epoch - 1, report)  # type: ignore[arg-type]
         self.head = None
         if found is not None:
-            self.head, checkpoint = found
+            self.head, on_disk = found
+            checkpoint = replace(on_disk, files=dict(on_disk.files))  # to be compared with other images
             assert checkpoint in self.attempted, f"{self.head.name} holds what nobody wrote"
             self.written[self.head] = checkpoint
         self._sweep()
