@@ -150,11 +150,11 @@ def test_leases_of_a_call_that_failed_return_with_the_next(
     def fail_once(group: Any, features: Any) -> Any:
         calls.append(group)
         if len(calls) == 2:
-            raise MemoryError
+            raise Killed
         return real(group, features)
 
     monkeypatch.setattr(run.engine, "capture", fail_once)
-    with pytest.raises(MemoryError):
+    with pytest.raises(Killed):
         drive()
     assert not SQLiteMetadataStore(run.db).snapshot().closed
     drive()
