@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from paceline.config.load import load_run_config
+from paceline.ledger.gate import live_holder
 from paceline.telemetry import read_events
 from paceline.testing.tiny_run import TinyRun
 
@@ -184,6 +188,65 @@ def test_a_second_trainer_is_refused_and_disturbs_nothing(tiny_model: Path, tmp_
         assert run.command("produce").returncode == 0
         assert first.wait(timeout=120) == 0
     assert run.ledger().facts()["completed_step"] == 10
+
+
+ODD = "a 'b' \"c\" ü 漢 🚲 $x -- " + "long " * 30  # a folder's name
+
+
+def test_odd_surroundings_change_no_bit_and_a_second_start_is_refused(
+    finished: TinyRun, tmp_path: Path
+) -> None:
+    """No environment, no locale, no stdin, asserts off, private files, an odd folder behind a link."""
+    (tmp_path / "there" / ODD).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "there" / ODD)
+    odd = TinyRun(
+        tmp_path / "link",
+        Path(finished.config["target"]["model"]),
+        run={"name": finished.config["run"]["name"]},
+    )
+    environment = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), "LC_ALL": "C", "PYTHONOPTIMIZE": "2"}
+    script = 'umask 077; exec "$@" <&-'
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["/bin/sh", "-c", script, "sh", *odd.arguments("train")],
+            env=environment,
+            cwd="/",
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    with start() as first:
+        _wait_until(lambda: live_holder(odd.directory, "supervisor") is not None)
+        with start() as second:
+            _, said = second.communicate()
+        assert second.returncode == 3, said
+        assert "is already running (process" in said
+        out, err = first.communicate()
+    assert first.returncode == 0, err
+    assert "40 samples trained | 0 restarts" in out
+    weights = finished.final_weights()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in odd.final_weights().items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_end_of_the_command_while_it_measures_does_not_keep_the_next_one_out(
+    finished: TinyRun, number: signal.Signals
+) -> None:
+    """The evaluator ends with its supervisor; the same command again measures from the start."""
+    events = finished.directory / "events" / "evaluator.jsonl"
+    events.unlink(missing_ok=True)
+    with finished.start("train") as command:
+        _wait_until(lambda: any(event["event"] == "role_started" for event in read_events(events)))
+        [pid] = [event["pid"] for event in read_events(events) if event["event"] == "role_started"]
+        command.send_signal(number)
+        command.communicate()
+    assert command.returncode == (-9 if number == signal.SIGKILL else 130)
+    again = finished.command("train")
+    assert again.returncode == 0, again.stderr
+    assert live_holder(finished.directory, "evaluator") is None
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_full_shared_memory_loses_nothing(tiny_model: Path, tmp_path: Path) -> None:

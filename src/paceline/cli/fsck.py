@@ -58,6 +58,12 @@ def fsck_directory(console: Console, directory: Path) -> int:
 
 def _advice(directory: Path, report: Report) -> str:
     if all(error.startswith("C5 ") for error in report.errors):
+        if not report.is_resumable and report.newer:
+            return (
+                "The ledger is older than its checkpoints: those that it knows are gone, and newer ones lie "
+                f"there ({', '.join(report.newer)}). Put back the ledger that belongs to them (ledger.db, "
+                "and ledger.db-wal if there is one), or start a new run."
+            )
         if not report.is_resumable:
             return (
                 "The ledger is sound, but no checkpoint is whole, and `paceline train` does not start over, "

@@ -142,6 +142,12 @@ def describe(console: Console, s: RunSnapshot) -> None:
     for name, value in rows.items():
         table.add_row(name, plain(value))
     console.print(table)
+    if s.newer_checkpoints and not s.is_live:
+        say(
+            console,
+            f"checkpoints of later steps than the ledger knows: {', '.join(s.newer_checkpoints)}. The next "
+            "start adopts those that continue the head; if it refuses, the ledger is an older copy.",
+        )
     for reason in s.failed_prompts.values():
         say(console, f"failed prompt {reason}")
     for sample_id, reason in s.quarantined.items():

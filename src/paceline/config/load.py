@@ -48,6 +48,13 @@ def load_run_config(path: Path) -> RunConfig:
         ) from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds no sections.", next="start from a copy of recipes/smollm2-cpu.yaml.")
+    for section, values in data.items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, str) and "\0" in value:
+                raise ConfigError(
+                    f"{path}: {section}.{key} holds NUL, which no path and no name can.",
+                    next=f"mend {path} and run it again.",
+                )
     return parse_run_config(data, source=str(path))
 
 

@@ -188,8 +188,11 @@ def check_folders(ledger: Ledger, folder: Path, report: Report) -> None:
     report.is_resumable = not damaged or damaged < len(ledger.checkpoints)
     recorded = {record[1] for record in ledger.checkpoints}
     there = {path.name for path in folder.glob("step-*")} if folder.is_dir() else set()
-    if there - recorded:
-        names = sorted(there - recorded)
+    report.newer = sorted(name for name in there - recorded if _is_newer(name, ledger.head))
+    if report.newer:
+        report.note(f"checkpoints of later steps than the head's, {ledger.head}", report.newer)
+    if there - recorded - set(report.newer):
+        names = sorted(there - recorded - set(report.newer))
         report.note("folders of no recorded checkpoint, unfinished or swept at the next start", names)
 
 
@@ -198,6 +201,12 @@ def _with_the_one_before(records: list[Any]) -> Iterator[tuple[Any, tuple[int, s
     for record in records:
         yield record, before
         before = record[0], record[1]
+
+
+def _is_newer(name: str, head: int) -> bool:
+    """Whether the folder has the name of a whole checkpoint of a later step."""
+    step = name.split("-")[1]
+    return "." not in name and step.isdecimal() and int(step) > head
 
 
 def _problems(

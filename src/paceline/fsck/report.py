@@ -25,14 +25,15 @@ SHOWN = 5  # ids in one line
 class Report:
     """`errors` break the promise, and each begins with its rule; `notes` are harmless; `counts` say how
     much was looked at; `unchecked` says why nothing was, if the ledger is of another version; `forbidden`
-    what this user may not read; `is_resumable`: whether a recorded checkpoint is whole, or none was recorded
-    yet."""
+    what this user may not read; `newer`: checkpoints of later steps than the ledger knows; `is_resumable`:
+    whether a recorded checkpoint is whole, or none was recorded yet."""
 
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     unchecked: str = ""
     forbidden: str = ""
+    newer: list[str] = field(default_factory=list)
     is_resumable: bool = True
 
     def error(self, rule: str, what: str, ids: Iterable[Any] = ()) -> None:

@@ -125,6 +125,7 @@ def role_environment(threads: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONOPTIMIZE": "",  # 2 takes docstrings away, and transformers loads no model without them
     }
 
 

@@ -44,6 +44,7 @@ class RunSnapshot:
     last_group: dict[str, float]
     blocked_s: dict[str, float]
     evaluation: dict[str, Any]
+    newer_checkpoints: list[str]  # of later steps than the ledger knows
 
     @property
     def run_id(self) -> str:
@@ -99,8 +100,9 @@ def making_sense(directory: Path) -> Iterator[None]:
 def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
     events = {role: read_events(directory / "events" / f"{role}.jsonl") for role in ROLES}
     step, group = _last_step(events["consumer"]), _last(events["producer"], "group")
+    now = ledger.snapshot()
     return RunSnapshot(
-        ledger=ledger.snapshot(),
+        ledger=now,
         quarantined={record.sample_id: record.reason for record in ledger.samples(State.QUARANTINED)},
         failed_prompts=ledger.failed(),
         live={role: live_holder(directory, role) for role in ROLES},
@@ -108,6 +110,7 @@ def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
         last_group=group,
         blocked_s={role: _blocked_s(events[role]) for role in ROLES},
         evaluation=_evaluation(directory / "evaluation.json"),
+        newer_checkpoints=_newer(directory / "checkpoints", -1 if now.head is None else now.head.step),
     )
 
 
@@ -134,6 +137,16 @@ def _last_step(events: list[dict[str, Any]]) -> dict[str, float]:
         newest = [figures[ESTIMATE] for figures in found[-STEPS_OF_ESTIMATE:] if ESTIMATE in figures]
         last[ESTIMATE] = sum(newest) / len(newest)
     return last
+
+
+def _newer(folder: Path, head: int) -> list[str]:
+    """Names of whole checkpoints of later steps; a live run has one of them for a moment."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError:
+        return []
+    steps = {name: name.split("-")[1] for name in names if name.startswith("step-") and "." not in name}
+    return [name for name, step in steps.items() if step.isdecimal() and int(step) > head]
 
 
 def _evaluation(path: Path) -> dict[str, Any]:

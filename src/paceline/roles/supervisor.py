@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from paceline.config.run import RunConfig
 from paceline.errors import LedgerError, PacelineError
 from paceline.ledger.facts import COMPLETED_STEP
+from paceline.ledger.locks import RoleLock
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.binding import bind_run
 from paceline.roles.child import GRACE_S, Child, RoleFailedError, end_orphan
@@ -84,9 +86,13 @@ class Supervisor:
     def run(self) -> bool:
         """Supervise until training is complete (True) or the user stopped it (False).
 
-        Raises the failed role's error, after the other role was stopped at a safe point.
+        Raises the failed role's error, after the other role was stopped at a safe point; RunBusyError,
+        before anything is started, if another supervisor has the run.
         """
-        with self._signals:
+        with ExitStack() as held:
+            held.callback(self._store.close)
+            held.callback(RoleLock(self._config.run.directory, "supervisor").release)
+            held.enter_context(self._signals)
             try:
                 for role in ("producer", "consumer"):
                     end_orphan(self._config.run.directory, role, lambda: self._signals.count > 0)
@@ -100,7 +106,6 @@ class Supervisor:
                 return self._watch()
             finally:
                 self._stop_all()
-                self._store.close()
 
     def _watch(self) -> bool:
         while True:

@@ -38,7 +38,7 @@ def told(*arguments: object) -> tuple[int, str]:
     """Exit code and output; anything but an answer or an error of ours fails the test."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert isinstance(result.exception, SystemExit | None), result.exception
-    assert "does not know" not in result.output, result.output
+    assert "an error that it does not know" not in result.output, result.output
     return result.exit_code, result.output
 
 
@@ -247,6 +247,27 @@ def test_only_debug_shows_a_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in plainly.stderr
     assert "Traceback" in debug.stderr
     assert debug.stderr.endswith(plainly.stderr)
+
+
+def test_an_older_ledger_is_told_from_damaged_checkpoints(tmp_path: Path) -> None:
+    """Newer checkpoints lie there whole: it is the ledger that must be restored."""
+    run = RunByHand(tmp_path)
+    run.train(run.capture(2))
+    run.checkpoint(keep=1)
+    shutil.copy(tmp_path / "ledger.db", tmp_path / "backup.db")
+    shutil.copy(tmp_path / "ledger.db-wal", tmp_path / "backup.db-wal")
+    for _ in range(2):
+        run.train(run.capture(2))
+        run.checkpoint(keep=1)
+    run.store.close()
+    [newest] = (tmp_path / "checkpoints").iterdir()
+    for suffix in ("", "-wal"):
+        (tmp_path / f"backup.db{suffix}").rename(tmp_path / f"ledger.db{suffix}")
+    code, output = told("fsck", tmp_path)
+    assert code == 9
+    assert "older than its checkpoints" in output
+    assert output.count(newest.name) >= 2
+    assert f"of later steps than the ledger knows: {newest.name}" in told("status", tmp_path)[1]
 
 
 def without_privileges(*arguments: str) -> subprocess.CompletedProcess[str]:

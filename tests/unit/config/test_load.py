@@ -166,6 +166,14 @@ def test_a_hostile_file_is_refused_at_once(tmp_path: Path, text: str) -> None:
         load_run_config(tmp_path / "run.yaml")
 
 
+def test_a_path_with_nul_is_named(tmp_path: Path) -> None:
+    """No system call takes it, and the first one that is given it would fail with no word of where."""
+    text = yaml.safe_dump(with_values(run={"directory": "a\0b"}))
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.directory holds NUL"):
+        load_run_config(tmp_path / "run.yaml")
+
+
 def test_a_number_of_very_many_digits_is_named_as_one(tmp_path: Path) -> None:
     """Python refuses to write it into a message."""
     (tmp_path / "run.yaml").write_text(
