@@ -43,10 +43,20 @@ sys.exit(run_role("producer", Path(sys.argv[1]), work))
 """
 
 
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 8,
+    "vocab_size": 61,
+}
+
+
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
     for name in ("train", "heldout"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
     config = {
