@@ -18,7 +18,7 @@ from paceline.evaluation.settings import EvaluationSection
 from paceline.features.settings import FeaturesSection
 from paceline.ledger.settings import LedgerSection
 from paceline.methods.settings import MethodSection
-from paceline.section import Count, Section
+from paceline.section import Section
 from paceline.target.settings import TargetSection
 from paceline.training.settings import CheckpointSection, TrainingSection
 
@@ -30,12 +30,15 @@ class RunSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
+Threads = Annotated[int, Field(ge=1, le=4096)]
+
+
 class MachineSection(Section):
     """Threads of each role. The consumer's decide the bits of the weights, so they cannot change."""
 
     changeable: ClassVar[tuple[str, ...]] = ("restarts_max",)
-    producer_threads: Count = 1
-    consumer_threads: Count = 1
+    producer_threads: Threads = 1
+    consumer_threads: Threads = 1
     restarts_max: Annotated[int, Field(ge=0)] = 10
 
 

@@ -55,6 +55,7 @@ def test_every_shipped_recipe_loads() -> None:
         ({"features": {"store": "disk"}}, r"features\.store: There is no feature store 'disk'.*shm"),
         ({"training": {"device": "gpu"}}, "training.device.*cuda: and its number, given 'gpu'"),
         ({"run": {"name": "../up", "directory": "x"}}, "run.name"),
+        ({"machine": {"producer_threads": 10**9}}, "producer_threads.*less than or equal to 4096"),
         ({"machine": {"zzz": 1}}, "known: producer_threads"),
     ],
 )
