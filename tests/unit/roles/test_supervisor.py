@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from paceline.errors import PacelineError
+from paceline.errors import LedgerError, PacelineError
 from paceline.ledger.isolation import Isolation
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.child import RoleFailedError
-from paceline.roles.supervisor import Supervisor
+from paceline.roles.supervisor import Supervisor, _identity
 from paceline.testing.ledger_calls import capture, producer_of
 
 
@@ -111,3 +111,18 @@ def test_the_search_for_a_deadly_sample_is_progress(supervisor: Supervisor) -> N
         with pytest.raises(KeyboardInterrupt):
             Isolation(session, "capture.0", list("abcdefgh")).run(dies)
         supervisor._restart("producer", -9)
+
+
+def test_a_ledger_that_is_removed_or_replaced_stops_the_run(supervisor: Supervisor, tmp_path: Path) -> None:
+    """What the roles recorded from then on would be lost with the file that they have open."""
+    ledger = tmp_path / "ledger.db"
+    ledger.touch()
+    supervisor._config.ledger_path = ledger  # type: ignore[misc]
+    supervisor._ledger = _identity(ledger)
+    supervisor._refuse_another_ledger()
+    ledger.rename(tmp_path / "aside")
+    with pytest.raises(LedgerError, match="removed or replaced"):
+        supervisor._refuse_another_ledger()
+    ledger.touch()
+    with pytest.raises(LedgerError, match="removed or replaced"):
+        supervisor._refuse_another_ledger()
