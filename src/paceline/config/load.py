@@ -36,7 +36,8 @@ def load_run_config(path: Path) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"The run file {path} cannot be read ({why}).", next="paceline train recipes/smollm2-cpu.yaml"
+            f"The run file {path} cannot be read ({why}).",
+            next="give the run file itself, such as recipes/smollm2-cpu.yaml.",
         ) from error
     try:
         _refuse_hostile(yaml.compose(text, yaml.SafeLoader))
