@@ -259,7 +259,7 @@ def test_an_older_ledger_is_told_from_damaged_checkpoints(tmp_path: Path) -> Non
     for _ in range(2):
         run.train(run.capture(2))
         run.checkpoint(keep=1)
-    run.store.close()
+    run.ledger.close()
     [newest] = (tmp_path / "checkpoints").iterdir()
     for suffix in ("", "-wal"):
         (tmp_path / f"backup.db{suffix}").rename(tmp_path / f"ledger.db{suffix}")
