@@ -14,11 +14,18 @@ def newest_checkpoint(config: RunConfig, view: LedgerView, only: Collection[str]
     """The newest valid checkpoint of a run, files of the names in `only`. Raises CheckpointError if it
     has none."""
     folder = CheckpointFolder(config.checkpoint_folder, config.run.name)
+    damaged = ""
     for record in reversed(view.snapshot().checkpoints):
         try:
             return folder.read(record, only)
-        except CheckpointDamagedError:
-            continue  # damaged; the one before it is as good as it was
+        except CheckpointDamagedError as error:
+            damaged = damaged or error.what  # the one before it is as good as it was
+    if damaged:
+        raise CheckpointError(
+            f"The run in {config.run.directory} has no checkpoint that can be read. {damaged}",
+            why="There is no draft to measure.",
+            next=f"paceline fsck {config.run.directory}, which says what is wrong with each of them.",
+        )
     raise CheckpointError(
         f"The run in {config.run.directory} has no valid checkpoint yet.",
         why="There is no draft to measure.",
