@@ -28,13 +28,17 @@ INPUT_FAILURES = (EngineError, ArithmeticError, LookupError, RuntimeError, TypeE
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt of the run with its token ids; `broken`: why it has none."""
+    """A prompt of the run with its token ids; `broken`: why it has none.
+
+    `answer_ids`: what was written for it before, if that is to be read and nothing to be written.
+    """
 
     ordinal: int
     task_id: str
     token_ids: tuple[int, ...]
     round: int = 0
     broken: str = ""
+    answer_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from paceline.capture.answers import AnswerFiles
 from paceline.capture.encoding import EncodedPrompt, Encoding, rendering_of
 from paceline.capture.source import PromptSource, digest_of, group_of
 from paceline.errors import ConfigError, LedgerError
@@ -43,9 +44,16 @@ class Groups:
     """Reads and encodes a run's prompts, group by group."""
 
     def __init__(
-        self, session: ProducerSession, prompts: PromptSource, encoding: Encoding, group_size: int
+        self,
+        session: ProducerSession,
+        prompts: PromptSource,
+        encoding: Encoding,
+        group_size: int,
+        answers: AnswerFiles | None = None,
     ) -> None:
+        """`answers`: of an engine that does not repeat its bits, for which a group need not be whole."""
         self._session = session
+        self._answers = answers
         self._prompts = prompts
         self._encoding = encoding
         self._group_size = group_size
@@ -66,14 +74,14 @@ class Groups:
             if lease.ordinal not in by_ordinal:
                 raise _too_few(lease.ordinal)
         failed = self._session.failed(bounds.start, bounds.stop)
-        group = CaptureGroup(
-            wanted=tuple(by_ordinal[lease.ordinal] for lease in leases),
-            members=tuple(prompt for prompt in encoded if prompt.ordinal not in failed),
-            rendering=rendering_of(encoded),
-            deaths=max(lease.deaths for lease in leases),
-        )
-        self._refuse_other_rendering(group)
-        return group
+        wanted = tuple(by_ordinal[lease.ordinal] for lease in leases)
+        rendering, deaths = rendering_of(encoded), max(lease.deaths for lease in leases)
+        lost = self._lost(wanted, rendering)
+        if self._answers is not None:
+            wanted = tuple(self._with_answer(prompt, prompt.ordinal in lost) for prompt in wanted)
+            return CaptureGroup(wanted, wanted, rendering, deaths)
+        members = tuple(prompt for prompt in encoded if prompt.ordinal not in failed)
+        return CaptureGroup(wanted, members, rendering, deaths)
 
     def sample_id(self, prompt: EncodedPrompt) -> str:
         """A sample's identity is its prompt's: `run:task`. The same after any number of restarts."""
@@ -121,14 +129,30 @@ class Groups:
     def _encoded(self, bounds: range) -> list[EncodedPrompt]:
         return self._encoding.group(bounds.start, self._prompts.read(bounds.start, len(bounds)))
 
-    def _refuse_other_rendering(self, group: CaptureGroup) -> None:
-        """A sample that is captured again was captured of the same token ids."""
-        known = self._session.find([self.sample_id(prompt) for prompt in group.wanted])
-        for prompt in group.wanted:
+    def _lost(self, wanted: Sequence[EncodedPrompt], rendering: str) -> set[int]:
+        """The ordinals of those that were captured before. Raises ConfigError if of other token ids."""
+        known = self._session.find([self.sample_id(prompt) for prompt in wanted])
+        lost = set()
+        for prompt in wanted:
             record = known.get(self.sample_id(prompt))
-            lost = record.ref.metadata if record is not None and record.state == State.LOST else {}
-            if lost.get("rendering", group.rendering) != group.rendering:
+            if record is None or record.state != State.LOST:
+                continue
+            if record.ref.metadata.get("rendering", rendering) != rendering:
                 raise _other_rendering(f"the group of {prompt.task_id}")
+            lost.add(prompt.ordinal)
+        return lost
+
+    def _with_answer(self, prompt: EncodedPrompt, was_captured: bool) -> EncodedPrompt:
+        """The prompt with the answer that was first written for it, if there is one."""
+        assert self._answers is not None
+        answer = self._answers.get(prompt.ordinal)
+        if answer is None:
+            gone = "its answer is not among those kept any more, and the engine would write another one"
+            return replace(prompt, token_ids=(), broken=gone) if was_captured else prompt
+        given = answer.token_ids[: answer.num_given]
+        if given != prompt.token_ids:
+            raise _other_rendering(prompt.task_id)
+        return replace(prompt, answer_ids=answer.token_ids[answer.num_given :])
 
 
 def _too_few(ordinal: int) -> LedgerError:

@@ -12,19 +12,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from time import monotonic
+from typing import Any
 
+from paceline.capture.answers import Answer, AnswerFiles
 from paceline.capture.backpressure import WAIT_S, Backpressure
 from paceline.capture.encoding import EncodedPrompt, Encoding, PromptLimits
 from paceline.capture.groups import CaptureGroup, Groups
+from paceline.capture.in_flight import CaptureInFlight, CapturesInFlight
 from paceline.capture.isolation import FAILURES_IN_A_ROW_MAX, CaptureFailedError, Isolation, as_failure
 from paceline.capture.source import PromptSource
+from paceline.capture.upkeep import Upkeep
 from paceline.engines.engine import Captured, CaptureRequest, TargetEngine
-from paceline.features.store import FeatureStore, Written
+from paceline.errors import EngineError, LedgerError
+from paceline.features.store import FeatureStore
 from paceline.ledger.producer_session import ProducerSession, Wanted
-from paceline.ledger.records import Ownership, State
 from paceline.types import Feature, SampleRef, Tokens, name_of
 
 
@@ -45,6 +50,7 @@ class CaptureSettings:
     strategy: str = "eagle3"
     max_prompt_tokens: int | None = None
     failures_in_a_row_max: int = FAILURES_IN_A_ROW_MAX
+    groups_in_flight: int = 1
 
 
 class Producer:
@@ -57,20 +63,24 @@ class Producer:
         settings: CaptureSettings,
         backpressure: Backpressure,
         *,
+        answers: AnswerFiles | None = None,
         report: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
+        """`answers`: where those of an engine are kept that does not repeat its bits; not for another one."""
         self.session = session
         self.engine = engine
         self._features = features
         self._prompts = prompts
         self._settings = settings
         self._backpressure = backpressure
+        self._upkeep = Upkeep(session, features, backpressure, report)
         self._report = report
         limits = PromptLimits(engine.facts.vocab_size, settings.max_prompt_tokens)
         self.encoding = Encoding(
             engine.encode, limits.for_positions(engine.facts.max_positions, settings.max_answer_tokens)
         )
-        self._groups = Groups(session, prompts, self.encoding, settings.group_size)
+        self._answers = answers
+        self._groups = Groups(session, prompts, self.encoding, settings.group_size, answers)
         self._captured: EncodedPrompt | None = None  # the last one that this process captured
         self._isolation = Isolation(
             session,
@@ -89,21 +99,23 @@ class Producer:
         """
         stop = should_stop or (lambda: False)
         self._take_over()
-        committed, rounds, size = 0, 0, self._settings.group_size
+        committed, rounds = 0, 0
+        most = min(self._settings.groups_in_flight, self.engine.facts.groups_in_flight_max)
+        in_flight = CapturesInFlight(self._answer, most)
         try:
-            while not stop() and (max_rounds is None or rounds < max_rounds):
-                if not self._backpressure.wait_for_credit(stop, self._before_wait):
+            while True:
+                groups: list[CaptureGroup] | None = None
+                if in_flight.has_room and not stop() and (max_rounds is None or rounds < max_rounds):
+                    groups, rounds = self._lease(stop, alone=not in_flight), rounds + 1
+                for group in groups or ():
+                    self._begin(group, in_flight)
+                if in_flight and not (groups and in_flight.has_room):
+                    committed += self._end(in_flight.first_done())
+                elif groups is None:
                     break
-                mark = self.session.lsn()
-                leases = self.session.lease(size, size)
-                if not leases and not self._groups.make_known():
-                    if self._finish():
-                        break
-                    self.session.wait(mark, WAIT_S)  # other workers hold what is left
-                for _, together in groupby(leases, lambda lease: self._groups.bounds(lease.ordinal)):
-                    committed += self._capture(self._groups.group(list(together)))
-                rounds += 1
         finally:
+            for capture in in_flight.close():
+                self._give_up(capture)
             self._isolation.give_back_held()
         return committed
 
@@ -113,89 +125,12 @@ class Producer:
         Taking the role revokes the worker's byte intents, in one transaction; only then are bytes deleted.
         """
         epoch = self.session.acquire()
-        orphans, gone = self._compare_with_features()
+        orphans, gone = self._upkeep.compare()
         self._groups.make_known()
         self._groups.bind_rendering()
         if not self.session.snapshot().committed and (note := self.encoding.look_for_long(self._prompts)):
             self._report("note", message=note)
         self._report("started", orphans=orphans, lost=len(gone), epoch=epoch)
-
-    def _compare_with_features(self) -> tuple[int, list[str]]:
-        """Free bytes that belong to no sample and no worker, and report what is gone; how many, and which.
-
-        The store is listed before the ledger is asked: what is listed under a generation that the ledger
-        gave out, and is neither a sample's nor promised to a worker, belongs to none. One that it never
-        gave out is of a ledger of which this one is an older copy: it is skipped over, and then an orphan.
-        A store that keeps no list is told what was revoked.
-        """
-        written = self._features.written()
-        owned = self.session.ownership()
-        if written is None:
-            return self._free_revoked(), []
-        newest = max((generation for _, generation in written), default=0)
-        if newest >= owned.next_generation:
-            self.session.swept([], skip_through=newest)
-        keep = owned.generations
-        orphans = [
-            (sample_id, generation)
-            for sample_id, generation in written
-            if generation not in keep and owned.present.get(sample_id) != 0
-        ]
-        self._features.free(orphans)
-        self._free_revoked()
-        # After a reboot the ledger knows samples that the memory forgot: all are reported at once.
-        gone = self._without_bytes(owned, written)
-        gone = self._without_bytes(owned, self._features.written() or []) if gone else []
-        if gone:
-            self.session.report_lost(gone)
-        return len(orphans), gone
-
-    @staticmethod
-    def _without_bytes(owned: Ownership, written: Sequence[Written]) -> list[str]:
-        """Samples that ought to be there. (Others may have come since the store was listed.)"""
-        there = set(written)
-        names = {sample_id for sample_id, _ in written}
-        return [
-            sample_id
-            for sample_id, generation in owned.present.items()
-            if (sample_id, generation) not in there and (generation or sample_id not in names)
-        ]
-
-    def _free_revoked(self) -> int:
-        """Free bytes that were promised to a worker that is gone; how many there may have been."""
-        revoked = self.session.revoked()
-        if revoked:
-            self._features.free(revoked)
-            self.session.swept([generation for _, generation in revoked])
-        return len(revoked)
-
-    def _before_wait(self) -> None:
-        self._free_revoked()
-        self._make_room()
-
-    def _make_room(self) -> None:
-        """The consumer may wait for a sample that this producer has no room for: one that was lost, or the
-        next of the log, while samples behind it, captured by other workers, take the room.
-
-        Those are given up, the last first, until a group fits: features are a cache, and they are captured
-        again when the consumer has come closer.
-        """
-        lost, settled = self.session.lost(1), self.session.snapshot().settled
-        needed = min([settled, *(record.place for record in lost)])
-        behind = [record for record in self.session.present() if record.place > needed and not record.durable]
-        if not behind or (not lost and behind[-1].place < settled) or self._backpressure.has_credit():
-            return
-        given_up = 0
-        for record in reversed(behind):
-            self.session.report_lost([record.sample_id])
-            now = self.session.find([record.sample_id]).get(record.sample_id)
-            if now is None or now.state != State.LOST:
-                continue  # durable weights contain it by now: its bytes go with the next release
-            self._features.free([(record.sample_id, record.ref.generation)])
-            given_up += 1
-            if self._backpressure.has_credit():
-                break
-        self._report("made_room", given_up=given_up, needed=needed)
 
     def _finish(self) -> bool:
         """End the stream, unless prompts are still to be captured; whether this worker is done."""
@@ -207,25 +142,47 @@ class Producer:
             self._report("finished", failed_prompts=self.session.snapshot().prompts.failed)
         return ended
 
-    def _capture(self, group: CaptureGroup) -> int:
-        """Capture the group whole, store and commit what is wanted of it; how many were new."""
-        started = monotonic()
+    def _lease(self, stop: Callable[[], bool], *, alone: bool) -> list[CaptureGroup] | None:
+        """The next prompts to capture, as groups; [] if there are none now, None if there will be none.
+
+        `alone`: nothing is in flight, so that it may wait for room or for other workers, and end the stream.
+        """
+        pressure, size = self._backpressure, self._settings.group_size
+        if not alone and not pressure.has_credit():
+            return []
+        if alone and not pressure.wait_for_credit(stop, self._upkeep.before_wait):
+            return None
+        mark = self.session.lsn()
+        leases = self.session.lease(size, size)
+        if not leases and not self._groups.make_known() and alone:
+            if self._finish():
+                return None
+            self.session.wait(mark, WAIT_S)  # other workers hold what is left
+        parts = groupby(leases, lambda lease: self._groups.bounds(lease.ordinal))
+        return [self._groups.group(list(together)) for _, together in parts]
+
+    def _begin(self, group: CaptureGroup, in_flight: CapturesInFlight) -> None:
+        """Reserve the bytes of what is wanted of the group, and let the engine capture it whole."""
+        began_at = monotonic()
         group = self._isolation.without_known(group)
-        if not group.wanted:
-            return 0
-        generations = self._reserve(group)
-        if generations is None:
-            return 0
+        generations = self._reserve(group) if group.wanted else None
+        if generations is not None:
+            in_flight.begin(CaptureInFlight(group, generations, began_at))
+
+    def _end(self, capture: CaptureInFlight) -> int:
+        """Store and commit what is wanted of the captured group; how many were new."""
+        group, generations = capture.group, capture.generations
         try:
-            captured = self._answer(group.members)
+            captured = capture.future.result()
         except CaptureFailedError as failure:
             self.session.swept(list(generations.values()))  # nothing was written
             self._isolation.find(group, failure)
             return 0
         tensors = {sample.sample_id: sample for sample in captured}
+        self._keep_answers(group, tensors)
         refs = [self._put(prompt, tensors, generations, group.rendering) for prompt in group.wanted]
         fresh = self.session.commit(refs)
-        self._free_unwanted(refs, fresh)
+        self._upkeep.free_unwanted(refs, fresh)
         self._captured = group.wanted[-1]
         self._isolation.succeeded()
         self._report(
@@ -233,10 +190,15 @@ class Producer:
             group=group.wanted[0].ordinal // self._settings.group_size,
             samples=len(fresh),
             num_tokens=sum(ref.num_tokens for ref in refs),
-            seconds=monotonic() - started,
+            seconds=monotonic() - capture.began_at,
             blocked_seconds=self._backpressure.blocked.seconds,
         )
         return len(fresh)
+
+    def _give_up(self, capture: CaptureInFlight) -> None:
+        """Leases that are still held at the next start would count as a death of their prompts."""
+        with suppress(LedgerError):  # what ended the run is told, not this
+            self.session.give_back([prompt.ordinal for prompt in capture.group.wanted])
 
     def _reserve(self, group: CaptureGroup) -> dict[str, int] | None:
         """The generation that each wanted sample is written under; None if another worker took the room."""
@@ -247,14 +209,6 @@ class Producer:
             self.session.give_back([prompt.ordinal for prompt in group.wanted])
             return None
         return {item.sample_id: number for item, number in zip(wanted, generations, strict=True)}
-
-    def _free_unwanted(self, refs: Sequence[SampleRef], fresh: Sequence[SampleRef]) -> None:
-        """Bytes that the ledger did not take: while they were written, the sample was settled otherwise."""
-        known = self.session.find([ref.sample_id for ref in refs])
-        for ref in refs:
-            record = known.get(ref.sample_id)
-            if ref not in fresh and (record is None or record.ref.generation != ref.generation):
-                self._features.free([(ref.sample_id, ref.generation)])
 
     def _captured_before(self) -> EncodedPrompt | None:
         return self._captured or self._groups.captured_before()
@@ -270,14 +224,31 @@ class Producer:
             raise as_failure(error) from error
 
     def _request(self, prompt: EncodedPrompt) -> CaptureRequest:
-        s = self._settings
+        s, sample_id = self._settings, self._groups.sample_id(prompt)
+        if prompt.answer_ids:  # nothing is written: the answer's states are captured by reading it
+            token_ids = (*prompt.token_ids, *prompt.answer_ids)
+            return CaptureRequest(sample_id, token_ids, spans=((len(prompt.token_ids), len(token_ids)),))
         return CaptureRequest(
-            sample_id=self._groups.sample_id(prompt),
+            sample_id=sample_id,
             token_ids=prompt.token_ids,
             max_new_tokens=s.max_answer_tokens,
             temperature=s.temperature if prompt.round else s.first_round_temperature,
             seed=sample_seed(s.seed, prompt.ordinal),
         )
+
+    def _keep_answers(self, group: CaptureGroup, captured: Mapping[str, Captured]) -> None:
+        """The tokens of every sample are on the disk before it is committed, if they would not come again."""
+        if self._answers is None:
+            return
+        name, kept = name_of(Tokens, self._settings.features), []
+        for prompt in group.wanted:
+            tokens: Any = captured[self._groups.sample_id(prompt)].tensors[name]
+            token_ids = tuple(int(token) for token in tokens.tolist())
+            asked = (*prompt.token_ids, *prompt.answer_ids)
+            if token_ids[: len(asked)] != asked or (prompt.answer_ids and len(token_ids) > len(asked)):
+                raise _other_tokens(prompt.task_id)
+            kept.append(Answer(prompt.ordinal, len(prompt.token_ids), token_ids))
+        self._answers.keep(kept)
 
     def _put(
         self,
@@ -311,6 +282,14 @@ class Producer:
             generation=generation,
             ordinal=prompt.ordinal,
         )
+
+
+def _other_tokens(task_id: str) -> EngineError:
+    return EngineError(
+        f"The engine was asked to read the tokens of {task_id}, and returned others.",
+        why="What is captured must belong to the tokens that are trained on. Nothing was committed.",
+        next="report this with the engine's name and version; another engine can go on with the run.",
+    )
 
 
 def sample_seed(run_seed: int, ordinal: int) -> int:

@@ -10,6 +10,7 @@ from pydantic import Field
 from paceline.section import Count, Section
 
 ROUNDS_MAX = 10_000
+GROUPS_IN_FLIGHT_MAX = 256
 
 
 class PromptsSection(Section):
@@ -32,10 +33,12 @@ class PromptsSection(Section):
 class CaptureSection(Section):
     """`group_size`: prompts answered in one batch; the unit of capture and of re-capture.
 
+    `groups_in_flight`: groups captured at the same time, if the engine can capture so many.
     `failures_in_a_row_max`: if more prompts than these fail one after another, the producer stops.
     """
 
-    changeable: ClassVar[tuple[str, ...]] = ("attempt_max", "failures_in_a_row_max")
+    changeable: ClassVar[tuple[str, ...]] = ("attempt_max", "failures_in_a_row_max", "groups_in_flight")
     group_size: Count = 64
     attempt_max: Count = 3
     failures_in_a_row_max: Count = 16
+    groups_in_flight: Annotated[int, Field(ge=1, le=GROUPS_IN_FLIGHT_MAX)] = 1

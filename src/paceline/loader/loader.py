@@ -43,15 +43,20 @@ class LoaderSettings:
     target: TargetVersion | None = None  # of all samples that may be planned; None: any
 
     def block(self, number: int) -> range:
-        """The places of a block of the log."""
-        bounds = [start for start in self.starts if start > 0]
+        """The places of a block of the log.
+
+        Where a run ended, as many empty ones follow as its last blocks were visited for the last times in.
+        """
         begin = 0
-        for bound in bounds:
+        for bound in (start for start in self.starts if start > 0):
             blocks = -(-(bound - begin) // self.block_size)
             if number < blocks:
                 first = begin + number * self.block_size
                 return range(first, min(first + self.block_size, bound))
-            number, begin = number - blocks, bound
+            number -= blocks
+            if number < self.passes - 1:
+                return range(bound, bound)
+            number, begin = number - (self.passes - 1), bound
         first = begin + number * self.block_size
         return range(first, first + self.block_size)
 

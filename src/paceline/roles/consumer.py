@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,11 +24,13 @@ from paceline.training.determinism import compute_deterministically
 from paceline.training.settings import TrainerSettings
 
 
-def trainer_settings(plan: RunPlan) -> TrainerSettings:
+def trainer_settings(plan: RunPlan, stretches: Sequence[int]) -> TrainerSettings:
     config, training = plan.config, plan.config.training
     dtype = torch_dtype(config.method.dtype, resolve_device(training.device))
+    *before, total_steps = plan.num_steps(stretches)
     return TrainerSettings(
-        total_steps=plan.num_steps,
+        total_steps=total_steps,
+        totals_before=tuple(before),
         first_samples=config.method.first_samples,
         training=training,
         checkpoint=config.checkpoint,
@@ -51,7 +53,7 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     target = bind_target(ledger, config, "consumer")
     method, head = config.method.build(), TargetHead.load(config.target.model)
     method.check_target(head)
-    settings = trainer_settings(plan)
+    settings = trainer_settings(plan, stretches)
     dtype = "float32" if settings.autocast_dtype is None else "bfloat16"
     numerics = {"dtype": dtype, "device": resolve_device(config.training.device).type}
     bind_numerics(ledger, config, "consumer", DRAFT_NUMERICS, numerics)

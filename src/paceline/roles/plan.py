@@ -20,16 +20,14 @@ REPEATS_NAMED = 50
 
 @dataclass(frozen=True)
 class RunPlan:
-    """`num_samples` = prompts x rounds; `num_steps` = optimizer steps for all their passes.
+    """`num_samples` = prompts x rounds; None for a stream without an end.
 
-    Both are None for a stream without an end. `evaluation_obstacle`: why the evaluation cannot decode with
-    this target; empty if it can.
+    `evaluation_obstacle`: why the evaluation cannot decode with this target; empty if it can.
     """
 
     config: RunConfig
     prompts: PromptFile
     num_samples: int | None
-    num_steps: int | None
     evaluation_obstacle: str = ""
 
     @property
@@ -42,6 +40,16 @@ class RunPlan:
         """Every prompt of every round, in run order, with its task id `round/prompt`; see `bind_run`."""
         return RunPrompts(self.prompts, self.config.prompts.rounds, stretches)
 
+    def num_steps(self, stretches: Sequence[int]) -> list[int]:
+        """The optimizer steps for all passes of what the run had at first, and after each extension."""
+        training, totals, before = self.config.training, [0], 0
+        for size in stretches:
+            visits = (size - before) * self.config.prompts.rounds * training.passes
+            totals.append(totals[-1] + math.ceil(visits / training.batch_size))
+            before = size
+        most = training.max_steps
+        return [total if most is None else min(total, most) for total in totals[1:]]
+
 
 def plan_run(config: RunConfig) -> RunPlan:
     """Check everything that can be checked before a process starts. Raises ConfigError."""
@@ -53,10 +61,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     _refuse_shared(config, prompts)
     _refuse_repeats(config, prompts)
     num_samples = prompts.size * config.prompts.rounds
-    num_steps = math.ceil(num_samples * config.training.passes / config.training.batch_size)
-    if config.training.max_steps is not None:
-        num_steps = min(num_steps, config.training.max_steps)
-    return RunPlan(config, prompts, num_samples, num_steps, obstacle)
+    return RunPlan(config, prompts, num_samples, obstacle)
 
 
 def _target_obstacle(config: RunConfig) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from paceline.capture.answers import AnswerFiles
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
 from paceline.capture.encoding import Encoding, PromptLimits
 from paceline.capture.producer import CaptureSettings, Producer
@@ -71,6 +72,7 @@ def build_disagg_online_producer(
     capture: CaptureSettings,
     window_size: int = 64,
     budget_samples: int | None = None,
+    answers_folder: Path | None = None,
     metadata_store: Ledger | None = None,
     metadata_db_path: str | os.PathLike[str] | None = None,
     attempt_max: int = 3,
@@ -82,7 +84,8 @@ def build_disagg_online_producer(
     (see `PromptList`). `window_size` is how many samples the consumer
     must collect before it can go on (its batch, or what chooses its draft vocabulary), for the
     start-up check that the feature store's budget cannot deadlock; `budget_samples` is the most samples
-    that may be resident (None: bytes alone decide). Give both sides the same
+    that may be resident (None: bytes alone decide). `answers_folder` is where the tokens of answers are
+    kept if the engine does not repeat its bits. Give both sides the same
     durable store: `metadata_store`, or `metadata_db_path` for SQLite; neither = a private
     in-process store. Raises ConfigError if the budget is too small.
     """
@@ -111,8 +114,21 @@ def build_disagg_online_producer(
         group_samples=capture.group_size,
     )
     backpressure = Backpressure(feature_store, session, marks, report=report)
-    producer = Producer(session, engine, feature_store, source, capture, backpressure, report=report)
+    answers = None if engine.facts.repeats_bits else _answer_files(answers_folder)
+    producer = Producer(
+        session, engine, feature_store, source, capture, backpressure, answers=answers, report=report
+    )
     return producer, producer.run
+
+
+def _answer_files(folder: Path | None) -> AnswerFiles:
+    if folder is None:
+        raise ConfigError(
+            "This engine does not repeat its bits, and there is no folder for its answers.",
+            why="A sample that is captured again would have another text than the one that was trained on.",
+            next="pass answers_folder=...",
+        )
+    return AnswerFiles(folder)
 
 
 def _longest_prompt(source: PromptSource, engine: TargetEngine) -> int:

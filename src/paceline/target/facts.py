@@ -19,3 +19,4 @@ class TargetFacts:
     max_positions: int | None = None  # the most tokens a sequence may have
     device: str = "cpu"  # the kind of device that it computes on
     repeats_bits: bool = True  # a group captured again has the bits it had
+    groups_in_flight_max: int = 1  # how many groups the engine captures at the same time

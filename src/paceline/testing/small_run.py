@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from paceline.capture.producer import CaptureSettings, Producer
+from paceline.capture.source import PromptList, RunPrompts
 from paceline.features.store import FeatureStore
 from paceline.features.stores.memory import InMemoryFeatureStore
 from paceline.ledger.stores.sqlite import SQLiteLedger
@@ -56,24 +57,31 @@ class SmallRun:
         self.features = features or InMemoryFeatureStore(budget_bytes=8 << 20)
         self.engine = SyntheticEngine()
         self.prompts: list[Any] = [f"prompt {n}" for n in range(num_prompts)]
+        self.stretches: tuple[int, ...] = ()  # how many prompts there were at first, and after each extension
 
     @property
     def db(self) -> Path:
         return self.folder / "ledger.db"
+
+    @property
+    def source(self) -> RunPrompts:
+        return RunPrompts(PromptList(self.prompts), 1, self.stretches)
 
     def producer(self) -> tuple[Producer, DriveProducer]:
         return build_disagg_online_producer(
             run_id=RUN_ID,
             engine=pointed(self.engine, "engine"),
             feature_store=pointed(self.features, "features"),
-            prompts=self.prompts,
+            prompts=self.source if self.stretches else self.prompts,
             capture=CaptureSettings(
                 group_size=4,
                 max_answer_tokens=6,
+                max_prompt_tokens=32,
                 features=Eagle3Method().features(self.engine.facts),
                 first_round_temperature=1.0,  # its answers are random, never greedy
             ),
             window_size=16,
+            answers_folder=self.folder / "answers",
             metadata_store=pointed(SQLiteLedger(self.db), "ledger"),
         )
 
@@ -100,6 +108,7 @@ class SmallRun:
             checkpoint_folder=self.folder / "checkpoints",
             settings=settings,
             block_size=4,
+            starts=self.source.starts,
         )
         trainer, loader = build_disagg_online_consumer(
             run_id=RUN_ID,

@@ -15,9 +15,10 @@ def learning_rate_at(step: int, settings: OptimizerSettings) -> float:
     """The rate of optimizer step `step`, counted from 1: see `OptimizerSettings`."""
     if step <= settings.warmup_steps:
         return settings.learning_rate * step / settings.warmup_steps
-    if settings.total_steps is None:
+    total = next((before for before in settings.totals_before if step <= before), settings.total_steps)
+    if total is None:
         return settings.learning_rate
-    span = max(1, settings.total_steps - settings.warmup_steps)
+    span = max(1, total - settings.warmup_steps)
     done = min(1.0, (step - settings.warmup_steps) / span)
     fall = settings.learning_rate - settings.final_learning_rate
     return settings.final_learning_rate + fall * 0.5 * (1.0 + math.cos(math.pi * done))

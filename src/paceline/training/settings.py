@@ -29,15 +29,19 @@ class OptimizerSettings(OptimizerSection):
     """Learning rates per step: linear warm-up, then a cosine down to the final one at `total_steps`.
 
     Later steps keep the final rate. `total_steps` None is for a stream without an end: constant after
-    the warm-up.
+    the warm-up. `totals_before`: what `total_steps` was before the run was extended, oldest first; the
+    steps up to each keep the rates that they had.
     """
 
     total_steps: int | None
+    totals_before: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, section: OptimizerSection, total_steps: int | None) -> OptimizerSettings:
+    def of(
+        cls, section: OptimizerSection, total_steps: int | None, totals_before: tuple[int, ...] = ()
+    ) -> OptimizerSettings:
         knobs = {name: getattr(section, name) for name in OptimizerSection.model_fields}
-        return cls(total_steps=total_steps, **knobs)
+        return cls(total_steps=total_steps, totals_before=totals_before, **knobs)
 
 
 class TrainingSection(OptimizerSection):
@@ -73,8 +77,8 @@ class CheckpointSection(Section):
 class TrainerSettings:
     """What the trainer is given: its sections of the run file, and what follows from the rest of the run.
 
-    `total_steps`: see `OptimizerSettings`. `first_samples`: how many of the run's first samples the first
-    weights are made from.
+    `total_steps`, `totals_before`: see `OptimizerSettings`. `first_samples`: how many of the run's first
+    samples the first weights are made from.
     """
 
     total_steps: int | None
@@ -83,7 +87,8 @@ class TrainerSettings:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     seed: int = 0
     autocast_dtype: torch.dtype | None = None
+    totals_before: tuple[int, ...] = ()
 
     @property
     def optimizer(self) -> OptimizerSettings:
-        return OptimizerSettings.of(self.training, self.total_steps)
+        return OptimizerSettings.of(self.training, self.total_steps, self.totals_before)

@@ -43,6 +43,15 @@ def test_a_stream_without_an_end_keeps_its_rate() -> None:
     assert [learning_rate_at(step, settings) for step in (1, 2, 3, 10**9)] == [0.25, 0.5, 0.5, 0.5]
 
 
+def test_a_run_that_is_extended_keeps_the_rates_of_the_steps_it_had() -> None:
+    """A replay of them gives the same weights; later steps are of the longer schedule."""
+    short, long = (OptimizerSettings(total_steps=total, warmup_steps=2) for total in (10, 30))
+    extended = OptimizerSettings(total_steps=30, totals_before=(10,), warmup_steps=2)
+    assert [learning_rate_at(step, extended) for step in range(1, 31)] == [
+        learning_rate_at(step, short if step <= 10 else long) for step in range(1, 31)
+    ]
+
+
 def test_a_schedule_without_warm_up_begins_at_its_peak() -> None:
     """No division by zero, and a schedule of which the warm-up is all falls to its end at once."""
     none = OptimizerSettings(total_steps=10, learning_rate=1.0, final_learning_rate=0.0, warmup_steps=0)

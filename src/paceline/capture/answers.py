@@ -1,0 +1,139 @@
+"""The answers of a run as token ids, kept beside it: for engines that do not repeat their bits.
+
+Such an engine (continuous batching, say) writes other tokens when it is asked again. So the tokens of every
+sample are on the disk before the sample is committed, and whatever is captured again is captured by reading
+exactly those: the text that a run trains on is the one first written.
+
+One file for every block of ordinals, append-only, a record for each sample: ordinal, how many of its tokens
+are the prompt's, all of them, and a digest. The first record of an ordinal counts. A torn record at the end
+is what a crash left; no sample was committed with it, and the next writer cuts it off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from paceline.durable_files import make_folder, sync_folder
+from paceline.errors import StoreError
+
+ORDINALS_PER_FILE = 4096
+_HEAD = struct.Struct("<QII")  # ordinal, tokens of the prompt, tokens in all
+_DIGEST_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sample's tokens, the one written last included; the first `num_given` of them are the prompt."""
+
+    ordinal: int
+    num_given: int
+    token_ids: tuple[int, ...]
+
+
+class AnswerFiles:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[int, dict[int, Answer]] = {}  # of the files that were read or written last
+        self._whole: set[int] = set()  # files that end with a whole record, since this process looked
+
+    def get(self, ordinal: int) -> Answer | None:
+        """What was first written for the prompt; None if nothing was."""
+        return self._file(ordinal // ORDINALS_PER_FILE).get(ordinal)
+
+    def keep(self, answers: Iterable[Answer]) -> None:
+        """On the disk when this returns. One that is there already stays as it is. Raises StoreError."""
+        by_file: dict[int, list[Answer]] = {}
+        for answer in answers:
+            if self.get(answer.ordinal) is None:
+                by_file.setdefault(answer.ordinal // ORDINALS_PER_FILE, []).append(answer)
+        try:
+            for number, new in by_file.items():
+                self._append(number, b"".join(_record(answer) for answer in new))
+                self._known[number].update({answer.ordinal: answer for answer in new})
+        except OSError as error:
+            raise StoreError(
+                f"The answers in {self._folder} cannot be written ({error}).",
+                why="This engine writes other tokens when it is asked again, so they must be kept first.",
+                next="check that disk, then run the same command again; nothing was committed.",
+            ) from error
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:08d}.tokens"
+
+    def _file(self, number: int) -> dict[int, Answer]:
+        if number not in self._known:
+            while len(self._known) > 1:  # an old one, for a sample that is captured again, beside the newest
+                del self._known[min(self._known)]
+            records = _whole_records(self._read(number))
+            known: dict[int, Answer] = {}
+            for answer, _ in records:
+                known.setdefault(answer.ordinal, answer)
+            self._known[number] = known
+        return self._known[number]
+
+    def _read(self, number: int) -> bytes:
+        try:
+            return self._path(number).read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise StoreError(
+                f"The answers in {self._path(number)} cannot be read ({error}).",
+                why="What is captured again must be captured of the tokens first written.",
+                next="check that disk, then run the same command again.",
+            ) from error
+
+    def _append(self, number: int, data: bytes) -> None:
+        path = self._path(number)
+        if number not in self._whole:
+            self._cut_off_torn_end(number)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._whole.discard(number)  # until the write is over
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        self._whole.add(number)
+
+    def _cut_off_torn_end(self, number: int) -> None:
+        path = self._path(number)
+        if not path.exists():
+            make_folder(self._folder)
+            path.touch(mode=0o600)
+            sync_folder(self._folder)
+        end = max((end for _, end in _whole_records(self._read(number))), default=0)
+        os.truncate(path, end)
+        self._whole.add(number)
+
+
+def _record(answer: Answer) -> bytes:
+    head = _HEAD.pack(answer.ordinal, answer.num_given, len(answer.token_ids))
+    body = head + array("i", answer.token_ids).tobytes()
+    return body + _digest(body)
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest()
+
+
+def _whole_records(data: bytes) -> Iterator[tuple[Answer, int]]:
+    """Each record that is whole, and where it ends; a damaged one is passed over."""
+    at = 0
+    while len(data) - at >= _HEAD.size:
+        ordinal, num_given, num_tokens = _HEAD.unpack_from(data, at)
+        body_end = at + _HEAD.size + 4 * num_tokens
+        end = body_end + _DIGEST_BYTES
+        if end <= len(data) and _digest(data[at:body_end]) == data[body_end:end]:
+            tokens = array("i")
+            tokens.frombytes(data[at + _HEAD.size : body_end])
+            yield Answer(ordinal, num_given, tuple(tokens)), end
+        at = end

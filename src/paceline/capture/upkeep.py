@@ -1,0 +1,114 @@
+"""What a producer frees: bytes that belong to no sample, and those of samples that must give way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from paceline.capture.backpressure import Backpressure
+from paceline.features.store import FeatureStore, Written
+from paceline.ledger.producer_session import ProducerSession
+from paceline.ledger.records import Ownership, State
+from paceline.types import SampleRef
+
+
+class Upkeep:
+    """Keeps ledger and feature store in step."""
+
+    def __init__(
+        self,
+        session: ProducerSession,
+        features: FeatureStore,
+        backpressure: Backpressure,
+        report: Callable[..., None],
+    ) -> None:
+        self._session = session
+        self._features = features
+        self._backpressure = backpressure
+        self._report = report
+
+    def compare(self) -> tuple[int, list[str]]:
+        """Free bytes that belong to no sample and no worker, and report what is gone; how many, and which.
+
+        The store is listed before the ledger is asked: what is listed under a generation that the ledger
+        gave out, and is neither a sample's nor promised to a worker, belongs to none. One that it never
+        gave out is of a ledger of which this one is an older copy: it is skipped over, and then an orphan.
+        A store that keeps no list is told what was revoked.
+        """
+        written = self._features.written()
+        owned = self._session.ownership()
+        if written is None:
+            return self._free_revoked(), []
+        newest = max((generation for _, generation in written), default=0)
+        if newest >= owned.next_generation:
+            self._session.swept([], skip_through=newest)
+        keep = owned.generations
+        orphans = [
+            (sample_id, generation)
+            for sample_id, generation in written
+            if generation not in keep and owned.present.get(sample_id) != 0
+        ]
+        self._features.free(orphans)
+        self._free_revoked()
+        # After a reboot the ledger knows samples that the memory forgot: all are reported at once.
+        gone = self._without_bytes(owned, written)
+        gone = self._without_bytes(owned, self._features.written() or []) if gone else []
+        if gone:
+            self._session.report_lost(gone)
+        return len(orphans), gone
+
+    @staticmethod
+    def _without_bytes(owned: Ownership, written: Sequence[Written]) -> list[str]:
+        """Samples that ought to be there. (Others may have come since the store was listed.)"""
+        there = set(written)
+        names = {sample_id for sample_id, _ in written}
+        return [
+            sample_id
+            for sample_id, generation in owned.present.items()
+            if (sample_id, generation) not in there and (generation or sample_id not in names)
+        ]
+
+    def _free_revoked(self) -> int:
+        """Free bytes that were promised to a worker that is gone; how many there may have been."""
+        revoked = self._session.revoked()
+        if revoked:
+            self._features.free(revoked)
+            self._session.swept([generation for _, generation in revoked])
+        return len(revoked)
+
+    def before_wait(self) -> None:
+        self._free_revoked()
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """The consumer may wait for a sample that this producer has no room for: one that was lost, or the
+        next of the log, while samples behind it, captured by other workers, take the room.
+
+        Those are given up, the last first, until a group fits: features are a cache, and they are captured
+        again when the consumer has come closer.
+        """
+        lost, settled = self._session.lost(1), self._session.snapshot().settled
+        needed = min([settled, *(record.place for record in lost)])
+        behind = [
+            record for record in self._session.present() if record.place > needed and not record.durable
+        ]
+        if not behind or (not lost and behind[-1].place < settled) or self._backpressure.has_credit():
+            return
+        given_up = 0
+        for record in reversed(behind):
+            self._session.report_lost([record.sample_id])
+            now = self._session.find([record.sample_id]).get(record.sample_id)
+            if now is None or now.state != State.LOST:
+                continue  # durable weights contain it by now: its bytes go with the next release
+            self._features.free([(record.sample_id, record.ref.generation)])
+            given_up += 1
+            if self._backpressure.has_credit():
+                break
+        self._report("made_room", given_up=given_up, needed=needed)
+
+    def free_unwanted(self, refs: Sequence[SampleRef], fresh: Sequence[SampleRef]) -> None:
+        """Bytes that the ledger did not take: while they were written, the sample was settled otherwise."""
+        known = self._session.find([ref.sample_id for ref in refs])
+        for ref in refs:
+            record = known.get(ref.sample_id)
+            if ref not in fresh and (record is None or record.ref.generation != ref.generation):
+                self._features.free([(ref.sample_id, ref.generation)])

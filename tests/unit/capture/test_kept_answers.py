@@ -1,0 +1,137 @@
+"""An engine that does not repeat its bits: the tokens that are trained are those first captured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from paceline.engines.engine import Captured, CaptureRequest
+from paceline.errors import ConfigError, EngineError
+from paceline.ledger.records import State
+from paceline.ledger.stores.sqlite import SQLiteLedger
+from paceline.target.facts import TargetFacts
+from paceline.testing.small_run import RUN_ID, SmallRun
+from paceline.testing.synthetic import SyntheticEngine
+from paceline.types import Feature
+
+ALL = [f"{RUN_ID}:{n}" for n in range(14)]
+
+
+class Restless(SyntheticEngine):
+    """Other answers and other states at every call. `garbles`: it returns other tokens than it was given."""
+
+    calls = 0
+    garbles = False
+
+    @property
+    def facts(self) -> TargetFacts:
+        return replace(super().facts, repeats_bits=False)
+
+    def capture(self, group: Sequence[CaptureRequest], features: Sequence[Feature]) -> list[Captured]:
+        self.calls += 1
+        samples = super().capture([replace(r, seed=r.seed + self.calls) for r in group], features)
+        for sample in samples if self.garbles else ():
+            sample.tensors["input_ids"][0] += 1
+        return samples
+
+
+class Run(SmallRun):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.engine = Restless()
+
+    def captured(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What lies in the feature store, by sample."""
+        records = SQLiteLedger(self.db).samples(State.PRESENT, None)
+        return {record.sample_id: self.features.get(record.ref) for record in records}
+
+    def lose(self, *sample_ids: str) -> None:
+        self.features.free(
+            [(sample_id, g) for sample_id, g in self.features.written() if sample_id in sample_ids]
+        )
+
+
+def test_a_lost_sample_is_captured_again_of_the_tokens_first_written(tmp_path: Path) -> None:
+    """Its states are others; its text, and which of it is the answer, are the same. It is captured alone."""
+    run = Run(tmp_path)
+    run.producer()[1]()
+    first = run.captured()
+    run.lose(ALL[5], ALL[9])
+    run.engine.captured.clear()
+    run.producer()[1]()
+    again = run.captured()
+    assert list(again) == ALL
+    for sample_id, tensors in first.items():
+        assert torch.equal(again[sample_id]["input_ids"], tensors["input_ids"])
+        assert torch.equal(again[sample_id]["loss_mask"], tensors["loss_mask"])
+        same = torch.equal(again[sample_id]["aux_hidden_states"], tensors["aux_hidden_states"])
+        assert same is (sample_id not in (ALL[5], ALL[9]))
+    assert run.engine.captured == [[ALL[5]], [ALL[9]]]
+    run.run()
+    assert SQLiteLedger(run.db).snapshot().samples_trained == len(ALL)
+
+
+def test_answers_are_on_the_disk_before_their_samples_are_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A producer that dies between the two has a successor that goes on with the same text."""
+    run = Run(tmp_path)
+    written: list[tuple[str, list[int]]] = []
+    real = run.features.put
+
+    def put(sample_id: str, tensors: dict[str, torch.Tensor], *, generation: int = 0) -> object:
+        written.append((sample_id, tensors["input_ids"].tolist()))
+        if len(written) == 7:
+            raise KeyboardInterrupt
+        return real(sample_id, tensors, generation=generation)
+
+    monkeypatch.setattr(run.features, "put", put)
+    with pytest.raises(KeyboardInterrupt):
+        run.producer()[1]()
+    run.producer()[1]()
+    assert len(written) == 7 + 10, "the second group was captured twice"
+    assert written[4:7] == written[7:10]
+    assert {sample_id: tokens["input_ids"].tolist() for sample_id, tokens in run.captured().items()} == dict(
+        written
+    )
+
+
+def test_a_lost_sample_whose_answer_is_gone_is_quarantined(tmp_path: Path) -> None:
+    """Another answer would be another sample."""
+    run = Run(tmp_path)
+    run.producer()[1]()
+    for path in (tmp_path / "answers").iterdir():
+        path.unlink()
+    run.lose(ALL[5])
+    run.producer()[1]()
+    [record] = SQLiteLedger(run.db).samples(State.QUARANTINED, None)
+    assert record.sample_id == ALL[5]
+    assert "its answer is not among those kept any more" in record.reason
+
+
+def test_other_tokens_than_were_given_to_read_stop_the_producer(tmp_path: Path) -> None:
+    """Nothing is committed of them."""
+    run = Run(tmp_path)
+    run.producer()[1]()
+    run.lose(ALL[5])
+    run.engine.garbles = True  # type: ignore[attr-defined]
+    with pytest.raises(EngineError, match="asked to read the tokens of 5, and returned others"):
+        run.producer()[1]()
+    run.engine.garbles = False  # type: ignore[attr-defined]
+    run.producer()[1]()
+    assert list(run.captured()) == ALL
+
+
+def test_an_engine_that_repeats_its_bits_keeps_no_answers(tmp_path: Path) -> None:
+    """They would be written for nothing; and without a place for them the other kind is refused."""
+    run = SmallRun(tmp_path)
+    run.producer()[1]()
+    assert not (tmp_path / "answers").exists()
+    from paceline.roles.wire import _answer_files
+
+    with pytest.raises(ConfigError, match="no folder for its answers"):
+        _answer_files(None)
