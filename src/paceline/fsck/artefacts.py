@@ -175,11 +175,13 @@ class Ledger:
             f"SELECT step, rev, sample_ids FROM plan WHERE {where} ORDER BY step",  # noqa: S608 (ours)
             *values,
         ):
-            visits = []
-            for sample_id in json.loads(ids):
+            visits, names = [], json.loads(ids)
+            last_visits = {sample_id: visit for visit, sample_id in enumerate(names)}  # some come twice
+            for visit, sample_id in enumerate(names):
                 known = self.samples.get(sample_id)
                 place = UNKNOWN_PLACE if known is None else known.place
-                visits.append(Visit(place, sample_id, known is not None and known.ack_step == number))
+                finished = known is not None and known.ack_step == number
+                visits.append(Visit(place, sample_id, finished and visit == last_visits[sample_id]))
             yield Step(number, rev, visits, archived=False)
 
     def _archived(self, first: int) -> list[Step]:

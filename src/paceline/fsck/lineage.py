@@ -251,9 +251,8 @@ def _problems_of_step(ledger: Ledger, number: int, rev: int, samples: list[Any])
     if on_record is None or (on_record.rev, on_record.ids) != (rev, [row[1] for row in samples]):
         yield "C4", f"its step {number} is not the one on record"
         return
-    ends = {row[1] for row in samples if row[3]}
-    for visit, (place, sample_id, _, _) in zip(on_record.visits, samples, strict=True):
-        finished, known = sample_id in ends, ledger.samples.get(sample_id)
+    for visit, (place, sample_id, _, done) in zip(on_record.visits, samples, strict=True):
+        finished, known = bool(done), ledger.samples.get(sample_id)
         if visit.place != place:
             yield "C1", f"{sample_id} is in its weights, and the ledger does not know it at place {place}"
         elif (known is None or known.durable) and finished != visit.finished:

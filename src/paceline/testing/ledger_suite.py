@@ -468,6 +468,18 @@ class LedgerSuite(ABC):
         assert list(ledger.history(step=2)) == [two]
         assert list(ledger.history(sample_id=id_of(1))) == [one]
 
+    def test_the_last_of_two_visits_in_one_step_finishes_the_sample(self) -> None:
+        """With several passes a sample may come twice in a step; archived or not, it is finished once."""
+        ledger = self.make()
+        capture(producer_of(ledger), 0, 1)
+        consumer = consumer_of(ledger)
+        plan = plan_of(1, 0, 1, 0)
+        consumer.plan(plan)
+        consumer.ack(1, 0, ids_of(0, 1))
+        consumer.write_ack()
+        [step] = ledger.history()
+        assert [sample.finished for sample in step.samples] == [False, True, True]
+
     # -- facts -----------------------------------------------------------------------------
 
     def test_facts_are_small_json_values(self) -> None:

@@ -270,12 +270,13 @@ class SpecificationLedger(SpecificationOfSamples):
 
     def _trained(self, plan: StepPlan) -> TrainedStep:
         samples = []
-        for sample_id in plan.sample_ids:
+        last_visits = {sample_id: visit for visit, sample_id in enumerate(plan.sample_ids)}  # some come twice
+        for visit, sample_id in enumerate(plan.sample_ids):
             known = self.rows.samples.get(sample_id)
             if known is None:
                 samples.append(TrainedSample(-1, sample_id, None, False))
             else:
-                finished = known.acked > 0 and known.step == plan.step
+                finished = known.acked > 0 and known.step == plan.step and visit == last_visits[sample_id]
                 samples.append(TrainedSample(known.place, sample_id, known.ordinal, finished))
         return TrainedStep(plan.step, plan.rev, tuple(samples))
 

@@ -83,13 +83,14 @@ class Archive(PromptTable):
             f"SELECT step, rev, sample_ids FROM plan WHERE {where} ORDER BY step",  # noqa: S608 (ours)
             *values,
         ):
-            samples = []
-            for sample_id in json.loads(ids):
+            samples, names = [], json.loads(ids)
+            last_visits = {sample_id: visit for visit, sample_id in enumerate(names)}  # some come twice
+            for visit, sample_id in enumerate(names):
                 row = self._rows(
                     "SELECT place, ordinal, acked, step FROM sample WHERE sample_id = ?", sample_id
                 )
                 place, ordinal, acked, acked_by = row[0] if row else (UNKNOWN_PLACE, None, 0, None)
-                finished = bool(acked) and acked_by == step
+                finished = bool(acked) and acked_by == step and visit == last_visits[sample_id]
                 samples.append(TrainedSample(place, sample_id, ordinal, finished))
             yield TrainedStep(step, rev, tuple(samples))
 
