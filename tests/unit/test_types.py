@@ -10,7 +10,7 @@ import torch
 
 from paceline import FeatureSpec, PromptTask, SampleRef, assert_no_tensors
 from paceline.testing.samples import sample_ref
-from paceline.types import ref_from_json, ref_to_json
+from paceline.types import Feature, Rows, States, Targets, Tokens, name_of, ref_from_json, ref_to_json
 
 
 def test_a_ref_needs_only_what_identifies_it() -> None:
@@ -71,3 +71,19 @@ def test_text_that_is_no_ref_is_refused() -> None:
     for wrong in (text[:-2], "{}", text.replace('"num_tokens":4', '"num_tokens":"4"'), newer):
         with pytest.raises(ValueError, match="ref"):
             ref_from_json(wrong)
+
+
+def test_only_states_can_be_cut_to_some_of_their_rows() -> None:
+    """Tokens and targets are whole: every reader counts on one entry for each token."""
+    Feature("late", States((8,)), Rows.PREDICTED, dtype="float32")
+    for source in (Tokens(), Targets()):
+        with pytest.raises(ValueError, match="'words'"):
+            Feature("words", source, Rows.PREDICTED, dtype="int32")
+
+
+def test_a_method_without_tokens_is_named_as_one() -> None:
+    """Whatever it calls them, every sample's tokens are found by what they are."""
+    late = Feature("late", States((8,)), dtype="float32")
+    assert name_of(Tokens, (late, Feature("words", Tokens(), dtype="int32"))) == "words"
+    with pytest.raises(ValueError, match="no feature is Targets"):
+        name_of(Targets, (late,))
