@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import groupby
 from time import monotonic
 from typing import Any
@@ -23,34 +22,15 @@ from paceline.capture.backpressure import WAIT_S, Backpressure
 from paceline.capture.encoding import EncodedPrompt, Encoding, PromptLimits
 from paceline.capture.groups import CaptureGroup, Groups
 from paceline.capture.in_flight import CaptureInFlight, CapturesInFlight
-from paceline.capture.isolation import FAILURES_IN_A_ROW_MAX, CaptureFailedError, Isolation, as_failure
+from paceline.capture.isolation import CaptureFailedError, Isolation, as_failure
+from paceline.capture.settings import CaptureSettings
 from paceline.capture.source import PromptSource
 from paceline.capture.upkeep import Upkeep
 from paceline.engines.engine import Captured, CaptureRequest, TargetEngine
 from paceline.errors import EngineError, LedgerError
 from paceline.features.store import FeatureStore
 from paceline.ledger.producer_session import ProducerSession, Wanted
-from paceline.types import Feature, SampleRef, Tokens, name_of
-
-
-@dataclass(frozen=True)
-class CaptureSettings:
-    """`first_round_temperature` is for prompts that the run answers for the first time.
-
-    `features`: what the draft's method trains on, as `DraftMethod.features` gave it. `max_prompt_tokens`:
-    longer prompts are set aside; None: no limit.
-    """
-
-    group_size: int
-    max_answer_tokens: int
-    features: tuple[Feature, ...]
-    first_round_temperature: float = 0.0
-    temperature: float = 0.8
-    seed: int = 0
-    strategy: str = "eagle3"
-    max_prompt_tokens: int | None = None
-    failures_in_a_row_max: int = FAILURES_IN_A_ROW_MAX
-    groups_in_flight: int = 1
+from paceline.types import SampleRef, Tokens, name_of
 
 
 class Producer:

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from paceline.section import Count, Section
+from paceline.types import Feature
 
 ROUNDS_MAX = 10_000
 GROUPS_IN_FLIGHT_MAX = 256
 
 
-class PromptsSection(Section):
+class AnswersSection(Section):
+    """How long answers may be and how they are chosen, part of the run file's `prompts` section.
+
+    `first_round_temperature` is for prompts that the run answers for the first time.
+    """
+
+    max_answer_tokens: Count = 128
+    first_round_temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.8
+
+
+class PromptsSection(AnswersSection):
     """`rounds`: how often the prompt set is answered; from the second round on answers are sampled.
 
     `duplicates`: a line that repeats an earlier one is taken once, or refuses the run. The file may lie
@@ -25,9 +37,6 @@ class PromptsSection(Section):
     rounds: Annotated[int, Field(ge=1, le=ROUNDS_MAX)] = 1
     duplicates: Literal["once", "refuse"] = "once"
     max_prompt_tokens: Count = 192
-    max_answer_tokens: Count = 128
-    first_round_temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.8
 
 
 class CaptureSection(Section):
@@ -42,3 +51,22 @@ class CaptureSection(Section):
     attempt_max: Count = 3
     failures_in_a_row_max: Count = 16
     groups_in_flight: Annotated[int, Field(ge=1, le=GROUPS_IN_FLIGHT_MAX)] = 1
+
+
+class CaptureSettings(CaptureSection, AnswersSection):
+    """What the producer is given: its sections of the run file, and what follows from the rest of the run.
+
+    `features`: what the draft's method trains on, as `DraftMethod.features` gave it; `strategy` is its
+    name. `max_prompt_tokens`: longer prompts are set aside; None: no limit.
+    """
+
+    features: tuple[Feature, ...]
+    seed: int = 0
+    strategy: str = "eagle3"
+    max_prompt_tokens: Count | None = None
+
+    @classmethod
+    def of(cls, capture: CaptureSection, prompts: PromptsSection, **rest: Any) -> CaptureSettings:
+        answers = {name: getattr(prompts, name) for name in AnswersSection.model_fields}
+        groups = {name: getattr(capture, name) for name in CaptureSection.model_fields}
+        return cls(max_prompt_tokens=prompts.max_prompt_tokens, **answers, **groups, **rest)

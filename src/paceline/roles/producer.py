@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from paceline.capture.producer import CaptureSettings
+from paceline.capture.settings import CaptureSettings
 from paceline.errors import StoreError
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteLedger
@@ -48,14 +48,9 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
         engine=engine,
         feature_store=features,
         prompts=plan.source(stretches),
-        capture=CaptureSettings(
-            group_size=config.capture.group_size,
-            max_prompt_tokens=config.prompts.max_prompt_tokens,
-            failures_in_a_row_max=config.capture.failures_in_a_row_max,
-            groups_in_flight=config.capture.groups_in_flight,
-            max_answer_tokens=config.prompts.max_answer_tokens,
-            first_round_temperature=config.prompts.first_round_temperature,
-            temperature=config.prompts.temperature,
+        capture=CaptureSettings.of(
+            config.capture,
+            config.prompts,
             seed=config.run.seed,
             strategy=config.method.name,
             features=config.method.build().features(engine.facts),

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from paceline.capture.answers import AnswerFiles
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
 from paceline.capture.encoding import Encoding, PromptLimits
-from paceline.capture.producer import CaptureSettings, Producer
+from paceline.capture.producer import Producer
+from paceline.capture.settings import CaptureSettings
 from paceline.capture.sizing import largest_sample_bytes
 from paceline.capture.source import PromptList, PromptSource
 from paceline.engines.engine import TargetEngine

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
-from paceline.capture.producer import CaptureSettings, Producer
+from paceline.capture.producer import Producer
+from paceline.capture.settings import CaptureSettings
 from paceline.capture.source import PromptList
 from paceline.errors import EngineError, TrainingError
 from paceline.features.store import FeatureStore

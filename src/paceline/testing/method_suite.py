@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from paceline.capture.producer import CaptureSettings
+from paceline.capture.settings import CaptureSettings
 from paceline.engines.engine import CaptureRequest
 from paceline.engines.transformers import TransformersEngine
 from paceline.evaluation.speculative import Decoding, plain_generate, speculative_generate

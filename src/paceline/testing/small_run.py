@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from paceline.capture.producer import CaptureSettings, Producer
+from paceline.capture.producer import Producer
+from paceline.capture.settings import CaptureSettings
 from paceline.capture.source import PromptList, RunPrompts
 from paceline.features.store import FeatureStore
 from paceline.features.stores.memory import InMemoryFeatureStore

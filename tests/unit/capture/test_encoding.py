@@ -9,8 +9,9 @@ import pytest
 
 from paceline.capture.backpressure import Backpressure, Watermarks
 from paceline.capture.encoding import Encoding, PromptLimits, rendering_of
-from paceline.capture.producer import CaptureSettings, Producer
+from paceline.capture.producer import Producer
 from paceline.capture.prompt_file import PromptFile
+from paceline.capture.settings import CaptureSettings
 from paceline.capture.source import BLOCK, PromptList, RunPrompts
 from paceline.errors import ConfigError
 from paceline.ledger.producer_session import ProducerSession
@@ -119,7 +120,7 @@ def test_a_start_among_a_hundred_thousand_prompts_costs_what_it_reads(tmp_path: 
     path = write(tmp_path / "prompts.jsonl", [f"question {n}" for n in range(100_000)])
     PromptFile(path, index_path=tmp_path / "index.json")
     ledger, features, engine = SQLiteLedger(), InMemoryLightFeatureStore(), LightEngine()
-    settings = CaptureSettings(64, 4, LIGHT_FEATURES, max_prompt_tokens=192)
+    settings = CaptureSettings(max_answer_tokens=4, features=LIGHT_FEATURES, max_prompt_tokens=192)
     for rounds in (1, 0, 1):
         file = PromptFile(path, index_path=tmp_path / "index.json")
         session = ProducerSession(ledger, "run")

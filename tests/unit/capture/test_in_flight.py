@@ -13,7 +13,8 @@ from paceline.capture.backpressure import Backpressure, Watermarks
 from paceline.capture.encoding import EncodedPrompt
 from paceline.capture.groups import CaptureGroup
 from paceline.capture.in_flight import CaptureInFlight, CapturesInFlight
-from paceline.capture.producer import CaptureSettings, Producer
+from paceline.capture.producer import Producer
+from paceline.capture.settings import CaptureSettings
 from paceline.capture.source import PromptList
 from paceline.engines.engine import Captured, CaptureRequest
 from paceline.ledger.producer_session import ProducerSession
@@ -111,7 +112,7 @@ class Busy(LightEngine):
 
 def producer(engine: Busy, ledger: SQLiteLedger, prompts: int) -> Producer:
     session, features = ProducerSession(ledger, "run", attempt_max=1), InMemoryLightFeatureStore()
-    settings = CaptureSettings(2, 4, LIGHT_FEATURES, groups_in_flight=3)
+    settings = CaptureSettings(group_size=2, max_answer_tokens=4, features=LIGHT_FEATURES, groups_in_flight=3)
     pressure = Backpressure(features, session, Watermarks(1 << 20, 2 * 256, group_samples=2))
     given = PromptList([{"prompt_ids": [n + 1]} for n in range(prompts)])
     return Producer(session, engine, features, given, settings, pressure)
