@@ -29,10 +29,12 @@ def inspect_step(console: Console, view: LedgerView, step: int) -> None:
     revision = f", plan revision {trained.rev}" if trained.rev else ""
     say(console, f"step {step}: {_progress(now, step)}{revision}, {len(trained.samples)} samples")
     for number, sample in enumerate(trained.samples, start=1):
-        visits = [t.step for t in view.history(sample_id=sample.sample_id) if t.step <= step]
+        life = view.history(sample_id=sample.sample_id)
+        visits = [t.step for t in life if t.step <= step]
         last = " and last" if sample.finished else ""
         record = view.find(sample.sample_id)
-        state = _state(record, now, trained) if record or sample.finished else "unknown to this ledger"
+        is_known = record is not None or sample.place >= 0
+        state = _state(record, now, life[-1]) if is_known else "unknown to this ledger"
         say(
             console,
             f"{number:4}  {sample.sample_id}  place {sample.place}, visit {len(visits)}{last}; {state}",

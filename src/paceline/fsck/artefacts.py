@@ -112,6 +112,7 @@ class Ledger:
         names = [row[1] for row in self._rows("PRAGMA table_info(run)")]
         self.run: dict[str, Any] = dict(zip(names, self._rows("SELECT * FROM run")[0], strict=True))
         self.facts = {key: json.loads(value) for key, value in self._rows("SELECT key, value FROM fact")}
+        self.starts = sum(row[0] for row in self._rows("SELECT epoch FROM role"))
         self.source = self._rows("SELECT first, count FROM source ORDER BY first")
         self.prompts: dict[int, tuple[str, bool, str]] = {
             ordinal: (state, bool(again), reason)

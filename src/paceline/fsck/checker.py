@@ -108,6 +108,8 @@ def _check_counters(ledger: Ledger, report: Report) -> None:
     used = max([*ledger.intents, *(s.generation for s in samples)], default=0)
     if used >= run["next_generation"]:
         report.error("C9", f"generation {used} is in use, but {run['next_generation']} is the next")
+    if run["lsn"] < ledger.starts:
+        report.error("C8", f"the log number is {run['lsn']}, but roles were taken {ledger.starts} times")
     if not ledger.in_ordinal_order:
         places = sorted(s.place for s in samples)
         if places and (places[0] < 0 or places[-1] >= run["committed"]):
@@ -115,7 +117,7 @@ def _check_counters(ledger: Ledger, report: Report) -> None:
 
 
 def _may_be_read(sample: Sample) -> bool:
-    return sample.state == "lost" or (sample.state == "present" and not sample.acked)
+    return (sample.state == "lost" and not sample.durable) or (sample.state == "present" and not sample.acked)
 
 
 def _check_prompts(ledger: Ledger, report: Report) -> None:
@@ -126,6 +128,8 @@ def _check_prompts(ledger: Ledger, report: Report) -> None:
         blocks = [f"{first} to {first + count - 1}" for first, count in ledger.source]
         what = f"{run['num_prompts']} prompts are known, but their blocks have a gap or an overlap"
         report.error("C8", what, blocks)
+    if following > run["num_prompts"]:
+        report.error("C8", f"prompt {following} comes next, but {run['num_prompts']} are known")
     late = [n for n in ledger.prompts if not 0 <= n < following]
     if late:
         report.error("C8", f"prompts are in work that were never leased (the next is {following})", late)

@@ -11,20 +11,17 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-import apsw
 import pytest
 from typer.testing import CliRunner
 
 from paceline import crashpoints
 from paceline.cli.main import app
-from paceline.errors import SchemaError
-from paceline.ledger.gate import RoleLock
+from paceline.ledger.producer_session import Wanted
 from paceline.testing.light_run import LightRun, RunShape
 from paceline.testing.power_cuts import MainsRun, PowerCutError
 from paceline.testing.run_by_hand import RunByHand
 from paceline.testing.samples import sample_ref
 
-GOLDEN = Path(__file__).parents[1] / "ledger" / "golden" / "ledger-v1.sql"
 SHAPE = RunShape(prompts=20, group=4, batch=3, passes=2, interval=3)
 
 
@@ -37,7 +34,7 @@ def told(*arguments: object, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run: most of its history folded, two checkpoints kept."""
+    """A whole run: most of its history archived, two checkpoints kept."""
     run = LightRun(tmp_path_factory.mktemp("finished"), SHAPE)
     run.produce()
     run.consume()
@@ -45,15 +42,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def head_file(run: RunByHand, name: str) -> Path:
-    return run.checkpoints.folder / run.store.checkpoints()[-1].name / name
+    return run.checkpoints.folder / run.consumer.checkpoints()[-1].name / name
 
 
 def test_fsck_says_sound_rule_by_rule(finished: Path) -> None:
     """One line for every rule, the counts, the verdict."""
     output = told("fsck", finished)
     lines = output.splitlines()
-    assert lines[0].startswith("looked at 20 samples, 14 steps, 2 checkpoints, 14 head step, 16 folded")
-    assert [line.split(":")[0] for line in lines[1:-1]] == [f"C{n} ok" for n in (1, 2, 3, 4, 5, 8, 9, 10)]
+    assert lines[0].startswith("looked at 20 samples, 14 steps, 2 checkpoints, 14 head step, 16 archived")
+    assert [line.split(":")[0] for line in lines[1:-1]] == [f"C{n} ok" for n in (1, 2, 3, 4, 5, 8, 9)]
     assert lines[-1].startswith("sound: nothing lost")
 
 
@@ -69,27 +66,22 @@ def test_fsck_names_what_is_wrong_and_what_to_do(by_hand: RunByHand) -> None:
     assert "C1 ok" in output
     assert "UNSOUND: 1 errors" in output
     assert "Restore the checkpoints named above from a backup" in output
-    by_hand.store._db.execute("DELETE FROM folded WHERE kind = 'samples'")
+    by_hand.ledger._db.execute("DELETE FROM archive")
     output = told("fsck", by_hand.folder, code=9)
-    assert "ERROR 3 samples were committed, 0 are known; seqs missing: 1, 2, 3" in output
+    assert "ERROR 3 samples are archived; the archive finishes 0" in output
     assert f"Keep a copy of {by_hand.folder}" in output
 
 
 def test_fsck_takes_what_nobody_can_open(by_hand: RunByHand, tmp_path: Path) -> None:
-    """No run, a run not begun, a ledger of version 1, a ledger that is none: each says what to do next."""
+    """No run, a run not begun, a ledger of a later version, a ledger that is none: each says what to do next."""
     assert "There is no run in" in told("fsck", tmp_path, code=2)
     ledger = tmp_path / "ledger.db"
     ledger.write_bytes(b"")
     assert "the run has not begun" in told("fsck", tmp_path, code=6)
-    db = apsw.Connection(str(ledger))
-    db.execute(GOLDEN.read_text())
-    db.close()
-    output = told("fsck", tmp_path, code=6)
-    assert "schema version 1" in output
-    assert f"paceline status {tmp_path}" in output
-    assert "looked at" in told("status", tmp_path) + told("fsck", tmp_path, code=9)  # no checkpoints there
     by_hand.checkpoint()
-    by_hand.store.close()
+    by_hand.ledger._db.execute("PRAGMA user_version = 99")
+    assert "schema version 99" in told("fsck", by_hand.folder, code=6)
+    by_hand.ledger.close()
     for content in (b"", b"x" * 5000):
         (by_hand.folder / "ledger.db").write_bytes(content)
         output = told("fsck", by_hand.folder, code=9)
@@ -98,13 +90,13 @@ def test_fsck_takes_what_nobody_can_open(by_hand: RunByHand, tmp_path: Path) -> 
 
 
 def test_inspect_tells_a_steps_samples_and_a_samples_life(finished: Path) -> None:
-    """From the ledger alone, folded history included."""
+    """From the ledger alone, archived history included."""
     first = told("inspect", finished, "--step", 1)
     assert "step 1: durable, 3 samples" in first
-    assert "1  light:0  seq 1, visit 1; trained, last by step 2, durable; features freed" in first
-    assert "light:0  seq 1, visit 2 and last" in told("inspect", finished, "--step", 2)
+    assert "1  light:0  place 0, visit 1; trained, last by step 2, durable; features freed" in first
+    assert "light:0  place 0, visit 2 and last" in told("inspect", finished, "--step", 2)
     life = told("inspect", finished, "--sample", "light:0")
-    assert "sample light:0 (prompt 0), place 1 in the log" in life
+    assert "sample light:0 (prompt 0), place 0 in the log" in life
     assert life.count("visited by step") == SHAPE.passes
     assert "durable; features freed" in life
     assert told("inspect", finished, "--sample", "0") == life
@@ -118,13 +110,12 @@ def test_inspect_tells_what_is_provisional_planned_and_set_aside(by_hand: RunByH
     by_hand.train(ids[:1])
     by_hand.checkpoint()
     by_hand.begin(ids[1:3])
-    by_hand.store.quarantine([ids[2]], step=2, reason="loss is nan", fence=by_hand.consumer)
+    by_hand.consumer.quarantine([ids[2]], step=2, reason="loss is nan")
     by_hand.train(ids[1:2], rev=1)
     by_hand.begin(ids[3:4])
-    by_hand.store.report_lost(ids[4:5])
-    by_hand.store.lease_tasks("w", 2, fence=by_hand.producer)
-    by_hand.store.fail_tasks("w", ["task-6"], reason="no text", attempt_max=None, fence=by_hand.producer)
-    by_hand.store.set_facts({"run_id": "run0"})
+    by_hand.consumer.report_lost(ids[4:5])
+    by_hand.producer.lease(2)
+    by_hand.producer.fail([6], "task-6: no text", retryable=False)
     run = by_hand.folder
 
     everything = told("inspect", run)
@@ -135,7 +126,7 @@ def test_inspect_tells_what_is_provisional_planned_and_set_aside(by_hand: RunByH
     assert "step 1: durable, 1 samples" in told("inspect", run, "--step", 1)
     second = told("inspect", run, "--step", 2)
     assert "step 2: provisional, plan revision 1, 1 samples" in second
-    assert "run0:s1  seq 2, visit 1 and last; trained, last by step 2, provisional" in second
+    assert "run0:s1  place 1, visit 1 and last; trained, last by step 2, provisional" in second
     third = told("inspect", run, "--step", 3)
     assert "step 3: planned, 1 samples" in third
     assert "visit 1; not trained to the end yet; features resident" in third
@@ -167,8 +158,8 @@ def test_both_commands_load_no_torch(finished: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(finished)], check=True, capture_output=True)
 
 
-def test_a_ledger_that_another_program_opened_after_a_crash_is_mended(tmp_path: Path) -> None:
-    """One SELECT of plain SQLite empties the log into pages without checksums: refused, told, accepted."""
+def test_a_ledger_that_another_program_opened_after_a_crash_goes_on(tmp_path: Path) -> None:
+    """One SELECT of plain SQLite empties the log into the database: that is what the log was for."""
     crashed = MainsRun(tmp_path / "crashed", SHAPE)
     crashed.produce()
     crashed.cut_at = 300
@@ -177,45 +168,24 @@ def test_a_ledger_that_another_program_opened_after_a_crash_is_mended(tmp_path: 
         crashed.consume()
     run = crashed.boot(tmp_path / "run", random.Random(0))
     shutil.copytree(crashed.feature_folder, run.feature_folder)
-    with closing(sqlite3.connect(run.ledger)) as browser:
-        assert browser.execute("SELECT count(*) FROM sample").fetchone() == (20,)
-    with pytest.raises(SchemaError, match="paceline fsck"):
-        run.consume()
-    output = told("fsck", run.folder, code=9)
-    assert "C10 1 ERRORS" in output
-    assert f"paceline fsck {run.folder} --accept-pages" in output
-    lock = RoleLock(run.folder, "consumer")
-    assert "already running" in told("fsck", run.folder, "--accept-pages", code=3)
-    lock.release()
-    assert "sound: nothing lost" in told("fsck", run.folder, "--accept-pages")
+    with closing(sqlite3.connect(run.ledger_path)) as browser:
+        assert browser.execute("SELECT committed FROM run").fetchone() == (20,)
     run.consume()
     assert "sound: nothing lost" in told("fsck", run.folder)
-
-
-def test_pages_whose_content_is_damaged_are_not_accepted(finished: Path, tmp_path: Path) -> None:
-    """New checksums must not hide what SQLite itself finds wrong."""
-    shutil.copytree(finished, tmp_path / "run")
-    ledger = tmp_path / "run" / "ledger.db"
-    data = bytearray(ledger.read_bytes())
-    data[4096 : 2 * 4096] = b"\xff" * 4096
-    ledger.write_bytes(data)
-    assert "C10" in told("fsck", tmp_path / "run", code=9)
-    assert "New checksums would only hide that" in told("fsck", tmp_path / "run", "--accept-pages", code=6)
-    assert ledger.read_bytes() == data
 
 
 def test_inspect_finds_a_prompt_by_its_id_in_the_prompt_file(by_hand: RunByHand) -> None:
     """In every round: trained, set aside, or still to come."""
     config = {"training.passes": 1, "prompts.rounds": 3}
-    by_hand.store.set_facts({"run_id": "run0", "config": config})
-    by_hand.store.add_tasks([f"{turn}/{name}" for turn in range(3) for name in ("t5", "t6")])
-    refs = [replace(sample_ref(0), sample_id="run0:0/t5", source_task_id="0/t5")]
-    by_hand.store.commit_samples(refs, fence=by_hand.producer)
-    by_hand.store.lease_tasks("w", 99, fence=by_hand.producer)
-    by_hand.store.fail_tasks("w", ["1/t5"], reason="odd", attempt_max=None, fence=by_hand.producer)
+    by_hand.ledger.set_facts(None, None, {"config": config})
+    by_hand.producer.lease(3)
+    [generation] = by_hand.producer.reserve([Wanted(0, "run0:0/t5", 9)]) or []
+    ref = replace(sample_ref(0, ordinal=0), sample_id="run0:0/t5", source_task_id="0/t5")
+    by_hand.producer.commit([replace(ref, generation=generation)])
+    by_hand.producer.fail([2], "1/t5: odd", retryable=False)
     by_hand.train(["run0:0/t5"])
     lines = told("inspect", by_hand.folder, "--sample", "t5").splitlines()
-    assert lines[0] == "sample run0:0/t5 (prompt 0/t5), place 1 in the log"
+    assert lines[0] == "sample run0:0/t5 (prompt 0/t5), place 0 in the log"
     assert lines[1].startswith("  visited by step 1")
     assert lines[-2:] == ["prompt 1/t5: never committed; set aside: odd", "prompt 2/t5: not captured yet"]
     assert told("inspect", by_hand.folder, "--sample", "0/t5").splitlines() == lines[:-2]

@@ -64,9 +64,9 @@ def write(run: RunByHand, calls: list[Any]) -> Path:
 @pytest.fixture
 def run(by_hand: RunByHand) -> RunByHand:
     ids = by_hand.capture(4)
-    by_hand.store.quarantine(ids[1:2], step=None, reason="never readable")
-    by_hand.store.set_facts({"end": True})
-    assert by_hand.store.lsn() == 9
+    by_hand.consumer.quarantine(ids[1:2], step=None, reason="never readable")
+    by_hand.consumer.set_facts({"end": True})
+    assert by_hand.ledger.lsn() == 10
     return by_hand
 
 

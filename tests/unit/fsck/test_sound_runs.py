@@ -5,10 +5,8 @@ from __future__ import annotations
 import random
 import shutil
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
-import apsw
 import pytest
 import torch
 
@@ -16,10 +14,8 @@ from paceline import crashpoints
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.fsck.checker import check
 from paceline.testing.light_run import LightRun, RunShape
-from paceline.testing.run_by_hand import RunByHand
-from paceline.testing.samples import sample_ref
-
-GOLDEN = Path(__file__).parents[1] / "ledger" / "golden" / "ledger-v1.sql"
+from paceline.testing.ledger_calls import refs_of
+from paceline.testing.run_by_hand import Nothing, RunByHand
 
 
 def passes_as_live_and_as_crashed(run: RunByHand, scratch: Path) -> str:
@@ -27,7 +23,7 @@ def passes_as_live_and_as_crashed(run: RunByHand, scratch: Path) -> str:
     live = check(run.folder)
     assert live.errors == []
     assert (run.folder / "ledger.db-wal").stat().st_size > 0, "the ledger is open"
-    shutil.copytree(run.folder, scratch, ignore=shutil.ignore_patterns("*-shm", "*-bell", "*-gate"))
+    shutil.copytree(run.folder, scratch, ignore=shutil.ignore_patterns("*-shm", "*-gate"))
     assert check(scratch) == live
     shutil.rmtree(scratch)
     return "\n".join(live.notes)
@@ -44,25 +40,24 @@ def test_every_moment_of_a_run_is_sound(by_hand: RunByHand, tmp_path: Path) -> N
     ids = by_hand.capture(4)
     look()
     by_hand.checkpoint()  # step 0
-    by_hand.store.lease_tasks("w", 2, fence=by_hand.producer)
-    by_hand.store.reserve({"run0:s4": 9}, fence=by_hand.producer)
+    by_hand.producer.lease(2)
+    refs_of(by_hand.producer, 4)
     by_hand.begin(ids[:2])
     look()
     by_hand.train(ids[:2])
     look()
     record, _ = by_hand.write_checkpoint()
     assert f"unfinished or swept at the next start: {record.name}" in look()
-    by_hand.store.record_checkpoint(record, fence=by_hand.consumer)
+    by_hand.consumer.head(record)
     look()
-    by_hand.store.begin_release(9, fence=by_hand.consumer)
-    by_hand.store.record_released(ids[:1], fence=by_hand.consumer)
+    by_hand.consumer.release(Nothing())
     look()
     for sample_id in ids[2:]:
         by_hand.train([sample_id])
         by_hand.checkpoint(keep=1)
         look()
-    assert check(by_hand.folder).counts["folded_samples"] == 4
-    by_hand.store.close()
+    assert check(by_hand.folder).counts["archived_samples"] == 4
+    by_hand.ledger.close()
     assert check(by_hand.folder).errors == []
     by_hand.open()
     by_hand.train(by_hand.capture(8))
@@ -75,16 +70,16 @@ def test_quarantine_revisions_and_failed_prompts_are_sound(by_hand: RunByHand, t
     """What was set aside is told with its reason, and the step without it is the one that counts."""
     ids = by_hand.capture(4)
     by_hand.begin(ids[:3])
-    by_hand.store.quarantine([ids[1]], step=1, reason="loss is nan", fence=by_hand.consumer)
+    by_hand.consumer.quarantine([ids[1]], step=1, reason="loss is nan")
     by_hand.train([ids[0], ids[2]], rev=1)
-    by_hand.store.quarantine([ids[3]], step=None, reason="never readable", fence=by_hand.consumer)
+    by_hand.consumer.quarantine([ids[3]], step=None, reason="never readable")
     by_hand.train([])  # all its samples are poison
-    by_hand.store.lease_tasks("w", 1, fence=by_hand.producer)
-    by_hand.store.fail_tasks("w", ["task-4"], reason="no text", attempt_max=None, fence=by_hand.producer)
+    by_hand.producer.lease(1)
+    by_hand.producer.fail([4], "task-4: no text", retryable=False)
     by_hand.checkpoint()
     notes = passes_as_live_and_as_crashed(by_hand, tmp_path / "crashed")
     assert "quarantined: run0:s1: loss is nan" in notes
-    assert "failed prompt: task-4: no text" in notes
+    assert "failed prompt task-4: no text" in notes
 
 
 def test_a_run_that_fell_back_is_sound(by_hand: RunByHand, tmp_path: Path) -> None:
@@ -93,11 +88,11 @@ def test_a_run_that_fell_back_is_sound(by_hand: RunByHand, tmp_path: Path) -> No
     for at in (0, 2, 4):
         by_hand.train(ids[at : at + 2])
         by_hand.checkpoint()
-    head = by_hand.store.checkpoints()[-1]
+    head = by_hand.consumer.checkpoints()[-1]
     (by_hand.checkpoints.folder / head.name / "weights.bin").write_bytes(b"damaged")
     assert any("weights.bin is damaged" in error for error in check(by_hand.folder).errors)
-    by_hand.consumer = by_hand.store.acquire_role("consumer", "successor")
-    assert by_hand.store.fall_back(2, fence=by_hand.consumer) == ids[4:]
+    by_hand.consumer.acquire()
+    assert by_hand.consumer.fall_back(2) == ids[4:]
     notes = passes_as_live_and_as_crashed(by_hand, tmp_path / "crashed")
     assert "2 samples wait to be captured again: run0:s4, run0:s5" in notes
     by_hand.capture(2)
@@ -112,14 +107,14 @@ def test_a_run_that_rolled_forward_is_sound(by_hand: RunByHand, tmp_path: Path) 
     by_hand.train(ids)
     by_hand.checkpoint()
     older = tmp_path / "older.db"
-    by_hand.store._db.execute("VACUUM INTO ?", (str(older),))
+    by_hand.ledger._db.execute("VACUUM INTO ?", (str(older),))
     by_hand.train(by_hand.capture(3))
     record, lineage = by_hand.write_checkpoint()
-    by_hand.store.close()
+    by_hand.ledger.close()
     older.rename(by_hand.folder / "ledger.db")
     assert check(by_hand.folder).errors == []
     by_hand.open()
-    by_hand.store.adopt_checkpoint(record, lineage, fence=by_hand.consumer)
+    by_hand.consumer.adopt(record, lineage)
     passes_as_live_and_as_crashed(by_hand, tmp_path / "crashed")
     by_hand.train(by_hand.capture(7))
     by_hand.checkpoint(keep=1)
@@ -131,16 +126,15 @@ def test_features_lost_after_their_ack_are_no_harm(by_hand: RunByHand) -> None:
     """The weights contain the sample; should it be captured once more, that is not wanted."""
     ids = by_hand.capture(2)
     by_hand.train(ids)
-    by_hand.store.report_lost(ids[:1])
+    by_hand.consumer.report_lost(ids[:1])
     assert check(by_hand.folder).errors == []
     by_hand.checkpoint()
     assert check(by_hand.folder).errors == []
-    [lease] = by_hand.store.lease_tasks("w", 1, fence=by_hand.producer)
-    ref = sample_ref(lease.ordinal)
-    [generation] = by_hand.store.reserve({ref.sample_id: 1}, fence=by_hand.producer).values()
+    [lease] = by_hand.producer.lease(1)
+    [ref] = refs_of(by_hand.producer, lease.ordinal)
     assert ref.sample_id == ids[0]
     assert check(by_hand.folder).errors == []
-    assert by_hand.store.commit_sample(replace(ref, generation=generation), fence=by_hand.producer) is False
+    assert by_hand.producer.commit([ref]) == []
     assert check(by_hand.folder).errors == []
 
 
@@ -156,36 +150,18 @@ def test_several_passes_are_sound(tmp_path: Path, shape: RunShape) -> None:
     assert any(error.startswith("C2 visited more than 1") for error in check(tmp_path, passes=1).errors)
 
 
-def test_a_ledger_of_version_1_is_left_to_be_opened_and_goes_on_as_a_sound_one(tmp_path: Path) -> None:
-    """Before the migration nothing is judged; after it, all but the history that version 1 did not keep."""
-    db = apsw.Connection(str(tmp_path / "ledger.db"))
-    db.execute(GOLDEN.read_text())
-    db.close()
-    before = (tmp_path / "ledger.db").read_bytes()
-    report = check(tmp_path)
-    assert (report.errors, report.unchecked) == ([], "ledger.db has schema version 1, this checker knows 3")
-    assert (tmp_path / "ledger.db").read_bytes() == before
-    run = RunByHand(tmp_path)
-    assert "checkpoints of an earlier version have no chain to check, at steps: 1, 2" in check(tmp_path).notes
-    run.capture(1)  # the lost one
-    run.train(["run0:s4", "run0:s5"])
-    run.checkpoint(keep=1)
-    report = check(tmp_path)
-    assert report.errors == []
-    assert report.notes[0].startswith("the steps up to 2 were trained by an earlier version")
-
-
 def test_slots_are_held_against_the_ledger(by_hand: RunByHand, directory: Path) -> None:
     """Orphans and missing bytes are notes; bytes under another sample's generation are an error."""
     features = SharedMemoryFeatureStore(directory, budget_bytes=1 << 20, owner=True)
     ids = by_hand.capture(3)
-    generations = by_hand.store.present_generations()
-    intent = by_hand.store.reserve({"run0:s3": 9, "run0:s4": 9}, fence=by_hand.producer)
+    generations = by_hand.ledger.ownership().present
+    by_hand.producer.lease(2)
+    intent = {ref.sample_id: ref.generation for ref in refs_of(by_hand.producer, 3, 4)}
     for sample_id, generation in [*generations.items(), *intent.items()]:
         features.put(sample_id, {"x": torch.zeros(3)}, generation=generation)
     report = check(by_hand.folder, features=directory)
     assert (report.errors, report.notes, report.counts["slots"]) == ([], [], 5)
-    by_hand.store.revoke([intent["run0:s3"]])
+    by_hand.producer.give_back([3])
     features.free([(ids[1], 0)])
     features.put("run0:s9", {"x": torch.zeros(3)}, generation=1000)  # begun after the ledger was read
     report = check(by_hand.folder, features=directory)
@@ -213,7 +189,7 @@ def test_a_run_is_sound_at_every_named_place(tmp_path: Path, seed: int) -> None:
     """Looked at in the middle of whatever producer, trainer, recovery and ledger do, over three deaths."""
     rng = random.Random(seed)
     run = LightRun(
-        tmp_path, RunShape(prompts=9, passes=1 + seed % 2, bad_prompt=1, bad_sample=7, kept=1 + seed // 2)
+        tmp_path, RunShape(prompts=9, passes=1 + seed % 2, bad_prompt=1, bad_sample=7, kept=2 + seed // 2)
     )
     looked: Counter[str] = Counter()
     lives = iter([*(rng.randrange(60, 200) for _ in range(3)), 100_000])
