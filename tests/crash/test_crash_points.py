@@ -38,16 +38,16 @@ POINTS = [
     "features.put.before_seal:5",
     "features.put.after:5",
     "engine.capture.after:2",
-    "ledger.commit_samples.before:2",
-    "ledger.commit_samples.after:2",
+    "ledger.commit.before:2",
+    "ledger.commit.after:2",
     "learner.step.before:2",
     "learner.step.after:2",
-    "ledger.begin_step.before:3",
+    "ledger.plan.before:3",
     "checkpoint.before_rename:2",
     "checkpoint.before_sync:2",
-    "ledger.record_checkpoint.before:2",
-    "ledger.record_checkpoint.after:2",
-    "ledger.record_released.after:2",
+    "ledger.head.before:2",
+    "ledger.head.after:2",
+    "ledger.released.after:2",
     "ledger.before_commit:20",
     "ledger.after_commit:20",
 ]
@@ -78,4 +78,4 @@ def test_repeated_kills_end_in_the_same_weights(
     assert store.all_committed_ids() == [f"small:{n}" for n in range(14)]
     assert store.durable_marker()["acked"] == set(store.all_committed_ids())
     folders = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert folders == {record.name for record in store.checkpoints()}
+    assert folders == {record.name for record in store.snapshot().checkpoints}

@@ -1,7 +1,7 @@
 """A sample that kills the process: the run is started again and again, and ends without that sample.
 
-The kills are real. Nothing of the process that died can report what killed it; the trial in the ledger
-(ledger/trial.py) narrows it down over the restarts.
+The kills are real. Nothing of the process that died can report what killed it; the isolation in the ledger
+(ledger/isolation.py) narrows it down over the restarts.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def test_a_prompt_that_kills_the_engine_is_set_aside(tmp_path: Path) -> None:
     """All other samples are trained."""
     assert run_to_the_end(tmp_path, "engine", "small:5") > 1
     store = SQLiteMetadataStore(tmp_path / "ledger.db")
-    assert store.failed_tasks() == {"5": "the engine's process dies of this prompt"}
+    assert store.failed() == {5: "5: the engine's process dies of this prompt"}
     assert store.durable_marker()["acked"] == {f"small:{n}" for n in range(14)} - {"small:5"}
 
 

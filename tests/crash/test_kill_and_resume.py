@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from paceline.ledger.gate import live_holder
+from paceline.ledger.locks import live_holder
 from paceline.testing import random_kills
 from paceline.testing.random_kills import make_run
 from paceline.testing.small_run import same_bits
@@ -51,19 +51,19 @@ def in_the_middle(run: TinyRun) -> Callable[[], bool]:
     def look() -> bool:
         if not (run.directory / "ledger.db").exists():
             return False
-        store = run.store()
-        trained = store.committed_count() - store.usage().waiting_samples
-        store.close()
+        ledger = run.ledger()
+        trained = ledger.snapshot().samples_trained
+        ledger.close()
         return 8 <= trained < NUM_SAMPLES
 
     return look
 
 
 def check(run: TinyRun, uninterrupted: dict[str, torch.Tensor]) -> None:
-    store = run.store()
+    now = run.ledger().snapshot()
     assert same_bits(run.final_weights(), uninterrupted)
-    assert len(store.durable_marker()["acked"]) == store.committed_count() == NUM_SAMPLES
-    assert store.usage().resident_samples == 0
+    assert now.samples_trained == now.committed == NUM_SAMPLES
+    assert now.usage.resident_samples == now.usage.provisional_samples == 0
 
 
 @pytest.mark.parametrize("role", ["consumer", "producer"])
@@ -112,7 +112,7 @@ def test_an_interrupted_run_stops_at_a_checkpoint_and_goes_on(
     assert "nothing is lost" in out
     assert live_holder(run.directory, "consumer") is None
     assert live_holder(run.directory, "producer") is None
-    assert run.store().usage().provisional_samples == 0
+    assert run.ledger().snapshot().usage.provisional_samples == 0
     result = run.command("train")
     assert result.returncode == 0, result.stderr
     check(run, uninterrupted)

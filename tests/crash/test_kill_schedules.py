@@ -22,13 +22,12 @@ RANDOM = 250
 HAPPENED = {  # and how often at least, over all schedules
     "schedules": 1000,
     "zombies": 100,
-    "zombie rejected at commit_samples": 1,
+    "zombie rejected at commit": 1,
     "zombie rejected at reserve": 1,
-    "zombie rejected at begin_step": 1,
-    "zombie rejected at ack_step": 1,
-    "zombie rejected at record_checkpoint": 1,
-    "zombie rejected at begin_release": 1,
-    "zombie rejected at record_released": 1,
+    "zombie rejected at plan": 1,
+    "zombie rejected at head": 1,
+    "zombie rejected at releasable": 1,
+    "zombie rejected at released": 1,
     "steps replayed": 50,
     "orphan checkpoints found": 50,
     "orphan features swept": 20,
@@ -38,8 +37,8 @@ HAPPENED = {  # and how often at least, over all schedules
     "missed by the consumer": 50,
     "gave up samples to make room": 1,
     "checkpoints on pressure": 5,
-    "history folded": 100,
-    "trial held": 50,
+    "history archived": 100,
+    "isolation held": 50,
     "faults: kill": 500,
     "faults: stop": 200,
     "faults: kill_both": 3,
@@ -86,7 +85,7 @@ PLANTED = {
         "real = Database._change\n"
         "skipped = lambda sql: 'deaths = deaths' in sql\n"
         "Database._change = lambda self, sql, *v: 0 if skipped(sql) else real(self, sql, *v)",
-        "plain/producer/ledger.lease_tasks.after/2/once",
+        "plain/producer/ledger.lease.after/2/once",
     ),
 }
 

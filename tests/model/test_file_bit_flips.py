@@ -11,7 +11,6 @@ from paceline.testing.flipped_files import (
     flip_channels,
     flip_checkpoints,
     flip_features,
-    flip_locks,
 )
 
 
@@ -29,11 +28,6 @@ def test_no_flipped_bit_of_the_ref_channel_is_believed(memory: Path) -> None:
     assert counts["refs.consumed: refused"] == 100
     assert counts["refs: refused"] > 300
     assert counts["refs: exact"] > 0
-
-
-def test_no_flipped_bit_of_a_lock_or_a_bell_does_harm(memory: Path) -> None:
-    """A role stays held, by a process that nobody names wrongly; writers and waiters go on."""
-    assert flip_locks(memory, 0, flips=60).total() == 60
 
 
 def test_no_flipped_bit_of_the_feature_store_is_believed(memory: Path) -> None:

@@ -160,6 +160,8 @@ class World:
 
     def may_be_head(self, record: CheckpointRecord) -> None:
         """Every head's weights lie on the trajectory of the run to which nothing happened."""
+        if record.name not in self.folders.held:
+            raise ViolationError(f"the head at step {record.step} has no folder")
         weights = bytes(self.folders.held[record.name][1].files["weights.bin"])
         if self.expected is not None and self.expected.get(record.step) != weights:
             raise ViolationError(f"the head at step {record.step} has other weights than that step has")

@@ -118,7 +118,8 @@ HARMS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "an archived block's bit flipped": (
         "C8 the archived steps",
         statement(
-            "UPDATE archive SET content = CAST(substr(content, 1, 70) || x'00' || substr(content, 72) AS BLOB)"
+            "UPDATE archive SET "
+            "content = CAST(substr(content, 1, 70) || x'00' || substr(content, 72) AS BLOB)"
         ),
     ),
     "the log's counter is off": ("C8", statement("UPDATE run SET committed = committed + 1")),

@@ -73,7 +73,7 @@ def test_fsck_names_what_is_wrong_and_what_to_do(by_hand: RunByHand) -> None:
 
 
 def test_fsck_takes_what_nobody_can_open(by_hand: RunByHand, tmp_path: Path) -> None:
-    """No run, a run not begun, a ledger of a later version, a ledger that is none: each says what to do next."""
+    """No run, a run not begun, a ledger of a later version, a file that is none: each says what to do."""
     assert "There is no run in" in told("fsck", tmp_path, code=2)
     ledger = tmp_path / "ledger.db"
     ledger.write_bytes(b"")

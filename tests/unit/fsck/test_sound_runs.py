@@ -13,8 +13,8 @@ import torch
 from paceline import crashpoints
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.fsck.checker import check
-from paceline.testing.light_run import LightRun, RunShape
 from paceline.testing.ledger_calls import refs_of
+from paceline.testing.light_run import LightRun, RunShape
 from paceline.testing.run_by_hand import Nothing, RunByHand
 
 

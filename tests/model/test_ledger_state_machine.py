@@ -1,4 +1,4 @@
-"""The SQLite store behaves like the in-memory one, whatever is called in whatever order."""
+"""The SQLite ledger behaves like the specification, whatever is called in whatever order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.records import Order
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.ledger_machine import DisagreementError, LedgerTwins, small_blocks
 from paceline.testing.ledger_moves import PICKS, WEIGHTS, LedgerMoves, Picks, play_at_random
 
@@ -30,7 +31,7 @@ PROFILE = settings(
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Every rule is a move on both stores; the checks are in LedgerTwins."""
+    """Every rule is a move on both ledgers; the checks are in LedgerTwins."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,12 +39,16 @@ class LedgerMachine(RuleBasedStateMachine):
         place = tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None)
         self._folder = Path(self._open.enter_context(place))
 
-    @initialize(block=st.sampled_from([2, 3, 4096]), fold_from=st.sampled_from([1, 2]))
-    def begin_empty(self, block: int, fold_from: int) -> None:
+    @initialize(
+        block=st.sampled_from([2, 3, 4096]),
+        archive_from=st.sampled_from([1, 2]),
+        order=st.sampled_from(Order),
+    )
+    def begin_empty(self, block: int, archive_from: int, order: Order) -> None:
         self._open.enter_context(small_blocks(block))
-        self.twins = LedgerTwins(self._folder / "ledger.db", fold_from=fold_from)
+        self.twins = LedgerTwins(self._folder / "ledger.db", archive_from=archive_from)
         self._open.callback(self.twins.close)
-        self.moves = LedgerMoves(self.twins)
+        self.moves = LedgerMoves(self.twins, order)
 
     def teardown(self) -> None:
         self._open.close()
@@ -76,26 +81,28 @@ def test_any_calls_leave_both_stores_alike() -> None:
 
 
 def test_long_lives_of_samples_leave_both_stores_alike(tmp_path: Path) -> None:
-    """Seeded runs that get through capture, training, release, folding, going back and rolling forward."""
+    """Seeded runs that get through capture, training, release, archiving, going back and rolling forward."""
     counts = play_many(tmp_path, range(60))
     met = {name: count for name, count in counts.items() if name.startswith("met:")}
-    assert len(met) == 8, met
+    assert len(met) == 11, met
     assert min(met.values()) > 0, met
 
 
 @pytest.mark.parametrize(
     ("name", "method", "wrong"),
     [
-        ("a folded sample is fresh", "_folded_record", lambda self, sample_id: None),
-        ("acks are never durable", "_become_head", lambda self, checkpoint: None),
-        ("lost prompts stay done", "_reopen_task", lambda self, ordinal, task_id: None),
-        ("every task can be leased again", "_finish_task", lambda self, task_id, failed_too=False: None),
+        ("an archived sample is fresh", "_is_archived", lambda self, ref: False),
+        ("acks of dead weights count", "_undo_provisional_acks", lambda self: None),
+        ("lost prompts stay done", "_reopen_prompt", lambda self, ordinal: None),
+        ("every prompt can be leased again", "_finish_prompt", lambda self, ordinal: None),
+        ("a start ends nobody's work", "_end_work_of", lambda self, worker: None),
+        ("the log is read past a hole", "_settled", lambda self: self._run().num_prompts),
     ],
 )
-def test_the_machine_finds_a_store_that_behaves_otherwise(
+def test_the_machine_finds_a_ledger_that_behaves_otherwise(
     name: str, method: str, wrong: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison can fail."""
-    monkeypatch.setattr(SQLiteMetadataStore, method, wrong)
+    monkeypatch.setattr(SQLiteLedger, method, wrong)
     with pytest.raises(DisagreementError):
         play_many(tmp_path, range(60))
