@@ -47,7 +47,7 @@ def test_every_moment_of_a_run_is_sound(by_hand: RunByHand, tmp_path: Path) -> N
     by_hand.train(ids[:2])
     look()
     record, _ = by_hand.write_checkpoint()
-    assert f"unfinished or swept at the next start: {record.name}" in look()
+    assert f"checkpoints of later steps than the head's, 0: {record.name}" in look()
     by_hand.consumer.head(record)
     look()
     by_hand.consumer.release(Nothing())
