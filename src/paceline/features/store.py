@@ -81,4 +81,4 @@ class FeatureStore(Protocol):
         """Detach. Sealed bytes outlive this process where the medium does."""
 
     def destroy(self) -> None:
-        """Give all memory back. Only at the end of a run."""
+        """Give all memory back, and the folder, if it was given one. Only at the end of a run."""

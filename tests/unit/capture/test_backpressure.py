@@ -198,6 +198,21 @@ def test_a_late_look_at_the_store_frees_nothing_of_a_successor() -> None:
     assert sorted(features.held) == shape.sample_ids
 
 
+def test_what_a_store_without_a_list_holds_is_neither_freed_nor_called_lost() -> None:
+    """A second producer goes on with the samples of the first."""
+
+    class Unlisted(InMemoryLightFeatureStore):
+        def written(self) -> None:  # type: ignore[override]
+            return None
+
+    shape, engine = Shape(prompts=4, group=2), LightEngine()
+    store, features = InMemoryMetadataStore(), Unlisted()
+    simulated_producer(shape, store, features, engine, lambda *_, **__: None).run(max_rounds=1)
+    simulated_producer(shape, store, features, engine, lambda *_, **__: None).run()
+    assert sorted(features.held) == shape.sample_ids
+    assert len(engine.captured) == 2, "no group was captured twice"
+
+
 def test_a_sample_lost_while_the_producer_waits_for_room_is_captured_again() -> None:
     """Else the consumer would wait for the sample, and the producer for the consumer."""
     shape = RunShape(prompts=20, group=2, batch=2, tight=True)
