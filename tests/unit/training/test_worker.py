@@ -17,7 +17,7 @@ from paceline.ledger.records import State
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.loader.loader import LoaderSettings, StepLoader
 from paceline.testing.light_adapters import InMemoryLightFeatureStore, id_of
-from paceline.testing.light_run import RUN_ID, RunShape, build_producer
+from paceline.testing.light_run import RUN_ID, RunShape, build_producer, expected_steps, uninterrupted
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.coordinator import Coordinator
 from paceline.training.learner import Sample
@@ -206,3 +206,10 @@ def test_a_culprit_on_one_rank_is_quarantined_and_its_step_trained_on_both(tmp_p
     assert [ids for _, ids, _ in steps] == [["light:4"], ["light:5", "light:7"]]
     assert {tokens for _, _, tokens in steps} == {6}
     assert run.learners[0].weight == run.learners[1].weight
+
+
+def test_a_sample_that_a_step_visits_twice_is_trained_twice(tmp_path: Path) -> None:
+    """With batches larger than groups, two passes meet in one step; the sample is read once."""
+    shape = RunShape(prompts=8, group=2, batch=4, passes=2)
+    assert expected_steps(shape)[0].count("light:0") == 2
+    assert uninterrupted(shape, tmp_path).trained == expected_steps(shape)
