@@ -17,7 +17,7 @@ import pytest
 from paceline.testing.kill_schedules import places
 
 MODULE = "paceline.testing.kill_schedules"
-PLACES = 186  # of a role and a point; 166 when the points were calls in the product itself
+PLACES = 182  # of a role and a point; 166 when the points were calls in the product itself
 RANDOM = 250
 HAPPENED = {  # and how often at least, over all schedules
     "schedules": 1000,
@@ -67,7 +67,7 @@ PLANTED = {
     "no fence": (
         "from paceline.ledger.stores.sqlite.database import Database\n"
         "Database._check_fence = lambda self, fence, epoch: None",
-        "plain/consumer/checkpoints.sweep.after/2/stopped",
+        "plain/consumer/ledger.forget.before/2/stopped",
     ),
     "half-written checkpoints stay": (
         "from paceline.training.checkpoint import CheckpointFolder\n"

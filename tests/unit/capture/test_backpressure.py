@@ -206,9 +206,9 @@ def test_what_a_store_without_a_list_holds_is_neither_freed_nor_called_lost() ->
             return None
 
     shape, engine = Shape(prompts=4, group=2), LightEngine()
-    store, features = InMemoryMetadataStore(), Unlisted()
-    simulated_producer(shape, store, features, engine, lambda *_, **__: None).run(max_rounds=1)
-    simulated_producer(shape, store, features, engine, lambda *_, **__: None).run()
+    ledger, features = SQLiteLedger(), Unlisted()
+    simulated_producer(shape, "0", ledger, features, engine, lambda *_, **__: None).run(max_rounds=1)
+    simulated_producer(shape, "0", ledger, features, engine, lambda *_, **__: None).run()
     assert sorted(features.held) == shape.sample_ids
     assert len(engine.captured) == 2, "no group was captured twice"
 

@@ -15,8 +15,8 @@ from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
 from paceline.features.ownership import Owner, hold, owner_of, sign
-from paceline.ledger.gate import RoleLock
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.locks import RoleLock
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.feature_folder import folder_of, take_folder
 from paceline.testing.tiny_run import TinyRun
 
@@ -33,7 +33,7 @@ class Run:
         tiny = TinyRun(folder, folder / "model", run={"name": "tiny"}, features=features)
         self.config: RunConfig = load_run_config(tiny.run_file)
         self.config.run.directory.mkdir(exist_ok=True)
-        self.store = SQLiteMetadataStore(self.config.ledger_path)
+        self.ledger = SQLiteLedger(self.config.ledger_path)
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def run(tmp_path: Path, memory: Path) -> Run:
 
 def test_a_run_keeps_to_its_usual_folder(run: Run, memory: Path) -> None:
     """It is signed with the run's name and directory."""
-    folder = take_folder(run.config, run.store)
-    assert folder == folder_of(run.config, run.store) == run.config.feature_folder
+    folder = take_folder(run.config, run.ledger)
+    assert folder == folder_of(run.config, run.ledger) == run.config.feature_folder
     assert folder.parent == memory
     assert owner_of(folder) == Owner("tiny", run.config.run.directory.absolute())
 
@@ -58,35 +58,35 @@ def test_a_run_keeps_to_its_usual_folder(run: Run, memory: Path) -> None:
 def test_where_a_stranger_took_the_name_the_run_takes_another(run: Run, tmp_path: Path) -> None:
     """Both roles take the same one, and keep to it when the stranger has gone."""
     run.config.feature_folder.symlink_to(tmp_path)
-    consumers = folder_of(run.config, run.store)
-    folder = take_folder(run.config, run.store)
+    consumers = folder_of(run.config, run.ledger)
+    folder = take_folder(run.config, run.ledger)
     assert folder == consumers != run.config.feature_folder
     assert owner_of(folder) is not None
     run.config.feature_folder.unlink()
-    assert take_folder(run.config, run.store) == folder
+    assert take_folder(run.config, run.ledger) == folder
     shutil.rmtree(folder)
     folder.symlink_to(tmp_path)
     run.config.feature_folder.symlink_to(tmp_path)
-    assert take_folder(run.config, run.store) not in (folder, run.config.feature_folder)
+    assert take_folder(run.config, run.ledger) not in (folder, run.config.feature_folder)
 
 
 def test_a_run_that_moved_frees_its_old_folder(run: Run, tmp_path: Path) -> None:
     """Its name follows from the run's directory, so that it is another one now."""
-    old = take_folder(run.config, run.store)
-    run.store.close()
+    old = take_folder(run.config, run.ledger)
+    run.ledger.close()
     (tmp_path / "project").rename(tmp_path / "moved")
     run.move(tmp_path / "moved")
-    new = take_folder(run.config, run.store)
+    new = take_folder(run.config, run.ledger)
     assert new != old
     assert (new.exists(), old.exists()) == (True, False)
 
 
 def test_the_copy_of_a_run_leaves_the_folder_of_the_original_alone(run: Run, tmp_path: Path) -> None:
     """It lives on where it was, side by side."""
-    old = take_folder(run.config, run.store)
+    old = take_folder(run.config, run.ledger)
     shutil.copytree(tmp_path / "project", tmp_path / "copy")
     run.move(tmp_path / "copy")
-    assert take_folder(run.config, run.store).exists()
+    assert take_folder(run.config, run.ledger).exists()
     assert old.exists()
 
 
@@ -95,12 +95,12 @@ def test_another_features_directory_frees_the_folder_in_the_old_one(
     run: Run, tmp_path: Path, in_use: bool
 ) -> None:
     """Unless a process uses it still."""
-    old = take_folder(run.config, run.store)
+    old = take_folder(run.config, run.ledger)
     held = hold(old) if in_use else None
     run.memory = tmp_path / "other"
     run.memory.mkdir()
     run.move(tmp_path / "project")
-    assert take_folder(run.config, run.store).parent == run.memory
+    assert take_folder(run.config, run.ledger).parent == run.memory
     assert old.exists() == in_use
     if held is not None:
         held.close()
@@ -117,7 +117,7 @@ def cleaned(memory: Path, *, free: bool = False) -> str:
 
 def test_what_a_sleeping_run_needs_is_left(run: Run, memory: Path) -> None:
     """It can go on from it."""
-    folder = take_folder(run.config, run.store)
+    folder = take_folder(run.config, run.ledger)
     assert "left: run tiny" in cleaned(memory, free=True)
     assert folder.exists()
 
@@ -127,17 +127,17 @@ def gone(run: Run) -> None:
 
 
 def complete(run: Run) -> None:
-    run.store.set_facts({"completed_step": 5})
+    run.ledger.set_facts(None, None, {"completed_step": 5})
 
 
 def elsewhere(run: Run) -> None:
-    run.store.set_facts({"features_lie": {"folder": "/dev/shm/other"}})
+    run.ledger.set_facts(None, None, {"features_lie": {"folder": "/dev/shm/other"}})
 
 
 @pytest.mark.parametrize("fate", [gone, complete, elsewhere])
 def test_what_no_run_needs_is_listed_first_and_freed_when_asked(run: Run, memory: Path, fate: object) -> None:
     """With its size and the reason."""
-    folder = take_folder(run.config, run.store)
+    folder = take_folder(run.config, run.ledger)
     (folder / "slot-00000001").write_bytes(bytes(3 << 20))
     assert callable(fate)
     fate(run)
@@ -159,7 +159,7 @@ def role_at_work(run: Run) -> Iterator[None]:
 
 def test_what_a_live_role_uses_is_left(run: Run, memory: Path, role_at_work: None) -> None:
     """Even if its run counts as complete."""
-    folder = take_folder(run.config, run.store)
+    folder = take_folder(run.config, run.ledger)
     complete(run)
     assert "is at work" in cleaned(memory, free=True)
     assert folder.exists()
@@ -167,7 +167,7 @@ def test_what_a_live_role_uses_is_left(run: Run, memory: Path, role_at_work: Non
 
 def test_what_an_open_store_uses_is_left_though_its_run_cannot_be_seen(run: Run, memory: Path) -> None:
     """A container shares the memory with its host, and not the disk."""
-    folder = take_folder(run.config, run.store)
+    folder = take_folder(run.config, run.ledger)
     held = hold(folder)
     gone(run)
     assert "uses it" in cleaned(memory, free=True)
