@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from paceline.config.load import load_run_config
-from paceline.ledger.gate import live_holder
+from paceline.ledger.locks import live_holder
 from paceline.telemetry import read_events
 from paceline.testing.tiny_run import TinyRun
 
