@@ -27,6 +27,7 @@ class Progress:
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
         self._started = time.monotonic()
         self._next_line = 0.0
+        self._told: set[str] = set()
 
     def __enter__(self) -> Progress:
         if self._live:
@@ -41,6 +42,10 @@ class Progress:
 
     def show(self, snapshot: RunSnapshot) -> None:
         elapsed = time.monotonic() - self._started
+        for note in snapshot.notes:
+            if note not in self._told:
+                self._told.add(note)
+                say(self._console, note)
         if self._live:
             self._live.update(_table(snapshot, self._plan, elapsed))
         elif elapsed >= self._next_line:

@@ -85,9 +85,13 @@ class _Walk:
         unknown = [v.sample_id for v in step.visits if v.place == UNKNOWN_PLACE]
         if unknown:
             self.report.error("C4", f"step {step.step} trains what was never committed", unknown)
-        for visit in step.visits:
+        # The last block of a run may be smaller than a batch: then a step visits a sample twice.
+        finished = {visit.sample_id for visit in step.visits if visit.finished}
+        last = {visit.sample_id: number for number, visit in enumerate(step.visits)}
+        for number, visit in enumerate(step.visits):
             if visit.place != UNKNOWN_PLACE:
-                self._visit(step, visit.place, visit.sample_id, visit.finished)
+                ends = visit.sample_id in finished and last[visit.sample_id] == number
+                self._visit(step, visit.place, visit.sample_id, ends)
 
     def _check_chain(self, step: Step) -> None:
         self.chain = sha256(self.chain + step.digest)

@@ -34,7 +34,10 @@ MEASURED = (
 
 @dataclass(frozen=True)
 class RunSnapshot:
-    """`blocked_s`: how long each role, since its last start, has waited for the other one."""
+    """`blocked_s`: how long each role, since its last start, has waited for the other one.
+
+    `notes`: what the producer, since its last start, has said that a person should know of the prompts.
+    """
 
     ledger: Snapshot
     quarantined: dict[str, str]
@@ -45,6 +48,7 @@ class RunSnapshot:
     blocked_s: dict[str, float]
     evaluation: dict[str, Any]
     newer_checkpoints: list[str]  # of later steps than the ledger knows
+    notes: tuple[str, ...] = ()
 
     @property
     def run_id(self) -> str:
@@ -111,7 +115,18 @@ def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
         blocked_s={role: _blocked_s(events[role]) for role in ROLES},
         evaluation=_evaluation(directory / "evaluation.json"),
         newer_checkpoints=_newer(directory / "checkpoints", -1 if now.head is None else now.head.step),
+        notes=_notes(events["producer"]),
     )
+
+
+def _notes(events: list[dict[str, Any]]) -> tuple[str, ...]:
+    found: list[str] = []
+    for event in reversed(events):
+        if event.get("event") == "role_started":
+            break
+        if event.get("event") == "note":
+            found.append(str(event.get("message")))
+    return tuple(reversed(found))
 
 
 def _blocked_s(events: list[dict[str, Any]]) -> float:

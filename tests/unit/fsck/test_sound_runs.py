@@ -16,6 +16,7 @@ from paceline.fsck.checker import check
 from paceline.testing.ledger_calls import refs_of
 from paceline.testing.light_run import LightRun, RunShape
 from paceline.testing.run_by_hand import Nothing, RunByHand
+from paceline.testing.small_run import SmallRun
 
 
 def passes_as_live_and_as_crashed(run: RunByHand, scratch: Path) -> str:
@@ -221,3 +222,9 @@ def test_a_run_is_sound_at_every_named_place(tmp_path: Path, seed: int) -> None:
 
 class KilledError(BaseException):
     """The process is gone."""
+
+
+def test_a_step_may_visit_a_sample_twice(tmp_path: Path) -> None:
+    """Where a run has fewer samples than a batch, or its last block has, its passes meet in one step."""
+    SmallRun(tmp_path, num_prompts=3, passes=2, batch_size=4).run()
+    assert check(tmp_path).errors == []
