@@ -17,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from paceline.ledger.records import Order
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.ledger_machine import DisagreementError, LedgerTwins, small_blocks
-from paceline.testing.ledger_moves import PICKS, WEIGHTS, LedgerMoves, Picks, play_at_random
+from paceline.testing.ledger_moves import PICKS, WEIGHTS, LedgerMoves, Picks
+from paceline.testing.ledger_plays import play_at_random
 
 MEMORY = Path("/dev/shm")
 PROFILE = settings(

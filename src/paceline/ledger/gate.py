@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import fcntl
 import os
+import struct
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 from paceline.ledger.locks import advising, cannot_use
 
+NOTE = struct.Struct("<QQ")  # the newest change that was synced; the inode of its database
+CHECK = struct.Struct("<I")
+
 
 class WriterGate:
     """SQLite's own busy handler sleeps and retries, so one writer in a tight loop starves the others;
-    flock(2) queues them."""
+    flock(2) queues them. Its file keeps a note of how far the ledger is known to be on the disk."""
 
     def __init__(self, path: Path) -> None:
         """Raises LedgerError."""
+        self.path = path
         self._what = f"the gate of writers, {path},"
         with advising(self._what):
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -36,6 +43,21 @@ class WriterGate:
     def __exit__(self, *_: object) -> None:
         fcntl.flock(self._fd, fcntl.LOCK_UN)
 
+    def note(self, change: int, inode: int) -> None:
+        """This change is on the disk. A note that cannot be written is one check less, and no error."""
+        data = NOTE.pack(change, inode)
+        with suppress(OSError):
+            os.pwrite(self._fd, data + CHECK.pack(zlib.crc32(data)), 0)
+
+    def noted(self, inode: int) -> int:
+        """The newest change of this database that was on the disk once; 0 if nothing is known of it."""
+        data = os.pread(self._fd, NOTE.size + CHECK.size, 0)
+        note, check = data[: NOTE.size], data[NOTE.size :]
+        if len(data) < NOTE.size + CHECK.size or CHECK.pack(zlib.crc32(note)) != check:
+            return 0
+        change, of_inode = NOTE.unpack(note)
+        return int(change) if of_inode == inode else 0
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
@@ -44,6 +66,9 @@ class WriterGate:
 
 class NoGate:
     """Of a ledger that no other process can open."""
+
+    def note(self, change: int, inode: int) -> None:
+        """There is nothing to be missed later."""
 
     def __enter__(self) -> None:
         pass

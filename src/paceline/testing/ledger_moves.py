@@ -7,12 +7,10 @@ consumer make them, in ordinal or in arrival order.
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from paceline.ledger.records import (
@@ -37,7 +35,6 @@ from paceline.testing.ledger_machine import (
     Archived,
     DisagreementError,
     LedgerTwins,
-    small_blocks,
 )
 from paceline.testing.samples import sample_ref
 from paceline.types import SampleRef
@@ -482,32 +479,3 @@ WEIGHTS: dict[str, int] = {
     "fall_back": 2, "quarantine": 1, "release": 2, "compact": 2, "set_facts": 1, "settle_facts": 1,
     "repeat": 2, "arrive_late": 1, "reopen": 1, "save": 1, "restore": 1,
 }  # fmt: skip
-
-
-def random_script(rng: random.Random, length: int) -> list[tuple[str, bytes]]:
-    names, weights = list(WEIGHTS), list(WEIGHTS.values())
-    return [(name, rng.randbytes(PICKS)) for name in rng.choices(names, weights, k=length)]
-
-
-def play(
-    folder: Path, script: Sequence[tuple[str, bytes]], *, block: int, archive_from: int, order: Order
-) -> Counter[str]:
-    """Make these moves on a new pair of ledgers; how often each call was made, and what was met."""
-    with small_blocks(block):
-        twins = LedgerTwins(folder / "ledger.db", archive_from=archive_from)
-        try:
-            moves = LedgerMoves(twins, order)
-            for name, picks in script:
-                getattr(moves, name)(Picks(picks))
-        finally:
-            twins.close()
-    return twins.counts
-
-
-def play_at_random(folder: Path, seed: int, length: int) -> Counter[str]:
-    """One seeded run of `length` moves."""
-    rng = random.Random(seed)
-    block, archive_from = rng.choice([2, 3, 4096]), rng.choice([1, 1, 2])
-    order = rng.choice([Order.ORDINAL, Order.ORDINAL, Order.ARRIVAL])
-    script = random_script(rng, length)
-    return play(folder, script, block=block, archive_from=archive_from, order=order)

@@ -20,7 +20,7 @@ from paceline.features import codec
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.testing import broken_files, channel_history, checkpoint_history
 from paceline.testing.flipped_files import flip_channels, flip_checkpoints, flip_features
-from paceline.testing.mutants import Mutant
+from paceline.testing.mutants_changes import Mutant
 from paceline.testing.mutants_logs import LOG_MUTANTS, nothing, only_of, without_fsync
 from paceline.testing.recording_files import failing
 from paceline.training import checkpoint

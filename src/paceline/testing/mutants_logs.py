@@ -12,7 +12,7 @@ from paceline import durable_files
 from paceline.compat import streaming_channel
 from paceline.compat.streaming_channel import StreamingRefChannel, _Tail
 from paceline.ledger.stores.sqlite.database import Database
-from paceline.testing.mutants import Mutant
+from paceline.testing.mutants_changes import Mutant
 
 
 def nothing(_: Any) -> Any:

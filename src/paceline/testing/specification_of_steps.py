@@ -25,7 +25,8 @@ from paceline.ledger.refusals import (
     out_of_turn,
     passed_over,
 )
-from paceline.testing.specification import Sample, SpecificationOfSamples
+from paceline.testing.specification import Sample
+from paceline.testing.specification_of_samples import SpecificationOfSamples
 
 
 class SpecificationLedger(SpecificationOfSamples):

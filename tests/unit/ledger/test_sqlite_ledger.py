@@ -263,3 +263,31 @@ def test_a_start_costs_the_ledger_the_same_whatever_the_number_of_prompts(tmp_pa
     assert ledger._value("SELECT count(*) FROM prompt") == 4
     assert ledger.snapshot().prompts.pending == 999_996
     assert ledger._value("PRAGMA page_count") < 64
+
+
+def test_synced_changes_that_are_gone_are_missed(tmp_path: Path) -> None:
+    """A flipped bit ends the log where it is, and SQLite takes the rest for never written."""
+    program = (
+        "import os, sys; from paceline.ledger.stores.sqlite import SQLiteLedger; "
+        "ledger = SQLiteLedger(sys.argv[1], durability='full'); "
+        "[ledger.set_facts(None, None, {'n': n}) for n in range(3)]; os.kill(os.getpid(), 9)"
+    )
+    path = tmp_path / "ledger.db"
+    assert subprocess.run([sys.executable, "-c", program, str(path)], check=False).returncode == -9
+    log = bytearray((tmp_path / "ledger.db-wal").read_bytes())
+    log[-1] ^= 1
+    (tmp_path / "ledger.db-wal").write_bytes(log)
+    with pytest.raises(SchemaError, match="ends at change 2, but change 3 was on the disk"):
+        SQLiteLedger(path)
+    (tmp_path / "ledger.db-gate").unlink()
+    assert SQLiteLedger(path).facts() == {"n": 1}
+
+
+def test_a_second_ledger_of_a_process_leaves_the_locks_of_the_first(tmp_path: Path) -> None:
+    """Closing a file that was opened by hand would drop them all; then an older SQLite that only looks takes
+    the ledger for unused, and removes the log."""
+    ledgers = [SQLiteLedger(tmp_path / "ledger.db") for _ in range(2)]
+    inode = (tmp_path / "ledger.db").stat().st_ino
+    held = [line for line in Path("/proc/locks").read_text().splitlines() if f":{inode} " in line]
+    assert any("POSIX" in line for line in held), held
+    ledgers[0].set_facts(None, None, {"n": 1})

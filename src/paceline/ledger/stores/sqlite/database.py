@@ -136,7 +136,8 @@ class Database:
 
     def _open(self, vfs: str | None, opened: ExitStack) -> None:
         """With the writers' gate held. `opened`: what is closed if it fails."""
-        if vfs is None and not self.path.exists():
+        is_new = not self.path.exists()
+        if vfs is None and is_new:
             os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         self._db = apsw.Connection(str(self.path), vfs=vfs)
         opened.callback(self._db.close)
@@ -151,6 +152,23 @@ class Database:
         self._db.execute("PRAGMA synchronous=NORMAL")  # a commit syncs nothing
         if vfs is None:
             self._inode = self._inode_now()
+            self._refuse_shorter(is_new)
+
+    def _refuse_shorter(self, is_new: bool) -> None:
+        """SQLite ends a log at the first damaged frame, and takes what follows for never written."""
+        assert isinstance(self._gate, WriterGate), "of a file"
+        assert self._inode is not None, "it is open"
+        noted = 0 if is_new else self._gate.noted(self._inode[1])
+        lsn = self.lsn()
+        if lsn < noted:
+            raise SchemaError(
+                f"{self.path} ends at change {lsn}, but change {noted} was on the disk.",
+                why="Its write-ahead log is damaged, or an older copy lies in its place.",
+                next=f"`paceline fsck {self.path.parent}` says what is left; to go on from there, remove "
+                f"{self._gate.path} and run the same command again: what is missing is captured again.",
+            )
+        if is_new:
+            self._gate.note(0, self._inode[1])
 
     def _inode_now(self) -> tuple[int, int] | None:
         try:
@@ -279,6 +297,8 @@ class Database:
             assert self._broken is not None, "set a moment ago"
             self._broken = (self._broken[0], fence, op)
             raise
+        if self._syncs and self._inode is not None:
+            self._gate.note(run.lsn, self._inode[1])
 
     def _explain(self, error: BaseException) -> None:
         """Turn what SQLite says into what the user can do."""
