@@ -30,10 +30,8 @@ SUITES = [
     "ledger_model",
     "power_cuts",
     "power_loss_ledger",
-    "bit_flips_ledger",
     "file_histories",
     "file_flips",
-    "lost_pages",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The SQLite store against the in-memory specification: seeded random runs of every call, in any order."""
+"""The SQLite ledger against the specification: seeded random runs of every call, in any order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from paceline.testing.ledger_machine import DisagreementError
-from paceline.testing.ledger_moves import play_at_random
+from paceline.testing.ledger_plays import play_at_random
 
 RUNS = 1500
 MOVES = 90

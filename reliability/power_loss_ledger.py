@@ -25,7 +25,6 @@ def run(scale: float, seed: int) -> dict[str, int]:
                     durability,  # type: ignore[arg-type]
                     calls=150,
                     per_interval=4,
-                    checksums=number % 2 == 0,
                 )
                 counts.update({f"{name} ({durability})": count for name, count in found.items()})
         for number in range(max(1, round(3 * scale))):
