@@ -188,6 +188,11 @@ class TrainedSample:
     finished: bool
 
 
+def order_of(samples: Iterable[TrainedSample]) -> Order:
+    """The order that a lineage tells: a ledger that has forgotten its own settles it from there."""
+    return Order.ORDINAL if all(sample.place == sample.ordinal for sample in samples) else Order.ARRIVAL
+
+
 @dataclass(frozen=True)
 class TrainedStep:
     """One step of a checkpoint's lineage, as its manifest keeps it."""

@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 from paceline import durable_files
+from paceline.errors import PacelineError
 from paceline.features import codec
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.testing import broken_files, channel_history, checkpoint_history
@@ -23,6 +24,7 @@ from paceline.testing.flipped_files import flip_channels, flip_checkpoints, flip
 from paceline.testing.mutants_changes import Mutant
 from paceline.testing.mutants_logs import LOG_MUTANTS, nothing, only_of, without_fsync
 from paceline.testing.recording_files import failing
+from paceline.testing.simulated_parts import ViolationError
 from paceline.training import checkpoint
 from paceline.training.checkpoint import MANIFEST, CheckpointFolder
 
@@ -233,13 +235,24 @@ MUTANTS: dict[str, tuple[str, Mutant]] = {
 }
 
 
+def kept(check: str, folder: Path, seed: int) -> None:
+    """Make a check. What it promised to read and was refused is a violation, as what reads otherwise is.
+
+    A crash of any other kind is none: it would say that a mutant broke, not that it was found.
+    """
+    try:
+        CHECKS[check](folder, seed)
+    except (PacelineError, OSError, ValueError) as error:
+        raise ViolationError(f"{check}, seed {seed}: what was promised is refused: {error}") from error
+
+
 def seeds_to_detect(name: str, folder: Path, seeds_max: int) -> int | None:
     """How many seeds its check needs to find the mutant; None if it survives them all."""
     check, mutant = MUTANTS[name]
     for seed in range(seeds_max):
         with mutant.planted():
             try:
-                CHECKS[check](folder / f"seed-{seed}", seed)
+                kept(check, folder / f"seed-{seed}", seed)
             except AssertionError:
                 return seed + 1
     return None

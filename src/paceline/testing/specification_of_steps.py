@@ -16,6 +16,7 @@ from paceline.ledger.records import (
     TrainedStep,
     bare_ref,
     chain_of,
+    order_of,
 )
 from paceline.ledger.refusals import (
     behind_head,
@@ -166,9 +167,10 @@ class SpecificationLedger(SpecificationOfSamples):
         visits = {s.sample_id: s for trained in lineage for s in trained.samples}
         unknown = sorted((s for i, s in visits.items() if i not in rows.samples), key=lambda s: s.place)
         following = list(range(rows.committed, rows.committed + len(unknown)))
+        if visits:
+            rows.order = rows.order or order_of(visits.values())
         if rows.order == Order.ARRIVAL and [s.place for s in unknown] != following:
             raise contradicts(checkpoint, "samples before those it trained are unknown here")
-        order = self._settle_order(Order.ORDINAL)
         for sample in unknown:  # lost, until its last visit says otherwise
             ref = bare_ref(sample.sample_id, sample.ordinal)
             rows.samples[sample.sample_id] = Sample(
@@ -183,7 +185,7 @@ class SpecificationLedger(SpecificationOfSamples):
             for sample in trained.samples:
                 if sample.finished:
                     self._adopt_last_visit(sample, trained.step)
-        if visits and order == Order.ORDINAL:
+        if visits and rows.order == Order.ORDINAL:
             last = max(sample.place for sample in visits.values())
             self._pass_over(last)
             for ordinal, prompt in rows.prompts.items():

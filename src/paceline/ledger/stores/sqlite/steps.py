@@ -14,6 +14,7 @@ from paceline.ledger.records import (
     TrainedSample,
     TrainedStep,
     chain_of,
+    order_of,
 )
 from paceline.ledger.refusals import (
     behind_head,
@@ -161,7 +162,7 @@ class StepTable(SampleTable):
         unknown = sorted(
             (s for s in samples.values() if not self._on_record(s.sample_id)), key=lambda s: s.place
         )
-        if self._settle_order("ordinal") == "arrival":
+        if samples and self._settle_order(order_of(samples.values()).value) == "arrival":
             run = self._run()
             if [s.place for s in unknown] != list(range(run.committed, run.committed + len(unknown))):
                 raise contradicts(checkpoint, "samples before those it trained are unknown here")
