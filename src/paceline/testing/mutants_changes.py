@@ -397,9 +397,12 @@ def unread_digest(real: Any) -> Any:
 
 def newest_folder_wins(real: Any) -> Any:
     def find(session: Any, folder: Any, *args: Any) -> Any:
-        found = real(session, folder, *args)
-        whole = folder.unrecorded(session.checkpoints())
-        return whole[-1] if whole and (found is None or whole[-1][0].step > found[0].step) else found
+        records = session.checkpoints()
+        whole = folder.unrecorded(records)
+        newest = whole[-1] if whole else None
+        if newest is not None and (not records or newest[0].step > records[-1].step):
+            return newest  # and the ledger is not told
+        return real(session, folder, *args)
 
     return find
 
