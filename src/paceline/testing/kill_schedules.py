@@ -167,7 +167,7 @@ def _at(
         kill = Fault(role, "kill", point, turn)
         stop = Fault(role, "stop", point, turn, wake_after=6)
         yield Schedule(f"{label}/{turn}/once", shape, (*before, kill))
-        if len(before) < DEATHS_MAX - 1:
+        if len(before) < DEATHS_MAX - 1 and deaths_max(shape, role) > 1:
             yield Schedule(f"{label}/{turn}/twice", shape, (*before, kill, replace(kill, turn=1)))
         yield Schedule(f"{label}/{turn}/stopped", shape, (*before, stop))
 
