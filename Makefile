@@ -6,7 +6,7 @@ MODEL ?= models/SmolLM2-135M-Instruct
 SCALE ?= 1
 BIN := $(VENV)/bin
 
-.PHONY: help install model train evaluate test lint types layers check bench gpu reliability clean
+.PHONY: help install model train evaluate test lint types layers check bench quality gpu reliability clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.installed
 bench: install $(VENV)/.bench ## every benchmark: a table of ratios to limits of the same run, JSON and a plot
 	$(BIN)/python -m benchmarks --quick
 	$(BIN)/python -m benchmarks.readme
+
+quality: install model ## the recipe, shortened: fails if its draft is below the floor
+	$(BIN)/python -m benchmarks.quality
 
 gpu: install ## three minutes on a CUDA device: everything a run does there, and where a step waits
 	$(BIN)/python scripts/gpu_check.py
