@@ -13,6 +13,7 @@ from paceline.ledger.records import (
     BegunStep,
     Intent,
     Lease,
+    Order,
     PromptCounts,
     SourceBlock,
     State,
@@ -254,6 +255,16 @@ class LedgerProtocolSuite(ABC):
         refs = refs_of(producer, 3)
         assert producer.commit(refs) == refs
         assert ledger.snapshot().prompts == PromptCounts(done=4)
+
+    def test_a_ledger_that_forgot_its_order_takes_it_from_the_lineage(self) -> None:
+        """Samples that came without prompts keep their turns of arrival, and others may follow."""
+        ledger = self.make()
+        samples = tuple(TrainedSample(place, id_of(place), None, True) for place in (0, 1))
+        lineage = [TrainedStep(1, 0, samples)]
+        consumer_of(ledger).adopt(checkpoint_of(lineage), lineage)
+        assert ledger.snapshot().order == Order.ARRIVAL
+        assert ledger.commit(None, None, [sample_ref(2)]) == [True]
+        assert [entry.sample_id for entry in ledger.read(0, 9).entries] == ids_of(0, 1, 2)
 
     def test_what_a_forgotten_lineage_passed_over_stays_a_hole(self) -> None:
         """It was set aside there, so it is not captured here, where its place has been read."""
