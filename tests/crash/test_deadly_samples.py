@@ -26,8 +26,8 @@ features = SharedMemoryFeatureStore(folder / "features", budget_bytes=8 << 20, o
 run = SmallRun(folder, features=features, passes=2)
 if where == "engine":
     real = run.engine.capture
-    def capture(group):
-        return die() if any(r.sample_id in deadly for r in group) else real(group)
+    def capture(group, features):
+        return die() if any(r.sample_id in deadly for r in group) else real(group, features)
     run.engine.capture = capture
 if where == "trainer":
     from paceline.methods.eagle3 import method

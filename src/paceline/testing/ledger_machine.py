@@ -162,6 +162,7 @@ class LedgerTwins:
         self.log.append("restore()")
         self.sqlite.close()
         shutil.copy(self.path.with_suffix(".saved"), self.path)
+        self.path.with_name(self.path.name + "-gate").unlink()  # it knows that more was on the disk
         self.sqlite = self._open()
         self.memory.rows, self.history = copy.deepcopy(self._saved)
         self.check("restore")
