@@ -166,7 +166,7 @@ def test_a_broken_prompt_line_is_set_aside_and_the_run_goes_on(tiny_model: Path,
     path.write_bytes(path.read_bytes().replace(b"\n", b"\n" + bad, 1))
     result = run.command("train")
     assert result.returncode == 0, result.stderr
-    assert f"3 of 23 prompts are set aside, the first: {path}, line 2: it is not JSON" in result.stdout
+    assert f"3 of 23 prompts fail, the first: {path}, line 2: it is not JSON" in result.stdout
     assert "40 samples trained" in result.stdout
     assert durable(run) == 40
     failed = [reason.partition(":")[0] for reason in run.ledger().failed().values()]

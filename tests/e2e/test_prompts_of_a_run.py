@@ -19,7 +19,7 @@ def test_long_prompts_are_set_aside_and_a_complete_run_is_extended(tiny_model: P
     path.write_text("\n".join(lines) + "\n")
     first = run.command("train")
     assert first.returncode == 0, first.stderr
-    assert "2 prompts are set aside, longer than the 60 tokens" in first.stdout
+    assert "2 prompts fail, longer than the 60 tokens" in first.stdout
     assert f"the first: {path}, line 3; {path}, line 4" in first.stdout
     assert "20 samples trained" in first.stdout
     with path.open("a") as file:

@@ -1,12 +1,12 @@
 """The answers of a run as token ids, kept beside it: for engines that do not repeat their bits.
 
-Such an engine (continuous batching, say) writes other tokens when it is asked again. So the tokens of every
-sample are on the disk before the sample is committed, and whatever is captured again is captured by reading
-exactly those: the text that a run trains on is the one first written.
+Such an engine (continuous batching, say) may write different tokens when it answers a prompt again. So the
+producer writes every sample's tokens to disk before it commits the sample, and captures a lost sample again
+by prefilling exactly those tokens: a run trains on the text that was written first.
 
-One file for every block of ordinals, append-only, a record for each sample: ordinal, how many of its tokens
-are the prompt's, all of them, and a digest. The first record of an ordinal counts. A torn record at the end
-is what a crash left; no sample was committed with it, and the next writer cuts it off.
+Each file is append-only and covers a range of ordinals. A record holds one sample: its ordinal, how many of
+its tokens are the prompt's, all its tokens, and a digest. The first record of an ordinal counts. A crash may
+leave a torn record at the end; its sample was not committed, and the next writer cuts it off.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DIGEST_BYTES = 8
 
 @dataclass(frozen=True)
 class Answer:
-    """A sample's tokens, the one written last included; the first `num_given` of them are the prompt."""
+    """A sample's tokens, including the last one written; the first `num_given` of them are the prompt."""
 
     ordinal: int
     num_given: int
@@ -39,15 +39,15 @@ class Answer:
 class AnswerFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._known: dict[int, dict[int, Answer]] = {}  # of the files that were read or written last
-        self._whole: set[int] = set()  # files that end with a whole record, since this process looked
+        self._known: dict[int, dict[int, Answer]] = {}  # by file number; the newest file and one older
+        self._whole: set[int] = set()  # files that this process knows to end with a whole record
 
     def get(self, ordinal: int) -> Answer | None:
-        """What was first written for the prompt; None if nothing was."""
+        """The answer that was first written for the prompt; None if there is none."""
         return self._file(ordinal // ORDINALS_PER_FILE).get(ordinal)
 
     def keep(self, answers: Iterable[Answer]) -> None:
-        """On the disk when this returns. One that is there already stays as it is. Raises StoreError."""
+        """Write answers durably; one that is already there stays as it is. Raises StoreError."""
         by_file: dict[int, list[Answer]] = {}
         for answer in answers:
             if self.get(answer.ordinal) is None:
@@ -59,7 +59,7 @@ class AnswerFiles:
         except OSError as error:
             raise StoreError(
                 f"The answers in {self._folder} cannot be written ({error}).",
-                why="This engine writes other tokens when it is asked again, so they must be kept first.",
+                why="This engine may answer differently next time, so each answer is kept before its commit.",
                 next="check that disk, then run the same command again; nothing was committed.",
             ) from error
 
@@ -68,7 +68,7 @@ class AnswerFiles:
 
     def _file(self, number: int) -> dict[int, Answer]:
         if number not in self._known:
-            while len(self._known) > 1:  # an old one, for a sample that is captured again, beside the newest
+            while len(self._known) > 1:  # beside the newest, one older file for a sample captured again
                 del self._known[min(self._known)]
             records = _whole_records(self._read(number))
             known: dict[int, Answer] = {}
@@ -85,7 +85,7 @@ class AnswerFiles:
         except OSError as error:
             raise StoreError(
                 f"The answers in {self._path(number)} cannot be read ({error}).",
-                why="What is captured again must be captured of the tokens first written.",
+                why="A lost sample must be captured again from the tokens that were written first.",
                 next="check that disk, then run the same command again.",
             ) from error
 
@@ -94,7 +94,7 @@ class AnswerFiles:
         if number not in self._whole:
             self._cut_off_torn_end(number)
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        self._whole.discard(number)  # until the write is over
+        self._whole.discard(number)  # until the write succeeds
         try:
             view = memoryview(data)
             while view:
@@ -126,7 +126,7 @@ def _digest(body: bytes) -> bytes:
 
 
 def _whole_records(data: bytes) -> Iterator[tuple[Answer, int]]:
-    """Each record that is whole, and where it ends; a damaged one is passed over."""
+    """Each whole record, and the offset of its end; damaged records are skipped."""
     at = 0
     while len(data) - at >= _HEAD.size:
         ordinal, num_given, num_tokens = _HEAD.unpack_from(data, at)

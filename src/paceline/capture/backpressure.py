@@ -1,9 +1,9 @@
 """When the producer must wait: bytes and samples in the feature store, with hysteresis.
 
-Features stay until a checkpoint covers them, so a producer that waits for bytes may wait for a
-checkpoint that is still far away. It therefore asks for an early one whenever that would free
-something. The start-up check makes the rest certain: after such a checkpoint at most one
-unfinished batch is resident, and a capture group fits beside it.
+Features stay until a checkpoint covers them, so a producer that waits for room may wait for a distant
+checkpoint. It therefore asks for an early one whenever that would free something. The check at the
+start guarantees that this suffices: after such a checkpoint at most one unfinished batch is resident,
+and a capture group fits beside it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WAIT_S = 1.0
 class Watermarks:
     """Pause when the next group would not fit into a budget; resume below `low` of it.
 
-    Both budgets hold, that of bytes and (unless None) that of samples.
+    The budget of bytes always applies, that of samples unless it is None.
     """
 
     budget_bytes: int
@@ -39,12 +39,12 @@ class Watermarks:
 
     @property
     def resume_bytes(self) -> int:
-        """The most that may be resident when a paused producer goes on."""
+        """The most bytes that may be resident when a paused producer goes on."""
         return min(int(self.low * self.budget_bytes), self.budget_bytes - self.group_bytes)
 
     @property
     def resume_samples(self) -> int:
-        """The same in samples, where those are limited."""
+        """The same in samples; only where a budget of samples is set."""
         assert self.budget_samples is not None
         return min(int(self.low * self.budget_samples), self.budget_samples - self.group_samples)
 
@@ -57,7 +57,7 @@ def check_feasible(
     window_size: int,
     budget_samples: int | None = None,
 ) -> None:
-    """Raise ConfigError unless a run within these budgets can never wait for itself.
+    """Raise ConfigError if producer and consumer could deadlock within these budgets.
 
     `sample_bytes` is the largest one sample can be. Needed at once: one capture group, the samples
     the consumer must collect before it can go on, and the slack of the low watermark.
@@ -99,12 +99,12 @@ class Backpressure:
 
     @property
     def budget(self) -> Budget:
-        """What the ledger keeps to when bytes are promised, whatever other workers do meanwhile."""
+        """The limits that the ledger enforces, over all workers, when one reserves bytes."""
         return Budget(self._marks.budget_bytes, self._marks.budget_samples)
 
     @property
     def sample_bytes(self) -> int:
-        """What is reserved for one sample before its size is known."""
+        """Bytes to reserve for one sample before its size is known."""
         return self._marks.group_bytes // max(1, self._marks.group_samples)
 
     def wait_for_credit(
@@ -114,7 +114,7 @@ class Backpressure:
     ) -> bool:
         """Block until a group fits; False if asked to stop first. Never busy-polls.
 
-        `on_wait` is called before each wait: the consumer may come to need something meanwhile.
+        `on_wait` is called before each wait, because the consumer may need something meanwhile.
         """
         with self.blocked:
             while not self.has_credit():
@@ -129,9 +129,9 @@ class Backpressure:
         return True
 
     def has_credit(self) -> bool:
-        """Whether a group fits now; below the low watermark only, once it did not."""
+        """Whether a group fits now. Once it did not, only below the low watermark."""
         marks, ledger = self._marks, self._session.snapshot().usage
-        # What the ledger counts includes bytes that are only promised; what the store counts, its slack.
+        # The ledger also counts bytes that are only reserved; the store also counts its slack.
         promised = ledger.resident_bytes + ledger.reserved_bytes
         resident = max(self._features.usage().resident_bytes, promised)
         limit = marks.resume_bytes if self._paused else marks.budget_bytes - marks.group_bytes

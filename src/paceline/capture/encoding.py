@@ -1,9 +1,9 @@
-"""From a prompt to the token ids that the target sees, or to the reason why it cannot be captured.
+"""Encodes prompts into the token ids that the target sees, or finds why a prompt cannot be captured.
 
-Prompts are encoded group by group, when their group is captured. One that cannot be (nothing to encode, too
-long, tokens that the target does not have) is set aside alone. The rendering of a group has a digest, kept
-with every sample: a template that writes the date, or another tokenizer, gives other token ids for the same
-text, and a run must not hold two renderings.
+A group's prompts are encoded when the group is captured. A prompt that cannot be encoded (no text, too long,
+tokens that the target does not have) fails alone. A digest of the group's token ids is kept with every
+sample: a template that writes the date, or another tokenizer, gives other token ids for the same text, and a
+run must not hold two renderings.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from paceline.capture.prompts import Prompt
 from paceline.capture.source import PromptSource
 from paceline.errors import ConfigError, EngineError
 
-FITTING_IN_A_ROW = 64  # prompts, after which those with shorter texts are taken to fit as well
+FITTING_IN_A_ROW = 64  # prompts; after so many, all with shorter texts are assumed to fit
 NAMED = 3  # places that a message names
-CHARACTERS_PER_TOKEN_MAX = 64  # a longer text is not given to the tokenizer, which could take minutes over it
-# What a tokenizer, a template or an engine may raise over one input.
+CHARACTERS_PER_TOKEN_MAX = 64  # longer texts are refused before the tokenizer spends minutes
+# The errors that one input may cause in a tokenizer, a template or an engine.
 INPUT_FAILURES = (EngineError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -30,7 +30,7 @@ INPUT_FAILURES = (EngineError, ArithmeticError, LookupError, RuntimeError, TypeE
 class EncodedPrompt:
     """A prompt of the run with its token ids; `broken`: why it has none.
 
-    `answer_ids`: what was written for it before, if that is to be read and nothing to be written.
+    `answer_ids`: the answer written before, if the target is to prefill it instead of writing one.
     """
 
     ordinal: int
@@ -43,14 +43,14 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class PromptLimits:
-    """`max_tokens`: of a prompt, template included; None: no limit. `vocab_size`: of the target."""
+    """`max_tokens` of a prompt, template included; None: no limit. `vocab_size` is the target's."""
 
     vocab_size: int
     max_tokens: int | None = None
     why: str = "prompts.max_prompt_tokens"
 
     def for_positions(self, max_positions: int | None, max_answer_tokens: int) -> PromptLimits:
-        """The same for a target with that many positions: prompt and answer must fit into them."""
+        """These limits for a target with `max_positions`: prompt and answer must fit into them together."""
         if max_positions is None:
             return self
         room = max_positions - max_answer_tokens
@@ -58,7 +58,7 @@ class PromptLimits:
             raise ConfigError(
                 f"prompts.max_answer_tokens is {max_answer_tokens}, but the target has only {max_positions} "
                 "positions for prompt and answer together.",
-                why="Beyond them its states mean nothing.",
+                why="Beyond its positions the target's states mean nothing.",
                 next=f"set prompts.max_answer_tokens well below {max_positions}.",
             )
         if self.max_tokens is not None and self.max_tokens <= room:
@@ -94,9 +94,9 @@ class Encoding:
         return encoded((), broken=f"{prompt.place}: {broken}" if prompt.place else broken)
 
     def look_for_long(self, prompts: PromptSource) -> str:
-        """What to say before the start of prompts that will be set aside for their length; "" if none is.
+        """A warning, before the first capture, about prompts that will fail for their length; "" if none.
 
-        Looks at those with the longest texts until some in a row fit, so that it costs little.
+        Encodes the prompts with the longest texts until several in a row fit, so it costs little.
         """
         limit, fitting = self._limits.max_tokens, 0
         if limit is None:
@@ -114,12 +114,12 @@ class Encoding:
             return ""
         most = max(num_tokens for _, num_tokens, _ in found)
         return (
-            f"{len(found)} prompts are set aside, longer than the {limit} tokens of {self._limits.why} (the "
+            f"{len(found)} prompts fail, longer than the {limit} tokens of {self._limits.why} (the "
             f"longest has {most}); the first: {'; '.join(place for _, _, place in sorted(found)[:NAMED])}"
         )
 
     def _num_tokens(self, prompt: Prompt) -> int:
-        """At least as many; 0 if it cannot be encoded."""
+        """The prompt's length, or a lower bound of it; 0 if it cannot be encoded."""
         if self._is_beyond_tokenizing(prompt):
             return len(prompt.text) // CHARACTERS_PER_TOKEN_MAX
         with suppress(*INPUT_FAILURES):
@@ -149,7 +149,7 @@ class Encoding:
 
 
 def rendering_of(group: Iterable[EncodedPrompt]) -> str:
-    """Digest of the token ids of a group, one that has none included."""
+    """Digest of the token ids of a group; prompts without token ids are part of it."""
     digest = hashlib.sha256()
     for prompt in group:
         digest.update(json.dumps([prompt.ordinal, prompt.token_ids, bool(prompt.broken)]).encode())

@@ -1,4 +1,4 @@
-"""Capture groups: which prompts are captured together, and that they are rendered as they always were."""
+"""Capture groups: which prompts are captured together, and a check that their token ids never change."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from paceline.ledger.facts import RENDERING
 from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.records import Lease, SourceBlock, State
 
-KNOWN_AMONG = 1024  # of the run's first prompts one is looked for that was captured before
+KNOWN_AMONG = 1024  # how many of the run's first prompts are searched for one that was captured
 
 
 @dataclass(frozen=True)
 class CaptureGroup:
-    """Prompts that are captured together. `wanted`: those whose samples are needed, all of them members.
+    """Prompts that are captured together. `wanted`: the members whose samples are needed.
 
-    `rendering`: digest of the token ids of the whole group, failed prompts included. `deaths`: the most
-    producers that died with a lease of a wanted one.
+    `rendering`: digest of the token ids of the whole group, failed prompts included. `deaths`: how many
+    producers died while they held a lease of a wanted prompt; the largest count of any of them.
     """
 
     wanted: tuple[EncodedPrompt, ...]
@@ -51,7 +51,7 @@ class Groups:
         group_size: int,
         answers: AnswerFiles | None = None,
     ) -> None:
-        """`answers`: of an engine that does not repeat its bits, for which a group need not be whole."""
+        """`answers`: given for an engine that does not repeat its bits; a group need not be whole then."""
         self._session = session
         self._answers = answers
         self._prompts = prompts
@@ -59,13 +59,14 @@ class Groups:
         self._group_size = group_size
 
     def bounds(self, ordinal: int) -> range:
-        """The ordinals of its group."""
+        """The ordinals of the group that holds `ordinal`."""
         return group_of(ordinal, self._group_size, self._prompts.starts)
 
     def group(self, leases: Sequence[Lease]) -> CaptureGroup:
-        """The one that these leases, all of one group, belong to: its prompts but those that failed for good.
+        """The group that these leases belong to, without prompts that failed for good.
 
-        Raises ConfigError if they are rendered otherwise than when one of them was captured.
+        All leases are of one group. Raises ConfigError if a prompt that was captured before now has other
+        token ids.
         """
         bounds = self.bounds(leases[0].ordinal)
         encoded = self._encoded(bounds)
@@ -88,10 +89,10 @@ class Groups:
         return f"{self._session.run_id}:{prompt.task_id}"
 
     def make_known(self) -> bool:
-        """Tell the ledger of prompts that it does not know yet; whether there are any.
+        """Register prompts that the ledger does not know yet; whether there were any.
 
-        Of a source with an end all of them, by the digests of its blocks; of one without, the next group.
-        Raises ConfigError if the known ones are others.
+        A source with an end is registered whole, by its blocks' digests; one without, a group at a time.
+        Raises ConfigError if the ledger knows other prompts.
         """
         known = self._session.snapshot().prompts.known
         if self._prompts.size is not None:
@@ -103,9 +104,9 @@ class Groups:
         return self._session.extend([SourceBlock(known, len(more), digest_of(more))]) > 0
 
     def bind_rendering(self) -> None:
-        """The first group's token ids are a fact of the run: a start that renders it otherwise is refused.
+        """Make the digest of the first group's token ids a fact of the run.
 
-        Raises ConfigError.
+        Raises ConfigError if an earlier start recorded another digest.
         """
         now = rendering_of(self._encoded(self.bounds(0)))
         if not self._session.snapshot().committed:
@@ -130,7 +131,7 @@ class Groups:
         return self._encoding.group(bounds.start, self._prompts.read(bounds.start, len(bounds)))
 
     def _lost(self, wanted: Sequence[EncodedPrompt], rendering: str) -> set[int]:
-        """The ordinals of those that were captured before. Raises ConfigError if of other token ids."""
+        """The ordinals of prompts captured before. Raises ConfigError if their token ids were others."""
         known = self._session.find([self.sample_id(prompt) for prompt in wanted])
         lost = set()
         for prompt in wanted:
@@ -147,7 +148,7 @@ class Groups:
         assert self._answers is not None
         answer = self._answers.get(prompt.ordinal)
         if answer is None:
-            gone = "its answer is not among those kept any more, and the engine would write another one"
+            gone = "its answer is missing from the kept answers, and the engine would write a different one"
             return replace(prompt, token_ids=(), broken=gone) if was_captured else prompt
         given = answer.token_ids[: answer.num_given]
         if given != prompt.token_ids:
@@ -157,18 +158,17 @@ class Groups:
 
 def _too_few(ordinal: int) -> LedgerError:
     return LedgerError(
-        f"The ledger knows prompt {ordinal}; this producer has none there.",
+        f"The ledger knows prompt {ordinal}, but this producer's prompts end before it.",
         why="Groups are slices of the prompt order; another order gives other features.",
-        next="pass the prompts the run was started with, in the same order.",
+        next="pass the prompts that the run was started with, in the same order.",
     )
 
 
 def _other_rendering(which: str) -> ConfigError:
     return ConfigError(
-        f"The prompts of {which} become other token ids than those this run captured.",
-        why="The chat template (one that writes the date, perhaps), the tokenizer or the libraries that run "
-        "them differ; a draft of two renderings would be trained on prompts that are not the same. Nothing "
-        "was captured.",
-        next="put back the target's template and tokenizer and the installed transformers and tokenizers, or "
+        f"The prompts of {which} now have other token ids than the run captured.",
+        why="The chat template (perhaps one that writes the date), the tokenizer or their libraries have "
+        "changed; the draft would be trained on two renderings of its prompts. Nothing was captured.",
+        next="restore the target's template and tokenizer and the earlier transformers and tokenizers, or "
         "set a new run.name and run.directory.",
     )

@@ -1,7 +1,7 @@
-"""Captures in flight: groups that the engine works on at the same time, at most so many.
+"""The capture groups that the engine works on at the same time, up to a limit.
 
-With room for one it is captured on the caller's thread, at once; with more, each on a thread of its own. All
-else (leases, reservations, puts, commits) stays on the caller's thread.
+With a limit of one, a group is captured at once on the caller's thread; otherwise each group has a thread of
+its own. Everything else (leases, reservations, puts, commits) stays on the caller's thread.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class CapturesInFlight:
             self._executor.submit(self._run, capture)
 
     def first_done(self) -> CaptureInFlight:
-        """Wait for one to end; of several, that which began first."""
+        """Wait until a capture ends; if several have, the one that began first."""
         wait([capture.future for capture in self._in_flight], return_when=FIRST_COMPLETED)
         done = next(capture for capture in self._in_flight if capture.future.done())
         self._in_flight.remove(done)
         return done
 
     def close(self) -> list[CaptureInFlight]:
-        """Those that nobody waited for, once the engine is through with them."""
+        """Wait for the captures still in flight, and return them."""
         if self._executor is not None:
             self._executor.shutdown()
         left, self._in_flight = self._in_flight, []
@@ -68,4 +68,4 @@ class CapturesInFlight:
         except BaseException as error:
             capture.future.set_exception(error)
             if self._executor is None and not isinstance(error, Exception):
-                raise  # the process is to end
+                raise  # such an error ends the process

@@ -1,12 +1,13 @@
-"""Isolation: which prompts of a capture group fail, when the group does; the others go on without them.
+"""Isolation: when a capture group fails, find the prompts that cause it, so that the others go on.
 
-An error is bisected at once. A death of the process cannot be caught, so prompts whose leases were held by
-several dead producers are first tried in parts, under a durable record (ledger/isolation.py).
+After an error the producer bisects the group at once. It cannot catch the death of its own process, so
+prompts that several producers held when they died are first tried in parts, under a durable record
+(ledger/isolation.py).
 
-A fault of the engine or the machine convicts no prompt. Before a whole group is convicted the engine must
-show that it can still capture something: a prompt that was captured before, or, where there is none yet, one
-that comes later (until then the group is held, and nothing is recorded of it). Only so many prompts in a row
-may fail; then the producer stops with advice.
+A fault of the engine or the machine fails no prompt. Before a whole group fails, the engine must show that it
+can still capture something: a prompt that was captured before or, where there is none yet, a later one (until
+then the group's leases are held and nothing is recorded). If too many prompts fail in a row, the producer
+stops with advice.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Answer = Callable[[Sequence[EncodedPrompt]], list[Captured]]
 
 
 class CaptureFailedError(Exception):
-    """The engine raised over a group. `is_of_machine`: for want of memory, which no prompt can help."""
+    """The engine raised over a group. `is_of_machine`: it ran out of memory, which is no prompt's fault."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(str(error) or type(error).__name__)
@@ -48,10 +49,10 @@ class Isolation:
     ) -> None:
         """`answer` captures prompts or raises CaptureFailedError; `probe` raises if the engine is broken.
 
-        `captured_before`: a prompt of this run that was captured once, None if none was.
+        `captured_before`: a prompt of this run that was captured before; None if there is none.
         """
         self._session = session
-        self._ordinals: dict[str, int] = {}  # by task id, of the groups that are in work here
+        self._ordinals: dict[str, int] = {}  # by task id, of all groups seen here
         self._answer = answer
         self._probe = probe
         self._captured_before = captured_before
@@ -66,7 +67,7 @@ class Isolation:
     # -- what is known before the capture ----------------------------------------------------
 
     def without_known(self, group: CaptureGroup) -> CaptureGroup:
-        """The group without prompts that have no token ids, or that kill the engine's process."""
+        """The group without its broken prompts and without those that kill the engine's process."""
         self._ordinals.update({prompt.task_id: prompt.ordinal for prompt in group.members})
         broken = {prompt.task_id: prompt.broken for prompt in group.members if prompt.broken}
         wanted = set(group.wanted_ids)
@@ -74,13 +75,13 @@ class Isolation:
         group = group.without(list(broken))
         if not group.wanted or group.deaths < DEATHS_BEFORE_ISOLATION:
             return group
-        return self._without_deadly(group)
+        return self._without_killers(group)
 
-    def _without_deadly(self, group: CaptureGroup) -> CaptureGroup:
-        """They are found over as many restarts as it takes."""
+    def _without_killers(self, group: CaptureGroup) -> CaptureGroup:
+        """The group without prompts that kill the process; the search may take several restarts."""
         known = self._captured_before()
         if known is not None:
-            self._must_capture(known, group)  # an engine that dies of this, too, convicts no prompt
+            self._must_capture(known, group)  # if the engine dies of this one too, no prompt fails
         by_id = {prompt.task_id: prompt for prompt in group.members}
 
         def is_harmless(task_ids: Sequence[str]) -> bool:
@@ -99,10 +100,10 @@ class Isolation:
     # -- after a failed capture --------------------------------------------------------------
 
     def find(self, group: CaptureGroup, failure: CaptureFailedError) -> None:
-        """End the leases of a group that failed: a failure for each culprit, none for the others.
+        """End the leases of a group that failed: its culprits fail, the other prompts are given back.
 
-        Where no culprit is found, or only members fail whose samples were captured before, no prompt is to
-        blame: the group is captured once more, whole, and raises EngineError if it fails like that again.
+        Without a culprit among the wanted prompts no prompt fails: the whole group is captured once more,
+        and this raises EngineError if it fails in the same way again.
         """
         wanted = set(group.wanted_ids)
         failures = {} if failure.is_of_machine else self._culprits(group.members, failure)
@@ -120,7 +121,7 @@ class Isolation:
         self._give_back([task_id for task_id in group.wanted_ids if task_id not in culprits])
 
     def succeeded(self) -> None:
-        """A group was captured and committed: the engine works, and what was held fails now."""
+        """A group was captured and committed, so the engine works: the held prompts fail now."""
         self._in_a_row.clear()
         self._failed_whole = []
         held, self._held = self._held, {}
@@ -131,11 +132,11 @@ class Isolation:
 
     @property
     def num_held(self) -> int:
-        """Prompts that failed, whose leases are kept until something was captured."""
+        """How many prompts are held: they failed, but this is not recorded until something is captured."""
         return len(self._held)
 
     def finish(self) -> None:
-        """No prompt is left. Raises EngineError if not one of them could be captured."""
+        """Call when no prompt is left. Raises EngineError or ConfigError if none could be captured."""
         held = {self._ordinals[i]: _named(i, why) for i, (why, _) in self._held.items()}
         failed = {**self._session.ledger.failed(), **held}
         broken = [task_id for task_id, (_, may_try_again) in self._held.items() if not may_try_again]
@@ -148,18 +149,18 @@ class Isolation:
         raise (EngineError if has_engine_failed else ConfigError)(
             f"None of the {len(failed)} prompts can be captured. The first: {first}.",
             why="There is nothing to train on, and most likely it is not the prompts' fault.",
-            next="mend what these reasons name (prompts, settings or target) and run the same command again.",
+            next="correct what these reasons name (prompts, settings or target), then run the command again.",
         )
 
     def give_back_held(self) -> None:
-        """Leases that are still held at the next start would count as a death of their prompts."""
+        """Give the leases back, or the next start would count them as held by a producer that died."""
         held, self._held = self._held, {}
         self._give_back(list(held))
 
     # -- the search --------------------------------------------------------------------------
 
     def _culprits(self, members: Sequence[EncodedPrompt], failure: CaptureFailedError) -> dict[str, str]:
-        """The members that fail by themselves, with what each raised; `members` together failed."""
+        """The members that fail alone, with what each raised; called with `members` that failed together."""
         if len(members) == 1:
             return {members[0].task_id: str(failure)}
         middle, found = len(members) // 2, {}
@@ -177,9 +178,9 @@ class Isolation:
         return None
 
     def _engine_must_work(self, group: CaptureGroup) -> bool:
-        """Whether the engine shows that it can capture; False: there is no prompt to show it with.
+        """Whether the engine captured a known prompt; False if there is no known prompt to try.
 
-        Raises the engine's error if it cannot, and convicts nobody.
+        Raises the engine's error if it fails; no prompt fails then.
         """
         try:
             self._probe()
@@ -199,8 +200,8 @@ class Isolation:
             raise EngineError(
                 f"The engine fails on {group.wanted_ids[0]}, and on {known.task_id} too, which was captured "
                 f"before: {failure}",
-                why="So the engine or the machine is at fault, and no prompt was set aside.",
-                next="see what the message says of the engine, then run the same command again.",
+                why="So the engine or the machine is at fault, and no prompt was marked as failed.",
+                next="act on the engine's message, then run the same command again.",
             ) from failure.error
 
     def _count_in_a_row(self, group: CaptureGroup, culprits: Iterable[str], reason: str) -> None:
@@ -210,8 +211,8 @@ class Isolation:
             raise EngineError(
                 f"{len(self._in_a_row)} prompts in a row fail, the last {group.wanted_ids[-1]}: {reason}",
                 why=f"More than {self._in_a_row_max} (capture.failures_in_a_row_max) are hardly the fault of "
-                "the prompts; those of the last group were not set aside.",
-                next="see what the message says; if these prompts are to be left out, raise that limit.",
+                "the prompts; those of the last group were not marked as failed.",
+                next="act on that message; if these prompts are really unusable, raise the limit.",
             )
 
     # -- what is recorded ----------------------------------------------------------------------
@@ -223,16 +224,16 @@ class Isolation:
         self._report("group_failed", prompts=[], failed=0, message=f"no prompt is to blame: {failure}")
         if members == before:
             raise EngineError(
-                f"The engine fails on {len(members)} prompts at once ({members[0]} to {members[-1]}), twice, "
-                f"and no prompt of them is to blame: {failure}",
-                why="None was set aside; most often it is too little memory for a group. A group must be "
-                "captured whole, or its features would have other bits.",
+                f"The engine failed twice on the group of {len(members)} prompts {members[0]} to "
+                f"{members[-1]}, and no prompt of them is to blame: {failure}",
+                why="No prompt was marked as failed; most often the memory is too small for a group. A group "
+                "must be captured whole, or its features would have other bits.",
                 next="free memory (or take a larger machine) and run the same command again; or start a new "
                 "run with a smaller capture.group_size.",
             ) from failure.error
 
     def _fail(self, reasons: dict[str, str], *, retryable: bool) -> None:
-        """Not before the run has captured anything: until then settings may still change."""
+        """Record failures, or hold them while nothing is captured yet: settings may still change then."""
         if self._session.snapshot().committed:
             self._record(reasons, retryable=retryable)
         else:
@@ -252,12 +253,12 @@ class Isolation:
 
 
 def as_failure(error: BaseException) -> CaptureFailedError:
-    """What an engine raised over a group. Raises anything else on."""
+    """`error` as a failure of the group; re-raises an error that no input can cause."""
     if not isinstance(error, (*INPUT_FAILURES, MemoryError)):
         raise error
     return CaptureFailedError(error)
 
 
 def _named(task_id: str, reason: str) -> str:
-    """The ledger knows a prompt by its number; its reason begins with its id."""
+    """The reason, after the prompt's id: the ledger knows prompts by ordinal alone."""
     return f"{task_id}: {reason}"

@@ -1,11 +1,11 @@
 """The producer's loop: wait for credit, lease prompts, reserve, capture, put, commit.
 
 Prompts are read, encoded and captured in fixed groups (the g-th `group_size` of the run's prompt order),
-because the bits of a captured state depend on the batch it was computed in. A group that is captured
-again, after a crash or because a feature was lost, is computed whole and gives the same bits;
-only the samples that are wanted are stored. Commits happen in prompt order, so the committed log,
-and with it every step plan, is the same in every run of the same configuration. A prompt on which the
-engine fails is found (isolation.py) and set aside with its reason; its group goes on without it.
+because the bits of a captured state depend on the batch it was computed in. After a crash or the loss
+of a feature the engine captures the whole group again, which gives the same bits, and the producer
+stores only the samples it needs. Commits happen in prompt order, so the committed log, and with it
+every step plan, is the same in every run of the same configuration. A prompt on which the engine fails
+is found by isolation (isolation.py) and fails with its reason; its group goes on without it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Producer:
         answers: AnswerFiles | None = None,
         report: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
-        """`answers`: where those of an engine are kept that does not repeat its bits; not for another one."""
+        """`answers`: where to keep answers, for an engine that does not repeat its bits; else None."""
         self.session = session
         self.engine = engine
         self._features = features
@@ -61,7 +61,7 @@ class Producer:
         )
         self._answers = answers
         self._groups = Groups(session, prompts, self.encoding, settings.group_size, answers)
-        self._captured: EncodedPrompt | None = None  # the last one that this process captured
+        self._captured: EncodedPrompt | None = None  # the last prompt that this process captured
         self._isolation = Isolation(
             session,
             answer=self._answer,
@@ -72,10 +72,10 @@ class Producer:
         )
 
     def run(self, max_rounds: int | None = None, should_stop: Callable[[], bool] | None = None) -> int:
-        """Capture until every prompt is settled, then end the stream; samples committed by this call.
+        """Capture until every prompt is settled, then end the stream; the number of samples committed.
 
-        Takes the worker's role first: leases of its earlier process, or of a call that failed, return. A
-        stop or `max_rounds` leaves the stream open: the next call goes on from there.
+        Takes the worker's role first, which returns leases of its earlier process or of a call that failed.
+        A stop, or `max_rounds` turns of the loop, leaves the stream open for the next call.
         """
         stop = should_stop or (lambda: False)
         self._take_over()
@@ -100,9 +100,9 @@ class Producer:
         return committed
 
     def _take_over(self) -> None:
-        """Become the worker, free what its dead process never committed, and report what is gone.
+        """Take the worker's role, free what its dead process never committed, and report lost samples.
 
-        Taking the role revokes the worker's byte intents, in one transaction; only then are bytes deleted.
+        Taking the role revokes the worker's byte intents in one transaction; bytes are freed after it.
         """
         epoch = self.session.acquire()
         orphans, gone = self._upkeep.compare()
@@ -113,7 +113,7 @@ class Producer:
         self._report("started", orphans=orphans, lost=len(gone), epoch=epoch)
 
     def _finish(self) -> bool:
-        """End the stream, unless prompts are still to be captured; whether this worker is done."""
+        """End the stream unless prompts are still to be captured; whether the stream ended."""
         if self.session.snapshot().prompts.leased > self._isolation.num_held:
             return False
         self._isolation.finish()
@@ -125,7 +125,7 @@ class Producer:
     def _lease(self, stop: Callable[[], bool], *, alone: bool) -> list[CaptureGroup] | None:
         """The next prompts to capture, as groups; [] if there are none now, None if there will be none.
 
-        `alone`: nothing is in flight, so that it may wait for room or for other workers, and end the stream.
+        `alone`: nothing is in flight, so this may wait for room or for other workers, and end the stream.
         """
         pressure, size = self._backpressure, self._settings.group_size
         if not alone and not pressure.has_credit():
@@ -137,12 +137,12 @@ class Producer:
         if not leases and not self._groups.make_known() and alone:
             if self._finish():
                 return None
-            self.session.wait(mark, WAIT_S)  # other workers hold what is left
+            self.session.wait(mark, WAIT_S)  # other workers hold the remaining prompts
         parts = groupby(leases, lambda lease: self._groups.bounds(lease.ordinal))
         return [self._groups.group(list(together)) for _, together in parts]
 
     def _begin(self, group: CaptureGroup, in_flight: CapturesInFlight) -> None:
-        """Reserve the bytes of what is wanted of the group, and let the engine capture it whole."""
+        """Reserve bytes for the group's wanted samples, and let the engine capture the whole group."""
         began_at = monotonic()
         group = self._isolation.without_known(group)
         generations = self._reserve(group) if group.wanted else None
@@ -150,7 +150,7 @@ class Producer:
             in_flight.begin(CaptureInFlight(group, generations, began_at))
 
     def _end(self, capture: CaptureInFlight) -> int:
-        """Store and commit what is wanted of the captured group; how many were new."""
+        """Store and commit the wanted samples of a captured group; the number of new ones."""
         group, generations = capture.group, capture.generations
         try:
             captured = capture.future.result()
@@ -176,12 +176,12 @@ class Producer:
         return len(fresh)
 
     def _give_up(self, capture: CaptureInFlight) -> None:
-        """Leases that are still held at the next start would count as a death of their prompts."""
-        with suppress(LedgerError):  # what ended the run is told, not this
+        """Give the leases back, or the next start would count them as held by a producer that died."""
+        with suppress(LedgerError):  # the error that ended the run is reported instead
             self.session.give_back([prompt.ordinal for prompt in capture.group.wanted])
 
     def _reserve(self, group: CaptureGroup) -> dict[str, int] | None:
-        """The generation that each wanted sample is written under; None if another worker took the room."""
+        """The generation to write each wanted sample under; None if another worker took the room."""
         size = self._backpressure.sample_bytes
         wanted = [Wanted(p.ordinal, self._groups.sample_id(p), size) for p in group.wanted]
         generations = self.session.reserve(wanted, self._backpressure.budget)
@@ -196,7 +196,7 @@ class Producer:
     # -- capture -----------------------------------------------------------------------------
 
     def _answer(self, members: Sequence[EncodedPrompt]) -> list[Captured]:
-        """Raises CaptureFailedError for whatever the engine raises over its input."""
+        """Capture these prompts. Raises CaptureFailedError for any error that the input may cause."""
         requests = [self._request(prompt) for prompt in members]
         try:
             return self.engine.capture(requests, self._settings.features)
@@ -205,7 +205,7 @@ class Producer:
 
     def _request(self, prompt: EncodedPrompt) -> CaptureRequest:
         s, sample_id = self._settings, self._groups.sample_id(prompt)
-        if prompt.answer_ids:  # nothing is written: the answer's states are captured by reading it
+        if prompt.answer_ids:  # the target writes nothing: it prefills the kept answer
             token_ids = (*prompt.token_ids, *prompt.answer_ids)
             return CaptureRequest(sample_id, token_ids, spans=((len(prompt.token_ids), len(token_ids)),))
         return CaptureRequest(
@@ -217,7 +217,7 @@ class Producer:
         )
 
     def _keep_answers(self, group: CaptureGroup, captured: Mapping[str, Captured]) -> None:
-        """The tokens of every sample are on the disk before it is committed, if they would not come again."""
+        """Write the answers to disk before the commit, for an engine that does not repeat its bits."""
         if self._answers is None:
             return
         name, kept = name_of(Tokens, self._settings.features), []
@@ -266,13 +266,13 @@ class Producer:
 
 def _other_tokens(task_id: str) -> EngineError:
     return EngineError(
-        f"The engine was asked to read the tokens of {task_id}, and returned others.",
-        why="What is captured must belong to the tokens that are trained on. Nothing was committed.",
+        f"The engine was asked to prefill the tokens of {task_id}, and returned other tokens.",
+        why="The captured states must belong to the tokens that are trained on. Nothing was committed.",
         next="report this with the engine's name and version; another engine can go on with the run.",
     )
 
 
 def sample_seed(run_seed: int, ordinal: int) -> int:
-    """A seed of its own for every sample, below 2**63."""
+    """A different seed for every sample, below 2**63."""
     digest = hashlib.sha256(f"{run_seed}:{ordinal}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -1,11 +1,11 @@
-"""A JSONL file as a source of prompts: looked through once, then read block by block.
+"""A JSONL file as a source of prompts: scanned once, then read block by block.
 
-What the look finds (where each block begins, its digest, which lines repeat an earlier one) is a small index;
-kept beside the run, it spares every later start the look, as long as the file is the same one. A block that
-is read is compared with its digest, so that a file that was changed meanwhile is noticed.
+The scan writes a small index beside the run: where each block begins, its digest, and which lines repeat an
+earlier one. Later starts use the index instead of a scan as long as the file is the same. Every block that
+is read is compared with its digest, so a file that changed meanwhile is noticed.
 
-A line that repeats an earlier one, id and text, is taken once. One that gives an id to another text is set
-aside like every other broken line, because a sample is known by its id.
+A line with the id and text of an earlier one is used once. A line that gives a used id to another text is
+broken, like a line that is not JSON: its prompt fails, because a sample is known by its id.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from paceline.errors import ConfigError
 from paceline.ledger.records import SourceBlock
 
 INDEX_VERSION = 1
-LONGEST_KEPT = 1024  # prompts whose length is worth a look before a run starts
+LONGEST_KEPT = 1024  # prompts whose length is checked before a run starts
 NAMED = 3  # places that a message names
 BLOCKS_HELD = 4
 
 
 @dataclass(frozen=True)
 class Block:
-    """Up to BLOCK prompts: where their lines begin, and what tells repeated lines apart.
+    """Up to BLOCK prompts: where their lines begin, and which lines repeat earlier ones.
 
-    `repeats`: numbers of lines that are left out; `clashes`: by the number of a line whose id has another
-    text, that of the line which has it. Numbers are strings, as JSON has them.
+    `repeats`: numbers of the lines that are left out. `clashes`: for the number of a line whose id is used
+    for another text, the number of the line that used it first; strings, because JSON keys are strings.
     """
 
     offset: int
@@ -51,10 +51,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Index:
-    """What the look through a file found.
+    """What the scan of a file found.
 
-    `broken` and `repeated` are counts, with what to say of the first few; `shared`: texts that the file has
-    in common with the held-out prompts; `longest`: ordinals of the prompts with the longest texts.
+    `broken` and `repeated` are counts, beside a description of the first few. `shared`: texts that the file
+    has in common with the held-out prompts. `longest`: ordinals of the prompts with the longest texts.
     """
 
     blocks: tuple[Block, ...]
@@ -84,7 +84,7 @@ class PromptFile:
         self._held: OrderedDict[int, list[Prompt]] = OrderedDict()
         identity = self._identity()
         kept = _kept_index(index_path, identity)
-        self.index = kept or self._look_through()
+        self.index = kept or self._scan()
         if kept is None and index_path is not None:
             _keep_index(index_path, identity, self.index)
         if self.index.num_prompts == self.index.broken:
@@ -104,12 +104,10 @@ class PromptFile:
         index, told = self.index, []
         if index.broken:
             first = "; ".join(index.first_broken)
-            told.append(f"{index.broken} of {index.num_prompts} prompts are set aside, the first: {first}")
+            told.append(f"{index.broken} of {index.num_prompts} prompts fail, the first: {first}")
         if index.repeated:
             first = "; ".join(index.first_repeated)
-            told.append(
-                f"{index.repeated} lines repeat an earlier one and are taken once, the first: {first}"
-            )
+            told.append(f"{index.repeated} lines repeat an earlier one and are used once, the first: {first}")
         return told
 
     @property
@@ -117,7 +115,7 @@ class PromptFile:
         return [line for block in self.index.blocks for line in block.repeats]
 
     def read(self, first: int, count: int) -> list[Prompt]:
-        """Raises ConfigError if the file has changed since it was looked through."""
+        """Raises ConfigError if the file has changed since it was scanned."""
         found: list[Prompt] = []
         end = min(first + count, self.size)
         while (ordinal := first + len(found)) < end:
@@ -126,7 +124,7 @@ class PromptFile:
         return found
 
     def digests(self, count: int) -> list[str]:
-        """The digest of every block of the first `count` prompts; the last one may be a part of a block."""
+        """The digest of every block of the first `count` prompts; the last block may be partial."""
         whole, rest = divmod(min(count, self.size), BLOCK)
         known = [block.digest for block in self.index.blocks[: whole + (rest > 0)]]
         if rest and self.index.blocks[whole].num_prompts != rest:
@@ -137,7 +135,7 @@ class PromptFile:
         return blocks_between(bounds, self.size, lambda first, count: digest_of(self.read(first, count)))
 
     def lines_of(self, block: int) -> str:
-        """Where a block stands in the file, for a person."""
+        """Where a block lies in the file, for messages."""
         blocks = self.index.blocks
         last = f"line {blocks[block + 1].line - 1}" if block + 1 < len(blocks) else "the end"
         return f"line {blocks[block].line} to {last}"
@@ -172,7 +170,7 @@ class PromptFile:
         return prompts
 
     def _lines(self, offset: int = 0, number: int = 1) -> Iterator[tuple[int, int, bytes]]:
-        """Number, offset and bytes of each line from one on. Only a newline ends a line."""
+        """Number, offset and bytes of each line, from the line at `offset` on. Only a newline ends a line."""
         try:
             with self.path.open("rb") as file:
                 file.seek(offset)
@@ -184,7 +182,7 @@ class PromptFile:
             raise _unreadable(self.path, error) from error
 
     def _identity(self) -> list[Any]:
-        """What changes when the file, or what it must not share a text with, does."""
+        """A value that changes when the file or the held-out texts change."""
         try:
             status = self.path.stat()
         except (OSError, ValueError) as error:
@@ -195,10 +193,10 @@ class PromptFile:
         times = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
         return [INDEX_VERSION, str(self.path), *times, heldout]
 
-    # -- the look through the whole file -------------------------------------------------------
+    # -- the scan of the whole file ------------------------------------------------------------
 
-    def _look_through(self) -> Index:
-        look = _Look(self.path, self._heldout)
+    def _scan(self) -> Index:
+        look = _Scan(self.path, self._heldout)
         for line, offset, text in self._lines():
             prompt = parse_line(text, self.path, line)
             if prompt is not None:
@@ -206,7 +204,7 @@ class PromptFile:
         return look.index()
 
 
-class _Look:
+class _Scan:
     """Collects an index from the prompts of a file, one after another."""
 
     def __init__(self, path: Path, heldout: Collection[str]) -> None:
@@ -305,7 +303,7 @@ def _unreadable(path: Path, reason: object) -> ConfigError:
 def _no_prompts(path: Path, index: Index) -> ConfigError:
     return ConfigError(
         f"The prompt file {path} holds no prompt.",
-        why=f"No line of it is one; the first: {index.first_broken[0]}." if index.broken else "It is empty.",
+        why=f"No line can be used; the first: {index.first_broken[0]}." if index.broken else "It is empty.",
         next='set prompts.path to a JSONL file with a text under "prompt" in each line.',
     )
 
@@ -331,7 +329,7 @@ def _kept_index(path: Path | None, identity: list[Any]) -> Index | None:
 
 
 def _keep_index(path: Path, identity: list[Any], index: Index) -> None:
-    """If there is a run directory by now. It only spares time, so that a failure does not matter."""
+    """Write the index if the run directory exists. It only saves time, so a failure is ignored."""
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         aside.write_bytes(json.dumps({"identity": identity, "index": asdict(index)}).encode())

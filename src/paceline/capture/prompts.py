@@ -1,8 +1,8 @@
-"""A prompt, and one line of a prompt file as a prompt.
+"""A prompt, and the parser that reads one from a line of a prompt file.
 
-A line is a JSON object: {"id": ..., "prompt": ...}. Without an id a prompt has that of its text. A line that
-is no prompt (not UTF-8, not JSON, no text, an id that no store can hold) is set aside alone: it keeps its
-place, so the ordinals and ids of the others are those they always had, and says why it cannot be captured.
+A line is a JSON object: {"id": ..., "prompt": ...}. Without an id, the prompt's id is a digest of its text. A
+broken line (not UTF-8, not JSON, no text, an id that no store can hold) becomes a prompt that fails, with the
+reason: it keeps its place, so the other prompts keep their ordinals and ids.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-ID_BYTES_MAX = 1024  # of an id as JSON writes it: it stands in file names, ledger rows and slot headers
-RESERVED = "unreadable-line-"  # what the ids of lines that cannot be used begin with
+ID_BYTES_MAX = 1024  # of an id written as JSON: file names, ledger rows and slot headers hold it
+RESERVED = "unreadable-line-"  # prefix of the ids of broken lines
 CHATS = ("messages", "conversations", "conversation")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of a source. `broken`: why it cannot be captured at all; `text` is then what stands there.
+    """One prompt of a source. `broken`: why it can never be captured; `text` is then the line's content.
 
     `token_ids`: given instead of a text. `round`: how many times the run answered the prompt before.
-    `place`: where it stands, for a person.
+    `place`: where the prompt lies in its file, for messages.
     """
 
     prompt_id: str
@@ -36,7 +36,7 @@ class Prompt:
 
 
 class _BrokenError(Exception):
-    """The line is no prompt; its text, as far as it has any."""
+    """The line holds no usable prompt. `text`: its text, if it has any."""
 
     def __init__(self, what: str, text: str = "") -> None:
         super().__init__(what)
@@ -55,7 +55,7 @@ def parse_line(line: bytes, path: Path, number: int) -> Prompt | None:
 
 
 def broken_line(path: Path, number: int, reason: str, text: str) -> Prompt:
-    """A line that cannot be used. Its id says where it stands; its own may be another line's, too."""
+    """A prompt for a broken line. Its id is made of the line number, as the line's own may not be unique."""
     return Prompt(f"{RESERVED}{number}", text, f"{_place(path, number)}: {reason}")
 
 
@@ -99,12 +99,12 @@ def _id_of(record: dict[str, Any], text: str) -> str:
     if (size := len(json.dumps(given))) > ID_BYTES_MAX:
         raise _BrokenError(f'its "id" takes {size} bytes, more than the {ID_BYTES_MAX} that are stored')
     if given.startswith(RESERVED):
-        raise _BrokenError(f'its "id" begins with {RESERVED!r}, as those of lines that cannot be used')
+        raise _BrokenError(f'its "id" begins with {RESERVED!r}, which is reserved for broken lines')
     return given
 
 
 def _is_writable(text: str) -> bool:
-    """Whether UTF-8, and with it ledger and tokenizer, can write it; JSON can escape more than that."""
+    """Whether UTF-8 can encode the text; JSON escapes can hold more, such as half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""The run file's `prompts` and `capture` sections: what is answered, and in which batches."""
+"""The run file's `prompts` and `capture` sections: which prompts are answered, and in which batches."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ GROUPS_IN_FLIGHT_MAX = 256
 
 
 class AnswersSection(Section):
-    """How long answers may be and how they are chosen, part of the run file's `prompts` section.
+    """How long answers may be and how they are sampled: part of the run file's `prompts` section.
 
-    `first_round_temperature` is for prompts that the run answers for the first time.
+    `first_round_temperature` applies when the run answers a prompt for the first time.
     """
 
     max_answer_tokens: Count = 128
@@ -28,8 +28,8 @@ class AnswersSection(Section):
 class PromptsSection(AnswersSection):
     """`rounds`: how often the prompt set is answered; from the second round on answers are sampled.
 
-    `duplicates`: a line that repeats an earlier one is taken once, or refuses the run. The file may lie
-    elsewhere at the next start: the prompts themselves are known by their digests.
+    `duplicates`: a repeated line is used once, or the run is refused. The file may move between starts,
+    because prompts are known by their digests.
     """
 
     changeable: ClassVar[tuple[str, ...]] = ("path", "duplicates")
@@ -43,7 +43,7 @@ class CaptureSection(Section):
     """`group_size`: prompts answered in one batch; the unit of capture and of re-capture.
 
     `groups_in_flight`: groups captured at the same time, if the engine can capture so many.
-    `failures_in_a_row_max`: if more prompts than these fail one after another, the producer stops.
+    `failures_in_a_row_max`: the producer stops if more prompts than this fail one after another.
     """
 
     changeable: ClassVar[tuple[str, ...]] = ("attempt_max", "failures_in_a_row_max", "groups_in_flight")
@@ -54,10 +54,10 @@ class CaptureSection(Section):
 
 
 class CaptureSettings(CaptureSection, AnswersSection):
-    """What the producer is given: its sections of the run file, and what follows from the rest of the run.
+    """The producer's settings: its sections of the run file, and what the rest of the run file decides.
 
-    `features`: what the draft's method trains on, as `DraftMethod.features` gave it; `strategy` is its
-    name. `max_prompt_tokens`: longer prompts are set aside; None: no limit.
+    `features`: what the draft's method trains on, from `DraftMethod.features`; `strategy` is the method's
+    name. `max_prompt_tokens`: longer prompts fail; None: no limit.
     """
 
     features: tuple[Feature, ...]

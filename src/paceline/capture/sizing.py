@@ -1,4 +1,4 @@
-"""How many bytes a sample can take: what is reserved for it before its answer's length is known."""
+"""The most bytes that a sample can take: the producer reserves them before it knows the answer's length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def largest_sample_bytes(
 ) -> int:
     """The most bytes a sample of `num_tokens` tokens occupies, slack of its slot included.
 
-    `num_targets` of its tokens, at most, are such that the draft learns to predict them.
+    `num_targets`: at most how many of those tokens the draft learns to predict.
     """
     payload = 0
     for feature in features:

@@ -1,8 +1,8 @@
-"""Where a run's prompts come from: a source is read by ordinal, as far as somebody needs it and no further.
+"""Sources of prompts, which the producer reads by ordinal and only as far as it needs.
 
 A source knows its size (None: it has no end yet) and a digest of every block of prompts, by which a later
-start knows it again. `RunPrompts` is the order in which a run answers a source: everything about a sample
-follows from its ordinal there.
+start recognises it. `RunPrompts` is the order in which a run answers a source: everything about a sample
+follows from its ordinal in that order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class PromptSource(Protocol):
 
     @property
     def size(self) -> int | None:
-        """How many prompts there are; None: more may come for ever."""
+        """How many prompts there are; None if the source has no end."""
 
     @property
     def starts(self) -> Sequence[int]:
@@ -35,17 +35,17 @@ class PromptSource(Protocol):
 
     @property
     def longest(self) -> Sequence[int]:
-        """Ordinals of the prompts with the longest texts, longest first; as many as are worth a look."""
+        """Ordinals of the prompts with the longest texts, longest first; a limited number of them."""
 
     def read(self, first: int, count: int) -> list[Prompt]:
-        """The prompts from ordinal `first` on; fewer only at the end."""
+        """`count` prompts from ordinal `first` on; fewer only at the end."""
 
     def blocks(self, bounds: Sequence[int] = ()) -> list[SourceBlock]:
-        """All prompts, in blocks that end at these ordinals at least, each with a digest of its content."""
+        """All prompts as blocks with digests. Blocks end at each of `bounds`, and may end in between."""
 
 
 def digest_of(prompts: Iterable[Prompt]) -> str:
-    """Identity of some prompts and their order."""
+    """Digest of these prompts in this order."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps([prompt.prompt_id, prompt.text, prompt.token_ids]).encode() + b"\n")
@@ -54,7 +54,7 @@ def digest_of(prompts: Iterable[Prompt]) -> str:
 
 @runtime_checkable
 class HasDigests(Protocol):
-    """A source that knows the digests of its blocks without being read."""
+    """A source that knows the digests of its blocks without a read."""
 
     def digests(self, count: int) -> list[str]: ...
 
@@ -66,10 +66,10 @@ def blocks_between(bounds: Iterable[int], size: int, digest: Callable[[int, int]
 
 
 class PromptList:
-    """Prompts that are in memory already: texts, mappings or tasks, for a user's own script.
+    """Prompts in memory (texts, mappings or tasks), for a user's own script.
 
     A payload carries "prompt_ids" (token ids) or "prompt" (text). A mapping may name `task_id` or `id`;
-    without one a prompt is called by its place.
+    without one, a prompt's id is its place in the list.
     """
 
     def __init__(self, prompts: Sequence[PromptTask | Mapping[str, Any] | str]) -> None:
@@ -109,10 +109,10 @@ def _as_prompt(given: PromptTask | Mapping[str, Any] | str, place: int) -> Promp
 
 
 class RunPrompts:
-    """The order of a run: the set `rounds` times, then what was added to it later, also `rounds` times.
+    """The order of a run: all prompts `rounds` times, then prompts added later, also `rounds` times.
 
-    `stretches` are the sizes that the set had at the run's first start and after each extension. A sample
-    keeps its ordinal for ever, so what is added comes last.
+    `stretches` are the sizes that the prompt set had at the run's first start and after each extension. A
+    sample never changes its ordinal, so added prompts come last.
     """
 
     def __init__(self, prompts: PromptSource, rounds: int = 1, stretches: Sequence[int] = ()) -> None:
@@ -133,7 +133,7 @@ class RunPrompts:
 
     @property
     def longest(self) -> Sequence[int]:
-        """Of the first round, as far as it is known from the start."""
+        """The longest prompts of the run's first start, in their first round."""
         first_stretch = self._places[1] if len(self._places) > 1 else 0
         return [ordinal for ordinal in self._prompts.longest if ordinal < first_stretch]
 
@@ -153,7 +153,7 @@ class RunPrompts:
         return found
 
     def blocks(self, bounds: Sequence[int] = ()) -> list[SourceBlock]:  # noqa: ARG002 (they are among its own)
-        """Each round of each stretch, by the digest of the set as it was then: nothing is read for it."""
+        """One block per round of each stretch, with the digest of the set at that time; reads no prompt."""
         found = []
         for stretch, (place, end) in enumerate(pairwise(self._places)):
             digest = hashlib.sha256("".join(self._set_digests(end)).encode()).hexdigest()[:16]
@@ -163,16 +163,16 @@ class RunPrompts:
         return found
 
     def _set_digests(self, size: int) -> list[str]:
-        """Of the set's first `size` prompts."""
+        """Digests of the set's first `size` prompts."""
         if isinstance(self._prompts, HasDigests):
             return self._prompts.digests(size)
         return [digest_of(self._prompts.read(0, size))]
 
 
 def group_of(ordinal: int, group_size: int, starts: Sequence[int] = (0,)) -> range:
-    """The ordinals that are captured together with this one, a slice of the order that never changes.
+    """The ordinals that are captured together with this one: a fixed slice of the run's order.
 
-    `starts`: see `PromptSource`; what was added later must not change what was captured before.
+    `starts`: see `PromptSource`; prompts added later must not change the groups of earlier ones.
     """
     first = ordinal - ordinal % group_size
     inside = [start for start in starts if first < start < first + group_size]

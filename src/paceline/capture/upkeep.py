@@ -1,4 +1,4 @@
-"""What a producer frees: bytes that belong to no sample, and those of samples that must give way."""
+"""What a producer frees: bytes that belong to no sample, and samples that must make room for others."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ class Upkeep:
         self._report = report
 
     def compare(self) -> tuple[int, list[str]]:
-        """Free bytes that belong to no sample and no worker, and report what is gone; how many, and which.
+        """Free orphans (bytes of no sample and no worker) and report lost samples; their number, and the ids.
 
-        The store is listed before the ledger is asked: what is listed under a generation that the ledger
-        gave out, and is neither a sample's nor promised to a worker, belongs to none. One that it never
-        gave out is of a ledger of which this one is an older copy: it is skipped over, and then an orphan.
-        A store that keeps no list is told what was revoked.
+        The store is listed first and the ledger read second, so listed bytes whose generation the ledger
+        gave out are orphans if they belong to no sample and are reserved for no worker. A generation that
+        the ledger never gave out means that the ledger was restored from an older copy: the ledger skips
+        past that generation, and its bytes are orphans too. In a store that keeps no list, only revoked bytes
+        can be freed.
         """
         written = self._features.written()
         owned = self._session.ownership()
@@ -49,7 +50,7 @@ class Upkeep:
         ]
         self._features.free(orphans)
         self._free_revoked()
-        # After a reboot the ledger knows samples that the memory forgot: all are reported at once.
+        # After a reboot the ledger lists samples whose memory is gone; they are reported together.
         gone = self._without_bytes(owned, written)
         gone = self._without_bytes(owned, self._features.written() or []) if gone else []
         if gone:
@@ -58,7 +59,7 @@ class Upkeep:
 
     @staticmethod
     def _without_bytes(owned: Ownership, written: Sequence[Written]) -> list[str]:
-        """Samples that ought to be there. (Others may have come since the store was listed.)"""
+        """Samples that the ledger lists as present and the store does not hold."""
         there = set(written)
         names = {sample_id for sample_id, _ in written}
         return [
@@ -68,7 +69,7 @@ class Upkeep:
         ]
 
     def _free_revoked(self) -> int:
-        """Free bytes that were promised to a worker that is gone; how many there may have been."""
+        """Free bytes that were reserved for dead workers; the number of revoked reservations."""
         revoked = self._session.revoked()
         if revoked:
             self._features.free(revoked)
@@ -80,11 +81,10 @@ class Upkeep:
         self._make_room()
 
     def _make_room(self) -> None:
-        """The consumer may wait for a sample that this producer has no room for: one that was lost, or the
-        next of the log, while samples behind it, captured by other workers, take the room.
+        """Free later samples if they take the room of one that the consumer waits for.
 
-        Those are given up, the last first, until a group fits: features are a cache, and they are captured
-        again when the consumer has come closer.
+        That is a lost sample, or the next of the log while other workers have captured samples behind it. The
+        last sample is freed first, until a group fits; the producer captures the freed samples again later.
         """
         lost, settled = self._session.lost(1), self._session.snapshot().settled
         needed = min([settled, *(record.place for record in lost)])
@@ -98,7 +98,7 @@ class Upkeep:
             self._session.report_lost([record.sample_id])
             now = self._session.find([record.sample_id]).get(record.sample_id)
             if now is None or now.state != State.LOST:
-                continue  # durable weights contain it by now: its bytes go with the next release
+                continue  # durable weights contain it by now: the next release frees its bytes
             self._features.free([(record.sample_id, record.ref.generation)])
             given_up += 1
             if self._backpressure.has_credit():
@@ -106,7 +106,7 @@ class Upkeep:
         self._report("made_room", given_up=given_up, needed=needed)
 
     def free_unwanted(self, refs: Sequence[SampleRef], fresh: Sequence[SampleRef]) -> None:
-        """Bytes that the ledger did not take: while they were written, the sample was settled otherwise."""
+        """Free bytes that the ledger refused because the sample was settled while they were written."""
         known = self._session.find([ref.sample_id for ref in refs])
         for ref in refs:
             record = known.get(ref.sample_id)

@@ -107,7 +107,7 @@ def test_long_prompts_are_told_of_before_the_start(tmp_path: Path) -> None:
         texts[place] = "x" * length
     file, one = PromptFile(write(tmp_path / "prompts.jsonl", texts)), encoding(192)
     assert one.look_for_long(RunPrompts(file, rounds=2, stretches=[5000])) == (
-        "4 prompts are set aside, longer than the 192 tokens of prompts.max_prompt_tokens (the longest has "
+        "4 prompts fail, longer than the 192 tokens of prompts.max_prompt_tokens (the longest has "
         "500); "
         f"the first: {file.path}, line 8; {file.path}, line 31; {file.path}, line 101"
     )

@@ -109,7 +109,7 @@ def test_want_of_memory_is_never_a_prompts_fault(group: int) -> None:
     run.producer().run(max_rounds=1)
     run.fails, run.message = any_of(group), "[enforce fail] DefaultCPUAllocator: can't allocate memory"
     for _ in range(4):
-        with pytest.raises(EngineError, match="too little memory"):
+        with pytest.raises(EngineError, match="memory is too small"):
             run.producer().run()
     assert run.failed == []
     run.fails = lambda _: False
@@ -210,11 +210,11 @@ def test_another_rendering_of_the_prompts_is_refused(monkeypatch: pytest.MonkeyP
         return lambda text: (7, *text.encode()) if int(text[-1]) >= first else tuple(text.encode())
 
     monkeypatch.setattr(run.engine, "encode", dated(0))
-    with pytest.raises(ConfigError, match="of the first group become other token ids"):
+    with pytest.raises(ConfigError, match="of the first group now have other token ids"):
         run.producer().run()
     monkeypatch.setattr(run.engine, "encode", dated(2))
     run.producer().run(max_rounds=0)
     run.features.free([("light:3", 0)])
-    with pytest.raises(ConfigError, match="of the group of 3 become other token ids"):
+    with pytest.raises(ConfigError, match="of the group of 3 now have other token ids"):
         run.producer().run()
     assert run.committed == [0, 1, 2, 3]

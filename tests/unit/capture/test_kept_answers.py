@@ -110,7 +110,7 @@ def test_a_lost_sample_whose_answer_is_gone_is_quarantined(tmp_path: Path) -> No
     run.producer()[1]()
     [record] = SQLiteLedger(run.db).samples(State.QUARANTINED, None)
     assert record.sample_id == ALL[5]
-    assert "its answer is not among those kept any more" in record.reason
+    assert "its answer is missing from the kept answers" in record.reason
 
 
 def test_other_tokens_than_were_given_to_read_stop_the_producer(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_other_tokens_than_were_given_to_read_stop_the_producer(tmp_path: Path) 
     run.producer()[1]()
     run.lose(ALL[5])
     run.engine.garbles = True  # type: ignore[attr-defined]
-    with pytest.raises(EngineError, match="asked to read the tokens of 5, and returned others"):
+    with pytest.raises(EngineError, match="asked to prefill the tokens of 5, and returned other"):
         run.producer()[1]()
     run.engine.garbles = False  # type: ignore[attr-defined]
     run.producer()[1]()

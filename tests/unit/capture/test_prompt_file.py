@@ -73,7 +73,7 @@ def test_a_broken_line_keeps_its_place_and_says_what_is_wrong(
     assert broken.broken.startswith(f"{path}, line 2: {reason}")
     assert not first.broken
     (broken.broken + broken.prompt_id).encode()  # the ledger can hold both
-    assert file.notes == [f"1 of 3 prompts are set aside, the first: {broken.broken}"]
+    assert file.notes == [f"1 of 3 prompts fail, the first: {broken.broken}"]
 
 
 def test_numbers_are_ids(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_line_that_repeats_another_is_taken_once(tmp_path: Path) -> None:
     assert file.size == 3
     assert file.repeated_lines == [3, 4, 6]
     assert file.notes == [
-        "3 lines repeat an earlier one and are taken once, the first: "
+        "3 lines repeat an earlier one and are used once, the first: "
         "line 3 repeats line 1; line 4 repeats line 2; line 6 repeats line 1"
     ]
 
