@@ -168,7 +168,7 @@ def test_held_out_prompts_that_cannot_be_decoded_are_set_aside(tiny_model: Path,
     report = json.loads((run.directory / "evaluation.json").read_text())
     assert report["prompts"] == report["identical"] == 3
     assert list(report["prompts_set_aside"]) == ["long", "refused"]
-    assert "2 of 5 held-out prompts are set aside, the first: long: " in result.stdout
+    assert "2 of 5 held-out prompts are left out, the first: long: " in result.stdout
 
 
 def test_held_out_prompts_of_which_none_can_be_decoded(tiny_model: Path, tmp_path: Path) -> None:
@@ -182,6 +182,6 @@ def test_held_out_prompts_of_which_none_can_be_decoded(tiny_model: Path, tmp_pat
         result = run.command("train")
         assert result.returncode == code, result.stderr
         words = " ".join((result.stdout + result.stderr).split())
-        assert "1 of 1 held-out prompts are set aside, the first: long: " in words
+        assert "1 of 1 held-out prompts are left out, the first: long: " in words
         assert run.ledger().snapshot().committed == (0 if code else 40)
     assert "not measured: No held-out prompt can be decoded" in result.stdout

@@ -174,7 +174,7 @@ def evaluation_lines(s: RunSnapshot) -> list[str]:
     if set_aside := e.get("prompts_set_aside"):
         name, reason = next(iter(set_aside.items()))
         count = f"{len(set_aside)} of {len(set_aside) + e['prompts']}"
-        lines.append(f"{count} held-out prompts are set aside, the first: {name}: {reason}")
+        lines.append(f"{count} held-out prompts are left out, the first: {name}: {reason}")
     return lines
 
 

@@ -1,8 +1,8 @@
-"""Attention for single tokens with grouped heads, without copying the cache.
+"""Grouped-head attention for a single token that does not copy the cache.
 
-The stock attention copies every key and value once per head of its group, several times the work of
-the product itself. Here the heads of a group stand in for query positions: the same sums, nothing
-copied. All else goes to the stock one.
+The stock attention copies every key and value once per head of its group, which costs several times the
+product itself. Here the heads of a group take the place of query positions: the same sums without a copy.
+Every other case goes to the stock attention.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A cache layer that writes into place; the stock one copies the whole cache at every token."""
+    """A cache layer that writes in place; the stock layer copies the whole cache at every token."""
 
     def __init__(self, num_rows: int, capacity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -19,14 +19,14 @@ class PreallocatedLayer(DynamicLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         shape = (self._num_rows, key_states.shape[1], self._capacity, key_states.shape[3])
-        # Zeros, because a masked position still meets its value, and zero times garbage may be NaN.
+        # Zeros, because a masked position is still multiplied with its value, and 0 * garbage may be NaN.
         self._key_room, self._value_room = key_states.new_zeros(shape), value_states.new_zeros(shape)
         self.is_initialized = True
 
     def adopt(
         self, members: torch.Tensor, start: int, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> None:
-        """Take the prompts of some rows, computed apart, from position `start` on."""
+        """Copy in the keys and values of the rows `members`, computed apart, from position `start` on."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._length = start + key_states.shape[-2]

@@ -1,7 +1,7 @@
-"""The rows of a capture group while it is answered: tokens, masks and the states so far.
+"""The rows of a capture group while the target answers it: tokens, masks and the states so far.
 
-Every row keeps its place to the end, finished or not, so that no row's bits depend on when another
-one ended.
+Every row keeps its place until all have finished, so that no row's bits depend on when another one
+finished.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from paceline.types import Feature, Rows, States, Tokens
 
 
 class CaptureRows:
-    """The group while it is answered: what each row holds, and the states captured so far.
+    """What each row of the group holds, and the states captured so far.
 
-    A row's *known* tokens are those of its request that the target processes; what follows them is
-    written, or is a request's last token, which is not processed.
+    A row's *known* tokens are the tokens of its request that the target processes. After them come the
+    tokens that the target writes or, in a prefill, the last token, which is not processed.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class CaptureRows:
         *,
         share_prefix: bool = True,
     ) -> None:
-        """`share_prefix`: what all rows begin with is read once; their padding then stands behind it."""
+        """`share_prefix`: read the tokens that all rows begin with once; padding then follows them."""
         known = [request.processed for request in group]
         lengths = [len(tokens) for tokens in known]
         self._group, self._features, self._facts, self._lengths = group, features, facts, lengths
@@ -43,7 +43,7 @@ class CaptureRows:
         self.capacity = longest + answer
         self.length = longest  # positions processed (or about to be, by the prefill), padding included
         self.shared = _common_prefix(known) if share_prefix else 0
-        # A row: what all prompts share, padding, the rest of what is known, its answer.
+        # A row: the shared prefix, padding, the rest of its known tokens, its answer.
         self.padding = torch.tensor([longest - length for length in lengths], device=device)
         slots = torch.arange(self.capacity, device=device)
         self.mask = ((slots < self.shared) | (slots >= self.shared + self.padding[:, None])).long()
@@ -67,36 +67,36 @@ class CaptureRows:
         return bool(self._open)
 
     def by_length(self, size: int) -> list[tuple[torch.Tensor, int]]:
-        """Rows in parts of `size`, shortest first, with the most tokens one has beyond the shared ones."""
+        """Rows in parts of `size`, shortest first; each with its longest row's length after the prefix."""
         order = sorted(range(self.count), key=lambda row: self._lengths[row])
         parts = [order[i : i + size] for i in range(0, self.count, size)]
         device = self.mask.device
         return [(torch.tensor(part, device=device), self._lengths[part[-1]] - self.shared) for part in parts]
 
     def keep_shared(self, states: Mapping[int, torch.Tensor]) -> None:
-        """Keep the states of what all rows begin with, computed for one row."""
+        """Keep the states of the shared prefix, computed for one row."""
         for kept in self._kept.values():
             parts = [states[k][0] for k in kept.layers]
             for row in range(self.count):
                 kept.keep_tokens(row, 0, parts)
 
     def keep_known(self, members: torch.Tensor, states: Mapping[int, torch.Tensor]) -> None:
-        """Keep the states of the rest of what some rows know; each row's padding comes first."""
+        """Keep the states of the known tokens after the prefix, of some rows; padding comes first."""
         for place, row in enumerate(members.tolist()):
             own = self._lengths[row] - self.shared
             for kept in self._kept.values():
                 kept.keep_tokens(row, self.shared, [states[k][place, -own:] for k in kept.layers])
 
     def keep(self, states: Mapping[int, torch.Tensor]) -> None:
-        """Keep the states of the latest forward, one token a row, behind those before it."""
+        """Append the states of the latest forward, one token per row."""
         for kept in self._kept.values():
             kept.keep_step([states[k] for k in kept.layers])
         self.length += 1
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """Append every unfinished row's next token; the tokens to process next, [B, 1], or None at the end.
+        """Append every unfinished row's next token. Returns the tokens to process next, [B, 1], or None.
 
-        A finished row keeps its place and gets tokens that are nowhere kept.
+        A finished row keeps its place; its further tokens are dropped.
         """
         chosen = self._choice.choose(logits, self._steps)
         self._steps += 1
@@ -112,7 +112,7 @@ class CaptureRows:
         return chosen[:, None] if still_open else None
 
     def samples(self) -> list[Captured]:
-        """The finished rows. Their states are views of the group's, to be copied once, into a slot."""
+        """The finished rows. Their states are views into the group's buffers; the store copies them once."""
         captured, bad = [], []
         for row, request in enumerate(self._group):
             tokens = [*request.token_ids, *self._answers[row]]
@@ -138,7 +138,7 @@ def sample_tensors(
     tokens: Sequence[int],
     states: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """All tensors of a sample from its tokens, given and written, and its kept `states` by feature name."""
+    """All tensors of a sample, from its given and written tokens and its kept `states` by feature name."""
     tensors = {}
     for feature in features:
         if isinstance(feature.source, States):
@@ -150,16 +150,16 @@ def sample_tensors(
 
 
 def kept_rows(feature: Feature, targets: Sequence[bool]) -> list[int]:
-    """The rows of a state that `feature` keeps, of those before each of `targets` but the first."""
+    """The rows of a state that `feature` keeps; `targets` has one entry more than there are rows."""
     rows = range(len(targets) - 1)
     return list(rows) if feature.rows == Rows.ALL else [row for row in rows if targets[row + 1]]
 
 
 class _Kept:
-    """The states of one feature for all rows of the group: no padding, and no row that is not kept.
+    """The kept states of one feature for all rows of the group, without padding.
 
-    One buffer because an answer's length is not known before its end; what a sample needs of it lies
-    in one piece.
+    They share one buffer because an answer's length is unknown until it ends; the states of one sample
+    are contiguous in it.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class _Kept:
         assert isinstance(feature.source, States)
         self.layers = feature.source.layers
         self._known = [len(request.processed) for request in group]
-        # Of each row's known tokens those whose state is kept; after them every state is.
+        # The known tokens of each row whose state is kept; the state of every written token is kept.
         self._wanted = [kept_rows(feature, request.targets(len(request.processed) + 1)) for request in group]
         self._counts = [len(rows) for rows in self._wanted]
         written = max(0, max(request.max_new_tokens for request in group) - 1)
@@ -181,30 +181,30 @@ class _Kept:
         self._next = torch.tensor(self._counts, device=device)
 
     def keep_tokens(self, row: int, token: int, parts: Sequence[torch.Tensor]) -> None:
-        """Keep a row's states of the tokens from `token` on; `parts` [n, ...] lie side by side."""
+        """Keep a row's states from `token` on, as one tensor of `parts` [n, ...] side by side."""
         wanted = self._wanted[row]
         first, last = (bisect_left(wanted, end) for end in (token, token + len(parts[0])))
         if first == last:
             return
         places = [place - token for place in wanted[first:last]]
-        whole = places[-1] - places[0] < len(places)  # one piece, which need not be copied twice
+        whole = places[-1] - places[0] < len(places)  # contiguous, so a slice suffices
         taken = [part[places[0] : places[-1] + 1] if whole else part[places] for part in parts]
         self._states[row, first:last] = torch.cat(taken, dim=-1)
 
     def keep_step(self, parts: Sequence[torch.Tensor]) -> None:
-        """Keep the state of every row's next answer token; `parts` [B, 1, ...] lie side by side."""
+        """Keep the state of every row's next answer token, as one tensor of `parts` [B, 1, ...]."""
         self._states[self._rows, self._next] = torch.cat(list(parts), dim=-1)[:, 0].to(self._states.dtype)
         self._next += 1
 
     def of_row(self, row: int, length: int) -> torch.Tensor:
-        """[R, width]: what is kept of a row that has processed `length` tokens."""
+        """The kept states [R, width] of a row that has processed `length` tokens."""
         return self._states[row, : self._counts[row] + length - self._known[row]]
 
 
 def _is_sound(states: torch.Tensor) -> bool:
-    """Whether every row is finite and none is all zeros, which no layer of a target gives."""
+    """Whether every row is finite and none is all zeros, which no layer of a sound target gives."""
     least, greatest = torch.aminmax(states, dim=-1) if states.numel() else (states, states)
-    # An infinite number is one of them, a NaN is both.
+    # An infinite value is the maximum or the minimum; a NaN is both.
     finite = torch.isfinite(least).all() & torch.isfinite(greatest).all()
     return bool(finite & ((least != 0) | (greatest != 0)).all())
 

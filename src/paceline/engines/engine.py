@@ -1,7 +1,7 @@
-"""The contract of a target engine: prompts in, the features that a method asked for out.
+"""The contract of a target engine: it answers prompts and returns the features that a method asked for.
 
-`capture` is a pure function of its group: the same requests in the same order give the same bits,
-which is what makes a lost feature a cache miss.
+Unless its facts say otherwise (`repeats_bits`), `capture` is a pure function of its group: the same
+requests in the same order give the same bits. So a lost feature is only a cache miss.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CaptureRequest:
-    """Tokens to go on from, and what is wanted after them.
+    """The given tokens of a sample, and how the target continues them.
 
-    `spans`: which of the given tokens are answers already, as (start, stop); the draft learns to predict
-    those and every token that the target writes. `max_new_tokens=0`: the target writes nothing, all
-    tokens are known. `seed` alone decides the sampling (temperature > 0).
+    `spans`: the given tokens that are answers, as (start, stop); the draft learns to predict those and
+    every token that the target writes. `max_new_tokens=0`: the target writes nothing and prefills the
+    given tokens. `seed` alone decides the sampling (temperature > 0).
     """
 
     sample_id: str
@@ -35,7 +35,7 @@ class CaptureRequest:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a request that no engine could answer."""
-        least = 1 if self.max_new_tokens else 2  # the last of known tokens is not processed
+        least = 1 if self.max_new_tokens else 2  # a prefill leaves out the last given token
         if len(self.token_ids) < least:
             raise ValueError(f"{self.sample_id}: {len(self.token_ids)} tokens, at least {least} are needed")
         ends = [0, *(place for span in self.spans for place in span), len(self.token_ids)]
@@ -58,7 +58,7 @@ class CaptureRequest:
 
 @dataclass(frozen=True)
 class Captured:
-    """A sample's tensors by the names of the features that were asked for (shapes: paceline/types.py)."""
+    """A sample's tensors by the names of the requested features (shapes: paceline/types.py)."""
 
     sample_id: str
     tensors: dict[str, torch.Tensor]
@@ -71,10 +71,10 @@ class TargetEngine(Protocol):
     def facts(self) -> TargetFacts: ...
 
     def encode(self, prompt: str) -> tuple[int, ...]:
-        """Prompt text through the chat template to token ids, generation prompt included."""
+        """Token ids of the prompt's text in the chat template, generation prompt included."""
 
     def probe(self) -> None:
-        """Check once that norm + lm_head of the captured last state gives the model's own argmax.
+        """Check once that captured states, and the distribution made of them, are the model's own.
 
         Raises CaptureMismatchError.
         """

@@ -1,8 +1,8 @@
-"""How a family is captured: which prompts share a forward, and whose attention and cache they use.
+"""How the engine captures a model family: which prompts share a forward, and which attention and cache run.
 
 Only families whose equality is tested (tests/unit/engines/test_families.py) get the engine's own attention
-and cache; all others run on the library's. Whatever is chosen here, the probe compares its states
-with the model's own before anything is captured.
+and cache; all others run on the library's. Either way, the probe compares the states with the model's own
+before anything is captured.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention",
 class Way(StrEnum):
     OWN = "own"  # a padded batch whose shared beginning is read once; this engine's attention and cache
     BATCH = "batch"  # a padded batch, on the library's attention and cache
-    ALONE = "alone"  # a prompt at a time, on the library's attention and cache
+    ALONE = "alone"  # one prompt at a time, on the library's attention and cache
 
 
 def own_attention(config: Mapping[str, Any]) -> str | None:
-    """The attention to load config.json's model with; None: the library's choice for the family."""
+    """The attention implementation to load the model with; None: the library's choice for the family."""
     return ATTENTION if _is_plain(config) else None
 
 
 def way_of(model: PreTrainedModel) -> Way:
-    """A recurrent layer would carry padding into its state, and some families know positions by place."""
+    """How to capture this model. A recurrent layer carries padding in its state, and some families take no
+    position ids, so padding would shift them."""
     config = model.config
     if config._attn_implementation == ATTENTION:
         return Way.OWN
@@ -46,7 +47,7 @@ def takes_positions(model: PreTrainedModel) -> bool:
 
 
 def _is_plain(config: Mapping[str, Any]) -> bool:
-    """A family in `OWN` whose every layer attends to everything before it."""
+    """Whether the family is in `OWN` and every layer attends to all earlier tokens."""
     windows = config.get("use_sliding_window") or (
         config.get("sliding_window") and config["model_type"] not in OWN
     )

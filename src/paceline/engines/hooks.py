@@ -1,4 +1,4 @@
-"""The states between a model's decoder blocks, as they pass."""
+"""Forward hooks that keep the states between a model's decoder blocks."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Whether what is captured is the target's own: the real capture path against the model's plain forward.
+"""The probe: a check that the capture path gives the same states as the model's plain forward.
 
-A padded group of prompts of different lengths is answered greedily and captured through the cache, once,
-before the first capture of a run. Each sample is compared with a forward of its own tokens alone,
-without cache or padding: the states after every block, the distribution that the draft is trained
-on (the head as the trainer builds it) with the model's own logits, and the tokens that the captured
-states stand for with those that the target wrote. Bounds follow from the type that was computed in.
+Once, before the first capture of a run, the engine answers a padded group of prompts of different lengths
+greedily and captures it through the cache. Each sample is compared with a forward of its tokens alone,
+without cache or padding, in three ways: the states after every block; the distribution that the draft is
+trained on (from the head as the trainer builds it) against the model's own logits; and the argmax over the
+captured states against the tokens that the target wrote. The bounds depend on the dtype of the computation.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ TOKENS = "tokens"
 
 @dataclass(frozen=True)
 class Bounds:
-    """`state`: of a row's difference to its norm; `mean`: of its mean. `stray`: the share of rows that may
-    exceed them, because rounding sends a token to another expert. `distribution`: mean total variation.
+    """`state`: the most that a row may differ, relative to its norm; `mean`: the same for the mean of rows.
+    `stray`: the share of rows that may exceed them, because rounding sends a token to another expert.
+    `distribution`: the largest mean total variation.
 
     Rounding alone gives about 5 %, 2 % on average and 1 % of total variation in bfloat16 (30 layers).
     """
@@ -58,9 +59,9 @@ def compare(
     output: OutputLayer,
     bounds: Bounds,
 ) -> None:
-    """Raise CaptureMismatchError, by family and reason, unless all samples are the model's own.
+    """Raise CaptureMismatchError, with family and reason, unless all samples agree with the model's forward.
 
-    A sample holds TOKENS and, under "state K", the states after K blocks of all its tokens.
+    A sample holds TOKENS and, under "state K", the states of all its tokens after K blocks.
     """
     worst: dict[int, list[torch.Tensor]] = {}
     for sample in samples:
@@ -105,7 +106,7 @@ def _compare_distribution(family: str, ours: torch.Tensor, own: torch.Tensor, bo
 def compare_tokens(
     family: str, samples: Sequence[Captured], prompts: Sequence[int], output: OutputLayer, last: int
 ) -> None:
-    """Raise CaptureMismatchError unless greedy answers are what their captured states stand for."""
+    """Raise CaptureMismatchError unless greedy answers are the argmax over their captured states."""
     for sample, prompt in zip(samples, prompts, strict=True):
         states = sample.tensors[f"state {last}"][prompt - 1 :]
         logits, tokens = output(states), sample.tensors[TOKENS][prompt:].to(states.device).long()

@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 
 class EngineSection(Section):
-    """An engine's own section subclasses it, and names the class that is built from it in `component`."""
+    """Base of each engine's section; a subclass names the class to build from it in `component`."""
 
     component: ClassVar[str]  # "module:class", a TargetEngine with `of_run(section, target, date=)`
     name: str
 
     def build(self, target: TargetSection, *, date: str | None = None) -> TargetEngine:
-        """`date`: what the target's template takes for today. Raises EngineError, with advice, for a target
-        that this engine cannot run."""
+        """`date`: the date that the target's template sees. Raises EngineError for a target that this engine
+        cannot run."""
         engine: TargetEngine = resolve(self.component).of_run(self, target, date=date)
         return engine
 
 
 class TransformersSection(EngineSection):
-    """The target in the producer's own process. Another device of the same kind changes no bit."""
+    """The target runs in the producer's process. Another device of the same kind changes no bit."""
 
     component: ClassVar[str] = "paceline.engines.transformers:TransformersEngine"
     changeable: ClassVar[tuple[str, ...]] = ("device",)

@@ -1,4 +1,4 @@
-"""Every target engine: its name in run files, and where its section is. One line an engine."""
+"""Every target engine: its name in run files, and where its section is. One line per engine."""
 
 from __future__ import annotations
 

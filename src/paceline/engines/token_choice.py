@@ -1,6 +1,6 @@
-"""The next token of every row of a capture group: the best one, or one drawn with the row's own noise.
+"""The next token of every row of a capture group: the argmax, or a sample drawn with the row's own noise.
 
-A row's tokens follow from its own logits, temperature and seed alone, whatever its neighbours do.
+A row's tokens depend on its own logits, temperature and seed alone, never on other rows.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 
 from paceline.engines.engine import CaptureRequest
 
-BLOCK = 64  # tokens; the drawn one is looked for among blocks first, then in its block
-BELOW_ONE = 1 - 2**-24  # times any float32 it is less than that
+BLOCK = 64  # tokens; sampling searches first for the block, then for the token in it
+BELOW_ONE = 1 - 2**-24  # the product with any float32 is less than that number
 
 
 class TokenChoice:
@@ -51,7 +51,8 @@ class TokenChoice:
     def _draw(self, logits: torch.Tensor, step: int) -> torch.Tensor:
         """Inverse of each row's cumulative distribution at the row's own random number; int64 [S].
 
-        Looked for among blocks, then in one: a running sum over all tokens cannot be vectorised.
+        Searches for the block first, then for the token in it: a running sum over all tokens cannot be
+        vectorised.
         """
         self._logits[:, : logits.shape[-1]] = logits
         torch.softmax(self._logits.div_(self._temperature), -1, out=self._weights)
@@ -59,10 +60,10 @@ class TokenChoice:
         sums = blocks.sum(-1)
         cumulative = sums.cumsum(-1)
         points = self._points[step] * cumulative[:, -1:]
-        # Only where logits are no numbers does a point lie beyond the last block, or the last token.
+        # Only if logits are NaN does the point lie beyond the last block or the last token.
         block = torch.searchsorted(cumulative, points, right=True).clamp(max=sums.shape[-1] - 1)
-        # How far into its block the point lies. Less than 1 however it is rounded: a token of weight 0,
-        # such as the padding's, is never drawn.
+        # How far into its block the point lies: less than 1 under any rounding, so a token of weight 0,
+        # such as padding, is never drawn.
         into = (points - cumulative.gather(1, block)) / sums.gather(1, block) + 1.0
         members = blocks[self._rows, block[:, 0]].cumsum(-1)
         within = torch.searchsorted(members, into.clamp(0.0, BELOW_ONE) * members[:, -1:], right=True)
@@ -72,13 +73,13 @@ class TokenChoice:
 def _best(logits: torch.Tensor) -> torch.Tensor:
     """The first of the highest logits, int64 [B]."""
     if logits.device.type == "cpu":
-        # The same token as torch's argmax, found some 20 times as fast.
+        # The same token as torch's argmax, about 20 times as fast.
         return torch.from_numpy(logits.float().numpy().argmax(-1))
     return logits.argmax(-1)
 
 
 def _noise(request: CaptureRequest, size: int) -> torch.Tensor:
-    """One random number for each token that the request may get, zeros up to `size`."""
+    """One random number for each token that the request may get, then zeros up to `size`."""
     generator = torch.Generator().manual_seed(request.seed)
     numbers = torch.zeros(size)
     numbers[: request.max_new_tokens] = torch.rand(request.max_new_tokens, generator=generator)

@@ -1,10 +1,10 @@
-"""The target in this process: Hugging Face transformers, answering and capturing in one pass.
+"""The engine that runs the target in this process with Hugging Face transformers.
 
-The states of the prompt come from the prefill and those of the answer from the decode steps that
-write it, so nothing is computed twice. A group is a padded batch that keeps its shape until
-every row is done, and sampling noise is drawn per request, so the result is a pure function of the
-group: captured again with the same thread count it has the same bits. Only local folders and
-safetensors are read; no code of the model folder is run.
+It answers and captures in one pass: the states of the prompt come from the prefill and those of the answer
+from the decode steps that write it, so nothing is computed twice. A group is a padded batch that keeps its
+shape until every row has finished, and sampling noise is drawn per request, so a second capture of the group
+with the same thread count has the same bits. Only local folders and safetensors are read; no code of the
+model folder is run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from paceline.target.version import TargetVersion
 from paceline.types import Feature, States, Tokens
 
 PREFILL_ROWS = 8
-# One beginning, which capture may read once for all, and rests of different lengths.
+# One common beginning, which capture may read once for all, and ends of different lengths.
 PROBE_TEXTS = (
     "The wind turns.",
     "The wind turns a wheel, and every rider in line follows until one lets go.",
@@ -45,7 +45,7 @@ PROBE_TEXTS = (
 )
 PROBE_ANSWER = 8  # tokens
 PROBE_BEYOND = 8  # tokens beyond a sliding window
-PROBE_TOKENS_MAX = 2048  # a longer window is not probed: reading beyond it would take too long
+PROBE_TOKENS_MAX = 2048  # a longer window is not probed, because it would take too long
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -53,13 +53,13 @@ class TransformersEngine:
     def __init__(
         self, model_folder: Path, *, dtype: str = "auto", device: str = "auto", date: str | None = None
     ) -> None:
-        """Raises EngineError, with advice, if the folder holds no model that can be captured from.
+        """Raises EngineError if the folder holds no model that this engine can capture from.
 
         `date`: see `PromptEncoder`.
         """
         self._encoder = PromptEncoder(model_folder, date=date)
         self._folder, config = model_folder, read_config(model_folder)
-        self._layout = head_layout(model_folder, config)  # refuses, cheaply, what has no such head
+        self._layout = head_layout(model_folder, config)  # a cheap check before the weights load
         self._device = resolve_device(device)
         self._model = load_whole(
             model_folder, torch_dtype(dtype, self._device), self._device, own_attention(config)
@@ -110,14 +110,14 @@ class TransformersEngine:
         return logits if layout.logit_scale == 1.0 and not layout.soft_cap else bent(logits.float(), layout)
 
     def _layers_of(self, features: Sequence[Feature]) -> set[int]:
-        """Every layer whose state is asked for. Raises EngineError for one that the target has not."""
+        """Every layer whose state is requested. Raises EngineError for a layer that the target lacks."""
         asked = {
             k for feature in features if isinstance(feature.source, States) for k in feature.source.layers
         }
         wrong = sorted(k for k in asked if not 0 <= k <= self._facts.num_hidden_layers)
         if wrong:
             raise EngineError(
-                f"The state after {wrong[0]} decoder blocks was asked for; the target has "
+                f"The state after {wrong[0]} decoder blocks was requested; the target has "
                 f"{self._facts.num_hidden_layers}.",
                 why="A method chooses its layers from the target's facts.",
                 next="correct the layers in the method's features.",
@@ -125,8 +125,8 @@ class TransformersEngine:
         return asked
 
     def _prefill(self, rows: CaptureRows, cache: DynamicCache, states: Hooks) -> torch.Tensor:
-        """Read what is known: what all rows begin with (the template's system prompt) once, then rows of
-        like length together, so that little padding is computed.
+        """Prefill the known tokens: the shared prefix (the template's system prompt) once, then rows of
+        similar length together, so that little padding is computed.
 
         Returns the final hidden state of every row's last known token, [B, H].
         """
@@ -154,7 +154,7 @@ class TransformersEngine:
         return hidden
 
     def _prefill_whole(self, rows: CaptureRows, cache: Any, states: Hooks) -> torch.Tensor:
-        """As `_prefill`, of all rows at once, padding before each."""
+        """As `_prefill`, but of all rows at once, with padding before each."""
         everyone = torch.arange(rows.count, device=self._device)
         positions = torch.arange(rows.length, device=self._device) - rows.padding[:, None]
         hidden = self._forward(rows.known_ids, rows.mask[:, : rows.length], positions, cache)
@@ -162,7 +162,7 @@ class TransformersEngine:
         return hidden
 
     def _library_cache(self) -> Any:
-        """A cache of the library's own kind for the family."""
+        """An empty cache of the kind that the library uses for the family."""
         return _OwnPast() if self._way == Way.ALONE else DynamicCache(config=self._model.config)
 
     def _empty_cache(self, num_rows: int, capacity: int) -> DynamicCache:
@@ -192,7 +192,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def probe(self) -> None:
-        """See `TargetEngine`, and probe.py for what is compared."""
+        """See `TargetEngine`; probe.py says what is compared."""
         family, last = self._model.config.model_type, self._facts.num_hidden_layers
         head = TargetHead.load(self._folder)
         output = head.output().to(self._device)
@@ -212,7 +212,7 @@ class TransformersEngine:
         compare_tokens(family, samples, [len(request.token_ids) for request in group], output, last)
 
     def _probe_group(self) -> list[CaptureRequest]:
-        """Prompts of different lengths; one is longer than a sliding window that is not too long to read."""
+        """Prompts of different lengths, one longer than the sliding window if that is short enough."""
         answer, limit = PROBE_ANSWER, self._facts.max_positions or PROBE_TOKENS_MAX
         known = [self.encode(text) for text in PROBE_TEXTS]
         window = getattr(self._model.config, "sliding_window", None) or 0
@@ -223,9 +223,9 @@ class TransformersEngine:
         return [CaptureRequest(f"probe {i}", ids, max_new_tokens=answer) for i, ids in enumerate(known)]
 
     def _plain(self, tokens: list[int]) -> Plain:
-        """The model's own forward of these tokens alone, on the library's attention, without a cache.
+        """The model's own forward of these tokens alone, without a cache.
 
-        In place of the engine's own attention the library's plainest, which leaves nothing out.
+        It uses the library's attention; for families on the engine's own attention, the library's eager one.
         """
         ids, layers = torch.tensor([tokens], device=self._device), self._parts.layers
         config, chosen = self._model.config, self._model.config._attn_implementation
@@ -235,14 +235,14 @@ class TransformersEngine:
                 output = self._model(input_ids=ids, use_cache=False, output_hidden_states=True)
         finally:
             config._attn_implementation = chosen
-        # The library's own last one is normed already; that one is judged by the logits it gives, too.
+        # The library's last state is already normed; the comparison of logits covers that one.
         states = dict(enumerate(output.hidden_states[: len(layers)]))
         del states[0]
         return Plain({k: state[0] for k, state in {**states, **last.taken}.items()}, output.logits[0])
 
 
 class _OwnPast:
-    """What a decoder keeps of a prompt, in its own form and under its own name."""
+    """A decoder's cache in the form and under the name that its family uses."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Any] = {}
@@ -251,7 +251,7 @@ class _OwnPast:
         names = ("past_key_values", "cache_params", "state")
         self.kept = {name: output[name] for name in names if output.get(name) is not None}
         if not self.kept:
-            raise ValueError("its decoder keeps nothing of the tokens that it has read")
+            raise ValueError("its decoder returns no cache of the tokens that it has read")
 
 
 def _has_experts(config: Any) -> bool:

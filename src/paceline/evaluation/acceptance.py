@@ -1,8 +1,8 @@
 """Acceptance length and speed of a draft on held-out prompts, against plain decoding.
 
-Each prompt is decoded twice on the same target forward, plainly and speculatively, greedily, and
-the two outputs are compared token for token. Times exclude the target's prefill, which is the same
-for both, and include the draft's. The figures are of this machine; acceptance is not.
+Each prompt is decoded greedily twice on the same target forward, plainly and speculatively, and the two
+outputs are compared token for token. Times include the draft's prefill, and exclude the target's, which is
+the same for both. The speed depends on this machine; the acceptance length does not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from paceline.methods.drafter import Drafter
 class AcceptanceReport:
     """`acceptance_length` (tau) is tokens per target cycle, the target's own token included.
 
-    Both it and tokens/s leave out every answer's first token, which comes from the prefill.
+    Acceptance length and tokens/s leave out every answer's first token, which comes from the prefill.
     `acceptance_rate[j]` is the share of cycles that kept a draft token at depth j + 1; `branching` 1 is
     a chain. `identical` counts prompts
     whose speculative output equals plain decoding token for token.
@@ -51,7 +51,7 @@ def measure_acceptance(
     decoding: Decoding,
     draftings: Sequence[Drafting],
 ) -> list[AcceptanceReport]:
-    """Decode every prompt plainly once and speculatively in every way of drafting; a report of each.
+    """Decode every prompt once plainly and once with each kind of drafting; one report per kind.
 
     Raises ConfigError without prompts or greedy mode.
     """
@@ -61,7 +61,7 @@ def measure_acceptance(
             why="token-for-token equality is defined for greedy decoding of at least one prompt",
             next="give held-out prompts and temperature 0",
         )
-    # The first steps of a process pay for weights that are not in memory yet; neither side should.
+    # The first steps of a process also load weights into memory; that must count for neither side.
     warm_up = Decoding(max_new_tokens=4)
     plain_generate(target, prompts[0], warm_up)
     for drafting in draftings:
@@ -69,7 +69,7 @@ def measure_acceptance(
     plain: list[Decoded] = []
     drafted: list[list[Decoded]] = [[] for _ in draftings]
     for index, prompt_ids in enumerate(prompts):
-        # Turns are taken in going first, so that a drift of the machine's speed favours neither.
+        # Each side goes first in turn, so that a drift of the machine's speed favours neither.
         if index % 2 == 0:
             plain.append(plain_generate(target, prompt_ids, decoding))
         for outputs, drafting in zip(drafted, draftings, strict=True):

@@ -1,4 +1,4 @@
-"""Held-out prompts as token ids; one that cannot be decoded is set aside with its reason."""
+"""Held-out prompts as token ids; prompts that cannot be decoded are left out, with the reason."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from paceline.evaluation.speculative import MAX_DRAFT_TOKENS
 
 @dataclass(frozen=True)
 class HeldOut:
-    """`set_aside`: why, by prompt id."""
+    """`left_out`: the reason for each prompt that cannot be decoded, by prompt id."""
 
     prompts: tuple[tuple[int, ...], ...]
-    set_aside: Mapping[str, str]
+    left_out: Mapping[str, str]
 
     @property
     def note(self) -> str:
         """One sentence for people; empty if every prompt can be decoded."""
-        if not self.set_aside:
+        if not self.left_out:
             return ""
-        name, reason = next(iter(self.set_aside.items()))
-        total = len(self.set_aside) + len(self.prompts)
-        return f"{len(self.set_aside)} of {total} held-out prompts are set aside, the first: {name}: {reason}"
+        name, reason = next(iter(self.left_out.items()))
+        total = len(self.left_out) + len(self.prompts)
+        return f"{len(self.left_out)} of {total} held-out prompts are left out, the first: {name}: {reason}"
 
 
 @dataclass(frozen=True)
 class Room:
-    """What a held-out prompt and its answer must fit into. `positions`: None if the target has no limit."""
+    """The limits on a held-out prompt and its answer. `positions`: None if the target has no limit."""
 
     vocab_size: int
     positions: int | None
@@ -39,19 +39,19 @@ class Room:
 def encode_held_out(
     prompts: Sequence[tuple[str, str]], encode: Callable[[str], Sequence[int]], room: Room
 ) -> HeldOut:
-    """Of (id, text) pairs, through `encode`."""
-    usable, set_aside = [], {}
+    """Encode the (id, text) pairs with `encode`."""
+    usable, left_out = [], {}
     for name, text in prompts:
         try:
             ids = tuple(encode(text))
         except PacelineError as error:
-            set_aside[name] = error.what
+            left_out[name] = error.what
             continue
         if reason := _why_not(ids, room):
-            set_aside[name] = reason
+            left_out[name] = reason
         else:
             usable.append(ids)
-    return HeldOut(tuple(usable), set_aside)
+    return HeldOut(tuple(usable), left_out)
 
 
 def _why_not(ids: Sequence[int], room: Room) -> str:
@@ -72,6 +72,6 @@ def refuse_nothing_to_measure(held_out: HeldOut) -> None:
     if not held_out.prompts:
         raise ConfigError(
             f"No held-out prompt can be decoded: {held_out.note}.",
-            why="There is nothing to measure a draft on; what was trained is untouched.",
+            why="Without one there is nothing to measure the draft on; the trained draft is untouched.",
             next="change evaluation.prompts or evaluation.max_new_tokens, then run the same command again.",
         )

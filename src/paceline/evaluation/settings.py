@@ -13,8 +13,8 @@ from paceline.section import Count, Device, Dtype, Section
 class EvaluationSection(Section):
     """`draft_tokens` guesses a cycle as a tree; `branching: 1` = a chain. The chain is measured as well.
 
-    `unsupported`: what to do about a target that the evaluation cannot decode with; "skip" trains
-    without measuring, and says so before and after, "refuse" trains nothing.
+    `unsupported`: what happens with a target that the evaluation cannot decode. "skip" trains without
+    measuring, and says so before and after; "refuse" stops before training.
     """
 
     changeable: ClassVar[tuple[str, ...]] = ("*",)

@@ -1,4 +1,4 @@
-"""Lossless speculative decoding of one sequence, and the plain decoding it must equal.
+"""Lossless speculative decoding of one sequence, and the plain decoding that it must equal.
 
 A cycle drafts a chain of tokens, runs the target once over the newest token and the chain, keeps
 the longest accepted prefix and adds one token of the target's own. Greedy: a draft token is kept if
@@ -30,7 +30,7 @@ MAX_TREE_ROWS = 256  # drafted rows a drafter may hold at once while it grows a 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How far and how to decode. `temperature` 0 is greedy; `seed` matters only above 0."""
+    """Length and sampling of an answer. `temperature` 0 is greedy; `seed` matters only above 0."""
 
     max_new_tokens: int
     eos_token_ids: tuple[int, ...] = ()
@@ -74,7 +74,7 @@ def speculative_generate(
 ) -> Decoded:
     """Decode with 1 to 16 draft tokens a cycle. Raises ConfigError if there is nothing to decode.
 
-    A tree is for greedy decoding and drafts that can draw one; else the chain of the same length is verified.
+    A tree needs greedy decoding and a draft that can propose one; otherwise a chain of that length is used.
     """
     if not 1 <= drafting.num_tokens <= MAX_DRAFT_TOKENS:
         raise ConfigError(
@@ -110,7 +110,7 @@ def _chain_cycle(
     drafting: Drafting,
     choose: _Chooser,
 ) -> tuple[torch.Tensor, list[int]]:
-    """One cycle: states of the rows that were kept, and the token after each of them."""
+    """Run one cycle. Returns the states of the rows that were kept, and the token after each of them."""
     processed = target.length
     chain, proposals = drafter.propose(aux, _ids(next_ids, target), drafting.num_tokens, choose)
     step = target.forward(_ids([next_ids[-1], *chain], target))
@@ -210,8 +210,7 @@ def _verify_sampled(
 
 
 def _remainder(wanted: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    """max(p - q, 0), not normalised. Where p and q agree to rounding nothing is left: then p itself, from
-    which the rejected token differs by no more than that."""
+    """max(p - q, 0), not normalised; p itself where p and q agree to rounding and nothing is left of it."""
     left = (wanted - spread).clamp_min_(0.0)
     return left if bool(left.sum() > 0) else wanted
 

@@ -1,13 +1,14 @@
-"""A lean Llama forward for decoding one sequence: the target that proposals are verified against.
+"""A lean Llama forward that decodes one sequence: the target that verifies the draft's proposals.
 
 Hugging Face's forward spends more time in Python than in arithmetic when a step has one to five
-rows, which hides what speculation gains. This one reads the same weights, fuses q/k/v and gate/up,
+rows, which hides the gain of speculation. This one reads the same weights, fuses q/k/v and gate/up,
 and keeps a cache of fixed capacity. Plain and speculative decoding both run on it.
 
-Row invariance: attention reads the whole, masked cache, so no shape depends on how much is cached,
-and a lone row goes through a long bfloat16 product as two, because oneDNN sums a single one in
+Row invariance: attention reads the whole, masked cache, so no shape depends on how much is cached.
+A single row enters a long bfloat16 product as two equal rows, because oneDNN sums a single row in
 another order (measured: inner sizes above 1024). Plain and speculative decoding then agree bit for
-bit where the library's products do; the report counts whether they did. float32 agrees to rounding.
+bit where the library's products do; the report counts the prompts for which they did. float32 agrees
+to rounding.
 Raises ConfigError for a target this forward does not compute exactly.
 
 Legend: n new tokens, C capacity, H hidden, N heads, K key-value heads, G = N / K, d head_dim.
@@ -77,7 +78,7 @@ class LlamaTarget:
         return cls(TargetHead.load(folder), aux_layer_ids, dtype)
 
     def start(self, capacity: int) -> None:
-        """Begin an empty sequence of at most `capacity` tokens. Raises ConfigError beyond the model's."""
+        """Begin an empty sequence of at most `capacity` tokens. Raises ConfigError if that is too many."""
         limit = int(self.head.config.get("max_position_embeddings", capacity))
         if capacity > limit:
             raise ConfigError(
@@ -98,12 +99,12 @@ class LlamaTarget:
         self.length = 0
 
     def truncate(self, length: int) -> None:
-        """Forget every token from `length` on. What they left in the cache is masked and overwritten."""
+        """Forget every token from `length` on. Their cache rows are masked, and overwritten later."""
         self.length = length
 
     @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, last_only: bool = False) -> TargetStep:
-        """Process `token_ids` int64 [n] after what is cached."""
+        """Process `token_ids` int64 [n] after the cached tokens."""
         rows = torch.arange(self.length, self.length + int(token_ids.numel()), device=self.device)
         step = self._run(token_ids, rows, None, last_only)
         self.length += int(token_ids.numel())
@@ -111,7 +112,7 @@ class LlamaTarget:
 
     @torch.inference_mode()
     def verify(self, tree: DraftTree) -> TargetStep:
-        """Process the rows of a draft tree, each after its own path; `accept` then keeps one path."""
+        """Process the rows of a draft tree, each after its own path; then `accept` keeps one path."""
         paths = tree.paths().to(self.device)
         count = paths.shape[0]
         shape = (len(self.layers), count, self.kv_heads, self.head_dim)
@@ -120,7 +121,7 @@ class LlamaTarget:
         return self._run(token_ids, self.length + tree.depths().to(self.device), paths, False)
 
     def accept(self, path: list[int]) -> None:
-        """Cache the rows of a path of the tree verified last, in the places plain decoding gives them."""
+        """Cache the rows of one path of the last verified tree, at the positions that plain decoding uses."""
         places = slice(self.length, self.length + len(path))
         self.keys[:, :, places] = self.tree_keys[:, path].transpose(1, 2)
         self.values[:, :, places] = self.tree_values[:, path].transpose(1, 2)
@@ -188,10 +189,10 @@ class LlamaTarget:
         return torch.bmm(scores.softmax(-1, dtype=torch.float32).to(self.dtype), values)
 
     def _along_paths(self, cached: torch.Tensor, new: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
-        """A cache of its own for every row of a tree [n * K, C, d]: what is cached, then its path.
+        """A separate cache for every row of a tree [n * K, C, d]: the cached tokens, then the row's path.
 
-        Every token lies where plain decoding would have it, so that sums run in the same order. What
-        is repeated behind the end of a path is masked.
+        Every token lies where plain decoding would put it, so that sums run in the same order. The mask
+        hides the repeated rows after the end of a path.
         """
         count, depth = paths.shape
         own = cached.unsqueeze(0).repeat(count, 1, 1, 1)

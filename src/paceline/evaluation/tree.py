@@ -15,7 +15,7 @@ from paceline.precision import CPU
 
 @dataclass(frozen=True)
 class Drafting:
-    """`num_tokens` guesses a cycle, at most `depth` deep, of at most `branching` after each other."""
+    """`num_tokens` guesses per cycle, at most `depth` deep, with at most `branching` after each guess."""
 
     num_tokens: int
     branching: int = 1
@@ -55,7 +55,7 @@ class DraftTree:
         return torch.tensor([len(self.path(row)) - 1 for row in range(len(self.tokens))], device=CPU)
 
     def follow(self, wanted: list[int]) -> list[int]:
-        """The longest path whose every token is what the target wants after its parent."""
+        """The longest path on which every token is the target's own choice after its parent."""
         path = [0]
         while True:
             children = [

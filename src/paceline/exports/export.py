@@ -1,4 +1,4 @@
-"""The contract of an export: a checkpoint's draft as the folder that a server loads."""
+"""The contract of an export: it writes a checkpoint's draft as a folder that an inference server loads."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Export(Protocol):
     def write(
         self, folder: Path, tensors: Mapping[str, torch.Tensor], description: Mapping[str, Any]
     ) -> None:
-        """Write the draft into `folder`, which is empty; nothing is written if it cannot be loaded there.
+        """Write the draft into the empty `folder`; write nothing if the server could not load it.
 
         `tensors` are the draft's state dict, `description` the checkpoint's manifest: the method's name,
-        the draft's sizes, the target's versions. Raises ConfigError, with the names, for a missing or
-        surplus tensor.
+        the draft's sizes, the target's versions. Raises ConfigError, with the names, for missing or surplus
+        tensors.
         """

@@ -1,4 +1,4 @@
-"""Every export: the name of the server that loads it, and where its class is. One line an export."""
+"""Every export: the name of the server that loads it, and where its class is. One line per export."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
         "device": device.type,
         **reports[0].to_dict(),
         "chain": reports[-1].to_dict(),
-        "prompts_set_aside": dict(held_out.set_aside),
+        "prompts_set_aside": dict(held_out.left_out),
     }
     path = config.run.directory / "evaluation.json"
     replace_file(path, (json.dumps(result, indent=1) + "\n").encode())

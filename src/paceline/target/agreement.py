@@ -1,4 +1,4 @@
-"""Whether captured states stand for the tokens that a greedy target wrote after them."""
+"""Checks that the argmax over captured states gives the tokens that a greedy target wrote after them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from paceline.target.head import TargetHead
 from paceline.types import Feature, Rows, States, Targets, Tokens, name_of
 
 SAMPLES_MAX = 16
-STRAY_SHARE = 0.01  # of all tokens: ties that rounding decided otherwise than its bound says
+STRAY_SHARE = 0.01  # of all tokens: ties that rounding decided outside its bound
 
 
 def count_disagreements(logits: torch.Tensor, tokens: torch.Tensor, eps: float) -> int:
-    """Tokens [n] that are not the argmax of logits [n, V], ties by rounding of relative size eps aside."""
+    """How many tokens [n] are not the argmax of logits [n, V], except ties within a relative error of eps."""
     best = logits.amax(-1)
     given = logits.gather(-1, tokens[:, None]).squeeze(-1)
     close = best - given <= 8 * eps * best.abs().clamp(min=1.0)
@@ -25,9 +25,9 @@ def count_disagreements(logits: torch.Tensor, tokens: torch.Tensor, eps: float) 
 def refuse_disagreement(
     head: TargetHead, features: Sequence[Feature], samples: Sequence[Mapping[str, torch.Tensor]]
 ) -> None:
-    """Raise CaptureMismatchError unless greedily answered samples are what the head makes of their states.
+    """Raise CaptureMismatchError unless greedy answers are the argmax of the head over their states.
 
-    Of a method that keeps no last states nothing is asked.
+    For a method that keeps no last states nothing is checked.
     """
     last = _last_states(features, head.num_hidden_layers)
     if last is None:
@@ -43,7 +43,7 @@ def refuse_disagreement(
             raise _mismatch("the target's own distribution over its tokens is not finite")
         wrong, total = wrong + count_disagreements(logits, following, eps), total + len(following)
     if wrong > STRAY_SHARE * total:
-        raise _mismatch(f"{wrong} of {total} tokens of its greedy answers are not what its states stand for")
+        raise _mismatch(f"{wrong} of {total} tokens of its greedy answers are not the argmax of its states")
 
 
 def _last_states(features: Sequence[Feature], num_layers: int) -> Feature | None:
@@ -53,7 +53,7 @@ def _last_states(features: Sequence[Feature], num_layers: int) -> Feature | None
 
 def _mismatch(reason: str) -> CaptureMismatchError:
     return CaptureMismatchError(
-        f"The first samples of the run are not their target's own: {reason}.",
+        f"The first samples of the run do not come from this target: {reason}.",
         why="A draft trained on them would imitate another model. No sample is to blame, and nothing was "
         "trained.",
         next="check that target.model is the folder the samples were captured from, and report this with the "

@@ -1,6 +1,6 @@
-"""A Hugging Face model folder as files: its JSON files and its named tensors, or one clear error.
+"""Reads a Hugging Face model folder: its JSON files and its named tensors; every failure is our error.
 
-Reads safetensors only, follows no path out of the folder and runs nothing of it.
+It reads safetensors only, follows no path out of the folder and runs none of its code.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`. Raises ConfigError if it cannot be read or is no JSON object."""
+    """The JSON object in `path`. Raises ConfigError if it cannot be read or is something else."""
     try:
         if path.stat().st_size > JSON_BYTES_MAX or not path.is_file():
-            raise ValueError("it is no regular file of a sensible size")
+            raise ValueError("it is not a regular file of a sensible size")
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error) or type(error).__name__) from error
@@ -43,7 +43,7 @@ def _damaged(path: Path, reason: str) -> ConfigError:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json. Raises ConfigError if it is missing, damaged, or no text decoder's."""
+    """config.json. Raises ConfigError if it is missing, damaged, or not that of a text decoder."""
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(
@@ -74,15 +74,15 @@ def _unfit(path: Path, reason: str) -> ConfigError:
 
 
 def _refuse_quantised(path: Path, config: Mapping[str, Any]) -> None:
-    """Weights of a quantised checkpoint are codes and scales: read as they stand they are another model's."""
+    """Raise ConfigError for a quantised checkpoint, whose tensors are codes and scales, not weights."""
     quantised = config.get("quantization_config") or config.get("compression_config")
     if not quantised:
         return
     method = quantised.get("quant_method") if isinstance(quantised, dict) else None
     raise ConfigError(
         f"{path} says that the target is quantised ({method or 'quantization_config'}).",
-        why="Its states would be captured from, and its head read as, other weights than those it is served "
-        "with; this engine computes with plain weights only.",
+        why="The engine computes with plain weights only, so states and head would differ from the served "
+        "model's.",
         next="set target.model to the same model's folder in bfloat16, float16 or float32.",
     )
 
@@ -96,7 +96,7 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
 def eos_token_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> tuple[int, ...]:
     """The tokens that end an answer, for capture, draft vocabulary and evaluation alike.
 
-    As the library's own `generate`: those of generation_config.json, else those of config.json.
+    Like the library's `generate`: those of generation_config.json, or else those of config.json.
     """
     value = generation_config.get("eos_token_id")
     value = config.get("eos_token_id") if value is None else value
@@ -113,7 +113,7 @@ def eos_token_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any
 
 
 class TensorFiles:
-    """The tensors of a folder by name, whether in one file or in shards."""
+    """The tensors of a folder by name, in one file or in shards."""
 
     def __init__(self, folder: Path) -> None:
         """Raises ConfigError if the folder's safetensors cannot be read."""
@@ -133,7 +133,7 @@ class TensorFiles:
         return name in self.shard_of
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The named tensors as they are stored. Raises ConfigError if one is missing or unreadable."""
+        """The named tensors as stored. Raises ConfigError if one is missing or unreadable."""
         missing = [name for name in names if name not in self.shard_of]
         if missing:
             raise ConfigError(
@@ -159,7 +159,7 @@ class TensorFiles:
 
 
 class _Shard:
-    """safe_open whose every failure is a ConfigError naming the file."""
+    """`safe_open` with every failure turned into a ConfigError that names the file."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open

@@ -1,9 +1,9 @@
 """The parts of the target that a draft needs: embedding, final norm and lm_head, nothing else.
 
-Read straight from the safetensors file(s) of a Hugging Face folder, so that the trainer never holds
-the target's decoder layers. Tensors keep their stored dtype and are frozen. `OutputLayer` is the way from
-a captured last state to the target's own logits, whatever the family does to them.
-Fails with ConfigError before any training: a missing file, name or config value, a weight that is NaN.
+They are read straight from the safetensors files of a Hugging Face folder, so the trainer never holds the
+target's decoder layers. Tensors keep their stored dtype and are frozen. `OutputLayer` turns a captured last
+state into the target's own logits, including the family's scale or cap. A missing file, name or config
+value, or a weight that is NaN, is a ConfigError before any training.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ CHECKED_ROWS = 8192
 
 
 class OutputLayer(nn.Module):
-    """The target's final norm and some rows of its lm_head: captured last states to logits.
+    """The target's final norm and rows of its lm_head: turns captured last states into logits.
 
-    Buffers only, none of them in a state dict: they are the target's, and frozen.
+    It has only frozen buffers, which are the target's and in no state dict.
     """
 
     gain: torch.Tensor  # [H]
@@ -38,7 +38,7 @@ class OutputLayer(nn.Module):
     row_bias: torch.Tensor | None  # [D]
 
     def __init__(self, head: TargetHead, token_ids: torch.Tensor | None = None) -> None:
-        """The rows of `token_ids` int64 [D] in that order; all, and without a copy, by default."""
+        """Takes the rows of `token_ids` int64 [D] in that order; by default all rows, without a copy."""
         super().__init__()
         self.layout = head.layout
 
@@ -53,7 +53,7 @@ class OutputLayer(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Logits float32 [..., D] of pre-norm `states` [..., H].
 
-        The product is done in the target's own dtype: as exact as the target's own output.
+        The product has the target's own dtype, and so the precision of the target's own output.
         """
         normed = apply_norm(states, self.gain, self.norm_bias, self.layout).to(states.dtype)
         bias = None if self.row_bias is None else self.row_bias.to(self.rows.dtype)
@@ -64,7 +64,7 @@ class OutputLayer(nn.Module):
 class TargetHead:
     """V = target vocabulary, H = hidden size. `config` is the target's config.json as a dict.
 
-    `norm_weight` is the gain of the final norm as it multiplies: 1 + w where the family stores w.
+    `norm_weight` is the effective gain of the final norm: 1 + w where the family stores w.
     """
 
     config: Mapping[str, Any]
@@ -75,11 +75,11 @@ class TargetHead:
     layout: HeadLayout = LLAMA
     norm_bias: torch.Tensor | None = None  # [H]
     lm_head_bias: torch.Tensor | None = None  # [V]
-    eos_token_ids: tuple[int, ...] = ()  # that end an answer, all within the vocabulary
+    eos_token_ids: tuple[int, ...] = ()  # tokens that end an answer, all within the vocabulary
 
     @classmethod
     def load(cls, folder: str | Path) -> TargetHead:
-        """Read the head of the target in `folder`. Raises ConfigError if it is not one we can read."""
+        """Read the head of the target in `folder`. Raises ConfigError if it cannot be read."""
         folder = Path(folder)
         config = read_config(folder)
         files = TensorFiles(folder)
@@ -106,7 +106,7 @@ class TargetHead:
 
     @property
     def facts(self) -> TargetFacts:
-        """As far as the head alone tells: of the folder's type and version it knows nothing."""
+        """The facts that follow from the head alone, without the target's family and version."""
         dtype = str(self.embed_tokens.dtype).removeprefix("torch.")
         sizes = (self.hidden_size, self.num_hidden_layers, self.vocab_size)
         return TargetFacts(*sizes, dtype, self.eos_token_ids, "unknown", "unknown")
@@ -131,7 +131,7 @@ class TargetHead:
     def rope_theta(self) -> float:
         """RoPE base. transformers 5 nests it in `rope_parameters`; older files have it at top level.
 
-        A family with a base for each kind of layer gives that of full attention.
+        If the family has one base per kind of layer, the base of full attention.
         """
         nested = self.config.get("rope_parameters") or {}
         nested = nested.get("full_attention", nested)
@@ -156,14 +156,14 @@ class TargetHead:
             missing = "plain RMSNorm" if other_norms else missing
             raise ConfigError(
                 f"the target's layer {index} cannot be read as a Llama layer: there is no {missing}",
-                why="its weights are named otherwise (mixture of experts, fused projections, other norms)",
+                why="its weights have other names (mixture of experts, fused projections, other norms)",
                 next='set method.init to "regression" or "random"',
             )
         return {name.removeprefix(prefix): tensor for name, tensor in files.read(names).items()}
 
 
 def _as_stored(layout: HeadLayout, files: TensorFiles) -> HeadLayout:
-    """With the names of the folder's files, which the library renames for some families as it loads them."""
+    """The layout with the names in the folder's files: for some families the library renames tensors."""
 
     def stored(name: str) -> str:
         others = (name.partition(".")[2], "embed_out.weight" if name == "lm_head.weight" else "")
@@ -191,7 +191,7 @@ def _refuse_unequal(folder: Path, layout: HeadLayout, tensors: Mapping[str, torc
     embedding, lm_head = tensors[layout.embedding].shape, tensors[layout.lm_head].shape
     if len(embedding) != 2 or embedding != lm_head:
         raise ConfigError(
-            f"Embedding {tuple(embedding)} and lm_head {tuple(lm_head)} of {folder} have other shapes.",
-            why="A draft token is read by the one and guessed by the other.",
+            f"Embedding {tuple(embedding)} and lm_head {tuple(lm_head)} of {folder} differ in shape.",
+            why="The draft reads tokens through the embedding and predicts them through lm_head.",
             next="choose a target whose embedding and lm_head have one size.",
         )

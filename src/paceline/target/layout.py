@@ -1,9 +1,9 @@
-"""Where a family keeps embedding, final norm and lm_head, and what it does to its logits.
+"""Where a family keeps embedding, final norm and lm_head, and how it changes its logits.
 
-The library's own model class is asked, built without weights: names of tensors and ties from its
-modules, the kind of its final norm from what the norm computes. Families whose answer is known are in
-`PLAIN`, so that they need no model class (a test asks the library about each of them, too).
-Whatever is derived here, the producer compares with the model's own logits before it captures.
+The answer comes from the library's model class, built without weights: names and ties of tensors from its
+modules, the kind of the final norm from what the norm computes. Families in `PLAIN` have a known answer and
+need no model class (a test compares each with the library). In any case the producer compares the result
+with the model's own logits before it captures.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from paceline.errors import ConfigError
 class HeadLayout:
     """Names are those of the folder's tensors; an empty name: the family has no such tensor.
 
-    Final norm: RMSNorm, or LayerNorm if `centred`; its gain is the tensor plus `gain_offset`. Logits
-    are multiplied by `logit_scale`, then bent by `soft_cap` tanh(x / soft_cap) unless that is 0.
+    The final norm is RMSNorm, or LayerNorm if `centred`; its gain is the tensor plus `gain_offset`. Logits
+    x are multiplied by `logit_scale`, then become `soft_cap` * tanh(x / `soft_cap`) unless that is 0.
     """
 
     embedding: str = "model.embed_tokens.weight"
@@ -43,12 +43,12 @@ class HeadLayout:
 
 
 LLAMA = HeadLayout()
-# Laid out as `HeadLayout` says, with "rms_norm_eps" as eps and lm_head apart unless config.json ties it.
+# Families with the defaults of `HeadLayout`, "rms_norm_eps" as eps, and lm_head tied only by config.json.
 PLAIN = frozenset({"llama", "qwen2", "qwen3", "mistral"})
 
 
 def head_layout(folder: Path, config: Mapping[str, Any]) -> HeadLayout:
-    """Raises ConfigError, by the family's name, for a head that is not of this kind."""
+    """The layout of the folder's head. Raises ConfigError, with the family's name, if it is unsupported."""
     if config["model_type"] in PLAIN and "rms_norm_eps" in config:
         layout = HeadLayout(eps=float(config["rms_norm_eps"]))
         tied = bool(config.get("tie_word_embeddings", False))
@@ -57,13 +57,13 @@ def head_layout(folder: Path, config: Mapping[str, Any]) -> HeadLayout:
 
 
 def layout_by_library(folder: Path) -> HeadLayout:
-    """As the installed transformers builds the folder's model. Raises ConfigError."""
+    """The layout of the model that the installed transformers builds. Raises ConfigError."""
     from paceline.target.model import build_empty
 
     model = build_empty(folder)
     parts = decoder_parts(model)
     family = model.config.model_type
-    # A tied weight has two names and is one object; the embedding's comes first.
+    # A tied weight is one object with two names; the embedding's name comes first.
     first = {id(p): n for n, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
     head, norm = parts.lm_head, parts.norm
     scale, cap = _logit_changes(model.config)
@@ -95,11 +95,11 @@ class DecoderParts:
 
 
 def decoder_parts(model: Any) -> DecoderParts:
-    """Found by what they are, whatever they are called. Raises ConfigError if one is missing."""
+    """Find the modules by type rather than by name. Raises ConfigError if one is missing."""
     family = model.config.model_type
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     layers = None
-    # Some families wrap the decoder once more.
+    # Some families wrap the decoder in another module.
     for candidate in (decoder, *decoder.children()):
         lists = [c for c in candidate.children() if isinstance(c, nn.ModuleList)]
         layers = next((c for c in lists if len(c) == _num_layers(model.config)), None)
@@ -109,7 +109,7 @@ def decoder_parts(model: Any) -> DecoderParts:
     if layers is None:
         raise unsupported(family, "its decoder keeps no list of num_hidden_layers blocks")
     norms = [child for child in decoder.children() if _is_norm(child)]
-    # An embedding's norm stands before the blocks, the final one usually behind them.
+    # A norm of the embedding comes before the blocks, the final norm usually after them.
     finals = [c for n, c in decoder.named_children() if _is_norm(c) and not _is_embedding_norm(n, family)]
     if len(finals) != 1:
         raise unsupported(family, f"its decoder has {len(norms)} norms of which {len(finals)} may be final")
@@ -129,12 +129,12 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _is_embedding_norm(name: str, family: str) -> bool:
     if family in ("lfm2", "lfm2_moe"):
-        return False  # its final norm is called embedding_norm
+        return False  # this family calls its final norm embedding_norm
     return "embed" in name or "per_layer" in name
 
 
 def _describe_norm(norm: nn.Module, family: str) -> HeadLayout:
-    """The kind of `norm`, from what a copy of it with known weights computes."""
+    """The kind of `norm`, found by running a copy of it with known weights."""
     probe = copy.deepcopy(norm).to_empty(device="cpu").float()
     weight = getattr(probe, "weight", None)
     size = weight.numel() if isinstance(weight, nn.Parameter) else 64
@@ -152,7 +152,7 @@ def _describe_norm(norm: nn.Module, family: str) -> HeadLayout:
         centred = bool(torch.allclose(probe(states + 1.0), probe(states), atol=1e-3))
         layout = HeadLayout(centred=centred, gain_offset=offset, eps=_eps(probe))
         whole = gain + offset if has_gain else torch.ones(size)
-        for scale in (1e-3, 1.0, 30.0):  # the smallest tells eps
+        for scale in (1e-3, 1.0, 30.0):  # the smallest scale shows eps
             ours = apply_norm(states * scale, whole, None, layout)
             if not torch.allclose(probe(states * scale), ours, atol=1e-4, rtol=1e-4):
                 raise unsupported(family, f"its final norm ({type(norm).__name__}) is of no known kind")
@@ -169,7 +169,7 @@ def _eps(norm: nn.Module) -> float:
 def apply_norm(
     states: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None, layout: HeadLayout
 ) -> torch.Tensor:
-    """The final norm of `states` [..., H], computed in float32 and returned so."""
+    """The final norm of `states` [..., H], in float32."""
     exact, size = states.float(), (states.shape[-1],)
     if not layout.centred:
         normed = F.rms_norm(exact, size, gain.float(), layout.eps)
@@ -178,7 +178,7 @@ def apply_norm(
 
 
 def bent(logits: torch.Tensor, layout: HeadLayout) -> torch.Tensor:
-    """What the family does to the products of lm_head."""
+    """The family's logits from the products of lm_head: scaled, then capped."""
     if layout.logit_scale != 1.0:
         logits = logits * layout.logit_scale
     if layout.soft_cap:
@@ -187,13 +187,13 @@ def bent(logits: torch.Tensor, layout: HeadLayout) -> torch.Tensor:
 
 
 def _logit_changes(config: Any) -> tuple[float, float]:
-    """(scale, cap): what families do to logits, by the names their configurations have for it."""
+    """(scale, cap) of the logits, under any of the names that families use in their configuration."""
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None) or 0.0
     if not (math.isfinite(scale) and math.isfinite(float(cap)) and float(cap) >= 0.0):
-        raise unsupported(config.model_type, "the scale or the cap of its logits is no number")
+        raise unsupported(config.model_type, "the scale or the cap of its logits is not a number")
     return scale, float(cap)
 
 

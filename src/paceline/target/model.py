@@ -1,4 +1,4 @@
-"""The library's own model of a folder: built without weights, or loaded whole, or one clear error."""
+"""Builds the library's model of a folder without weights, or loads it whole; every failure is our error."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def build_empty(folder: Path) -> PreTrainedModel:
 def load_whole(
     folder: Path, dtype: torch.dtype, device: torch.device, attention: str | None
 ) -> PreTrainedModel:
-    """The folder's model with all its weights. Raises EngineError, with advice, for anything less.
+    """The folder's model with all its weights. Raises EngineError if any cannot be loaded.
 
     `attention`: None lets the library choose what suits the family.
     """
     transformers_logging.disable_progress_bar()
     again = "move the folder away and fetch the model again (`make model` for the recipe's target)"
-    answer: Any  # a pair, for the report asked for below
+    answer: Any  # a pair, because of output_loading_info
     try:
         answer = AutoModelForCausalLM.from_pretrained(
             str(folder),
@@ -66,7 +66,7 @@ def load_whole(
             trust_remote_code=False,
             use_safetensors=True,
             attn_implementation=attention,
-            ignore_mismatched_sizes=True,  # so that the report below names them
+            ignore_mismatched_sizes=True,  # so that the loading report names them
             output_loading_info=True,
         )
     except torch.OutOfMemoryError as error:
@@ -78,7 +78,7 @@ def load_whole(
     except Exception as error:
         raise unusable(folder, _first(error), again) from error
     model, report = answer
-    # transformers fills such weights with noise, other noise in every process.
+    # transformers fills such weights with noise that differs in every process.
     unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unfit:
         reason = f"{len(unfit)} weights are missing or of another shape, first: {unfit[0]}"

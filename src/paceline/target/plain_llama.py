@@ -7,7 +7,7 @@ from typing import Any
 
 
 def why_not_plain_llama(config: Mapping[str, Any]) -> str:
-    """What of config.json the evaluation's forward does not compute; empty if it computes all of it."""
+    """Why the evaluation's forward cannot compute the model of this config.json; empty if it can."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     reasons = []
     if config.get("model_type") != "llama":

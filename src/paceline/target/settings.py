@@ -1,4 +1,4 @@
-"""The run file's `target` section: which model is imitated."""
+"""The run file's `target` section: the model that the draft learns to predict."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from paceline.section import Dtype, Section
 
 
 class TargetSection(Section):
-    """`model`: a local Hugging Face folder; where it lies may change, what is in it may not."""
+    """`model`: a local Hugging Face folder. Its path may change between starts, its content may not."""
 
     changeable: ClassVar[tuple[str, ...]] = ("model",)
     model: Path

@@ -1,4 +1,4 @@
-"""A target's sizes under their usual names, whatever its family's config.json calls them."""
+"""A target's sizes under the usual names, whatever its family's config.json calls them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from paceline.target.model import library_config
 
-HEAD_DIM = 64  # of a draft whose target has no attention heads
+HEAD_DIM = 64  # of the draft, if the target has no attention heads
 
 
 def sizes_by_library(folder: Path) -> dict[str, Any]:
-    """What a draft takes over from its target. Raises ConfigError."""
+    """The sizes that a draft takes from its target. Raises ConfigError."""
     config = library_config(folder)
     hidden = int(config.hidden_size)
     heads = _count(config, "num_attention_heads") or max(1, hidden // HEAD_DIM)

@@ -1,4 +1,4 @@
-"""The chat template, rendered in a process of its own that can be killed (template_worker.py)."""
+"""Renders the chat template in a separate process that can be killed (template_worker.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paceline.errors import EngineError
 from paceline.target.template_worker import RENDER_S
 
 WORKER = ["-m", "paceline.target.template_worker"]
-# What the worker may see of the environment: no accelerator, no secrets, the interpreter's own paths.
+# The environment that the worker gets: no accelerator, no secrets, only the interpreter's own paths.
 _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "TZ", "LANG", "LC_ALL")
 
 
@@ -24,17 +24,17 @@ class TemplateError(EngineError):
 
 class ChatTemplate:
     def __init__(self) -> None:
-        """Its process starts at once and is ready when the tokenizer is loaded."""
+        """Starts the worker process at once, so that it is ready when the tokenizer has loaded."""
         self._setting: dict[str, Any] = {}
         self._process: subprocess.Popen[str] | None = _start()
 
     def use(self, template: str, special_tokens: Mapping[str, Any], date: str | None = None) -> None:
-        """The template to render with, once, before the first text. `date`: what it takes for now."""
+        """Set the template, once, before the first `render`. `date`: the date that the template sees."""
         self._setting = {"template": template, "special_tokens": dict(special_tokens), "date": date}
         self._tell(self._setting)
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """The text of a chat, generation prompt included. Raises TemplateError."""
+        """The chat as text, generation prompt included. Raises TemplateError."""
         answer = self._ask(messages)
         if "error" in answer:
             raise _failed(answer["error"])
@@ -72,7 +72,7 @@ class ChatTemplate:
     def _tell(self, what: object) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended, which the next answer tells
+        with suppress(BrokenPipeError):  # the worker has ended; the next read reports it
             self._process.stdin.write(json.dumps(what) + "\n")
             self._process.stdin.flush()
 

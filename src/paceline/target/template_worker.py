@@ -1,8 +1,8 @@
 """Renders chat templates for a parent process: `python -m paceline.target.template_worker`.
 
-A template is a program of the model's folder. The library runs it in a sandbox that bounds neither time
-nor memory, and a loop in it cannot be ended from inside the process it runs in. So it runs in this one,
-which the kernel ends at the limits. One JSON object a line on stdin, one on stdout for each.
+A template is a program in the model's folder. The library's sandbox limits neither its time nor its memory,
+and a process cannot stop an endless template that runs inside it. So templates run in this process, which the
+kernel kills at the limits. It reads one JSON object per line on stdin and answers each with one on stdout.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TEXT_CHARACTERS_MAX = 16 << 20
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end ends this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; this process ends with it
     from transformers.utils.chat_template_utils import render_jinja_template
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -28,7 +28,7 @@ def main() -> None:
     if setting["date"] is not None:
         _stop_the_clock(datetime.fromisoformat(setting["date"]))
     for line in sys.stdin:
-        signal.alarm(RENDER_S)  # its default action ends the process, whatever runs in it
+        signal.alarm(RENDER_S)  # the default action kills this process at the limit
         try:
             texts: Any = render_jinja_template(
                 conversations=[json.loads(line)],
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _stop_the_clock(at: datetime) -> None:
-    """A template asks the library for the date (`strftime_now`), and the library this name of its module."""
+    """Fix the date that templates see: `strftime_now` of the library reads the clock through this name."""
     from transformers.utils import chat_template_utils
 
     class Stopped(datetime):

@@ -1,4 +1,4 @@
-"""From a prompt's text to the token ids the target sees, through its own chat template."""
+"""Encodes a prompt's text into the token ids that the target sees, through its own chat template."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class PromptEncoder:
     def __init__(
         self, model_folder: Path, *, max_prompt_tokens: int | None = None, date: str | None = None
     ) -> None:
-        """Raises EngineError or ConfigError if no prompt could be encoded with what the folder holds.
+        """Raises EngineError or ConfigError if a trial prompt cannot be encoded with the folder's files.
 
-        `date`: what a template that writes the date takes for now, as ISO 8601 has it.
+        `date`: the ISO 8601 date that a template sees as the current one.
         """
         self._max_prompt_tokens = max_prompt_tokens
         if not model_folder.is_dir():
-            # transformers would take a path that is not there for a hub id and answer from its cache.
+            # transformers would take a missing path for a hub id and answer from its cache.
             raise EngineError(
                 f"{model_folder} is not a folder.",
                 why="The target and its tokenizer are read from a local folder; nothing is fetched.",
@@ -50,8 +50,8 @@ class PromptEncoder:
     def encode(self, prompt: str) -> tuple[int, ...]:
         """Token ids of one user message, generation prompt included; plain text without a template.
 
-        Raises ConfigError for a prompt of more than `max_prompt_tokens` tokens, or with a token that the
-        target has no row for; EngineError (TemplateError) if the template refuses it.
+        Raises ConfigError for a prompt of more than `max_prompt_tokens` tokens or with a token outside the
+        target's vocabulary, EngineError (TemplateError) if the template refuses the prompt.
         """
         ids = self._ids(prompt)
         if self._max_prompt_tokens is not None and len(ids) > self._max_prompt_tokens:
@@ -80,17 +80,17 @@ class PromptEncoder:
             raise _unusable(folder, error) from error
         foreign = [token for token in ids if self._vocab_size is not None and token >= self._vocab_size]
         if foreign or not ids:
-            reason = f"a plain prompt becomes token {foreign[0]}" if foreign else "it gives no token at all"
+            reason = f"a plain prompt gives token {foreign[0]}" if foreign else "it gives no token at all"
             raise EngineError(
                 f"The tokenizer in {folder} does not belong to its model: {reason}, and the model has "
                 f"{self._vocab_size} tokens.",
-                why="The target would read other words than were written.",
+                why="The target would read other words than the prompt's.",
                 next="put the model's own tokenizer files into that folder.",
             )
 
 
 def _plain(special_tokens: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the library's own class of token, which JSON cannot carry."""
+    """The special tokens as text: JSON cannot carry the library's token class."""
     return {
         name: [str(token) for token in value] if isinstance(value, list) else str(value)
         for name, value in special_tokens.items()
@@ -107,7 +107,7 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _unusable(folder: Path, error: BaseException) -> BaseException:
-    """One of ours, unless the process is being ended. The tokenizers' panics are no Exceptions."""
+    """The error as one of ours, unless it ends the process. (A tokenizers panic is not an Exception.)"""
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return error
     reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__

@@ -1,9 +1,8 @@
-"""The identity of a target: digests of what its folder holds for each role. No torch.
+"""The version of a target: digests of its weights, configuration and tokenizer. No torch.
 
-The producer reads all weights, the consumer embedding, final norm and lm_head, both the
-configuration, and the tokenizer decides every prompt's ids. A tensor outside the repeated layers is
-digested whole; of one in them, whose bytes would cost minutes at every start of a large target,
-pieces spread over it: a fine-tune changes some of them, a copy none.
+Tensors outside the repeated layers are digested whole. Tensors in those layers would cost minutes at every
+start with a large target, so only pieces spread over each of them are digested: a fine-tune changes some of
+the pieces, a copy changes none.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _IN_A_LAYER = re.compile(r"(^|\.)\d+\.")
 
 @dataclass(frozen=True)
 class TargetVersion:
-    """16 hexadecimal digits each; equal for a copy of the folder, whatever it is called."""
+    """Digests of 16 hexadecimal digits; equal for any copy of the folder, whatever its path."""
 
     model: str
     tokenizer: str
@@ -62,20 +61,20 @@ def tokenizer_version(folder: Path) -> str:
 
 
 def model_version(folder: Path) -> str:
-    read_config(folder)  # refuses what is no config
+    read_config(folder)  # raises if it is not a text decoder's
     digest = xxhash.xxh3_64()
     for name in CONFIG_FILES:
         _add_file(digest, folder / name)
     for path in sorted(folder.glob("*.safetensors")):
         try:
             if not path.is_file():
-                raise ValueError("it is no regular file")
+                raise ValueError("it is not a regular file")
             with path.open("rb") as file:
                 _add_tensors(digest, path, file)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ConfigError(
                 f"{path} is not a whole safetensors file ({error or type(error).__name__}).",
-                why="A target is known by a digest of its weights, and captured from all of them.",
+                why="The target's version is a digest of its weights, and capture needs all of them.",
                 next="move the folder away and fetch the model again (`make model` for the recipe's target).",
             ) from error
     return digest.hexdigest()
@@ -87,7 +86,7 @@ def _add_file(digest: Any, path: Path) -> None:
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}).",
-            why="A target is known by a digest of its files.",
+            why="The target's version is a digest of its files.",
             next="make it readable, or set target.model to another folder.",
         ) from error
     if content is not None:

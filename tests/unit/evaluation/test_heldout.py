@@ -27,13 +27,11 @@ def test_each_reason_is_told_and_the_others_are_measured() -> None:
     room = Room(vocab_size=61, positions=positions, prompt_tokens=40, answer_tokens=10)
     held = encode_held_out(texts, encoder.encode, room)
     assert held.prompts == ((5, 5, 5),)
-    assert {name: word in held.set_aside[name] for name, word in _WORDS.items()} == dict.fromkeys(
-        _WORDS, True
-    )
-    assert held.note.startswith("4 of 5 held-out prompts are set aside, the first: long: ")
+    assert {name: word in held.left_out[name] for name, word in _WORDS.items()} == dict.fromkeys(_WORDS, True)
+    assert held.note.startswith("4 of 5 held-out prompts are left out, the first: long: ")
     assert encode_held_out(texts[:1], encoder.encode, Room(61, None, 40, 10)).note == ""
     short = encode_held_out([("long", "a" * 41)], encoder.encode, Room(61, None, 40, 10))
-    assert "more than the 40 of prompts.max_prompt_tokens" in short.set_aside["long"]
+    assert "more than the 40 of prompts.max_prompt_tokens" in short.left_out["long"]
     with pytest.raises(ConfigError, match="No held-out prompt can be decoded: 1 of 1"):
         refuse_nothing_to_measure(short)
 

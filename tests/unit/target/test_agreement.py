@@ -79,5 +79,5 @@ def test_states_of_other_rows_are_refused(
 ) -> None:
     """Off by one row, nothing else wrong."""
     shifted = [{**s, "last_hidden_states": s["last_hidden_states"].roll(1, 0)} for s in samples]
-    with pytest.raises(CaptureMismatchError, match="not what its states stand for"):
+    with pytest.raises(CaptureMismatchError, match="not the argmax of its states"):
         refuse_disagreement(head, features, shifted)
