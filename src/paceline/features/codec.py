@@ -1,12 +1,12 @@
 """Tensors to bytes and back: the layout of one sample's payload.
 
-Tensors lie in the order of their names, each 64-byte aligned; the gaps belong to no tensor and
-are not digested. The digest is xxh3_128 over the description (sample id and specs, as JSON) and
-then every tensor's bytes: a payload that is sound but belongs to another sample, or is read under
-other shapes, does not match. xxh3 finds damage, not malice. No pickle: nothing here is executed.
+Tensors are ordered by name, each 64-byte aligned; the gaps between them are not digested. The digest is
+xxh3_128 over the description (sample id and specs, as JSON) and then every tensor's bytes: a sound payload
+of another sample, or one that is read with other shapes, does not match. xxh3 finds damage, not malice.
+Nothing here is pickled or executed.
 
-Bytes are copied and digested in blocks that stay in a core's second cache, so that the digest costs
-next to nothing, and it is the copy that is digested, so that it judges what the caller gets.
+Bytes are copied and digested in blocks that stay in a core's second-level cache, so the digest costs next to
+nothing. It is taken over the copy, so it verifies what the caller gets.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import xxhash
 from paceline.errors import FeatureCorruptError, StoreError
 from paceline.types import FeatureSpec
 
-ALIGNMENT_BYTES = 64  # Of a tensor of torch's own: kernels may round differently elsewhere.
-BLOCK_BYTES = 256 << 10  # A quarter of a usual L2. Also large enough for xxhash to let other threads run.
-LAYOUTS_MAX = 1024  # Remembered: a run has as many as its samples have lengths.
+ALIGNMENT_BYTES = 64  # as torch aligns its own tensors: kernels may round differently otherwise
+BLOCK_BYTES = 256 << 10  # a quarter of a usual L2, and enough for xxhash to release the GIL
+LAYOUTS_MAX = 1024  # cached layouts; a run has one per length of a sample
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -49,7 +49,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class Place:
     """Where one tensor lies in the payload: `count` numbers in bytes `offset` to `stop`.
 
-    `key`: the offset as text, with which the tensor's key ends.
+    `key`: the offset as text, the last part of the tensor's key.
     """
 
     name: str
@@ -67,9 +67,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """Every tensor's place; a function of `specs` alone, so writer and reader agree on it.
+    """Every tensor's place: a function of `specs` alone, so writer and reader agree.
 
-    `text`: the specs in one canonical form.
+    `text`: the specs in a canonical form.
     """
 
     specs: Mapping[str, FeatureSpec]
@@ -79,10 +79,10 @@ class Layout:
 
 
 def layout_of_tensors(sample_id: str, tensors: Mapping[str, Any]) -> Layout:
-    """Raises StoreError if there is none, or one that cannot be stored."""
+    """Raises StoreError if there is no tensor, or one that cannot be stored."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            raise _unstorable(sample_id, name, f"a {type(tensor).__name__} that is no dense tensor with data")
+            raise _unstorable(sample_id, name, f"a {type(tensor).__name__}, not a dense tensor with data")
         if tensor.dtype not in NAMES:
             raise _unstorable(sample_id, name, f"a tensor of {tensor.dtype}")
     if not tensors:
@@ -95,25 +95,25 @@ def layout_of_tensors(sample_id: str, tensors: Mapping[str, Any]) -> Layout:
 
 
 def layout_of_specs(sample_id: str, specs: Mapping[str, FeatureSpec]) -> Layout:
-    """Raises FeatureCorruptError if the specs say what no store ever wrote."""
+    """Raises FeatureCorruptError if no store can have written these specs."""
     try:
         return _layout(tuple([(name, spec.shape, spec.dtype) for name, spec in specs.items()]))
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         said = {name: f"{spec.dtype} {list(spec.shape)}" for name, spec in specs.items()}
         raise FeatureCorruptError(
-            f"The ref of {sample_id!r} says that its tensors are {said}.",
+            f"The ref of {sample_id!r} describes its tensors as {said}.",
             why="No feature store writes such a tensor, so the ref is damaged.",
             next="let the producer capture the sample again.",
         ) from error
 
 
 def describe(sample_id: str, layout: Layout) -> bytes:
-    """Sample id and specs in one canonical form; the digest begins with it."""
+    """Sample id and specs in a canonical form; the digest covers it first."""
     return f"[{json.dumps(sample_id)},{layout.text}]".encode()
 
 
 def undescribe(description: bytes) -> tuple[str, Layout]:
-    """The inverse of `describe`. Raises ValueError if the bytes are no description."""
+    """The inverse of `describe`. Raises ValueError if the bytes are not a description."""
     try:
         sample_id, specs = json.loads(description)
         layout = _layout(tuple([(name, tuple(shape), dtype) for name, dtype, shape in specs]))
@@ -125,9 +125,9 @@ def undescribe(description: bytes) -> tuple[str, Layout]:
 
 
 def write(layout: Layout, description: bytes, tensors: Mapping[str, Any], payload: memoryview) -> str:
-    """Copy the tensors into `payload` (bytes, at least layout.num_bytes); the digest of what now lies there.
+    """Copy the tensors into `payload` (at least layout.num_bytes) and return the digest of the copy.
 
-    Device tensors and strided views are copied directly, without a contiguous copy in between.
+    Device tensors and strided views are copied without a contiguous copy in between.
     """
     digest = xxhash.xxh3_128(description)
     for place in layout.places:
@@ -157,7 +157,7 @@ def read(layout: Layout, description: bytes, payload: memoryview) -> tuple[dict[
 
 
 def _copy(source: memoryview, target: memoryview, digest: Any) -> None:
-    """Bytes of equal length. Slices of a memoryview cost half of what those of an array cost."""
+    """Copy and digest bytes of equal length. Slices of a memoryview cost half of those of an array."""
     for start in range(0, len(target), BLOCK_BYTES):
         block = target[start : start + BLOCK_BYTES]
         block[:] = source[start : start + BLOCK_BYTES]
@@ -165,7 +165,7 @@ def _copy(source: memoryview, target: memoryview, digest: Any) -> None:
 
 
 def _copy_rows(source: np.ndarray, room: memoryview, digest: Any) -> None:
-    """`source`: uint8, of any shape but with dense rows; cut into blocks along its first dimension."""
+    """Copy and digest `source`: uint8 of any shape with dense rows, in blocks along its first dimension."""
     target = np.frombuffer(room, np.uint8).reshape(source.shape)
     rows = max(1, BLOCK_BYTES * len(source) // source.size)
     for start in range(0, len(source), rows):
@@ -175,7 +175,7 @@ def _copy_rows(source: np.ndarray, room: memoryview, digest: Any) -> None:
 
 
 def _typed(place: Place, payload: memoryview) -> torch.Tensor:
-    """The tensor that lies in `payload`, which it keeps alive."""
+    """The tensor at `place`, as a view that keeps `payload` alive."""
     if not place.count:
         return torch.empty(place.shape, dtype=place.dtype)
     flat = torch.frombuffer(payload, dtype=place.dtype, count=place.count, offset=place.offset)
@@ -184,7 +184,8 @@ def _typed(place: Place, payload: memoryview) -> torch.Tensor:
 
 @lru_cache(maxsize=LAYOUTS_MAX)
 def _layout(tensors: tuple[tuple[str, tuple[int, ...], str], ...]) -> Layout:
-    """Of names, shapes and dtypes. Raises KeyError for a dtype not stored, ValueError for a bad shape."""
+    """The layout of (name, shape, dtype) triples. Raises KeyError for an unknown dtype, ValueError for a bad
+    shape."""
     specs, places, text, end = {}, [], [], 0
     for name, given, dtype_name in sorted(tensors):
         shape = tuple(map(int, given))

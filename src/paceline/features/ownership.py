@@ -1,9 +1,8 @@
-"""Whose a feature folder is: this user's or a stranger's, which run's, and whether a process uses it.
+"""Ownership of a feature folder: which user's it is, which run's, and whether a process uses it.
 
-Shared memory is a place where every user may write, under any name. A folder is ours if it is a real
-folder of this user that no other user can write to; what lies in it is believed then. `owner.json` names
-the run, so that the folder of a run that is gone can be told from that of a run that only sleeps; each
-process that uses the folder holds a lock on that file. No torch.
+Every user may create any name in shared memory. So a folder is trusted only if it is a real folder of this
+user that no other user can write to. `owner.json` names the run, which tells the folder of a deleted run from
+that of a paused one; each process that uses the folder holds a lock on that file. No torch.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ OTHERS_MAY_WRITE = 0o022
 
 @dataclass(frozen=True)
 class Owner:
-    """The run that a folder serves, and the run's directory when it was signed."""
+    """The run that a folder serves, and the run's directory at the time of `sign`."""
 
     run: str
     directory: Path
 
 
 def is_strangers(folder: Path) -> bool:
-    """Whether something lies there that this user did not make: it is never used, nor looked into."""
+    """Whether another user created what lies there: it is never used or read."""
     try:
         facts = folder.lstat()
     except FileNotFoundError:
@@ -47,14 +46,15 @@ def is_strangers(folder: Path) -> bool:
 
 
 def make_private(folder: Path) -> None:
-    """The folder is there, and this user's alone. Raises OSError, or StoreError if it is a stranger's."""
+    """Create the folder, or make it private to this user. Raises OSError, or StoreError if it is another
+    user's."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _refuse_strangers(folder)
     folder.chmod(0o700)
 
 
 def is_private(folder: Path) -> bool:
-    """False if there is nothing. Raises StoreError if others made it or may write to it."""
+    """False if there is no folder. Raises StoreError if other users own it or may write to it."""
     _refuse_strangers(folder)
     try:
         mode = folder.lstat().st_mode
@@ -63,7 +63,7 @@ def is_private(folder: Path) -> bool:
     if mode & OTHERS_MAY_WRITE:
         raise StoreError(
             f"Other users may write to {folder} (mode {stat.S_IMODE(mode):o}).",
-            why="They could change the features that are trained.",
+            why="They could change the features that the draft is trained on.",
             next="start the producer, which makes it private, or remove it.",
         )
     return True
@@ -72,14 +72,14 @@ def is_private(folder: Path) -> bool:
 def _refuse_strangers(folder: Path) -> None:
     if is_strangers(folder):
         raise StoreError(
-            f"{folder} is a link, no directory, or not owned by user {os.geteuid()}.",
-            why="Whoever owns it could change the features that are trained.",
+            f"{folder} is a link, not a directory, or not owned by user {os.geteuid()}.",
+            why="Its owner could change the features that the draft is trained on.",
             next="choose another run.name or features.directory, or remove it.",
         )
 
 
 def sign(folder: Path, owner: Owner) -> None:
-    """Say in the folder which run it serves; make it if it is not there. Raises StoreError."""
+    """Record in the folder which run it serves; create it if it is missing. Raises StoreError."""
     try:
         make_private(folder)
         if owner_of(folder) != owner:
@@ -91,14 +91,14 @@ def sign(folder: Path, owner: Owner) -> None:
             aside.rename(folder / OWNER_FILE)
     except OSError as error:
         raise StoreError(
-            f"The feature folder {folder} cannot be made ({error}).",
-            why="The features have no place to lie.",
+            f"The feature folder {folder} cannot be created ({error}).",
+            why="Without it features cannot be stored.",
             next="check features.directory, and whether there is room (`df -h`), and run the command again.",
         ) from error
 
 
 def owner_of(folder: Path) -> Owner | None:
-    """What `sign` wrote; None if it did not, or cannot be read."""
+    """What `sign` wrote; None if the folder is unsigned or cannot be read."""
     try:
         with open_regular(folder / OWNER_FILE, os.O_NOFOLLOW) as file:
             content = json.loads(file.read(OWNER_BYTES_MAX))
@@ -108,14 +108,14 @@ def owner_of(folder: Path) -> Owner | None:
 
 
 class FolderLock:
-    """Held until `close`, the end of the object, or that of the process."""
+    """A lock that is held until `close`, or until the object or the process ends."""
 
     def __init__(self, folder: Path, how: int) -> None:
-        """Raises OSError if the folder is not signed, or BlockingIOError."""
+        """Raises OSError if the folder is not signed, BlockingIOError if it is locked."""
         self._fd = -1
         with open_regular(folder / OWNER_FILE, os.O_NOFOLLOW) as file:
             fcntl.flock(file, how)
-            self._fd = os.dup(file.fileno())  # the lock is that of the open file, which both share
+            self._fd = os.dup(file.fileno())  # both descriptors share the open file, and so its lock
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -133,7 +133,7 @@ class FolderLock:
 
 
 def hold(folder: Path) -> FolderLock | None:
-    """The folder counts as used while the lock is held. None if it was never signed."""
+    """A shared lock: the folder counts as used while it is held. None if it was never signed."""
     try:
         return FolderLock(folder, fcntl.LOCK_SH)
     except OSError:
@@ -141,7 +141,7 @@ def hold(folder: Path) -> FolderLock | None:
 
 
 def take(folder: Path) -> FolderLock | None:
-    """The folder alone; None if a process uses it, or if it was never signed."""
+    """An exclusive lock; None if a process uses the folder, or if it was never signed."""
     try:
         return FolderLock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -149,23 +149,23 @@ def take(folder: Path) -> FolderLock | None:
 
 
 def remove(folder: Path) -> None:
-    """Unlink every file of the store, and the folder. Safe when it is already gone, or half gone."""
+    """Unlink every file of the store, and the folder. Safe if some or all of it is already gone."""
     if not is_private(folder):
         return
     with suppress(FileNotFoundError):
         names = [path.name for path in folder.iterdir()]
         slots = [name for name in names if SLOT_NAME.fullmatch(name) or HALF_MADE.fullmatch(name)]
-        for name in (*slots, IDENTITY, OWNER_FILE):  # each tells of what is removed before it
+        for name in (*slots, IDENTITY, OWNER_FILE):  # last those that identify the rest
             (folder / name).unlink(missing_ok=True)
     try:
         folder.rmdir()
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # what others put there stays
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # files of other programs stay
             raise
 
 
 def bytes_of(folder: Path) -> int:
-    """What it occupies."""
+    """Bytes that the folder occupies."""
     try:
         return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(folder))
     except OSError:

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class FeaturesSection(Section):
-    """A store's own section subclasses it, and names the class that is built from it in `component`.
+    """Base of each store's section; a subclass names the class to build from it in `component`.
 
-    `budget_mib` and, if given, `budget_samples` bound what the store holds. `directory`: where its
-    bytes, or whatever names them, lie on this machine.
+    `budget_mib` and, if given, `budget_samples` limit what the store holds. `directory`: where the bytes,
+    or the files that refer to them, lie on this machine.
     """
 
     component: ClassVar[str]  # "module:class", a FeatureStore with `of_run(section, folder, owner)`
@@ -27,13 +27,13 @@ class FeaturesSection(Section):
     budget_samples: Count | None = None
 
     def build(self, folder: Path, *, owner: bool) -> FeatureStore:
-        """The run's store in `folder`, its own below `directory`; `owner` is the producer."""
+        """The run's store in `folder`, which lies below `directory`; `owner`: for the producer."""
         store: FeatureStore = resolve(self.component).of_run(self, folder, owner=owner)
         return store
 
 
 class SharedMemorySection(FeaturesSection):
-    """Slots in a folder of shared memory, for roles on one machine."""
+    """Slots in a folder of shared memory, for producer and consumer on one machine."""
 
     component: ClassVar[str] = "paceline.features.stores.shm:SharedMemoryFeatureStore"
     store: Literal["shm"] = "shm"

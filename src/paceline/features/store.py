@@ -1,9 +1,9 @@
-"""The data plane's contract: tensors in, a `SampleRef`'s keys out.
+"""The contract of a feature store, the data plane: it stores tensors and returns a `SampleRef`'s keys.
 
-A stored sample is immutable once sealed: `put` of a sample and generation that is already sealed
-returns the sealed key and writes nothing. Only `free` frees bytes, and only the control plane decides when
-(after a durable checkpoint covers the sample). A crash between `put` and the ledger's commit
-leaves an orphan, which the next producer frees.
+A sealed sample is immutable: `put` of a sample and generation that is already sealed returns the sealed
+keys and writes nothing. Only `free` frees bytes, and only the control plane decides when (after a durable
+checkpoint covers the sample). A crash between `put` and the ledger's commit leaves an orphan, which the
+next producer frees.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from paceline.types import FeatureSpec, SampleRef
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes and samples now resident, and the most this store will hold (bytes)."""
+    """Resident bytes and samples, and the most bytes that this store will hold."""
 
     resident_bytes: int
     resident_samples: int
@@ -26,10 +26,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Sealed:
-    """What `put` returns: everything the ref needs to find and verify the bytes again.
+    """What `put` returns: everything that a ref needs to find and verify the bytes again.
 
-    `digest_kind`: what the digest was taken over, and how. A store that verifies its bytes in another way
-    says so here; only the store that gave a digest can judge bytes by it.
+    `digest_kind`: the digest's algorithm and input. Only the store that computed a digest can verify bytes
+    with it.
     """
 
     uri: str
@@ -40,7 +40,7 @@ class Sealed:
     digest_kind: str = "xxh3_128 of features/codec.py"
 
 
-# A sample's bytes: its id and the byte intent they were written under. A store finds them by these two alone.
+# Identifies a sample's bytes: its id, and the byte intent (generation) they were written under.
 Written = tuple[str, int]
 
 
@@ -50,8 +50,8 @@ class FeatureStore(Protocol):
     def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:
         """Copy the tensors in and seal them. Raises StoreFullError, and then holds nothing new.
 
-        `generation`: the byte intent they are written under (0: none, the store counts itself). Bytes
-        of the sample under another generation are freed first.
+        `generation`: the byte intent to write under (0: none, the store counts by itself). Bytes of the
+        sample of another generation are freed first.
         """
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
@@ -63,22 +63,21 @@ class FeatureStore(Protocol):
     def free(self, written: Iterable[Written]) -> None:
         """Free these bytes. Idempotent: unknown or already freed ones are no error.
 
-        Bytes of the sample under another generation stay: they were captured since. Generation 0 names
-        whatever lies there of the sample.
+        Bytes of the sample of another generation stay: they were captured since. Generation 0 means any.
         """
 
     def written(self) -> list[Written] | None:
-        """Everything that lies here, half-written or sealed; None if this store cannot list it.
+        """All bytes in the store, half-written or sealed; None if this store cannot list them.
 
-        Only the producer that owns the store may ask. Where there is no list, the producer frees orphans by
-        the intents that the ledger revoked, and a loss is noticed by the reader.
+        Only the producer that owns the store may call it. Without a list, the producer frees the intents that
+        the ledger revoked, and only the reader notices a loss.
         """
 
     def usage(self) -> Usage:
-        """Bytes are what the store occupies, slack included."""
+        """Current usage; bytes include slack."""
 
     def close(self) -> None:
-        """Detach. Sealed bytes outlive this process where the medium does."""
+        """Detach. Sealed bytes outlive this process if the medium does."""
 
     def destroy(self) -> None:
-        """Give all memory back, and the folder, if it was given one. Only at the end of a run."""
+        """Free all memory, and the folder if there is one. Only at the end of a run."""

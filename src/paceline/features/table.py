@@ -1,4 +1,4 @@
-"""Every feature store: its name in run files, and where its section is. One line a store."""
+"""Every feature store: its name in run files, and where its section is. One line per store."""
 
 from __future__ import annotations
 

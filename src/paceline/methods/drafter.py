@@ -1,6 +1,6 @@
-"""What lossless decoding asks of a draft: the tokens that it guesses, and nothing about how.
+"""The contract between lossless decoding and a draft: the draft guesses tokens.
 
-The decoder verifies every guess with the target, so a wrong one costs time, never correctness.
+The decoder verifies every guess with the target, so a wrong guess costs time, never correctness.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Choose = Callable[[torch.Tensor], tuple[int, torch.Tensor | None]]
 class Drafter(Protocol):
     """One sequence at a time, on the device of the draft's weights. Adapters: eagle3/decode.py."""
 
-    target_ids: torch.Tensor  # int64 [D]: the target's id of every token the draft can guess
+    target_ids: torch.Tensor  # int64 [D]: the target's id of every token that the draft can guess
     layers: tuple[int, ...]  # of the target, whose states `propose` reads side by side
 
     def start(self, capacity: int) -> None:
@@ -35,7 +35,7 @@ class Drafter(Protocol):
 
 @runtime_checkable
 class TreeDrafter(Drafter, Protocol):
-    """A draft that can also guess several tokens for one place."""
+    """A draft that can also guess several tokens for one position."""
 
     def propose_tree(
         self, aux: torch.Tensor, next_ids: torch.Tensor, num_tokens: int, branching: int, depth: int

@@ -1,9 +1,9 @@
-"""What a draft method is to the rest of the system: features in, a loss that sums exactly out.
+"""The contract of a draft method: it names the features to capture, and its draft turns them into a loss.
 
-A method declares its features, which capture keeps, and the trainer asks it for a batch and a draft;
-neither knows which method it talks to. A new method (P-EAGLE, DFlash, Domino, DSpark) is one folder
-beside `eagle3` that satisfies `DraftMethod`. A draft is called with a batch and gives its loss, so
-that DDP, FSDP2 and torch.compile can wrap it: nothing else calls its submodules to train.
+A method declares its features, which the producer captures, and builds batches and a draft for the trainer;
+neither knows which method it uses. A new method (P-EAGLE, DFlash, Domino, DSpark) is one folder beside
+`eagle3` that satisfies `DraftMethod`. A call of the draft with a batch gives its loss, and training uses its
+submodules in no other way, so DDP, FSDP2 and torch.compile can wrap it.
 
 Invariant: losses and metrics are sums over tokens, never means. Micro-batches of any shape then
 add up to exactly the full batch: run `backward` on every `loss_sum`, divide the gradients by the
@@ -25,10 +25,10 @@ from paceline.types import Feature
 
 
 class LossSums(NamedTuple):
-    """`loss_sum` carries the graph; `metrics` are detached sums, added up key by key, on its device.
+    """`loss_sum` carries the graph; `metrics` are detached sums on its device, to be added key by key.
 
-    `num_tokens` is the divisor of both and may be 0, where `loss_sum` is 0 as well. A tuple, since what
-    wraps a module looks for tensors in tuples and mappings of its output.
+    `num_tokens` is the divisor of both; if it is 0, `loss_sum` is 0 too. This is a tuple because wrappers of
+    modules search a module's output for tensors in tuples and mappings.
     """
 
     loss_sum: torch.Tensor  # float32 []
@@ -37,51 +37,51 @@ class LossSums(NamedTuple):
 
 
 class DraftMethod(Protocol):
-    """Built from its settings, a mapping out of the run file. Adapters: eagle3/method.py."""
+    """Built from its section of the run file. Adapters: eagle3/method.py."""
 
     @property
     def name(self) -> str:
         """The method's name in run files and checkpoints, e.g. "eagle3"."""
 
     def features(self, target: TargetFacts) -> tuple[Feature, ...]:
-        """The tensors of one sample: what capture keeps and `collate` reads, nothing else.
+        """The tensors of one sample: those that capture keeps and `collate` reads.
 
-        Every method has its samples' tokens and targets among them. Raises ConfigError for a target
-        that the method cannot be trained on.
+        Tokens and targets must be among them. Raises ConfigError for a target that the method cannot be
+        trained on.
         """
 
     def check_target(self, head: TargetHead) -> None:
         """Raise ConfigError if no draft of this target can be built with these settings."""
 
     def build(self, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]], seed: int) -> nn.Module:
-        """A fresh draft on the CPU from a run's first samples; the same arguments give the same bits.
+        """A new draft on the CPU from a run's first samples; the same arguments give the same bits.
 
-        Called with a batch of `collate` the draft returns its `LossSums`; padding, if any, and tokens
-        that are not to be learned never count. `state_dict()` is what a checkpoint holds; `parameters()`
-        are trainable, all of them. Frozen target tensors are buffers outside the state dict. Raises
-        ConfigError if the settings do not fit the target.
+        Called with a batch from `collate`, the draft returns its `LossSums`, in which padding and tokens that
+        are not to be learned do not count. A checkpoint holds `state_dict()`; all `parameters()` are
+        trainable; frozen target tensors are buffers outside the state dict. Raises ConfigError if the
+        settings do not fit the target.
         """
 
     def restore(self, head: TargetHead, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         """The draft whose `state_dict()` is `tensors`, on the CPU."""
 
     def learning_rate_scales(self) -> Mapping[str, float]:
-        """Factors on the learning rate by parameter name; 1 for every name not in it."""
+        """Factors on the learning rate by parameter name; 1 for every other parameter."""
 
     def describe(self, draft: nn.Module) -> dict[str, Any]:
         """The draft's sizes as JSON values, for the checkpoint's manifest."""
 
     def num_tokens(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> int:
-        """How many tokens the loss counts in these samples, without computing it."""
+        """The `num_tokens` that the loss of these samples would count."""
 
     def collate(self, samples: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Any:
         """A batch on `device` from samples that carry the tensors of `features`.
 
-        Indices that depend on lengths or masks are made here, on the CPU: the loss never waits for them.
+        Build indices that depend on lengths or masks here, on the CPU, so that the loss never waits for them.
         """
 
     def drafter(self, draft: nn.Module, dtype: torch.dtype) -> Any:
-        """The draft as lossless decoding uses it; what it must offer is evaluation's `Drafter`."""
+        """The draft as a `Drafter` (drafter.py) for lossless decoding, with weights in `dtype`."""
 
     def mean_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Readable figures (losses, accuracies, estimated acceptance length) from summed metrics."""

@@ -1,4 +1,4 @@
-"""The run file's `method` section, as far as every method has it. No torch."""
+"""The part of the run file's `method` section that all methods share. No torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 class MethodSection(Section):
-    """A method's own section subclasses it, and names the class that is built from it in `component`.
+    """Base of each method's section; a subclass names the class to build from it in `component`.
 
-    `first_samples`: how many of the run's first samples the first weights are made from.
+    `first_samples`: how many of the run's first samples the draft's first weights are made from.
     """
 
     component: ClassVar[str]  # "module:class", a DraftMethod that takes the section

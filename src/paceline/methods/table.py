@@ -1,4 +1,4 @@
-"""Every draft method: its name in run files, and where its section is. One line a method."""
+"""Every draft method: its name in run files, and where its section is. One line per method."""
 
 from __future__ import annotations
 

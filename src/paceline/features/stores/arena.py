@@ -1,11 +1,11 @@
 """The directory of one shared store: its identity file, and its slots.
 
-The identity file says which store this is (uuid), of which boot, and counts the changes that only
-the owner makes: slots created or unlinked, and samples sealed. The reader compares the counts
-with those it last saw and looks at the directory only if they differ. The owner counts after the
-change, so a reader never believes itself up to date when it is not. Slot names are never used
-twice. The identity is the first file made and the last removed, and every file is made aside and
-renamed, so whatever a crash leaves is recognised at the next start.
+The identity file names the store (uuid) and the machine's boot, and counts the changes that only the
+owner makes: slots created or unlinked, and samples sealed. The reader lists the directory only if a
+count differs from the one it last saw; the owner counts after each change, so a reader with equal
+counts is up to date. Slot names are never used twice. The identity is created first and removed last,
+and every file is written under a temporary name and renamed, so the next start recognises what a crash
+left.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from paceline.features.stores.refusals import missing
 from paceline.features.stores.slots import PAGE_BYTES, Slot, State, create_file, map_file, slot_bytes
 from paceline.types import SampleRef
 
-SLOTS_MAX = 32_768  # Half of what Linux lets one process map (vm.max_map_count).
+SLOTS_MAX = 32_768  # half of the mappings that Linux allows a process (vm.max_map_count)
 
 _MAGIC = int.from_bytes(b"PACESTOR", "little")
 _FORMAT = 1
@@ -42,7 +42,7 @@ _UUID = slice(128, 160)
 
 
 class Arena:
-    """The slots of one store, and which sample lies where. Made by `own` or `attach`."""
+    """The slots of one store, and which sample lies in which slot. Created by `own` or `attach`."""
 
     def __init__(self, directory: Path, identity: torch.Tensor, inode: int, budget_bytes: int) -> None:
         header = identity.numpy().data
@@ -61,14 +61,14 @@ class Arena:
 
     @classmethod
     def own(cls, directory: Path, budget_bytes: int) -> Arena:
-        """As the only writer: make the store or take it over, with what a dead owner left reclaimed."""
+        """Become the only writer: create the store, or take it over and reclaim what a dead owner left."""
         try:
             make_private(directory)
         except OSError as error:
             raise _no_room(directory, PAGE_BYTES, error) from error
         identity = _open_identity(directory)
         if identity is None:
-            # Half made, or of another boot of the machine, which may have lost any part of it.
+            # Half created, or of an earlier boot of the machine, after which any part may be lost.
             for path in _slot_paths(directory):
                 path.unlink()
             identity = _create_identity(directory)
@@ -81,22 +81,22 @@ class Arena:
 
     @classmethod
     def attach(cls, directory: Path, budget_bytes: int) -> Arena | None:
-        """As the reader; None while there is no store in the directory."""
+        """Open the store as the reader; None while the directory holds no store."""
         if not is_private(directory):
             return None
-        # Looked at before it is opened: if it is replaced in between, `is_current` says so.
+        # Read the inode before the open: if the file is replaced in between, `is_current` shows it.
         inode = _inode(directory / IDENTITY)
         identity = _open_identity(directory)
         return None if identity is None else cls(directory, identity, inode, budget_bytes)
 
     def is_current(self) -> bool:
-        """Whether the directory still holds this store, and not one made since, or none."""
+        """Whether the directory still holds this store, not a newer one or none."""
         return _inode(self._identity) == self._inode != 0
 
     # -- both processes ---------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """The reader's look at the directory: open new slots, unmap those unlinked."""
+        """The reader lists the directory: it opens new slots and unmaps unlinked ones."""
         layout = self._words[_LAYOUT]
         if layout == self._seen_layout:
             return
@@ -107,11 +107,11 @@ class Arena:
             try:
                 self.slots[name] = Slot.open(self._directory / name)
             except (OSError, ValueError):
-                continue  # Unlinked since, or damaged; then no ref to it can be read.
+                continue  # unlinked since, or damaged: no ref to it can be read
         self._seen_layout = layout
 
     def find(self, sample_id: str) -> Slot | None:
-        """The slot that holds the sample, whatever the state of its header; None if none does."""
+        """The slot that holds the sample, whatever the state of its header; None if there is none."""
         if (slot := self._known(sample_id)) is not None:
             return slot
         now = (self._words[_LAYOUT], self._words[_SEALS])
@@ -139,7 +139,7 @@ class Arena:
             slot.free(slot.known[0], by_owner=by_owner)
 
     def learn(self, slot: Slot, generation: int, sample_id: str) -> None:
-        """Remember what lies in the slot: one memo per slot, so the memory is bounded."""
+        """Remember the slot's sample: one entry per slot, so the memory is bounded."""
         if self.slots.get(slot.name) is not slot:
             return  # unlinked since
         if slot.known == (generation, sample_id) and self._slot_of.get(sample_id) is slot:
@@ -181,18 +181,18 @@ class Arena:
         ring = self._rings[size]
         for _ in range(len(ring)):
             slot = ring[0]
-            ring.rotate(-1)  # Samples are freed in the order they came, so the next is soon found.
+            ring.rotate(-1)  # samples are mostly freed in order, so the next free slot is near
             if slot.is_free:
                 if slot.path.exists():
                     return slot
-                self._forget(slot.name)  # Deleted behind our back: the reader could not open it.
+                self._forget(slot.name)  # another process deleted it: the reader could not open it
         self._make_room(size)
         return self._create(size)
 
     def note_sealed(self, slot: Slot, sample_id: str) -> None:
         self.learn(slot, slot.generation, sample_id)
         self._words[_SEALS] += 1
-        self._learned_at = (self._words[_LAYOUT], self._words[_SEALS])  # Only the owner seals.
+        self._learned_at = (self._words[_LAYOUT], self._words[_SEALS])  # only the owner seals
 
     def _take_over(self) -> None:
         for path in sorted(_slot_paths(self._directory)):
@@ -206,13 +206,13 @@ class Arena:
                 slot.free(slot.generation, by_owner=True)
         last = max((int(name.removeprefix("slot-")) for name in self.slots), default=0)
         self._words[_NEXT_SERIAL] = max(self._words[_NEXT_SERIAL], last + 1)
-        # The dead owner may not have lived to count its last change.
+        # The dead owner may not have counted its last change.
         self._words[_LAYOUT] += 1
         self._words[_SEALS] += 1
         self._learned_at = (self._words[_LAYOUT], self._words[_SEALS])
 
     def _make_room(self, size: int) -> None:
-        """Unlink free slots (they are of other classes) until a new one fits the budget."""
+        """Unlink free slots (all of other size classes) until a new one fits the budget."""
         allocated = sum(slot.num_bytes for slot in self.slots.values())
         free = [slot for slot in self.slots.values() if slot.is_free]
         in_use = len(self.slots) - len(free)
@@ -260,7 +260,7 @@ def _slot_names(directory: Path) -> list[str]:
 
 
 def _open_identity(directory: Path) -> torch.Tensor | None:
-    """The mapped identity file; None if the directory is empty or half made, or of another boot.
+    """The mapped identity file; None if the directory is empty, half created, or of another boot.
 
     Raises StoreError if the directory holds something else.
     """
@@ -282,7 +282,7 @@ def _open_identity(directory: Path) -> torch.Tensor | None:
 
 
 def _inode(identity: Path) -> int:
-    """Of the identity file, which nobody can take over while it is mapped; 0 if there is none."""
+    """Inode of the identity file, which no other file gets while it is mapped; 0 if there is none."""
     try:
         return identity.stat().st_ino
     except FileNotFoundError:
@@ -317,16 +317,16 @@ def _no_room(directory: Path, size: int, error: OSError) -> StoreError:
             next="lower features.budget_mib, or give more (`docker run --shm-size=8g`, `df -h /dev/shm`).",
         )
     return StoreError(
-        f"No file of {size} bytes can be made in {directory} ({error}).",
-        why="The features have no place to lie; the directory was removed in use or cannot be written.",
+        f"No file of {size} bytes can be created in {directory} ({error}).",
+        why="Features cannot be stored; the directory was removed in use or cannot be written.",
         next="check features.directory and run the same command again.",
     )
 
 
 def _other_format(directory: Path, because: str) -> StoreError:
     return StoreError(
-        f"{directory} is no feature store of this version: {because}.",
-        why="Nothing in it may be read or overwritten on a guess.",
+        f"{directory} is not a feature store of this version: {because}.",
+        why="Files that this version does not know must not be read or overwritten.",
         next="finish that run with the version that started it, or choose another run.name; "
         f"`rm -r {directory}` discards it (lost features are captured again).",
     )

@@ -1,7 +1,7 @@
 """The feature store in a dictionary: the readable specification, for one process and for tests.
 
-It really copies, in and out, so it shares no memory with its callers, and it verifies digests like
-every other store. It dies with its process. One thread at a time.
+It copies on put and on get, so it shares no memory with its callers, and it verifies digests like every
+other store. Its content ends with its process. One thread at a time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class InMemoryFeatureStore:
             )
         payload = torch.empty(layout.num_bytes, dtype=torch.uint8)
         digest = codec.write(layout, codec.describe(sample_id, layout), tensors, payload.numpy().data)
-        # A ref to freed bytes must not find those of a later put.
+        # A ref to freed bytes must not find the bytes of a later put.
         self._generation = generation or self._generation + 1
         keys = {name: f"{self._generation}/{name}" for name in layout.specs}
         sealed = Sealed(self._uri, keys, dict(layout.specs), layout.num_bytes, digest)

@@ -1,14 +1,13 @@
 """The feature store in shared memory: one writer (the producer) and one reader (the consumer).
 
-Files in a private directory, e.g. under /dev/shm, mapped by both. Invariants: a sealed sample's
-bytes never change before it is freed; a ref whose sample was freed is FeatureMissing even if its
-slot serves another sample by now; `get` returns bytes that match the ref's digest or raises. Who
-may be the owner is decided outside (a role lock); within a process any thread may call. A crash
-of either process at any moment leaves sealed samples and slots that the next owner reclaims;
-a crash of the machine loses the store, which shows as missing features.
+Both map files in a private directory, e.g. under /dev/shm. Invariants: a sealed sample's bytes never
+change before it is freed; a ref whose sample was freed is FeatureMissing even if another sample has its
+slot by now; `get` returns bytes that match the ref's digest, or raises. The caller ensures that there is
+one owner (by a role lock); within a process any thread may call. A crash of either process leaves sealed
+samples, and slots that the next owner reclaims; after a crash of the machine all features are missing.
 
-`get` copies, once, and digests the copy while it is in the cache. A slot owns its header and payload, the
-arena owns which slot is where; this file puts their calls in order.
+`get` copies once and digests the copy while it is in the CPU cache. A slot knows its header and payload, the
+arena knows which slot lies where, and this file orders their calls.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ class SharedMemoryFeatureStore:
     def __init__(self, directory: Path, *, budget_bytes: int, owner: bool) -> None:
         """`budget_bytes` bounds the slot files, free ones included; only the owner's counts.
 
-        The reader may come before the owner has made the store: nothing lies there then. Raises
-        StoreError if the directory is not ours or holds something else.
+        A reader may open the store before the owner has created it, and finds nothing. Raises StoreError
+        if the directory is another user's or holds something else.
         """
         self._directory = directory
         self._budget_bytes = budget_bytes
@@ -85,12 +84,12 @@ class SharedMemoryFeatureStore:
                     arena.free(sample_id, generation, by_owner=self._owner)
 
     def written(self) -> list[Written]:
-        """Slots that were half-written or damaged when this owner opened the store were freed then."""
+        """All sealed samples: half-written or damaged slots were freed when this owner opened the store."""
         with self._lock:
             return self._owned("list samples").written()
 
     def usage(self) -> Usage:
-        """Resident: slots being written or sealed, whole, with header and slack. Free slots are not."""
+        """Resident bytes: those of slots that are not free, header and slack included."""
         with self._lock:
             arena = self._attached()
             slots = [] if arena is None else list(arena.slots.values())
@@ -102,12 +101,12 @@ class SharedMemoryFeatureStore:
             self._closed, self._arena = True, None
 
     def destroy(self) -> None:
-        """Either process may; the other finds its features missing."""
+        """Either process may call this; the other then finds its features missing."""
         self.close()
         remove(self._directory)
 
     def _attached(self) -> Arena | None:
-        """The arena, up to date; None for a reader that finds no store."""
+        """The arena, refreshed; None for a reader that finds no store."""
         if self._closed:
             raise StoreError(
                 f"The feature store in {self._directory} was closed by this process.",

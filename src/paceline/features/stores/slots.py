@@ -1,14 +1,13 @@
 """One slot of shared memory: a file with a header page and room for one sample.
 
-Life of a slot: FREE -> (write) WRITING -> SEALED -> (free) FREE, with a new generation at each
-`write`: that of the ledger's byte intent, which is never used twice. Only the owner writes;
-either process frees. Every word of the header has one writer, and freeing writes the
-*generation that is freed*, so a late free by the reader cannot free the sample that has taken the
-slot since: the slot is FREE while either freed word equals the generation. The generation is written
-twice, the second time with every bit inverted; a slot where the two disagree is FREE as well, since
-no ref can name a generation that is not certain. The state word is written last when sealing; readers
-look at the header before and after a copy, and the digest judges the bytes, so a torn read is never
-trained.
+Life of a slot: FREE -> (write) WRITING -> SEALED -> (free) FREE. Each `write` has a new generation, that
+of the ledger's byte intent, which is never used twice. Only the owner writes; either process frees.
+Every word of the header has one writer. To free a slot, a process writes the *freed generation* into its
+own word, and the slot is FREE while either word equals the slot's generation: a late free by the reader
+cannot free a newer sample in the slot. The generation is written twice, the second time with every bit
+inverted; a slot where the two disagree is FREE as well, since no ref can name an uncertain generation.
+Sealing writes the state word last. Readers check the header before and after a copy, and the digest
+verifies the bytes, so torn reads are never trained.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ PAGE_BYTES = 4096
 MAGIC = int.from_bytes(b"PACESLOT", "little")
 VERSION = 2
 
-# Words of 8 bytes, so that each store is one store. The description follows at TEXT.
+# Words of 8 bytes, so that the CPU writes each in one piece. The description follows at TEXT.
 _MAGIC, _VERSION, _FILE_BYTES, _STATE, _GENERATION, _FREED_BY_OWNER, _FREED_BY_READER = range(7)
 _PAYLOAD_BYTES, _DIGEST_HIGH, _DIGEST_LOW, _TEXT_BYTES, _INVERTED_GENERATION = range(7, 12)
 _ALL_BITS = (1 << 64) - 1
@@ -43,7 +42,7 @@ DESCRIPTION_BYTES_MAX = HEADER_BYTES - _TEXT
 
 
 class State(IntEnum):
-    """FREE is never written: see the module's docstring. The others differ in many bits."""
+    """FREE is never written (see the module's docstring). The others differ in many bits."""
 
     FREE = 0
     WRITING = 0x57524954494E4721
@@ -68,18 +67,17 @@ def slot_bytes(payload_bytes: int) -> int:
 def map_file(path: Path, num_bytes: int | None = None) -> torch.Tensor:
     """The file as shared, writable memory: uint8 [file size]; unmapped when no tensor uses it.
 
-    Raises OSError, and ValueError if it is no regular file of `num_bytes` that this user alone may write.
-    Nothing that a stranger planted (a FIFO, a link) can hold it up. Torch maps through
-    /proc/self/fd because Python's own mmap keeps a file descriptor open per mapping, and there can
-    be thousands of slots.
+    Raises OSError, and ValueError if it is not a regular file of `num_bytes` that only this user may write.
+    A FIFO or a link that another user planted cannot hang it. Torch maps through /proc/self/fd because
+    Python's own mmap keeps a file descriptor open per mapping, and there can be thousands of slots.
     """
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode) or not facts.st_size or facts.st_size % PAGE_BYTES:
-            raise ValueError(f"{path} is no file of whole pages")
+            raise ValueError(f"{path} does not consist of whole pages")
         if facts.st_uid != os.geteuid() or facts.st_mode & OTHERS_MAY_WRITE:
-            raise ValueError(f"{path} is not this user's alone")
+            raise ValueError(f"{path} is not private to this user")
         if num_bytes not in (None, facts.st_size):
             raise ValueError(f"{path} has {facts.st_size} bytes instead of {num_bytes}")
         return torch.from_file(f"/proc/self/fd/{fd}", shared=True, size=facts.st_size, dtype=torch.uint8)
@@ -88,7 +86,7 @@ def map_file(path: Path, num_bytes: int | None = None) -> torch.Tensor:
 
 
 def create_file(path: Path, num_bytes: int) -> torch.Tensor:
-    """A new file of zeros, mapped. Its pages exist: a full filesystem is an OSError here, no SIGBUS later."""
+    """A new, mapped file of zeros. Its pages are allocated: a full filesystem is an OSError, not a SIGBUS."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(fd, 0, num_bytes)
@@ -101,7 +99,7 @@ def create_file(path: Path, num_bytes: int) -> torch.Tensor:
 
 
 def description_of(sample_id: str, layout: codec.Layout) -> bytes:
-    """What a slot's header says of the sample. Raises StoreError if it cannot hold it."""
+    """The sample's description for a slot's header. Raises StoreError if it does not fit."""
     description = codec.describe(sample_id, layout)
     if len(description) > DESCRIPTION_BYTES_MAX:
         raise StoreError(
@@ -113,7 +111,7 @@ def description_of(sample_id: str, layout: codec.Layout) -> bytes:
 
 
 class Slot:
-    """A mapped slot. `known`: this process's memo of the generation and sample id last seen sealed in it."""
+    """A mapped slot. `known`: the generation and sample id that this process last saw sealed in it."""
 
     def __init__(self, path: Path, memory: torch.Tensor) -> None:
         self.path = path
@@ -127,7 +125,7 @@ class Slot:
 
     @classmethod
     def create(cls, path: Path, num_bytes: int) -> Slot:
-        """A FREE slot at `path`, which appears whole or not at all. Raises OSError."""
+        """A new FREE slot at `path`; the file appears whole or not at all. Raises OSError."""
         aside = path.with_suffix(".new")
         slot = cls(path, create_file(aside, num_bytes))
         slot._words[_MAGIC], slot._words[_VERSION], slot._words[_FILE_BYTES] = MAGIC, VERSION, num_bytes
@@ -136,10 +134,10 @@ class Slot:
 
     @classmethod
     def open(cls, path: Path) -> Slot:
-        """Raises OSError (gone), or ValueError if the file is no whole slot."""
+        """Raises OSError if the file is gone, ValueError if it is not a whole slot."""
         slot = cls(path, map_file(path))
         if tuple(slot._words[: _FILE_BYTES + 1]) != (MAGIC, VERSION, slot.num_bytes):
-            raise ValueError(f"{path} is no slot of {slot.num_bytes} bytes")
+            raise ValueError(f"{path} is not a slot of {slot.num_bytes} bytes")
         return slot
 
     @property
@@ -162,7 +160,7 @@ class Slot:
 
     @property
     def description(self) -> bytes:
-        """What `write` put there, if nothing has damaged it."""
+        """The description that `write` put there, unless it was damaged since."""
         length = min(self._words[_TEXT_BYTES], DESCRIPTION_BYTES_MAX)
         return bytes(self._header[_TEXT : _TEXT + length])
 
@@ -177,10 +175,10 @@ class Slot:
     def write(
         self, description: bytes, layout: codec.Layout, tensors: Mapping[str, Any], generation: int = 0
     ) -> str:
-        """Seal the tensors in this FREE slot; their digest. A crash meanwhile leaves it WRITING.
+        """Seal the tensors in this FREE slot; returns their digest. A crash meanwhile leaves it WRITING.
 
-        `generation`: any but those the slot had before; 0 counts on from the last one. After an error the
-        slot is FREE again.
+        `generation`: one that the slot never had before; 0: the next after its last one. After an error
+        the slot is FREE again.
         """
         self._begin(description, layout.num_bytes, generation)
         try:
@@ -200,7 +198,7 @@ class Slot:
         words[_STATE] = State.WRITING
         generation = generation or (words[_GENERATION] + 1) & _ALL_BITS or 1
         if generation in (words[_FREED_BY_OWNER], words[_FREED_BY_READER]):
-            words[_FREED_BY_OWNER] = words[_FREED_BY_READER] = 0  # left by another ledger's run
+            words[_FREED_BY_OWNER] = words[_FREED_BY_READER] = 0  # words of another ledger's run
         words[_GENERATION] = generation
         # From this store on the slot is no longer FREE.
         words[_INVERTED_GENERATION] = generation ^ _ALL_BITS
@@ -216,8 +214,8 @@ class Slot:
     def read(self, ref: SampleRef, generation: int) -> dict[str, Any]:
         """A copy of the ref's tensors, written under `generation`.
 
-        The owner may free and reuse the slot before or while they are copied. The header afterwards says
-        so; it is the digest that judges the copy. Raises FeatureMissingError or FeatureCorruptError.
+        The owner may free and reuse the slot meanwhile: the header after the copy shows that, and the digest
+        verifies the copy. Raises FeatureMissingError or FeatureCorruptError.
         """
         layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
         if ref.feature_keys != self.keys(layout, generation):
@@ -238,7 +236,7 @@ class Slot:
         return tensors
 
     def sealed(self) -> tuple[str, codec.Layout] | None:
-        """The sample that is sealed here, and its layout; None if none is, or the header is damaged."""
+        """The sealed sample and its layout; None if there is none or the header is damaged."""
         if self.state is not State.SEALED:
             return None
         try:
@@ -249,13 +247,13 @@ class Slot:
         return (sample_id, layout) if is_whole else None
 
     def keys(self, layout: codec.Layout, generation: int | None = None) -> dict[str, str]:
-        """`slot/generation/offset` of every tensor: a later sample in the slot has another generation."""
+        """Each tensor's key, `slot/generation/offset`; a later sample in the slot has another generation."""
         start = f"{self.name}/{self.generation if generation is None else generation}/"
         return {place.name: start + place.key for place in layout.places}
 
     def free(self, generation: int, *, by_owner: bool) -> None:
-        """Idempotent; without effect if the slot holds a later generation by now.
+        """Free this generation. Idempotent; no effect if the slot holds a later generation by now.
 
-        The pages stay with the file for the next sample: fresh ones cost 5-10x.
+        The file keeps its pages for the next sample: fresh pages cost 5-10x.
         """
         self._words[_FREED_BY_OWNER if by_owner else _FREED_BY_READER] = generation

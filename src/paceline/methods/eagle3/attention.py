@@ -1,11 +1,11 @@
-"""Attention of the unrolled step, which keeps no score for backward.
+"""Attention of an unrolled step that keeps no scores for backward.
 
-A query of step k attends to the keys that target features gave (rows up to its own, step 0) and to its
-own row's keys of steps 1..k. Plain autograd keeps the weights of every step, a x T for each sample and
-head, several times over. Here only queries, keys, values, the output and one log of a sum per query
-are kept; backward computes the scores again from those, as FlashAttention does (arXiv 2205.14135,
-algorithm 4), tile by tile: a tile is some neighbouring anchors of one sample and the rows up to the last
-of them, so that scores take memory of the order of T, not of a x T, and none beyond the tile is computed.
+A query of step k attends to the keys from target features (rows up to its own, step 0) and to its own
+row's keys of steps 1..k. Plain autograd keeps the weights of every step, a x T per sample and head, several
+times over. This function keeps only queries, keys, values, the output and one log-sum-exp per query;
+backward computes the scores again, as FlashAttention does (arXiv 2205.14135, algorithm 4), tile by tile. A
+tile is some neighbouring anchors of one sample and the rows up to the last of them, so scores take memory of
+the order of T, not a x T, and no score outside the tile is computed.
 
 Legend: R rows of all samples, A anchors of all samples, T and a rows and anchors of one tile, N query
 heads, N_kv key-value heads, G = N / N_kv, d head_dim.
@@ -26,7 +26,7 @@ TILE_ANCHORS = 256
 
 @dataclass(frozen=True)
 class Tile:
-    """Neighbouring anchors of one sample, and its rows up to the last of them. Known on the host."""
+    """Neighbouring anchors of one sample and the rows up to the last of them, as slices on the host."""
 
     anchors: slice  # of the A
     rows: slice  # of the R
@@ -70,7 +70,7 @@ class UnrolledAttention(torch.autograd.Function):
         *own: torch.Tensor,
     ) -> torch.Tensor:
         grouped = _grouped(query, keys) * query.shape[-1] ** -0.5
-        # Laid out anchor by anchor, so that the output projection reads and keeps this very memory.
+        # Laid out anchor by anchor, so that the output projection uses this memory without a copy.
         packed = query.new_empty(query.shape[2], query.shape[1], query.shape[3], dtype=torch.float32)
         mixed = _grouped(packed.transpose(0, 1)[None], keys)
         log_total = grouped.new_empty(grouped.shape[:3], dtype=torch.float32)
@@ -97,7 +97,7 @@ class UnrolledAttention(torch.autograd.Function):
         query, keys, values, output, log_total, *own = ctx.saved_tensors
         grouped = _grouped(query, keys) * query.shape[-1] ** -0.5
         grad = _grouped(grads[0], keys)
-        # What softmax takes off every score's gradient: the output's share of the gradient.
+        # Softmax subtracts from every score's gradient the dot product of output and its gradient.
         common = (grad * _grouped(output, keys)).sum(-1, dtype=torch.float32)
         query_grad = torch.zeros_like(grouped)
         own_grads: list[torch.Tensor | None] = []
@@ -145,5 +145,5 @@ def _scores(grouped: torch.Tensor, keys: torch.Tensor, tile: Tile, layout: Layou
 
 
 def _own_scores(grouped: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """float32 [N_kv, G, A]: every row of `grouped` [N_kv, G, A, d] times its own of `own` [1, N_kv, A, d]."""
+    """float32 [N_kv, G, A]: each row of `grouped` [N_kv, G, A, d] times its row of `own` [1, N_kv, A, d]."""
     return (grouped * own[0, :, None]).sum(-1, dtype=torch.float32)

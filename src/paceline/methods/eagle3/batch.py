@@ -1,15 +1,15 @@
-"""What one micro-batch of EAGLE-3 is: packed samples, and every index that the loss needs of them.
+"""One micro-batch of EAGLE-3: packed samples, and every index that the loss needs.
 
-All indices are made here, on the CPU, where lengths and masks are known: on a device, an index that
-depends on data would make the host wait for it in every unrolled step.
+All indices are built here on the CPU, where lengths and masks are known. On a device, an index that depends
+on data would make the host wait in every unrolled step.
 
-A row is a token that the target processed: of each sample all but its last. Row i holds the feature of
-token i and the embedding of token i+1, and predicts token i+2. It is an *anchor* if that is a token to
-learn, so that the target's distribution there (row i+1) was captured.
-Step k of an anchor is fed token i+1+k and predicts token i+2+k, from the target's row i+1+k.
+A row is a token that the target processed: every token of a sample but the last. Row i holds the feature of
+token i and the embedding of token i+1, and predicts token i+2. It is an *anchor* if the draft learns to
+predict token i+2, for which the target's distribution (row i+1) was captured. Step k of an anchor is fed
+token i+1+k and predicts token i+2+k; its target is row i+1+k.
 
 Legend: R rows of all samples, A anchors of all samples, S unrolled steps, M rows whose distributions are
-captured, H hidden, J anchors that are judged, U rows that these are judged by.
+captured, H hidden, J judged anchors (those in the acceptance estimate), U rows that they are judged by.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import torch
 from paceline.methods.eagle3.attention import Layout, Tile, tiles_of
 from paceline.methods.eagle3.targets import counted_rows
 
-# The acceptance estimate asks for the target's choice in its whole vocabulary, which costs several times
-# a draft's own logits: one anchor in so many is judged, neighbours, since their rows overlap.
+# The acceptance estimate needs the target's argmax over its whole vocabulary, which costs several times the
+# draft's own logits. So only one anchor in this many is judged; neighbours, because their rows overlap.
 JUDGED_SHARE = 16
 
 
 @dataclass(frozen=True)
 class Unrolling:
-    """How a method unrolls: `steps` S, the weight `step_decay` ** k of step k, and how many anchors go
-    through lm_head at a time; `judged_share`: one anchor in so many is judged for the estimate."""
+    """How the method unrolls: `steps` S, the weight `step_decay` ** k of step k, how many anchors go
+    through lm_head at a time, and `judged_share`: one anchor in this many is judged for the estimate."""
 
     steps: int
     step_decay: float
@@ -74,7 +74,7 @@ class Eagle3Batch:
         return Layout(self.positions, self.places, self.tiles)
 
     def to(self, device: torch.device) -> Eagle3Batch:
-        """The batch on `device`; to a CUDA device the copies run beside what the device does."""
+        """The batch on `device`; copies to a CUDA device overlap with its work."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
         if device.type == "cuda":
@@ -125,15 +125,15 @@ def collate(samples: Sequence[Mapping[str, torch.Tensor]], unrolling: Unrolling)
 def _judged(
     anchors_of: Sequence[torch.Tensor], counted_of: Sequence[torch.Tensor], share: int
 ) -> torch.Tensor:
-    """Which anchors are judged, int64 [J]: a stretch of each sample, however it is packed.
+    """The judged anchors, int64 [J]: a stretch of each sample that does not depend on the packing.
 
-    No decoder drafts the first token of an answer (the prefill gives it): that anchor is never judged.
+    The anchor before an answer's first token is never judged: the prefill gives that token, not the draft.
     """
     parts, start = [], 0
     for places, counted in zip(anchors_of, counted_of, strict=True):
         asked = counted[places].nonzero().squeeze(1)
         count = -(-asked.numel() // share)
-        # Somewhere in the sample, so that early tokens are not judged more often than late ones.
+        # The place varies with the sample, so that early tokens are not judged more often than late ones.
         first = int(places.sum()) * 7919 % (asked.numel() - count + 1)
         parts.append(start + asked[first : first + count])
         start += places.numel()

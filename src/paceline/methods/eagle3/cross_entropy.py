@@ -1,8 +1,8 @@
 """Soft-target cross entropy of logits, with the gradient computed in the forward pass.
 
-Plain autograd keeps several [M, D] float32 tensors alive and walks each of them from main memory; on a
-CPU that costs as much as the matrix products. Here blocks of rows are turned into their gradient while
-the cache holds them, and that gradient, in the logits' own dtype, is all that is kept.
+Plain autograd keeps several [M, D] float32 tensors alive and reads each of them from main memory, which on a
+CPU costs as much as the matrix products. Here each block of rows is turned into its gradient while the CPU
+cache holds it, and only that gradient is kept, in the logits' own dtype.
 
 Legend: M rows, D draft vocabulary.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-# 64 rows of 8192 float32 logits are 2 MiB: on a CPU they stay in the second-level cache.
+# 64 rows of 8192 float32 logits are 2 MiB, which stay in a CPU's second-level cache.
 _CPU_BLOCK_ROWS = 64
 _BLOCK_ROWS = 512
 

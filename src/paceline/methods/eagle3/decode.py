@@ -1,7 +1,7 @@
 """Drafting with an EAGLE-3 draft: a chain of tokens per call, with a key-value cache.
 
-The cache holds one row per token the target has processed, made from the target's own states; rows
-made from the draft's outputs are dropped after every chain, as verification replaces them.
+The cache holds one row per token that the target has processed, made from the target's own states. Rows made
+from the draft's outputs are dropped after every chain, because verification replaces them.
 Nothing here needs to be exact: a wrong proposal costs time, never correctness.
 """
 
@@ -15,7 +15,7 @@ from paceline.methods.eagle3.model import Eagle3Draft, rope_tables, rotate
 
 
 class Eagle3Decoder:
-    """Proposes for one sequence at a time. A copy of the draft's weights is taken in `dtype`."""
+    """Proposes tokens for one sequence at a time, with a copy of the draft's weights in `dtype`."""
 
     def __init__(self, draft: Eagle3Draft, dtype: torch.dtype = torch.bfloat16) -> None:
         attention, layer = draft.midlayer.self_attn, draft.midlayer
@@ -56,11 +56,11 @@ class Eagle3Decoder:
     def propose(
         self, aux: torch.Tensor, next_ids: torch.Tensor, count: int, choose: Choose
     ) -> tuple[list[int], list[torch.Tensor | None]]:
-        """Draft `count` tokens after taking in what the target has newly processed.
+        """Append the rows that the target has newly processed, then draft `count` tokens.
 
         `aux` [n, 3H] are the new rows' states and `next_ids` int64 [n] the token after each row; the
         last one is the newest token of the sequence. Returns target token ids and, per token, its
-        distribution over the draft vocabulary. The caller sees to it that capacity suffices.
+        distribution over the draft vocabulary. The caller must leave enough capacity.
         """
         feature = self._layer(F.linear(aux.to(self.dtype), self.fc), next_ids)[-1:]
         real_rows = self.length
@@ -81,14 +81,14 @@ class Eagle3Decoder:
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """As `propose`, but the `num_tokens` likeliest guesses of a tree: (tokens, parent rows).
 
-        Level by level the `branching` likeliest guesses are drafted on, in one pass; likelihood is
+        Each level is one pass over the `branching` likeliest guesses of the level before; likelihood is
         the product of the draft's own probabilities along the path (EAGLE-2, arXiv 2406.16858). Row 0
         is the newest token, guess i is row i + 1; a parent comes before its children.
         """
         features = self._layer(F.linear(aux.to(self.dtype), self.fc), next_ids)[-1:]
         real_rows = self.length
         guesses: list[tuple[float, int, int, int]] = []  # log-likelihood, draft id, parent guess, level
-        lines: list[list[int]] = [[]]  # drafted rows that each feature's row may attend to
+        lines: list[list[int]] = [[]]  # for each feature's row, the drafted rows that it may attend to
         frontier, drafted = [-1], 0  # guess -1 stands for the newest token
         for level in range(depth):
             grown = self._grow(features, frontier, guesses, branching, level)

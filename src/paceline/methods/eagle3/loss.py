@@ -1,13 +1,13 @@
 """Training-time test: the loss of an EAGLE-3 draft unrolled over its own outputs (arXiv 2503.01840).
 
-Step k of an anchor (batch.py says which rows are) is fed the embedding of token i+1+k; its feature is the
+Step k of an anchor (see batch.py) is fed the embedding of token i+1+k; its feature is the
 fused target state at k = 0 and the output of step k-1 afterwards. Queries of step k attend to the keys
-that target features gave (rows <= i, step 0) and to row i's own keys of steps 1..k, which is exactly
-what a decoder sees that has drafted k tokens after token i+1.
+from target features (rows <= i, step 0) and to row i's own keys of steps 1..k, which is exactly what a
+decoder sees after it has drafted k tokens after token i+1.
 
-Only anchors are queried: prompts cost keys and values but nothing else. Nothing is padded: the rows of
-all samples lie one after another, and only attention goes through them sample by sample. No operation
-here makes the host wait for the device.
+Only anchors have queries: prompts cost keys and values and nothing else. Nothing is padded: the rows of all
+samples are concatenated, and only attention treats samples one by one. No operation here makes the host wait
+for the device.
 
 Legend: R rows, A anchors, S steps, M target rows, N heads, d head_dim, H hidden, D draft vocabulary.
 """
@@ -39,7 +39,7 @@ def training_time_test(draft: Eagle3Draft, batch: Eagle3Batch, recompute: bool =
     """
     layer, attention = draft.midlayer, draft.midlayer.self_attn
     fused = draft.fuse(batch.aux_hidden_states)
-    # No anchor attends to a sample's last row: the target's state after it is not captured.
+    # No anchor attends to a sample's last row, because the state after it is not captured.
     inputs = layer.inputs(draft.embed(batch.following), fused)
     keys = attention.key_value(inputs[None], batch.positions[None])
     layout = batch.layout
@@ -58,7 +58,7 @@ def training_time_test(draft: Eagle3Draft, batch: Eagle3Batch, recompute: bool =
     metrics = {
         **_by_step("loss", (losses * counted).sum(1)),
         **_by_step("count", counted.sum(1)),
-        # After the loss: autocast caches a weight as its first user casts it, with or without gradients.
+        # After the loss, because autocast caches the first cast of a weight, here one with gradients.
         **_acceptance(draft, batch, outputs),
     }
     return LossSums(loss_sum, batch.num_tokens, metrics)
@@ -74,9 +74,9 @@ def _deeper(
     layout: Layout,
     step: int,
 ) -> tuple[torch.Tensor, tuple[KeyValue, ...]]:
-    """Step `step` of the anchors: output [A, H], and `own` with the step's pair, which step 0 has not.
+    """Step `step` of the anchors: output [A, H], and `own` with the step's pair appended (except at step 0).
 
-    `feature` [A, H], `token_ids` and `positions` int64 [A]; the others as in `attend`.
+    `feature` is [A, H], `token_ids` and `positions` int64 [A]; the others are as in `attend`.
     """
     layer = draft.midlayer
     inputs = layer.inputs(draft.embed(token_ids), feature)[None]
@@ -91,8 +91,8 @@ def _losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss sum [], each prediction's loss float32 [S, A]) of the steps' `outputs`, S times [A, H].
 
-    One group keeps the gradient of its logits. Where there are several, or with `recompute`, backward
-    computes each one's logits again: memory of the order of D then does not grow with anchors or steps.
+    A single group keeps the gradient of its logits. With several groups, or with `recompute`, backward
+    computes each group's logits again, so memory of the order of D does not grow with anchors or steps.
     """
     sums, losses = [], []
     for group in batch.groups:
@@ -122,10 +122,10 @@ def _group_loss(
     picked: torch.Tensor,
     scale: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_losses`, of `outputs` [S, a, H], which predict the target's `states` [m, H]."""
+    """As `_losses`, for one group: `outputs` [S, a, H] are compared with the target's `states` [m, H]."""
     with torch.no_grad():
         wanted = draft.target_output(states)
-    # What is not counted picks some row of the group, and weighs nothing.
+    # Predictions that do not count pick an arbitrary row of the group and have weight 0.
     picked = picked.clamp(min=0).flatten()
     total, losses = soft_cross_entropy(draft.logits(outputs.flatten(0, 1)), wanted, picked, scale.flatten())
     return total, losses.view_as(scale)
@@ -135,10 +135,10 @@ def _group_loss(
 def _acceptance(
     draft: Eagle3Draft, batch: Eagle3Batch, outputs: Sequence[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """What greedy decoding would accept of the judged anchors' guesses.
+    """Metrics of the guesses that greedy decoding would accept, over the judged anchors.
 
-    A guess is a hit if it is the target's argmax over its whole vocabulary; where that is no token of
-    the draft vocabulary, no guess can be.
+    A guess is a hit if it is the target's argmax over its whole vocabulary. If the argmax is outside the
+    draft vocabulary, no guess can be a hit.
     """
     choices = draft.target_choices(batch.last_hidden_states[batch.judged_rows]).argmax(-1)
     judged = torch.stack([output[batch.judged] for output in outputs])

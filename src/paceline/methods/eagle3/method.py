@@ -1,7 +1,7 @@
 """EAGLE-3 as a `DraftMethod`: settings, initialisation and the estimated acceptance length.
 
-A draft starts from its target, not from noise: lm_head and the final norm are the target's own, and
-`warm_start` sets fc and attention by regression on the run's first samples. All of it is trained.
+A draft starts from its target instead of noise: lm_head and the final norm are the target's own, and
+`warm_start` sets fc and attention by regression on the run's first samples. All of them are trained.
 The same head, settings, seed and samples give the same bits.
 """
 
@@ -26,15 +26,15 @@ from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
 from paceline.types import Feature, Rows, States, Targets, Tokens
 
-# Logits of the draft vocabulary that one group of anchors keeps for backward: 256 MiB of bfloat16.
+# How many logits of the draft vocabulary one group of anchors keeps for backward: 256 MiB of bfloat16.
 _GROUP_LOGITS = 1 << 27
-# Regressed fc weights read states of root mean square 20 and more and are as small in turn, so that
-# Adam's equal steps would overrun them; lm_head starts as good as the target's own.
+# Regressed fc weights read states of root mean square 20 and more, and are small for that reason: Adam's
+# equal steps would be too large for them. lm_head starts as the target's own.
 _REGRESSION_RATES = {"fc.weight": 0.02, "lm_head.weight": 0.1}
 
 
 class Eagle3Method:
-    """See `DraftMethod` for the contract of each method."""
+    """The EAGLE-3 method. `DraftMethod` documents each member."""
 
     name = "eagle3"
 
@@ -47,7 +47,7 @@ class Eagle3Method:
         return (
             Feature("input_ids", Tokens(), dtype="int32"),
             Feature("loss_mask", Targets(), dtype="uint8"),
-            # Prompt rows are keys and values of the draft, but what follows them is never predicted.
+            # Prompt rows give the draft keys and values, but it never learns to predict their next tokens.
             Feature("aux_hidden_states", States(aux_layer_ids(last)), dtype=target.dtype),
             Feature("last_hidden_states", States((last,)), Rows.PREDICTED, dtype=target.dtype),
         )
@@ -116,14 +116,14 @@ class Eagle3Method:
 
 
 def aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
-    """vLLM's and SGLang's default: the states after 2, N // 2 and N - 3 decoder blocks.
+    """The default of vLLM and SGLang: the states after 2, N // 2 and N - 3 decoder blocks.
 
     Raises ConfigError for a target that has too few layers.
     """
     ids = (2, num_hidden_layers // 2, num_hidden_layers - 3)
     if not 0 < ids[0] < ids[1] < ids[2] < num_hidden_layers:
         raise ConfigError(
-            f"The target has {num_hidden_layers} layers, so the layers {ids} are not three different ones.",
+            f"The target has {num_hidden_layers} layers, so the layer ids {ids} are not three distinct ones.",
             why="EAGLE-3 reads an early, a middle and a late state.",
             next="choose a target with at least 7 layers.",
         )
@@ -157,7 +157,7 @@ def _initialise_random(draft: Eagle3Draft, seed: int) -> None:
 
 
 def _initialise_head(draft: Eagle3Draft, head: TargetHead) -> None:
-    """The feature is the latest auxiliary state, norm and lm_head are the target's own."""
+    """Start with the last auxiliary state as the feature, and the target's own norm and lm_head."""
     hidden = head.hidden_size
     with torch.no_grad():
         draft.fc.weight.zero_()
@@ -167,7 +167,7 @@ def _initialise_head(draft: Eagle3Draft, head: TargetHead) -> None:
 
 
 def _initialise_layer(draft: Eagle3Draft, head: TargetHead) -> None:
-    """Copy the target's last layer; the embedding half of q/k/v keeps its small random weights."""
+    """Copy the target's last layer. The embedding half of q/k/v keeps its small random weights."""
     hidden = head.hidden_size
     layer, middle = head.layer_tensors(head.num_hidden_layers - 1), draft.midlayer
     _refuse_other_shapes(middle, layer, hidden)

@@ -27,7 +27,7 @@ from paceline.target.head import OutputLayer, TargetHead
 
 @dataclass(frozen=True)
 class Eagle3Config:
-    """Sizes of a draft. They follow the target's, with one layer and a reduced vocabulary."""
+    """Sizes of a draft: the target's, with one layer and a reduced vocabulary."""
 
     hidden_size: int
     intermediate_size: int
@@ -52,7 +52,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Computed in float32; in `dtype`, or else in that of `hidden`."""
+        """Computed in float32 and returned in `dtype`, by default that of `hidden`."""
         return rms_norm(hidden, self.weight, self.eps).to(dtype or hidden.dtype)
 
 
@@ -132,7 +132,7 @@ class Midlayer(nn.Module):
     def inputs(self, embedding: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
         """[B, L, 2H]: what the attention reads. The embedding comes first, as in every checkpoint.
 
-        It is of the dtype of `feature`, so that under autocast the three projections share one tensor.
+        It has the dtype of `feature`, so that under autocast the three projections share one tensor.
         """
         normed = self.input_layernorm(embedding, feature.dtype)
         return torch.cat((normed, self.hidden_norm(feature)), dim=-1)
@@ -144,12 +144,12 @@ class Midlayer(nn.Module):
 
 
 class Eagle3Draft(nn.Module):
-    """Trainable float32 weights plus the frozen tensors they are trained against.
+    """Trainable float32 weights, and the frozen tensors that they are trained against.
 
-    Called with a batch it gives the loss: whatever wraps modules (data parallel, sharding, compilation)
-    wraps the training of this one. Buffers in the state dict: `d2t` int64 [D], `t2d` bool [V]. Not in it
-    are the target's: its embedding, its output over the draft vocabulary (`target_output`) and over its
-    own (`target_choices`). Raises nothing by itself; build it with `Eagle3Method`.
+    A call with a batch gives the loss, so wrappers of modules (data parallel, sharding, compilation) apply
+    to training. Buffers in the state dict: `d2t` int64 [D], `t2d` bool [V]. The target's tensors are not in
+    it: embedding, output over the draft vocabulary (`target_output`) and over the target's own
+    (`target_choices`). Build it with `Eagle3Method`.
     """
 
     d2t: torch.Tensor
@@ -175,9 +175,9 @@ class Eagle3Draft(nn.Module):
         return training_time_test(self, batch, self.recompute)
 
     def attach_target(self, head: TargetHead) -> None:
-        """Take the frozen tensors of the target. Needed once the vocabulary is known."""
+        """Take the frozen tensors of the target. Call it once the draft vocabulary is known."""
         self.target_output, self.target_choices = head.output(self.target_ids()), head.output()
-        # Kept once where the target ties it to lm_head, on every device.
+        # A target that ties it to lm_head keeps one copy, on every device.
         self.own_embedding = None if head.lm_head is head.embed_tokens else head.embed_tokens
 
     @property

@@ -11,17 +11,17 @@ from paceline.section import Count
 
 
 class Eagle3Section(MethodSection):
-    """`first_samples` choose the draft vocabulary and, by regression, the first weights.
+    """`first_samples`: how many samples choose the draft vocabulary and, by regression, the first weights.
 
     `init`: "regression" (closed form, from the run's first samples), "target" (weights of the target's
     last layer) or "random".
 
     `recompute`: backward computes every unrolled step's layer and logits again, to the same bits. Without
-    it a step more keeps, between forward and backward, what autograd keeps of a decoder layer, and one
-    number for each token of the draft vocabulary (256 MiB of those at most); with it 3H + 2 N_kv d numbers
-    an anchor (hidden size H, N_kv key-value heads of size d). Neither grows with a sample's length. With
-    SmolLM2-135M's sizes, 8,192 draft tokens and two anchors in three tokens that is 32 KiB a token, or 2
-    (benchmarks/training_step.py).
+    it, each further step keeps, between forward and backward, what autograd keeps of a decoder layer, and
+    one number per token of the draft vocabulary (at most 256 MiB of these). With it, each keeps 3H + 2 N_kv d
+    numbers per anchor (hidden size H, N_kv key-value heads of size d). Neither grows with a sample's length.
+    With SmolLM2-135M's sizes, 8,192 draft tokens and two anchors per three tokens that is 32 KiB per token
+    without, and 2 KiB with it (benchmarks/training_step.py).
     """
 
     component: ClassVar[str] = "paceline.methods.eagle3.method:Eagle3Method"

@@ -1,4 +1,4 @@
-"""The rows of a sample that EAGLE-3 takes its targets from."""
+"""The rows of a sample whose states give EAGLE-3 its target distributions."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 
 def counted_rows(loss_mask: torch.Tensor) -> torch.Tensor:
-    """Bool [T] from `loss_mask` [T+1]: True where the *following* token is one the draft learns to predict.
+    """Bool [T] from `loss_mask` [T+1]: True where the draft learns to predict the *following* token.
 
-    The M rows whose last hidden states were captured, in order.
+    Those are the M rows whose last hidden states were captured, in order.
     """
     return loss_mask[1:].bool()

@@ -1,4 +1,4 @@
-"""The reduced vocabulary of an EAGLE-3 draft and its two maps.
+"""The reduced vocabulary of an EAGLE-3 draft, and its two maps to the target's vocabulary.
 
 Shapes: V = target vocabulary, D = draft vocabulary. `d2t` is int64 [D] and holds *target id minus
 draft id* (the offset convention of every public EAGLE-3 checkpoint); `t2d` is bool [V] and marks
@@ -22,10 +22,10 @@ def choose_draft_vocab(
 ) -> torch.Tensor:
     """Target ids of the draft vocabulary, ascending, int64 [D].
 
-    `token_weights` [V] is any non-negative evidence summed per target token (counts, probability
-    mass, or both). Ties, and with them all tokens never seen, go to the lower id: byte-pair merge
-    order puts frequent tokens first, so the id is a frequency prior. `always` (eos and other
-    special answer tokens) is taken whatever its weight. Raises ConfigError if D does not fit.
+    `token_weights` [V]: any non-negative evidence summed per target token (counts, probability mass, or
+    both). Ties, such as all tokens never seen, go to the lower id: byte-pair merges give frequent tokens
+    low ids. `always` (eos and other special answer tokens) is included whatever its weight. Raises
+    ConfigError if D does not fit.
     """
     vocab_size = int(token_weights.numel())
     forced = sorted(set(always))
@@ -63,7 +63,8 @@ def draft_to_target(d2t: torch.Tensor) -> torch.Tensor:
 def count_answer_tokens(
     samples: Iterable[tuple[torch.Tensor, torch.Tensor]], vocab_size: int
 ) -> torch.Tensor:
-    """Answer tokens that the target processed, over (input_ids [T+1], loss_mask [T+1]) pairs; float64 [V]."""
+    """Counts of the answer tokens that the target processed, float64 [V], over (input_ids [T+1],
+    loss_mask [T+1]) pairs."""
     counts = torch.zeros(vocab_size, dtype=torch.float64)
     for input_ids, loss_mask in samples:
         answer = input_ids[:-1][loss_mask[:-1].bool()].long()
@@ -72,9 +73,9 @@ def count_answer_tokens(
 
 
 def answer_token_weights(head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
-    """Answer tokens counted, plus the target's own probability mass at every answer position; float64 [V].
+    """Counts of answer tokens plus the target's probability mass at every answer position; float64 [V].
 
-    The mass ranks tokens that the few first samples only nearly contain. Samples carry `input_ids`
+    The mass ranks likely tokens that do not occur in the few first samples. Samples carry `input_ids`
     [T+1], `loss_mask` [T+1] and `last_hidden_states` [M, H] (pre-norm) of their M counted rows.
     """
     weights = count_answer_tokens(((s["input_ids"], s["loss_mask"]) for s in samples), head.vocab_size)

@@ -1,12 +1,11 @@
 """A draft's first weights in closed form, from a run's first samples.
 
-Ridge regression predicts the target's next final state, as a direction, from what row i may see:
-the auxiliary states of token i and the normalised embedding of token i+1. The map is then written
-into the draft: its state half becomes `fc`, the residual stream; its embedding half, cut to the rank
-the value heads have, goes through one query head per key-value head that attends to its own row.
-Everything else starts at zero or small, so the untrained draft *is* the regression, and two seconds
-of it stand where hundreds of optimizer steps from noise arrive. The same samples, head and seed give
-the same bits on the same machine.
+Ridge regression predicts the direction of the target's next final state from the inputs of row i: the
+auxiliary states of token i and the normalised embedding of token i+1. The map is then written into the
+draft. Its state half becomes `fc`, the residual stream; its embedding half, cut to the rank of the value
+heads, goes through one query head per key-value head that attends to its own row. Everything else starts
+at zero or small, so the untrained draft *is* the regression: two seconds of regression replace hundreds of
+optimizer steps from noise. The same samples, head and seed give the same bits on the same machine.
 
 Legend: R rows, H hidden, N_kv key-value heads, d head_dim.
 """
@@ -24,14 +23,14 @@ from paceline.target.head import TargetHead
 _RIDGE = 300.0
 # Squared scale of the shared query and key projection: self-attention scores of about 8 times this.
 _FOCUS = 2.0
-# A regressed direction knows less than its unit length claims; this scales the first logits down.
+# A regressed direction is less certain than a unit length says; this scales the first logits down.
 _CONFIDENCE = 0.6
 
 
 def warm_start(
     draft: Eagle3Draft, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]], seed: int
 ) -> None:
-    """Overwrite the weights of `draft` in place. `samples` carry what EAGLE-3's features carry."""
+    """Overwrite the weights of `draft` in place. `samples` hold the tensors of EAGLE-3's features."""
     hidden = draft.config.hidden_size
     regression = _regress(head, samples)
     state_part, embedding_part = regression[:-hidden], regression[-hidden:]
@@ -58,7 +57,7 @@ def _regress(head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]]) ->
     num_rows = 0
     for sample in samples:
         ids = sample["input_ids"].long()
-        # Row i learns from row i+1 if that counts. Row 0 follows no row, counted or not.
+        # Row i learns from row i+1 if that row counts. No row learns from row 0.
         counted = counted_rows(sample["loss_mask"])
         rows, wanted = counted[1:].nonzero().squeeze(1), sample["last_hidden_states"][int(counted[0]) :]
         embedding = _direction(head.embed_tokens[ids[rows + 1]].float())
@@ -66,7 +65,7 @@ def _regress(head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]]) ->
         gram.addmm_(inputs.T, inputs)
         moment.addmm_(inputs.T, _direction(wanted.float()))
         num_rows += int(rows.numel())
-    # Every input is brought to unit scale, so that one ridge fits states and embeddings alike.
+    # Every input is scaled to unit size, so that one ridge suits states and embeddings.
     scale = (gram.diagonal() / max(1, num_rows)).sqrt() + 1e-6
     scaled = gram / scale.unsqueeze(0) / scale.unsqueeze(1)
     scaled.diagonal().add_(_RIDGE)
@@ -77,7 +76,7 @@ def _regress(head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]]) ->
 def _write_embedding_part(
     draft: Eagle3Draft, embedding_part: torch.Tensor, generator: torch.Generator
 ) -> None:
-    """Put the best approximation of `embedding_part` [H, H] of rank N_kv * d through attention."""
+    """Write the best approximation of `embedding_part` [H, H] of rank N_kv * d into the attention weights."""
     attention, hidden = draft.midlayer.self_attn, draft.config.hidden_size
     kv_heads, head_dim = attention.kv_heads, attention.head_dim
     rank, group = min(hidden, kv_heads * head_dim), attention.heads // attention.kv_heads
