@@ -1,6 +1,7 @@
 """Paceline: prompts -> target capture -> feature store -> committed log -> step -> checkpoint -> release.
 
-Names are imported on first use: the control plane never loads torch, and the checker nothing that it checks.
+Names are imported on first use, so the control plane never loads torch, and fsck loads no code that it
+checks.
 """
 
 from __future__ import annotations

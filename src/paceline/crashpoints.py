@@ -1,7 +1,7 @@
-"""The few places inside files and transactions where a test may stop the process: no call ends there.
+"""Kill points in the middle of file writes and transactions, where tests stop the process.
 
-Everywhere else a test puts its kill points around the calls of a part, from outside
-(testing/kill_points.py). Next to no cost when no test watches.
+Tests put all other kill points around whole calls, from outside (testing/kill_points.py). Without a
+watching test these cost almost nothing.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ _watch: Watch | None = None
 
 
 def reach(name: str) -> None:
-    """Tell the watching test that this process is at the place called `name`."""
+    """Tell the watching test that this process has reached the kill point `name`."""
     if _watch is not None:
         _watch(name)
 
 
 def watch(seen: Watch | None) -> None:
-    """Call `seen` with the name of every place this process reaches from now on; None: no test watches."""
+    """Call `seen` with the name of every kill point that this process reaches; None ends that."""
     global _watch
     _watch = seen

@@ -1,7 +1,7 @@
-"""Files that are whole or not there, also after power loss: written aside, synced, renamed, synced.
+"""Writes files that are whole or absent, even after power loss: write aside, sync, rename, sync.
 
-A name appears only after every byte behind it is on the disk, and the rename itself is on the disk
-when the call returns. An error of fsync is an error of the call: what the disk holds is unknown then.
+A name appears only after all its bytes are on the disk, and the rename is on the disk when the call
+returns. If fsync fails the call fails, because the content of the disk is unknown then.
 Standard library only.
 """
 
@@ -14,9 +14,9 @@ FileContent = bytes | memoryview  # a memoryview of bytes
 
 
 def write_file(path: Path, data: FileContent) -> None:
-    """A new file with these bytes, for its owner alone. Raises OSError.
+    """Write a new file that only its owner may read. Raises OSError.
 
-    It is on the disk on return; its name needs `sync_folder`.
+    Its bytes are on the disk on return; its name needs `sync_folder`.
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
@@ -29,20 +29,20 @@ def write_file(path: Path, data: FileContent) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """`path` is a folder on return; its name, and those of the folders above, are on the disk.
+    """Create the folder if it is missing, and sync its name and those of the folders above it.
 
-    Whoever made them may have died before it could see to that. Raises OSError.
+    It syncs existing folders too: the process that made them may have died before it could. Raises OSError.
     """
     path.mkdir(parents=True, exist_ok=True)
     device = path.stat().st_dev
     for folder in path.absolute().parents:
         if folder.stat().st_dev != device or not os.access(folder, os.R_OK):
-            break  # a mount point, or a folder whose owner saw to it
+            break  # a mount point, or another user's folder
         sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:
-    """Names made, renamed or removed in `folder` are on the disk on return. Raises OSError."""
+    """Sync the names that were made, renamed or removed in `folder`. Raises OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -51,7 +51,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """`path` has either its old bytes or these, whenever the machine stops. Raises OSError."""
+    """Replace the file: after a crash at any moment it has its old bytes or these. Raises OSError."""
     aside = path.with_name(path.name + ".new")
     write_file(aside, data)
     aside.rename(path)

@@ -13,16 +13,16 @@
     ├── LedgerError          the metadata store (control plane)                                       6
     │   ├── FencedError            a newer process took over this role
     │   ├── IllegalTransitionError the protocol forbids this change of state
-    │   ├── IntentRevokedError     the bytes of this commit were given up; write them again
-    │   ├── UnknownResultError     it is not known whether the change was made; repeat it
-    │   └── SchemaError            the database is not one this version can open
+    │   ├── IntentRevokedError     the byte intents of this commit were revoked; write the bytes again
+    │   ├── UnknownResultError     it is unknown whether the change was made; repeat it
+    │   └── SchemaError            this version cannot open the database
     ├── CheckpointError      no valid checkpoint where one is needed                                  7
     │   └── CheckpointDamagedError it is missing, or not as it was written
     ├── TrainingError        the optimizer step itself failed (loss is not a number)                  8
-    └── UnforeseenError      any other exception, told in the same three parts                        1
+    └── UnforeseenError      any other exception, reported in the same three parts                    1
 
-The numbers are exit codes. A message has three parts: what happened with which ids or values; why it
-matters; the next command to type. They are given apart so that no error is written without advice.
+The numbers are exit codes. A message has three parts: what happened, with ids and values; why it matters;
+the next command to type. They are separate arguments so that every error comes with advice.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import errno
 
 
 class PacelineError(Exception):
-    """Base of all. `what` happened, `why` it matters, what to do `next`."""
+    """Base of all errors: `what` happened, `why` it matters, what to do `next`."""
 
     exit_code = 1
 
@@ -125,8 +125,8 @@ _OF_THE_SYSTEM = {
     errno.EDQUOT: "free space within your quota, then run the same command again.",
     errno.EMFILE: "raise the limit of open files (`ulimit -n 1024`) and run the same command again.",
     errno.EFBIG: "check that file, and the limit of file sizes (`ulimit -f`).",
-    errno.EACCES: "run it as a user who may do that, or change the permissions.",
-    errno.EPERM: "run it as a user who may do that, or change the permissions.",
+    errno.EACCES: "run it as a user with the needed permissions, or change them.",
+    errno.EPERM: "run it as a user with the needed permissions, or change them.",
     errno.EROFS: "make that filesystem writable, then run the same command again.",
     errno.ENAMETOOLONG: "choose a shorter path.",
     errno.ELOOP: "a link leads to itself: remove it.",
@@ -134,11 +134,11 @@ _OF_THE_SYSTEM = {
 
 
 def explained(error: Exception) -> PacelineError:
-    """What went wrong, for people: a PacelineError as it is, anything else without its traceback."""
+    """The error as a PacelineError with advice, without a traceback; a PacelineError stays as it is."""
     if isinstance(error, PacelineError):
         return error
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename} cannot be used" if error.filename else "The system refused what was asked"
+        where = f"{error.filename} cannot be used" if error.filename else "The system refused a request"
         return UnforeseenError(
             f"{where} ({error.strerror}).",
             next=_OF_THE_SYSTEM.get(error.errno or 0, "check that path and its disk, then run it again."),
@@ -157,7 +157,7 @@ SAID_MAX = 1000  # characters of an unknown error's own text
 
 
 def is_want_of_memory(error: BaseException) -> bool:
-    """Of whichever library: torch raises a RuntimeError on the CPU and a class of its own on a GPU."""
+    """Whether memory ran out: Python, torch on the CPU and torch on a GPU raise different types for it."""
     names = {kind.__name__ for kind in type(error).__mro__}
     text = str(error).lower()
     told = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")

@@ -1,4 +1,4 @@
-"""Where a role computes, and in which floating-point type: the one place that resolves "auto"."""
+"""The device and the floating-point type of a role: the one place that resolves "auto"."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPUINFO = Path("/proc/cpuinfo")
 def resolve_device(name: str) -> torch.device:
     """The device that "auto", "cpu" or "cuda:N" stands for on this machine: "auto" is the first CUDA one.
 
-    Raises ConfigError for a device that is not there.
+    Raises ConfigError for a device that does not exist.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
@@ -25,8 +25,8 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ConfigError(
             f"There is no device {name}: this machine has {count} CUDA devices.",
-            why="A role computes where the run file says, and nowhere else.",
-            next="set device to auto, to cpu, or to a device that is there.",
+            why="A role computes on the device that the run file names, and on no other.",
+            next="set device to auto, to cpu, or to an existing device.",
         )
     return device
 
@@ -34,7 +34,7 @@ def resolve_device(name: str) -> torch.device:
 def torch_dtype(name: str, device: torch.device, cpuinfo: Path = CPUINFO) -> torch.dtype:
     """The type that "auto", "bfloat16" or "float32" stands for on `device`.
 
-    "auto" is bfloat16 where its products are done in hardware, float32 elsewhere.
+    "auto" is bfloat16 if the hardware multiplies it, otherwise float32.
     """
     if name == "auto":
         return torch.bfloat16 if has_bfloat16(device, cpuinfo) else torch.float32

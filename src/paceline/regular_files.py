@@ -1,7 +1,7 @@
-"""Files that other programs wrote, opened so that nothing planted in their place can hang the reader.
+"""Opens files of other programs so that a FIFO or a device in their place cannot hang the reader.
 
-A FIFO waits for a writer, a device never ends, a sparse file has any size it likes: only a regular
-file is read, and only up to a limit. Every refusal is an OSError, a name with NUL in it included.
+A FIFO waits for a writer, a device never ends, and a sparse file can have any size. So only regular
+files are read, and only up to a limit. Every refusal is an OSError, also for a name that holds NUL.
 Standard library only.
 """
 
@@ -23,7 +23,7 @@ KINDS = {
 
 
 def open_regular(path: Path, flags: int = 0) -> BinaryIO:
-    """For reading. `flags` are added to those of os.open, such as O_NOFOLLOW. Raises OSError."""
+    """Open for reading, with `flags` of os.open added, such as O_NOFOLLOW. Raises OSError."""
     try:
         # Without O_NONBLOCK the open of a FIFO waits for its writer.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | flags)
@@ -38,7 +38,7 @@ def open_regular(path: Path, flags: int = 0) -> BinaryIO:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The whole file. Raises OSError, also if it has more than `limit` bytes."""
+    """The whole content. Raises OSError, also if the file has more than `limit` bytes."""
     with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -47,7 +47,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def kind_of(path: Path) -> str:
-    """ "file", "folder", or "" for what is not there or is neither. Raises OSError if that cannot be told."""
+    """ "file", "folder", or "" for anything else or nothing. Raises OSError if the kind cannot be read."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):

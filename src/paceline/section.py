@@ -1,7 +1,7 @@
-"""What a section of the run file is made of, and how a mistake in one is told.
+"""The base class of the run file's sections, and the messages for mistakes in them.
 
-A section lives beside the component that it configures, in a file without torch, and is handed to it as
-it is: a knob has one name, one default and one limit. `config/run.py` gathers the sections.
+A section lives beside the component that it configures, in a file without torch, and the component takes it
+unchanged: a setting has one name, one default and one limit. `config/run.py` collects the sections.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Device = Annotated[str, AfterValidator(_device)]
 
 
 class Section(BaseModel):
-    """`changeable`: the knobs that may change between two starts of one run, because no bit of the weights
-    depends on them; "*" is all of them."""
+    """`changeable`: the settings that may change between two starts of a run, because no bit of the weights
+    depends on them; "*" means all."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
     changeable: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
-        """The section of a script's mapping. Raises ConfigError for unknown or impossible values."""
+        """The section from a script's mapping. Raises ConfigError for unknown keys or impossible values."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -51,7 +51,7 @@ class Section(BaseModel):
 
 
 def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One sentence for each mistake: the key, the value, and the nearest right key."""
+    """One sentence per mistake: the key, the value, and the most similar valid key."""
     return [_told(problem, model) for problem in error.errors()]
 
 
@@ -67,7 +67,7 @@ def _told(problem: Any, model: type[BaseModel]) -> str:
 
 
 def nearest(wrong: str, known: list[str]) -> str:
-    """The name that was meant, or all that there are."""
+    """The name that was probably meant, or else all names."""
     near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 

@@ -1,7 +1,7 @@
-"""What a role reports while it works: one JSON object a line, for people and for the supervisor.
+"""The events that a role reports while it works: one JSON object per line, for people and the supervisor.
 
-Telemetry is for looking at. Nothing is decided by it, nothing is recovered from it, and nothing fails
-because it cannot be written: a full disk costs its lines, not the run. Files of it are kept short.
+No decision and no recovery depends on telemetry, and nothing fails because it cannot be written: a full disk
+costs its lines, not the run. Its files are kept short.
 """
 
 from __future__ import annotations
@@ -17,35 +17,11 @@ from typing import Any
 from paceline.regular_files import open_regular
 from paceline.terminal import one_line
 
-# Every event there is, with what it tells. Its fields are in the call that writes it.
-EVENTS = {
-    "role_started": "a process of the role began, under `pid`",
-    "role_ended": "it ended without an error; `stopped`: because it was asked to",
-    "error": "it ended with this error",
-    "engine_ready": "the target is loaded and its captured states were checked",
-    "started": "the producer took its role over: `orphans` without an owner, `lost` to be captured again",
-    "group": "prompts were answered, captured and committed together",
-    "group_failed": "a group could not be captured; what of it failed for good is counted",
-    "made_room": "promised bytes were given up, because a lost sample needs room",
-    "finished": "every prompt was captured or has failed",
-    "blocked": "the role waits for the other one; the sum so far",
-    "note": "something a person should know, and that stops nothing",
-    "resumed": "the consumer goes on after this step",
-    "step": "an optimizer step was done",
-    "step_failed": "a step failed, and is tried again without the samples that make it fail",
-    "checkpoint": "a checkpoint is durable",
-    "checkpoint_damaged": "a recorded checkpoint is not as it was written",
-    "fall_back": "the head was given up for the checkpoint before it",
-    "rolled_forward": "a checkpoint that the ledger did not know was adopted as head",
-    "quarantined": "a sample was set aside, with the reason",
-    "waiting_for_recapture": "features are lost or damaged; the producer captures them again",
-    "evaluated": "the newest checkpoint was measured on held-out prompts",
-}
 ECHO_S = 5.0
 TELL_S = 1.0
 FILE_BYTES_MAX = 8 << 20
-TAIL_BYTES = 1 << 20  # of a file that has grown beyond, what is kept of it
-READ_BYTES = 1 << 16  # what a look at the newest events reads
+TAIL_BYTES = 1 << 20  # the tail that is kept of a longer file
+READ_BYTES = 1 << 16  # how much `read_events` reads
 
 EVENTS = {
     # every role
@@ -55,44 +31,44 @@ EVENTS = {
     "blocked": "it waits for the other role; seconds so far",
     # producer
     "engine_ready": "the target is loaded and was probed",
-    "started": "the producer took over: bytes it swept, samples that are gone",
-    "note": "what a person should know of the prompts",
-    "group": "a capture group is committed; seconds for it and, in all, without room for samples",
-    "group_failed": "prompts failed, or a group as a whole, and why; `buried`: how many for good",
-    "made_room": "samples were given up for a lost one that is needed first",
+    "started": "the producer took its role: orphans that it freed, samples that are lost",
+    "note": "what a person should know about the prompts",
+    "group": "a capture group is committed; seconds for it, and all seconds of waiting for room",
+    "group_failed": "prompts failed, or a group as a whole, and why; `failed`: how many for good",
+    "made_room": "later samples were freed, for one that the consumer waits for",
     "finished": "every prompt is committed or failed",
     # consumer
     "resumed": "training goes on after the checkpoint of this step",
     "step": "a step is trained: its figures, seconds of fetching and of training, seconds blocked in all",
-    "step_failed": "a step raised; its culprits are sought",
+    "step_failed": "a step raised; isolation looks for its culprits",
     "quarantined": "a sample is never trained (again), and why",
     "waiting_for_recapture": "a sample cannot be read; the producer is to capture it again",
-    "checkpoint": "a checkpoint is head; seconds for it and of training that waited",
-    "checkpoint_damaged": "a recorded checkpoint is missing or not as it was written",
-    "fall_back": "an older checkpoint is head; samples that are to be captured again",
-    "rolled_forward": "a whole checkpoint that the ledger did not know is head",
+    "checkpoint": "a checkpoint is head; seconds for it, and seconds that training waited for it",
+    "checkpoint_damaged": "a recorded checkpoint is missing or damaged",
+    "fall_back": "an older checkpoint is head; samples that the producer captures again",
+    "rolled_forward": "a complete checkpoint that the ledger did not know is head",
     # evaluator
     "evaluated": "the acceptance lengths",
-}  # what each event says, by name: all there are
+}  # every event and its meaning; the call that writes it decides its fields
 
 
 class EventLog:
     """Appends events to one file. A line is written whole or, after a crash or an error, torn."""
 
     def __init__(self, path: Path, *, echo: Callable[[str], object] | None = None) -> None:
-        """`echo` gets a readable line of each event, of frequent ones not more than one in 5 seconds."""
+        """`echo` gets a readable line per event, for frequent events at most one every 5 seconds."""
         self._path = path
         self._echo = echo
         self._echoed: dict[str, float] = {}
         self._fd = -1
-        self._torn = True  # perhaps, by an earlier process or a write that was cut short
+        self._torn = True  # an earlier process may have left a torn line
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
             self._fd = os.open(path, flags, 0o644)
 
     def write(self, event: str, **fields: Any) -> None:
-        """Never raises because of the disk or the terminal."""
+        """Append an event. Errors of the disk or the terminal are ignored."""
         record = {"event": event, "time": round(time.time(), 3), **fields}
         with suppress(OSError):
             if self._fd >= 0:
@@ -114,9 +90,9 @@ class EventLog:
 
 
 def shorten(path: Path) -> None:
-    """Keep the tail of a file that is only ever appended to, if it has grown too long. Raises OSError.
+    """Cut an append-only file that has grown too long to its tail. Raises OSError.
 
-    In place, so that a process that has it open to append goes on at its end.
+    The file is cut in place, so a process that has it open goes on appending at its end.
     """
     if path.stat().st_size <= FILE_BYTES_MAX:
         return
@@ -130,7 +106,7 @@ def shorten(path: Path) -> None:
 
 
 class BlockedTime:
-    """How long this process has waited for the other role; told while it waits, once a second at most.
+    """How long this process has waited for the other role; reported at most once a second.
 
     with blocked:
         while not ready():
@@ -142,12 +118,12 @@ class BlockedTime:
         self.seconds = 0.0
         self._report = report
         self._clock = clock
-        self._counted_to: float | None = None  # of the wait that goes on
+        self._counted_to: float | None = None  # of the current wait
         self._told = 0.0
         self._told_at = -TELL_S
 
     def waiting(self) -> None:
-        """Nothing can be done now. The first of these calls begins the wait, each one counts it so far."""
+        """Call while the process cannot go on: the first call begins the wait, each adds the time so far."""
         self._count(self._clock())
 
     def __enter__(self) -> BlockedTime:
@@ -172,7 +148,7 @@ def _readable(event: str, fields: dict[str, Any]) -> str:
 
 
 def read_events(path: Path, *, tail_bytes: int = READ_BYTES) -> list[dict[str, Any]]:
-    """The newest events of a file, oldest first. Lines that are no events are left out."""
+    """The newest events of a file, oldest first. Lines that are not events are left out."""
     events = []
     for line in read_tail(path, tail_bytes).split(b"\n"):
         try:
@@ -185,7 +161,7 @@ def read_events(path: Path, *, tail_bytes: int = READ_BYTES) -> list[dict[str, A
 
 
 def read_tail(path: Path, num_bytes: int) -> bytes:
-    """The end of a file; nothing of one that cannot be read."""
+    """The end of a file; empty if it cannot be read."""
     try:
         return _tail(path, num_bytes)
     except OSError:

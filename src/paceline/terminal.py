@@ -1,7 +1,7 @@
-"""What reaches a terminal or a log: text from outside made fit for it, and streams that may fail.
+"""Output to a terminal or a log: escapes control characters, and survives a stream that fails.
 
-A terminal obeys control characters: they retitle it, clear it, or show another line than the one that
-was written. Ids, reasons, paths and what files hold may carry them; here each becomes its escape.
+A terminal obeys control characters: they retitle it, clear it, or overwrite a line. Ids, reasons, paths and
+the contents of files may carry them; here each becomes its escape.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import sys
 from typing import Any
 
-# C0 but for tab and newline, DEL and C1; marks that turn the direction of text; line separators; half
+# C0 except tab and newline, DEL and C1; marks that change the direction of text; line separators; half
 # surrogates, which no terminal can write.
 _OBEYED = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -19,12 +19,12 @@ _OBEYED = re.compile(
 
 
 def printable(text: str) -> str:
-    """`text` with every character that a terminal would obey as an escape, such as \\x1b."""
+    """`text` with an escape, such as \\x1b, for every character that a terminal would obey."""
     return _OBEYED.sub(lambda found: _escaped(found[0]), text)
 
 
 def one_line(text: str) -> str:
-    """The same, and a newline as an escape too: what comes from outside cannot add a line of its own."""
+    """As `printable`, with newlines escaped too, so that foreign text cannot add a line."""
     return printable(text).replace("\n", "\\n")
 
 
@@ -33,18 +33,18 @@ def _escaped(character: str) -> str:
 
 
 class Output:
-    """stdout or stderr. When it takes no more text nothing fails: what follows is dropped.
+    """stdout or stderr. Once it takes no more text, further text is dropped without an error.
 
-    `lost`: its first error. A log on a full disk, a reader that went away (`| head -1`).
+    `lost`: its first error, such as a full disk or a closed pipe (`| head -1`).
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._stream: Any = None  # None: whatever sys.stdout or sys.stderr is at that time
+        self._stream: Any = None  # None: the current sys.stdout or sys.stderr
         self.lost: OSError | None = None
 
     def replace(self) -> None:
-        """Stand where the stream stood, for all that this process prints from now on."""
+        """Replace sys.stdout or sys.stderr, for all later output of this process."""
         self._stream = getattr(sys, self._name)
         setattr(sys, self._name, self)
 
@@ -63,7 +63,7 @@ class Output:
             getattr(stream, action)(*arguments)
         except OSError as error:
             self.lost = error
-            # What the stream still holds would be written once more when the process ends.
+            # Otherwise Python would try to write the stream's buffer again at exit.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
@@ -73,7 +73,7 @@ class Output:
 
 
 def open_standard_streams() -> None:
-    """Make sure that 0, 1 and 2 are streams, or the next file that is opened would be taken for one."""
+    """Make sure that descriptors 0, 1 and 2 are open; otherwise the next opened file would become one."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)

@@ -1,8 +1,7 @@
-"""The records that cross a process boundary. Metadata only: never a tensor.
+"""The records that cross a process boundary: metadata only, never a tensor.
 
-Large tensors move through the feature store; what the control plane sees of them is a
-`FeatureSpec` (shape and dtype) and a key. `assert_no_tensors` makes that rule executable and
-every metadata store calls it before it writes.
+Large tensors move through the feature store; the control plane sees only their `FeatureSpec` (shape and
+dtype) and key. `assert_no_tensors` enforces that rule, and every ledger calls it before it writes.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class PromptTask:
 
 
 class Rows(StrEnum):
-    """Which rows of a state are kept; row i belongs to the i-th token the target processed."""
+    """Which rows of a state are kept; row i belongs to the i-th token that the target processed."""
 
     ALL = "all"
     PREDICTED = "predicted"  # row i if token i+1 is one that the draft learns to predict
@@ -44,7 +43,7 @@ class Rows(StrEnum):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Every token of a sample, [T+1]: T that the target processed, and the one it wrote last."""
+    """Every token of a sample, [T+1]: T that the target processed, and the last, which it did not."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class States:
     """Hidden states of these layers, side by side: [R, len(layers) * hidden_size], for R kept rows.
 
     Layer id k is the state after k decoder blocks (vLLM's numbering): 0 is the first block's input, and
-    the last id the last block's output, before the final norm.
+    the last id is the last block's output before the final norm.
     """
 
     layers: tuple[int, ...]
@@ -78,7 +77,7 @@ class Feature:
 
 
 def name_of(source: type[Tokens] | type[Targets], features: Sequence[Feature]) -> str:
-    """The name under which a method's features hold every sample's tokens, or which of them are targets."""
+    """The name of the feature that holds every sample's tokens, or which of them are targets."""
     for feature in features:
         if isinstance(feature.source, source):
             return feature.name
@@ -87,7 +86,7 @@ def name_of(source: type[Tokens] | type[Targets], features: Sequence[Feature]) -
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Shape and dtype of one named tensor that lies in the feature store."""
+    """Shape and dtype of one named tensor in the feature store."""
 
     name: str
     shape: tuple[int, ...]
@@ -105,7 +104,7 @@ class SampleRef:
     `draft_weight_version` is provenance only: the target is frozen, so a ref never goes stale.
     `metadata["digest"]` is the digest of the sealed bytes; a reader verifies it (G5). `generation`
     is the byte intent they were written under: bytes of another generation are not this sample's.
-    `ordinal` is the place of its prompt in the run's prompt order.
+    `ordinal` is the prompt's place in the run's prompt order.
     """
 
     sample_id: str
@@ -132,8 +131,7 @@ _SCALARS = (str, bytes, bool, int, float, type(None))
 def assert_no_tensors(record: Any, *, path: str = "record") -> None:
     """Raise TypeError if `record`, searched to its leaves, carries a tensor or an array.
 
-    Tensors are recognised by their package and by duck typing, so that neither torch nor numpy
-    is imported here.
+    It recognises tensors by their package and by duck typing, without an import of torch or numpy.
     """
     if isinstance(record, _SCALARS):
         return
@@ -164,12 +162,12 @@ def _is_tensor(value: Any) -> bool:
 
 
 def ref_to_json(ref: SampleRef) -> str:
-    """One line of JSON. Raises TypeError for a tensor or anything else JSON cannot carry, ValueError
-    for a number it cannot: a NaN would not survive every reader."""
+    """The ref as one line of JSON. Raises TypeError for a tensor or anything else that JSON cannot carry,
+    ValueError for NaN and infinities, which many readers refuse."""
     try:
         text = _ENCODER.encode(ref).decode()
     except TypeError:
-        # JSON has no tensors, so that only a ref that was refused need be searched for one.
+        # JSON cannot carry tensors, so only a ref that failed to encode is searched for one.
         assert_no_tensors(ref)
         raise
     _refuse_what_would_change(ref.metadata, "metadata")
@@ -183,7 +181,7 @@ _UNCHANGED = (str, int, bool, NoneType)
 
 
 def _refuse_what_would_change(value: Any, path: str) -> None:
-    """The encoder writes a NaN as null, bytes and a set as what they are not."""
+    """Raise for values that the encoder would write as something else: NaN as null, bytes, sets."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{path} is {value}, which JSON cannot carry.")
     if isinstance(value, Mapping):
@@ -209,11 +207,11 @@ _DECODER = msgspec.json.Decoder(SampleRef)
 
 
 def ref_from_json(text: str | bytes) -> SampleRef:
-    """The inverse of `ref_to_json`. Raises ValueError for text that is no ref, or a newer version's."""
+    """The inverse of `ref_to_json`. Raises ValueError for text that is not a ref, or is a newer version's."""
     try:
         ref = _DECODER.decode(text)
     except msgspec.DecodeError as error:
-        raise ValueError(f"no sample ref: {error}") from error
+        raise ValueError(f"not a sample ref: {error}") from error
     if ref.schema_version > SCHEMA_VERSION:
         raise ValueError(
             f"the ref of {ref.sample_id} has version {ref.schema_version}, "

@@ -1,8 +1,8 @@
-"""The stream of sample refs as the earlier API reads it, whatever lies beneath.
+"""The stream of sample refs in the earlier API: channels, and a queue that makes batches of them.
 
-`CommittedRefLog` reads it straight from a store: the committed log is the stream, so
-there is no second channel that could disagree. `StreamingRefChannel` (streaming_channel.py) is
-the same interface over a file of its own. `StreamingRefQueue` turns either into batches.
+`CommittedRefLog` reads refs straight from a store: the committed log is the stream, so there is no
+second record that could disagree. `StreamingRefChannel` (streaming_channel.py) has the same interface
+over a separate file. `StreamingRefQueue` makes batches of either.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class RefChannel(Protocol):
     def publish_many(self, refs: Sequence[SampleRef]) -> None: ...
 
     def close(self) -> None:
-        """Nothing will follow: readers end once they have drained the channel."""
+        """End the stream: readers end once they have drained the channel."""
 
     def is_closed(self) -> bool: ...
 
     def poll(self, max_n: int | None = None) -> list[SampleRef]:
-        """What was appended since this object's last poll; does not block."""
+        """The refs appended since this object's last poll; does not block."""
 
     def mark_consumed(self, n: int) -> None:
         """Count `n` more refs as consumed by this reader."""
@@ -38,13 +38,13 @@ class RefChannel(Protocol):
     def consumed_remote(self) -> int: ...
 
     def in_flight_remote(self) -> int:
-        """Published less consumed, whoever did either: the producer's backpressure signal."""
+        """Published minus consumed refs, over all processes: the producer's backpressure signal."""
 
     def change_mark(self) -> int:
-        """A number that differs after any change a reader could be waiting for."""
+        """A number that differs after every change that a reader may wait for."""
 
     def wait(self, seen: int, timeout_s: float) -> int:
-        """Block until `change_mark() != seen` or the timeout; the current mark."""
+        """Block until `change_mark() != seen` or the timeout; returns the current mark."""
 
 
 class CommittedRefLog:
@@ -59,7 +59,7 @@ class CommittedRefLog:
         self._next = start
 
     def publish_many(self, refs: Sequence[SampleRef]) -> None:
-        """To commit is to publish."""
+        """Does nothing to publish: a commit to the store publishes its refs."""
         self._store.commit_samples(refs, fence=self.fence)
 
     def close(self) -> None:
@@ -67,12 +67,12 @@ class CommittedRefLog:
         if not self._store.end_stream(self.fence, None, True):
             raise LedgerError(
                 "The log was not closed: prompts are still to be captured.",
-                why="Readers would end before those samples come.",
-                next="commit or fail every prompt that was made known, then close it.",
+                why="Readers would end before those samples arrive.",
+                next="commit or fail every registered prompt, then close the log.",
             )
 
     def reopen(self) -> None:
-        """More will follow after all."""
+        """Open the closed log again, for more refs."""
         self._store.end_stream(self.fence, None, False)
 
     def is_closed(self) -> bool:
@@ -85,7 +85,7 @@ class CommittedRefLog:
         return [entry.ref for entry in entries]
 
     def mark_consumed(self, n: int) -> None:
-        """Nothing to count: what is consumed is what is acked, and the acks are on record."""
+        """Does nothing: acked refs count as consumed, and the store holds the acks."""
 
     def consumed_remote(self) -> int:
         return self._store.committed_count() - self.in_flight_remote()
@@ -103,9 +103,9 @@ class CommittedRefLog:
 class StreamingRefQueue:
     """Batches of refs from a channel, each sample once.
 
-    Refs in `skip_ids` (already in the weights that survive) are dropped on re-read, however
-    often the channel repeats them, and so is any second copy of a ref; both count as consumed,
-    so `in_flight_remote` is exact from construction on.
+    Refs in `skip_ids` (already in the surviving weights) and second copies of a ref are dropped,
+    however often the channel repeats them. They count as consumed, so `in_flight_remote` is exact
+    from construction on.
     """
 
     def __init__(
@@ -119,9 +119,9 @@ class StreamingRefQueue:
         on_wait: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`poll_s`: the longest wait between looks at `should_stop` and the channel, in seconds.
+        """`poll_s`: the longest time between checks of `should_stop` and the channel, in seconds.
 
-        `on_wait` is called before each wait: the place to do what others may be waiting for.
+        `on_wait` is called before each wait, for work that the producer may be waiting for.
 
         `idle_timeout_s`: how long `get` waits without any news before it raises TimeoutError.
         """
@@ -129,31 +129,31 @@ class StreamingRefQueue:
         self.poll_s = poll_s
         self.idle_timeout_s = idle_timeout_s
         self._skip_ids = frozenset(skip_ids or ())
-        # A channel that cannot repeat a sample needs no memory of what it gave.
+        # For a channel that cannot repeat a sample, the queue need not remember ids.
         self._seen: set[str] | None = None if getattr(channel, "distinct", False) else set()
         self._should_stop = should_stop
         self._on_wait = on_wait
         self._clock = clock
         self._ready: list[SampleRef] = []
         self._interrupted = False
-        self.ended = False  # whether the last `get` reached the true end of the stream
-        # A new reader starts its own count: what its predecessor consumed but did not make
-        # durable is in flight again.
+        self.ended = False  # whether the last `get` reached the end of a closed stream
+        # A new reader starts its own count: refs that its predecessor consumed but did not make
+        # durable are in flight again.
         self.channel.mark_consumed(0)
         self._fill()
 
     def get(self, n: int) -> list[SampleRef]:
         """The next `n` refs, waiting for them; fewer only at the end of the stream (then `ended`).
 
-        [] if asked to stop, or interrupted, before `n` are there: what is there stays for the next
-        call. Raises TimeoutError after `idle_timeout_s` without news.
+        [] if asked to stop, or interrupted, before `n` have arrived; those that have stay for the next
+        call. Raises TimeoutError after `idle_timeout_s` without a change.
         """
         last_news = self._clock()
         while not self._should_stop():
             mark = self.channel.change_mark()
             closed, interrupted = self.channel.is_closed(), self._interrupted
             news = self._fill()
-            # Closed was looked at before the channel was read, so nothing can have been missed.
+            # `closed` was read before the channel, so no ref can have been missed.
             self.ended = closed and not news and len(self._ready) < n
             if self.ended or len(self._ready) >= n:
                 taken, self._ready = self._ready[:n], self._ready[n:]
@@ -174,11 +174,11 @@ class StreamingRefQueue:
         return len(self._ready) >= n
 
     def interrupt(self) -> None:
-        """The writer is gone and did not close: give out what is whole, then end."""
+        """The writer died without a close: deliver whole batches, then end."""
         self._interrupted = True
 
     def rearm(self) -> None:
-        """A writer is back."""
+        """Undo `interrupt`: a writer has started again."""
         self._interrupted = False
 
     def ack(self, refs: Sequence[SampleRef]) -> None:
@@ -186,7 +186,7 @@ class StreamingRefQueue:
         self.channel.mark_consumed(len(refs))
 
     def _fill(self) -> int:
-        """Read what is there; how many refs the channel yielded, dropped ones included."""
+        """Poll the channel; returns how many refs it yielded, dropped ones included."""
         refs = self.channel.poll()
         dropped = 0
         for ref in refs:

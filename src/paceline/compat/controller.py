@@ -1,8 +1,8 @@
-"""DataFlowController: the earlier verbs of both roles, over a store of the earlier kind.
+"""DataFlowController: the earlier API of both roles, over a metadata store.
 
 It keeps prompt payloads in memory (they come from the prompt file, in the same order after any
-restart) and everything else in the store, so a controller can die at any moment and be built
-again.
+restart) and everything else in the store, so a process can die at any moment and build a new
+controller.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ RELEASE_AT_ONCE = 1000
 
 @runtime_checkable
 class Frees(Protocol):
-    """The one thing the controller asks of a feature store."""
+    """The one method that the controller needs of a feature store."""
 
     def free(self, written: Iterable[tuple[str, int]]) -> None: ...
 
 
 class Aborts(Protocol):
-    """The seed's way to say it."""
+    """A feature store of the seed, which frees by `abort`."""
 
     def abort(self, sample_id: str, reason: str = "") -> None: ...
 
@@ -42,7 +42,7 @@ class DataFlowController:
     def __init__(
         self, run_id: str, *, metadata_store: MetadataStore | None = None, attempt_max: int = ATTEMPT_MAX
     ) -> None:
-        """No store given: a private in-process one. Raises LedgerError for another run's store."""
+        """Without a store it uses a private one in memory. Raises LedgerError for another run's store."""
         self.run_id = run_id
         self.store = InMemoryMetadataStore() if metadata_store is None else metadata_store
         self.attempt_max = attempt_max
@@ -52,7 +52,7 @@ class DataFlowController:
         bind_run_id(self.store, run_id)
 
     def take_role(self, role: str) -> Fence:
-        """Become the `role` ("producer" or "consumer"); every earlier holder is fenced from now on."""
+        """Take the `role` ("producer" or "consumer"), which fences every earlier holder."""
         holder = f"{socket.gethostname()}:{os.getpid()}"
         if role == CONSUMER:
             self._fences[role] = self.store.acquire(CONSUMER, holder)
@@ -61,17 +61,17 @@ class DataFlowController:
         return self._fences[role]
 
     def fence(self, role: str) -> Fence | None:
-        """The fence this controller holds for the role, if it took it."""
+        """The fence that this controller holds for the role; None if it did not take it."""
         return self._fences.get(role)
 
     # -- producer --------------------------------------------------------------------------
 
     def ingest_prompts(self, prompts: Sequence[Mapping[str, Any] | PromptTask]) -> list[str]:
-        """Make the prompts known, in order; idempotent on task id. Returns the task ids.
+        """Register the prompts in order; idempotent on task id. Returns the task ids.
 
-        A mapping may name `task_id`; without one it gets its place in this call's order, so the
-        same prompts in the same order get the same ids after a restart. What is not an own
-        field of PromptTask is its payload.
+        A mapping may name `task_id`; without one its place in this call is the id, so the same
+        prompts in the same order get the same ids after a restart. Fields that PromptTask lacks are
+        its payload.
         """
         tasks = [self._task(prompt, place) for place, prompt in enumerate(prompts)]
         known = self.store.task_ids()
@@ -102,9 +102,9 @@ class DataFlowController:
     def lease_prompt_tasks(
         self, worker_id: str, max_tasks: int, *, group_size: int | None = None
     ) -> list[PromptTask]:
-        """Lease up to `max_tasks` pending prompts, lowest ordinal first; [] when none is pending.
+        """Lease up to `max_tasks` pending prompts, lowest ordinal first; [] if none is pending.
 
-        With `group_size` the lease keeps to one capture group.
+        With `group_size` all leased prompts are of one capture group.
         """
         ids = self.store.task_ids()
         leases = self.store.lease(self.fence("producer"), None, max_tasks, group_size)
@@ -122,14 +122,14 @@ class DataFlowController:
         ]
 
     def _held(self, worker_id: str, task_ids: Sequence[str]) -> list[int]:
-        """The ordinals of those that the worker leased here."""
+        """The ordinals of the tasks among these that the worker leased here."""
         mine = [i for i in task_ids if self._leased.get(i) == worker_id]
         return [ordinal for ordinal in ordinals_of(self.store, mine) if ordinal is not None]
 
     def fail_prompt_tasks(
         self, worker_id: str, task_ids: Sequence[str], reason: str, retryable: bool = True
     ) -> list[str]:
-        """Give leases back after a failure; returns the ids that are failed for good.
+        """Give leases back after a failure; returns the ids of prompts that failed for good.
 
         Retryable tasks are pending again until `attempt_max` attempts; others fail at once. The
         reason is durable.
@@ -153,9 +153,9 @@ class DataFlowController:
         worker_id: str,  # noqa: ARG002 (for the reader of the call)
         refs: Sequence[SampleRef],
     ) -> list[SampleRef]:
-        """Commit what `worker_id` captured in one transaction; returns the refs that were new.
+        """Commit the samples that `worker_id` captured, in one transaction; returns the new refs.
 
-        A retry after an unknown result is safe: what the first try committed is not new.
+        A retry after an unknown result is safe: refs that the first try committed are not new.
         """
         if not refs:
             return []
@@ -183,7 +183,7 @@ class DataFlowController:
         )
 
     def release(self, feature_store: Frees | Aborts) -> int:
-        """Free the features of every sample that is durably acked; how many."""
+        """Free the features of every sample that is durably acked; returns their number."""
         freed = 0
         while covered := self.store.releasable(self.fence(CONSUMER), RELEASE_AT_ONCE):
             _free(feature_store, list(covered.items()))
@@ -194,9 +194,9 @@ class DataFlowController:
     def reconcile_on_restart(self, feature_store: Frees | Aborts | None = None) -> dict[str, Any]:
         """Sort every committed sample by its own ack after a crash. Idempotent.
 
-        `released`: durably acked; the weights that survive contain it, and its features are
-        freed. `requeued`: committed but not durably acked; it will be trained (again). Samples
-        that were never committed are the producer's to retry. Both lists are in commit order.
+        `released`: durably acked samples; the surviving weights contain them, and their features are
+        freed. `requeued`: committed samples without a durable ack; they will be trained (again). The
+        producer retries samples that were never committed. Both lists are in commit order.
         """
         marker = self.store.durable_marker()
         durable = marker["acked"] if marker["optimizer_durable"] else set()
@@ -215,7 +215,7 @@ class DataFlowController:
     # -- both ------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """Counts that cost the same however long the run is."""
+        """Counts, at a cost that does not grow with the run."""
         now = self.store.snapshot()
         return {
             "run_id": self.run_id,

@@ -1,6 +1,6 @@
-"""SQLiteMetadataStore and InMemoryMetadataStore: the earlier verbs over a ledger.
+"""SQLiteMetadataStore and InMemoryMetadataStore: the earlier API over a ledger.
 
-Each is a `Ledger`, so the builders of paceline.roles.wire take it as it is.
+Each is a `Ledger`, so the builders of paceline.roles.wire accept it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ EVERYTHING = 1 << 62
 
 
 class MetadataStore(SQLiteLedger):
-    """What a store of either kind can do, without a role or with one."""
+    """The operations that both stores share, with or without a role's fence."""
 
     # -- samples ---------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ class MetadataStore(SQLiteLedger):
         return self._run().committed
 
     def all_committed_ids(self) -> list[str]:
-        """In commit order, of the whole history."""
+        """Every committed id of the run, in commit order."""
         with self._reading():
             places = {s.place: s.sample_id for t in self.history() for s in t.samples if s.place >= 0}
             places.update(self._rows("SELECT place, sample_id FROM sample"))
@@ -63,8 +63,8 @@ class MetadataStore(SQLiteLedger):
     ) -> None:
         """Record that an optimizer step used the samples. All or nothing, idempotent.
 
-        `optimizer_durable` says that a durable checkpoint covers the step. It holds for the
-        named ids alone and is never taken back by a later ack.
+        `optimizer_durable`: a durable checkpoint covers the step. It applies only to the named ids,
+        and a later ack never revokes it.
         """
         if not all(isinstance(sample_id, str) for sample_id in sample_ids):
             raise TypeError("sample ids are strings")
@@ -82,7 +82,7 @@ class MetadataStore(SQLiteLedger):
         optimizer_durable" is true of exactly the ids that are safe to release.
         """
         with self._reading():
-            self._refuse_broken()  # what it calls durable may be freed
+            self._refuse_broken()  # the caller may free the samples that this returns as durable
             archived = [
                 (sample.sample_id, trained.step)
                 for trained in self.history()
@@ -102,10 +102,10 @@ class MetadataStore(SQLiteLedger):
         }
 
     def record_released(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
-        """The features are freed. Raises IllegalTransitionError unless all were durably acked."""
+        """Record that features were freed. Raises IllegalTransitionError unless all were durably acked."""
         self.released(fence, None, sample_ids)
 
-    # -- what there is -----------------------------------------------------------------------
+    # -- samples by state --------------------------------------------------------------------
 
     def present_ids(self) -> list[str]:
         """Samples whose features the feature store should hold, in commit order."""
@@ -120,11 +120,11 @@ class MetadataStore(SQLiteLedger):
     # -- prompts by name ---------------------------------------------------------------------
 
     def task_ids(self) -> list[str]:
-        """The ids of the prompts that a controller made known, in order."""
+        """The ids of the prompts that a controller registered, in order."""
         return list(self.facts().get(TASK_IDS, []))
 
     def failed_tasks(self) -> dict[str, str]:
-        """Failed task ids and the reason of each."""
+        """The failed task ids, each with its reason."""
         ids = self.task_ids()
         return {ids[ordinal]: reason for ordinal, reason in self.failed().items()}
 
@@ -133,7 +133,7 @@ TASK_IDS = "compat.task_ids"
 
 
 class SQLiteMetadataStore(MetadataStore):
-    """In one SQLite file, shared by every process that opens it."""
+    """A store in one SQLite file, shared by every process that opens it."""
 
     def __init__(
         self, path: str | os.PathLike[str], *, durability: Durability = "full", vfs: str | None = None
@@ -142,7 +142,7 @@ class SQLiteMetadataStore(MetadataStore):
 
 
 class InMemoryMetadataStore(MetadataStore):
-    """For the threads of one process; it dies with it."""
+    """A store for the threads of one process, which ends with the process."""
 
     durable = False
 
@@ -151,6 +151,6 @@ class InMemoryMetadataStore(MetadataStore):
 
 
 def ordinals_of(store: MetadataStore, task_ids: Iterable[str | None]) -> list[int | None]:
-    """The place of each prompt in the order in which they were made known; None if it was not."""
+    """The ordinal of each prompt, its place in the order of registration; None if it is not registered."""
     known = {task_id: ordinal for ordinal, task_id in enumerate(store.task_ids())}
     return [None if task_id is None else known.get(task_id) for task_id in task_ids]

@@ -1,15 +1,15 @@
 """StreamingRefChannel: an append-only log of refs in one file, across processes.
 
-A record is one line, `crc32 json`; a reader takes only whole lines with the right checksum, so
-a torn write is never read as a record. A writer ends the last line before it appends, even one that
-looks whole (after a failed fsync that may not be what the disk holds), so no fragment can glue to the
-next record. Both counters are durable and exact over restarts: published = records in the file,
-consumed = a sidecar written aside, fsynced and renamed.
+A record is one line, `crc32 json`. A reader takes only whole lines with the right checksum, so it never
+reads a torn write as a record. A writer ends the last line before it appends, even a line that looks whole
+(after a failed fsync the disk may hold something else), so no fragment can join the next record. Both
+counters are durable and exact over restarts: published = records in the file, consumed = a sidecar file that
+is written under a temporary name, fsynced and renamed.
 
-Lines that are not as they were written are either the rest of a torn write, whose publish never returned,
-or damage to published refs. Notes, `crc32 @start end` in bytes of the file, tell them apart: each append
-begins with one that ends the past (`start` = `end`: a damaged line before it that no note covers is a torn
-write and is skipped), and one after its fsync covers it (a damaged line in it is an error). A reader stops
+A damaged line is either the rest of a torn write, whose publish never returned, or damage to published refs.
+Notes, `crc32 @start end` in bytes of the file, tell these apart. Each append begins with a note that closes
+the past (`start` = `end`): a damaged line before it that no note covers is a torn write and is skipped. After
+its fsync the append writes a note that covers it: a damaged line in that range is an error. A reader stops
 at a damaged line until a note decides.
 """
 
@@ -31,7 +31,7 @@ POLL_S = 0.003
 
 
 class StreamingRefChannel:
-    """One object per process and end. `path` and its sidecars lie in one folder."""
+    """One end of the channel in one process. `path` and its sidecars lie in one folder."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -43,9 +43,9 @@ class StreamingRefChannel:
         self._counting = _Tail(self.path)
         self._published = 0
         self._consumed = 0
-        self._marked: int | None = None  # what of it this object has made durable
+        self._marked: int | None = None  # the count that this object has made durable
         self._backlog: list[bytes] = []
-        self._is_named = False  # on the disk, as far as this object knows
+        self._is_named = False  # whether this object has synced the file's name
 
     # -- writer ----------------------------------------------------------------------------
 
@@ -55,8 +55,8 @@ class StreamingRefChannel:
     def publish_many(self, refs: Sequence[SampleRef]) -> None:
         """Append all refs with one write and one fsync.
 
-        Raises TypeError for a tensor, LedgerError if the disk refuses: then any of them may be in the
-        channel, and readers drop second copies.
+        Raises TypeError for a tensor, LedgerError for a disk error. After a disk error any of the refs may
+        be in the channel; publish them again, because readers drop second copies.
         """
         if not refs:
             return
@@ -77,26 +77,26 @@ class StreamingRefChannel:
             ) from error
 
     def _append(self, records: bytes) -> None:
-        """Records, or only the end of the past."""
+        """Append these records, or without any only the note that closes the past."""
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             start = os.fstat(fd).st_size
             _write_all(fd, b"\n" + _note(start, start) + records)
             os.fsync(fd)
-            # Not synced itself: if the power takes it, what it covers is there all the same.
+            # The note is not synced: if a power loss removes it, the records it covers remain.
             _write_all(fd, b"\n" + _note(start, os.fstat(fd).st_size))
         finally:
             os.close(fd)
-        if not self._is_named:  # who made the file may have died before this
+        if not self._is_named:  # the process that created the file may have died before this
             sync_folder(self.path.parent)
             self._is_named = True
 
     def close(self) -> None:
-        """Drop the end-of-stream mark, durably. Idempotent."""
+        """Write the end-of-stream mark durably. Idempotent."""
         with self._advising("be closed"):
             if self.path.exists() and not self.is_closed():
-                self._append(b"")  # no writer will come any more to decide about a torn write
+                self._append(b"")  # no later writer will decide about a torn write
             fd = os.open(self._closed_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 os.fsync(fd)
@@ -106,12 +106,12 @@ class StreamingRefChannel:
 
     @property
     def published(self) -> int:
-        """Whole records in the file, whoever wrote them."""
+        """Whole records in the file, from all writers."""
         self._published += len(self._counting.records())
         return self._published
 
     def consumed_remote(self) -> int:
-        """0 without a count, or with an empty one. Raises LedgerError if the count is damaged."""
+        """The count in the sidecar; 0 if it is missing or empty. Raises LedgerError if it is damaged."""
         try:
             content = self._consumed_path.read_bytes()
         except FileNotFoundError:
@@ -119,8 +119,8 @@ class StreamingRefChannel:
         checksum, _, number = content.partition(b" ")
         if content and _checksum(number) != checksum:
             raise LedgerError(
-                f"The count of consumed refs, {self._consumed_path}, is not as it was written.",
-                why="A producer that believes a wrong count waits for ever or runs ahead.",
+                f"The count of consumed refs, {self._consumed_path}, is damaged.",
+                why="With a wrong count the producer would wait for ever or run ahead.",
                 next="start the trainer again: it writes a new count.",
             )
         return int(number or 0)
@@ -150,7 +150,7 @@ class StreamingRefChannel:
 
     @contextmanager
     def _advising(self, what: str) -> Iterator[None]:
-        """An error of the disk becomes one that says what the channel could not do."""
+        """Turn a disk error into a LedgerError that says what the channel could not do."""
         try:
             yield
         except OSError as error:
@@ -165,7 +165,7 @@ class StreamingRefChannel:
         return 2 * size + self.is_closed()
 
     def wait(self, seen: int, timeout_s: float) -> int:
-        """Looks every few ms."""
+        """Checks every few milliseconds."""
         deadline = time.monotonic() + timeout_s
         while (now := self.change_mark()) == seen and (left := deadline - time.monotonic()) > 0:
             time.sleep(min(POLL_S, left))
@@ -173,7 +173,7 @@ class StreamingRefChannel:
 
 
 class _Tail:
-    """Whole records appended to a file since the last look."""
+    """Reads the whole records that were appended to a file since the last call."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -187,7 +187,9 @@ class _Tail:
                 data = file.read()
         except FileNotFoundError:
             return []
-        lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]  # what follows the last one is not whole yet
+        lines = data[: data.rfind(b"\n") + 1].split(b"\n")[
+            :-1
+        ]  # text after the last newline is not whole yet
         taken = []
         for number, line in enumerate(lines):
             content = _content(line)
@@ -199,7 +201,7 @@ class _Tail:
         return taken
 
     def _is_torn(self, line: bytes, later: list[bytes]) -> bool:
-        """Whether the damaged line at the offset was never published; False while that is open."""
+        """Whether the damaged line at the offset is a torn write; False while no note decides."""
         end = self._offset + len(line)
         notes = [content[1:].split() for content in map(_content, later) if content and content[:1] == NOTE]
         spans = [(int(first), int(last)) for first, last in notes]
