@@ -30,9 +30,9 @@ from paceline.features.stores.memory import InMemoryFeatureStore
 from paceline.ledger.records import StepPlan, TrainedStep
 from paceline.ledger.stores.sqlite import SQLiteMetadataStore
 from paceline.training.checkpoint import CheckpointFolder, Fill
-from paceline.training.commits import Commits, Inline
+from paceline.training.checkpoint_writer import CheckpointWriter, InlineExecutor
 from paceline.training.recovery import Start
-from paceline.training.tensor_files import Staging
+from paceline.training.tensor_files import FileBuffers
 
 SIZES = {"draft": 40 << 20, "optimizer": 80 << 20}
 TENSOR_BYTES = 4 << 20
@@ -51,10 +51,10 @@ class Trained:
         }
         self.reports: list[dict[str, Any]] = []
         self.step = 0
-        self._staging = Staging()
+        self._staging = FileBuffers()
         self._left, self._right = torch.randn(1024, 1024), torch.randn(1024, 1024)
         controller = DataFlowController("bench", metadata_store=SQLiteMetadataStore(folder / "ledger.db"))
-        self.commits = Commits(
+        self.commits = CheckpointWriter(
             controller,
             InMemoryFeatureStore(budget_bytes=1 << 20),
             CheckpointFolder(folder / "checkpoints", "bench"),
@@ -83,7 +83,7 @@ class Trained:
     def stage(self) -> float:
         """Seconds that training waits."""
         started = time.perf_counter()
-        self.commits.stage(self.step, 0, self.snapshot, {})
+        self.commits.begin(self.step, 0, self.snapshot, {})
         return time.perf_counter() - started
 
 
@@ -97,7 +97,7 @@ def staging(rounds: int) -> Row:
     """Training's only wait, against a memcpy of as many bytes into memory that is there."""
     tensors = {f"{n}": torch.randn(TENSOR_BYTES // 4) for n in range(sum(SIZES.values()) // TENSOR_BYTES)}
     size = len(tensors) * TENSOR_BYTES
-    source, target, place = torch.randn(size // 4), torch.zeros(size // 4), Staging()
+    source, target, place = torch.randn(size // 4), torch.zeros(size // 4), FileBuffers()
     place.file("all", tensors)
     values, limits = [], []
     for _ in range(rounds):
@@ -119,7 +119,7 @@ def commit(folder: Path, rounds: int) -> list[Row]:
     """A checkpoint that training waits for, against writing its bytes, and one that it does not wait for."""
     plain: list[tuple[float, float]] = []
     waits = {}
-    for name, executor in (("waits", Inline()), ("goes on", ThreadPoolExecutor(1))):
+    for name, executor in (("waits", InlineExecutor()), ("goes on", ThreadPoolExecutor(1))):
         place = folder / name.replace(" ", "-")
         place.mkdir()
         run = Trained(place, executor)

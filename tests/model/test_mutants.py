@@ -25,7 +25,7 @@ from paceline.testing.mutants import MUTANTS, seeds_to_detect
 from paceline.testing.simulated_run import Shape, simulated_producer
 from paceline.testing.specification_of_steps import SpecificationLedger
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
-from paceline.training.commits import Commits, Inline
+from paceline.training.checkpoint_writer import CheckpointWriter, InlineExecutor
 from paceline.training.recovery import Start, recover
 
 SEEDS = 600
@@ -124,9 +124,11 @@ def a_checkpoint_tells_the_steps_it_contains() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = CheckpointFolder(Path(place), "run0")
         features = InMemoryLightFeatureStore()
-        commits = Commits(session, features, folder, Start(), Inline(), kept=2, report=nothing)
+        commits = CheckpointWriter(
+            session, features, folder, Start(), InlineExecutor(), kept=2, report=nothing
+        )
         commits.add(trained)
-        commits.stage(1, 1, lambda: lambda _: {}, {})
+        commits.begin(1, 1, lambda: lambda _: {}, {})
         [(_, checkpoint)] = folder.unrecorded([])
         assert checkpoint.lineage == (trained,)
 

@@ -1,4 +1,4 @@
-"""ConsumerSession: what the consumer may do to the ledger, under its epoch."""
+"""ConsumerSession: every ledger call of the consumer, under its epoch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RELEASE_AT_ONCE = 1000
 
 
 class Frees(Protocol):
-    """The one thing that a release asks of a feature store."""
+    """The part of a feature store that a release needs."""
 
     def free(self, written: Iterable[tuple[str, int]]) -> None: ...
 
@@ -40,9 +40,9 @@ class ConsumerSession(Session):
         return self.ledger.step_plan(step)
 
     def plan(self, plan: StepPlan) -> BegunStep:
-        """Write down what the step will train before it does; the plan on record wins.
+        """Record what the step will train, before it does; the plan on record wins.
 
-        The ack of the step before goes with it: one transaction for each step of a busy consumer.
+        The ack of the step before is written in the same transaction: one transaction a step.
         """
         begun = self._change(self.ledger.plan, plan, self._unwritten_ack)
         self._unwritten_ack = None
@@ -50,14 +50,14 @@ class ConsumerSession(Session):
         return begun
 
     def leave(self, step: int) -> None:
-        """The step is not trained now after all; it will be, with the same plan."""
+        """Leave the step untrained for now; it will be trained with the same plan."""
         self._change(self.ledger.leave, step)
 
     def ack(self, step: int, rev: int, finished: Sequence[str]) -> None:
         """The weights in memory contain the step; `finished` had their last visit in it.
 
-        Written down with the plan of the next step, or by `write_ack`. An ack is provisional: one that a
-        crash takes away is of weights that it takes away, too.
+        The ack is written with the plan of the next step, or by `write_ack`. It is provisional: a crash
+        that loses the ack also loses the weights.
         """
         self.write_ack()
         self._unwritten_ack = StepAck(step, rev, tuple(finished))
@@ -75,7 +75,7 @@ class ConsumerSession(Session):
     # -- checkpoints -----------------------------------------------------------------------
 
     def checkpoints(self) -> tuple[CheckpointRecord, ...]:
-        """Retained ones, oldest first; the last one is the head."""
+        """The retained checkpoints, oldest first; the last one is the head."""
         return self.ledger.snapshot().checkpoints
 
     def head(self, checkpoint: CheckpointRecord) -> None:
@@ -83,15 +83,15 @@ class ConsumerSession(Session):
         self._change(self.ledger.head, checkpoint)
 
     def adopt(self, checkpoint: CheckpointRecord, lineage: Sequence[TrainedStep]) -> None:
-        """Roll forward to a durable checkpoint that this ledger does not know."""
+        """Roll the ledger forward to a durable checkpoint that it does not know."""
         self._change(self.ledger.head, checkpoint, lineage)
 
     def fall_back(self, step: int) -> list[str]:
-        """Return to the checkpoint at `step`; the samples that must be captured again."""
+        """Return to the checkpoint at `step`; returns the samples that must be captured again."""
         return self._change(self.ledger.fall_back, step)
 
     def forget(self, step: int) -> None:
-        """Drop the record of an old checkpoint; never of the head."""
+        """Drop the record of an old checkpoint; the head cannot be forgotten."""
         self._change(self.ledger.forget, step)
 
     def compact(self) -> None:
@@ -101,11 +101,11 @@ class ConsumerSession(Session):
     # -- features --------------------------------------------------------------------------
 
     def release(self, features: Frees) -> int:
-        """Free the features of every sample that no step will need again; how many.
+        """Free the features of every sample that no step will need again; returns how many.
 
-        A fenced call first, so that a consumer that was replaced frees nothing; then the bytes, by
-        generation, so that not even a slow one can free what was captured since; the record last:
-        a crash before it repeats the frees, which are idempotent.
+        First a fenced call, so that a replaced consumer frees nothing. Then the bytes, by generation, so
+        that a slow consumer cannot free bytes captured since. The record comes last: after a crash before
+        it the frees are repeated, and they are idempotent.
         """
         freed = 0
         while covered := self.ledger.releasable(self.fence, RELEASE_AT_ONCE):

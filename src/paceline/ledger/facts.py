@@ -1,15 +1,15 @@
-"""The names of the small values that roles leave for each other in the ledger."""
+"""The keys of the facts: small values that the roles record in the ledger for each other."""
 
 RUN_ID = "run_id"
 CONFIG = "config"
 PROMPTS = "prompts"  # sizes of the set at the start and after each extension, and digests of its blocks
 RENDERING = "rendering"  # digest of the first group's token ids
-RENDERING_DATE = "rendering_date"  # what a chat template that writes the date takes for now
+RENDERING_DATE = "rendering_date"  # the date that a chat template writes
 CHECKPOINT_WANTED = "checkpoint_wanted"
 COMPLETED_STEP = "completed_step"
 BUILDS_BEGUN = "builds_begun"
-GIVEN_UP = "given_up"  # identities of recorded checkpoints that were found damaged
+DAMAGED_CHECKPOINTS = "given_up"  # identities of recorded checkpoints that were damaged
 PROBES_BEGUN = "probes_begun"
 QUARANTINED_IN_A_ROW = "quarantined_in_a_row"
 FEATURES_LIE = "features_lie"  # where the producer's feature store is
-FEATURES_NAME = "features_name"  # of its folder, where a stranger took the usual one
+FEATURES_NAME = "features_name"  # of its folder, if another user took the usual name

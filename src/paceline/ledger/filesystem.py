@@ -1,4 +1,4 @@
-"""Where a ledger may lie: the filesystem's type, and whether the file is one that may be opened."""
+"""Checks a ledger's path: the type of its filesystem, and that the file is a regular one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NETWORK_FILESYSTEMS = frozenset(
 
 
 def filesystem_of(path: Path) -> str:
-    """The type of the filesystem that holds `path`, as the kernel names it; "" if it is not told."""
+    """The type of the filesystem that holds `path`, as the kernel names it; "" if unknown."""
     mounts = Path("/proc/self/mountinfo")
     if not mounts.exists():
         return ""
@@ -46,10 +46,10 @@ def refuse_network_filesystem(path: Path) -> None:
 
 
 def regular_file(path: Path) -> os.stat_result | None:
-    """What the kernel says of the regular file at `path`; None if nothing is there.
+    """The stat of the regular file at `path`; None if there is none.
 
-    Raises SchemaError for anything else (opening a FIFO would wait for ever), LedgerError if the kernel
-    refuses to look. The file is not opened: closing it would drop the locks that SQLite holds on it.
+    Raises SchemaError for anything else (opening a FIFO would block for ever), LedgerError if stat fails.
+    The file is not opened: closing it would drop the locks that SQLite holds on it.
     """
     try:
         found = path.stat()
@@ -57,14 +57,14 @@ def regular_file(path: Path) -> os.stat_result | None:
         return None
     except (OSError, ValueError) as error:
         raise LedgerError(
-            f"{path} cannot be looked at ({error}).",
-            why="Without the ledger nothing of a run is known. Nothing was changed.",
+            f"{path} cannot be examined ({error}).",
+            why="Without the ledger nothing is known about a run. Nothing was changed.",
             next="check the path and its permissions.",
         ) from error
     if not stat.S_ISREG(found.st_mode):
         raise SchemaError(
-            f"{path} is no regular file.",
-            why="A ledger is one; opening anything else could wait for ever.",
+            f"{path} is not a regular file.",
+            why="A ledger is a regular file; opening anything else could block for ever.",
             next="move it away and restore the ledger, or start a new run in another run.directory.",
         )
     return found

@@ -1,7 +1,7 @@
-"""The queue of writers of one ledger, a file lock of one host.
+"""The queue of one ledger's writers: a file lock on one host.
 
-The kernel frees a file lock when its holder dies, `kill -9` included, so a successor goes on at
-once and no timeout decides anything.
+The kernel frees a file lock when its holder dies, even by `kill -9`, so the next writer goes on at once
+and nothing depends on a timeout.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ CHECK = struct.Struct("<I")
 
 
 class WriterGate:
-    """SQLite's own busy handler sleeps and retries, so one writer in a tight loop starves the others;
-    flock(2) queues them. Its file keeps a note of how far the ledger is known to be on the disk."""
+    """flock(2) queues the writers; SQLite's busy handler sleeps and retries, so that one writer in a tight
+    loop would starve the others. The gate's file notes up to which change the ledger is synced."""
 
     def __init__(self, path: Path) -> None:
         """Raises LedgerError."""
@@ -36,7 +36,7 @@ class WriterGate:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
         except OSError as error:
             raise cannot_use(self._what, error) from error
-        except BaseException:  # of a signal's handler, just after
+        except BaseException:  # a signal handler raised just after the lock was taken
             fcntl.flock(self._fd, fcntl.LOCK_UN)
             raise
 
@@ -65,7 +65,7 @@ class WriterGate:
 
 
 class NoGate:
-    """Of a ledger that no other process can open."""
+    """For a ledger that no other process can open."""
 
     def note(self, change: int, inode: int) -> None:
         """There is nothing to be missed later."""

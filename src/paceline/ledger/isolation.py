@@ -1,10 +1,9 @@
-"""Which members of a batch kill the process that works on it: found over as many restarts as it takes.
+"""Isolation: find the members of a failed batch that fail by themselves, over as many restarts as needed.
 
-A batch that failed is tried in halves, and halves of halves, with the result thrown away. What is
-about to be tried is written down first, so a process that dies of it convicts it: its successor finds
-the isolation where it stood. A death may be chance (the process was killed), so it takes two to
-convict a single member. An error is no chance and counts at once. Nothing is decided about members that
-are not found guilty: the batch then goes on as planned, and its weights are those it always had.
+The batch is tried in halves, and halves of halves, and the results are thrown away. Each trial is recorded
+before it begins, so if the process dies in it, its successor counts the death and continues the isolation.
+A death may have another cause, so one member is a culprit only after two; an error counts at once. If
+there is no culprit, the batch goes on as planned, and the weights do not change.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from typing import Any
 from paceline.ledger.session import Session
 
 DEATHS_BEFORE_ISOLATION = 3
-DEATHS_TO_CONVICT = 2
+DEATHS_OF_A_CULPRIT = 2
 
 
 class Isolation:
     def __init__(self, session: Session, name: str, members: Sequence[str]) -> None:
-        """Takes up the isolation of this name and these members where an earlier process left it.
+        """Continues the isolation of this name and these members where an earlier process left it.
 
-        `name` is a producer's own (it carries the worker's name), or of one step.
+        `name` belongs to one producer (it contains the worker's name) or to one step.
         """
         self._session = session
         self._fact = f"isolation.{name}"
@@ -33,11 +32,11 @@ class Isolation:
         self._state: dict[str, Any] = left
 
     def run(self, is_harmless: Callable[[Sequence[str]], bool]) -> list[str]:
-        """The guilty members; `is_harmless` works on some members and says whether that went well."""
+        """The culprits; `is_harmless` tries some members and returns whether they succeeded."""
         state = self._state
         if state["trying"]:
             state["deaths"] += 1
-            if len(state["queue"][0]) > 1 or state["deaths"] >= DEATHS_TO_CONVICT:
+            if len(state["queue"][0]) > 1 or state["deaths"] >= DEATHS_OF_A_CULPRIT:
                 self._failed()
         while state["queue"]:
             state["trying"] = True

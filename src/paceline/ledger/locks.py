@@ -1,7 +1,7 @@
 """At most one live process for each role of a run on this host: file locks.
 
-The kernel frees a file lock when its holder dies, `kill -9` included, so a successor takes over at
-once and no timeout decides anything.
+The kernel frees a file lock when its holder dies, even by `kill -9`, so a successor takes over at once
+and nothing depends on a timeout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from paceline.errors import LedgerError, RunBusyError
 
 @contextlib.contextmanager
 def advising(file: str) -> Iterator[None]:
-    """An error of the system becomes one that says what to do."""
+    """Turn an OSError into a LedgerError with advice."""
     try:
         yield
     except OSError as error:
@@ -46,7 +46,7 @@ ALL_FOR_WRITING = byte_range(fcntl.F_WRLCK)
 
 
 def is_locked(fd: int, range_: bytes = ALL_FOR_WRITING) -> bool:
-    """Whether anybody else holds a lock that is in the way of this one. Raises OSError."""
+    """Whether another process holds a lock that conflicts with this one. Raises OSError."""
     found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, range_)
     return bool(struct.unpack(FLOCK, found)[0] != fcntl.F_UNLCK)
 
@@ -54,8 +54,8 @@ def is_locked(fd: int, range_: bytes = ALL_FOR_WRITING) -> bool:
 class RoleLock:
     """At most one live process per role of a run. Held until `release` or death.
 
-    An open-file-description lock rather than flock(2): it can be looked at without being taken, so
-    that asking who holds a role never gets in the way of a process that starts.
+    An open-file-description lock rather than flock(2): it can be tested without being taken, so that
+    asking which process holds a role never blocks a process that starts.
     """
 
     def __init__(self, folder: Path, role: str) -> None:
@@ -74,7 +74,7 @@ class RoleLock:
     def _take(self, folder: Path, role: str) -> None:
         try:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, ALL_FOR_WRITING)
-        except (BlockingIOError, PermissionError) as error:  # either tells that it is held
+        except (BlockingIOError, PermissionError) as error:  # both mean that it is held
             holder = _named_holder(self._fd)
             it = f"process {holder}" if holder else "its process"
             raise RunBusyError(
@@ -95,14 +95,14 @@ UNKNOWN = 0  # no process has this id
 
 
 def live_holder(folder: Path, role: str) -> int | None:
-    """The process id that holds the role now, UNKNOWN if the file does not say, or None.
+    """The id of the process that holds the role now, UNKNOWN if the file does not say; None if it is free.
 
-    Whether it is held the lock says; the file only informs.
+    The lock decides whether the role is held; the file's content only names the holder.
     """
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW  # a FIFO there must not hold us up
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW  # a FIFO must not block
     try:
         fd = os.open(folder / f"{role}.lock", flags)
-    except OSError:  # not there, or not to be looked at by this user
+    except OSError:  # absent, or not readable by this user
         return None
     try:
         return _named_holder(fd) if is_locked(fd) else None
@@ -111,7 +111,7 @@ def live_holder(folder: Path, role: str) -> int | None:
 
 
 def _naming(pid: int) -> bytes:
-    """With a checksum: whoever is told a wrong number may stop the wrong process."""
+    """With a checksum, since a user who reads a wrong number may stop the wrong process."""
     name = str(pid).encode()
     return name + b" %08x" % zlib.crc32(name)
 

@@ -1,4 +1,4 @@
-"""ProducerSession: what a producer may do to the ledger, under its worker's own epoch."""
+"""ProducerSession: every ledger call of a producer, under its own epoch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WORKER = "0"  # the name of a run's only producer
 
 @dataclass(frozen=True)
 class Wanted:
-    """One sample about to be written: the ordinal of its prompt, its id, and at most how many bytes."""
+    """One sample about to be written: its prompt's ordinal, its id, and its size at most."""
 
     ordinal: int
     sample_id: str
@@ -51,18 +51,18 @@ class ProducerSession(Session):
     # -- the source and its leases ---------------------------------------------------------
 
     def extend(self, blocks: Sequence[SourceBlock]) -> int:
-        """Make the prompts known; how many were new. Raises ConfigError if known ones differ."""
+        """Register the prompts; returns how many were new. Raises ConfigError if a known block differs."""
         return self._change(self.ledger.extend, list(blocks))
 
     def source_blocks(self, first: int = 0, limit: int | None = None) -> list[SourceBlock]:
         return self.ledger.source_blocks(first, limit)
 
     def lease(self, limit: int, group_size: int | None = None) -> list[Lease]:
-        """Up to `limit` pending prompts, lowest ordinal first, of one capture group; [] if there is none."""
+        """Lease up to `limit` pending prompts of one capture group, by ordinal; [] if there is none."""
         return self._change(self.ledger.lease, limit, group_size)
 
     def fail(self, ordinals: Sequence[int], reason: str, *, retryable: bool = True) -> list[int]:
-        """Give leases back after a failure, and the bytes promised for them; what failed for good.
+        """End leases after a failure, with the bytes promised for them; returns what failed for good.
 
         Retryable prompts are pending again until `attempt_max` attempts; others fail at once.
         """
@@ -70,54 +70,54 @@ class ProducerSession(Session):
         return self._change(self.ledger.fail, list(ordinals), reason=reason, attempt_max=limit)
 
     def give_back(self, ordinals: Sequence[int]) -> None:
-        """Give leases back without a failure, and the bytes promised for them."""
+        """End leases without a failure, with the bytes promised for them."""
         self._change(self.ledger.give_back, list(ordinals))
 
     def failed(self, start: int, stop: int) -> Mapping[int, str]:
         return self.ledger.failed(start, stop)
 
     def end_stream(self) -> bool:
-        """End the stream, unless a prompt is still to be captured; whether it is ended."""
+        """End the stream, unless a prompt is pending or leased; returns whether it is ended."""
         return self._change(self.ledger.end_stream, True)
 
     def reopen_stream(self) -> None:
-        """More will follow after all."""
+        """More samples will follow after all."""
         self._change(self.ledger.end_stream, False)
 
     # -- bytes and samples -----------------------------------------------------------------
 
     def reserve(self, wanted: Sequence[Wanted], budget: Budget | None = None) -> list[int] | None:
-        """Promise the bytes of samples about to be written; their generations, None if there is no room."""
+        """Reserve the bytes of samples about to be written; returns their generations, None without room."""
         intents = [Intent(0, item.sample_id, item.num_bytes, item.ordinal) for item in wanted]
         return self._change(self.ledger.reserve, intents, budget)
 
     def commit(self, refs: Sequence[SampleRef]) -> list[SampleRef]:
-        """Commit what was captured, in one transaction; the refs that were new."""
+        """Commit captured samples in one transaction; returns the refs that were new."""
         if not refs:
             return []
         fresh = self._change(self.ledger.commit, list(refs))
         return [ref for ref, is_new in zip(refs, fresh, strict=True) if is_new]
 
     def present(self) -> list[SampleRecord]:
-        """Samples whose bytes lie in the feature store and are not covered yet, by place."""
+        """Samples whose bytes lie in the feature store and that no checkpoint covers yet, by place."""
         return self.ledger.samples(State.PRESENT)
 
     def lost(self, limit: int | None = None) -> list[SampleRecord]:
         """Samples that wait to be captured again, by place."""
         return self.ledger.samples(State.LOST, limit)
 
-    # -- other workers' remains ------------------------------------------------------------
+    # -- what other workers left ------------------------------------------------------------
 
     def ownership(self) -> Ownership:
-        """Which bytes are whose. To find bytes of no worker: list the feature store first, then ask."""
+        """Which bytes have an owner. To find the others, list the feature store first and then call this."""
         return self.ledger.ownership()
 
     def revoked(self) -> list[tuple[str, int]]:
-        """Sample id and generation of bytes that were promised, given up, and may still lie there."""
+        """Sample id and generation of revoked intents, whose bytes may still exist."""
         return [(intent.sample_id, intent.generation) for intent in self.ledger.revoked()]
 
     def swept(self, generations: Sequence[int], *, skip_through: int = 0) -> None:
-        """These bytes are gone, or were never written. `skip_through`: see `Ledger.swept`."""
+        """Record that these bytes are gone or were never written. `skip_through`: see `Ledger.swept`."""
         self._change(self.ledger.swept, list(generations), skip_through)
 
     def evict(self, worker: str) -> None:

@@ -1,7 +1,7 @@
-"""What the control plane hands in and out: plain records, and the hash of a lineage.
+"""The plain records that the ledger takes and returns, and the hash of a lineage.
 
-A *place* is a position in the log of samples, counted from 0. As a rule it is the prompt's ordinal, so
-that plans and weights follow from the prompts alone; a run in arrival order counts commits instead.
+A *place* is a position in the log of samples, counted from 0. It is usually the prompt's ordinal, so that
+plans and weights follow from the prompts alone; in arrival order it is the number of earlier commits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CONSUMER = "consumer"
 
 
 class Order(StrEnum):
-    """What a sample's place in the log is. Settled by the first producer or commit, for good."""
+    """What decides a sample's place in the log. The first producer or commit settles it for the whole run."""
 
     ORDINAL = "ordinal"  # the ordinal of its prompt; prompts that fail leave holes
     ARRIVAL = "arrival"  # how many were committed before it
@@ -36,7 +36,7 @@ class Fence:
 
     @property
     def worker(self) -> str:
-        """The producer's name; "" of the consumer."""
+        """The producer's name; "" for the consumer."""
         return self.role.partition(":")[2]
 
 
@@ -46,7 +46,7 @@ def producer_role(worker: str) -> str:
 
 @dataclass(frozen=True)
 class SourceBlock:
-    """`count` prompts from ordinal `first` on, known by the digest of their content."""
+    """`count` prompts from ordinal `first` on, identified by the digest of their content."""
 
     first: int
     count: int
@@ -77,7 +77,7 @@ class Budget:
 class Intent:
     """The right to write `num_bytes` of one sample under `generation`, a number never used twice.
 
-    `revoked`: its bytes may be there and are to be deleted (see `Ledger.swept`).
+    `revoked`: its bytes may exist and must be deleted (see `Ledger.swept`).
     """
 
     generation: int
@@ -89,17 +89,17 @@ class Intent:
 
 
 class State(StrEnum):
-    """Of a committed sample."""
+    """The state of a committed sample."""
 
     PRESENT = "present"  # the feature store holds its bytes
-    LOST = "lost"  # it is to be captured again
-    RELEASED = "released"  # durable weights contain it, its bytes are freed
-    QUARANTINED = "quarantined"  # it is never trained (again), for a reason
+    LOST = "lost"  # its prompt must be captured again
+    RELEASED = "released"  # durable weights contain it, and its bytes are freed
+    QUARANTINED = "quarantined"  # it is never trained (again); the reason is on record
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One committed sample at its place in the log. Of an archived one the ref keeps nothing but its id."""
+    """One committed sample at its place in the log. The ref of an archived sample holds only its id."""
 
     place: int
     ref: SampleRef
@@ -114,8 +114,8 @@ class Entry:
 class Page:
     """Entries of the settled part of the log.
 
-    `settled`: every place below it is a committed sample, or a hole that stays one. `closed`: nothing
-    will follow it.
+    `settled`: every place below it holds a committed sample or will stay empty. `closed`: no sample
+    will follow.
     """
 
     entries: tuple[Entry, ...]
@@ -127,7 +127,7 @@ class Page:
 class SampleRecord:
     """What the ledger knows of one sample.
 
-    `step` is that of its ack (its last visit), or that in whose plan it was quarantined. `resident`: the
+    `step`: the step that acked it (its last visit), or whose plan it was quarantined from. `resident`: the
     feature store should hold its bytes.
     """
 
@@ -143,9 +143,9 @@ class SampleRecord:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The samples of one optimizer step, in order: written before the step, replayed exactly.
+    """The samples of one optimizer step, in order: recorded before the step and replayed exactly.
 
-    `rev` grows when a planned sample turns out to be one that cannot be trained.
+    `rev` grows when a planned sample is quarantined.
     """
 
     step: int
@@ -160,9 +160,9 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class StepAck:
-    """The weights in memory contain `step` as revision `rev` of its plan has it.
+    """The weights in memory contain revision `rev` of `step`.
 
-    `finished` are the samples that were visited for the last time.
+    `finished`: the samples that were visited for the last time.
     """
 
     step: int
@@ -195,7 +195,7 @@ def order_of(samples: Iterable[TrainedSample]) -> Order:
 
 @dataclass(frozen=True)
 class TrainedStep:
-    """One step of a checkpoint's lineage, as its manifest keeps it."""
+    """One step of a checkpoint's lineage, as its manifest records it."""
 
     step: int
     rev: int
@@ -222,7 +222,7 @@ class CheckpointRecord:
 
 
 def chain_of(before: str, plans: Iterable[StepPlan]) -> str:
-    """The hash of a lineage: that of the lineage `before`, continued by `plans` in step order."""
+    """The hash of a lineage: the hash `before`, continued by `plans` in step order."""
     chain = before
     for plan in plans:
         chain = hashlib.sha256(f"{chain}{plan.digest}".encode()).hexdigest()
@@ -233,9 +233,8 @@ def chain_of(before: str, plans: Iterable[StepPlan]) -> str:
 class Usage:
     """Counts and bytes of what occupies the feature store, or is about to.
 
-    resident: committed and not freed; provisional: resident and acked, but by no durable checkpoint;
-    waiting: not acked at all (lost ones included); reserved: intents that neither a commit nor a sweep
-    ended yet.
+    resident: committed and not freed; provisional: resident and acked, but in no durable checkpoint;
+    waiting: not acked (lost samples included); reserved: intents that no commit and no sweep has ended.
     """
 
     resident_samples: int = 0
@@ -255,9 +254,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class PromptCounts:
-    """Prompts in each state; their sum is how many the ledger knows.
+    """The number of prompts in each state; their sum is the number that the ledger knows.
 
-    `again`: those of `pending` and `leased` whose sample was lost.
+    `again`: pending or leased prompts whose sample was lost.
     """
 
     pending: int = 0
@@ -272,13 +271,13 @@ class PromptCounts:
 
     @property
     def open(self) -> int:
-        """Still to be captured, or being captured."""
+        """Pending or being captured."""
         return self.pending + self.leased
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The counters of a ledger at one moment: everything that costs the same however long the run is."""
+    """The counters of a ledger at one moment; reading them costs the same however long the run is."""
 
     lsn: int
     order: Order | None
@@ -291,7 +290,7 @@ class Snapshot:
     quarantined: int
     trained_step: int  # the last step acked since the head, or the head's own
     checkpoints: tuple[CheckpointRecord, ...]  # retained, oldest first; the last one is the head
-    epochs: Mapping[str, int]  # how often each role was acquired
+    epochs: Mapping[str, int]  # by role: how often it was acquired
     facts: Mapping[str, Any]
     next_generation: int
     archived_place: int = 0  # samples below it have no rows, unless they were quarantined
@@ -314,8 +313,8 @@ class Snapshot:
 class Ownership:
     """Which bytes in a feature store belong to a sample or to a worker, at one moment.
 
-    Generations below `next_generation` that are neither in `present` nor in `promised` belong to none, and
-    never will; later ones may by now.
+    A generation below `next_generation` that is neither in `present` nor in `promised` has no owner and
+    never gets one; a later generation may have one by now.
     """
 
     present: Mapping[str, int]  # sample id to generation
@@ -328,10 +327,10 @@ class Ownership:
 
 
 def compacted(ref: SampleRef) -> SampleRef:
-    """The ref without what only a reader of its (freed) features would need."""
+    """The ref without the fields that only a reader of its (freed) features needs."""
     return replace(ref, feature_keys={}, feature_specs={}, metadata={})
 
 
 def bare_ref(sample_id: str, ordinal: int | None) -> SampleRef:
-    """All that is left of the ref of an archived or a forgotten sample."""
+    """What remains of the ref of an archived or a forgotten sample."""
     return SampleRef(sample_id, "", None, "", {}, {}, "", ordinal=ordinal)

@@ -1,4 +1,4 @@
-"""What the ledger refuses, in words: one message for every store."""
+"""The messages with which every ledger store refuses a call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def late(fence: Fence, op: int, last: int) -> FencedError:
     return FencedError(
         f"Operation {op} of this {fence.role} arrived after operation {last}.",
         why="It is a delayed copy of a call that was answered long ago; nothing was written.",
-        next="nothing: the process that sent it went on since.",
+        next="nothing: the process that sent it has gone on.",
     )
 
 
@@ -50,7 +50,7 @@ def not_covered(sample_ids: Sequence[str]) -> IllegalTransitionError:
 
 def intent_revoked(sample_ids: Sequence[str]) -> IntentRevokedError:
     return IntentRevokedError(
-        f"The byte intents of {len(sample_ids)} samples were revoked (first: {sample_ids[0]}).",
+        f"The intents of {len(sample_ids)} samples were revoked (first: {sample_ids[0]}).",
         why="Their bytes may have been deleted meanwhile, so nothing of this batch was committed.",
         next="reserve again and write the bytes under the new generation.",
     )
@@ -59,15 +59,15 @@ def intent_revoked(sample_ids: Sequence[str]) -> IntentRevokedError:
 def other_place(sample_id: str, ordinal: int | None, there: str) -> IllegalTransitionError:
     return IllegalTransitionError(
         f"{sample_id} cannot be committed for prompt {ordinal}: {there}.",
-        why="A sample's place in the log is its prompt's; another one would change what is trained.",
+        why="A sample's place in the log is its prompt's ordinal; another would change what is trained.",
         next="pass the prompts the run was started with, in the same order.",
     )
 
 
 def other_order(settled: str, wanted: str) -> ConfigError:
     return ConfigError(
-        f"This run's log is in {settled} order, and {wanted} order was asked for.",
-        why="Where a sample stands in the log is settled by the first producer, for the whole run.",
+        f"This run's log is in {settled} order, and the producer asked for {wanted} order.",
+        why="The first producer settles the order of the log for the whole run.",
         next="use the same producer as before, or start a new run in another folder.",
     )
 
@@ -77,7 +77,7 @@ def out_of_turn(ack: StepAck, trained: int, plan: StepPlan | None) -> IllegalTra
     return IllegalTransitionError(
         f"An ack of step {ack.step}, revision {ack.rev}, cannot follow step {trained} "
         f"(plan on record: {on_record}).",
-        why="Steps are acked one after another, as planned; another order would train a sample twice.",
+        why="Steps are acked in order, as planned; another order would train a sample twice.",
         next="resume from the head checkpoint: run the same command again.",
     )
 
@@ -85,7 +85,7 @@ def out_of_turn(ack: StepAck, trained: int, plan: StepPlan | None) -> IllegalTra
 def contradicts(checkpoint: CheckpointRecord, because: str) -> IllegalTransitionError:
     return IllegalTransitionError(
         f"The checkpoint {checkpoint.name} of step {checkpoint.step} contradicts the ledger: {because}.",
-        why="Ledger and weights must tell the same story of what was trained; nothing was changed.",
+        why="Ledger and weights must agree on what was trained. Nothing was changed.",
         next="run `paceline fsck RUN`; restore the ledger or the checkpoints from the same backup.",
     )
 
@@ -93,7 +93,7 @@ def contradicts(checkpoint: CheckpointRecord, because: str) -> IllegalTransition
 def history_is_archived(step: int, archived: int) -> IllegalTransitionError:
     return IllegalTransitionError(
         f"The ledger cannot go back to step {step}: its history up to step {archived} is archived.",
-        why="Samples trained up to there have no rows any more that could be undone.",
+        why="The samples trained up to there have no rows left to undo.",
         next=f"restore a checkpoint of step {archived} or later, or start a new run.",
     )
 
@@ -101,11 +101,11 @@ def history_is_archived(step: int, archived: int) -> IllegalTransitionError:
 def prompts_differ(first: int, known: int) -> ConfigError:
     return ConfigError(
         f"The prompts from number {first} on are not those that this run knows ({known} in all).",
-        why="A sample is identified by its prompt's place; what was trained already would be trained again.",
+        why="A prompt's ordinal identifies its sample; with other prompts, samples would be trained again.",
         next="pass the prompts the run was started with, in the same order; new ones go to the end.",
     )
 
 
 def passed_over(name: str) -> str:
-    """Why a prompt is failed that a checkpoint of a newer ledger left out."""
-    return f"it was set aside before this ledger was restored: checkpoint {name} passed over it"
+    """Why a prompt has failed that an adopted checkpoint passed over."""
+    return f"it failed before this ledger was restored: checkpoint {name} passed over it"

@@ -1,6 +1,6 @@
-"""What producer and consumer sessions share: the fence, the operation numbers, the run's name, reading.
+"""The base of producer and consumer sessions: it owns the fence and the operation numbers.
 
-A session is one process's hold of one role. Every change goes through `_change`, which passes the fence
+A session is one process's hold on one role. Every change goes through `_change`, which passes the fence
 and the next operation number, and repeats the call under the same number while its result is unknown.
 """
 
@@ -23,8 +23,7 @@ T = TypeVar("T")
 
 class Session:
     def __init__(self, ledger: Ledger, run_id: str, role: str, order: Order | None = None) -> None:
-        """`acquire` takes the role; until then a session only reads. Raises LedgerError for another
-        run's ledger."""
+        """Before `acquire` a session can only read. Raises LedgerError for another run's ledger."""
         self.ledger = ledger
         self.run_id = run_id
         self.role = role
@@ -34,7 +33,7 @@ class Session:
         bind_run_id(ledger, run_id)
 
     def acquire(self) -> int:
-        """Take the role over from every earlier session of it; the epoch."""
+        """Take the role over from every earlier session; returns the epoch."""
         holder = f"{socket.gethostname()}:{os.getpid()}"
         self._fence, self._last_op = self.ledger.acquire(self.role, holder, self._order), 0
         return self._fence.epoch
@@ -65,7 +64,7 @@ class Session:
         return call(fence, op, *args, **kwargs)
 
     def refuse_if_replaced(self) -> None:
-        """Raises FencedError if another process holds the role; for one that waits, or touches files."""
+        """Raise FencedError if another process holds the role. Call it before waiting or touching files."""
         current = self.ledger.snapshot().epochs[self.role]
         if current != self.epoch:
             raise fenced(self.fence, current)
@@ -96,14 +95,14 @@ class Session:
         return self.ledger.wait(seen_lsn, timeout_s)
 
     def report_lost(self, sample_ids: Sequence[str]) -> None:
-        """Their features are gone or damaged: capture them again, unless durable weights contain them."""
+        """The features are gone or damaged: have them captured again, unless durable weights contain them."""
         self._change(self.ledger.report_lost, list(sample_ids))
 
 
 def bind_run_id(ledger: Ledger, run_id: str) -> None:
-    """Raises LedgerError if the ledger belongs to another run."""
+    """Record whose ledger this is. Raises LedgerError if it belongs to another run."""
     owner = ledger.facts().get(RUN_ID)
-    if owner is None:  # or another process settles it at this moment
+    if owner is None:  # another process may settle it at the same moment
         owner = ledger.set_facts(None, None, {RUN_ID: run_id}, settle=True)[RUN_ID]
     if owner != run_id:
         raise LedgerError(

@@ -1,11 +1,10 @@
-"""From the log to the plan of one optimizer step after another.
+"""StepLoader turns the log of committed samples into the plans of optimizer steps.
 
-The loader takes samples in the order of their places (each as often as the run's passes say, see
-passes.py) and has the step's plan written before anything is computed. A block of the log is a range of
-places, and is read when every place in it is settled; a prompt that failed is missing from its block. So
-plans follow from the prompts alone. The loader reads no features: the ranks that train do
-(training/worker.py). What cannot be read there is captured again (recapture.py), and the step goes on with
-the same samples in the same order.
+It takes samples in the order of their places, each as often as the run has passes (passes.py), and records
+a step's plan before anything is computed. A block of the log is a range of places. The loader reads a block
+when every place in it is settled, and a prompt that failed is missing from its block, so plans follow from
+the prompts alone. The ranks that train read the features (training/worker.py). A sample that they cannot
+read is captured again (recapture.py), and the step goes on with the same samples in the same order.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ Visits = tuple[Visit[Entry], ...]
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """What decides the plans (see passes.py for passes and blocks), and how long the loader waits.
+    """The settings that decide the plans (passes.py explains passes and blocks), and the loader's timeouts.
 
-    `starts`: the places at which prompts were added to a run that had ended; a block begins at each.
+    `starts`: the places at which prompts were added to a complete run; a block begins at each.
     """
 
     batch_size: int
@@ -40,12 +39,13 @@ class LoaderSettings:
     starts: Sequence[int] = (0,)
     idle_timeout_s: float | None = None
     recapture_timeout_s: float = 1800.0
-    target: TargetVersion | None = None  # of all samples that may be planned; None: any
+    target: TargetVersion | None = None  # only its samples may be planned; None: any
 
     def block(self, number: int) -> range:
         """The places of a block of the log.
 
-        Where a run ended, as many empty ones follow as its last blocks were visited for the last times in.
+        After the end of a run that was extended, `passes` - 1 empty blocks follow, in which the blocks
+        before them had their last visits.
         """
         begin = 0
         for bound in (start for start in self.starts if start > 0):
@@ -69,8 +69,8 @@ class LoaderSettings:
 class PlannedStep:
     """One optimizer step: the refs of its samples, in plan order.
 
-    `visits` are those that it trains, of the visits that it took; `deaths` counts consumers that died in it;
-    `first_place` is where a consumer that resumes after it begins to read the log.
+    `taken`: the visits that it took from the order; `visits`: those of them that it trains. `deaths` counts
+    consumers that died in it. `first_place`: where a consumer that resumes after it begins to read the log.
     """
 
     step: int
@@ -86,22 +86,22 @@ class PlannedStep:
 
     @property
     def sample_ids(self) -> list[str]:
-        """Each once: with several passes a sample may come twice in a step."""
+        """Each id once, although with several passes a sample may come twice in a step."""
         return list(dict.fromkeys(visit.item.sample_id for visit in self.visits))
 
     @property
     def finished(self) -> list[SampleRef]:
-        """Those whose last visit this is."""
+        """The samples that have their last visit in this step."""
         return [visit.item.ref for visit in self.visits if visit.is_last]
 
     @property
     def after(self) -> Position:
-        """Where the run stands once the step is done."""
+        """The run's position after the step."""
         return self.taken[-1].after
 
     @property
     def trained(self) -> TrainedStep:
-        """The step as a checkpoint's lineage keeps it."""
+        """The step as a checkpoint's lineage records it."""
         samples = [
             TrainedSample(v.item.place, v.item.sample_id, v.item.ref.ordinal, v.is_last) for v in self.visits
         ]
@@ -125,12 +125,12 @@ class StepLoader:
         report: Callable[..., None] = lambda *_, **__: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        """`position`: what the weights already contain. `on_wait` is called before each wait for samples."""
+        """`position`: how much of the log the weights contain. `on_wait`: called before each wait."""
         self._session = session
         self._settings = settings
         self._waiting = Waiting(should_stop=should_stop, on_wait=on_wait, report=report, clock=clock)
         self.recapture = Recapture(session, self._waiting, report, settings.recapture_timeout_s)
-        self.exhausted = False  # whether every visit of a stream that ended has been planned
+        self.exhausted = False  # whether the stream has ended and every visit has been planned
         self._order: VisitOrder[Entry] = VisitOrder(passes=settings.passes, position=position)
 
     @property
@@ -172,19 +172,19 @@ class StepLoader:
         return {record.sample_id for record in records if record.state == State.QUARANTINED}
 
     def revise(self, planned: PlannedStep, quarantined: Collection[str]) -> PlannedStep:
-        """The step without what is in quarantine by now: a new revision of its plan."""
+        """The step without the quarantined samples, as a new revision of its plan."""
         visits = tuple(v for v in planned.visits if v.item.sample_id not in quarantined)
         plan = replace(_plan(planned.step, visits), rev=planned.rev + 1)
         begun = self._session.plan(plan)
         return replace(planned, rev=plan.rev, deaths=begun.deaths, visits=visits)
 
     def leave(self, planned: PlannedStep) -> None:
-        """The step is not trained now: it stays on record, to be replayed, and no consumer died in it."""
+        """Leave the step untrained: its plan stays on record for a replay, and no death is counted."""
         self._order.put_back(list(planned.taken))
         self._session.leave(planned.step)
 
     def following(self) -> list[SampleRef]:
-        """The refs of the next step, as far as they are there already; nothing is planned."""
+        """The refs of the next step, as far as they are committed; plans nothing."""
         visits = self._order.look_ahead(self._settings.batch_size, self._block_if_there)
         return [visit.item.ref for visit in visits]
 
@@ -200,22 +200,22 @@ class StepLoader:
         target = self._settings.target
         for ref in refs:
             version = TargetVersion(ref.target_model_version, ref.tokenizer_version)
-            # An archived ref has forgotten it: its sample is in the weights already.
+            # The ref of an archived sample does not name its target; the sample is in the weights already.
             if target is not None and version not in (target, ARCHIVED):
                 raise ConfigError(
                     f"{ref.sample_id} was captured from another target ({version.model}, tokenizer "
                     f"{version.tokenizer}) than this consumer has ({target.model}, {target.tokenizer}).",
-                    why="Its states and the distributions to train on would be those of two models.",
+                    why="The draft would learn the states of one model and the distributions of another.",
                     next="give producer and consumer the same target.model, or start a new run.",
                 )
 
     def _block_if_there(self, number: int) -> Block[Entry] | None:
-        """The block of the log, if every place in it is settled, or the stream has ended."""
+        """The block, if every place in it is settled or the stream has ended; else None."""
         places = self._settings.block(number)
         return self._whole(self._session.read(places.start, places.stop), places)
 
     def _read_block(self, number: int) -> Block[Entry] | None:
-        """The same, waited for; None if asked to stop, or interrupted, before it is there."""
+        """Wait for the block; None after a stop or an interruption."""
         waiting, places = self._waiting, self._settings.block(number)
         last_news, settled = waiting.clock(), -1
         with waiting.blocked:
@@ -241,17 +241,17 @@ class StepLoader:
             )
 
     def interrupt(self) -> None:
-        """The producer is gone and did not close the stream: whole steps are trained, the rest waits."""
+        """The producer is gone and did not end the stream: only whole steps are trained."""
         self._waiting.interrupted = True
 
     def rearm(self) -> None:
-        """A producer is back."""
+        """A producer is running again."""
         self._waiting.interrupted = False
 
     def first_refs(self, count: int) -> list[SampleRef] | None:
-        """The first `count` samples of the run (fewer if it has fewer). Waits for them.
+        """Wait for the run's first `count` samples; fewer if it has fewer. None if asked to stop.
 
-        Those in quarantine are left out. None if asked to stop.
+        Quarantined samples are left out.
         """
         session, waiting, stop = self._session, self._waiting, count
         while not waiting.should_stop():
@@ -262,7 +262,7 @@ class StepLoader:
                 self._refuse_another_target([entry.ref for entry in page.entries])
                 return [entry.ref for entry in page.entries if entry.state != State.QUARANTINED]
             if page.settled >= stop:
-                stop += missing  # as many prompts as failed
+                stop += missing  # so many prompts failed
                 continue
             if interrupted:
                 break
@@ -279,10 +279,10 @@ def _plan(step: int, visits: Sequence[Visit[Entry]]) -> StepPlan:
 def _as_planned(
     plan: StepPlan, taken: list[Visit[Entry]], quarantined: Collection[str]
 ) -> tuple[list[Visit[Entry]], list[Visit[Entry]]]:
-    """The visits that a plan on record names, and those behind them that it does not reach.
+    """The visits that a plan on record names, and the visits after its end.
 
-    It may lack visits (of quarantined samples), and end before the last of them: it was the stream's
-    tail once.
+    The plan may lack visits (of quarantined samples), and it may end early: it was the stream's tail when
+    it was recorded.
     """
     chosen: list[Visit[Entry]] = []
     end = 0

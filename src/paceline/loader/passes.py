@@ -1,10 +1,10 @@
-"""In which order the committed samples are visited when each is trained on more than once.
+"""The order in which samples are visited when each is trained on more than once.
 
-A target writes more slowly than a draft learns, so a run may visit every sample `passes` times. The
-log is cut into blocks. Stage s visits block s for the first time, block
-s - 1 for the second, and so on, taking one sample of each in turn; after the last block the older
-ones finish. So a window of `passes` blocks is enough, however long the run is, and the order is a
-pure function of the log: a `Position` says where a run stands. With one pass it is the log's order.
+A target writes more slowly than a draft learns, so a run may visit every sample `passes` times. The log is
+cut into blocks. Stage s visits block s for the first time, block s - 1 for the second, and so on, taking
+one sample of each in turn; after the last block further stages finish the older blocks. So a window of
+`passes` blocks is enough for a run of any length, and the order is a pure function of the log. A `Position`
+says how far a run is. With one pass the order is that of the log.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Block(Generic[T]):
-    """A stretch of the log. `ends`: nothing follows it. Where prompts failed it has fewer samples."""
+    """A stretch of the log, without failed prompts. `ends`: no block follows."""
 
     items: Sequence[T]
     ends: bool
@@ -27,7 +27,7 @@ class Block(Generic[T]):
 
 @dataclass(frozen=True)
 class Position:
-    """`offset` visits of stage `stage` are done, and all stages before it."""
+    """All stages before `stage` are done, and `offset` visits of it."""
 
     stage: int = 0
     offset: int = 0
@@ -38,7 +38,7 @@ START = Position()
 
 @dataclass(frozen=True)
 class Visit(Generic[T]):
-    """One use of a sample. `is_last`: no later visit will follow. `after`: where the run stands then."""
+    """One use of a sample. `is_last`: no later visit follows. `after`: the run's position after it."""
 
     item: T
     is_last: bool
@@ -50,10 +50,10 @@ class Visit(Generic[T]):
 
 
 class VisitOrder(Generic[T]):
-    """Turns blocks of the log, read one after another, into visits."""
+    """Turns consecutive blocks of the log into visits."""
 
     def __init__(self, *, passes: int, position: Position = START) -> None:
-        """The first block that is read is `first_block(position)`."""
+        """Begins to read at `first_block(position)`."""
         self._passes = passes
         self._stage = self.first_block(position, passes)
         self._skip_to = position
@@ -69,8 +69,8 @@ class VisitOrder(Generic[T]):
     def visits(self, count: int, read_block: Callable[[int], Block[T] | None]) -> list[Visit[T]] | None:
         """The next `count` visits; fewer only at the end of the log.
 
-        `read_block(number)` gives a block of the log, or None if it was interrupted; then nothing is
-        taken and None comes back.
+        `read_block(number)` returns a block of the log, or None if it was interrupted; then no visit is
+        taken and the result is None.
         """
         if not self._fill(count, read_block):
             return None
@@ -78,7 +78,7 @@ class VisitOrder(Generic[T]):
         return taken
 
     def look_ahead(self, count: int, read_block: Callable[[int], Block[T] | None]) -> list[Visit[T]]:
-        """Up to `count` of the visits that come next, which stay; fewer if `read_block` has no more now."""
+        """Up to `count` of the next visits, without taking them; fewer if `read_block` has no more now."""
         self._fill(count, read_block)
         return self._ready[:count]
 
@@ -92,7 +92,7 @@ class VisitOrder(Generic[T]):
         return True
 
     def put_back(self, visits: Sequence[Visit[T]]) -> None:
-        """Give visits that were not made to the next call of `visits`."""
+        """Return visits that were not made; the next call of `visits` begins with them."""
         self._ready[:0] = visits
 
     def _is_over(self) -> bool:

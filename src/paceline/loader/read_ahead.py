@@ -1,8 +1,8 @@
-"""Features of the next step, read while the current one trains.
+"""Reads the features of the next step while the current one trains.
 
-Only bytes are read ahead: nothing is planned or recorded for a step that has not begun, so whatever
-happens to a sample meanwhile (lost, captured again, put in quarantine) is looked at when its step
-begins, and bytes that were read for another ref are dropped. At most one step's samples are held.
+Only bytes are read ahead; nothing is planned or recorded for a step that has not begun. If a sample is lost,
+captured again or quarantined meanwhile, its step finds that out when it begins: bytes that were read for
+another ref are dropped. At most one step's samples are held.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Sample = dict[str, Any]
 
 class ReadAhead:
     def __init__(self, read: Callable[[SampleRef], Sample], executor: Executor | None) -> None:
-        """`read` must be safe to call in the executor's thread; None: nothing is read ahead."""
+        """`read` must be safe to call in the executor's thread. `executor` None: nothing is read ahead."""
         self._read = read
         self._executor = executor
         self._coming: dict[str, tuple[SampleRef, Future[Sample]]] = {}
 
     def start(self, refs: Sequence[SampleRef]) -> None:
-        """Read these, and forget what was read and not asked for."""
+        """Start to read these refs, and drop earlier bytes that were not used."""
         for _, future in self._coming.values():
             future.cancel()
         self._coming = {}
@@ -39,5 +39,5 @@ class ReadAhead:
             try:
                 return future.result()
             except StoreError:
-                pass  # it may be there by now
+                pass  # it may be readable by now
         return self._read(ref)

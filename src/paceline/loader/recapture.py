@@ -1,4 +1,4 @@
-"""A feature that is gone or damaged is a cache miss: the producer captures its prompt again.
+"""Recapture: if a sample's features are gone or damaged, the producer captures its prompt again.
 
 The sample keeps its ordinal and its place in the plan; only its ref changes.
 """
@@ -17,11 +17,11 @@ WAIT_S = 1.0
 
 
 class StoppedError(Exception):
-    """Asked to stop while waiting for a sample to be captured again."""
+    """The consumer was asked to stop while it waited for a sample."""
 
 
 class QuarantinedError(Exception):
-    """The sample that was waited for is in quarantine."""
+    """The sample that the consumer waited for is quarantined."""
 
     def __init__(self, sample_id: str) -> None:
         super().__init__(sample_id)
@@ -32,14 +32,14 @@ class Recapture:
     def __init__(
         self, session: ConsumerSession, waiting: Waiting, report: Callable[..., None], timeout_s: float
     ) -> None:
-        """`timeout_s`: how long one sample is waited for."""
+        """`timeout_s`: how long to wait for one sample."""
         self._session = session
         self._waiting = waiting
         self._report = report
         self._timeout_s = timeout_s
 
     def wait_for(self, tried: SampleRef, cause: str) -> SampleRef:
-        """Report the sample lost, unless that is known already, and wait for its new ref.
+        """Report the sample lost, unless it is known to be, and wait for its new ref.
 
         Raises StoppedError, QuarantinedError, or StoreError if no producer captures it in time.
         """
@@ -72,6 +72,6 @@ class Recapture:
             session.wait(mark, WAIT_S)
         raise StoreError(
             f"The features of {tried.sample_id} are gone and were not captured again ({cause})",
-            why="The sample is committed, so it is trained later; no weights were changed.",
+            why="The sample is committed, so it must be trained later; no weights were changed.",
             next="run the same command again; `paceline produce RUN.yaml` captures it.",
         )

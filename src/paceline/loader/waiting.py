@@ -1,4 +1,4 @@
-"""How the consumer waits for its producer: counted, told, and ended by a stop or an interruption."""
+"""The consumer's waiting for its producer: measured, reported, and ended by a stop or an interruption."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from paceline.telemetry import BlockedTime
 
 
 class Waiting:
-    """`interrupted`: the producer is gone and did not close the stream, so nothing new will come."""
+    """`interrupted`: the producer is gone and did not end the stream, so no new sample will come."""
 
     def __init__(
         self,
@@ -19,7 +19,7 @@ class Waiting:
         report: Callable[..., None] = lambda *_, **__: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        """`on_wait` is called before each wait: the place to do what the producer may be waiting for."""
+        """`on_wait` is called before each wait, to do what the producer may be waiting for."""
         self.should_stop = should_stop
         self.interrupted = False
         self.clock = clock
@@ -27,6 +27,6 @@ class Waiting:
         self._on_wait = on_wait
 
     def begin(self) -> None:
-        """A wait is about to begin, or goes on."""
+        """Call before each wait."""
         self.blocked.waiting()
         self._on_wait()

@@ -66,7 +66,7 @@ from paceline.testing.specification_of_steps import SpecificationLedger as Store
 from paceline.training import isolation, recovery
 from paceline.training import trainer as training
 from paceline.training.checkpoint import CheckpointFolder
-from paceline.training.commits import Commits
+from paceline.training.checkpoint_writer import CheckpointWriter
 from paceline.training.coordinator import Coordinator
 from paceline.training.worker import Ranks
 
@@ -163,7 +163,7 @@ MUTANTS: dict[str, Mutant] = {
         ((Session, "refuse_if_replaced", nothing),),
     ),
     "position not restored": Mutant("visits again", ((training, "recover", starts_over),)),
-    "lineage left out": Mutant("heads tell no story", ((Commits, "stage", no_lineage),)),
+    "lineage left out": Mutant("heads tell no story", ((CheckpointWriter, "begin", no_lineage),)),
     "weights taken while they train": Mutant("a head of later weights", ((Ranks, "snapshot", staged_late),)),
     "first visit is the last": Mutant("freed between passes", ((PlannedStep, "finished", all_finished),)),
     "quarantine forgotten": Mutant("poison comes back", ((Store, "quarantine", nothing),)),
@@ -171,7 +171,7 @@ MUTANTS: dict[str, Mutant] = {
     "one death convicts": Mutant(
         "the innocent are set aside",
         (
-            (bisection, "DEATHS_TO_CONVICT", lambda _: 1),
+            (bisection, "DEATHS_OF_A_CULPRIT", lambda _: 1),
             (isolation, "DEATHS_BEFORE_ISOLATION", lambda _: 1),
         ),
     ),

@@ -19,7 +19,7 @@ from paceline.ledger.session import Session
 from paceline.loader.passes import Position
 from paceline.testing.light_adapters import InMemoryLightFeatureStore
 from paceline.testing.specification_of_steps import SpecificationLedger as Store
-from paceline.training.commits import Commits
+from paceline.training.checkpoint_writer import CheckpointWriter
 from paceline.training.recovery import Start
 
 Change = Callable[[Any], Any]  # a function to the one that takes its place
@@ -364,8 +364,8 @@ class AtTheStart(Start):
 
 
 def no_lineage(real: Any) -> Any:
-    def stage(self: Commits, *args: Any, **kwargs: Any) -> None:
-        self._since_staged = []
+    def stage(self: CheckpointWriter, *args: Any, **kwargs: Any) -> None:
+        self._since_begun = []
         real(self, *args, **kwargs)
 
     return stage

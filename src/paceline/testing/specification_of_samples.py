@@ -127,7 +127,7 @@ class SpecificationOfSamples(SpecificationOfPrompts):
         if ref.ordinal is not None and ref.ordinal >= rows.num_prompts:
             raise other_place(ref.sample_id, ref.ordinal, f"the run has {rows.num_prompts} prompts")
         if in_order and ref.ordinal is None:
-            raise other_place(ref.sample_id, None, "its place is that of its prompt, which it does not tell")
+            raise other_place(ref.sample_id, None, "it does not name its prompt, whose ordinal is its place")
         others = {s.place for s in rows.samples.values()}
         others |= {r.ordinal for r in refs if r.sample_id != ref.sample_id and r.ordinal is not None}
         if in_order and ref.ordinal in others:

@@ -1,10 +1,10 @@
-"""Durable checkpoints: written aside, fsynced, renamed; damaged ones are found, not trusted.
+"""Durable checkpoints: written aside, fsynced, renamed; and recognised when they are damaged.
 
-A checkpoint is a folder of files and a manifest that names each with its digest, together with the
-run, the step and the lineage: which steps trained which samples since the checkpoint before. The
-folder appears under its name only when every byte is on disk. It becomes the head by
-`MetadataStore.record_checkpoint`, never by being there. A crash before that leaves a folder that
-nobody refers to: a ledger it continues may adopt it, else it is swept. No torch here: files are bytes.
+A checkpoint is a folder of files and a manifest. The manifest names each file with its digest, and holds
+the run, the step and the lineage: which steps trained which samples since the checkpoint before. The folder
+gets its name only when every byte is on the disk. It becomes the head by a call of the ledger, not by its
+presence. A crash before that call leaves an unrecorded folder: recovery adopts it if it continues the head,
+else it is swept. No torch here: files are bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-\d{8,}-\d{6,}-[0-9a-f]+")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-GONE = ".gone"  # ends the name of a folder that is being removed
+GONE = ".gone"  # suffix of a folder that is being removed
 NOT_AS_WRITTEN = (
     FileNotFoundError,
     NotADirectoryError,
@@ -41,12 +41,12 @@ NOT_AS_WRITTEN = (
     LookupError,
     TypeError,
 )
-DIGITS_IN_NAME = 16  # of the manifest's digest, for a reader that has no record of the folder
+DIGITS_IN_NAME = 16  # of the manifest's digest, for a reader without a record of the folder
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a checkpoint, as its manifest has it."""
+    """A manifest's entry for one file."""
 
     name: str
     num_bytes: int
@@ -54,13 +54,13 @@ class FileEntry:
 
 
 class Aside:
-    """The folder of a checkpoint that has begun: every rank puts its files there."""
+    """The folder of a begun checkpoint: every rank puts its files there."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def put(self, name: str, content: FileContent) -> FileEntry:
-        """On the disk on return; the entry is for `CheckpointFolder.finish`. Raises OSError."""
+        """Write a file durably; returns its entry for `CheckpointFolder.finish`. Raises OSError."""
         durable_files.write_file(self.path / name, content)
         reach("checkpoint.after_file")
         return FileEntry(name, len(content), _sha256(content))
@@ -71,10 +71,10 @@ Fill = Callable[[Aside], Iterable[FileEntry]]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: files by name ("draft.safetensors", ...) and small JSON values.
+    """The content of a checkpoint: files by name ("draft.safetensors", ...) and small JSON values.
 
-    Files of one that was read are read, and checked again, when they are asked for. `lineage`: the steps
-    since the checkpoint called `previous`; `chain`: the hash of the whole lineage; `epoch` and `lsn`: the
+    The files of a checkpoint on the disk are read and checked again at each access. `lineage`: the steps
+    since the checkpoint `previous`; `chain`: the hash of the whole lineage; `epoch` and `lsn`: the
     consumer's epoch and the ledger's log number when it was written; `first_place`: where a consumer that
     resumes from it begins to read the log.
     """
@@ -97,14 +97,14 @@ class CheckpointFolder:
         try:
             durable_files.make_folder(folder)
         except OSError as error:
-            raise self._disk_fails("found a place", error) from error
+            raise self._disk_fails("given a folder", error) from error
 
     # -- writing ---------------------------------------------------------------------------
 
     def write(self, checkpoint: Checkpoint, fill: Fill | None = None) -> CheckpointRecord:
-        """Begun, filled, finished. Durable on return.
+        """Begin, fill and finish a checkpoint. Durable on return.
 
-        `fill` puts the files and returns their entries; None: the checkpoint's own are put. Raises
+        `fill` puts the files and returns their entries; None: the checkpoint's own files are put. Raises
         CheckpointError if the disk is full; older checkpoints stay.
         """
         files = checkpoint.files
@@ -118,19 +118,19 @@ class CheckpointFolder:
                 shutil.rmtree(aside.path, ignore_errors=True)
             raise CheckpointError(
                 f"The checkpoint of step {checkpoint.step} could not be written to {self.folder} ({error}).",
-                why="The checkpoint before it is untouched, and no feature it does not cover was freed.",
+                why="The checkpoint before it is untouched, and only features that it covers were freed.",
                 next="free space on that disk and run the same command again.",
             ) from error
 
     def begin(self, checkpoint: Checkpoint) -> Aside:
-        """A new folder aside, for every rank to put its files in. Raises OSError."""
+        """Create a folder aside for the ranks' files. Raises OSError."""
         prefix = f"step-{checkpoint.step:08d}-{checkpoint.epoch:06d}"
-        aside = Aside(self.folder / f"{prefix}-{uuid.uuid4().hex[:8]}.new")  # the name of no earlier attempt
+        aside = Aside(self.folder / f"{prefix}-{uuid.uuid4().hex[:8]}.new")  # unlike every earlier attempt
         aside.path.mkdir(mode=0o700)
         return aside
 
     def finish(self, aside: Aside, checkpoint: Checkpoint, entries: Iterable[FileEntry]) -> CheckpointRecord:
-        """The manifest last, and then the name. Raises OSError."""
+        """Write the manifest and then give the folder its name. Raises OSError."""
         data = self._manifest(checkpoint, entries)
         durable_files.write_file(aside.path / MANIFEST, data)
         digest = _sha256(data)
@@ -161,14 +161,14 @@ class CheckpointFolder:
     # -- reading ---------------------------------------------------------------------------
 
     def read(self, record: CheckpointRecord, names: Collection[str] | None = None) -> Checkpoint:
-        """The checkpoint, with these of its files compared to their digests (None: with all).
+        """Read a checkpoint, and compare the files `names` with their digests (None: all files).
 
-        Raises CheckpointDamagedError if anything differs from what was written, CheckpointError if
-        that cannot be told because the disk or this process fails.
+        Raises CheckpointDamagedError if anything differs from what was written, CheckpointError if the
+        disk or this process fails, so that damage cannot be told.
         """
         try:
             if not NAME.fullmatch(record.name):
-                raise self._damaged(record.name, "no checkpoint has such a name")
+                raise self._damaged(record.name, "this is not a checkpoint's name")
             data = (self.folder / record.name / MANIFEST).read_bytes()
             if _sha256(data) != record.manifest_digest:
                 raise self._damaged(record.name, "its manifest does not match the ledger's digest")
@@ -203,7 +203,7 @@ class CheckpointFolder:
         )
 
     def _check(self, name: str, entry: FileEntry) -> None:
-        """Compare a file with its entry, without holding its bytes."""
+        """Compare a file with its entry, without loading it whole."""
         with (self.folder / name / entry.name).open("rb") as file:
             size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
         self._compare(name, entry, size, digest)
@@ -213,7 +213,7 @@ class CheckpointFolder:
             raise self._damaged(name, f"{entry.name} does not match its digest")
 
     def read_file(self, name: str, entry: FileEntry) -> bytes:
-        """The bytes of one file of the checkpoint called `name`. Raises as `read` does."""
+        """The bytes of one file of the checkpoint `name`. Raises as `read` does."""
         try:
             content = (self.folder / name / entry.name).read_bytes()
         except NOT_AS_WRITTEN as error:
@@ -224,9 +224,11 @@ class CheckpointFolder:
         return content
 
     def unrecorded(self, records: Collection[CheckpointRecord]) -> list[tuple[CheckpointRecord, Checkpoint]]:
-        """Whole, undamaged checkpoints that none of `records` names, by step: what a crash between
-        the rename and the ledger's record leaves, or a ledger older than its checkpoints. To be claimed
-        before the ledger adopts one: its name may not be on the disk yet. Raises CheckpointError."""
+        """Undamaged checkpoints that no record names, by step.
+
+        They are left by a crash between the rename and the ledger's record, or belong to a newer ledger.
+        Claim one before the ledger adopts it: its name may not be durable yet. Raises CheckpointError.
+        """
         known = {record.name for record in records}
         found = []
         for entry in sorted(self.folder.iterdir()):
@@ -235,10 +237,10 @@ class CheckpointFolder:
             try:
                 data = (entry / MANIFEST).read_bytes()
                 if not entry.name.endswith(_sha256(data)[:DIGITS_IN_NAME]):
-                    continue  # altered since it was named
+                    continue  # changed since it got its name
                 checkpoint = self._read(entry.name, json.loads(data), None)
             except (*NOT_AS_WRITTEN, CheckpointDamagedError):
-                continue  # damaged, and in no record: swept
+                continue  # damaged and unrecorded: it will be swept
             except OSError as error:
                 raise self._disk_fails("read", error) from error
             record = CheckpointRecord(
@@ -250,10 +252,10 @@ class CheckpointFolder:
     # -- claiming and removing -------------------------------------------------------------
 
     def claim(self, record: CheckpointRecord, epoch: int) -> CheckpointRecord | None:
-        """Put the folder of an unrecorded checkpoint under a name of `epoch`, durably; None if it is gone.
+        """Rename an unrecorded checkpoint to a name of `epoch`, durably; None if it is gone.
 
-        From then on no older consumer's sweep can remove it, not even one that has begun. Raises
-        CheckpointError if the disk refuses.
+        Afterwards no older consumer's sweep can remove it, even one that has begun. Raises
+        CheckpointError if the disk fails.
         """
         name = f"step-{record.step:08d}-{epoch:06d}-{identity_of(record.name)}"
         try:
@@ -269,24 +271,23 @@ class CheckpointFolder:
     def _damaged(self, name: str, what: str) -> CheckpointDamagedError:
         return CheckpointDamagedError(
             f"Checkpoint {name} is missing or damaged: {what}.",
-            why="Training on from it would give other weights.",
+            why="Going on from it would give other weights.",
             next="run the same command again; it falls back to the checkpoint before.",
         )
 
     def _disk_fails(self, verb: str, error: OSError) -> CheckpointError:
         return CheckpointError(
             f"The checkpoints in {self.folder} could not be {verb} ({error}).",
-            why="Paceline takes none of them for damaged because of that, and removes nothing.",
+            why="An unreadable checkpoint is not treated as damaged, and nothing is removed.",
             next="check that disk and run the same command again; if one file stays unreadable, move its "
             "checkpoint's folder away, and training goes on from the one before.",
         )
 
     def sweep(self, keep: set[str], *, epoch: int | None = None) -> list[str]:
-        """Remove every folder that is not in `keep`: half-written, never recorded or retired.
+        """Remove every folder that is not in `keep`: half-written, unrecorded or retired ones.
 
-        With `epoch`, only those of that consumer's epoch and earlier ones: a consumer that was taken
-        over must not remove what its successor has written since it looked at the ledger. Raises
-        CheckpointError if the disk refuses.
+        With `epoch`, only folders of that epoch and earlier: a replaced consumer must not remove what its
+        successor has written. Raises CheckpointError if the disk fails.
         """
         swept = []
         for entry in sorted(self.folder.iterdir()):
@@ -295,7 +296,7 @@ class CheckpointFolder:
                 continue
             if epoch is None or epoch_of(entry.name) <= epoch:
                 try:
-                    with suppress(FileNotFoundError):  # its successor may sweep the same
+                    with suppress(FileNotFoundError):  # a successor may sweep it at the same time
                         _remove(entry)
                 except OSError as error:
                     raise self._disk_fails("swept", error) from error
@@ -304,7 +305,7 @@ class CheckpointFolder:
 
 
 class _Files(Mapping[str, FileContent]):
-    """The files of a checkpoint on the disk, each read when it is asked for."""
+    """The files of a checkpoint on the disk, each read at access."""
 
     def __init__(self, folder: CheckpointFolder, name: str, entries: Mapping[str, FileEntry]) -> None:
         self._folder = folder
@@ -322,9 +323,9 @@ class _Files(Mapping[str, FileContent]):
 
 
 def _remove(folder: Path) -> None:
-    """Under another name first: a consumer that was replaced while it filled the folder finds it no more.
+    """Rename the folder first, so that a replaced consumer cannot add files during the removal.
 
-    Of a folder that was moved to another disk only the link is ours to remove.
+    If the folder was moved to another disk, only the link to it is removed.
     """
     if folder.is_symlink():
         folder.unlink()
@@ -337,12 +338,12 @@ def _remove(folder: Path) -> None:
 
 
 def identity_of(name: str) -> str:
-    """What of a folder's name stays when a later consumer claims it: its attempt and its digest."""
+    """The part of a folder's name that a claim keeps: its attempt and its digest."""
     return name.rpartition("-")[2]
 
 
 def epoch_of(name: str) -> int:
-    """The epoch of the consumer that wrote the folder of this name; 0 of any other name."""
+    """The epoch of the consumer that wrote the folder; 0 for any other name."""
     parts = name.removesuffix(".new").removesuffix(GONE).split("-")
     return int(parts[2]) if len(parts) == 4 and parts[2].isdecimal() else 0
 

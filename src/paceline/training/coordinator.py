@@ -1,9 +1,9 @@
-"""The books of a run's training: acks, quarantine, checkpoints. One process, whatever the number of ranks.
+"""The coordinator records acks, quarantine and checkpoints in the ledger: one process for all ranks.
 
-An ack is provisional: it says that the weights in memory contain the step. The checkpoint is the commit
-(commits.py): once its folder is durable and the ledger names it head, and not before, the features that
-it covers are freed. A consumer that dies goes back to the newest valid checkpoint and replays the recorded
-plans from there, so the weights come out bit for bit as if it had never died. No torch here.
+An ack is provisional: it says that the weights in memory contain the step. A checkpoint makes it durable
+(checkpoint_writer.py): the features that it covers are freed only once its folder is durable and the ledger
+names it head. After a crash the next consumer goes back to the newest valid checkpoint and replays the
+recorded plans, so the weights are bit for bit those of a run without the crash. No torch here.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from paceline.errors import TrainingError
 from paceline.features.store import FeatureStore
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.facts import BUILDS_BEGUN, CHECKPOINT_WANTED, PROBES_BEGUN, QUARANTINED_IN_A_ROW
-from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION, DEATHS_TO_CONVICT, Isolation
+from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION, DEATHS_OF_A_CULPRIT, Isolation
 from paceline.loader.loader import PlannedStep
 from paceline.training.checkpoint import CheckpointFolder
-from paceline.training.commits import Commits
+from paceline.training.checkpoint_writer import CheckpointWriter
 from paceline.training.recovery import Start
 from paceline.training.settings import TrainerSettings
 from paceline.training.worker import Ranks
@@ -47,27 +47,27 @@ class Coordinator:
         self._quarantine_max = settings.training.quarantine_max_in_a_row
         self._in_a_row = int(session.facts().get(QUARANTINED_IN_A_ROW) or 0)
         self._report = report
-        self._commits = Commits(
+        self._writer = CheckpointWriter(
             session, features, folder, start, executor, kept=settings.checkpoint.keep, report=report
         )
 
     def clean_up(self) -> None:
-        """Remove what an older consumer left behind: checkpoints in no record, features that are covered."""
-        self._commits.sweep()
+        """Remove what an older consumer left: unrecorded checkpoints, and features that the head covers."""
+        self._writer.sweep()
         self.session.release(self._features)
 
     # -- steps -----------------------------------------------------------------------------
 
     def ack(self, planned: PlannedStep) -> None:
-        """The weights contain the step. A sample is acked by its last visit, after which it is not needed."""
+        """The weights contain the step. A sample is acked at its last visit; no step needs it afterwards."""
         if planned.refs:
             self._count_in_a_row(0)
         self.session.ack(planned.step, planned.rev, [ref.sample_id for ref in planned.finished])
         self.step, self.position, self._first_place = planned.step, planned.after, planned.first_place
-        self._commits.add(planned.trained)
+        self._writer.add(planned.trained)
 
     def before_wait(self) -> None:
-        """Samples are waited for: the last ack is written, and the producer gets what it waits for."""
+        """Before a wait for samples: write the last ack, and do what the producer may be waiting for."""
         self.session.write_ack()
         self.relieve_pressure()
 
@@ -76,24 +76,24 @@ class Coordinator:
     def checkpoint(self) -> None:
         """Make everything up to this step durable, then free what it covers."""
         self.begin_checkpoint()
-        self._commits.settle()
+        self._writer.settle()
 
     def begin_checkpoint(self) -> None:
-        """Take the weights as they are; they are written while training goes on."""
-        if self.step == self._commits.step:
+        """Copy the weights; a thread writes them while training goes on."""
+        if self.step == self._writer.step:
             return
         position = [self.position.stage, self.position.offset]
         values = {**self._ranks.describe(), "position": position}
-        self._commits.stage(self.step, self._first_place, self._ranks.snapshot, values)
+        self._writer.begin(self.step, self._first_place, self._ranks.snapshot, values)
 
     def relieve_pressure(self) -> None:
-        """Commit early if the producer waits for bytes that only a checkpoint can free."""
-        self._commits.poll()
-        uncommitted = self._commits.is_writing or self.step != self._commits.step
-        if uncommitted and self._facts().get(CHECKPOINT_WANTED):
-            if not self._commits.is_writing:
+        """Write a checkpoint early if the producer waits for bytes that only a checkpoint can free."""
+        self._writer.poll()
+        not_covered = self._writer.is_writing or self.step != self._writer.step
+        if not_covered and self._facts().get(CHECKPOINT_WANTED):
+            if not self._writer.is_writing:
                 self.begin_checkpoint()
-            self._commits.settle()
+            self._writer.settle()
 
     # -- isolation -------------------------------------------------------------------------
 
@@ -101,9 +101,9 @@ class Coordinator:
         return Isolation(self.session, name, list(sample_ids))
 
     def quarantine(self, tried: Sequence[str], culprits: Mapping[str, str], *, step: int | None) -> None:
-        """Quarantine the culprits among the samples tried, each with its reason, for good.
+        """Quarantine the culprits among the samples tried, each with its reason.
 
-        Raises TrainingError, and quarantines none, if too many would follow one another.
+        Raises TrainingError, and quarantines none, if too many samples in a row would be quarantined.
         """
         if not culprits:
             return
@@ -118,23 +118,23 @@ class Coordinator:
             self._report("quarantined", step=step, sample_id=sample_id, message=reason)
 
     def _count_in_a_row(self, in_a_row: int) -> None:
-        """On record, since what fails in a row may be met by one consumer after another."""
+        """Recorded in the ledger, because the row may continue after a restart."""
         if in_a_row != self._in_a_row:
             self._set_fact(QUARANTINED_IN_A_ROW, in_a_row)
             self._in_a_row = in_a_row
 
     def _too_many(self, sample_id: str, reason: str) -> TrainingError:
         return TrainingError(
-            f"{sample_id} cannot be trained ({reason}), and it would be more than {self._quarantine_max} "
-            "samples in a row that are quarantined.",
-            why="So many at once have one cause, most often, which lies in no sample. This one and those "
-            "behind it are not quarantined.",
-            next="find the cause (`paceline inspect RUN` tells the reasons), mend it, and run the same "
+            f"{sample_id} cannot be trained ({reason}), and with it more than {self._quarantine_max} samples "
+            "in a row would be quarantined.",
+            why="So many failures in a row mostly have one cause outside the samples. This sample and those "
+            "after it are not quarantined.",
+            next="find the cause (`paceline inspect RUN` shows the reasons), mend it, and run the same "
             "command again. If the samples are bad, raise training.quarantine_max_in_a_row.",
         )
 
     def begin_build(self) -> bool:
-        """Count an attempt at the first weights; False if too many consumers died in one."""
+        """Count an attempt to build the first weights; False if too many consumers died in one."""
         begun = int(self._facts().get(BUILDS_BEGUN) or 0)
         if begun >= DEATHS_BEFORE_ISOLATION:
             return False
@@ -145,9 +145,9 @@ class Coordinator:
         self._set_fact(BUILDS_BEGUN, 0)
 
     def begin_probe(self) -> bool:
-        """Count an attempt to train what is harmless; False if too many consumers died in one."""
+        """Count an attempt to train a harmless sample; False if too many consumers died in one."""
         begun = int(self._facts().get(PROBES_BEGUN) or 0)
-        dies = begun >= DEATHS_TO_CONVICT
+        dies = begun >= DEATHS_OF_A_CULPRIT
         self._set_fact(PROBES_BEGUN, 0 if dies else begun + 1)
         return not dies
 

@@ -1,7 +1,7 @@
-"""All ranks hold their samples of a step before any of them trains it.
+"""Fetching makes every rank hold its samples of a step before any rank trains it.
 
-What a rank cannot read is captured again. A sample that stays unreadable is quarantined; a feature store
-that is not where the producer's is convicts no sample: the consumer stops.
+A sample that a rank cannot read is captured again; if it stays unreadable, it is quarantined. If the
+consumer looks in another feature store than the producer's, no sample is quarantined: the consumer stops.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from paceline.training.coordinator import Coordinator
 from paceline.training.worker import FIRST_WEIGHTS, Ranks, Unreadable
 from paceline.types import SampleRef
 
-RECAPTURES_MAX = 5  # of one sample in one step, before it is quarantined
-ELSEWHERE_MAX = 2  # refs of one sample that name another store; a store may be lost while one waits
+RECAPTURES_MAX = 5  # of one sample in one step; then it is quarantined
+ELSEWHERE_MAX = 2  # refs of one sample that name another store; a store may be lost during the wait
 
 
 class Fetching:
@@ -27,9 +27,9 @@ class Fetching:
         self._loader = loader
 
     def hold(self, planned: PlannedStep) -> PlannedStep | None:
-        """The step as all ranks hold it, less what can never be read; None if asked to stop.
+        """The step as all ranks hold it, without samples that stay unreadable; None if asked to stop.
 
-        Raises StoreError if its features are gone for now; no rank has changed anything then.
+        Raises StoreError, with the weights unchanged, if its features are gone for now.
         """
         while True:
             try:
@@ -44,7 +44,7 @@ class Fetching:
                 raise
 
     def hold_first(self, count: int) -> list[str] | None:
-        """The ids of the run's first `count` samples, which all ranks hold; None if asked to stop."""
+        """Make all ranks hold the run's first `count` samples; returns their ids, None if asked to stop."""
         while (refs := self._loader.first_refs(count)) is not None:
             try:
                 return list(self._hold(FIRST_WEIGHTS, 0, refs))
@@ -55,7 +55,7 @@ class Fetching:
         return None
 
     def _hold(self, step: int, rev: int, refs: Sequence[SampleRef]) -> dict[str, SampleRef]:
-        """The refs, by sample id, under which the ranks hold the samples. One may come twice in a step."""
+        """The current refs by sample id; `refs` may name a sample twice."""
         current = {ref.sample_id: ref for ref in refs}
         tries: Counter[str] = Counter()
         while unreadable := self._ranks.fetch(step, rev, [current[ref.sample_id] for ref in refs]):
@@ -64,11 +64,11 @@ class Fetching:
                 if why.is_elsewhere and tries[sample_id] > ELSEWHERE_MAX:
                     raise _looks_elsewhere(current[sample_id], why)
                 if tries[sample_id] > RECAPTURES_MAX:
-                    self._give_up(sample_id, why)
+                    self._quarantine_unreadable(sample_id, why)
                 current[sample_id] = self._loader.recapture.wait_for(current[sample_id], why.what)
         return current
 
-    def _give_up(self, sample_id: str, why: Unreadable) -> None:
+    def _quarantine_unreadable(self, sample_id: str, why: Unreadable) -> None:
         reason = f"captured again {RECAPTURES_MAX} times and never readable: {why.what}"
         self._coordinator.quarantine([sample_id], {sample_id: reason}, step=None)
         raise QuarantinedError(sample_id)

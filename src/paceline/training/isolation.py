@@ -1,11 +1,11 @@
-"""Which samples of a step cannot be trained: found by trials that leave no trace in the weights.
+"""Isolation finds the samples of a step that cannot be trained, by trials that do not change the weights.
 
 An error of the step (NaN or infinite loss, a shape that does not fit) is isolated at once. A death of the
-process cannot be caught: a step in which several consumers died is tried before it is trained. A sample
-that is found to be a culprit is quarantined, and the step is trained without it. If no sample fails by
-itself the step is trained as planned, with the same weights as ever. If all of them do, the place is probed
-first: weights, target or machine that train nothing at all convict no sample, and training stops. Want of
-memory is never a sample's fault.
+process cannot be caught, so a step in which several consumers died is tried before it is trained. A culprit
+is quarantined, and the step is trained without it. If no sample fails by itself, the step is trained as
+planned and the weights are unaffected. If every sample fails, a harmless sample is probed first: if weights,
+target or machine cannot train that either, no sample is quarantined and training stops. Lack of memory is
+never a sample's fault.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from paceline.training.coordinator import Coordinator
 from paceline.training.fetching import Fetching
 from paceline.training.worker import Ranks
 
-DEADLY = "the consumer's process dies of this sample"
+KILLS_THE_CONSUMER = "the consumer's process dies of this sample"
 SAMPLE_FAILURES = (TrainingError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 FAILURES = (*SAMPLE_FAILURES, MemoryError)
 
@@ -41,9 +41,9 @@ class Isolation:
         self._report = report
 
     def train(self, planned: PlannedStep) -> tuple[PlannedStep, dict[str, Any]] | None:
-        """Train a step that all ranks hold: as it was trained, without its culprits, and its figures.
+        """Train a step that all ranks hold; returns the step without its culprits, and its figures.
 
-        If all of it was quarantined the step passes without an update. None if asked to stop.
+        If every sample is quarantined, the step has no update. None if asked to stop.
         """
         revised: PlannedStep | None = planned
         if planned.deaths >= DEATHS_BEFORE_ISOLATION:
@@ -61,7 +61,7 @@ class Isolation:
         return None if revised is None else (revised, {})
 
     def build(self, sample_ids: Sequence[str]) -> bool:
-        """Make the first weights from samples that all ranks hold; False if some were quarantined instead."""
+        """Build the first weights from samples that all ranks hold; False if some were quarantined."""
         if self._coordinator.begin_build():
             try:
                 self._ranks.build()
@@ -72,14 +72,17 @@ class Isolation:
                     raise
             else:
                 return True
-        else:  # consumers died over it, or were killed
+        else:  # consumers died in it, or were killed
             culprits = self._culprits("build", sample_ids)
         self._coordinator.quarantine(sample_ids, culprits, step=0)
         self._coordinator.forget_builds()
         return False
 
     def _without_culprits(self, planned: PlannedStep) -> PlannedStep | None:
-        """The step without its culprits, held by all ranks; itself if it has none; None if asked to stop."""
+        """The step without its culprits, held by all ranks; None if asked to stop.
+
+        `planned` itself if there is no culprit.
+        """
         culprits = self._culprits(f"train.{planned.step}.{planned.rev}", planned.sample_ids)
         if not culprits:
             return planned
@@ -87,9 +90,10 @@ class Isolation:
         return self._fetching.hold(self._loader.revise(planned, set(culprits)))
 
     def _culprits(self, name: str, sample_ids: Sequence[str]) -> dict[str, str]:
-        """The samples that fail by themselves, or have killed processes, and why.
+        """The samples that fail by themselves or kill the process, each with its reason.
 
-        `name`: of the trial, for a successor. Raises TrainingError if the place is at fault.
+        `name` identifies the isolation for a successor. Raises TrainingError if the weights, the target or
+        the machine are at fault.
         """
         reasons: dict[str, str] = {}
 
@@ -104,22 +108,20 @@ class Isolation:
             return True
 
         found = self._coordinator.isolation(name, sample_ids).run(is_harmless)
-        culprits = {sample_id: reasons.get(sample_id, DEADLY) for sample_id in found}
-        if culprits and len(culprits) == len(sample_ids):  # no other sample shows that the place is sound
-            self._prove_the_place(
-                f"The trial {name} fails with each of its {len(culprits)} samples", culprits
-            )
+        culprits = {sample_id: reasons.get(sample_id, KILLS_THE_CONSUMER) for sample_id in found}
+        if culprits and len(culprits) == len(sample_ids):  # no sample shows that training works here
+            self._probe_harmless(f"The trial {name} fails with each of its {len(culprits)} samples", culprits)
         return culprits
 
-    def _prove_the_place(self, name: str, culprits: dict[str, str]) -> None:
-        """Raise TrainingError, and convict no sample, if weights, target or machine may be at fault."""
+    def _probe_harmless(self, name: str, culprits: dict[str, str]) -> None:
+        """Raise TrainingError if weights, target or machine may be at fault, and not the samples."""
         count = len(culprits)
         what = f"The trial {name} fails with " + (
             f"each of its {count} samples" if count > 1 else "its one sample"
         )
         reason = next(iter(culprits.values()))
         if not self._coordinator.begin_probe():
-            raise _place_is_at_fault(what, reason, "and processes die in a step on a harmless one, too")
+            raise _no_sample_at_fault(what, reason, "and a step on a harmless sample kills the process, too")
         try:
             trained_before = self._ranks.probe()
         except FAILURES as error:
@@ -127,14 +129,14 @@ class Isolation:
             _raise_unless_a_sample_may_cause(error, "A step on a harmless sample")
             told = getattr(error, "what", str(error)) or type(error).__name__
             advice = getattr(error, "next", "")
-            raise _place_is_at_fault(what, reason, f"and so does a harmless one: {told}", advice) from error
+            raise _no_sample_at_fault(what, reason, f"and so does a harmless one: {told}", advice) from error
         self._coordinator.end_probe()
         if len(culprits) > 1 and not trained_before:
-            raise _place_is_at_fault(what, reason, "and no sample has been trained since this start")
+            raise _no_sample_at_fault(what, reason, "and no sample has been trained since this start")
 
 
 def _raise_unless_a_sample_may_cause(error: Exception, what: str) -> None:
-    """Raise what is the fault of the settings, the ledger or the machine, whatever the samples are."""
+    """Raise an error whose cause is in the settings, the ledger or the machine."""
     if isinstance(error, PacelineError) and not isinstance(error, TrainingError):
         raise error
     if is_want_of_memory(error):
@@ -147,7 +149,7 @@ def _raise_unless_a_sample_may_cause(error: Exception, what: str) -> None:
         ) from error
 
 
-def _place_is_at_fault(what: str, reason: str, proof: str, advice: str = "") -> TrainingError:
+def _no_sample_at_fault(what: str, reason: str, proof: str, advice: str = "") -> TrainingError:
     return TrainingError(
         f"{what} ({reason.rstrip('.')}), {proof.rstrip('.')}.",
         why="So the weights, the target or the machine are at fault, and no sample was quarantined.",

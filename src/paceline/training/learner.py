@@ -1,7 +1,7 @@
-"""What the trainer trains: weights that can be built, stepped, tried, written down and read back.
+"""The Learner protocol: weights that the trainer can build, train, try, save and load.
 
-The trainer keeps the books (plans, acks, checkpoints) and knows nothing of tensors; a learner keeps the
-weights and knows nothing of the ledger. Adapters: torch_learner.py; testing has one without torch.
+The trainer records plans, acks and checkpoints and does not know tensors; a learner owns the weights and
+does not know the ledger. Adapters: torch_learner.py, and one without torch in testing/light_adapters.py.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ class Learner(Protocol):
         """Whether there are weights, built or loaded."""
 
     def num_tokens(self, samples: Sequence[Sample]) -> int:
-        """How many tokens of the samples a step counts; summed over all ranks it divides the gradients."""
+        """How many tokens of the samples a step counts; the sum over all ranks divides the gradients."""
 
     def check_greedy(self, samples: Sequence[Sample]) -> None:
-        """Raise CaptureMismatchError unless these samples, answered greedily, are the target's own."""
+        """Raise CaptureMismatchError unless these greedy answers are the target's own."""
 
     def build(self, samples: Sequence[Sample]) -> None:
-        """Fresh weights from the run's first samples; a pure function of them and the settings.
+        """Build the first weights from the run's first samples: a pure function of them and the settings.
 
-        Raises TrainingError if they are not finite numbers; there are no weights then. ConfigError: the
-        settings do not fit the target.
+        Raises TrainingError, and leaves no weights, if they are not finite; ConfigError if the settings do
+        not fit the target.
         """
 
     def step(self, step: int, samples: Sequence[Sample], num_tokens: int | None = None) -> dict[str, Any]:
-        """One optimizer step; figures for the event log. If it raises, the weights are unchanged.
+        """One optimizer step; returns figures for the event log. If it raises, the weights are unchanged.
 
-        `num_tokens` divides the gradients: the count of all ranks' samples (None: of these). Several ranks
-        exchange their gradients in here, before any of them changes a weight: it raises on all or on none.
-        Raises TrainingError for a loss or gradient that is not a finite number.
+        `num_tokens` divides the gradients: the tokens of all ranks' samples (None: of these). Several
+        ranks exchange gradients in here before any of them changes a weight, so it raises on all or on
+        none. Raises TrainingError if loss or gradient is not finite.
         """
 
     def attempt(self, samples: Sequence[Sample]) -> None:
-        """Everything of a step but the update: raises what `step` would, and leaves no trace."""
+        """Do a step without the update: raises what `step` would, and leaves the state unchanged."""
 
     def probe(self, like: Sample) -> None:
-        """Raise if weights, target or machine cannot train any sample, and name which.
+        """Raise if weights, target or machine cannot train any sample, and say which.
 
-        Does what `attempt` does, if there are weights, on a sample of this one's shapes that no sample can
-        spoil. A TrainingError, MemoryError or RuntimeError from here is no sample's fault.
+        If there are weights, it attempts a harmless sample of the shapes of `like`. A TrainingError,
+        MemoryError or RuntimeError from here is not a sample's fault.
         """
 
     def files(self) -> Mapping[str, FileContent]:
-        """All state as files of a checkpoint, by name. Their memory belongs to the learner: the bytes
-        stay as they are until the next call."""
+        """The whole state as files of a checkpoint, by name. The learner owns their memory; the bytes are
+        valid until the next call."""
 
     def load(self, files: Mapping[str, FileContent]) -> None:
-        """The state that `files` returned."""
+        """Restore the state that `files` returned."""
 
     def describe(self) -> dict[str, Any]:
         """Small JSON values for the checkpoint's manifest."""

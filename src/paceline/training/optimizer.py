@@ -12,7 +12,7 @@ from paceline.training.settings import OptimizerSettings
 
 
 def learning_rate_at(step: int, settings: OptimizerSettings) -> float:
-    """The rate of optimizer step `step`, counted from 1: see `OptimizerSettings`."""
+    """The rate of optimizer step `step` (the first is 1): see `OptimizerSettings`."""
     if step <= settings.warmup_steps:
         return settings.learning_rate * step / settings.warmup_steps
     total = next((before for before in settings.totals_before if step <= before), settings.total_steps)
@@ -29,7 +29,7 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """One group per parameter: decay on matrices only, and the method's factor on the learning rate.
 
-    Fused: one pass over a parameter's memory instead of a dozen, a sixth of the time on a CPU.
+    Fused AdamW passes over a parameter's memory once instead of a dozen times: a sixth of the time on a CPU.
     """
     groups = [
         {
@@ -50,7 +50,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def optimizer_tensors(draft: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """{"<parameter>.exp_avg": ...} of every parameter that has state."""
+    """{"<parameter>.exp_avg": ...} for every parameter that has state."""
     return {
         f"{name}.{key}": value
         for name, parameter in draft.named_parameters()
@@ -66,5 +66,5 @@ def restore_optimizer(
     for name, tensor in tensors.items():
         parameter_name, _, key = name.rpartition(".")
         parameter = parameters[parameter_name]
-        # The fused AdamW reads everything where the weights are, its count of steps too.
+        # The fused AdamW needs all state on the weights' device, even the step count.
         optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)

@@ -1,10 +1,10 @@
-"""Where a new consumer starts: the newest valid checkpoint, with ledger and folder brought together.
+"""Recovery finds the newest valid checkpoint for a new consumer, and makes ledger and folder agree.
 
-Head damaged: fall back to the one before; what was released since is captured again, and what was
-written after the damaged one, never recorded, is given up with it. Ledger older
-than the folder (a crash between the rename and the head's record, or a ledger that lost its last
-transactions): roll it forward from the checkpoint's own lineage, if that continues what the ledger
-knows. If it does not, and the ledger is the older one, stop: neither may be trusted over the other.
+If the head is damaged, the run falls back to the checkpoint before it: samples released since are captured
+again, and unrecorded checkpoints that follow the damaged one are not used. If the ledger is older than the
+folder (a crash between the rename and the record of the head, or a ledger that lost its last transactions),
+it is rolled forward from the checkpoint's lineage, provided that the lineage continues what the ledger
+knows. If it does not, and the ledger is the older one, the run stops: neither can be trusted alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from paceline.errors import CheckpointDamagedError, CheckpointError, IllegalTransitionError, LedgerError
 from paceline.ledger.consumer_session import ConsumerSession
-from paceline.ledger.facts import GIVEN_UP
+from paceline.ledger.facts import DAMAGED_CHECKPOINTS
 from paceline.ledger.records import CONSUMER, CheckpointRecord
 from paceline.loader.passes import START, Position
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder, identity_of
@@ -24,7 +24,7 @@ Found = tuple[CheckpointRecord, Checkpoint]
 
 @dataclass(frozen=True)
 class Start:
-    """What a new consumer begins with: the checkpoint, if the run has one."""
+    """The checkpoint that a new consumer goes on from; None before the run's first."""
 
     head: CheckpointRecord | None = None
     checkpoint: Checkpoint | None = None
@@ -35,12 +35,12 @@ class Start:
 
     @property
     def position(self) -> Position:
-        """How much of the stream the weights contain."""
+        """How much of the log the weights contain."""
         return Position(*self.checkpoint.values["position"]) if self.checkpoint else START
 
 
 def recover(session: ConsumerSession, folder: CheckpointFolder, report: Callable[..., None]) -> Start:
-    """Take the consumer role, which fences every older consumer of the run, and find the start.
+    """Take the consumer role, which fences every older consumer, and find the start.
 
     Raises as `find_checkpoint` does.
     """
@@ -56,11 +56,11 @@ def find_checkpoint(
     epoch_before: int,
     report: Callable[..., None],
 ) -> Found | None:
-    """The checkpoint to go on from, which is the ledger's head then; None before the first.
+    """The checkpoint to go on from, which is then the ledger's head; None if the run has none.
 
-    `epoch_before`: the consumer's epoch before this one took over. Raises CheckpointError if there are
-    checkpoints but none is valid, or if one that may be cannot be read now; LedgerError if the ledger is
-    older than a checkpoint it contradicts.
+    `epoch_before`: the epoch of the consumer before this one. Raises CheckpointError if no checkpoint is
+    valid, or if one cannot be read now; LedgerError if the ledger is older than a checkpoint that
+    contradicts it.
     """
     found = _newest_valid(session, folder, report)
     return _roll_forward(session, folder, epoch_before, report, found)
@@ -78,8 +78,8 @@ def _newest_valid(
             continue
         if record != records[-1]:
             damaged = [identity_of(newer.name) for newer in records if newer.step > record.step]
-            known = session.facts().get(GIVEN_UP, [])
-            session.set_facts({GIVEN_UP: sorted({*known, *damaged})})
+            known = session.facts().get(DAMAGED_CHECKPOINTS, [])
+            session.set_facts({DAMAGED_CHECKPOINTS: sorted({*known, *damaged})})
             lost = session.fall_back(record.step)
             report("fall_back", step=record.step, lost_samples=len(lost))
         return record, checkpoint
@@ -111,31 +111,31 @@ def _roll_forward(
 def _adopt_next(
     session: ConsumerSession, folder: CheckpointFolder, epoch_before: int, head: Found | None
 ) -> Found | None:
-    """The unrecorded checkpoint that continues `head`, and is head by now; None if there is none."""
+    """Adopt the unrecorded checkpoint that continues `head` and return it; None if there is none."""
     head_step, head_name = (head[0].step, head[0].name) if head else (-1, "")
-    given_up = set(session.facts().get(GIVEN_UP, []))
+    damaged = set(session.facts().get(DAMAGED_CHECKPOINTS, []))
     listed = folder.unrecorded(session.checkpoints())
-    if listed:  # what was listed before this answer is no successor's, so it may be claimed
+    if listed:  # this consumer still holds the role, so no listed folder is a successor's
         session.refuse_if_replaced()
     for record, checkpoint in listed:
         previous = identity_of(checkpoint.previous)
         if record.step <= head_step:
             continue
-        if previous in given_up:
-            given_up.add(identity_of(record.name))  # it followed a damaged one: swept
+        if previous in damaged:
+            damaged.add(identity_of(record.name))  # it follows a damaged one and will be swept
             continue
         try:
             if previous != identity_of(head_name):
                 raise IllegalTransitionError(f"It follows {checkpoint.previous!r}, which is not the head.")
             claimed = folder.claim(record, session.epoch)
-            if claimed is None:  # swept or claimed by a consumer that this one takes over from
+            if claimed is None:  # the predecessor swept or claimed it
                 return _adopt_next(session, folder, epoch_before, head)
-            checkpoint = folder.read(claimed, names=())  # its files lie under the claimed name
+            checkpoint = folder.read(claimed, names=())  # the files now lie under the claimed name
             session.adopt(claimed, checkpoint.lineage)
         except IllegalTransitionError as error:
             if checkpoint.epoch > epoch_before or checkpoint.lsn > session.lsn():
                 raise _ledger_is_older(record, folder, error) from error
-            continue  # written by a consumer that was replaced before it could be recorded
+            continue  # a replaced consumer wrote it and could not record it
         return claimed, checkpoint
     return None
 
@@ -146,8 +146,8 @@ def _ledger_is_older(
     return LedgerError(
         f"The ledger is older than checkpoint {record.name} (step {record.step}) in {folder.folder} and "
         f"cannot be rolled forward to it. {because}",
-        why="Going on from the ledger alone would train samples twice that those weights contain.",
-        next=f"restore the ledger's newest backup, or move {record.name} away to give its steps up.",
+        why="Going on from the ledger alone would train samples again that those weights contain.",
+        next=f"restore the ledger's newest backup, or move {record.name} away to lose its steps.",
     )
 
 

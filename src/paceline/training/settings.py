@@ -1,4 +1,4 @@
-"""What decides the weights, and how often they are made durable: `training`, `checkpoint`. No torch."""
+"""The run file's sections `training` and `checkpoint`, and the trainer's settings. No torch."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class OptimizerSection(Section):
 
 
 class OptimizerSettings(OptimizerSection):
-    """Learning rates per step: linear warm-up, then a cosine down to the final one at `total_steps`.
+    """The learning rate of each step: linear warm-up, then a cosine down to the final rate at `total_steps`.
 
-    Later steps keep the final rate. `total_steps` None is for a stream without an end: constant after
-    the warm-up. `totals_before`: what `total_steps` was before the run was extended, oldest first; the
-    steps up to each keep the rates that they had.
+    Later steps keep the final rate. `total_steps` None, for a stream without an end: constant after the
+    warm-up. `totals_before`: the `total_steps` before each extension of the run, oldest first; the steps up
+    to each keep their rates.
     """
 
     total_steps: int | None
@@ -48,8 +48,8 @@ class TrainingSection(OptimizerSection):
     """`batch_size` samples an optimizer step, in micro-batches of `micro_batch_size`.
 
     `passes`: how often each sample is trained on while its features are resident (loader/passes.py).
-    `quarantine_max_in_a_row`: samples that fail one after another are quarantined up to so many; then
-    training stops, since the fault is hardly theirs.
+    `quarantine_max_in_a_row`: how many samples in a row may be quarantined. Then training stops, since the
+    cause is hardly in the samples.
     """
 
     changeable: ClassVar[tuple[str, ...]] = ("device", "quarantine_max_in_a_row")
@@ -75,10 +75,10 @@ class CheckpointSection(Section):
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """What the trainer is given: its sections of the run file, and what follows from the rest of the run.
+    """The trainer's sections of the run file, and values that follow from the rest of the run.
 
-    `total_steps`, `totals_before`: see `OptimizerSettings`. `first_samples`: how many of the run's first
-    samples the first weights are made from.
+    `total_steps`, `totals_before`: see `OptimizerSettings`. `first_samples`: the number of samples from
+    which the first weights are built.
     """
 
     total_steps: int | None

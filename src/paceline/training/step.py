@@ -1,8 +1,8 @@
-"""One optimizer step, readable alone: micro-batches in, one update out.
+"""One optimizer step: micro-batches in, one update out.
 
-Losses are sums over tokens and the gradients are divided once by the step's token count, so how
-a step is cut into micro-batches does not change its meaning. Nor does how it is spread over processes:
-then the count is the whole step's, and is handed in.
+Losses are sums over tokens, and the gradients are divided once by the step's token count. So neither the
+size of the micro-batches nor the number of processes changes the result; with several processes the caller
+passes the token count of the whole step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from paceline.methods.method import DraftMethod, LossSums
 from paceline.training.optimizer import learning_rate_at, set_learning_rate
 from paceline.training.settings import OptimizerSettings
 
-_LOSS = "loss sum"  # no method's metric is called that
+_LOSS = "loss sum"  # a key that no method uses for a metric
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StepResult:
 def micro_batches(
     samples: Sequence[Mapping[str, torch.Tensor]], size: int
 ) -> list[list[Mapping[str, torch.Tensor]]]:
-    """The samples in their order, `size` at a time; methods pack them, so lengths need not be alike."""
+    """The samples in their order, `size` at a time; methods pack them, so lengths may differ."""
     return [list(samples[i : i + size]) for i in range(0, len(samples), size)]
 
 
@@ -59,16 +59,16 @@ def accumulate_gradients(
     what: str,
     num_tokens: float | None = None,
 ) -> _Accumulated:
-    """Mean gradients over the samples' tokens, clipped, in the draft's parameters; no update.
+    """Leave the clipped mean gradients over the samples' tokens in the draft's parameters; no update.
 
-    The summed gradients are divided once, by `num_tokens` or else by the tokens of these samples. Where
-    a wrapper of `draft` averages gradients over W processes, hand in the tokens of all, divided by W.
-    Every micro-batch runs backward, so that such processes meet in each. Raises TrainingError, about
-    `what`, if loss or gradient is not a finite number.
+    The summed gradients are divided once, by `num_tokens` or else by the tokens of these samples. If a
+    wrapper of `draft` averages gradients over W processes, pass the tokens of all, divided by W. Every
+    micro-batch runs backward, so that the processes synchronise in each. Raises TrainingError, which names
+    `what`, if loss or gradient is not finite.
     """
     draft.zero_grad(set_to_none=True)
     device = next(draft.parameters()).device
-    # Summed where they are: reading a number would make the processor wait for the device.
+    # Summed on the device: reading a number would make the processor wait for it.
     totals: dict[str, torch.Tensor] = {}
     local_tokens = 0
     for micro_batch in micro_batches(samples, micro_batch_size):
@@ -80,7 +80,7 @@ def accumulate_gradients(
         for name, value in {_LOSS: sums.loss_sum.detach(), **sums.metrics}.items():
             totals[name] = totals[name] + value.double() if name in totals else value.double()
     divisor = local_tokens if num_tokens is None else num_tokens
-    if not divisor:  # nothing to learn: an optimizer's momentum must not move the weights either
+    if not divisor:  # nothing to learn; without gradients the optimizer's momentum moves no weight
         draft.zero_grad(set_to_none=True)
     gradients = [p.grad for p in draft.parameters() if p.grad is not None]
     for gradient in gradients:
@@ -91,7 +91,7 @@ def accumulate_gradients(
     if not (torch.isfinite(torch.tensor([loss_sum, grad_norm])).all()):
         raise TrainingError(
             f"{what} has loss {loss_sum} and gradient norm {grad_norm}.",
-            why="An update would destroy the weights; they are as they were after the step before.",
+            why="An update would destroy the weights. They are those of the step before.",
             next="lower training.learning_rate in a new run; the last checkpoint is unharmed.",
         )
     return _Accumulated(loss_sum, local_tokens, grad_norm, metrics)
@@ -109,9 +109,9 @@ def train_step(
     autocast_dtype: torch.dtype | None = None,
     num_tokens: float | None = None,
 ) -> StepResult:
-    """`num_tokens` as in `accumulate_gradients`.
+    """One update of the draft. `num_tokens`: see `accumulate_gradients`.
 
-    Raises TrainingError, with the weights unchanged, if loss or gradient is not a finite number.
+    Raises TrainingError, with the weights unchanged, if loss or gradient is not finite.
     """
     sums = accumulate_gradients(
         samples,
@@ -132,9 +132,9 @@ def train_step(
 
 
 def _clip(draft: nn.Module, limit: float) -> float:
-    """Scale the gradients to a norm of at most `limit`; the norm they had."""
+    """Scale the gradients to a norm of at most `limit`; returns their norm before."""
     norm = nn.utils.clip_grad_norm_([p for p in draft.parameters() if p.grad is not None], limit)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # whole, if sharded
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # a sharded norm is gathered
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[None]:

@@ -1,8 +1,8 @@
-"""Tensors as the bytes of a safetensors file and back. Never pickle.
+"""Tensors to the bytes of a safetensors file and back. Never pickle.
 
-A checkpoint is staged: its tensors are copied into memory that the checkpoint before used, laid out as the
-file will be, and another thread writes them from there. That copy is all that training waits for; fresh
-memory would cost it several times as much, in page faults.
+Training waits only while the tensors are copied, in the file's layout, into memory that the checkpoint
+before used; another thread writes the file from there. Fresh memory would take several times as long, in
+page faults.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors.torch import load
 from paceline.durable_files import FileContent
 from paceline.errors import CheckpointError
 
-# In the order in which safetensors lays types out: from the end, so that every tensor is aligned.
+# safetensors lays types out in the reverse of this order, so that every tensor is aligned.
 _DTYPES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -30,14 +30,14 @@ _RANK = {dtype: -place for place, dtype in enumerate(_DTYPES)}
 _ALIGNMENT = 8
 
 
-class Staging:
-    """The files of one checkpoint at a time: those of the next one take the same memory."""
+class FileBuffers:
+    """Holds the files of one checkpoint at a time; those of the next one take the same memory."""
 
     def __init__(self) -> None:
         self._memory: dict[str, torch.Tensor] = {}
 
     def file(self, name: str, tensors: Mapping[str, torch.Tensor]) -> memoryview:
-        """The safetensors file of `tensors`; it changes when the file of that name is staged again.
+        """The safetensors file of `tensors`, valid until the next call with this name.
 
         The bytes are those of `safetensors.torch.save`. Tensors may lie on any device.
         """
@@ -58,7 +58,7 @@ class Staging:
 
 
 def _header(ordered: list[tuple[str, torch.Tensor]]) -> tuple[bytes, int]:
-    """The length and the names, and how many bytes follow."""
+    """The file's header, and how many bytes follow it."""
     entries: dict[str, Any] = {}
     end = 0
     for name, tensor in ordered:
@@ -74,7 +74,7 @@ def _header(ordered: list[tuple[str, torch.Tensor]]) -> tuple[bytes, int]:
 
 
 def from_bytes(name: str, data: FileContent) -> dict[str, torch.Tensor]:
-    """Raises CheckpointError if the bytes are no safetensors file."""
+    """Raises CheckpointError if the bytes are not a safetensors file."""
     try:
         return dict(load(bytes(data)))
     except SafetensorError as error:

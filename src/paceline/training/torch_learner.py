@@ -1,7 +1,7 @@
-"""The draft model and its optimizer as the trainer's learner.
+"""TorchLearner: the draft and its optimizer, as the learner that the trainer calls.
 
-The draft is built on the processor (the first weights are a pure function of samples and seed there) and
-trained on the device that the settings name. Nothing in training draws random numbers on the device.
+The draft is built on the CPU, where the first weights are a pure function of samples and seed, and trained
+on the device of the settings. Training draws no random numbers on the device.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TorchLearner:
         self._method = method
         self._head = head
         self._settings = settings
-        self._staging = tensor_files.Staging()
+        self._buffers = tensor_files.FileBuffers()
         self._device = resolve_device(settings.training.device)
 
     @property
@@ -48,9 +48,9 @@ class TorchLearner:
         draft = self._method.build(self._head, samples, self._settings.seed)
         if not all(bool(torch.isfinite(weight).all()) for weight in draft.parameters()):
             raise TrainingError(
-                f"The first weights, from {len(samples)} samples, are not finite numbers.",
+                f"The first weights, built from {len(samples)} samples, are not finite.",
                 why="Nothing can be trained from there.",
-                next="look at the target: its hidden states on these prompts are no numbers.",
+                next="look at the target: its hidden states on these prompts are NaN or infinite.",
             )
         self._adopt(draft)
 
@@ -104,13 +104,13 @@ class TorchLearner:
             torch.set_rng_state(before)
 
     def probe(self, like: Mapping[str, torch.Tensor]) -> None:
-        """See Learner. The harmless sample has the first token throughout, and states of ordinary size."""
+        """See Learner. The harmless sample has token 0 throughout, and states of ordinary size."""
         if self.draft is None:
             return
         broken = [n for n, w in self.draft.named_parameters() if not bool(torch.isfinite(w).all())]
         if broken:
             raise TrainingError(
-                f"The draft's weights are not finite numbers ({broken[0]}).",
+                f"The draft's weights are not finite ({broken[0]}).",
                 why="Nothing can be trained from there.",
                 next="start a new run with a lower training.learning_rate.",
             )
@@ -121,9 +121,9 @@ class TorchLearner:
         assert self.draft is not None
         assert self.optimizer is not None
         return {
-            DRAFT: self._staging.file(DRAFT, self.draft.state_dict()),
-            OPTIMIZER: self._staging.file(OPTIMIZER, optimizer_tensors(self.draft, self.optimizer)),
-            RNG: self._staging.file(RNG, {"torch": torch.get_rng_state()}),
+            DRAFT: self._buffers.file(DRAFT, self.draft.state_dict()),
+            OPTIMIZER: self._buffers.file(OPTIMIZER, optimizer_tensors(self.draft, self.optimizer)),
+            RNG: self._buffers.file(RNG, {"torch": torch.get_rng_state()}),
         }
 
     def load(self, files: Mapping[str, FileContent]) -> None:
@@ -139,12 +139,12 @@ class TorchLearner:
 
 
 def restore_draft(method: DraftMethod, head: TargetHead, files: Mapping[str, FileContent]) -> nn.Module:
-    """The draft as the checkpoint's files have it."""
+    """The draft from a checkpoint's files."""
     return method.restore(head, tensor_files.from_bytes(DRAFT, files[DRAFT]))
 
 
 def _harmless(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Of the same shape and dtype: noise for states, 0 for ids; a mask stays as it is."""
+    """A tensor of the same shape and dtype: noise for states, 0 for ids; a mask is kept."""
     if tensor.is_floating_point():
         return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
     return tensor if tensor.dtype in (torch.bool, torch.uint8) else torch.zeros_like(tensor)

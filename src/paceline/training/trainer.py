@@ -1,7 +1,7 @@
-"""The consumer's loop: plan, fetch, train, ack; and now and then the checkpoint that commits it all.
+"""The consumer's loop: plan, fetch, train, ack; and at intervals a checkpoint that makes it durable.
 
-The coordinator keeps the books (coordinator.py), the ranks keep the weights (worker.py). What happens to
-a step that fails is in isolation.py, and to samples that cannot be read in fetching.py.
+The coordinator records what happens (coordinator.py); the ranks own the weights (worker.py). isolation.py
+handles a step that fails, fetching.py samples that cannot be read.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ class Trainer:
 
     @property
     def draft(self) -> Any:
-        """The weights, once there are some; a torch module with the torch learner."""
+        """The draft, once there is one; a torch module with the torch learner."""
         return getattr(self.ranks.workers[0].learner, "draft", None)
 
     def checkpoint(self) -> None:
-        """Make everything up to this step durable, then free what it covers."""
+        """Write a checkpoint of this step, then free the features that it covers."""
         self.coordinator.checkpoint()
 
     def fit(self, loader: StepLoader) -> int:
-        """Train until the stream ends, `max_steps`, or a stop; the last step. Ends with a checkpoint."""
+        """Train to the end of the stream, `max_steps` or a stop, then checkpoint; returns the last step."""
         coordinator, settings = self.coordinator, self._settings
         fetching = Fetching(coordinator, self.ranks, loader)
         isolation = Isolation(coordinator, self.ranks, loader, fetching, self._report)
@@ -76,7 +76,7 @@ class Trainer:
         return self.step
 
     def _train_next(self, loader: StepLoader, fetching: Fetching, isolation: Isolation) -> bool:
-        """One step; False if there is none, or if asked to stop."""
+        """Train one step; False if there is none, or after a stop."""
         began = monotonic()
         planned = loader.next_step(self.step + 1)
         held = fetching.hold(planned) if planned else None
@@ -118,16 +118,16 @@ class Trainer:
         failed, quarantined = ledger.failed(), ledger.samples(State.QUARANTINED)
         reasons = [*failed.values(), *(record.reason for record in quarantined)]
         return TrainingError(
-            f"The stream of samples has ended, and there is none to train: {len(failed)} prompts failed and "
+            f"The stream has ended without a sample to train: {len(failed)} prompts failed and "
             f"{len(quarantined)} samples were quarantined{f' ({reasons[0]})' if reasons else ''}.",
             why="Without samples there are no first weights.",
-            next="mend the cause (`paceline inspect RUN` tells the reasons) and start a new run.",
+            next="mend the cause (`paceline inspect RUN` shows the reasons) and start a new run.",
         )
 
 
 @dataclass(frozen=True)
 class ConsumerSide:
-    """What a consumer is made of."""
+    """The parts of a consumer."""
 
     session: ConsumerSession
     features: FeatureStore
@@ -145,9 +145,9 @@ def take_over(
     report: Callable[..., None] = lambda *_, **__: None,
     clock: Callable[[], float] = monotonic,
 ) -> tuple[Trainer, StepLoader]:
-    """Become the run's consumer: trainer and loader, both of the start that recovery found.
+    """Become the run's consumer; returns trainer and loader, built from the start that recovery found.
 
-    An older consumer of the run is fenced from here on. `executor`: writes checkpoints and reads the next
+    From here on an older consumer of the run is fenced. `executor`: writes checkpoints and reads the next
     step's features while training goes on; None: training waits for both.
     """
     start = recover(side.session, side.checkpoints, report)

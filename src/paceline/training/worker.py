@@ -1,9 +1,9 @@
-"""What trains: one rank (`Worker`), and all ranks of a run as the coordinator sees them (`Ranks`).
+"""`Worker` is one rank that trains; `Ranks` is all ranks of a run, as the coordinator calls them.
 
-The coordinator says what happens with one message a step, a plain record: `StepOrder`. Every rank fetches
-its slice of the step's samples and answers `Fetched`: that it holds them, or which it cannot read. Only
-when all ranks hold their slices does any of them train, so a step happens on all ranks or on none. A rank
-knows no ledger, and no torch either: its weights are the learner's (learner.py).
+The coordinator sends each rank one message a step, a plain record: `StepOrder`. The rank reads its slice of
+the step's samples and answers `Fetched`: that it holds them, or which of them it cannot read. No rank trains
+before all ranks hold their slices, so a step happens on all ranks or on none. A rank does not use the
+ledger or torch: the learner owns the weights (learner.py).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from paceline.training.checkpoint import Aside, FileEntry
 from paceline.training.learner import Learner, Sample
 from paceline.types import SampleRef
 
-FIRST_WEIGHTS = 0  # the step number of an order whose samples make the first weights
+FIRST_WEIGHTS = 0  # the step number of an order to build the first weights
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class StepOrder:
-    """From the coordinator to one rank: the step, its samples in plan order, and which are this rank's."""
+    """From the coordinator to one rank: the step, its samples in plan order, and this rank's slice."""
 
     step: int
     rev: int
@@ -50,24 +50,24 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class Fetched:
-    """A rank's answer: it holds its slice, which counts `num_tokens`, unless something is unreadable."""
+    """A rank's answer: it holds its slice of `num_tokens` tokens, unless a sample is unreadable."""
 
     num_tokens: int
     unreadable: Mapping[str, Unreadable] = field(default_factory=dict)
 
 
 class Worker:
-    """One rank. It holds the samples of one order at a time, its own slice of them."""
+    """One rank. It holds its slice of the samples of one order at a time."""
 
     def __init__(self, learner: Learner, features: FeatureStore, executor: Executor | None = None) -> None:
-        """`executor`: reads the next step's features while the current one trains; None: nothing does."""
+        """`executor`: reads the next step's features while the current one trains; None: no read-ahead."""
         self.learner = learner
         self._ahead = ReadAhead(features.get, executor)
         self._held: dict[str, tuple[SampleRef, Sample]] = {}
         self._trained_well: list[Sample] = []
 
     def fetch(self, order: StepOrder) -> Fetched:
-        """Hold the slice of `order`; what is held already is not read again."""
+        """Read the slice of `order`, except samples that are held already."""
         wanted = {ref.sample_id: ref for ref in order.mine}
         self._held = {i: held for i, held in self._held.items() if wanted.get(i) == held[0]}
         unreadable: dict[str, Unreadable] = {}
@@ -84,23 +84,23 @@ class Worker:
         return Fetched(self.learner.num_tokens(self._samples(order.mine)))
 
     def read_ahead(self, refs: Sequence[SampleRef]) -> None:
-        """These will probably be asked for next."""
+        """Start to read the samples that the next order will probably name."""
         self._ahead.start(refs)
 
     def step(self, order: StepOrder, num_tokens: int) -> dict[str, Any]:
-        """Train the slice; `num_tokens` is the count of the whole step. Figures for the event log."""
+        """Train the slice; `num_tokens`: of the whole step. Returns figures for the event log."""
         samples = self._samples(order.mine)
         figures = self.learner.step(order.step, samples, num_tokens)
         self._trained_well = samples[:1]
         return figures
 
     def build(self, order: StepOrder) -> None:
-        """The first weights, from all samples of the order."""
+        """Build the first weights from all samples of the order."""
         self.learner.check_greedy(self._samples([ref for ref in order.refs if ref.metadata.get("greedy")]))
         self.learner.build(self._samples(order.refs))
 
     def attempt(self, order: StepOrder, sample_ids: Collection[str]) -> None:
-        """Train those of these samples that this rank holds, without a trace."""
+        """Try the samples among these that this rank holds; the weights do not change."""
         mine = {ref.sample_id: ref for ref in order.mine if ref.sample_id in sample_ids}
         samples = self._samples(mine.values())
         if order.step == FIRST_WEIGHTS:
@@ -109,12 +109,12 @@ class Worker:
             self.learner.attempt(samples)
 
     def probe(self, order: StepOrder) -> bool:
-        """Raise if weights or machine train nothing at all; whether a real sample has shown that they do."""
+        """Raise if weights or machine cannot train any sample; whether a real sample was trained."""
         for sample in self._trained_well:
             try:
                 self.learner.attempt([sample])
             except Exception:
-                self.learner.probe(sample)  # it may know what is broken
+                self.learner.probe(sample)  # it may name what is broken
                 raise
             return True
         for ref in order.mine[:1]:
@@ -126,25 +126,25 @@ class Worker:
 
 
 class Ranks:
-    """All ranks of a run, in rank order; each call is one for all of them.
+    """All ranks of a run, in rank order; each call goes to all of them.
 
-    After a `fetch` that found everything the ranks hold that step, and what follows is about it.
+    After a `fetch` without unreadable samples the ranks hold that step, and later calls are about it.
     """
 
     def __init__(self, workers: Sequence[Worker]) -> None:
         self.workers = list(workers)
         self._orders: list[StepOrder] = []
         self._num_tokens = 0
-        # Ranks exchange gradients within a step, so all must be in it at once.
+        # Ranks exchange gradients within a step, so they must run it at the same time.
         self._threads = ThreadPoolExecutor(len(workers)) if len(workers) > 1 else None
 
     @property
     def ready(self) -> bool:
-        """Whether there are weights."""
+        """Whether the ranks have weights."""
         return all(worker.learner.ready for worker in self.workers)
 
     def fetch(self, step: int, rev: int, refs: Sequence[SampleRef]) -> dict[str, Unreadable]:
-        """Every rank reads its slice, or all samples for the first weights; what cannot be read."""
+        """Every rank reads its slice, or all samples for the first weights; returns the unreadable ones."""
         shares, count = len(self.workers), len(refs)
         bounds = [(rank * count // shares, (rank + 1) * count // shares) for rank in range(shares)]
         if step == FIRST_WEIGHTS:
@@ -167,11 +167,11 @@ class Ranks:
         self._each(lambda worker, order: worker.build(order))
 
     def attempt(self, sample_ids: Collection[str]) -> None:
-        """Train these of the step's samples without a trace; raises what training them would."""
+        """Try these of the step's samples without changing the weights; raises what training them would."""
         self._each(lambda worker, order: worker.attempt(order, sample_ids))
 
     def probe(self) -> bool:
-        """Raise if weights or machines train nothing at all; whether real samples have shown it."""
+        """Raise if weights or machines cannot train any sample; whether real samples were trained."""
         return all(self._each(lambda worker, order: worker.probe(order)))
 
     def load(self, files: Mapping[str, FileContent]) -> None:
@@ -179,7 +179,7 @@ class Ranks:
             worker.learner.load(files)
 
     def snapshot(self) -> Callable[[Aside], list[FileEntry]]:
-        """Take the state of all ranks as it is now; the function writes it, in any thread, later."""
+        """Copy the state of all ranks now; the returned function writes it later, in any thread."""
         parts = [worker.learner.files() for worker in self.workers]
 
         def write(aside: Aside) -> list[FileEntry]:
@@ -195,7 +195,7 @@ class Ranks:
             self._threads.shutdown()
 
     def _each(self, act: Callable[[Worker, StepOrder], T]) -> list[T]:
-        """Every rank's answer; raises what the first of those that failed raised, once all have ended."""
+        """Every rank's answer. After all have ended, raises the error of the first rank that failed."""
         pairs = list(zip(self.workers, self._orders, strict=True))
         if self._threads is None:
             return [act(worker, order) for worker, order in pairs]

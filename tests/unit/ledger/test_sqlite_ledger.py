@@ -224,7 +224,7 @@ def test_a_failed_sync_is_final_and_the_next_opening_writes_the_log_again(
     for _ in range(2):  # repeated under its number: still unknown
         with pytest.raises(UnknownResultError):
             ledger.lease(producer.fence, 50, 1)
-    with pytest.raises(LedgerError, match="failed to sync before"):
+    with pytest.raises(LedgerError, match="failed to sync earlier"):
         ledger.lease(producer.fence, 51, 1)
     ledger._db = connection
     ledger.close()

@@ -166,7 +166,7 @@ def test_a_record_does_not_lead_out_of_the_folder(tmp_path: Path, name: str) -> 
     folder = CheckpointFolder(tmp_path / "checkpoints", "run0")
     record = folder.write(checkpoint())
     (tmp_path / "checkpoints" / record.name).rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointDamagedError, match="no checkpoint has such a name"):
+    with pytest.raises(CheckpointDamagedError, match="not a checkpoint's name"):
         folder.read(replace(record, name=name))
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load, save
 
 from paceline.errors import CheckpointError
-from paceline.training.tensor_files import Staging, from_bytes
+from paceline.training.tensor_files import FileBuffers, from_bytes
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:
@@ -31,12 +31,12 @@ def test_a_staged_file_has_the_bytes_that_safetensors_writes() -> None:
     """So whatever reads safetensors reads a checkpoint."""
     given = tensors(0)
     expected = save({name: tensor.contiguous() for name, tensor in given.items()})
-    assert bytes(Staging().file("draft", given)) == expected
+    assert bytes(FileBuffers().file("draft", given)) == expected
 
 
 def test_the_next_checkpoint_takes_the_memory_of_the_one_before() -> None:
     """Fresh memory would be paid for in page faults, at every checkpoint."""
-    staging = Staging()
+    staging = FileBuffers()
     first = staging.file("draft", tensors(0))
     other = staging.file("optimizer", tensors(1))
     second = staging.file("draft", tensors(2))

@@ -1,8 +1,8 @@
-"""The archive: steps and samples that no recovery can need, a few bytes for each; and the history of steps.
+"""The archive of steps and samples that no recovery can need, and the history of steps.
 
-Trained samples and plans up to the oldest checkpoint kept can never be undone, and no consumer reads the
-log before the place where that checkpoint resumes. Their rows go into compressed blocks of steps, which
-only people and the checker read.
+No recovery goes back behind the oldest checkpoint kept, and no consumer reads the log before the place
+where that checkpoint resumes. The rows before it are replaced by compressed chunks of steps, which only
+`paceline inspect` and the checker read.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from paceline.ledger.records import Fence, TrainedSample, TrainedStep
 from paceline.ledger.stores.sqlite.prompts import PromptTable
 from paceline.types import SampleRef
 
-BLOCK = 4096  # visits of one block, about
-UNKNOWN_PLACE = -1  # of a planned sample that was never committed
+BLOCK = 4096  # visits in one chunk, about
+UNKNOWN_PLACE = -1  # the place of a planned sample that was never committed
 
 
 class Archive(PromptTable):
@@ -54,7 +54,7 @@ class Archive(PromptTable):
             return int(ready)
 
     def _archive_steps(self, last: int) -> None:
-        """Before their samples: while those have rows, their places are known."""
+        """Runs before the samples' rows are deleted, because it reads their places."""
         block: list[TrainedStep] = []
         for trained in self._planned("step <= ?", last):
             block.append(trained)
@@ -84,7 +84,9 @@ class Archive(PromptTable):
             *values,
         ):
             samples, names = [], json.loads(ids)
-            last_visits = {sample_id: visit for visit, sample_id in enumerate(names)}  # some come twice
+            last_visits = {
+                sample_id: visit for visit, sample_id in enumerate(names)
+            }  # a sample may come twice
             for visit, sample_id in enumerate(names):
                 row = self._rows(
                     "SELECT place, ordinal, acked, step FROM sample WHERE sample_id = ?", sample_id
@@ -94,7 +96,7 @@ class Archive(PromptTable):
                 samples.append(TrainedSample(place, sample_id, ordinal, finished))
             yield TrainedStep(step, rev, tuple(samples))
 
-    # -- reading it ------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------
 
     def history(self, *, step: int | None = None, sample_id: str | None = None) -> Iterator[TrainedStep]:
         with self._reading():
@@ -119,7 +121,7 @@ class Archive(PromptTable):
         if hashlib.sha256(data).hexdigest() != digest:
             raise SchemaError(
                 f"The archived steps from {first} on in {self.path} are damaged.",
-                why="Part of the run's history cannot be read; samples in flight are not concerned.",
+                why="Part of the run's history cannot be read; samples in flight are not affected.",
                 next="run `paceline fsck RUN`; restore the ledger from a backup to get the history back.",
             )
         if wanted is None or wanted in data:

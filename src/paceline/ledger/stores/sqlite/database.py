@@ -1,15 +1,17 @@
 """One SQLite file as every process of a run opens it: transactions, fences, operations, durability.
 
-WAL. Writers of all processes queue at a gate (ledger/gate.py), take BEGIN IMMEDIATE, and either commit
-whole or roll back whole; an error leaves no open transaction behind. What a call committed survives
-`kill -9` always. Power loss: with durability "full" every call; with "head" every call before the last
-one that durable weights depend on (a checkpoint, a role change, a fall back, a quarantine, a failed
-prompt): later ones may vanish, from the end backwards. Such a call is committed with synchronous=FULL,
-which syncs the whole log. An I/O error of a commit is final for this object: what the disk holds is
-unknown then. It leaves a mark beside the file, so that the next process to open it writes the log's
-content into the database before it believes anything: the kernel may keep pages that it failed to write.
-apsw carries its own SQLite, because versions before 3.51.3 can corrupt a write-ahead log with two
-connections.
+The database is in WAL mode. The writers of all processes queue at a gate (ledger/gate.py) and take BEGIN
+IMMEDIATE; a transaction commits whole or rolls back whole.
+
+A call that returned survives `kill -9`. With durability "full" it also survives power loss. With "head"
+only calls that durable weights depend on (a checkpoint, a role change, a fall back, a quarantine, a failed
+prompt) and everything before them survive; later calls may vanish, from the end backwards. Such a call
+commits with synchronous=FULL, which syncs the whole log.
+
+An I/O error of a commit is final for this object, because the content of the disk is unknown then. The
+process leaves a mark beside the file; the next process to open it writes the log's content into the
+database before it reads, since the kernel may keep pages that it failed to write. apsw brings its own
+SQLite: versions before 3.51.3 can corrupt a write-ahead log that has two connections.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from paceline.ledger.stores.sqlite.run_row import READ, READ_TO_CHANGE, WRITE, R
 from paceline.ledger.stores.sqlite.schema import known_version, open_schema
 
 Durability = Literal["full", "head"]
-IN_MEMORY = ":memory:"  # a ledger of this object alone
+IN_MEMORY = ":memory:"  # a ledger private to this object
 SQLITE_FLOOR = (3, 51, 3)
 SQLITE_BACKPORTS = ((3, 44, 6), (3, 50, 7))
 BUSY_MS = 60_000
@@ -48,7 +50,7 @@ def check_sqlite_version(version: str) -> None:
     if not fixed:
         raise SchemaError(
             f"SQLite {version} may corrupt a write-ahead log that two processes write.",
-            why="The ledger is what the guarantee rests on.",
+            why="The guarantee rests on the ledger.",
             next="pip install --upgrade 'apsw>=3.54.1.0'",
         )
 
@@ -65,9 +67,9 @@ UNUSABLE = (
 
 
 class Errors:
-    """`with` it: an error on the way out is shown to `raise_better`, which may raise another.
+    """A context manager that passes an error to `raise_better`, which may raise another one.
 
-    A class, because every call of the ledger passes through and a generator takes three times as long.
+    It is a class because every ledger call uses it, and a generator takes three times as long.
     """
 
     def __init__(self, raise_better: Callable[[BaseException], None]) -> None:
@@ -82,7 +84,7 @@ class Errors:
 
 
 class Operation:
-    """One change: whether it was made before, and then what it returned, as plain JSON."""
+    """One change: whether it repeats an earlier one, and the result, as plain JSON."""
 
     def __init__(self, repeated: bool, result: Any) -> None:
         self.repeated = repeated
@@ -90,11 +92,11 @@ class Operation:
         self.changes = True
 
     def keep(self, result: Any) -> None:
-        """What a repetition shall return."""
+        """Set what a repetition returns."""
         self.result = result
 
     def cancel(self) -> None:
-        """Nothing is to be changed after all."""
+        """Change nothing after all."""
         self.changes = False
 
 
@@ -130,19 +132,21 @@ class Database:
         self._explained, self._final_errors = Errors(self._explain), Errors(self._fail_for_good)
 
     def read_from(self, db: apsw.Connection, path: Path) -> None:
-        """For a view: ask over this connection, which belongs to the caller and only reads."""
+        """For a view: read over this connection, which belongs to the caller."""
         self._prepare(path, "head")
         self._db = db
 
     def _open(self, vfs: str | None, opened: ExitStack) -> None:
-        """With the writers' gate held. `opened`: what is closed if it fails."""
+        """Open the file; the caller holds the gate. `opened`: what is closed on failure."""
         is_new = not self.path.exists()
         if vfs is None and is_new:
             os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         self._db = apsw.Connection(str(self.path), vfs=vfs)
         opened.callback(self._db.close)
         self._db.set_busy_timeout(BUSY_MS)
-        if vfs is not None:  # such file layers have no shared memory; one process alone then
+        if (
+            vfs is not None
+        ):  # file layers of tests have no shared memory, so only one process can open the file
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
         known_version(self._db, self.path)  # before anything is written to another program's database
         self._db.execute("PRAGMA journal_mode=WAL")
@@ -178,24 +182,24 @@ class Database:
         return found.st_dev, found.st_ino
 
     def _refuse_replaced(self) -> None:
-        """The file that the path names must be the one that is open: what is written to another is lost."""
+        """Raise LedgerError if the path no longer names the open file: its content would be lost."""
         if self._inode is not None and self._inode_now() != self._inode:
             raise LedgerError(
                 f"{self.path} was deleted or replaced while this process had it open.",
-                why="What is recorded in the old file would be lost, and with it what was trained.",
+                why="What this process records in the old file would be lost, and with it what was trained.",
                 next="stop every process of this run, put the ledger back (a copy of it, or a backup), and "
                 "run the same command again: it goes on from the newest checkpoint that it knows.",
             )
 
-    # -- an error of the disk --------------------------------------------------------------
+    # -- disk errors -----------------------------------------------------------------------
 
     @property
     def _mark(self) -> Path:
-        """There is such a file if the last process failed to sync the log."""
+        """The file that a process leaves after it failed to sync the log."""
         return self.path.with_name(self.path.name + "-unsynced")
 
     def _write_again(self) -> None:
-        """Bring the log's content into the database, if a process failed to sync it."""
+        """Write the log's content into the database, if a process failed to sync the log."""
         if not self._mark.exists():
             return
         [[busy, *_]] = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -214,7 +218,7 @@ class Database:
                 self._mark.touch(0o600)
             raise UnknownResultError(
                 f"{self.path} could not be synced ({error}); whether the last change is on disk is unknown.",
-                why="After a failed fsync nothing this process wrote may be trusted to be on the disk.",
+                why="After a failed fsync nothing that this process wrote is certain to be on the disk.",
                 next="check the disk, then run the same command again: it reads what is really there.",
             ) from error
 
@@ -222,7 +226,7 @@ class Database:
         if self._broken is None:
             return
         why, failed_fence, failed_op = self._broken
-        what = f"{self.path} failed to sync before ({why}); this process stopped writing to it."
+        what = f"{self.path} failed to sync earlier ({why}); this process stopped writing to it."
         kind = (
             UnknownResultError if op is not None and (fence, op) == (failed_fence, failed_op) else LedgerError
         )
@@ -238,7 +242,7 @@ class Database:
     def _mutation(
         self, fence: Fence | None, op: int | None = None, *, final: bool = False
     ) -> Iterator[Operation]:
-        """One transaction. `final`: durable weights depend on it, so it is on the disk on return."""
+        """One transaction. `final`: durable weights depend on it, so it is synced on return."""
         with self._lock, self._explained:
             if self._closed:
                 raise self._is_closed()
@@ -301,7 +305,7 @@ class Database:
             self._gate.note(run.lsn, self._inode[1])
 
     def _explain(self, error: BaseException) -> None:
-        """Turn what SQLite says into what the user can do."""
+        """Turn SQLite's error into one with advice."""
         if isinstance(error, apsw.FullError):
             raise LedgerError(
                 f"The disk of {self.path} is full ({error}).",
@@ -320,13 +324,13 @@ class Database:
             raise self._is_closed() from error
 
     def _is_closed(self) -> LedgerError:
-        return LedgerError(f"{self.path} is closed.", next="open it anew.")
+        return LedgerError(f"{self.path} is closed.", next="open it again.")
 
     # -- reading ---------------------------------------------------------------------------
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Several reads that see one state of the ledger."""
+        """Make several reads see one state of the ledger."""
         with self._lock, self._explained:
             if self._closed:
                 raise self._is_closed()
@@ -342,7 +346,7 @@ class Database:
 
     def _rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._lock:
-            if not self._closed and self._db.in_transaction:  # what began it explains its errors
+            if not self._closed and self._db.in_transaction:  # the outer call explains errors
                 return list(self._db.execute(sql, values))
             with self._explained:
                 return list(self._db.execute(sql, values))
@@ -352,7 +356,7 @@ class Database:
         return rows[0][0] if rows else None
 
     def _change(self, sql: str, *values: Any) -> int:
-        """Run a statement in the open transaction; how many rows it changed."""
+        """Run a statement in the open transaction; returns how many rows it changed."""
         self._db.execute(sql, values)
         return self._db.changes()
 
@@ -361,7 +365,7 @@ class Database:
         return int(self._value("SELECT lsn FROM run"))
 
     def _run(self) -> RunRow:
-        """The counters; in a change the ones it may set."""
+        """The counters; inside a change, the object that it may set."""
         with self._lock:
             return self._now or RunRow(*self._rows(READ)[0])
 
@@ -369,13 +373,13 @@ class Database:
         with self._lock, self._explained, ExitStack() as closing:
             if not self._closed:
                 self._closed = True
-                closing.callback(self._gate.close)  # the last one first, and each even if one fails
+                closing.callback(self._gate.close)  # in reverse order, and each even if one fails
                 closing.callback(self._db.close)
 
 
 def damaged(path: Path, error: BaseException) -> SchemaError:
     return SchemaError(
-        f"{path} is damaged or no database ({error}).",
+        f"{path} is damaged or not a database ({error}).",
         why="The ledger cannot be trusted, so nothing was changed.",
-        next=f"`paceline fsck {path.parent}` tells what is wrong and what to do.",
+        next=f"`paceline fsck {path.parent}` says what is wrong and what to do.",
     )

@@ -1,7 +1,7 @@
 """The ledger in one SQLite file, opened by every process of a run on one host.
 
-Each base class is one part of the contract in ledger/ledger.py; `Database` below them all says what
-a transaction is and what survives which fault.
+Each base class implements one part of the contract in ledger/ledger.py; the lowest one, `Database`, defines
+a transaction and what survives which fault.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class SQLiteLedger(StepTable, Ledger):
         durability: Durability = "full",
         vfs: str | None = None,
     ) -> None:
-        """`durability`: which calls are on the disk on return, see `Database`; "full" is every one.
+        """`durability`: which calls are synced on return (database.py); "full": all of them.
 
-        No path: in memory, for the threads of this process. `vfs`: the SQLite file layer, for tests that
-        drop writes. Raises SchemaError for a file that is damaged, another program's or a newer version's;
-        ConfigError on a network filesystem.
+        Without a path the ledger is in memory, for the threads of this process. `vfs`: the SQLite file
+        layer, for tests that drop writes. Raises SchemaError for a file that is damaged, or that another
+        program or a newer version wrote; ConfigError on a network filesystem.
         """
         super().__init__(path, durability, vfs)
         self.durable = str(path) != IN_MEMORY

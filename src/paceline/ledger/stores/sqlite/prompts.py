@@ -1,4 +1,4 @@
-"""Prompts: how many there are and what digests they have; rows only for those in work, again, or failed."""
+"""Prompts: their number and digests. Only prompts that are leased, failed, or pending again have rows."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class PromptTable(Database):
                 )
                 if state == "failed":
                     failed.append(ordinal)
-                    # A lost sample whose prompt cannot be captured any more will never come back.
+                    # The sample is lost, and its prompt will not be captured again.
                     self._change(
                         "UPDATE sample SET state = 'quarantined', acked = 0, step = NULL, reason = ? "
                         "WHERE state = 'lost' AND "
@@ -126,7 +126,7 @@ class PromptTable(Database):
         )
 
     def _end_work_of(self, worker: str) -> None:
-        """Its process is gone: its leases return with a death on each, its intents are revoked."""
+        """The worker died: return its leases, each with one more death, and revoke its intents."""
         self._change("UPDATE intent SET revoked = 1 WHERE worker = ?", worker)
         self._change(
             "UPDATE prompt SET state = 'pending', worker = '', deaths = deaths + 1 "
@@ -147,10 +147,10 @@ class PromptTable(Database):
             operation.keep(ends)
             return ends
 
-    # -- what a commit or a checkpoint does to a prompt ------------------------------------
+    # -- prompts at a commit or a checkpoint -----------------------------------------------
 
     def _pass_over(self, ordinal: int) -> None:
-        """From now on the prompt counts as leased once; those before it that never were are pending."""
+        """Count the prompt as leased once; earlier prompts that never were become pending."""
         run = self._run()
         if ordinal >= run.next_ordinal:
             self._db.executemany(
@@ -159,13 +159,13 @@ class PromptTable(Database):
             run.next_ordinal = ordinal + 1
 
     def _finish_prompt(self, ordinal: int | None) -> None:
-        """Its sample is there."""
+        """The prompt's sample is committed."""
         if ordinal is not None:
             self._pass_over(ordinal)
             self._change("DELETE FROM prompt WHERE ordinal = ? AND state != 'failed'", ordinal)
 
     def _reopen_prompt(self, ordinal: int | None) -> None:
-        """Its sample is lost: capture the prompt again, unless it is being captured, or failed."""
+        """The sample is lost: capture the prompt again, unless it is being captured or has failed."""
         if ordinal is not None:
             self._pass_over(ordinal)
             self._change(
@@ -175,7 +175,7 @@ class PromptTable(Database):
             )
 
     def _settled(self) -> int:
-        """The first place that may still be taken by a sample."""
+        """The first place that a sample may still take."""
         run = self._run()
         if run.place_order == "arrival":
             return run.committed

@@ -1,4 +1,4 @@
-"""The one row of table run, as an object: read once when a transaction begins, written once at its end."""
+"""The single row of table `run`: read when a transaction begins, written when it ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(slots=True)
 class RunRow:
-    """The counters of a run; what each means stands in schema.sql."""
+    """The counters of a run; schema.sql says what each means."""
 
     lsn: int
     place_order: str | None
@@ -28,7 +28,7 @@ class RunRow:
 
 COLUMNS = tuple(field.name for field in fields(RunRow))
 READ = f"SELECT {', '.join(COLUMNS)} FROM run"  # noqa: S608 (no outside text)
-READ_TO_CHANGE = (  # with the epoch, last operation and its result of a role, NULL where there is none
+READ_TO_CHANGE = (  # with a role's epoch, last operation and its result; NULL where there is none
     "SELECT role.epoch, role.last_op, role.result, "  # noqa: S608 (no outside text)
     f"{', '.join(COLUMNS)} FROM run LEFT JOIN role ON role.name = ?"
 )

@@ -1,4 +1,4 @@
-"""Samples, their byte intents, acks and features."""
+"""Samples: their intents, commits, acks and features."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def record_of(row: tuple[Any, ...]) -> SampleRecord:
 
 
 class SampleTable(Archive):
-    # -- byte intents ----------------------------------------------------------------------
+    # -- intents ---------------------------------------------------------------------------
 
     def reserve(
         self, fence: Fence | None, op: int | None, wanted: Sequence[Intent], budget: Budget | None
@@ -82,7 +82,7 @@ class SampleTable(Archive):
         with self._mutation(fence, op) as operation:
             if operation.repeated:
                 return list(operation.result)
-            self._settle_order("arrival")  # unless a producer did before
+            self._settle_order("arrival")  # unless a producer settled it before
             gone = [ref.sample_id for ref in refs if not self._may_commit(ref, worker_of(fence))]
             if gone:
                 raise intent_revoked(gone)
@@ -96,7 +96,7 @@ class SampleTable(Archive):
         return run.place_order
 
     def _may_commit(self, ref: SampleRef, worker: str) -> bool:
-        """It has its intent, or what it commits is on record already."""
+        """Whether the ref has an intent, or is on record already."""
         if ref.generation == 0 and self._run().place_order == "arrival":
             return True
         found = self._value(
@@ -121,7 +121,7 @@ class SampleTable(Archive):
             raise other_place(ref.sample_id, ordinal, f"the run has {run.num_prompts} prompts")
         if place is None:
             raise other_place(
-                ref.sample_id, ordinal, "its place is that of its prompt, which it does not tell"
+                ref.sample_id, ordinal, "it does not name its prompt, whose ordinal is its place"
             )
         there = self._value("SELECT sample_id FROM sample WHERE place = ?", place)
         if there is not None:
@@ -148,7 +148,7 @@ class SampleTable(Archive):
         if self._run().place_order == "ordinal" and ref.ordinal != ordinal:
             raise other_place(ref.sample_id, ref.ordinal, f"it is there for prompt {ordinal}")
         if state == "lost" and generation == ref.generation != 0:
-            return False  # those very bytes are the lost ones
+            return False  # these are the lost bytes themselves
         self._finish_prompt(ordinal)
         if state != "lost":
             return False
@@ -163,7 +163,7 @@ class SampleTable(Archive):
         return True
 
     def _is_hole(self, ref: SampleRef) -> bool:
-        """Its prompt failed, and readers may have passed its place."""
+        """Whether its prompt failed; readers may have passed its place."""
         return (
             self._run().place_order == "ordinal"
             and self._value("SELECT 1 FROM prompt WHERE ordinal = ? AND state = 'failed'", ref.ordinal)
@@ -219,7 +219,7 @@ class SampleTable(Archive):
 
     def releasable(self, fence: Fence | None, limit: int) -> dict[str, int]:
         with self._reading():
-            self._refuse_broken()  # the head that covers them may not be on the disk
+            self._refuse_broken()  # the head that covers the samples may not be on the disk
             if fence is not None:
                 epoch = self._value("SELECT epoch FROM role WHERE name = ?", fence.role)
                 self._check_fence(fence, epoch or 0)
@@ -251,7 +251,7 @@ class SampleTable(Archive):
                 json_list(sample_ids),
             )
             for sample_id, _, ref in rows:
-                if ref is not None:  # only its id is ever asked for again
+                if ref is not None:  # only the id is needed from now on
                     text = ref_to_json(compacted(ref_from_json(ref)))
                     self._change("UPDATE sample SET ref = ? WHERE sample_id = ?", text, sample_id)
 
@@ -275,7 +275,7 @@ class SampleTable(Archive):
                 self._reopen_prompt(ordinal)
 
     def _enter_forgotten(self, place: int, sample_id: str, ordinal: int | None) -> None:
-        """A sample that a checkpoint's lineage knows and this ledger does not."""
+        """Enter a sample that a checkpoint's lineage knows and this ledger does not."""
         self._change(
             "INSERT INTO sample (place, sample_id, ordinal, state, resident, ref) "
             "VALUES (?, ?, ?, 'lost', 0, ?)",

@@ -1,7 +1,7 @@
-"""The database's schema: made, recognised, and migrated from any earlier version to the newest.
+"""Creates the database's schema, recognises its version, and migrates older versions to the newest.
 
-A migration is one transaction behind a backup (`ledger.db.v1.bak` of version 1, written before anything
-is changed), so a crash in the middle leaves the old version. A newer version is refused.
+A migration first writes a backup (`ledger.db.v1.bak` of version 1) and then runs in one transaction, so a
+crash in the middle leaves the old version. A newer version is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MIGRATIONS: dict[int, Change] = {}  # from this version to the next one
 
 
 def open_schema(db: apsw.Connection, path: Path) -> None:
-    """Make or migrate the schema. Raises SchemaError if the file is not one this version can open."""
+    """Create or migrate the schema. Raises SchemaError for a file that this version cannot open."""
     version = known_version(db, path)
     if version is None:
         _in_one_transaction(db, _create, SCHEMA_VERSION)
@@ -35,7 +35,7 @@ def open_schema(db: apsw.Connection, path: Path) -> None:
 
 
 def known_version(db: apsw.Connection, path: Path) -> int | None:
-    """The schema version of a ledger that this version can open; None of an empty database.
+    """The schema version of a ledger that this version can open; None for an empty database.
 
     Raises SchemaError for anything else.
     """
@@ -52,14 +52,14 @@ def known_version(db: apsw.Connection, path: Path) -> int | None:
     if version > newest:
         raise SchemaError(
             f"{path} has schema version {version}; this Paceline knows {newest}.",
-            why="A newer version wrote it, and guessing at its meaning could lose samples.",
+            why="A newer version wrote it, and a wrong guess at its meaning could lose samples.",
             next="upgrade paceline, or open the run with the version that made it.",
         )
     return version
 
 
 def back_up(db: apsw.Connection, path: Path) -> None:
-    """A whole copy beside the database. One of an earlier try that did not end is replaced."""
+    """Write a whole copy beside the database. It replaces the copy of an interrupted attempt."""
     path.unlink(missing_ok=True)
     db.execute("VACUUM INTO ?", (str(path),))
 

@@ -1,6 +1,6 @@
--- Schema version 1. What no process will ask again has no row: a prompt below run.next_ordinal without a
--- row is done, one at or above it is pending; trained samples and steps that no recovery can need are
--- archived. So the tables are as large as what is in flight, however long the run is.
+-- Schema version 1. What no process needs again has no row: a prompt without a row is done below
+-- run.next_ordinal and pending from there on; trained samples and steps that no recovery can need are
+-- archived. So the tables grow with what is in flight, not with the length of the run.
 
 CREATE TABLE run (
     id              INTEGER PRIMARY KEY CHECK (id = 1),

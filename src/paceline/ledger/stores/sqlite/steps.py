@@ -1,4 +1,4 @@
-"""Step plans, checkpoints and quarantine: what decides which weights survive."""
+"""Step plans, checkpoints and quarantine: they decide which weights survive."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class StepTable(SampleTable):
             raise contradicts(checkpoint, "its lineage is not that of the plans on record")
 
     def forget(self, fence: Fence | None, op: int | None, step: int) -> None:
-        with self._mutation(fence, op, final=True) as operation:  # its folder is removed next
+        with self._mutation(fence, op, final=True) as operation:  # the caller removes the folder next
             head = self._head()
             if operation.repeated:
                 return
@@ -169,7 +169,7 @@ class StepTable(SampleTable):
         for sample in unknown:
             self._enter_forgotten(sample.place, sample.sample_id, sample.ordinal)
             self._reopen_prompt(sample.ordinal)
-        self._undo_provisional_acks()  # the lineage tells what its weights contain
+        self._undo_provisional_acks()  # the lineage says what the weights contain
         for trained in lineage:
             plan = trained.plan
             self._change(
@@ -198,7 +198,7 @@ class StepTable(SampleTable):
             self._finish_prompt(sample.ordinal)
 
     def _fail_passed_over(self, checkpoint: CheckpointRecord, last: int) -> None:
-        """First visits follow the log, so what the lineage left out up to there was set aside."""
+        """First visits follow the log, so prompts that the lineage left out up to `last` had failed."""
         self._pass_over(last)
         self._change(
             "UPDATE prompt SET state = 'failed', worker = '', reason = ordinal || ': ' || ? "
@@ -216,7 +216,7 @@ class StepTable(SampleTable):
         for trained in lineage:
             on_record = self.step_plan(trained.step)
             if on_record is not None and trained.rev > on_record.rev:
-                on_record = None  # a revision that the ledger has forgotten
+                on_record = None  # the ledger has forgotten this revision
             if on_record is not None and on_record.digest != trained.plan.digest:
                 raise contradicts(checkpoint, f"step {trained.step} was planned otherwise")
             for sample in trained.samples:
@@ -224,7 +224,7 @@ class StepTable(SampleTable):
         self._check_trained(checkpoint, [sample for trained in lineage for sample in trained.samples])
 
     def _check_trained(self, checkpoint: CheckpointRecord, samples: Sequence[TrainedSample]) -> None:
-        """No sample comes after its last visit, neither in this lineage nor in what it continues."""
+        """Refuse a lineage that trains a sample after its last visit, here or in an earlier lineage."""
         durable = "SELECT 1 FROM sample WHERE sample_id = ? AND acked = 2"
         done = {s.sample_id for s in samples if self._value(durable, s.sample_id)}
         places: dict[int, str] = {}
@@ -280,7 +280,7 @@ class StepTable(SampleTable):
                     "WHERE sample_id = ? AND state IN ('present', 'lost') AND acked < 2 RETURNING ordinal",
                     *(reason, step, sample_id),
                 )
-                for (ordinal,) in rows:  # it is not captured again
+                for (ordinal,) in rows:  # the prompt is not captured again
                     self._change(
                         "DELETE FROM prompt WHERE ordinal = ? AND again AND state = 'pending'", ordinal
                     )

@@ -1,8 +1,8 @@
-"""LedgerView: one look at a ledger after another, by a process that holds no role and writes nothing.
+"""LedgerView reads a ledger without holding a role and without writing.
 
-It takes no lock that a writer waits for, makes no file and migrates nothing, so it works on a live run, on
-a crashed one, on a read-only disk and as another user who may read. Every question opens the file
-anew, because what it finds decides how that must be done.
+It takes no lock that a writer waits for, creates no file and migrates nothing, so it works on a live run,
+on a crashed one, on a read-only disk, and as another user with read permission. Every question opens the
+file again, because the files that exist at that moment decide how it must be opened.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 class LedgerView:
     def __init__(self, path: Path) -> None:
-        """Raises ConfigError if there is no ledger, SchemaError if the file is none."""
+        """Raises ConfigError if there is no ledger, SchemaError if the file is not one."""
         self.path = path
         self._ask(lambda ledger: ledger.lsn())
 
@@ -44,7 +44,7 @@ class LedgerView:
         return self._ask(lambda ledger: ledger.facts())
 
     def find(self, sample_id: str) -> SampleRecord | None:
-        """What is on record of a sample that is not archived."""
+        """The record of a sample; None if there is none, or if it is archived."""
         return self._ask(lambda ledger: ledger.find([sample_id]).get(sample_id))
 
     def samples(self, state: State, limit: int | None = None) -> list[SampleRecord]:
@@ -55,7 +55,7 @@ class LedgerView:
         return self._ask(lambda ledger: ledger.failed())
 
     def history(self, *, step: int | None = None, sample_id: str | None = None) -> list[TrainedStep]:
-        """That step, or the steps that name the sample: archived ones too, read one block at a time."""
+        """That step, or the steps that contain the sample; archived ones too."""
         return self._ask(lambda ledger: list(ledger.history(step=step, sample_id=sample_id)))
 
     # -- opening ---------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class LedgerView:
                 continue
             if not at_rest or self._stamp() == before:
                 return answer
-        raise self._unreadable("it changes too often while nothing has it open")
+        raise self._unreadable("it keeps changing although no process has it open")
 
     def _stamp(self) -> tuple[int, int, int] | None:
         found = regular_file(self.path)
@@ -82,7 +82,7 @@ class LedgerView:
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[SQLiteLedger, bool]]:
-        """The ledger, and whether it was read as a file that nobody writes to."""
+        """The ledger, and whether it was read as a file that no process writes to."""
         found = regular_file(self.path)
         if found is None:
             raise ConfigError(
@@ -96,7 +96,7 @@ class LedgerView:
                 why="The run has not begun, or its ledger was cut off; nothing was changed.",
                 next="restore it from a backup, or remove it and start the run.",
             )
-        # A process that has it open keeps a log beside it; without one the file alone is the ledger.
+        # A process that has the ledger open keeps a log beside it; without a log the file is complete.
         at_rest = regular_file(self._log) is None
         if at_rest:
             with _connected(self.path, "immutable=1") as ledger:
@@ -105,7 +105,7 @@ class LedgerView:
         try:
             db = _connect(self.path, "readonly_shm=1")
         except (apsw.CantOpenError, apsw.ReadOnlyError, apsw.IOError):
-            db = None  # its writer was killed, and the index of its log is gone or must not be made
+            db = None  # the writer was killed, and the log's index is gone or cannot be created
         if db is None:
             with tempfile.TemporaryDirectory(prefix="paceline-view-") as folder:
                 copy = Path(folder) / self.path.name
@@ -134,7 +134,7 @@ class LedgerView:
 
 
 def _connect(path: Path, option: str) -> apsw.Connection:
-    # A relative or odd path is one, whatever characters are in it.
+    # Quoted: a path may hold any character.
     uri = f"file:{quote(str(path.resolve()))}?mode={'ro' if option else 'rw'}&{option}"
     flags = apsw.SQLITE_OPEN_URI | (apsw.SQLITE_OPEN_READONLY if option else apsw.SQLITE_OPEN_READWRITE)
     db = apsw.Connection(uri, flags=flags)
@@ -157,7 +157,7 @@ def _connected(path: Path, option: str) -> Iterator[SQLiteLedger]:
 
 
 def _reader(db: apsw.Connection, path: Path) -> SQLiteLedger:
-    """The questions of a ledger over a connection that only reads."""
+    """A ledger over a connection that only reads."""
     if known_version(db, path) is None:
         raise SchemaError(f"{path} is an empty database.", next="restore it from a backup.")
     ledger = SQLiteLedger.__new__(SQLiteLedger)

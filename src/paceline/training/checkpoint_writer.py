@@ -1,10 +1,10 @@
-"""The commit: a checkpoint is written aside while training goes on, and then made head.
+"""CheckpointWriter writes a checkpoint while training goes on, and then makes it the head.
 
-`stage` takes the weights' bytes, which is all that training waits for; `executor` has the ranks write and
-sync them. What follows happens in the trainer's own thread at a step's end: the ledger names the folder
-head, and only then are the features it covers freed and older checkpoints retired. Until then the
-steps since the head are provisional, those of a checkpoint being written too. At most one is being
-written. A crash in between leaves a folder that the next consumer adopts or sweeps.
+`begin` copies the weights, and training waits only for that; the executor's thread writes and syncs the
+files. The rest happens in the trainer's thread at the end of a step: the ledger names the folder head, and
+then the features that it covers are freed and older checkpoints are retired. Until then the steps since the
+head are provisional. At most one checkpoint is being written. A crash leaves a folder that the next
+consumer adopts or sweeps.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from paceline.training.checkpoint import Checkpoint, CheckpointFolder, Fill
 from paceline.training.recovery import Start
 
 
-class Inline(Executor):
-    """Does the work in the caller's thread, before `submit` returns."""
+class InlineExecutor(Executor):
+    """Runs the work in the caller's thread, before `submit` returns."""
 
     def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         done: Future[Any] = Future()
@@ -37,14 +37,14 @@ class Inline(Executor):
 
 
 @dataclass(frozen=True)
-class _Staged:
+class _Begun:
     step: int
     writing: Future[CheckpointRecord]
     began: float
     stall_s: float
 
 
-class Commits:
+class CheckpointWriter:
     def __init__(
         self,
         session: ConsumerSession,
@@ -56,44 +56,44 @@ class Commits:
         kept: int,
         report: Callable[..., None],
     ) -> None:
-        """`kept`: how many checkpoints stay, the head included. `executor` None: training waits for each."""
+        """`kept`: how many checkpoints stay, with the head. `executor` None: training waits for each."""
         self.head = start.head
         self._session = session
         self._features = features
         self._folder = folder
-        self._executor = executor or Inline()
+        self._executor = executor or InlineExecutor()
         self._kept = kept
         self._report = report
-        self._staged: _Staged | None = None
-        self._since_staged: list[TrainedStep] = []
+        self._begun: _Begun | None = None
+        self._since_begun: list[TrainedStep] = []
 
     def add(self, trained: TrainedStep) -> None:
         """The weights contain the step."""
-        self._since_staged.append(trained)
+        self._since_begun.append(trained)
 
     @property
     def step(self) -> int:
-        """The last step that is in a checkpoint, recorded or being written; -1: none."""
-        if self._staged is not None:
-            return self._staged.step
+        """The step of the newest checkpoint, recorded or being written; -1: none."""
+        if self._begun is not None:
+            return self._begun.step
         return -1 if self.head is None else self.head.step
 
     @property
     def is_writing(self) -> bool:
-        return self._staged is not None
+        return self._begun is not None
 
-    def stage(
+    def begin(
         self, step: int, first_place: int, snapshot: Callable[[], Fill], values: Mapping[str, Any]
     ) -> None:
         """Begin the checkpoint of `step`; one that is still being written is recorded first.
 
-        `first_place`: where a consumer that resumes from it begins to read the log.
-        `snapshot` takes the weights as they are and returns what writes them aside.
+        `first_place`: where a consumer that resumes from it begins to read the log. `snapshot` copies the
+        weights and returns the function that writes them.
         """
         self.settle()
         self._session.write_ack()
         began = monotonic()
-        head, lineage = self.head, tuple(self._since_staged)
+        head, lineage = self.head, tuple(self._since_begun)
         checkpoint = Checkpoint(
             step=step,
             first_place=first_place,
@@ -106,28 +106,28 @@ class Commits:
             lsn=self._session.lsn(),
         )
         writing = self._executor.submit(self._folder.write, checkpoint, snapshot())
-        self._staged = _Staged(step, writing, began, monotonic() - began)
-        self._since_staged = []
+        self._begun = _Begun(step, writing, began, monotonic() - began)
+        self._since_begun = []
 
     def poll(self) -> None:
-        """Record the checkpoint that was being written, if it is durable by now."""
-        if self._staged is not None and self._staged.writing.done():
+        """Record the checkpoint that is being written, if it is durable by now."""
+        if self._begun is not None and self._begun.writing.done():
             self.settle()
 
     def settle(self) -> None:
-        """Wait until no checkpoint is being written, and record it. Raises CheckpointError."""
-        staged = self._staged
-        if staged is None:
+        """Wait for the checkpoint that is being written, and record it. Raises CheckpointError."""
+        begun = self._begun
+        if begun is None:
             return
         waited_from = monotonic()
-        record = staged.writing.result()
-        stall_s = staged.stall_s + monotonic() - waited_from
+        record = begun.writing.result()
+        stall_s = begun.stall_s + monotonic() - waited_from
         self._session.head(record)
-        self.head, self._staged = record, None
+        self.head, self._begun = record, None
         released = self._session.release(self._features)
         self._retire_old()
         self._session.set_facts({CHECKPOINT_WANTED: False})
-        seconds = monotonic() - staged.began
+        seconds = monotonic() - begun.began
         self._report(
             "checkpoint", step=record.step, released=released, seconds=seconds, stall_seconds=stall_s
         )
@@ -139,6 +139,6 @@ class Commits:
         self.sweep()
 
     def sweep(self) -> None:
-        """Remove what no record names; nothing is being written then."""
+        """Remove every unrecorded checkpoint. Call it only while none is being written."""
         keep = {record.name for record in self._session.checkpoints()}
         self._folder.sweep(keep, epoch=self._session.epoch)
