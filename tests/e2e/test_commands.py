@@ -132,7 +132,7 @@ def test_an_edited_prompt_file_is_refused(finished: TinyRun) -> None:
     result = finished.command("train")
     path.write_text(before)
     assert result.returncode == 2
-    assert "not those this run was started with" in result.stderr
+    assert "not those that this run was started with" in result.stderr
 
 
 @pytest.mark.parametrize(

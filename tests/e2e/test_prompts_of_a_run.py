@@ -32,4 +32,4 @@ def test_long_prompts_are_set_aside_and_a_complete_run_is_extended(tiny_model: P
     path.write_text(path.read_text().replace("another wind a", "another wind z"))
     edited = run.command("train")
     assert edited.returncode == 2
-    assert "not those this run was started with" in edited.stderr
+    assert "not those that this run was started with" in edited.stderr

@@ -1,4 +1,4 @@
-"""`paceline clean`: feature folders that no run needs any more, listed or freed."""
+"""`paceline clean`: lists or frees feature folders that no run needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from paceline.roles.feature_folder import feature_folders, free_abandoned
 
 
 def clean_folder(console: Console, base: Path, *, free: bool) -> None:
-    """Say of every feature folder of this user in `base` whose it is; free the abandoned ones if asked to."""
+    """List every feature folder of this user in `base` with its run; with `free`, free abandoned ones."""
     abandoned, freed_bytes, kept = 0, 0, 0
     for found in feature_folders(base):
         kept += not found.abandoned

@@ -1,4 +1,4 @@
-"""`paceline fsck`: the checker on a run's live artefacts, as a readable verdict."""
+"""`paceline fsck`: runs the checker on a run and prints its verdict."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ UNSOUND = 9  # exit code
 
 
 def fsck_directory(console: Console, directory: Path) -> int:
-    """Print what the checker finds in the run; 0 if the promise is kept, else UNSOUND.
+    """Print what the checker finds in the run; returns 0 if it is sound, else UNSOUND.
 
-    Raises SchemaError for a ledger that is empty or of another version, ConfigError or OSError for what this
-    user may not read.
+    Raises SchemaError for a ledger that is empty or of another version, ConfigError or OSError for files that
+    this user may not read.
     """
     open_regular(directory / "ledger.db").close()
     report = check(directory)
     if report.forbidden:
         raise ConfigError(
-            f"{directory} was not checked as a whole: {report.forbidden}.",
-            why="What cannot be read is neither sound nor damaged.",
-            next="run it as the user of the run.",
+            f"{directory} was not checked completely: {report.forbidden}.",
+            why="A file that cannot be read is neither sound nor damaged.",
+            next="run the command as the user of the run.",
         )
     if report.unchecked:
         raise SchemaError(
@@ -39,7 +39,7 @@ def fsck_directory(console: Console, directory: Path) -> int:
     say(console, f"looked at {counted or 'what could be read'}")
     for rule, promise in RULES.items():
         errors = report.errors_of(rule)
-        # What could not be read was not looked at by any rule.
+        # If nothing could be read, no rule was checked.
         if rule not in OF_A_HISTORY and (errors or report.counts):
             say(console, f"{rule} {f'{len(errors)} ERRORS' if errors else 'ok'}: {promise}")
         for error in errors:
@@ -47,7 +47,7 @@ def fsck_directory(console: Console, directory: Path) -> int:
     for note in report.notes:
         say(console, f"note   {note}")
     if not report.errors:
-        say(console, "sound: nothing lost, nothing twice, every checkpoint is what was recorded")
+        say(console, "sound: no sample is lost or trained twice, and every checkpoint is as recorded")
         return 0
     say(
         console,
@@ -67,7 +67,7 @@ def _advice(directory: Path, report: Report) -> str:
         if not report.is_resumable:
             return (
                 "The ledger is sound, but no checkpoint is whole, and `paceline train` does not start over, "
-                "since it would train every sample a second time. Restore the checkpoints named above from a "
+                "because it would train every sample again. Restore the checkpoints named above from a "
                 "backup, or start a new run."
             )
         return (

@@ -1,4 +1,4 @@
-"""`paceline inspect`: which samples trained a step, and what became of a sample, from the ledger alone."""
+"""`paceline inspect`: shows the samples of a step, or the life of a sample, from the ledger alone."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from paceline.ledger.stores.sqlite.view import LedgerView
 def inspect_step(console: Console, view: LedgerView, step: int) -> None:
     """The samples of a step, in the order they were trained. Raises ConfigError for an unknown step."""
     if step == 0:
-        say(console, "step 0: the checkpoint before the first step, the draft as it is built; no sample yet")
+        say(console, "step 0: the checkpoint of the first weights, before any sample is trained")
         return
     now, found = view.snapshot(), view.history(step=step)
     if not found:
         raise ConfigError(
             f"Step {step} has no plan in this ledger.",
-            why=f"The last step acked is {now.trained_step}.",
+            why=f"The last acked step is {now.trained_step}.",
             next="paceline inspect RUN shows how far the run is.",
         )
     [trained] = found
@@ -44,8 +44,8 @@ def inspect_step(console: Console, view: LedgerView, step: int) -> None:
 def inspect_sample(console: Console, view: LedgerView, sample_id: str) -> None:
     """A sample's life. Raises ConfigError if the run does not know it.
 
-    `sample_id` may also be the prompt's task id, `round/id`, or its id in the prompt file: then the
-    samples of all its rounds are told.
+    `sample_id` may also be the prompt's task id, `round/id`, or its id in the prompt file, which shows the
+    samples of all its rounds.
     """
     facts = view.facts()
     run_id = facts.get(RUN_ID, "")
@@ -87,7 +87,7 @@ def _tell_life(
     failed: str | None,
 ) -> None:
     if record is None and not steps:
-        what = "never committed; set aside: " + failed if failed is not None else "not captured yet"
+        what = "never committed; failed: " + failed if failed is not None else "not captured yet"
         say(console, f"prompt {sample_id.partition(':')[2]}: {what}")
         return
     places = [s.place for trained in steps for s in trained.samples if s.sample_id == sample_id]
@@ -101,7 +101,7 @@ def _tell_life(
 
 
 def inspect_all(console: Console, view: LedgerView) -> None:
-    """How far the run is, and what was set aside and why."""
+    """How far the run is; failed prompts, quarantined and lost samples."""
     now = view.snapshot()
     say(
         console,
@@ -123,7 +123,7 @@ def _progress(now: Snapshot, step: int) -> str:
 
 
 def _state(record: SampleRecord | None, now: Snapshot, last: TrainedStep | None) -> str:
-    """`record` is None of an archived sample; `last` is then the step of its last visit."""
+    """A sample's state; `record` is None for an archived one, and `last` is the step of its last visit."""
     if record is None:
         at = f", last by step {last.step}" if last is not None else ""
         return f"trained{at}, durable; features freed"

@@ -1,6 +1,6 @@
-"""The `paceline` command: one verb a command, no torch in this process.
+"""The `paceline` command and its verbs. This process loads no torch.
 
-Every error becomes one readable message on stderr and an exit code. A traceback is shown by --debug alone.
+Every error becomes one readable message on stderr and an exit code. Only --debug shows a traceback.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
     except typer.Abort:
         code = INTERRUPTED
     except Exception as error:
-        # A wrong use of the command: typer's own name for it is private, its words and code are not.
+        # The command was used wrongly. The class of typer's error is private; its message and code are not.
         if not hasattr(error, "format_message"):
             raise
         used_wrongly = ConfigError(error.format_message(), next="paceline --help")
@@ -89,7 +89,7 @@ def advises(command: Callable[P, None]) -> Callable[P, None]:
             code = end.exit_code
         except KeyboardInterrupt:
             code = INTERRUPTED
-        except Exception as error:  # noqa: BLE001 (told, whatever it is)
+        except Exception as error:  # noqa: BLE001 (every error is reported)
             if DEBUG_VARIABLE in os.environ:
                 stderr.write(printable(traceback.format_exc()))
             advice = explained(error)
@@ -104,7 +104,7 @@ def advises(command: Callable[P, None]) -> Callable[P, None]:
 @app.command()
 @advises
 def train(run_file: RunFile) -> None:
-    """Start both roles, watch them to the end, then evaluate. Goes on where an earlier start stopped."""
+    """Start both roles, watch them to the end, then evaluate. Continues a run that was stopped."""
     plan = plan_run(load_run_config(run_file))
     for note in [*plan.notes, *preflight(plan)]:
         say(out, note)
@@ -160,10 +160,10 @@ def evaluate(run: Run) -> None:
 @app.command()
 @advises
 def fsck(run: Run) -> None:
-    """Check, independently of the code that wrote it, that a run has kept its promise. Changes nothing."""
+    """Check, with code independent of the trainer, that a run has kept its guarantee. Changes nothing."""
     directory = _directory(run)
     if not kind_of(directory / "ledger.db"):
-        open_run(directory)  # says what to do
+        open_run(directory)  # raises the error with advice
     raise typer.Exit(fsck_directory(out, directory))
 
 
@@ -172,10 +172,10 @@ def fsck(run: Run) -> None:
 def clean(
     base: Annotated[
         Path, typer.Argument(metavar="[DIR]", help="Where feature folders lie.", readable=False)
-    ] = Path("/dev/shm"),  # noqa: S108 (where they lie unless features.directory says otherwise)
-    yes: Annotated[bool, typer.Option("--yes", help="Free them; without it they are only listed.")] = False,
+    ] = Path("/dev/shm"),  # noqa: S108 (the default of features.directory)
+    yes: Annotated[bool, typer.Option("--yes", help="Free them; without it, only list them.")] = False,
 ) -> None:
-    """List the features in shared memory that no run needs any more, or free them."""
+    """List feature folders that no run needs, or free them."""
     clean_folder(out, base, free=yes)
 
 
@@ -183,10 +183,10 @@ def clean(
 @advises
 def inspect(
     run: Run,
-    step: Annotated[int | None, typer.Option(help="Which samples trained this step.")] = None,
-    sample: Annotated[str | None, typer.Option(help="What became of this sample or prompt.")] = None,
+    step: Annotated[int | None, typer.Option(help="Show the samples of this step.")] = None,
+    sample: Annotated[str | None, typer.Option(help="Show what became of this sample or prompt.")] = None,
 ) -> None:
-    """Tell from the ledger alone what was trained, and what was set aside and why."""
+    """Show from the ledger what was trained, which prompts failed, and which samples are quarantined."""
     directory = _directory(run)
     with making_sense(directory):
         view = open_run(directory)
@@ -207,7 +207,7 @@ def _evaluate(run_file: Path, config: RunConfig) -> None:
 
 
 def _evaluate_if_possible(run_file: Path, plan: RunPlan) -> None:
-    """What cannot be measured is said, and fails no run that was trained unless the run file asks for it."""
+    """Evaluate; if it is impossible, say so, and fail only if the run file asks for that."""
     try:
         _evaluate(run_file, plan.config)
     except RoleFailedError as error:
@@ -220,7 +220,7 @@ def _run_role(role: str, run_file: Path) -> None:
     machine = load_run_config(run_file).machine
     threads = machine.producer_threads if role == "producer" else machine.consumer_threads
     environment = {**os.environ, **role_environment(threads)}
-    # The role takes this process over, so that signals and the exit code are its own.
+    # The role replaces this process, so that it receives signals and sets the exit code.
     command = [sys.executable, "-m", f"paceline.roles.{role}", str(run_file)]
     os.execve(sys.executable, command, environment)  # noqa: S606 (our own module, no shell)
 
@@ -229,8 +229,8 @@ def _print_evaluation(config: RunConfig) -> None:
     snapshot = take_snapshot(config.run.directory, open_run(config.run.directory))
     if not snapshot.evaluation:
         raise ConfigError(
-            f"{config.run.directory / 'evaluation.json'} is not what the evaluation has written.",
-            why="Something has changed it since; the run itself is untouched.",
+            f"{config.run.directory / 'evaluation.json'} is not what the evaluation wrote.",
+            why="It was changed since; the run itself is untouched.",
             next=f"paceline evaluate {config.run.directory}",
         )
     for line in [*evaluation_lines(snapshot), final_line(snapshot)]:
@@ -247,11 +247,11 @@ def _directory(run: Path) -> Path:
 
 
 def _is_directory(run: Path) -> bool:
-    """Raises ConfigError if there is nothing, OSError if that cannot be told."""
+    """Whether `run` is a directory. Raises ConfigError if nothing is there, OSError if that is unknown."""
     if not os.path.lexists(run):
         raise ConfigError(
             f"There is no {run}, neither a run's directory nor a run file.",
-            why="A run is named by either; its directory exists from its first start on.",
+            why="Either names a run; its directory exists from the first start on.",
             next="check the path, or paceline train RUN.yaml",
         )
     return kind_of(run) == "folder"

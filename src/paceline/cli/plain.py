@@ -1,6 +1,6 @@
-"""All that the commands print. Text from outside (a reason, a path, an id) is shown letter by letter.
+"""Everything that the commands print. Text from outside (a reason, a path, an id) is printed literally.
 
-The console would take `[/INST]` for markup of its own and stop, and `:a:` for an emoji; the terminal would
+Otherwise the console would take `[/INST]` for markup and fail, and `:a:` for an emoji, and the terminal would
 obey control characters.
 """
 
@@ -23,7 +23,7 @@ out, err = Console(file=cast(IO[str], stdout)), Console(file=cast(IO[str], stder
 
 
 def plain(text: str, style: str = "") -> Text:
-    """For a table's cell, or a part of a line."""
+    """Literal text for a table's cell or a part of a line."""
     return Text(one_line(text), style)
 
 
@@ -33,7 +33,7 @@ def say(console: Console, text: str) -> None:
 
 
 def say_error(error: PacelineError) -> None:
-    """What, why and next. A message of several lines is indented, so that none of them looks like ours."""
+    """Print what, why and next. Later lines are indented, so that foreign text cannot imitate the labels."""
     parts = (("error", "bold red", error.what), (" why ", "bold", error.why), ("next ", "bold", error.next))
     for name, style, text in parts:
         if text:
@@ -42,10 +42,10 @@ def say_error(error: PacelineError) -> None:
 
 
 def exit_code_of_lost_output() -> int:
-    """0 if all was written; READER_GONE, without a word, if its reader went away; else 1, said on stderr."""
+    """0 if all output was written; READER_GONE, silently, if its reader is gone; else 1, with a message."""
     if stdout.lost is None:
         return 0
     if stdout.lost.errno == errno.EPIPE:
         return READER_GONE
-    say(err, f"What this command had to say could not be written ({stdout.lost.strerror}).")
+    say(err, f"The output of this command could not be written ({stdout.lost.strerror}).")
     return 1

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a live table on a terminal, a line now and then in a log."""
+"""Shows a run's progress: a live table on a terminal, a line at intervals in a log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINE_EVERY_S = 15.0
 
 
 class Progress:
-    """Shows snapshots; use as a context manager."""
+    """Shows snapshots. Use it as a context manager."""
 
     def __init__(self, console: Console, plan: RunPlan) -> None:
         self._console = console
@@ -125,7 +125,7 @@ def _prompts_text(p: PromptCounts) -> str:
 
 
 def describe(console: Console, s: RunSnapshot) -> None:
-    """The whole state of a run, for `paceline status`."""
+    """Print the whole state of a run, for `paceline status`."""
     table = Table(title=plain(f"run {s.run_id}"), title_justify="left", show_header=False)
     state = "complete" if s.is_complete else "live" if s.is_live else "stopped"
     rows = {
@@ -163,7 +163,7 @@ def describe(console: Console, s: RunSnapshot) -> None:
 
 
 def evaluation_lines(s: RunSnapshot) -> list[str]:
-    """What was measured, before the line that sums it up."""
+    """The measurements, before the line that sums them up."""
     e = s.evaluation
     lines = [f"{e['identical']} of {e['prompts']} prompts identical to plain decoding, token for token"]
     for way in [e["chain"]] if e["branching"] == 1 else [e["chain"], e]:

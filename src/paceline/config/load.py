@@ -1,7 +1,7 @@
-"""From a YAML file to a RunConfig, and from two of them to a readable diff.
+"""Loads a run file as a RunConfig, and refuses changed settings of a started run with a diff.
 
-Relative paths in the file are relative to the folder it is run from. A wrong key names the
-nearest right one; a changed value of a resumed run names both values and the way out.
+Relative paths in the file are relative to the working directory. The error for an unknown key suggests the
+nearest known key; the error for changed settings shows both values and what to do.
 """
 
 from __future__ import annotations
@@ -53,24 +53,24 @@ def load_run_config(path: Path) -> RunConfig:
         for key, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, str) and "\0" in value:
                 raise ConfigError(
-                    f"{path}: {section}.{key} holds NUL, which no path and no name can.",
+                    f"{path}: {section}.{key} contains NUL, which no path or name may.",
                     next=f"mend {path} and run it again.",
                 )
     return parse_run_config(data, source=str(path))
 
 
 def _refuse_hostile(root: yaml.Node | None) -> None:
-    """A few aliases of aliases stand for billions of values. Raises yaml.YAMLError, RecursionError."""
+    """Refuse nested aliases that stand for billions of values. Raises yaml.YAMLError, RecursionError."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node) -> int:
         if id(node) not in sizes:
-            sizes[id(node)] = VALUES_MAX  # of one that holds itself
+            sizes[id(node)] = VALUES_MAX  # in case it contains itself
             sizes[id(node)] = 1 + sum(size(child) for child in _children(node))
         return sizes[id(node)]
 
     if root is not None and size(root) > VALUES_MAX:
-        raise yaml.YAMLError(f"it has more than {VALUES_MAX} values, those behind aliases counted.")
+        raise yaml.YAMLError(f"it has more than {VALUES_MAX} values, counting those behind aliases.")
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:
@@ -83,7 +83,7 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
-# Sections of which there are several, by the key that names one, and the one that is meant without it.
+# Sections with variants: the table of variants, the key that selects one, and the default.
 VARIANTS = {
     "engine": (ENGINES, "name", "transformers"),
     "features": (STORES, "store", "shm"),
@@ -105,7 +105,7 @@ def parse_run_config(data: Mapping[str, Any], *, source: str) -> RunConfig:
 
 
 def _chosen(data: Mapping[str, Any], section: str) -> type[Section]:
-    """The class of a section that the file names in it. Raises ConfigError for a name that is none."""
+    """The variant of a section that the file selects. Raises ConfigError for an unknown name."""
     table, tag, default = VARIANTS[section]
     given = data.get(section)
     name = given.get(tag, default) if isinstance(given, Mapping) else default
@@ -139,11 +139,11 @@ def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def refuse_changes(recorded: Mapping[str, Any], config: RunConfig) -> None:
-    """Raise ConfigError with a diff if the run was started under other values that matter.
+    """Raise ConfigError with a diff if settings changed that may not change in a started run.
 
     `recorded` is `flat(config)` of the run's first start.
     """
-    # A knob that is younger than the run had its default.
+    # A knob that is newer than the run had its default value.
     now, recorded = flat(config), {**_defaults(config), **recorded}
     changed = [
         key
@@ -157,13 +157,13 @@ def refuse_changes(recorded: Mapping[str, Any], config: RunConfig) -> None:
         f"Run {config.run.name!r} in {config.run.directory} was started with other settings:\n"
         + "\n".join(lines)
         + "\n",
-        why="Going on would make weights that no single run file describes. The run is untouched.",
+        why="No single run file would describe the weights. The run is untouched.",
         next="put the old values back, or set a new run.name and run.directory.",
     )
 
 
 def _defaults(config: RunConfig) -> dict[str, Any]:
-    """Every knob that has a default, at it."""
+    """The default of every knob that has one."""
     sections = {name: type(section).model_construct().model_dump(mode="json") for name, section in config}
     return dict(_leaves(sections, ""))
 
@@ -175,7 +175,7 @@ def _is_changeable(key: str, config: RunConfig) -> bool:
 
 
 def recorded_config(recorded: Mapping[str, Any], directory: Path) -> str:
-    """The YAML of a run from what its ledger recorded. Raises ConfigError if it recorded nothing."""
+    """The run file, as YAML, from the settings in the ledger. Raises ConfigError if it has none."""
     if not recorded or "run.name" not in recorded:
         raise ConfigError(
             f"The run in {directory} has recorded no configuration.",

@@ -1,7 +1,7 @@
-"""The run file: every knob of a run, gathered from the sections beside the components.
+"""RunConfig: the run file, composed of the sections that lie beside their components.
 
-One YAML file configures both roles and the evaluation. Fields decide the final weights unless their
-section says that they may change; a resumed run refuses a change of any other (config/load.py).
+One YAML file configures both roles and the evaluation. A started run refuses a change of any field that its
+section does not list as changeable, because it may decide the weights (config/load.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Threads = Annotated[int, Field(ge=1, le=4096)]
 
 
 class MachineSection(Section):
-    """Threads of each role. The consumer's decide the bits of the weights, so they cannot change."""
+    """Threads of each role; their number decides bits, so it cannot change."""
 
     changeable: ClassVar[tuple[str, ...]] = ("restarts_max",)
     producer_threads: Threads = 1
@@ -43,7 +43,7 @@ class MachineSection(Section):
 
 
 class RunConfig(Section):
-    """What every run has. Method, engine and features are of the class that the run file names."""
+    """The sections of every run. The run file selects the classes of method, engine and features."""
 
     run: RunSection
     target: TargetSection
@@ -68,6 +68,6 @@ class RunConfig(Section):
 
     @property
     def feature_folder(self) -> Path:
-        """Its own for every run directory, so that two runs of one name never meet in memory."""
+        """Unique to the run directory, so that two runs of one name never share memory."""
         place = hashlib.sha256(str(self.run.directory.resolve()).encode()).hexdigest()[:8]
         return self.features.directory / f"paceline-{self.run.name}-{place}"

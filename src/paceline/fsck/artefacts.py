@@ -1,8 +1,8 @@
-"""What lies on the disk, decoded by the checker's own code: ledger, archived steps, slots.
+"""The checker's own decoders of ledger, archived steps and slots.
 
 Formats: ledger/stores/sqlite/schema.sql, features/stores/slots.py. The ledger is opened read-only and read
-at one moment, so it may belong to a live run; what is damaged in it is reported, not raised. The archive
-is read one block at a time.
+in one transaction, so it may belong to a live run; damage is reported, not raised. The archive is read one
+chunk at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEADER_BYTES, TEXT_AT = 4096, 128
 MAGIC, SEALED = int.from_bytes(b"PACESLOT", "little"), 0x5345414C45442E2E
 ALL_BITS = (1 << 64) - 1
 BLOCK_BYTES_MAX = 1 << 28  # of the archive, unpacked
-UNKNOWN_PLACE = -1  # of a planned sample that was never committed
+UNKNOWN_PLACE = -1  # the place of a planned sample that was never committed
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class Sample:
 
 @dataclass(slots=True)
 class Visit:
-    """One sample in a step; `finished`: its last visit, as far as the ledger says."""
+    """One sample in a step; `finished`: this is its last visit, according to the ledger."""
 
     place: int
     sample_id: str
@@ -83,13 +83,13 @@ class Step:
 
 
 class Ledger:
-    """One moment of ledger.db. Raises apsw.Error, or ValueError and its like, if it makes no sense."""
+    """ledger.db at one moment. Raises apsw.Error, or ValueError and the like, if it makes no sense."""
 
     def __init__(self, path: Path, report: Report) -> None:
         self._report = report
         refuse_what_is_no_database(path)
         self.owner = path.stat().st_uid
-        # Without a log beside it no process has it open, and reading it must not make one.
+        # Without a log beside it no process has it open, and reading must not create a log.
         self.at_rest = not path.with_name(path.name + "-wal").exists()
         uri = f"file:{quote(str(path.resolve()))}?mode=ro{'&immutable=1' if self.at_rest else ''}"
         flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
@@ -147,7 +147,7 @@ class Ledger:
         return list(self._db.execute(sql, values))
 
     def now(self, sql: str) -> set[Any]:
-        """The first column at this later moment: what a live run has not changed meanwhile."""
+        """The first column as it is now, after the moment of the check, in case a live run changed it."""
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
         return {row[0] for row in self._rows(sql)}
@@ -158,7 +158,7 @@ class Ledger:
     # -- steps -----------------------------------------------------------------------------
 
     def steps(self) -> Iterator[Step]:
-        """Every step in the order on record: the archived ones, then those with a row."""
+        """Every step in order: archived steps, then steps with a row."""
         for first, _, _ in self.blocks:
             yield from self._archived(first)
         yield from self._planned("1")
@@ -177,7 +177,9 @@ class Ledger:
             *values,
         ):
             visits, names = [], json.loads(ids)
-            last_visits = {sample_id: visit for visit, sample_id in enumerate(names)}  # some come twice
+            last_visits = {
+                sample_id: visit for visit, sample_id in enumerate(names)
+            }  # a sample may come twice
             for visit, sample_id in enumerate(names):
                 known = self.samples.get(sample_id)
                 place = UNKNOWN_PLACE if known is None else known.place
@@ -186,7 +188,7 @@ class Ledger:
             yield Step(number, rev, visits, archived=False)
 
     def _archived(self, first: int) -> list[Step]:
-        """The steps of one block; [] if it is damaged, which is reported once."""
+        """The steps of one chunk; [] if it is damaged, which is reported once."""
         if self._block is None or self._block[0] != first:
             self._block = first, self._read_block(first)
         return self._block[1]
@@ -218,7 +220,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Slot:
-    """What a slot's header says; `sample_id` None if its description cannot be read."""
+    """A slot's header; `sample_id` is None if its description cannot be read."""
 
     name: str
     generation: int
@@ -227,7 +229,7 @@ class Slot:
 
 
 def slots_in_use(folder: Path) -> tuple[list[Slot], list[str]]:
-    """Slots that are not free, and the names of files that are no slots. Those in motion are left out."""
+    """Slots in use, and the names of files that are not slots. Files that change meanwhile are left out."""
     found, damaged = [], []
     for path in sorted(folder.glob("slot-*")):
         try:

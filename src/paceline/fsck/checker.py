@@ -1,9 +1,9 @@
-"""The checker: does what lies on the disk keep the promise? It shares no code with what it checks.
+"""The checker decides whether a run's files keep the guarantee. It shares no code with what it checks.
 
-It reads a run's ledger, checkpoints and slots, and imports nothing of Paceline but its own package: the
-rules are written from the documents (docs/guarantees.md, ledger/stores/sqlite/schema.sql), so a bug in the
-product is not also a bug here. It never writes, and it may look at a live run: what was removed or added
-after the moment it looks at is not held against the run. The rules, C1 to C9, are in report.py.
+It reads a run's ledger, checkpoints and slots, and imports nothing of Paceline but its own package. The rules
+are written from the documents (docs/guarantees.md, ledger/stores/sqlite/schema.sql), so a bug in the product
+is not also a bug here. It never writes. It may check a live run: it ignores what was added or removed after
+the moment of the check. The rules, C1 to C9, are in report.py.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ NONSENSE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, Va
 
 
 def check(directory: Path, *, features: Path | None = None, passes: int | None = None) -> Report:
-    """Look at the run in `directory`. Never raises for what it finds, and never writes.
+    """Check the run in `directory`. Findings are reported, never raised.
 
-    `features`: the folder of its slots; `passes`: how often each sample is visited. Not given, they are
-    what the run recorded, or what most of its samples say.
+    `features`: the folder of its slots; `passes`: how often each sample is visited. By default they are what
+    the run recorded, or else what most of its samples show.
     """
     report, path = Report(), directory / "ledger.db"
     before, at_rest = _stamp(path), False
@@ -51,7 +51,7 @@ def check(directory: Path, *, features: Path | None = None, passes: int | None =
     except (apsw.Error, *NONSENSE) as error:
         report.error("C8", f"ledger.db cannot be read ({type(error).__name__}: {error})")
     if at_rest and _stamp(path) != before:
-        return check(directory, features=features, passes=passes)  # somebody began to write meanwhile
+        return check(directory, features=features, passes=passes)  # a process began to write meanwhile
     return report
 
 
@@ -132,14 +132,14 @@ def _check_prompts(ledger: Ledger, report: Report) -> None:
         report.error("C8", f"prompt {following} comes next, but {run['num_prompts']} are known")
     late = [n for n in ledger.prompts if not 0 <= n < following]
     if late:
-        report.error("C8", f"prompts are in work that were never leased (the next is {following})", late)
+        report.error("C8", f"prompts have rows that were never leased (the next is {following})", late)
     if run["closed"] and any(state != "failed" and not again for state, again, _ in ledger.prompts.values()):
         report.error("C8", "the stream has ended, but prompts are still to be captured")
     if not ledger.in_ordinal_order:
         return
     misplaced = [s.sample_id for s in ledger.samples.values() if s.ordinal != s.place]
     if misplaced:
-        report.error("C8", "their places are not those of their prompts", misplaced)
+        report.error("C8", "places that are not the ordinals of the prompts", misplaced)
     done = following - len(ledger.prompts)
     failed_later = sum(
         s.state in ("lost", "quarantined") and ledger.prompts.get(s.place, ("", True, ""))[0] == "failed"
@@ -156,11 +156,11 @@ def _check_prompts(ledger: Ledger, report: Report) -> None:
 
 def _check_states(ledger: Ledger, report: Report) -> None:
     head = ledger.head
-    # SQLite does not look at CHECK constraints through a connection that only reads.
+    # Through a read-only connection SQLite does not check CHECK constraints.
     odd = [s.sample_id for s in ledger.samples.values() if s.state not in STATES]
     odd += [f"prompt {n}" for n, (state, *_) in ledger.prompts.items() if state not in PROMPT_STATES]
     if odd:
-        report.error("C1", "in a state that there is not", odd)
+        report.error("C1", "in an unknown state", odd)
     for s in ledger.samples.values():
         if s.state == "quarantined" and not s.reason:
             report.error("C1", "quarantined without a reason", [s.sample_id])
@@ -190,7 +190,7 @@ def _check_states(ledger: Ledger, report: Report) -> None:
 
 
 def _is_open(ledger: Ledger, ordinal: int) -> bool:
-    """Whether the prompt waits, is in work, or failed for good (with a reason)."""
+    """Whether the prompt is pending, leased, or failed (with a reason)."""
     return ordinal in ledger.prompts or ordinal >= ledger.run["next_ordinal"]
 
 
@@ -227,7 +227,7 @@ def _check_slots(ledger: Ledger, folder: Path, report: Report) -> None:
     for slot in slots:
         sample = resident.get(slot.sample_id or "")
         if slot.generation >= ledger.run["next_generation"] > 1:
-            continue  # begun after the moment that is looked at
+            continue  # begun after the moment of the check
         owner = by_generation.get(slot.generation)
         if slot.sealed and owner is not None and slot.sample_id != owner.sample_id:
             what = f"{slot.name} holds {slot.sample_id} under the generation of"
@@ -245,18 +245,18 @@ def _check_slots(ledger: Ledger, folder: Path, report: Report) -> None:
     if gone:
         report.note(f"{len(gone)} samples have no sealed bytes; they will be captured again", gone)
     if left or damaged:
-        report.note("slots that nobody owns, swept when a producer starts", [*left, *damaged])
+        report.note("slots without an owner, swept when a producer starts", [*left, *damaged])
     report.counts["slots"] = len(slots)
 
 
 def _is_orphan(ledger: Ledger, slot: Slot) -> bool:
-    """It is of no live intent."""
+    """Whether the slot belongs to no live intent."""
     sample_id, revoked = ledger.intents.get(slot.generation, ("", True))
     return revoked or (slot.sealed and sample_id != slot.sample_id)
 
 
 def _feature_folder(facts: dict[str, Any], directory: Path) -> Path | None:
-    """Where a run of this configuration keeps its features."""
+    """The folder where the run keeps its features."""
     if lies := facts.get("features_lie"):
         return Path(lies["folder"])
     config = facts.get("config", {})

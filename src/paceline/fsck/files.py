@@ -1,4 +1,4 @@
-"""Files as the checker opens them: nothing planted in their place can hang it or fill its memory."""
+"""Opens the checker's files so that no planted file can hang it or fill its memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 
 MANIFEST_BYTES_MAX = 1 << 28
-BEYOND_BYTES_MAX = 1 << 28  # what a ledger may have beyond the pages that its header counts
+BEYOND_BYTES_MAX = 1 << 28  # bytes of a ledger beyond the pages that its header counts
 
 
 def open_file(path: Path, flags: int = 0) -> FileIO:
@@ -17,12 +17,12 @@ def open_file(path: Path, flags: int = 0) -> FileIO:
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | flags)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return FileIO(fd, "rb")
 
 
 def read_file(path: Path, limit: int = MANIFEST_BYTES_MAX) -> bytes:
-    """All of it. Raises OSError, also if it has more than `limit` bytes."""
+    """The content of a regular file. Raises OSError, also if it has more than `limit` bytes."""
     with open_file(path) as file:
         if os.fstat(file.fileno()).st_size > limit:
             raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
@@ -30,13 +30,13 @@ def read_file(path: Path, limit: int = MANIFEST_BYTES_MAX) -> bytes:
 
 
 def size_of(path: Path) -> int:
-    """Of a regular file. Raises OSError."""
+    """The size of a regular file. Raises OSError."""
     with open_file(path) as file:
         return os.fstat(file.fileno()).st_size
 
 
 def refuse_what_is_no_database(path: Path) -> None:
-    """SQLite would wait for a FIFO, and a sparse file has any size it likes. Raises OSError."""
+    """Raise OSError for a FIFO, on which SQLite would block, and for a sparse file of absurd size."""
     for name in (path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")):
         if os.path.lexists(name):
             open_file(name).close()

@@ -1,11 +1,10 @@
-"""The checker's rules for what happened: a history of calls against the ledger they ended in.
+"""The checker's rules for a history of calls, compared with the ledger that they produced.
 
-A history is JSON lines in the order they were written, before a call and after it:
+A history is JSON lines, one written before each call and one after it:
 {"op": "commit", "phase": "invoke" | "ok" | "fail" | "unknown", "actor": "producer", "epoch": 2,
-"lsn": 17, "ids": [...]}. `actor` begins with its role ("producer", "consumer:3"); `epoch` is the one the
-actor holds, after an `acquire` the new one; `lsn` is the ledger's log number seen by an `ok`. A
-call without a result (its process was killed) may have happened, like an unknown one. A torn last
-line is no record.
+"lsn": 17, "ids": [...]}. `actor` begins with its role ("producer", "consumer:3"); `epoch` is the actor's,
+and after an `acquire` the new one; `lsn` is the ledger's log number, as an `ok` saw it. A call without a
+result (its process was killed) may have happened, like an unknown one. A torn last line is ignored.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ UNREADABLE = (AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
 def check_history(path: Path, directory: Path | None = None) -> Report:
-    """Hold the history at `path` against the ledger in `directory` (its own folder, if not given).
+    """Compare the history at `path` with the ledger in `directory` (default: the history's folder).
 
-    C1: what was committed is known; C6: what failed, and nothing else tried, is not; C7: no call that
-    began after a successor had its role succeeded; C8: the log number never goes back.
+    C1: the ledger knows what was committed. C6: it does not know what only failed calls tried. C7: no call
+    succeeded that began after a successor took the role. C8: the log number never goes back.
     """
     report, calls = Report(), list[dict[str, Any]]()
     try:
@@ -68,7 +67,7 @@ def _check_effects(calls: list[dict[str, Any]], ledger: Ledger, report: Report) 
         gone = [i for i, seen in phases.items() if "ok" in seen and i not in ids]
         if gone:
             report.error("C1", f"the {op} of samples returned, and the ledger does not know it", gone)
-        # As many failures as calls: none of them may have happened.
+        # Every call failed, so none of them may have happened.
         failed = [i for i, seen in phases.items() if seen.count("fail") == seen.count("invoke") and i in ids]
         if failed:
             report.error("C6", f"every {op} of samples failed, and yet it happened", failed)

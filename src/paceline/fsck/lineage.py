@@ -1,7 +1,7 @@
 """The checker's rules for what was trained: chains, steps and visits (C2, C3, C4), and checkpoints (C5).
 
-Steps are looked at one after another, the archived ones first, and of a finished sample one bit is kept: so
-a run of any length is checked in little memory.
+Steps are checked one after another, archived steps first. Of a finished sample only one bit is kept, so a
+run of any length is checked in little memory.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from paceline.fsck.artefacts import UNKNOWN_PLACE, Ledger, Sample, Step, sha256
 from paceline.fsck.files import open_file, read_file, size_of
 from paceline.fsck.report import SHOWN, Report
 
-FORBIDDEN = "forbidden"  # in the place of a rule: it could not be looked at
+FORBIDDEN = "forbidden"  # in place of a rule: this user may not read the file
 UNREADABLE = (AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
 def check_lineage(ledger: Ledger, passes: int | None, report: Report) -> int:
-    """How many steps there are. `passes`: how often each sample is visited; None: what the run recorded,
-    or most samples say."""
+    """Check every step; returns their number. `passes`: how often each sample is visited; None: what the run
+    recorded, or what most samples show."""
     walk = _Walk(ledger, report)
     for step in ledger.steps():
         walk.take(step)
@@ -39,7 +39,7 @@ class _Bits:
         self._bytes = bytearray()
 
     def add(self, number: int) -> bool:
-        """Whether it is new."""
+        """Add a number; returns whether it is new."""
         place, bit = number >> 3, 1 << (number & 7)
         if place >= len(self._bytes):
             self._bytes.extend(bytes(place + 1 - len(self._bytes) + 4096))
@@ -53,7 +53,7 @@ class _Bits:
 
 @dataclass
 class _Open:
-    """What is known of a sample that is not finished: its visits, and those in the head's weights."""
+    """A sample that is not finished: its planned visits, and those in the head's weights."""
 
     place: int
     planned: int = 0
@@ -85,7 +85,7 @@ class _Walk:
         unknown = [v.sample_id for v in step.visits if v.place == UNKNOWN_PLACE]
         if unknown:
             self.report.error("C4", f"step {step.step} trains what was never committed", unknown)
-        # The last block of a run may be smaller than a batch: then a step visits a sample twice.
+        # If the last block of a run is smaller than a batch, a step visits a sample twice.
         finished = {visit.sample_id for visit in step.visits if visit.finished}
         last = {visit.sample_id: number for number, visit in enumerate(step.visits)}
         for number, visit in enumerate(step.visits):
@@ -98,7 +98,7 @@ class _Walk:
         expected = self.heads.pop(step.step, None)
         if expected is not None and expected != self.chain:
             self.report.error("C3", f"the checkpoint of step {step.step} does not cover the steps on record")
-            self.chain = expected  # the next one is judged by itself
+            self.chain = expected  # judge the next checkpoint by itself
 
     def _visit(self, step: Step, place: int, sample_id: str, finished: bool) -> None:
         if self.seen.add(place):
@@ -119,7 +119,7 @@ class _Walk:
             if len(self.visits_of_finished[known.trained]) < SHOWN:
                 self.visits_of_finished[known.trained].append(sample_id)
 
-    # -- when every step was seen ----------------------------------------------------------
+    # -- after the last step ---------------------------------------------------------------
 
     def end(self, passes: int | None) -> None:
         for step in self.heads:
@@ -174,7 +174,7 @@ class _Walk:
 
 
 def check_folders(ledger: Ledger, folder: Path, report: Report) -> None:
-    """Every checkpoint on record against its manifest and files, and against the steps."""
+    """Compare every checkpoint on record with its manifest and files, and with the steps."""
     damaged = 0
     found = [
         (record, list(_problems(ledger, folder / record[1], record, before)))
@@ -208,7 +208,7 @@ def _with_the_one_before(records: list[Any]) -> Iterator[tuple[Any, tuple[int, s
 
 
 def _is_newer(name: str, head: int) -> bool:
-    """Whether the folder has the name of a whole checkpoint of a later step."""
+    """Whether this is the name of a finished checkpoint of a later step."""
     step = name.split("-")[1]
     return "." not in name and step.isdecimal() and int(step) > head
 
@@ -238,10 +238,10 @@ def _problems(
         return
     told = (manifest["step"], manifest["chain"], manifest["first_place"])
     if told != (step, chain, first_place):
-        yield "C5", "its manifest tells of another step or lineage than the ledger"
+        yield "C5", "its manifest names another step or lineage than the ledger"
     lineage = manifest["lineage"]
     if before is not None:
-        # A later consumer may have put the folder under a name of its own epoch.
+        # A later consumer may have renamed the folder to its own epoch.
         if manifest["previous"].rpartition("-")[2] != before[1].rpartition("-")[2]:
             yield "C3", f"it follows {manifest['previous'] or 'nothing'}, not {before[1]}"
         if [row[0] for row in lineage] != list(range(before[0] + 1, step + 1)):

@@ -1,4 +1,4 @@
-"""What the checker says: which rule is broken, by which ids."""
+"""The checker's rules, and its report: which rule is broken, by which ids."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 RULES = {
-    "C1": "every committed sample is trained, set aside with a reason, or still to come",
+    "C1": "every committed sample is trained, quarantined with a reason, or still to be trained",
     "C2": "no sample is trained more often than configured, or finished twice",
     "C3": "every checkpoint continues the one before, and its chain is the hash of its steps",
-    "C4": "steps have no gaps, first visits follow the log, checkpoints tell the same steps",
+    "C4": "steps have no gaps, first visits follow the log, checkpoints contain the same steps",
     "C5": "checkpoints on disk are the ones recorded, byte for byte",
-    "C6": "what failed changed nothing",
-    "C7": "who was taken over changed nothing any more",
+    "C6": "a call that failed changed nothing",
+    "C7": "a replaced process changed nothing any more",
     "C8": "counters, prompts and archived history agree",
     "C9": "bytes have one owner, and no generation is used twice",
 }
-OF_A_HISTORY = ("C6", "C7")  # not asked of what lies on the disk
+OF_A_HISTORY = ("C6", "C7")  # rules for a history of calls, not for files
 SHOWN = 5  # ids in one line
 
 
 @dataclass
 class Report:
-    """`errors` break the promise, and each begins with its rule; `notes` are harmless; `counts` say how
-    much was looked at; `unchecked` says why nothing was, if the ledger is of another version; `forbidden`
-    what this user may not read; `newer`: checkpoints of later steps than the ledger knows; `is_resumable`:
-    whether a recorded checkpoint is whole, or none was recorded yet."""
+    """The findings.
+
+    `errors` break the guarantee; each begins with its rule. `notes` are harmless. `counts`: how much was
+    checked. `unchecked`: why the ledger was not checked at all. `forbidden`: what this user may not read.
+    `newer`: checkpoints of later steps than the ledger knows. `is_resumable`: a recorded checkpoint is whole,
+    or none was recorded yet.
+    """
 
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

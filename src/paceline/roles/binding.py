@@ -1,8 +1,8 @@
-"""What a run is bound to: its settings and its prompts (its target: target_binding.py).
+"""Binds a run to its settings and its prompts (target_binding.py: to its target).
 
-Settings and prompts are recorded at the first start, and bind once something was captured under them. Until
-then a start with other ones replaces them, if no other role is live, so that advice on settings can be
-followed. Later a longer prompt file with the same beginning extends the run.
+The first start records settings and prompts. They bind once a sample was captured or a prompt has failed
+under them. Until then a later start may replace them if no other role is live, so that the user can follow
+advice on settings. Later, a longer prompt file with the same beginning extends a complete run.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ ROLES = ("producer", "consumer")
 
 
 def bind_run(plan: RunPlan, ledger: Ledger, *, role: str | None = None) -> tuple[int, ...]:
-    """Record what the run is, or refuse what it is not; the stretches of its prompts (capture/source.py).
+    """Bind the run, or raise ConfigError if settings or prompts differ from what it is bound to.
 
-    `role`: the one whose lock the caller holds. Raises ConfigError.
+    Returns the stretches of its prompts (capture/source.py). `role`: the role whose lock the caller holds.
     """
     facts = ledger.facts()
-    if CONFIG not in facts:  # or another process settles it at this moment
+    if CONFIG not in facts:  # another process may settle it at the same time
         sizes = [plan.prompts.size]
         facts = ledger.set_facts(
             None, None, {CONFIG: flat(plan.config), PROMPTS: _prompts(plan, sizes)}, settle=True
@@ -56,7 +56,7 @@ def _prompts(plan: RunPlan, stretches: Sequence[int]) -> dict[str, Any]:
 
 
 def _settings_bind(ledger: Ledger) -> bool:
-    """Something was captured, or set aside for good, under them."""
+    """Whether a sample was captured, or a prompt has failed, under the settings."""
     now = ledger.snapshot()
     return now.committed > 0 or now.prompts.failed > 0
 
@@ -66,7 +66,7 @@ def _prompts_bind(ledger: Ledger) -> bool:
 
 
 def _rebind(plan: RunPlan, ledger: Ledger, role: str | None) -> dict[str, Any]:
-    """Record other settings or prompts, unless they bind or another role goes on under the old ones."""
+    """Record new settings or prompts, unless the old ones bind or another role is live."""
     with others_kept_out(plan.config, role) as alone:
         if alone and not _settings_bind(ledger):
             facts = {CONFIG: flat(plan.config)}
@@ -77,15 +77,15 @@ def _rebind(plan: RunPlan, ledger: Ledger, role: str | None) -> dict[str, Any]:
 
 
 def _extend(plan: RunPlan, ledger: Ledger, role: str | None, stretches: Sequence[int]) -> tuple[int, ...]:
-    """The prompt file of a complete run is longer by now: the run goes on with what was added.
+    """The prompt file is longer than before: extend the run by the added prompts, if it is complete.
 
-    Only then, because weights must follow from the prompts, and not from when they were added.
+    An incomplete run is refused, because weights must not depend on when prompts were added.
     """
     if ledger.facts().get(COMPLETED_STEP) is None:
         raise ConfigError(
-            f"{plan.prompts.path} has {plan.prompts.size} prompts by now, and this run of {stretches[-1]} "
+            f"{plan.prompts.path} now has {plan.prompts.size} prompts, and this run of {stretches[-1]} "
             "is not complete.",
-            why="A run is extended when all that it had was trained.",
+            why="A run can be extended only when everything that it has was trained.",
             next="put the file back until the run is complete, or set a new run.name and run.directory.",
         )
     longer = [*stretches, plan.prompts.size]
@@ -103,7 +103,10 @@ def _extend(plan: RunPlan, ledger: Ledger, role: str | None, stretches: Sequence
 
 @contextmanager
 def others_kept_out(config: RunConfig, role: str | None) -> Iterator[bool]:
-    """Whether no other role is live; none can start inside. A role reads its settings under its lock."""
+    """Yields whether no other role is live, and keeps others from starting meanwhile.
+
+    A role reads its settings while it holds its lock.
+    """
     with ExitStack() as held:
         try:
             for other in ROLES:
@@ -124,14 +127,14 @@ def _other_prompts(plan: RunPlan, recorded: dict[str, Any]) -> ConfigError:
         differs = next(n for n, (old, new) in enumerate(zip(known, now, strict=True)) if old != new)
         where = f"the first that differ are in {file.lines_of(differs)}"
     return ConfigError(
-        f"The prompts in {file.path} are not those this run was started with: {where}.",
+        f"The prompts in {file.path} are not those that this run was started with: {where}.",
         why="Samples are identified by their place in the file; the run is untouched.",
         next="restore the file (prompts may be added at its end), or set a new run.name and run.directory.",
     )
 
 
 def bind_date(ledger: Ledger) -> str:
-    """The run's own date: that of its first start, which a chat template may write into every prompt."""
+    """The date of the run's first start, which a chat template may write into every prompt."""
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     date: str = ledger.set_facts(None, None, {RENDERING_DATE: now}, settle=True)[RENDERING_DATE]
     return date

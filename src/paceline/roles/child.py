@@ -1,4 +1,4 @@
-"""A role's process as its supervisor sees it: started, asked to stop, and heard when it ends."""
+"""Child: a role's process, which the supervisor starts, asks to stop, and whose error it reads."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from paceline.roles.plan import log_path, role_environment
 from paceline.roles.process import REPORT_VARIABLE, SUPERVISOR_VARIABLE
 from paceline.telemetry import read_tail, shorten
 
-ORPHAN_S = 10.0  # for which one may go on to its next safe point
+ORPHAN_S = 10.0  # time for an orphan to reach its next safe point
 GRACE_S = {"producer": 15.0, "consumer": 60.0, "evaluator": 5.0}  # the consumer writes a checkpoint
 REPORT_BYTES_MAX = 1 << 16
 
 
 class RoleFailedError(PacelineError):
-    """A role ended with an error; message and exit code are the role's."""
+    """A role ended with an error; message and exit code are those of the role."""
 
     def __init__(self, what: str, why: str, next: str, exit_code: int) -> None:
         super().__init__(what, why=why, next=next)
@@ -34,7 +34,7 @@ class RoleFailedError(PacelineError):
 
 
 class Child:
-    """One process of a role, in a session of its own: Ctrl-C reaches the supervisor alone."""
+    """One process of a role, in a session of its own, so that Ctrl-C reaches only the supervisor."""
 
     def __init__(self, role: str, run_file: Path, config: RunConfig, threads: int) -> None:
         self.role = role
@@ -69,7 +69,7 @@ class Child:
         return self._process.poll()
 
     def wait(self, seconds: float) -> bool:
-        """Whether it has ended by then."""
+        """Wait up to `seconds`; returns whether the process has ended."""
         try:
             self._process.wait(timeout=max(0.0, seconds))
         except subprocess.TimeoutExpired:
@@ -81,7 +81,7 @@ class Child:
             self._process.send_signal(number)
 
     def end(self, deadline: float) -> None:
-        """Kill it if it has not ended by then (time.monotonic), and forget it."""
+        """Kill the process if it has not ended by `deadline` (time.monotonic), and release it."""
         if not self.wait(deadline - time.monotonic()):
             self._process.kill()
             self._process.wait()
@@ -94,7 +94,7 @@ class Child:
             shorten(self._log)
 
     def error(self) -> RoleFailedError | None:
-        """What it said before it ended; None if it was killed, or ended without an error."""
+        """The error that it reported; None if it was killed or ended without an error."""
         code = self._process.returncode
         with suppress(OSError, ValueError, LookupError, TypeError):
             told: dict[str, Any] = json.loads(os.read(self._pipe, REPORT_BYTES_MAX))
@@ -103,10 +103,10 @@ class Child:
             )
         if code is None or code <= 0:
             return None
-        # It failed before it could report anything: what Python said is in its log.
+        # It failed before it could report an error: its log has Python's message.
         said = read_tail(self._log, 4000).decode(errors="replace").strip().rpartition("\n")[2]
         return RoleFailedError(
-            f"The {self.role} could not begin: {said or f'it ended with {code} and without a word'}",
+            f"The {self.role} could not begin: {said or f'it ended with {code} and printed nothing'}",
             "Nothing was changed.",
             f"read {self._log}, and check that this Python has all that Paceline needs.",
             code,
@@ -114,7 +114,7 @@ class Child:
 
 
 def _opened_log(path: Path) -> int:
-    """To append to; nowhere if that disk takes no file."""
+    """The log, for appending; /dev/null if it cannot be opened."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -123,9 +123,9 @@ def _opened_log(path: Path) -> int:
 
 
 def end_orphan(directory: Path, role: str, should_stop: Callable[[], bool] = lambda: False) -> None:
-    """Wait for a role whose supervisor was killed; end it if it does not stop by itself.
+    """Wait for a role whose supervisor was killed; kill it if it does not stop in time.
 
-    It has been asked to stop by the kernel, and a kill takes nothing back that it has committed.
+    The kernel has asked it to stop, and a kill undoes nothing that it has committed.
     """
     deadline = time.monotonic() + (0.0 if role == "evaluator" else ORPHAN_S)
     while not should_stop():
@@ -135,7 +135,7 @@ def end_orphan(directory: Path, role: str, should_stop: Callable[[], bool] = lam
         if time.monotonic() >= deadline and holder != UNKNOWN:
             _kill_orphan(holder)
         if time.monotonic() >= deadline + ORPHAN_S:
-            return  # the start itself will say who holds it
+            return  # the start itself will name the holder
         time.sleep(0.05)
 
 
@@ -143,14 +143,14 @@ def _kill_orphan(pid: int) -> None:
     with suppress(OSError):
         handle = os.pidfd_open(pid)
         try:
-            if _was_orphaned(pid):  # of this process, not of a later one with its number
+            if _was_orphaned(pid):  # still that process, not a later one with its id
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
         finally:
             os.close(handle)
 
 
 def _was_orphaned(pid: int) -> bool:
-    """Whether the process lives on without the supervisor that started it."""
+    """Whether the process has outlived the supervisor that started it."""
     try:
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         parent = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1]

@@ -57,7 +57,7 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     dtype = "float32" if settings.autocast_dtype is None else "bfloat16"
     numerics = {"dtype": dtype, "device": resolve_device(config.training.device).type}
     bind_numerics(ledger, config, "consumer", DRAFT_NUMERICS, numerics)
-    # One thread writes checkpoints, one reads the next step's features.
+    # One thread writes checkpoints, the other reads the next step's features.
     with ThreadPoolExecutor(2, thread_name_prefix="paceline-consumer") as executor:
         trainer, loader = build_disagg_online_consumer(
             run_id=config.run.name,

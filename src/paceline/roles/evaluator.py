@@ -1,4 +1,4 @@
-"""The evaluator process: `python -m paceline.roles.evaluator RUN.yaml`; writes evaluation.json."""
+"""The evaluator process: `python -m paceline.roles.evaluator RUN.yaml`. It writes evaluation.json."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Where a run's features lie: which folder it takes, what it leaves behind, and what no run needs any more.
+"""Chooses the folder of a run's features, and finds feature folders that no run needs.
 
-The name follows from the run's name and directory. Where a stranger took that name, the run takes a free
-one and keeps to it. A run that moved, or was told another features.directory, takes another folder; its
-producer then frees the one before.
+The folder's name follows from the run's name and directory. If another user took that name, the run chooses a
+free one and keeps it. If the run was moved, or features.directory was changed, the run takes another folder,
+and its producer frees the old one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PREFIX = "paceline-"
 
 
 def folder_of(config: RunConfig, ledger: Ledger) -> Path:
-    """The folder that the run's features lie in, or will."""
+    """The folder of the run's features; it need not exist yet."""
     usual = config.feature_folder
     name = ledger.facts().get(FEATURES_NAME)
     if name is not None and name.startswith(usual.name) and not is_strangers(usual.with_name(name)):
@@ -45,7 +45,7 @@ def folder_of(config: RunConfig, ledger: Ledger) -> Path:
     if not is_strangers(usual):
         return usual
     chosen = {FEATURES_NAME: f"{usual.name}-{secrets.token_hex(4)}"}
-    if name is None:  # or the other role settles it at this moment
+    if name is None:  # the other role may settle it at the same time
         chosen = ledger.set_facts(None, None, chosen, settle=True)
     else:
         ledger.set_facts(None, None, chosen)
@@ -53,7 +53,7 @@ def folder_of(config: RunConfig, ledger: Ledger) -> Path:
 
 
 def take_folder(config: RunConfig, ledger: Ledger) -> Path:
-    """The folder, made and signed, with what the run left elsewhere freed; by the producer."""
+    """Create and sign the folder, and free the one that the run used before. For the producer."""
     folder, run = folder_of(config, ledger), config.run.directory.absolute()
     recorded = ledger.facts().get(FEATURES_LIE)
     if recorded is not None and Path(recorded["folder"]) != folder.absolute():
@@ -64,7 +64,7 @@ def take_folder(config: RunConfig, ledger: Ledger) -> Path:
 
 
 def _free_left(folder: Path, run: str, directory: Path) -> None:
-    """Where the run kept its features before it moved; not the folder of the run that it is a copy of."""
+    """Free the folder that the run used before it was moved; not that of a run of which this is a copy."""
     owner = None if is_strangers(folder) else owner_of(folder)
     if owner is None or owner.run != run:
         return
@@ -73,7 +73,7 @@ def _free_left(folder: Path, run: str, directory: Path) -> None:
 
 
 def _remove_unused(folder: Path) -> bool:
-    """False if a process uses it after all."""
+    """Remove the folder; False if a process uses it."""
     lock = take(folder)
     if lock is None:
         return False
@@ -82,20 +82,20 @@ def _remove_unused(folder: Path) -> bool:
     return not folder.exists()
 
 
-# -- both roles in one place ---------------------------------------------------------------
+# -- the same folder for both roles ---------------------------------------------------------
 
 
 def record_place(config: RunConfig, ledger: Ledger) -> None:
-    """Say where the producer keeps the features; by the producer."""
+    """Record where the producer keeps the features. For the producer."""
     place = _place(config, ledger)
     if ledger.facts().get(FEATURES_LIE) != place:
         ledger.set_facts(None, None, {FEATURES_LIE: place})
 
 
 def refuse_other_place(config: RunConfig, ledger: Ledger) -> None:
-    """Raise StoreError if this consumer would look for the features where the producer does not keep them.
+    """Raise StoreError if this consumer looks for the features in another place than the producer's.
 
-    What another boot of a machine recorded tells nothing but the folder.
+    A record from another boot of the machine counts only by its folder.
     """
     theirs, ours = ledger.facts().get(FEATURES_LIE), _place(config, ledger)
     if theirs is None or theirs == ours:
@@ -106,7 +106,7 @@ def refuse_other_place(config: RunConfig, ledger: Ledger) -> None:
     raise StoreError(
         f"The producer keeps the features in {theirs['folder']}{mount}, and this consumer looks for them in "
         f"{ours['folder']}.",
-        why="It would find none of them. Nothing was trained, and no sample is to blame.",
+        why="The consumer would find none of them. Nothing was trained, and no sample was quarantined.",
         next="give both roles the same features.directory (containers: one shared /dev/shm). If it was "
         "changed for both, start the producer first.",
     )
@@ -121,12 +121,12 @@ def _place(config: RunConfig, ledger: Ledger) -> dict[str, Any]:
     return {"folder": str(folder_of(config, ledger).absolute()), "device": device, "boot": boot}
 
 
-# -- what no run needs any more ------------------------------------------------------------
+# -- abandoned folders ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FoundFolder:
-    """`why`: what is known of its run; `abandoned`: no run needs it, so it may be freed."""
+    """`why`: what is known about its run; `abandoned`: no run needs it, so it may be freed."""
 
     folder: Path
     num_bytes: int
@@ -141,8 +141,8 @@ def feature_folders(base: Path) -> Iterator[FoundFolder]:
     except OSError as error:
         raise ConfigError(
             f"{base} cannot be listed ({error.strerror}).",
-            why="Feature folders are looked for there.",
-            next="name the folder that features.directory names; without one it is /dev/shm.",
+            why="Paceline looks for feature folders there.",
+            next="pass the folder of features.directory; its default is /dev/shm.",
         ) from error
     for folder in entries:
         if not is_strangers(folder) and (owner_of(folder) or (folder / IDENTITY).exists()):
@@ -151,14 +151,14 @@ def feature_folders(base: Path) -> Iterator[FoundFolder]:
 
 
 def free_abandoned(found: FoundFolder) -> bool:
-    """Free it, unless a process began to use it meanwhile; whether it is gone."""
+    """Free the folder, unless a process began to use it; returns whether it is gone."""
     return _judged(found.folder)[1] and _remove_unused(found.folder)
 
 
 def _judged(folder: Path) -> tuple[str, bool]:
     owner = owner_of(folder)
     if owner is None:
-        return "it does not say whose it is", False
+        return "it does not name its run", False
     lock = take(folder)
     if lock is None:
         return f"run {owner.run} in {owner.directory} uses it", False

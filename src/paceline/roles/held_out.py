@@ -1,5 +1,4 @@
-"""A run's held-out prompts, for the evaluator, which decodes them, and the producer, which says beforehand
-what cannot be measured."""
+"""A run's held-out prompts: the evaluator decodes them, the producer reports beforehand which it cannot."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from paceline.evaluation.heldout import HeldOut, Room, encode_held_out, refuse_n
 def held_out_prompts(
     config: RunConfig, encode: Callable[[str], Sequence[int]], vocab_size: int, positions: int | None
 ) -> HeldOut:
-    """As token ids, less what the target cannot decode."""
+    """The prompts as token ids, without those that the target cannot decode."""
     file = PromptFile(config.evaluation.prompts)
     prompts = [prompt for prompt in file.read(0, file.size) if not prompt.broken]
     chosen = [(prompt.prompt_id, prompt.text) for prompt in prompts[: config.evaluation.max_prompts]]
@@ -27,7 +26,7 @@ def look_at_held_out(
     vocab_size: int,
     positions: int | None,
 ) -> str:
-    """What a person should know of them before anything is captured.
+    """What the user should know about the held-out prompts before the first capture.
 
     Raises ConfigError if none can be decoded and evaluation.unsupported is "refuse".
     """

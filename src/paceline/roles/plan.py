@@ -1,4 +1,4 @@
-"""From a run file to what each role will do. Pure: no torch, no model, nothing is started."""
+"""RunPlan: what each role will do, derived from a run file. It loads no torch and starts nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RunPlan:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know before the run starts."""
+        """What the user should know before the run starts."""
         measured = [f"the draft will not be measured: {self.evaluation_obstacle}"]
         return [*self.prompts.notes, *(measured if self.evaluation_obstacle else [])]
 
@@ -41,7 +41,7 @@ class RunPlan:
         return RunPrompts(self.prompts, self.config.prompts.rounds, stretches)
 
     def num_steps(self, stretches: Sequence[int]) -> list[int]:
-        """The optimizer steps for all passes of what the run had at first, and after each extension."""
+        """The optimizer steps of the whole run: as it began, and after each extension."""
         training, totals, before = self.config.training, [0], 0
         for size in stretches:
             visits = (size - before) * self.config.prompts.rounds * training.passes
@@ -65,10 +65,13 @@ def plan_run(config: RunConfig) -> RunPlan:
 
 
 def _target_obstacle(config: RunConfig) -> str:
-    """Why the evaluation cannot decode with the target; raises ConfigError if that or more is refused."""
+    """Why the evaluation cannot decode with the target; "" if it can.
+
+    Raises ConfigError if the run file refuses such a target, or if no prompt fits its positions.
+    """
     target = read_config(config.target.model)
     positions, answer = target.get("max_position_embeddings"), config.prompts.max_answer_tokens
-    # Longer prompts than fit beside an answer are set aside one by one; here none would fit.
+    # A prompt that does not fit beside an answer fails alone; with this setting no prompt fits.
     if isinstance(positions, int) and answer >= positions:
         raise ConfigError(
             f"prompts.max_answer_tokens is {answer}, and the target has {positions} positions.",
@@ -89,7 +92,7 @@ def _refuse_shared(config: RunConfig, prompts: PromptFile) -> None:
     if prompts.index.shared:
         raise ConfigError(
             f"{prompts.index.shared} prompts of {config.evaluation.prompts} are also in {prompts.path}.",
-            why="An acceptance length measured on training prompts says nothing.",
+            why="An acceptance length measured on training prompts means nothing.",
             next=f"remove them from one of the files; the first is {prompts.index.first_shared!r}.",
         )
 
@@ -107,13 +110,13 @@ def _refuse_repeats(config: RunConfig, prompts: PromptFile) -> None:
 
 
 def window_size(config: RunConfig) -> int:
-    """The most samples the consumer must have at once before it can free any."""
+    """The most samples that must be resident before the consumer can free any."""
     blocks = (config.training.passes + 1) * config.capture.group_size
     return max(blocks + config.training.batch_size, config.method.first_samples)
 
 
 def processors_of_roles(config: RunConfig) -> dict[str, list[int]]:
-    """Processors for each role: disjoint where there are enough, all of them where there are not."""
+    """Processors for each role: disjoint sets if there are enough, else all for both."""
     available = sorted(os.sched_getaffinity(0))
     producer, consumer = config.machine.producer_threads, config.machine.consumer_threads
     if producer + consumer > len(available):
@@ -122,7 +125,7 @@ def processors_of_roles(config: RunConfig) -> dict[str, list[int]]:
 
 
 def role_environment(threads: int) -> dict[str, str]:
-    """Environment of a role's process: threads, no network for model libraries, repeatable CUDA products."""
+    """The environment of a role's process: threads, model libraries offline, deterministic CUDA products."""
     return {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -130,7 +133,7 @@ def role_environment(threads: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONOPTIMIZE": "",  # 2 takes docstrings away, and transformers loads no model without them
+        "PYTHONOPTIMIZE": "",  # 2 removes docstrings, and transformers needs them to load a model
     }
 
 

@@ -1,7 +1,7 @@
-"""What can be known before the first step, said before it: one line a finding, a note or a refusal.
+"""Preflight: checks before a run starts. Each finding is one line, a note or a refusal.
 
-A check is a function of the plan that yields findings; it belongs into CHECKS. It starts nothing, loads no
-torch, and takes no longer than a person waits for a command.
+A check is a function of the plan that yields findings, listed in CHECKS. It starts nothing, loads no torch,
+and is fast enough for a command line.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from paceline.errors import ConfigError
 from paceline.roles.plan import RunPlan
 
-OPEN_FILES_MIN = 256  # a role holds the ledger, its locks, the checkpoints it writes, and libraries their own
+OPEN_FILES_MIN = 256  # for the ledger, locks, checkpoints, and the files of libraries
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`next`: what a person can do about it; `refuses`: the run cannot go well."""
+    """`next`: what the user can do about it; `refuses`: the run must not start."""
 
     what: str
     next: str
@@ -31,7 +31,7 @@ Check = Callable[[RunPlan], Iterator[Finding]]
 
 
 def preflight(plan: RunPlan) -> list[str]:
-    """The notes, a line each. Raises ConfigError with every refusal, if there is one."""
+    """The notes, one line each. Raises ConfigError with all refusals, if there are any."""
     found = [finding for check in CHECKS for finding in check(plan)]
     refused = [finding for finding in found if finding.refuses]
     if refused:
@@ -44,7 +44,7 @@ def preflight(plan: RunPlan) -> list[str]:
 
 
 def shared_memory_holds_the_budget(plan: RunPlan) -> Iterator[Finding]:
-    """A container's /dev/shm has 64 MiB unless it is told otherwise."""
+    """Compare the budget with the space: a container's /dev/shm has 64 MiB by default."""
     features = plan.config.features
     try:
         space = os.statvfs(features.directory)
@@ -66,7 +66,7 @@ def shared_memory_holds_the_budget(plan: RunPlan) -> Iterator[Finding]:
             refuses=True,
         )
         return
-    # What a start before this one has left there is used again.
+    # The run reuses what an earlier start has left there.
     room = space.f_bavail * space.f_frsize + _bytes_below(plan.config.feature_folder)
     if room < features.budget_mib << 20:
         yield Finding(
@@ -84,7 +84,7 @@ def _bytes_below(folder: Path) -> int:
 
 
 def enough_files_can_be_open(_: RunPlan) -> Iterator[Finding]:
-    """Of this process, and of the roles that it starts."""
+    """Check the limit of open files, which the roles inherit."""
     limit, _most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= limit < OPEN_FILES_MIN:
         yield Finding(

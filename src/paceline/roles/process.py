@@ -1,9 +1,9 @@
-"""What every role process does around its work: processors, signals, errors, telemetry.
+"""Runs a role's work in its process: sets up processors and signals, and reports errors.
 
-SIGTERM, SIGINT or SIGHUP asks the role to stop at the next safe point; it then ends with exit code 0
-and everything it committed stays. A second one ends it at once. An error is reported as an event and,
-through a pipe that no full disk can close, to the supervisor. A PacelineError ends the process with the
-error's own exit code, which tells the supervisor that a restart would not help.
+SIGTERM, SIGINT or SIGHUP asks the role to stop at the next safe point; it then ends with exit code 0, and
+everything that it committed stays. A second signal ends it at once. The role reports an error as an event,
+and to the supervisor through a pipe, which works on a full disk too. A PacelineError ends the process with
+the error's exit code, from which the supervisor knows that a restart would not help.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ Work = Callable[[RunPlan, EventLog, Callable[[], bool]], None]
 
 
 def run_role(role: str, run_file: Path, work: Work, *, stops_itself: bool = True) -> int:
-    """Run `work` as the only live `role` of the run; the process's exit code.
+    """Run `work` as the only live `role` of the run; returns the process's exit code.
 
-    Work that has nothing to bring to a safe point (`stops_itself=False`) just ends on a signal.
+    With `stops_itself=False`, for work that needs no safe point, a signal ends the process at once.
     """
     open_standard_streams()
     for name in ("stdout", "stderr"):
@@ -52,7 +52,7 @@ def run_role(role: str, run_file: Path, work: Work, *, stops_itself: bool = True
         config = load_run_config(run_file)
         plan = plan_run(config)
         lock = RoleLock(config.run.directory, role)
-        # A supervisor shows progress by itself; alone in the foreground the role does.
+        # Under a supervisor, the supervisor shows progress; a role that runs alone prints its own events.
         echo = None if SUPERVISOR_VARIABLE in os.environ or role == "evaluator" else sys.stderr.write
         events = EventLog(events_path(config, role), echo=echo)
         os.sched_setaffinity(0, processors_of_roles(config).get(role, sorted(os.sched_getaffinity(0))))
@@ -60,16 +60,18 @@ def run_role(role: str, run_file: Path, work: Work, *, stops_itself: bool = True
         work(plan, events, stop.is_set)
         events.write("role_ended", stopped=stop.is_set())
         lock.release()
-    except Exception as error:  # noqa: BLE001 (a role's end is told, whatever it is)
+    except Exception as error:  # noqa: BLE001 (every error is reported)
         return _report(role, error, events)
     return 0
 
 
 def _report(role: str, error: Exception, events: EventLog | None) -> int:
-    """Tell it wherever it can be told; the exit code."""
+    """Report the error on every channel that works; returns the exit code."""
     told = explained(error)
     if not isinstance(error, PacelineError) and {SUPERVISOR_VARIABLE, DEBUG_VARIABLE} & os.environ.keys():
-        sys.stderr.write(printable("".join(traceback.format_exception(error))))  # a supervisor's is a log
+        sys.stderr.write(
+            printable("".join(traceback.format_exception(error)))
+        )  # under a supervisor stderr is a log file
     parts = {name: getattr(told, name)[:PART_CHARACTERS_MAX] for name in ("what", "why", "next")}
     if events is not None:
         events.write("error", exit_code=told.exit_code, message=str(told))
@@ -86,12 +88,12 @@ def _set_on_signals(stop: threading.Event) -> None:
         signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
+        if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup
             signal.signal(number, ask)
 
 
 def _die_with_supervisor() -> None:
-    """Ask the kernel for SIGTERM when the supervisor dies, so that no role is left behind."""
+    """Ask the kernel for SIGTERM when the supervisor dies, so that no role outlives it."""
     supervisor = os.environ.get(SUPERVISOR_VARIABLE)
     if supervisor is None:
         return

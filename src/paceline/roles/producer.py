@@ -23,7 +23,7 @@ from paceline.telemetry import EventLog
 
 
 def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -> None:
-    """Capture every prompt that is not committed yet (or is lost), then end."""
+    """Capture every prompt whose sample is not committed, or is lost; then end."""
     config = plan.config
     torch.set_num_threads(config.machine.producer_threads)
     ledger = SQLiteLedger(config.ledger_path, durability=config.ledger.durability)
@@ -69,11 +69,11 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     try:
         drive_producer(should_stop=training_is_over)
     except StoreError:
-        # A consumer that reached its last step has given the memory back under this producer's hands.
+        # The consumer reached its last step and has freed the memory that this producer uses.
         if ledger.facts().get(COMPLETED_STEP) is None:
             raise
     if ledger.facts().get(COMPLETED_STEP) is not None:
-        features.destroy()  # opened anew, perhaps, after the consumer had given it back
+        features.destroy()  # this producer may have created it again after the consumer freed it
     features.close()
     ledger.close()
 

@@ -1,6 +1,7 @@
-"""One look at a run, from its ledger and its events: for `paceline status`, the supervisor and people.
+"""RunSnapshot: a run's state at one moment, from its ledger and its events.
 
-Reads only, loads no torch, and works on a live, a stopped or a crashed run.
+`paceline status` and the supervisor show it. Taking it writes nothing, loads no torch, and works on a live,
+a stopped or a crashed run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from paceline.telemetry import read_events
 ROLES = ("producer", "consumer")
 EVALUATION_BYTES_MAX = 1 << 20
 ESTIMATE, STEPS_OF_ESTIMATE = "acceptance_length_estimate", 100
-# What people are shown of each way that was measured.
+# The figures shown for each way of decoding that was measured.
 MEASURED = (
     *("prompts", "identical", "num_draft_tokens", "branching", "acceptance_length"),
     *("plain_tokens_per_s", "speculative_tokens_per_s", "speed_up"),
@@ -34,20 +35,20 @@ MEASURED = (
 
 @dataclass(frozen=True)
 class RunSnapshot:
-    """`blocked_s`: how long each role, since its last start, has waited for the other one.
+    """`blocked_s`: how long each role has waited for the other since its last start.
 
-    `notes`: what the producer, since its last start, has said that a person should know of the prompts.
+    `notes`: the producer's notes on the prompts since its last start.
     """
 
     ledger: Snapshot
     quarantined: dict[str, str]
-    failed_prompts: dict[int, str]  # by number, which is the ordinal
+    failed_prompts: dict[int, str]  # by ordinal
     live: dict[str, int | None]  # see `live_holder`
     last_step: dict[str, float]
     last_group: dict[str, float]
     blocked_s: dict[str, float]
     evaluation: dict[str, Any]
-    newer_checkpoints: list[str]  # of later steps than the ledger knows
+    newer_checkpoints: list[str]  # later than the ledger's head
     notes: tuple[str, ...] = ()
 
     @property
@@ -68,10 +69,10 @@ class RunSnapshot:
 
 
 def open_run(directory: Path) -> LedgerView:
-    """The ledger of a run, only to be read. Raises ConfigError if there is none."""
+    """A read-only view of a run's ledger. Raises ConfigError if there is none."""
     path = directory / "ledger.db"
     if kind_of(path) != "file":
-        what = "that is no regular file" if kind_of(path) or path.is_symlink() or path.is_fifo() else ""
+        what = "not a regular file" if kind_of(path) or path.is_symlink() or path.is_fifo() else ""
         raise ConfigError(
             f"There is no run in {directory} ({f'its ledger.db: {what}' if what else 'no ledger.db'}).",
             why="A run exists from its first start on.",
@@ -80,15 +81,15 @@ def open_run(directory: Path) -> LedgerView:
     if not path.stat().st_size:
         raise ConfigError(
             f"The run in {directory} has not begun: its ledger.db is empty.",
-            why="It was not written yet, or somebody has emptied it.",
-            next="paceline train RUN.yaml; if it did begin, restore ledger and checkpoints from one backup.",
+            why="It was not written yet, or was emptied since.",
+            next="paceline train RUN.yaml; if it had begun, restore ledger and checkpoints from one backup.",
         )
     return LedgerView(path)
 
 
 @contextmanager
 def making_sense(directory: Path) -> Iterator[None]:
-    """What a ledger holds that nothing can be made of is an error of the ledger. Raises LedgerError."""
+    """Turn an unexpected error about the ledger's content into a LedgerError."""
     try:
         yield
     except (PacelineError, OSError):
@@ -96,8 +97,8 @@ def making_sense(directory: Path) -> Iterator[None]:
     except Exception as error:
         raise LedgerError(
             f"The ledger in {directory} makes no sense ({type(error).__name__}: {error}).",
-            why="It is damaged, or something else has written it.",
-            next=f"paceline fsck {directory}, which says what is wrong with it.",
+            why="It is damaged, or another program has written to it.",
+            next=f"paceline fsck {directory} says what is wrong with it.",
         ) from error
 
 
@@ -130,7 +131,7 @@ def _notes(events: list[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def _blocked_s(events: list[dict[str, Any]]) -> float:
-    """Of the role's newest process: its events carry the sum so far, at most a second old."""
+    """The blocked time of the role's newest process; its events carry the sum, at most a second old."""
     for event in reversed(events):
         if "blocked_seconds" in event:
             return _numbers(event).get("blocked_seconds", 0.0)
@@ -140,12 +141,12 @@ def _blocked_s(events: list[dict[str, Any]]) -> float:
 
 
 def _last(events: list[dict[str, Any]], kind: str) -> dict[str, float]:
-    """What the newest event of this kind counts."""
+    """The figures of the newest event of this kind."""
     return next((_numbers(event) for event in reversed(events) if event.get("event") == kind), {})
 
 
 def _last_step(events: list[dict[str, Any]]) -> dict[str, float]:
-    """What the newest step counts; its estimate is the mean of the newest steps', each of few tokens."""
+    """The figures of the newest step; the estimate is a mean over steps, since one step has few tokens."""
     last = _last(events, "step")
     if ESTIMATE in last:
         found = [_numbers(event) for event in events if event.get("event") == "step"]
@@ -155,7 +156,7 @@ def _last_step(events: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _newer(folder: Path, head: int) -> list[str]:
-    """Names of whole checkpoints of later steps; a live run has one of them for a moment."""
+    """Names of finished checkpoints of later steps; a live run has one for a moment."""
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError:
@@ -165,7 +166,7 @@ def _newer(folder: Path, head: int) -> list[str]:
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
-    """What `paceline evaluate` has written; {} if there is nothing, or nothing that can be shown."""
+    """The content of evaluation.json; {} if it is missing or has not the figures to show."""
     try:
         found = json.loads(read_regular(path, EVALUATION_BYTES_MAX))
         ways = [found, found["chain"]]
@@ -175,12 +176,12 @@ def _evaluation(path: Path) -> dict[str, Any]:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Those that are finite numbers: a file may hold anything."""
+    """The values that are finite numbers: a file may hold anything."""
     return {name: value for name, value in values.items() if _is_finite(value)}
 
 
 def _is_finite(value: object) -> bool:
     try:
         return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
-    except OverflowError:  # more digits than any float has
+    except OverflowError:  # an integer too large for a float
         return False

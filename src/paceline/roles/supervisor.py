@@ -1,9 +1,8 @@
-"""Starts both roles, watches them, and starts again what was killed.
+"""The supervisor starts both roles, watches them, and restarts a role that dies.
 
-The supervisor decides nothing about samples: a role that dies, whatever it was doing, is started
-again and finds its place in the ledger. It restarts after a signal, a crash or an end that came too
-early, up to a limit while nothing moves; it does not after a PacelineError, or after the same error of
-any kind twice, which a restart would only meet again.
+It decides nothing about samples: a restarted role finds its place in the ledger. It restarts a role after a
+signal, a crash or an early end, up to a limit of restarts without progress. It does not restart a role after
+a PacelineError, or after the same error twice without progress.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from paceline.roles.target_binding import bind_target
 LOOK_S = 0.5
 OWN_EXIT_CODES = range(2, 9)
 OUT_OF_MEMORY = (
-    "if the kernel killed it for want of memory (dmesg tells), free some, or start a new run with a smaller "
+    "if the kernel killed it for lack of memory (see dmesg), free some, or start a new run with a smaller "
     "capture.group_size; then run the same command again."
 )
 
 
 class StopSignals:
-    """While entered, Ctrl-C, SIGTERM and SIGHUP ask these processes to stop; a second one kills them."""
+    """While entered, Ctrl-C, SIGTERM and SIGHUP ask the children to stop; a second signal kills them."""
 
     def __init__(self, children: Callable[[], list[Child]]) -> None:
         self.count = 0
@@ -47,7 +46,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
+            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
@@ -70,7 +69,7 @@ class Supervisor:
         show: Callable[[RunSnapshot], None] = lambda _: None,
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`show` gets a look at the run now and then, `tell` what a person should know at once."""
+        """`show` receives a snapshot of the run at intervals, `tell` a message for the user at once."""
         self._run_file = run_file
         self._plan = plan
         self._config: RunConfig = plan.config
@@ -86,8 +85,8 @@ class Supervisor:
     def run(self) -> bool:
         """Supervise until training is complete (True) or the user stopped it (False).
 
-        Raises the failed role's error, after the other role was stopped at a safe point; RunBusyError,
-        before anything is started, if another supervisor has the run.
+        Raises the failed role's error after it has stopped the other role at a safe point; RunBusyError,
+        before it starts a role, if another supervisor has the run.
         """
         with ExitStack() as held:
             held.callback(self._store.close)
@@ -121,13 +120,13 @@ class Supervisor:
             if self._is_complete() and self._children["consumer"].poll() == 0:
                 return True
             if self._children["consumer"].wait(LOOK_S):
-                time.sleep(0.05)  # an ended consumer is looked at again until it is restarted or complete
+                time.sleep(0.05)  # an ended consumer makes wait() return at once
 
     def _refuse_another_ledger(self) -> None:
         if _identity(self._config.ledger_path) != self._ledger:
             raise LedgerError(
                 f"{self._config.ledger_path} was removed or replaced while the run was going on.",
-                why="What the roles record now would be lost with the file that they still have open.",
+                why="What the roles record now would be lost with the old file, which they still have open.",
                 next="restore ledger and checkpoints from one backup, or start a new run.",
             )
 
@@ -139,7 +138,7 @@ class Supervisor:
         return now.prompts.open > 0 or not now.closed
 
     def _look_after(self, role: str) -> None:
-        """A role ended: start it again if there is work left and the end was not its own error."""
+        """A role ended: restart it if there is work left and it did not end with its own error."""
         code = self._children[role].poll()
         if code is None or (self._is_complete() and (role == "producer" or code == 0)):
             return
@@ -158,8 +157,8 @@ class Supervisor:
             raise PacelineError(
                 f"None of the {prompts.failed} prompts could be captured; the first: {reason}",
                 why="There is nothing to train on.",
-                next=f"paceline status {self._config.run.directory} lists them all; mend what they have in "
-                "common, then start a new run.",
+                next=f"paceline status {self._config.run.directory} lists them all; mend the cause and start "
+                "a new run.",
             )
 
     def _restart(self, role: str, code: int, error: RoleFailedError | None = None) -> None:
@@ -171,29 +170,29 @@ class Supervisor:
         self._restarts = 1 if moves else self._restarts + 1
         self._before, self._failed_before = progress, failed
         if self._restarts > self._config.machine.restarts_max:
-            raise error or self._given_up(role, code)
+            raise error or self._restarted_too_often(role, code)
         self._start(role)
 
-    def _given_up(self, role: str, code: int) -> PacelineError:
+    def _restarted_too_often(self, role: str, code: int) -> PacelineError:
         log = f"read {log_path(self._config, role)}"
         ended = f"The {role} ended {self._restarts} times"
         why = "Everything that was checkpointed is safe."
         if code == 0:
             return PacelineError(
-                f"{ended} without an error, and without any progress between.",
-                why=f"It ought to end only when all is done. {why}",
-                next=f"{log}, and see what paceline status {self._config.run.directory} says is left.",
+                f"{ended} without an error and without progress between.",
+                why=f"It should end only when all its work is done. {why}",
+                next=f"{log}, and paceline status {self._config.run.directory} for what is left.",
             )
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         cause = OUT_OF_MEMORY if code == -signal.SIGKILL else "then run the same command again."
         return PacelineError(
-            f"{ended} by {name}, without any progress between.",
-            why=f"Something kills it again and again. {why}",
+            f"{ended} by {name}, without progress between.",
+            why=f"Something kills it at every start. {why}",
             next=f"{log}; {cause}",
         )
 
     def _progress(self) -> object:
-        """What moves while a run, or the search for the sample that kills it, gets anywhere."""
+        """A value that changes while a run, or an isolation in it, makes progress."""
         now = self._store.snapshot()
         isolations = {
             key: value["queue"] for key, value in now.facts.items() if key.startswith("isolation.") and value
@@ -218,7 +217,7 @@ class Supervisor:
 
 
 def evaluate_run(run_file: Path, config: RunConfig) -> bool:
-    """Measure the newest checkpoint in a process of its own; False if the user stopped it.
+    """Measure the newest checkpoint in a process of its own; returns False if the user stopped it.
 
     Raises the evaluator's error.
     """

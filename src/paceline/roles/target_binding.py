@@ -1,8 +1,8 @@
-"""What a run's target is, and how target and draft are computed: facts that every role compares.
+"""Binds a run to its target, and to the dtype and device of target and draft. Every role checks these facts.
 
-They are recorded at the first start and bind from the first captured sample (of the draft: from the first
-checkpoint) on. Until then another start replaces them, so that advice to choose another target can be
-followed, unless a role that read the old ones is live.
+The first start records them. Target facts bind from the first captured sample on, draft facts from the first
+checkpoint on. Until then a later start may replace them, so that the user can follow advice to choose another
+target, unless a role that read the old facts is live.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ TARGET_NUMERICS, DRAFT_NUMERICS = "target_numerics", "draft_numerics"
 
 
 def bind_target(ledger: Ledger, config: RunConfig, role: str = "") -> TargetVersion:
-    """Record which target the run has; refuse another one, whatever its folder is called.
+    """Record the run's target, or raise ConfigError if it is another one than recorded.
 
-    `role`: the one that the caller is, which does not count as another live one. Raises ConfigError.
+    `role`: the caller's role, which does not count as another live role.
     """
     version = TargetVersion.of(config.target.model)
     now = {MODEL: version.model, TOKENIZER: version.tokenizer}
@@ -36,7 +36,7 @@ def bind_target(ledger: Ledger, config: RunConfig, role: str = "") -> TargetVers
 
 
 def refuse_other_target(ledger: LedgerView, config: RunConfig) -> TargetVersion:
-    """As `bind_target`, for a role that only reads the run: nothing is recorded."""
+    """Like `bind_target`, for a role that only reads the run: it records nothing."""
     facts, version = ledger.facts(), TargetVersion.of(config.target.model)
     now = {MODEL: version.model, TOKENIZER: version.tokenizer}
     _refuse_unequal(config, {name: facts.get(name, now[name]) for name in now}, now)
@@ -57,16 +57,15 @@ def _refuse_unequal(config: RunConfig, recorded: Mapping[str, str], now: Mapping
     raise ConfigError(
         f"{config.target.model} holds another {' and '.join(parts[name] for name in other)} than the one "
         f"this run was started with ({', '.join(f'{recorded.get(n)}, now {now[n]}' for n in other)}).",
-        why="Features and distributions of two targets in one draft would make it imitate neither. The "
-        "run is untouched.",
+        why="A draft trained on two targets would imitate neither. The run is untouched.",
         next="put the old folder back, or set a new run.name and run.directory.",
     )
 
 
 def bind_numerics(ledger: Ledger, config: RunConfig, role: str, fact: str, now: Mapping[str, str]) -> None:
-    """Record type and kind of device that `role` computes in; refuse others, which give other bits.
+    """Record the dtype and kind of device of `role`; raise ConfigError for others, which give other bits.
 
-    Raises ConfigError. Numbers of devices may change, and a device's model: their kind may not.
+    The number and the model of devices may change; their kind may not.
     """
     snapshot = ledger.snapshot()
     binds = snapshot.committed > 0 if fact == TARGET_NUMERICS else snapshot.head is not None
@@ -74,11 +73,11 @@ def bind_numerics(ledger: Ledger, config: RunConfig, role: str, fact: str, now: 
     if recorded != dict(now):
         what = "target" if fact == TARGET_NUMERICS else "draft"
         raise ConfigError(
-            f"This run has computed its {what} as {_told(recorded)}, and would now go on as {_told(now)}.",
-            why="What is computed twice would have other bits, and the weights would be those of no single "
-            "configuration. The run is untouched.",
-            next=f"go on where the {what} is computed as before (set its dtype or device in the run file if "
-            "it says auto), or set a new run.name and run.directory.",
+            f"This run has computed its {what} in {_told(recorded)}, and would now compute in {_told(now)}.",
+            why="Repeated work would give other bits, so no single configuration would describe the weights. "
+            "The run is untouched.",
+            next=f"compute the {what} as before (if the run file says auto, set its dtype or device), or set "
+            "a new run.name and run.directory.",
         )
 
 
@@ -89,7 +88,7 @@ def _told(numerics: Mapping[str, str]) -> str:
 def _settle(
     ledger: Ledger, config: RunConfig, now: Mapping[str, Any], *, binds: bool, role: str
 ) -> dict[str, Any]:
-    """What is recorded under the names of `now`, which is recorded if nothing is, or nothing binds yet."""
+    """The recorded facts; `now` is recorded if there are none, or if they do not bind yet."""
     facts = ledger.facts()
     recorded = {name: facts[name] for name in now if name in facts}
     if not recorded:

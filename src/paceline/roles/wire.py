@@ -1,7 +1,6 @@
-"""Where adapters are joined: one producer, one consumer, one store between them.
+"""Joins the adapters into a producer and a consumer over one ledger.
 
-The CLI's roles, the in-process loop and a user's own script build their halves here, so there is
-one way in which a run is put together.
+The CLI's roles, the in-process loop and a user's own script all build their parts here.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ Report = Callable[..., None]
 
 
 def no_report(event: str, **fields: Any) -> None:
-    """Say nothing to nobody."""
+    """Discard the event."""
 
 
 class DriveProducer(Protocol):
@@ -52,7 +51,7 @@ class DriveProducer(Protocol):
 
 
 def resolve_ledger(metadata_store: Ledger | None, metadata_db_path: str | os.PathLike[str] | None) -> Ledger:
-    """The ledger given; else SQLite at the path given; else a private one of this process."""
+    """The given ledger; else SQLite at the given path; else a ledger private to this process."""
     if metadata_store is not None and metadata_db_path is not None:
         raise ConfigError(
             "Both metadata_store and metadata_db_path were given.",
@@ -81,14 +80,13 @@ def build_disagg_online_producer(
 ) -> tuple[Producer, DriveProducer]:
     """The producer and the function that drives it.
 
-    `prompts` in run order: a source that is read by ordinal, or a list of tasks, mappings or plain texts
-    (see `PromptList`). `window_size` is how many samples the consumer
-    must collect before it can go on (its batch, or what chooses its draft vocabulary), for the
-    start-up check that the feature store's budget cannot deadlock; `budget_samples` is the most samples
-    that may be resident (None: bytes alone decide). `answers_folder` is where the tokens of answers are
-    kept if the engine does not repeat its bits. Give both sides the same
-    durable store: `metadata_store`, or `metadata_db_path` for SQLite; neither = a private
-    in-process store. Raises ConfigError if the budget is too small.
+    `prompts`, in run order: a source that is read by ordinal, or a list of tasks, mappings or plain texts
+    (see `PromptList`). `window_size`: how many samples the consumer must collect before it can go on (its
+    batch, or the samples that choose its draft vocabulary); the start-up check uses it to prove that the
+    budget cannot deadlock. `budget_samples`: the most samples that may be resident (None: only bytes are
+    limited). `answers_folder`: where the tokens of answers are kept if the engine does not repeat its bits.
+    Give both roles the same durable store: `metadata_store`, or `metadata_db_path` for SQLite; without
+    either the store is private to this process. Raises ConfigError if the budget is too small.
     """
     ledger = resolve_ledger(metadata_store, metadata_db_path)
     session = ProducerSession(ledger, run_id, attempt_max=attempt_max)
@@ -125,19 +123,19 @@ def build_disagg_online_producer(
 def _answer_files(folder: Path | None) -> AnswerFiles:
     if folder is None:
         raise ConfigError(
-            "This engine does not repeat its bits, and there is no folder for its answers.",
-            why="A sample that is captured again would have another text than the one that was trained on.",
+            "This engine does not repeat its bits, and it has no folder for its answers.",
+            why="A sample that is captured again could have another answer than the one that was trained.",
             next="pass answers_folder=...",
         )
     return AnswerFiles(folder)
 
 
 def _longest_prompt(source: PromptSource, engine: TargetEngine) -> int:
-    """The most tokens of any prompt: without a limit they are all encoded once before the start."""
+    """The most tokens of any prompt. Without a limit, every prompt is encoded once before the start."""
     if source.size is None:
         raise ConfigError(
-            "Prompts without an end need a limit of their length.",
-            why="What is reserved for a sample follows from it.",
+            "An endless source of prompts needs a limit on their length.",
+            why="The bytes reserved for a sample follow from it.",
             next="set max_prompt_tokens in CaptureSettings.",
         )
     encoding = Encoding(engine.encode, PromptLimits(engine.facts.vocab_size))
@@ -147,7 +145,7 @@ def _longest_prompt(source: PromptSource, engine: TargetEngine) -> int:
 
 @dataclass(frozen=True)
 class ConsumerParts:
-    """What the consumer trains and where it keeps it."""
+    """What the consumer trains, and where its checkpoints lie."""
 
     method: DraftMethod
     head: TargetHead
@@ -173,11 +171,11 @@ def build_disagg_online_consumer(
 ) -> tuple[Trainer, StepLoader]:
     """The trainer and its loader; `trainer.fit(loader)` trains to the end of the stream.
 
-    `resume=True` goes on from the newest valid checkpoint: samples that it covers are released and
-    not read again, all others are trained. It needs a durable store (ConfigError, a ValueError,
-    otherwise). `resume=False` on a store that already has a head checkpoint is refused: it would
-    train its samples twice. `executor` (two threads are enough; the caller shuts it down) writes
-    checkpoints and reads the next step's features meanwhile; None: training waits for both.
+    `resume=True` goes on from the newest valid checkpoint: samples that it covers are released and not
+    read again; all others are trained. It needs a durable store (else ConfigError, a ValueError).
+    `resume=False` is refused if the store has a checkpoint, because its samples would be trained twice.
+    `executor` (two threads are enough; the caller shuts it down) writes checkpoints and reads the next
+    step's features while training goes on; None: training waits for both.
     """
     ledger = resolve_ledger(metadata_store, metadata_db_path)
     if resume and not ledger.durable:
@@ -235,11 +233,11 @@ def run_disagg_online(
     producer_max_rounds: int | None = None,
     join_timeout_s: float = 300.0,
 ) -> int:
-    """Both roles in one process: the producer on a thread behind, `trainer.fit(loader)` in front.
+    """Run both roles in one process: the producer on a thread, `trainer.fit(loader)` on the caller's.
 
-    Ends in every order. Producer first: the trainer drains the stream and returns. Trainer first
-    (done or failed): the producer is asked to stop. Producer failed: the loader (or, if it cannot
-    be interrupted, the channel) ends the stream, the trainer trains what was committed, and the
+    Either may end first. If the producer does, the trainer drains the stream and returns. If the trainer
+    does, done or failed, the producer is asked to stop. If the producer fails, the loader (or the channel,
+    if the loader cannot be interrupted) ends the stream, the trainer trains what was committed, and the
     producer's error is raised, chained to the trainer's if that failed too. Returns the last step.
     """
     _refuse_two_private_stores(trainer, drive_producer)
@@ -281,12 +279,12 @@ def run_disagg_online(
 
 
 def _refuse_two_private_stores(trainer: object, drive_producer: object) -> None:
-    """Both sides built without a store have one each, and would never meet."""
+    """Raise ConfigError if both roles were built without a store: each has a private one."""
     producer = getattr(drive_producer, "__self__", None)
     stores = [getattr(getattr(side, "session", None), "ledger", None) for side in (trainer, producer)]
     if None not in stores and stores[0] is not stores[1] and not any(s.durable for s in stores if s):
         raise ConfigError(
-            "Producer and trainer have a private in-process metadata store each.",
+            "Producer and trainer each have a private in-process metadata store.",
             why="The committed log is the stream: the trainer would wait for samples it never sees.",
             next="pass one InMemoryMetadataStore() to both builders, or one metadata_db_path.",
         )

@@ -158,7 +158,7 @@ def test_a_hostile_value_in_the_ledger_is_an_error_of_the_ledger(run: Path) -> N
 
 def test_an_id_cannot_command_the_terminal(tmp_path: Path) -> None:
     """Escape sequences, a bell, a newline that fakes a line of ours: all shown, none obeyed."""
-    bad = "\x1b]0;owned\x07\x1b[2J\u202e\n" + "sound: nothing lost"
+    bad = "\x1b]0;owned\x07\x1b[2J\u202e\n" + "sound: no sample is lost"
     run = RunByHand(tmp_path)
     run.producer.lease(1)
     run.producer.fail([0], f"{bad}: {bad}", retryable=False)
@@ -173,7 +173,7 @@ def test_an_id_cannot_command_the_terminal(tmp_path: Path) -> None:
         output = told(*arguments)[1]
         assert "\\x1b]0;owned\\x07\\x1b[2J\\u202e" in output
         assert not {"\x1b", "\x07", "\u202e"} & set(output)
-        assert "\nsound: nothing lost\x1b" not in output
+        assert "\nsound: no sample is lost\x1b" not in output
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "a/" * 3000, "/dev/null/x", "a\0b"], ids=range(4))
@@ -292,7 +292,7 @@ def test_what_a_user_may_not_read_is_neither_sound_nor_damaged(run: Path) -> Non
     given_to_another_user(run / "checkpoints", 0o600)
     done = without_privileges("fsck", str(run))
     assert done.returncode == 2
-    assert "run it as the user of the run" in done.stderr
+    assert "run the command as the user of the run" in done.stderr
     given_to_another_user(run, 0o600)
     for verb in VERBS:
         done = without_privileges(verb, str(run))

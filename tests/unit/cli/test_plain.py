@@ -38,7 +38,7 @@ def test_a_reason_an_id_and_a_name_are_shown_as_they_are(tmp_path: Path, outside
     for listed in (status, told("inspect", tmp_path)):
         assert f"failed prompt {outside}: {outside}\n" in listed
         assert f"quarantined run0:s0: {outside}\n" in listed
-    assert f"set aside: {outside}\n" in told("inspect", tmp_path, "--sample", outside)
+    assert f"failed: {outside}\n" in told("inspect", tmp_path, "--sample", outside)
 
 
 @pytest.mark.parametrize("name", ["x[/a]", "[red]x[/red]", b"x\xff[/a]".decode(errors="surrogateescape")])

@@ -51,14 +51,14 @@ def test_fsck_says_sound_rule_by_rule(finished: Path) -> None:
     lines = output.splitlines()
     assert lines[0].startswith("looked at 20 samples, 14 steps, 2 checkpoints, 14 head step, 16 archived")
     assert [line.split(":")[0] for line in lines[1:-1]] == [f"C{n} ok" for n in (1, 2, 3, 4, 5, 8, 9)]
-    assert lines[-1].startswith("sound: nothing lost")
+    assert lines[-1].startswith("sound: no sample is lost")
 
 
 def test_fsck_names_what_is_wrong_and_what_to_do(by_hand: RunByHand) -> None:
     """A damaged checkpoint alone leaves the ledger sound; a lost commit does not."""
     by_hand.train(by_hand.capture(3))
     by_hand.checkpoint()
-    assert "sound: nothing lost" in told("fsck", by_hand.folder)
+    assert "sound: no sample is lost" in told("fsck", by_hand.folder)
     head_file(by_hand, "weights.bin").write_bytes(b"damaged")
     output = told("fsck", by_hand.folder, code=9)
     assert "C5 1 ERRORS: checkpoints on disk are the ones recorded" in output
@@ -132,8 +132,8 @@ def test_inspect_tells_what_is_provisional_planned_and_set_aside(by_hand: RunByH
     assert "visit 1; not trained to the end yet; features resident" in third
     assert "in quarantine by step 2: loss is nan" in told("inspect", run, "--sample", ids[2])
     assert "features lost, to be captured again" in told("inspect", run, "--sample", ids[4])
-    assert "never committed; set aside: no text" in told("inspect", run, "--sample", "task-6")
-    assert "never committed; set aside: no text" in told("inspect", run, "--sample", "run0:task-6")
+    assert "never committed; failed: no text" in told("inspect", run, "--sample", "task-6")
+    assert "never committed; failed: no text" in told("inspect", run, "--sample", "run0:task-6")
     assert "nobody" in told("inspect", run, "--sample", "nobody", code=2)
 
 
@@ -171,11 +171,11 @@ def test_a_ledger_that_another_program_opened_after_a_crash_goes_on(tmp_path: Pa
     with closing(sqlite3.connect(run.ledger_path)) as browser:
         assert browser.execute("SELECT committed FROM run").fetchone() == (20,)
     run.consume()
-    assert "sound: nothing lost" in told("fsck", run.folder)
+    assert "sound: no sample is lost" in told("fsck", run.folder)
 
 
 def test_inspect_finds_a_prompt_by_its_id_in_the_prompt_file(by_hand: RunByHand) -> None:
-    """In every round: trained, set aside, or still to come."""
+    """In every round: trained, failed, or still to come."""
     config = {"training.passes": 1, "prompts.rounds": 3}
     by_hand.ledger.set_facts(None, None, {"config": config})
     by_hand.producer.lease(3)
@@ -187,7 +187,7 @@ def test_inspect_finds_a_prompt_by_its_id_in_the_prompt_file(by_hand: RunByHand)
     lines = told("inspect", by_hand.folder, "--sample", "t5").splitlines()
     assert lines[0] == "sample run0:0/t5 (prompt 0/t5), place 0 in the log"
     assert lines[1].startswith("  visited by step 1")
-    assert lines[-2:] == ["prompt 1/t5: never committed; set aside: odd", "prompt 2/t5: not captured yet"]
+    assert lines[-2:] == ["prompt 1/t5: never committed; failed: odd", "prompt 2/t5: not captured yet"]
     assert told("inspect", by_hand.folder, "--sample", "0/t5").splitlines() == lines[:-2]
     assert told("inspect", by_hand.folder, "--sample", "run0:0/t5").splitlines() == lines[:-2]
     assert "No sample 't6'" in told("inspect", by_hand.folder, "--sample", "t6", code=2)
@@ -195,7 +195,7 @@ def test_inspect_finds_a_prompt_by_its_id_in_the_prompt_file(by_hand: RunByHand)
 
 def test_step_0_is_the_checkpoint_before_the_first(finished: Path) -> None:
     """It has no plan, and that is no mistake."""
-    assert "step 0: the checkpoint before the first step" in told("inspect", finished, "--step", 0)
+    assert "step 0: the checkpoint of the first weights" in told("inspect", finished, "--step", 0)
 
 
 def test_fsck_does_not_promise_a_resume_without_a_whole_checkpoint(finished: Path, tmp_path: Path) -> None:

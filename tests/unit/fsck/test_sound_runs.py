@@ -168,7 +168,7 @@ def test_slots_are_held_against_the_ledger(by_hand: RunByHand, directory: Path) 
     report = check(by_hand.folder, features=directory)
     assert report.errors == []
     assert any(note.startswith("1 samples have no sealed bytes") and ids[1] in note for note in report.notes)
-    assert any(note.startswith("slots that nobody owns") and "run0:s3" in note for note in report.notes)
+    assert any(note.startswith("slots without an owner") and "run0:s3" in note for note in report.notes)
     features.put("run0:s7", {"x": torch.zeros(3)}, generation=generations[ids[1]])
     [error] = check(by_hand.folder, features=directory).errors
     assert error.startswith("C9 slot-")

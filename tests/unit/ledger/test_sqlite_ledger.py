@@ -66,7 +66,7 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     """Garbage is reported, not overwritten."""
     path = tmp_path / "db"
     path.write_bytes(b"not a database at all, but long enough to be looked at" * 100)
-    with pytest.raises(SchemaError, match="no database"):
+    with pytest.raises(SchemaError, match="not a database"):
         SQLiteLedger(path)
     assert path.read_bytes().startswith(b"not a database")
 

@@ -177,14 +177,14 @@ def test_what_an_open_store_uses_is_left_though_its_run_cannot_be_seen(run: Run,
 
 
 def test_folders_of_strangers_and_of_nobody_are_left(memory: Path, tmp_path: Path) -> None:
-    """A link, another program's folder, and a store that does not say whose it is."""
+    """A link, another program's folder, and a store that does not name its run."""
     sign(tmp_path / "real", Owner("gone", tmp_path / "nowhere"))
     (memory / "paceline-link").symlink_to(tmp_path / "real")
     (memory / "paceline-else").mkdir()
     (memory / "paceline-unsigned").mkdir()
     (memory / "paceline-unsigned" / "identity").write_bytes(b"")
     told = cleaned(memory, free=True)
-    assert "it does not say whose it is" in told
+    assert "it does not name its run" in told
     assert "link" not in told
     assert len(list(memory.iterdir())) == 3
     assert owner_of(tmp_path / "real") is not None

@@ -51,7 +51,7 @@ def test_restarts_without_progress_come_to_an_end(supervisor: Supervisor) -> Non
     """What kills the role again and again at the same place is not waited out for ever."""
     for _ in range(2):
         ended(supervisor, "consumer", -9)
-    with pytest.raises(PacelineError, match=r"3 times by SIGKILL.* without any progress.*want of memory"):
+    with pytest.raises(PacelineError, match=r"3 times by SIGKILL.* without progress.*lack of memory"):
         ended(supervisor, "consumer", -9)
 
 
@@ -63,7 +63,7 @@ def test_want_of_memory_is_suspected_only_of_a_kill(supervisor: Supervisor) -> N
             ended(supervisor, "consumer", code)
         with pytest.raises(PacelineError, match=f"3 times {words}") as caught:
             ended(supervisor, "consumer", code)
-        assert "want of memory" not in str(caught.value)
+        assert "lack of memory" not in str(caught.value)
 
 
 def test_an_error_that_comes_twice_without_progress_is_not_met_a_third_time(supervisor: Supervisor) -> None:

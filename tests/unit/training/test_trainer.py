@@ -181,7 +181,7 @@ def test_two_private_stores_are_refused(tmp_path: Path) -> None:
     trainer, loader = run.consumer()
     producer.session.ledger = InMemoryMetadataStore()
     trainer.session.ledger = InMemoryMetadataStore()
-    with pytest.raises(ConfigError, match="private in-process metadata store each"):
+    with pytest.raises(ConfigError, match="each have a private in-process metadata store"):
         run_disagg_online(trainer=trainer, loader=loader, drive_producer=drive)
 
 
