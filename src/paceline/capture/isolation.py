@@ -59,9 +59,8 @@ class Isolation:
         self._report = report
         self._in_a_row_max = in_a_row_max
         self._in_a_row: set[str] = set()
-        self._held: dict[
-            str, tuple[str, bool]
-        ] = {}  # by task id: why it fails, and whether another try may help
+        # By task id: why the prompt fails, and whether another try may help.
+        self._held: dict[str, tuple[str, bool]] = {}
         self._failed_whole: list[str] = []  # the members of the last group that failed only as a whole
 
     # -- what is known before the capture ----------------------------------------------------

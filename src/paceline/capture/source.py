@@ -145,11 +145,11 @@ class RunPrompts:
         while (ordinal := first + len(found)) < end:
             stretch = bisect.bisect_right(self._ends, ordinal) - 1
             place, length = self._places[stretch], self._places[stretch + 1] - self._places[stretch]
-            turn, offset = divmod(ordinal - self._ends[stretch], length)
+            number, offset = divmod(ordinal - self._ends[stretch], length)
             wanted = min(end - ordinal, length - offset)
             part = self._prompts.read(place + offset, wanted)
             assert len(part) == wanted, "the source is as long as it says"
-            found += [replace(p, prompt_id=f"{turn}/{p.prompt_id}", round=turn) for p in part]
+            found += [replace(p, prompt_id=f"{number}/{p.prompt_id}", round=number) for p in part]
         return found
 
     def blocks(self, bounds: Sequence[int] = ()) -> list[SourceBlock]:  # noqa: ARG002 (they are among its own)
@@ -157,9 +157,9 @@ class RunPrompts:
         found = []
         for stretch, (place, end) in enumerate(pairwise(self._places)):
             digest = hashlib.sha256("".join(self._set_digests(end)).encode()).hexdigest()[:16]
-            for turn in range(self._rounds):
-                first = self._ends[stretch] + turn * (end - place)
-                found.append(SourceBlock(first, end - place, f"{digest}.{turn}"))
+            for number in range(self._rounds):
+                first = self._ends[stretch] + number * (end - place)
+                found.append(SourceBlock(first, end - place, f"{digest}.{number}"))
         return found
 
     def _set_digests(self, size: int) -> list[str]:
