@@ -158,7 +158,7 @@ def test_bad_input_is_one_clear_error(
     assert "Traceback" not in result.stderr
 
 
-def test_a_broken_prompt_line_is_set_aside_and_the_run_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_broken_prompt_line_fails_and_the_run_goes_on(tiny_model: Path, tmp_path: Path) -> None:
     """Said at the start, durable with file and line as its reason, listed, and nothing else is missing."""
     run = TinyRun(tmp_path, tiny_model)
     path = tmp_path / "train.jsonl"

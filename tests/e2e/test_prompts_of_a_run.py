@@ -8,7 +8,7 @@ from pathlib import Path
 from paceline.testing.tiny_run import TinyRun
 
 
-def test_long_prompts_are_set_aside_and_a_complete_run_is_extended(tiny_model: Path, tmp_path: Path) -> None:
+def test_long_prompts_fail_and_a_complete_run_is_extended(tiny_model: Path, tmp_path: Path) -> None:
     """How many and where is said at the start; the others are trained, and later those that were added."""
     run = TinyRun(
         tmp_path, tiny_model, prompts={"max_prompt_tokens": 60, "rounds": 1}, training={"passes": 2}

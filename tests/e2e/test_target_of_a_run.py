@@ -153,7 +153,7 @@ def test_a_broken_target_ends_the_command_at_once(
         assert not known.checkpoints
 
 
-def test_held_out_prompts_that_cannot_be_decoded_are_set_aside(tiny_model: Path, tmp_path: Path) -> None:
+def test_held_out_prompts_that_cannot_be_decoded_are_left_out(tiny_model: Path, tmp_path: Path) -> None:
     """Too long, or refused by the template: the others are measured, and the report names them."""
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     template = (model / "chat_template.jinja").read_text()

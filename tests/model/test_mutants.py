@@ -71,7 +71,7 @@ def a_held_up_deleter_frees_nothing_captured_since() -> None:
         consumer.release(HeldUp())
 
 
-def a_death_by_chance_convicts_nobody() -> None:
+def a_death_by_chance_makes_no_culprit() -> None:
     """Somebody killed the process while it tried one sample alone."""
     session = consumer_of(SpecificationLedger())
 
@@ -134,7 +134,7 @@ def a_checkpoint_tells_the_steps_it_contains() -> None:
 
 
 def bytes_of_a_dead_worker_are_freed_without_a_list() -> None:
-    """A store that cannot say what lies in it is told what was promised and given up."""
+    """A store that cannot say what lies in it is told what was promised and revoked."""
 
     class Unlisted(InMemoryLightFeatureStore):
         def written(self) -> Any:
@@ -189,7 +189,7 @@ DIRECTED: dict[str, Callable[[], None]] = {
     "durable samples lost": Calls().test_a_lost_sample_is_captured_again_but_a_durable_one_is_not,
     "lineage left out": a_checkpoint_tells_the_steps_it_contains,
     "claimed though replaced": a_replaced_consumer_claims_nothing,
-    "one death convicts": a_death_by_chance_convicts_nobody,
+    "one death makes a culprit": a_death_by_chance_makes_no_culprit,
     "revoked bytes forgotten": bytes_of_a_dead_worker_are_freed_without_a_list,
     "archived though it is read": Protocol().test_what_a_resume_would_read_is_not_archived,
     "archived too early": every_checkpoint_kept_can_be_returned_to,

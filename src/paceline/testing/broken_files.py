@@ -1,4 +1,4 @@
-"""What the ledger must survive below it: power failures and failing calls. Seeded, counted."""
+"""The ledger under power failures and failing file calls: seeded, counted."""
 
 from __future__ import annotations
 

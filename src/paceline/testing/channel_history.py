@@ -1,8 +1,8 @@
 """The ref channel and `replace_file` under power failures and failing file calls: seeded, counted.
 
-What `publish_many` returned for must be read, in order, from every image; nothing that was never published
-may be; the next publish must be read too, whatever torn tail it comes after. `replace_file` must show the
-old bytes or the new ones.
+From every image a reader must get every ref for which `publish_many` returned, in order, no ref that was
+never published, and the next one published after any torn tail. `replace_file` must show the old bytes or
+the new ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the trainer does with a checkpoint folder and a ledger, in its order: write, record, forget, sweep.
+"""A consumer that does with checkpoints what the trainer does, in its order: write, record, forget, sweep.
 
 The ledger is a journal of calls on the specification, each durable when it returns.
 """
@@ -95,7 +95,7 @@ class Consumer:
     promise: Callable[[Promise], None] = lambda _: None
     attempted: list[Checkpoint] = field(default_factory=list)  # before any of their bytes are on the disk
     written: dict[CheckpointRecord, Checkpoint] = field(default_factory=dict)
-    whole: set[CheckpointRecord] = field(default_factory=set)  # `write` returned, not given up since
+    whole: set[CheckpointRecord] = field(default_factory=set)  # `write` returned, not damaged since
     reports: list[str] = field(default_factory=list)
     head: CheckpointRecord | None = None
 

@@ -1,7 +1,7 @@
 """Checkpoints under power failures and failing file calls: seeded histories, counted.
 
-Every image of the disk must hold what a `Consumer` was promised at that moment, and a new one must go on
-from it.
+Every image of the disk must hold what was promised to a `Consumer` at that moment, and a new consumer must go
+on from it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every target engine must do. Subclass it, give `make`, and pytest runs the rest."""
+"""Conformance suite for target engines. Subclass it, define `make`, and pytest runs the rest."""
 
 from __future__ import annotations
 

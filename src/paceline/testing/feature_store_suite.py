@@ -1,4 +1,4 @@
-"""What every feature store must do. Subclass it, give `make` and `flip_bit`, and pytest runs the rest."""
+"""Conformance suite for feature stores. Subclass it and define `make` and `flip_bit`; pytest runs it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What a power failure may leave of files, given the operations that a program made on them.
+"""The images of files that a power failure may leave, given the operations of a program.
 
-After Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014: what an fsync covered is there; of
-the rest any part is. Bytes may be missing, torn at sectors or be garbage; names made, renamed or removed may
-be as before, in any combination. A file's fsync does not cover its name, a folder's does not cover bytes.
-After a *failed* fsync of a file its bytes are in doubt for ever (fsyncgate).
+After Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014: what an fsync covered survives;
+of the rest any part may. Bytes may be missing, torn at sectors, or garbage; created, renamed or removed
+names may be as before, in any combination. A file's fsync does not cover its name, a folder's fsync
+covers no bytes. After a *failed* fsync the file's bytes stay in doubt for ever (fsyncgate).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One flipped bit at a time, in checkpoints, the ref channel and shared memory: seeded, counted.
 
-A checkpoint must be refused, whichever of its files is hit. A channel must be refused or read exactly. A
-feature `get` must raise FeatureMissing or FeatureCorrupt, or return
-exactly what was sealed; only the sample that was hit may be affected, and it can be captured again.
+A checkpoint must be refused, whichever file has the flipped bit. A channel must be refused or read exactly. A
+feature `get` must raise FeatureMissing or FeatureCorrupt, or return exactly what was sealed. Only the sample
+with the flipped bit may be affected, and it can be captured again.
 """
 
 from __future__ import annotations

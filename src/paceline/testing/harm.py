@@ -1,4 +1,4 @@
-"""Ways to harm a run on purpose, behind the back of the code that wrote it."""
+"""Functions that damage a run on purpose, without the code that wrote it."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Kill points around the parts of a run, put there from outside: before and after every changing call.
+"""Kill points before and after every changing call of a run's parts, added from outside.
 
     ledger = pointed(SQLiteLedger(path), "ledger")
     arm("ledger.commit.before:2")  # this process dies when it commits for the second time
 
 A point is called `part.method.before`, `.after`, or `.failed` if the call raised. It needs no hook in the
-part, so a part gets points for its new methods, too. The few places where no call begins or ends, inside a
-transaction or a half-written checkpoint, are marked in the product (paceline/crashpoints.py).
+part, so new methods have points, too. The few points inside a call, in a transaction or a half-written
+checkpoint, are marked in the product (paceline/crashpoints.py).
 """
 
 from __future__ import annotations

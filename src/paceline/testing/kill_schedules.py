@@ -1,11 +1,11 @@
-"""Schedules of kills over whole light runs: every named point, and seeded mixtures; what must hold after.
+"""Kills whole light runs on a schedule, at every named point or in seeded mixtures, and checks the result.
 
     python -m paceline.testing.kill_schedules --seed 17 [--repeat 50]    one random schedule
     python -m paceline.testing.kill_schedules --name "..."               one systematic schedule
     python -m paceline.testing.kill_schedules --systematic --random 500  many; counts as JSON
 
-A schedule is fixed by its seed or name; how two real processes interleave is not, so a failure may take
-several repetitions to come back.
+A seed or a name fixes a schedule, but not how two real processes interleave, so a failure may need several
+repetitions to recur.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from paceline.testing.killed_run import Fault, KilledRun, Violation, qualified
 from paceline.testing.light_run import LightRun, Outcome, RunShape, expected_steps, head_of, uninterrupted
 from paceline.training.checkpoint import epoch_of
 
-DEATHS_MAX = 4  # of one role in a schedule: five kills at one place may convict a sample of them
+DEATHS_MAX = 4  # of one role in a schedule: five kills at one place may make a sample the culprit
 PLAIN = RunShape(prompts=13, group=3, batch=3, passes=2, interval=2, threads=True)
-POISON = replace(PLAIN, bad_prompt=4, bad_sample=8)
+FAILING = replace(PLAIN, bad_prompt=4, bad_sample=8)
 FULL = RunShape(prompts=14, group=2, batch=2, passes=2, interval=1, tight=True, threads=True)
 MODULE = "paceline.testing.kill_schedules"
 
@@ -139,7 +139,7 @@ def detours() -> Iterator[tuple[str, str, RunShape, tuple[Fault, ...]]]:
 def places() -> set[tuple[str, str]]:
     """Every role and point that a systematic schedule strikes."""
     found = {(role, point) for role, point, *_ in detours()}
-    for shape in (PLAIN, POISON):
+    for shape in (PLAIN, FAILING):
         for role, points in points_of(shape).items():
             found |= {(role, point) for point in points}
     return found
@@ -148,9 +148,9 @@ def places() -> set[tuple[str, str]]:
 def systematic() -> list[Schedule]:
     """Every point of both roles, at its first, second and third reach, killed once and twice."""
     schedules: list[Schedule] = []
-    for label, shape in (("plain", PLAIN), ("poison", POISON)):
+    for label, shape in (("plain", PLAIN), ("failing", FAILING)):
         for role, points in points_of(shape).items():
-            known = points_of(PLAIN)[role] if label == "poison" else {}
+            known = points_of(PLAIN)[role] if label == "failing" else {}
             for point, count in sorted(points.items()):
                 if point not in known:
                     schedules += _at(f"{label}/{role}/{point}", shape, role, point, min(count, 3), ())
@@ -210,7 +210,7 @@ KINDS = {"kill": 9, "stop": 5, "kill_both": 2, "reboot": 1, "damage_head": 2, "l
 def _random_fault(rng: random.Random) -> Fault:
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     victim = "consumer" if kind == "damage_head" else rng.choice(["producer", "consumer"])
-    points = points_of(POISON)[victim]
+    points = points_of(FAILING)[victim]
     if rng.random() < 0.25:
         point, turn = rng.choice([point for role, point, *_ in detours() if role == victim]), 1
     else:
@@ -282,8 +282,8 @@ def check(killed: KilledRun, wanted: Outcome) -> None:
         "samples not trained to their end": set(shape.sample_ids)
         - {sample.sample_id for sample in visits if sample.finished}
         - set(bad),
-        "samples convicted": set(quarantined.values()) ^ set(bad),
-        "prompts convicted": set(ledger.failed()) - {shape.bad_prompt} - {int(b[6:]) for b in bad},
+        "samples quarantined": set(quarantined.values()) ^ set(bad),
+        "prompts failed": set(ledger.failed()) - {shape.bad_prompt} - {int(b[6:]) for b in bad},
         "prompts open": prompts.open,
         "intents": ledger.ownership().promised or ledger.revoked(),
         "bytes on the books": usage.resident_bytes + usage.reserved_bytes + usage.waiting_samples,
@@ -308,7 +308,7 @@ def check(killed: KilledRun, wanted: Outcome) -> None:
 
 def execute_all(schedules: Sequence[Schedule], jobs: int) -> Counter[str]:
     """`jobs` schedules at a time, in forked workers. Raises Violation with the first few that broke."""
-    points_of(PLAIN), points_of(POISON)
+    points_of(PLAIN), points_of(FAILING)
     gc.collect()
     gc.freeze()  # forks copy less
     readers = []

@@ -1,9 +1,9 @@
 """One light run as real processes that are killed, stopped and started again until it is complete.
 
-The parent forks a producer and a consumer, each armed with the next fault meant for it, and starts again
-whatever died. A stopped process gets a successor and is then woken up: a zombie. From then on none of
-its transactions may be committed. The parent decides nothing about samples; it is a supervisor with a
-plan of accidents. A run that does not end in time is a violation like any other.
+The parent forks a producer and a consumer, arms each with its next fault, and restarts a role that died.
+A stopped process gets a successor and is then woken: a zombie, none of whose transactions may be
+committed. The parent decides nothing about samples; it is a supervisor that follows a plan of faults. A
+run that does not end in time is a violation, too.
 """
 
 from __future__ import annotations

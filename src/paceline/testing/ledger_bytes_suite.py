@@ -1,4 +1,4 @@
-"""What every ledger must do with bytes, acks and steps; part of the suite in ledger_suite.py."""
+"""The part of the ledger suite about bytes, acks and steps (ledger_suite.py)."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class LedgerBytesSuite(ABC):
     # -- acks and features -----------------------------------------------------------------
 
     def test_release_waits_for_a_durable_ack(self) -> None:
-        """No feature is given up before a checkpoint covers it."""
+        """No feature is freed before a checkpoint covers it."""
         ledger = self.make()
         ids = capture(producer_of(ledger), 0, 1, 2)
         training = Training(consumer_of(ledger))
@@ -187,7 +187,7 @@ class LedgerBytesSuite(ABC):
         assert (consumer.step_plan(1), consumer.step_plan(2)) == (first, None)
 
     def test_a_revised_plan_replaces_the_one_before(self) -> None:
-        """Without the poison; not backwards, and not once the step is acked."""
+        """Without the bad sample; not backwards, and not once the step is acked."""
         consumer = consumer_of(self.make())
         first, revised = plan_of(1, 0, 1), plan_of(1, 0, rev=1)
         consumer.plan(first)

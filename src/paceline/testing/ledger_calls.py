@@ -1,4 +1,4 @@
-"""Short ways to make a run's ordinary calls on a ledger, for suites and tests."""
+"""Shortcuts for a run's ordinary ledger calls, for suites and tests."""
 
 from __future__ import annotations
 

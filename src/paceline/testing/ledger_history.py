@@ -1,7 +1,7 @@
-"""A seeded history of ledger calls as producers and consumers make them, and the whole state to compare.
+"""A seeded history of a producer's and a consumer's ledger calls, and the whole state for a comparison.
 
-For tests that break the file below the ledger: which calls are made is a function of the seed and of what
-the ledger answers, so the same history can be played on any ledger.
+For tests that break the file below the ledger. The calls are a function of the seed and of the ledger's
+answers, so the same history can be played on any ledger.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class History:
         elif kind == 3:
             planned = {s.sample_id for t in ledger.history() for s in t.samples}
             free = [i for i in present if i not in planned][:1]
-            yield from self._change("quarantine", "", free, step=None, reason="poison")
+            yield from self._change("quarantine", "", free, step=None, reason="bad")
         elif kind == 4 and len(ledger.snapshot().checkpoints) > 1:
             yield from self._change("fall_back", "", ledger.snapshot().checkpoints[-2].step)
         elif kind == 5:

@@ -1,4 +1,4 @@
-"""Two ledgers side by side, the same calls on both: the specification against the SQLite store.
+"""Makes the same calls on the specification and on the SQLite store, and compares them.
 
 `LedgerTwins.call` applies one call to both. Results, types of errors and everything a reader can see
 must agree after it, and the protocol's own invariants hold: a released sample is durable; a durable ack

@@ -1,8 +1,8 @@
-"""The moves of the ledger machine: every mutating call, with sensible and with senseless arguments.
+"""The moves of the ledger machine: every mutating call, with valid and with invalid arguments.
 
-A move takes a list of small integers (`Picks`) and nothing else decides what it does, so that
-Hypothesis can shrink a failing run and a seeded generator can drive a long one. Three producers and the
-consumer make them, in ordinal or in arrival order.
+A list of small integers (`Picks`) alone decides what a move does, so that Hypothesis can shrink a failing run
+and a seeded generator can drive a long one. Three producers and the consumer make the moves, in ordinal or in
+arrival order.
 """
 
 from __future__ import annotations
@@ -369,7 +369,7 @@ class LedgerMoves:
     def quarantine(self, picks: Picks) -> None:
         ids = picks.some(IDS if picks.rarely() else self._state("present", "lost") or IDS, 2)
         step = picks.one([None, self.twins.memory.snapshot().trained_step + 1, 1])
-        self._call("quarantine", self._consumer(picks), ids, step=step, reason=f"poison {picks.below(3)}")
+        self._call("quarantine", self._consumer(picks), ids, step=step, reason=f"bad {picks.below(3)}")
 
     def release(self, picks: Picks) -> None:
         fence = self._consumer(picks)

@@ -1,4 +1,4 @@
-"""What every ledger must do when processes die, results get lost and samples cannot be trained."""
+"""Conformance suite for ledgers when processes die, results get lost and samples cannot be trained."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ class LedgerProtocolSuite(ABC):
         assert [entry.sample_id for entry in ledger.read(0, 9).entries] == ids_of(0, 1, 2)
 
     def test_what_a_forgotten_lineage_passed_over_stays_a_hole(self) -> None:
-        """It was set aside there, so it is not captured here, where its place has been read."""
+        """It had failed there, so it is not captured here, where its place has been read."""
         ledger = self.make()
         producer = producer_of(ledger, prompts=4)
         producer.lease(1)
@@ -317,7 +317,7 @@ class LedgerProtocolSuite(ABC):
         capture(producer_of(ledger), 0, 1)
         consumer = consumer_of(ledger)
         consumer.plan(plan_of(1, 0, 1))
-        consumer.quarantine([id_of(1)], step=1, reason="poison")
+        consumer.quarantine([id_of(1)], step=1, reason="bad")
         revised = trained_step(1, 0, rev=1)
         consumer.adopt(checkpoint_of([revised]), [revised])
         assert ledger.step_plan(1) == revised.plan
@@ -391,7 +391,7 @@ class LedgerProtocolSuite(ABC):
         assert [e.state for e in ledger.read(0, 2).entries] == [State.QUARANTINED, State.PRESENT]
 
     def test_a_quarantined_samples_features_stay_until_a_checkpoint_covers_it(self) -> None:
-        """Steps before the one that convicted it may be replayed with it."""
+        """Steps before the one that quarantined it may be replayed with it."""
         ledger = self.make()
         ids = capture(producer_of(ledger), 0, 1)
         training = Training(consumer_of(ledger))

@@ -1,4 +1,4 @@
-"""What every ledger must do. Subclass it, give `make`, and pytest runs the rest."""
+"""Conformance suite for ledgers. Subclass it, define `make`, and pytest runs the rest."""
 
 from __future__ import annotations
 
@@ -348,10 +348,10 @@ class LedgerSuite(LedgerBytesSuite):
         producer = producer_of(ledger)
         ids = capture(producer, 0, 1, 2)
         consumer = consumer_of(ledger)
-        consumer.quarantine([ids[1]], step=None, reason="poison")
+        consumer.quarantine([ids[1]], step=None, reason="bad")
         producer.report_lost(ids)
         assert [r.sample_id for r in ledger.samples(State.LOST)] == [ids[0], ids[2]]
         assert [r.sample_id for r in ledger.samples(State.LOST, 1)] == [ids[0]]
-        [poison] = ledger.samples(State.QUARANTINED)
-        assert (poison.sample_id, poison.reason, poison.step) == (ids[1], "poison", None)
+        [quarantined] = ledger.samples(State.QUARANTINED)
+        assert (quarantined.sample_id, quarantined.reason, quarantined.step) == (ids[1], "bad", None)
         assert ledger.samples(State.PRESENT) == []

@@ -1,9 +1,9 @@
 """Adapters without torch, for thousands of whole runs: an engine, feature stores, and a learner of hashes.
 
-A captured "tensor" is a run of bytes that follows from the sample's id, its seed and the group it was
-captured in; the "weights" are a hash chain over every step's samples. So one sample lost, repeated,
-out of order or of other bytes changes 32 bytes at the end. The file store is for processes that are
-killed and stopped anywhere: a file for each sample, written aside and renamed, judged by its header.
+A captured "tensor" is a string of bytes that follows from the sample's id, its seed and its capture
+group; the "weights" are a hash chain over every step's samples. So a sample that is lost, repeated, out
+of order or of other bytes changes the final 32 bytes. The file store serves processes that are killed and
+stopped anywhere: it writes each sample's file aside, renames it, and judges it by its header.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def id_of(sample: Sample) -> str:
 
 
 class LightEngine:
-    """A TargetEngine. `refuses` may raise (or kill) over a group: a poison prompt."""
+    """A TargetEngine. `refuses` may raise (or kill) over a group: a bad prompt."""
 
     def __init__(self, refuses: Callable[[Sequence[str]], None] | None = None) -> None:
         self._refuses = refuses
@@ -104,7 +104,7 @@ class HashLearner:
     """A Learner whose weights are H(weights before, step, every byte of every sample in order).
 
     `trained` lists the sample ids of every step that the weights contain. `refuses` may raise
-    TrainingError (or kill) over the ids of a batch: a poison sample.
+    TrainingError (or kill) over the ids of a batch: a bad sample.
     """
 
     def __init__(self, refuses: Callable[[Sequence[str]], None] | None = None) -> None:

@@ -1,10 +1,10 @@
-"""A whole run without torch, out of the product's own classes, as two processes or one.
+"""A whole run without torch, made of the product's own classes, in two processes or one.
 
-Controller, ledger, producer, loader, trainer, recovery and checkpoint folder are the real ones; engine,
-features and weights are those of light_adapters.py. `produce` and `consume` do what the two roles'
-processes do (roles/producer.py, roles/consumer.py), but for freeing the features at the end: what is
-left behind must show. Every part has its kill points (kill_points.py). A run ends in the same 32 bytes
-whatever happened to it.
+Ledger, sessions, producer, loader, trainer, recovery and checkpoint folder are the real ones; engine,
+features and weights are those of light_adapters.py. `produce` and `consume` do what the roles' processes
+do (roles/producer.py, roles/consumer.py), except that they do not free the features at the end, so that
+leftovers show. Every part has its kill points (kill_points.py). Whatever faults strike, a run ends in the
+same 32 bytes.
 """
 
 from __future__ import annotations

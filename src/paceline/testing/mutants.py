@@ -1,8 +1,8 @@
-"""Protocol bugs, planted on purpose: each must be found, or the proof proves nothing.
+"""Protocol bugs, planted on purpose: the tests must find each, or they prove nothing.
 
-A mutant is a name, what it breaks, and a patch of the product that lasts for a `with` block. It is found by
-a broken promise only: an AssertionError (of the oracle, or that the run does not end). A mutant that raises
-anything else is a broken mutant.
+A mutant is a name, what it breaks, and a patch of the product that lasts for a `with` block. Only an
+AssertionError (of the oracle, or because the run does not end) counts as found. A mutant that raises anything
+else is a broken mutant.
 """
 
 from __future__ import annotations
@@ -166,10 +166,10 @@ MUTANTS: dict[str, Mutant] = {
     "lineage left out": Mutant("heads tell no story", ((CheckpointWriter, "begin", no_lineage),)),
     "weights taken while they train": Mutant("a head of later weights", ((Ranks, "snapshot", staged_late),)),
     "first visit is the last": Mutant("freed between passes", ((PlannedStep, "finished", all_finished),)),
-    "quarantine forgotten": Mutant("poison comes back", ((Store, "quarantine", nothing),)),
+    "quarantine forgotten": Mutant("bad samples come back", ((Store, "quarantine", nothing),)),
     "deaths forgotten": Mutant("it kills for ever", ((Store, "acquire", deaths_forgotten),)),
-    "one death convicts": Mutant(
-        "the innocent are set aside",
+    "one death makes a culprit": Mutant(
+        "the innocent are quarantined",
         (
             (bisection, "DEATHS_OF_A_CULPRIT", lambda _: 1),
             (isolation, "DEATHS_BEFORE_ISOLATION", lambda _: 1),
@@ -180,7 +180,7 @@ MUTANTS: dict[str, Mutant] = {
         "a resume finds no samples", ((Store, "compact", archives_what_is_read),)
     ),
     "revision not planned": Mutant(
-        "poison is trained",
+        "bad samples are trained",
         ((StepLoader, "revise", lambda real: lambda self, planned, quarantined: planned),),
     ),
 }
@@ -193,7 +193,7 @@ def seeds_to_detect(name: str, seeds_max: int) -> int | None:
     for seed in range(seeds_max):
         world = draw(seed)
         world.disk.close()
-        crash_free(world.shape.weights_only, world.poison)  # what to expect is the healthy product's to say
+        crash_free(world.shape.weights_only, world.culprits)  # what to expect is the healthy product's to say
         with MUTANTS[name].planted():
             try:
                 simulate(seed)

@@ -1,4 +1,4 @@
-"""How protocol bugs are planted: what takes a function's place, for the mutants of mutants.py."""
+"""The functions that the mutants of mutants.py put in the place of the product's."""
 
 from __future__ import annotations
 

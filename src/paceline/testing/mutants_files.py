@@ -1,4 +1,4 @@
-"""Bugs planted below checkpoints and feature slots; each with the check that must find it.
+"""Bugs planted below checkpoints and feature slots, each with the check that must find it.
 
 See testing/mutants.py for those of the protocol, testing/mutants_logs.py for those of the ref channel.
 """

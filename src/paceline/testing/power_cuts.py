@@ -1,10 +1,10 @@
-"""Whole light runs on a machine that loses power: of the ledger only what was synced need be left.
+"""Whole light runs on a machine that loses power, after which only synced ledger calls are certain.
 
-With durability "head" most commits are not synced one by one, so a power failure takes the ledger back
-behind the folders: to its last synced commit, or to any commit since. The features are gone, as after
-every boot. (Bytes of files that were not synced are the business of recording_files.py; here the files
-are as the run left them.) The run that goes on from there must end in the weights of the run that had
-power, and the checker must find nothing wrong at any time.
+With durability "head" most calls are not synced, so a power failure takes the ledger back behind the
+checkpoints: to its last synced call, or to any call since. The features are gone, as after every boot.
+The other files are as the run left them (recording_files.py tests unsynced files). The run that goes on
+from there must end in the weights of the undisturbed run, and the checker must find nothing wrong at any
+time.
 """
 
 from __future__ import annotations

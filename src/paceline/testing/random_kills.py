@@ -2,9 +2,9 @@
 
     python -m paceline.testing.random_kills --seed 3 [--kills 6]
 
-Not at named points: somewhere in the imports, in a model's loading, in the middle of a system call. What
-the seed fixes is who dies after how long; what that process is doing then, it cannot fix. The run must end in
-the weights of the run that nothing happened to, and the checker must find it sound.
+The kills strike anywhere: in imports, while a model loads, in the middle of a system call. The seed fixes
+which process dies after how long, not what it is doing then. The run must end in the weights of the
+undisturbed run, and the checker must find it sound.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def check(run: TinyRun, wanted: dict[str, torch.Tensor]) -> None:
     left = {
         "weights that differ": not same_bits(run.final_weights(), wanted),
         "samples not trained": PROMPTS * ROUNDS - len(finished),
-        "samples convicted": now.quarantined,
-        "prompts convicted": ledger.failed(),
+        "samples quarantined": now.quarantined,
+        "prompts failed": ledger.failed(),
         "features left": now.usage.resident_samples,
     }
     ledger.close()

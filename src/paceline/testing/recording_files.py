@@ -1,8 +1,8 @@
-"""The disk under observation: what a program does to its files is recorded, and made to fail.
+"""Records what a program does to its files, and makes file calls fail.
 
-While `RecordedFiles.watching()` lasts, the calls of `os` that change files under one folder are noted, in
-order, as changes of inodes; file_images.py makes of them what a power failure may leave. No fsync is really
-made, so histories are fast.
+While `RecordedFiles.watching()` lasts, the calls of `os` that change files under one folder are recorded, in
+order, as changes of inodes; file_images.py derives from them what a power failure may leave. No fsync is
+really made, so histories are fast.
 """
 
 from __future__ import annotations

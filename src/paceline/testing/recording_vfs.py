@@ -1,4 +1,4 @@
-"""SQLite's file layer under observation: every write is recorded, or made to fail, or lost with the power.
+"""A SQLite file layer that records every write, makes it fail, or loses it in a power failure.
 
 `RecordingVFS` keeps the writes, truncations and syncs of the database and its write-ahead log, in order.
 `images` are the files as a power failure may leave them: everything synced is there, and of what was not

@@ -1,4 +1,4 @@
-"""A run made by hand, call by call of the sessions, with checkpoints of a few bytes."""
+"""A run made by single calls of the sessions, with checkpoints of a few bytes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Ledger, features and checkpoints as actors of a simulation see them: every change is a scheduling point.
 
-Each actor has its own view. Before a change the actor gives way to the scheduler (`Way.point`), which
-may let others run first, or never come back. A dead actor's calls do nothing at all. The views also hold
-the oracle's rules that can be judged on the spot: no change by a replaced process, no features freed
-before a checkpoint covers them, no recorded checkpoint deleted, no head off the expected trajectory.
+Each actor has its own view. Before a change the actor yields to the scheduler (`Way.point`), which may let
+others run first, or never return. A dead actor's calls do nothing. The views also hold the oracle's immediate
+rules: no change by a replaced process, no features freed before a checkpoint covers them, no recorded
+checkpoint deleted, no head off the expected trajectory.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
 """A deterministic simulation of whole runs: the product's own producer, loader, trainer and sessions.
 
-Producers and consumers are greenlets over simulated parts; a scheduler, seeded, decides who makes the
-next change, and who is killed, suspended while a successor takes over (and resumed later: a zombie),
-whose answers get lost, which features and checkpoints are lost, and when the power fails. A seed
-draws its own run and its own mix of faults. The clock is the scheduler's, too: it moves with every turn,
-and by a time-out when nobody is ready. Whatever happened, the run must end, and in the weights of
-the run to which nothing happened; and every rule in simulated_parts.py must hold all the time. Half of the
-seeds have three producers; a tenth runs on the SQLite ledger and its real files, the others on the
-specification.
+Producers and consumers are greenlets over simulated parts. A seeded scheduler decides which actor makes
+the next change, which is killed or suspended while a successor takes over (and resumed later: a zombie),
+which answers, features and checkpoints get lost, and when the power fails. A seed draws its own run and
+its own mix of faults. The scheduler also owns the clock: it moves with every turn, and by a time-out when
+no actor is ready. Whatever happens, the run must end in the weights of the undisturbed run, and every
+rule in simulated_parts.py must hold all the time. Half of the seeds have three producers; a tenth runs on
+the SQLite ledger and its real files, the others on the specification.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Killed(BaseException):
 
 
 @dataclass(frozen=True)
-class Poison:
+class Culprits:
     """Samples (by number) that the engine or the trainer fails on, or dies of."""
 
     engine_fails: tuple[int, ...] = ()
@@ -98,7 +97,7 @@ class World:
     """Everything of one simulated run. It is also every actor's `Way`."""
 
     shape: Shape
-    poison: Poison
+    culprits: Culprits
     rng: random.Random
     faults: list[Fault]
     lossy: float = 0.0
@@ -206,7 +205,7 @@ class World:
         ledger, features = self._parts(actor)
         worker = actor.role.partition(":")[2]
         engine = LightEngine(
-            self._refuses(actor, self.poison.engine_fails, self.poison.engine_dies, RuntimeError)
+            self._refuses(actor, self.culprits.engine_fails, self.culprits.engine_dies, RuntimeError)
         )
         producer = simulated_producer(
             self.shape, worker, ledger, features, engine, self._report, lambda: self.now
@@ -215,7 +214,7 @@ class World:
 
     def _consume(self, actor: Actor) -> None:
         ledger, features = self._parts(actor)
-        refuses = self._refuses(actor, self.poison.trainer_fails, self.poison.trainer_dies, TrainingError)
+        refuses = self._refuses(actor, self.culprits.trainer_fails, self.culprits.trainer_dies, TrainingError)
         actor.learner = HashLearner(refuses)
         folder: Any = SimulatedFolder(self.folders, self.disk, self)
         disk = SlowDisk(lambda: self.rng.randrange(3))
@@ -229,17 +228,17 @@ class World:
     def _refuses(
         self, actor: Actor, fails: Sequence[int], dies: Sequence[int], error: type[Exception]
     ) -> Callable[[Sequence[str]], None] | None:
-        failing, deadly = ({self.shape.sample_ids[n] for n in numbers} for numbers in (fails, dies))
+        failing, killing = ({self.shape.sample_ids[n] for n in numbers} for numbers in (fails, dies))
 
         def refuses(ids: Sequence[str]) -> None:
-            if deadly & set(ids):
+            if killing & set(ids):
                 actor.dead = True
-                self.counts["deaths of poison"] += 1
+                self.counts["deaths of culprits"] += 1
                 raise Killed
             if failing & set(ids):
-                raise error(f"{sorted(failing & set(ids))[0]} is poison")
+                raise error(f"{sorted(failing & set(ids))[0]} is a culprit")
 
-        return refuses if failing or deadly else None
+        return refuses if failing or killing else None
 
     # -- the scheduler ---------------------------------------------------------------------
 
@@ -391,7 +390,7 @@ class World:
         aside, finished = self.aside(), self._finished()
         if set(finished) | aside != set(ids) or set(finished) & aside:
             missing, both = set(ids) - set(finished) - aside, set(finished) & aside
-            raise ViolationError(f"not trained: {sorted(missing)}; trained and set aside: {sorted(both)}")
+            raise ViolationError(f"not trained: {sorted(missing)}; trained and failed: {sorted(both)}")
         for role in self._producers:
             self._spawn(role)
             last = self.actors[-1]
@@ -422,12 +421,12 @@ class World:
 
 
 @cache
-def crash_free(shape: Shape, poison: Poison) -> tuple[dict[int, bytes], frozenset[str]] | None:
-    """Weights by step, and what is set aside, of the run to which nothing but its poison happens.
+def crash_free(shape: Shape, culprits: Culprits) -> tuple[dict[int, bytes], frozenset[str]] | None:
+    """Weights by step, and what fails, of the run to which nothing but its culprits happens.
 
-    None if the poison halts it: then there is nothing to compare with.
+    None if the culprits halt it: then there is nothing to compare with.
     """
-    world = World(shape, poison, random.Random(0), [])
+    world = World(shape, culprits, random.Random(0), [])
     try:
         world.run()
     except PacelineError:
@@ -449,17 +448,17 @@ def draw(seed: int, real: Path | None = None) -> World:
     # Drawn by itself, so that a seed keeps everything else that it drew before there was a clock.
     patience_s = random.Random(f"patience {seed}").choice((Shape.patience_s, Shape.patience_s, 1.5, 0.5))
     shape = replace(shape, patience_s=patience_s, producers=3 if seed % 2 else 1)
-    poison = Poison()
+    culprits = Culprits()
     if rng.random() < 0.2:
-        kind = rng.choice(tuple(vars(poison)))
-        poison = replace(poison, **{kind: (rng.randrange(shape.prompts),)})
+        kind = rng.choice(tuple(vars(culprits)))
+        culprits = replace(culprits, **{kind: (rng.randrange(shape.prompts),)})
     kinds = rng.sample(KINDS, rng.randint(1, 4))
     faults = [
         Fault(rng.choice(kinds), rng.choice(("producer", CONSUMER)), round(rng.random() ** 2 * 400))
-        for _ in range(rng.choice((0, 1, 2, 3, 4, 6, 8)) if not poison else rng.choice((0, 1, 2)))
+        for _ in range(rng.choice((0, 1, 2, 3, 4, 6, 8)) if not culprits else rng.choice((0, 1, 2)))
     ]
     lossy = rng.choice((0.0, 0.0, 0.02, 0.1))
-    return World(shape, poison, rng, sorted(faults, key=lambda f: f.after), lossy, real)
+    return World(shape, culprits, rng, sorted(faults, key=lambda f: f.after), lossy, real)
 
 
 def simulate(seed: int) -> Counter[str]:
@@ -471,9 +470,9 @@ def simulate(seed: int) -> Counter[str]:
 
 
 def _simulate(seed: int, world: World) -> Counter[str]:
-    known = crash_free(world.shape.weights_only, world.poison)
+    known = crash_free(world.shape.weights_only, world.culprits)
     if known is None:
-        return Counter({"halted by poison": 1})
+        return Counter({"halted by culprits": 1})
     world.expected, aside = known
     world.scheduler = getcurrent()
     try:
@@ -486,7 +485,7 @@ def _simulate(seed: int, world: World) -> Counter[str]:
     found = world.aside()
     world.disk.close()
     if found != aside:
-        raise ViolationError(f"seed {seed}: set aside {sorted(found)} instead of {sorted(aside)}")
+        raise ViolationError(f"seed {seed}: failed {sorted(found)} instead of {sorted(aside)}")
     world.counts["runs"] += 1
     world.counts["runs on real files"] += world.real is not None
     world.counts["runs of three producers"] += world.shape.producers == 3

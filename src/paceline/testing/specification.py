@@ -1,7 +1,7 @@
-"""The ledger in plain dictionaries: the readable specification that every store must behave like.
+"""The ledger in plain dictionaries: the readable specification of every store's behaviour.
 
-One lock, no durability, no operation is fast. The conformance suite and the differential state machine
-hold the SQLite store against it; the simulation runs on it, because it is easily copied.
+It has one lock, no durability and no fast operation. The conformance suite and the differential state machine
+compare the SQLite store with it; the simulation runs on it, because it is easy to copy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The specification's samples: what lies in the feature store, whose it is, and the log."""
+"""The specification's samples: the bytes in the feature store, their owners, and the log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The specification's steps and checkpoints: what decides which weights survive."""
+"""The specification's steps and checkpoints: they decide which weights survive."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A target without a model: features that follow from the sample id alone, and a head to train on.
 
-For tests of the data flow. What a step trains, how often and in which order shows in the weights,
-because every sample's features are its own.
+For tests of the data flow: every sample has its own features, so the weights show what a step trained,
+how often and in which order.
 """
 
 from __future__ import annotations

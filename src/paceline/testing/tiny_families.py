@@ -1,4 +1,4 @@
-"""Tiny random targets of many families, for tests that walk over all of them."""
+"""Tiny random targets of many families, for tests that try all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts become token ids group by group; one that cannot be is set aside alone, with its reason."""
+"""Prompts become token ids group by group; one that cannot be fails alone, with its reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def broken(encoding: Encoding, *prompts: object) -> list[str]:
     return [prompt.broken for prompt in encoding.group(0, source.read(0, 99))]
 
 
-def test_a_prompt_that_is_too_long_is_set_aside_alone() -> None:
+def test_a_prompt_that_is_too_long_fails_alone() -> None:
     """The reason says how long it is; one of exactly the limit is taken."""
     assert broken(encoding(5), "12345", "123456", "1") == [
         "",
@@ -46,7 +46,7 @@ def test_a_prompt_that_is_too_long_is_set_aside_alone() -> None:
         ({"nothing": "here"}, "it has neither text nor token ids"),
     ],
 )
-def test_what_the_target_cannot_read_is_set_aside_alone(prompt: object, reason: str) -> None:
+def test_what_the_target_cannot_read_fails_alone(prompt: object, reason: str) -> None:
     """With its reason."""
     before, found, after = broken(encoding(), "fine", prompt, "fine")
     assert (before, after) == ("", "")

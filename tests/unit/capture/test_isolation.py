@@ -1,4 +1,4 @@
-"""A prompt that fails is set aside; a fault of the engine or the machine convicts no prompt."""
+"""Prompts fail one by one; a fault of the engine or the machine fails no prompt."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def any_of(*bad: int) -> Callable[[Sequence[int]], bool]:
 
 @pytest.mark.parametrize("group", [1, 2, 3])
 @pytest.mark.parametrize("bad", [[0], [6], [0, 1, 2], [2, 6]])
-def test_what_fails_is_set_aside_alone_in_groups_of_every_size(group: int, bad: list[int]) -> None:
+def test_a_prompt_fails_alone_in_groups_of_every_size(group: int, bad: list[int]) -> None:
     """Also the very first prompt, a whole group of them, and the last odd one."""
     run = Run(7, group)
     run.fails = any_of(*bad)
@@ -74,7 +74,7 @@ def test_what_fails_is_set_aside_alone_in_groups_of_every_size(group: int, bad: 
 
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("broken_from", [0, 3, 6])
-def test_an_engine_that_is_broken_convicts_no_prompt(group: int, broken_from: int) -> None:
+def test_a_broken_engine_fails_no_prompt(group: int, broken_from: int) -> None:
     """Though its probe passes: from the first prompt on, in the middle, or at the last odd one."""
     run = Run(7, group)
     run.producer().run(max_rounds=broken_from // group)
@@ -128,7 +128,7 @@ def test_only_so_many_prompts_in_a_row_may_fail() -> None:
     assert not set(run.failed) & {n for n in range(60) if not 10 <= n < 50}
 
 
-def test_nothing_is_set_aside_before_something_was_captured() -> None:
+def test_no_prompt_fails_before_something_was_captured() -> None:
     """So that settings may still change; afterwards it is, with its reason."""
     run = Run(9, 3)
     run.fails = any_of(0, 1, 2)
@@ -164,7 +164,7 @@ def test_prompts_that_cannot_be_encoded_end_a_run_of_nothing_else_with_their_rea
     assert run.committed == [1, 2]
 
 
-def test_members_that_are_not_wanted_convict_none_that_are() -> None:
+def test_members_that_are_not_wanted_fail_none_that_are() -> None:
     """A lost sample is captured with its group; if another member fails now, which was captured before, the
     engine or the machine is at fault."""
     run = Run(3, 3)

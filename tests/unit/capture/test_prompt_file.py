@@ -1,4 +1,4 @@
-"""Prompt files: fixed order, stable ids, read block by block, and a broken line that is set aside alone."""
+"""Prompt files: fixed order, stable ids, read block by block, and a broken line that fails alone."""
 
 from __future__ import annotations
 

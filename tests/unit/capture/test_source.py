@@ -63,6 +63,6 @@ def test_a_list_of_prompts_may_hold_several_kinds(
 
 @pytest.mark.parametrize("payload", [{}, {"prompt_ids": ["x"]}, {"prompt_ids": 3}])
 def test_a_prompt_without_text_or_token_ids_says_so(payload: dict[str, Any]) -> None:
-    """It is set aside alone, like a broken line of a file."""
+    """It fails alone, like a broken line of a file."""
     [prompt] = PromptList([payload]).read(0, 1)
     assert prompt.broken.startswith("it has neither text nor token ids")

@@ -132,7 +132,7 @@ def test_prompts_without_ids_get_stable_ones(db: Path) -> None:
 
 
 def test_a_failing_prompt_is_retried_a_bounded_number_of_times(tmp_path: Path) -> None:
-    """Then it is set aside with its reason, and the others go on (holes A5, A9)."""
+    """Then it fails with its reason, and the others go on (holes A5, A9)."""
     flow = DataFlowController("run0", attempt_max=2)
     flow.ingest_prompts([{"task_id": "bad"}, {"task_id": "good"}])
     flow.lease_prompt_tasks("w", 2)

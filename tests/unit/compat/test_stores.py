@@ -124,7 +124,7 @@ def test_a_failed_ack_leaves_the_store_usable(store: MetadataStore) -> None:
 
 
 def test_release_waits_for_a_durable_ack(store: MetadataStore) -> None:
-    """No feature is given up before a durable checkpoint covers it."""
+    """No feature is freed before a durable checkpoint covers it."""
     ids = commit(store, 0, 1)
     store.record_train_ack(ids, global_step=1, optimizer_durable=False)
     with pytest.raises(IllegalTransitionError, match="durable checkpoint"):

@@ -1,4 +1,4 @@
-"""Held-out prompts that the target cannot decode are set aside with their reasons."""
+"""Held-out prompts that the target cannot decode are left out with their reasons."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_inspect_tells_a_steps_samples_and_a_samples_life(finished: Path) -> Non
     assert "Step 15 has no plan" in told("inspect", finished, "--step", 15, code=2)
 
 
-def test_inspect_tells_what_is_provisional_planned_and_set_aside(by_hand: RunByHand) -> None:
+def test_inspect_tells_what_is_provisional_planned_and_failed(by_hand: RunByHand) -> None:
     """Every way a sample may stand, each with its reason; the unknown is an error that says so."""
     ids = by_hand.capture(6)
     by_hand.train(ids[:1])

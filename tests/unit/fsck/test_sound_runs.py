@@ -68,13 +68,13 @@ def test_every_moment_of_a_run_is_sound(by_hand: RunByHand, tmp_path: Path) -> N
 
 
 def test_quarantine_revisions_and_failed_prompts_are_sound(by_hand: RunByHand, tmp_path: Path) -> None:
-    """What was set aside is told with its reason, and the step without it is the one that counts."""
+    """What was quarantined is told with its reason, and the step without it is the one that counts."""
     ids = by_hand.capture(4)
     by_hand.begin(ids[:3])
     by_hand.consumer.quarantine([ids[1]], step=1, reason="loss is nan")
     by_hand.train([ids[0], ids[2]], rev=1)
     by_hand.consumer.quarantine([ids[3]], step=None, reason="never readable")
-    by_hand.train([])  # all its samples are poison
+    by_hand.train([])  # all its samples are bad
     by_hand.producer.lease(1)
     by_hand.producer.fail([4], "task-4: no text", retryable=False)
     by_hand.checkpoint()

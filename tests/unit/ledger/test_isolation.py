@@ -1,4 +1,4 @@
-"""An isolation finds what kills its process, over restarts, and convicts no other member."""
+"""An isolation finds what kills its process, over restarts, and names no other member."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ class Died(BaseException):
     """The process is gone."""
 
 
-def verdict(members: list[str], deadly: set[str], raising: set[str], chance: Sequence[int] = ()) -> list[str]:
-    """The guilty, over as many processes as it takes; tries whose number is in `chance` die of nothing."""
+def verdict(
+    members: list[str], killing: set[str], raising: set[str], chance: Sequence[int] = ()
+) -> list[str]:
+    """The culprits, over as many processes as it takes; tries whose number is in `chance` die of nothing."""
     ledger, tries = SQLiteLedger(), 0
 
     def is_harmless(tried: Sequence[str]) -> bool:
         nonlocal tries
         tries += 1
-        if deadly & set(tried) or tries in chance:
+        if killing & set(tried) or tries in chance:
             raise Died
         return not raising & set(tried)
 
@@ -35,18 +37,18 @@ def verdict(members: list[str], deadly: set[str], raising: set[str], chance: Seq
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
-def test_exactly_the_guilty_are_found(size: int) -> None:
-    """Deadly ones and failing ones, alone or together, wherever they stand."""
+def test_exactly_the_culprits_are_found(size: int) -> None:
+    """Killing ones and failing ones, alone or together, wherever they stand."""
     rng = random.Random(size)
     members = [f"s{n}" for n in range(size)]
     for _ in range(20):
-        guilty = rng.sample(members, min(size, rng.randint(0, 3)))
-        deadly = set(guilty[:1])
-        assert set(verdict(members, deadly, set(guilty[1:]))) == set(guilty)
+        culprits = rng.sample(members, min(size, rng.randint(0, 3)))
+        killing = set(culprits[:1])
+        assert set(verdict(members, killing, set(culprits[1:]))) == set(culprits)
 
 
 @pytest.mark.parametrize("unlucky", range(1, 8))
-def test_a_death_by_chance_convicts_no_member(unlucky: int) -> None:
+def test_a_death_by_chance_makes_no_culprit(unlucky: int) -> None:
     """One kill from outside, at whatever moment, only makes it longer."""
     assert verdict(list("abcd"), set(), set(), chance=[unlucky]) == []
     assert verdict(list("abcd"), {"c"}, set(), chance=[unlucky]) == ["c"]
@@ -66,7 +68,7 @@ def test_an_isolation_of_other_members_starts_anew() -> None:
 
 
 def test_two_workers_isolate_their_groups_side_by_side() -> None:
-    """Each under a name of its own: one worker's death convicts nothing of the other's."""
+    """Each under a name of its own: one worker's death counts nothing against the other's."""
     ledger = SQLiteLedger()
     one, other = producer_of(ledger, "a"), producer_of(ledger, "b")
 

@@ -61,13 +61,13 @@ def test_a_ledger_at_rest_is_read_and_nothing_is_written(tmp_path: Path) -> None
     capture(producer_of(ledger), 0, 1)
     training = Training(consumer_of(ledger))
     trained = training.step(0)
-    training.consumer.quarantine([id_of(1)], step=None, reason="poison")
+    training.consumer.quarantine([id_of(1)], step=None, reason="bad")
     ledger.close()
     before = contents(tmp_path)
     view = LedgerView(tmp_path / "ledger.db")
     assert view.snapshot().usage.resident_samples == 2
     assert view.facts()["run_id"] == "run0"
-    assert [r.reason for r in view.samples(State.QUARANTINED)] == ["poison"]
+    assert [r.reason for r in view.samples(State.QUARANTINED)] == ["bad"]
     assert view.failed() == {}
     assert view.history(step=1) == view.history(sample_id=id_of(0)) == [trained]
     found = view.find(id_of(0))

@@ -72,7 +72,7 @@ def test_the_shown_estimate_is_the_mean_of_the_newest_steps(tmp_path: Path) -> N
 
 def test_what_the_producer_says_of_the_prompts_is_shown_once(tmp_path: Path) -> None:
     """That of its newest start, also after the looks that follow."""
-    note = ("note", {"message": "2 prompts are set aside"})
+    note = ("note", {"message": "2 prompts fail"})
     snapshot = snapshot_of(tmp_path, producer=[("note", {"message": "old"}), ("role_started", {}), note])
     plan: Any = SimpleNamespace(num_samples=1, config=SimpleNamespace(run=SimpleNamespace(name="r")))
     log = Console(width=200)
@@ -80,5 +80,5 @@ def test_what_the_producer_says_of_the_prompts_is_shown_once(tmp_path: Path) -> 
         progress = Progress(log, plan)
         progress.show(snapshot)
         progress.show(snapshot)
-    assert logged.get().count("2 prompts are set aside") == 1
+    assert logged.get().count("2 prompts fail") == 1
     assert "old" not in logged.get()

@@ -100,7 +100,7 @@ def test_restarts_do_not_count_while_the_run_moves(supervisor: Supervisor) -> No
         supervisor._restart("producer", -9)
 
 
-def test_the_search_for_a_deadly_sample_is_progress(supervisor: Supervisor) -> None:
+def test_isolation_is_progress(supervisor: Supervisor) -> None:
     """It takes a death a halving; every halving brings the run closer to going on without the sample."""
     session = producer_of(supervisor._store)
 

@@ -59,7 +59,7 @@ def fails() -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(1, 0), (1, 5), (13, 1), (3, 0), (3, 2)])
-def test_a_machine_that_trains_nothing_convicts_no_sample(
+def test_a_machine_that_trains_nothing_quarantines_no_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, steps: int
 ) -> None:
     """Not with one sample a step, not in the last odd one, not in the first step; and with the machine
@@ -183,7 +183,7 @@ def test_a_sample_that_trains_ends_the_row(tmp_path: Path) -> None:
     assert set(quarantined(run)) == run.engine.bad
 
 
-def test_too_many_bad_samples_in_one_step_convict_none(tmp_path: Path) -> None:
+def test_too_many_bad_samples_in_one_step_quarantine_none(tmp_path: Path) -> None:
     """The limit is asked before the first of them is quarantined."""
     run = SmallRun(tmp_path, batch_size=7, quarantine_max_in_a_row=3)
     run.engine = BadFrom(8, 12)
@@ -216,7 +216,7 @@ def test_captures_that_stay_unreadable_stop_training_after_a_few_samples(
     assert list(quarantined(run)) == ["small:4", "small:5"]
 
 
-def test_a_feature_store_in_another_place_convicts_no_sample(
+def test_a_feature_store_in_another_place_quarantines_no_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The producer captures again, into its own store, which this consumer does not see."""

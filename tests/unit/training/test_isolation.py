@@ -1,4 +1,4 @@
-"""Poison: what cannot be captured or trained is set aside with its reason, and the run goes on."""
+"""What cannot be captured fails, what cannot be trained is quarantined, and the run goes on."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from paceline.types import Feature, SampleRef
 ALL = [f"small:{n}" for n in range(14)]
 
 
-class PoisonedEngine(SyntheticEngine):
-    """Answers `nan` prompts with states that are no numbers, and fails on `deadly` ones."""
+class FailingEngine(SyntheticEngine):
+    """Answers `nan` prompts with NaN states, and fails on `failing` ones."""
 
     most: float = float("inf")  # more prompts than this at once are too many
     passing = 0  # so many of the next failures for that reason pass by themselves
 
-    def __init__(self, *, nan: Sequence[int] = (), deadly: Sequence[int] = (), broken: bool = False) -> None:
+    def __init__(self, *, nan: Sequence[int] = (), failing: Sequence[int] = (), broken: bool = False) -> None:
         super().__init__()
         self.nan = {f"small:{n}" for n in nan}
-        self.deadly = {f"small:{n}" for n in deadly}
+        self.failing = {f"small:{n}" for n in failing}
         self.broken = broken
 
     def probe(self) -> None:
@@ -45,7 +45,7 @@ class PoisonedEngine(SyntheticEngine):
                 self.most = float("inf")
             raise RuntimeError("out of memory")
         for request in group:
-            if request.sample_id in self.deadly:
+            if request.sample_id in self.failing:
                 raise RuntimeError(f"index out of range at {request.sample_id}")
         samples = super().capture(group, features)
         for sample in samples:
@@ -67,21 +67,23 @@ def acked(run: SmallRun) -> set[str]:
 
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("nan", [[0], [5], [5, 6], [13]])
-def test_a_sample_whose_loss_is_no_number_is_quarantined(tmp_path: Path, passes: int, nan: list[int]) -> None:
+def test_a_sample_whose_loss_is_not_finite_is_quarantined(
+    tmp_path: Path, passes: int, nan: list[int]
+) -> None:
     """The others of its step are trained without it, everything later too; its reason is kept."""
-    run = run_with(tmp_path, PoisonedEngine(nan=nan), passes=passes)
+    run = run_with(tmp_path, FailingEngine(nan=nan), passes=passes)
     trainer = run.run()
-    poison = [f"small:{n}" for n in nan]
+    bad = [f"small:{n}" for n in nan]
     store = SQLiteMetadataStore(run.db)
-    assert list(store.quarantined()) == poison
+    assert list(store.quarantined()) == bad
     assert all("loss nan" in reason for reason in store.quarantined().values())
-    assert acked(run) == set(ALL) - set(poison)
+    assert acked(run) == set(ALL) - set(bad)
     assert all(bool(torch.isfinite(w).all()) for w in weights(trainer).values() if w.is_floating_point())
     assert run.features.usage().resident_samples == 0
     assert store.snapshot().usage.waiting_samples == 0
 
 
-def test_poison_among_the_first_samples_does_not_spoil_the_first_weights(
+def test_a_bad_sample_among_the_first_does_not_spoil_the_first_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They warm-start the draft, so one of them could ruin everything."""
@@ -95,7 +97,7 @@ def test_poison_among_the_first_samples_does_not_spoil_the_first_weights(
         return draft
 
     monkeypatch.setattr(Eagle3Method, "build", spoilt)
-    run = run_with(tmp_path, PoisonedEngine(nan=[2]))
+    run = run_with(tmp_path, FailingEngine(nan=[2]))
     trainer = run.run()
     assert list(SQLiteMetadataStore(run.db).quarantined()) == ["small:2"]
     assert all(bool(torch.isfinite(w).all()) for w in weights(trainer).values() if w.is_floating_point())
@@ -103,9 +105,9 @@ def test_poison_among_the_first_samples_does_not_spoil_the_first_weights(
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
-def test_a_run_with_poison_resumes_to_the_same_weights(tmp_path: Path, steps: int) -> None:
-    """Also when it dies before, in or after the step that convicts: the verdict is durable."""
-    engine = PoisonedEngine(nan=[5])
+def test_a_run_with_a_bad_sample_resumes_to_the_same_weights(tmp_path: Path, steps: int) -> None:
+    """Also when it dies before, in or after the step that quarantines: the verdict is durable."""
+    engine = FailingEngine(nan=[5])
     plain = weights(run_with(tmp_path / "plain", engine, passes=2).run())
     run = run_with(tmp_path / "killed", engine, passes=2)
     run.producer()[1]()
@@ -125,9 +127,9 @@ def test_a_run_with_poison_resumes_to_the_same_weights(tmp_path: Path, steps: in
     assert same_bits(weights(run.run()), plain)
 
 
-def test_a_prompt_that_the_engine_cannot_bear_is_set_aside_alone(tmp_path: Path) -> None:
+def test_a_prompt_on_which_the_engine_fails_fails_alone(tmp_path: Path) -> None:
     """Its group goes on without it; after as many attempts as configured the reason is durable."""
-    run = run_with(tmp_path, PoisonedEngine(deadly=[5]))
+    run = run_with(tmp_path, FailingEngine(failing=[5]))
     run.run()
     store = SQLiteMetadataStore(run.db)
     assert store.failed() == {5: "5: index out of range at small:5"}
@@ -137,34 +139,34 @@ def test_a_prompt_that_the_engine_cannot_bear_is_set_aside_alone(tmp_path: Path)
 
 
 def test_a_broken_engine_blames_no_prompt(tmp_path: Path) -> None:
-    """If all prompts of a group fail and the probe fails too, the producer stops; nothing is set aside."""
-    run = run_with(tmp_path, PoisonedEngine(deadly=range(4), broken=True))
+    """If all prompts of a group fail and the probe fails too, the producer stops; no prompt fails."""
+    run = run_with(tmp_path, FailingEngine(failing=range(4), broken=True))
     with pytest.raises(EngineError, match="broken"):
         run.producer()[1]()
     assert SQLiteMetadataStore(run.db).failed() == {}
 
 
-@pytest.mark.parametrize("deadly", [[], [2]])
-def test_a_group_that_fails_only_as_a_whole_blames_no_prompt(tmp_path: Path, deadly: list[int]) -> None:
+@pytest.mark.parametrize("failing", [[], [2]])
+def test_a_group_that_fails_only_as_a_whole_blames_no_prompt(tmp_path: Path, failing: list[int]) -> None:
     """Too little memory: no attempt is counted, the producer stops with advice, and with room goes on."""
-    run = run_with(tmp_path, engine := PoisonedEngine(deadly=deadly))
+    run = run_with(tmp_path, engine := FailingEngine(failing=failing))
     engine.most = 2
     for _ in range(4):  # more often than a prompt may fail
         with pytest.raises(EngineError, match=r"0 to 3.*out of memory.*capture\.group_size"):
             run.producer()[1]()
     store = SQLiteMetadataStore(run.db)
-    assert store.failed() == {}, "want of memory says nothing of a prompt"
+    assert store.failed() == {}, "lack of memory is no fault of a prompt"
     assert store.snapshot().prompts.leased == 0
     engine.most = float("inf")
     run.run()
-    assert list(store.failed()) == deadly
-    assert acked(run) == set(ALL) - {f"small:{n}" for n in deadly}
+    assert list(store.failed()) == failing
+    assert acked(run) == set(ALL) - {f"small:{n}" for n in failing}
 
 
 def test_a_failure_of_a_whole_group_that_passes_changes_no_bit(tmp_path: Path) -> None:
     """It is captured whole at the second try."""
-    plain = weights(run_with(tmp_path / "plain", PoisonedEngine()).run())
-    run = run_with(tmp_path / "short", engine := PoisonedEngine())
+    plain = weights(run_with(tmp_path / "plain", FailingEngine()).run())
+    run = run_with(tmp_path / "short", engine := FailingEngine())
     engine.most, engine.passing = 2, 1
     assert same_bits(weights(run.run()), plain)
     assert SQLiteMetadataStore(run.db).failed() == {}
@@ -172,20 +174,20 @@ def test_a_failure_of_a_whole_group_that_passes_changes_no_bit(tmp_path: Path) -
 
 def test_an_engine_that_breaks_during_a_trial_blames_no_prompt(tmp_path: Path) -> None:
     """Deaths made the prompts suspects; an error over each of them is then no proof against any."""
-    run = run_with(tmp_path, PoisonedEngine())
+    run = run_with(tmp_path, FailingEngine())
     store = SQLiteMetadataStore(run.db)
     producer, _ = run.producer()
     for _ in range(DEATHS_BEFORE_ISOLATION):
         producer.session.acquire()
         producer.session.lease(4, 4)
-    run.engine = PoisonedEngine(deadly=range(4), broken=True)
+    run.engine = FailingEngine(failing=range(4), broken=True)
     with pytest.raises(EngineError, match="broken"):
         run.producer()[1]()
     assert store.failed() == {}
     assert store.snapshot().prompts.leased == 0
 
 
-def test_a_prompt_that_cannot_be_encoded_is_set_aside(tmp_path: Path) -> None:
+def test_a_prompt_that_cannot_be_encoded_fails(tmp_path: Path) -> None:
     """Bad input loses nothing else: no text at all, or token ids that the target does not have."""
     run = SmallRun(tmp_path)
     run.prompts[3] = {"task_id": "3", "no": "prompt"}
@@ -200,10 +202,10 @@ def test_a_prompt_that_cannot_be_encoded_is_set_aside(tmp_path: Path) -> None:
 
 def test_a_lost_sample_that_cannot_be_captured_again_is_quarantined(tmp_path: Path) -> None:
     """The consumer does not wait for ever for what will never come back."""
-    run = run_with(tmp_path, PoisonedEngine())
+    run = run_with(tmp_path, FailingEngine())
     run.producer()[1]()
     run.features.free([("small:5", 0)])
-    run.engine = PoisonedEngine(deadly=[5])
+    run.engine = FailingEngine(failing=[5])
     run.run()
     store = SQLiteMetadataStore(run.db)
     assert store.quarantined() == {"small:5": "5: index out of range at small:5"}
@@ -222,7 +224,7 @@ class RottenStore(InMemoryFeatureStore):
 def test_a_sample_that_is_damaged_every_time_is_quarantined(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Captured again a bounded number of times, then given up with the reason."""
+    """Captured again a bounded number of times, then quarantined with the reason."""
     run = SmallRun(tmp_path, features=RottenStore(8 << 20))
     run.producer()[1]()
     trainer, loader = run.consumer()
