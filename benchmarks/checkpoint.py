@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paceline.ledger.controller import DataFlowController
 
 from benchmarks.rows import Row, against, row
 from paceline import durable_files
 from paceline.features.stores.memory import InMemoryFeatureStore
+from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.records import StepPlan, TrainedStep
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.training.checkpoint import CheckpointFolder, Fill
 from paceline.training.checkpoint_writer import CheckpointWriter, InlineExecutor
 from paceline.training.recovery import Start
@@ -53,18 +53,17 @@ class Trained:
         self.step = 0
         self._staging = FileBuffers()
         self._left, self._right = torch.randn(1024, 1024), torch.randn(1024, 1024)
-        controller = DataFlowController("bench", metadata_store=SQLiteMetadataStore(folder / "ledger.db"))
+        self.session = ConsumerSession(SQLiteLedger(folder / "ledger.db"), "bench")
+        self.session.acquire()
         self.commits = CheckpointWriter(
-            controller,
+            self.session,
             InMemoryFeatureStore(budget_bytes=1 << 20),
             CheckpointFolder(folder / "checkpoints", "bench"),
-            Start(controller.take_role("consumer")),
+            Start(),
             executor,
             kept=2,
             report=lambda _, **fields: self.reports.append(fields),
         )
-        self._begin = lambda step: controller.begin_step(StepPlan(step, (), 0))
-        self._ack = lambda step: controller.ack_step(step, 0, [])
 
     def snapshot(self) -> Fill:
         files = {name: self._staging.file(name, tensors) for name, tensors in self.tensors.items()}
@@ -73,11 +72,11 @@ class Trained:
     def train(self) -> None:
         """A step of about a tenth of a second."""
         self.step += 1
-        self._begin(self.step)
+        self.session.plan(StepPlan(self.step, ()))
         for _ in range(4):
             torch.mm(self._left, self._right)
-        self._ack(self.step)
-        self.commits.add(TrainedStep(self.step, 0, 0, ()))
+        self.session.ack(self.step, 0, [])
+        self.commits.add(TrainedStep(self.step, 0, ()))
         self.commits.poll()
 
     def stage(self) -> float:

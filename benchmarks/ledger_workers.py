@@ -4,14 +4,13 @@
 
 `together` starts several, lets them open their files, starts them at once and returns what each of them
 counted. They load no torch. `Plain` has the rows and the transactions of the product and nothing else: no
-fence, no op id, no refusal, one table for each kind of row, and the product's queue for writers.
+fence, no operation number, no refusal, one table for each kind of row, and the product's queue for writers.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -22,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import apsw
-from paceline.ledger.controller import OpIds
 
+from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.gate import WriterGate
-from paceline.ledger.records import Fence, StepAck, StepPlan
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.producer_session import ProducerSession, Wanted
+from paceline.ledger.records import Lease, Order, StepPlan
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.samples import sample_ref
 from paceline.types import SampleRef, ref_to_json
 
@@ -59,14 +59,15 @@ def ready() -> None:
     sys.stdin.readline()
 
 
-TEMPLATE = sample_ref(0, run_id="bench")
+RUN = "bench"
+TEMPLATE = sample_ref(0, run_id=RUN)
 
 
-def ref_of(task_id: str, generation: int = 0) -> SampleRef:
+def ref_of(task_id: str, generation: int = 0, ordinal: int | None = None) -> SampleRef:
     """Made as the producer makes it: `dataclasses.replace` would take several times as long."""
     return SampleRef(
-        sample_id=f"bench:{task_id}",
-        run_id="bench",
+        sample_id=f"{RUN}:{task_id}",
+        run_id=RUN,
         source_task_id=task_id,
         feature_store_uri=TEMPLATE.feature_store_uri,
         feature_keys=TEMPLATE.feature_keys,
@@ -76,6 +77,7 @@ def ref_of(task_id: str, generation: int = 0) -> SampleRef:
         estimated_bytes=100,
         metadata=TEMPLATE.metadata,
         generation=generation,
+        ordinal=ordinal,
     )
 
 
@@ -90,110 +92,67 @@ def batches(worker: str, size: int) -> Iterator[list[SampleRef]]:
 
 def timed(seconds: float, work: Callable[[], int]) -> Counts:
     """Call `work`, which returns how many refs it moved, until the time is over or it returns 0."""
-    moved, calls = 0, []
+    moved = 0
     started = now = time.perf_counter()
     while now - started < seconds and (refs := work()):
         moved += refs
-        calls.append(-now + (now := time.perf_counter()))
-    return {"refs": moved, "calls": len(calls), "seconds": now - started, "call_seconds": calls}
+        now = time.perf_counter()
+    return {"refs": moved, "seconds": now - started}
 
 
 # -- the product ---------------------------------------------------------------------------
 
 
-def commit(
-    path: str, durability: str, batch: int, seconds: float, worker: str, sync_takes_s: float = 0.0
-) -> Counts:
-    """Commit fresh refs, `batch` in a transaction. `sync_takes_s`: more than on this disk."""
-    store = SQLiteMetadataStore(path, durability=durability)  # type: ignore[arg-type]
-    fresh, ids, syncs = batches(worker, batch), OpIds(), count()
-    sync = store._group_sync._sync
-
-    def slower() -> None:
-        sync()
-        if sync_takes_s:
-            time.sleep(sync_takes_s)
-        next(syncs)
-
-    store._group_sync._sync = slower
+def commit(path: str, batch: int, seconds: float) -> Counts:
+    """Commit fresh refs, `batch` in a transaction, each on the disk on return."""
+    session = ProducerSession(SQLiteLedger(path, durability="full"), RUN, order=Order.ARRIVAL)
+    session.acquire()
+    fresh = batches("w", batch)
     ready()
-    counts = timed(seconds, lambda: sum(store.commit_samples(next(fresh), op_id=ids.new())))
-    return {**counts, "syncs": next(syncs)}
+    return timed(seconds, lambda: len(session.commit(next(fresh))))
 
 
-def produce(path: str, batch: int, seconds: float, worker: str, epoch: int) -> Counts:
-    """Lease, reserve, commit: what a producer asks of the ledger. All workers of a run share the role."""
-    store = SQLiteMetadataStore(path, durability="head")
-    fence, ids = Fence("producer", epoch), OpIds()
+def commit_leased(session: ProducerSession, leases: list[Lease]) -> int:
+    """Reserve and commit what was leased; how many were new."""
+    wanted = [Wanted(lease.ordinal, f"{RUN}:{lease.ordinal}", 100) for lease in leases]
+    generations = session.reserve(wanted)
+    assert generations is not None, "there is no budget"
+    return len(
+        session.commit(
+            [ref_of(str(w.ordinal), g, w.ordinal) for w, g in zip(wanted, generations, strict=True)]
+        )
+    )
+
+
+def produce(path: str, batch: int, seconds: float, worker: str) -> Counts:
+    """Lease, reserve, commit: what a producer asks of the ledger."""
+    session = ProducerSession(SQLiteLedger(path, durability="head"), RUN, worker)
+    session.acquire()
     ready()
-
-    def one() -> int:
-        leases = store.lease_tasks(worker, batch, fence=fence, op_id=ids.new())
-        sizes = {f"bench:{lease.task_id}": 100 for lease in leases}
-        generations = store.reserve(sizes, fence=fence, op_id=ids.new())
-        refs = [ref_of(lease.task_id, generations[f"bench:{lease.task_id}"]) for lease in leases]
-        return sum(store.commit_samples(refs, fence=fence, op_id=ids.new())) if refs else 0
-
-    return timed(seconds, one)
+    return timed(seconds, lambda: commit_leased(session, session.lease(batch)))
 
 
 def consume(path: str, batch: int, seconds: float) -> Counts:
-    """Read the log, begin and ack steps of `batch` samples: what a consumer asks of the ledger."""
-    store = SQLiteMetadataStore(path, durability="head")
-    fence, ids = store.acquire_role("consumer", "benchmark"), OpIds()
+    """Read the log, plan and ack steps of `batch` samples: what a consumer asks of the ledger."""
+    session = ConsumerSession(SQLiteLedger(path, durability="head"), RUN)
+    session.acquire()
     ready()
-    after = step = 0
-    ack: StepAck | None = None
+    place = step = 0
 
     def one() -> int:
-        nonlocal after, step, ack
-        seen = store.lsn()
-        entries = store.read_committed(after, batch)
-        if not entries:
-            if ack is not None:
-                store.ack_step(ack, fence=fence, op_id=ids.new())
-                ack = None
-            if store.wait(seen, WAIT_S) == seen:
+        nonlocal place, step
+        seen = session.lsn()
+        while not (entries := session.read(place, place + batch).entries):
+            session.write_ack()
+            if session.wait(seen, WAIT_S) == seen:
                 return 0
-            entries = store.read_committed(after, batch)
-        if not entries:
-            return one()
-        after, step = entries[-1].seq, step + 1
-        plan = StepPlan(step, tuple(entry.ref.sample_id for entry in entries), after)
-        begun = store.begin_step(plan, ack=ack, fence=fence, op_id=ids.new())
-        ack = StepAck(step, begun.plan.rev, plan.sample_ids)
+            seen = session.lsn()
+        place, step = entries[-1].place + 1, step + 1
+        plan = session.plan(StepPlan(step, tuple(entry.sample_id for entry in entries))).plan
+        session.ack(step, plan.rev, plan.sample_ids)
         return len(entries)
 
     return timed(seconds, one)
-
-
-def listen(path: str, idle_s: float, commits: int) -> Counts:
-    """Asleep at the bell: when each change was seen, and what waiting costs."""
-    store = SQLiteMetadataStore(path, durability="head")
-    seen, seen_at = store.lsn(), {}
-    last = seen + commits
-    ready()
-    cpu = time.process_time()
-    seen = store.wait(seen, idle_s)
-    idle = time.process_time() - cpu
-    while seen < last:
-        seen = store.wait(seen, 10.0)
-        seen_at[seen] = time.monotonic()
-    return {"seen_at": seen_at, "cpu_per_idle_s": idle / idle_s}
-
-
-def ring(path: str, idle_s: float, commits: int, gap_s: float) -> Counts:
-    """Commit now and then, after a time without any."""
-    store = SQLiteMetadataStore(path, durability="head")
-    called_at, ids = {}, OpIds()
-    ready()
-    time.sleep(2 * idle_s)
-    for number in range(commits):
-        time.sleep(gap_s)
-        called = time.monotonic()
-        store.commit_samples(refs_of("ring", number, 1), op_id=ids.new())
-        called_at[store.lsn()] = called
-    return {"called_at": called_at, "cpu": resource.getrusage(resource.RUSAGE_SELF).ru_utime}
 
 
 # -- hand-written --------------------------------------------------------------------------
@@ -231,9 +190,9 @@ class Plain:
         )
 
 
-def plain_commit(path: str, synchronous: str, batch: int, seconds: float, worker: str) -> Counts:
-    plain = Plain(path, synchronous)
-    fresh = batches(worker, batch)
+def plain_commit(path: str, batch: int, seconds: float) -> Counts:
+    plain = Plain(path, "FULL")
+    fresh = batches("w", batch)
     ready()
 
     def one() -> int:
@@ -293,8 +252,7 @@ def plain_consume(path: str, batch: int, seconds: float) -> Counts:
 
 
 KINDS: dict[str, Callable[..., Counts]] = {
-    work.__name__: work
-    for work in (commit, produce, consume, listen, ring, plain_commit, plain_produce, plain_consume)
+    work.__name__: work for work in (commit, produce, consume, plain_commit, plain_produce, plain_consume)
 }
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ import torch
 import xxhash
 
 from paceline.features.stores.shm import SharedMemoryFeatureStore
-from paceline.ledger.records import CheckpointRecord, StepAck, StepPlan, chain_of
-from paceline.ledger.stores.sqlite import SQLiteMetadataStore
+from paceline.ledger.consumer_session import ConsumerSession
+from paceline.ledger.producer_session import ProducerSession, Wanted
+from paceline.ledger.records import CheckpointRecord, SourceBlock, StepPlan, chain_of
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.types import SampleRef
 
 FORK = multiprocessing.get_context("fork")
@@ -167,7 +169,7 @@ class Durable(Transport):
 
     def prepare(self) -> None:
         ledger = self.ledger()
-        ledger.add_tasks([f"t{number}" for number in range(self.count)])
+        ledger.extend(None, None, [SourceBlock(0, self.count, "0" * 16)])
         ledger.close()
         # As many slots as are ever in use, and free: they are taken in turn, so the warm-up meets each once.
         features, made = self.features(owner=True), [f"made:{n}" for n in range(GROUPS * self.group)]
@@ -177,36 +179,35 @@ class Durable(Transport):
             features.free([(name, 0)])
         features.close()
 
-    def ledger(self) -> SQLiteMetadataStore:
-        return SQLiteMetadataStore(self.disk / "ledger.db", durability="head")
+    def ledger(self) -> SQLiteLedger:
+        return SQLiteLedger(self.disk / "ledger.db", durability="head")
 
     def features(self, owner: bool) -> SharedMemoryFeatureStore:
         return SharedMemoryFeatureStore(self.memory / "features", budget_bytes=8 << 30, owner=owner)
 
     def produce(self) -> None:
-        ledger, features = self.ledger(), self.features(owner=True)
-        fence = ledger.acquire_role("producer", "benchmark")
+        session, features = ProducerSession(self.ledger(), "benchmark"), self.features(owner=True)
+        session.acquire()
         while True:
             while True:
-                seen = ledger.lsn()
+                seen = session.lsn()
                 if features.usage().resident_samples <= (GROUPS - 1) * self.group:
                     break
-                ledger.wait(seen, WAIT_S)
-            leases = ledger.lease_tasks("w", self.group, fence=fence)
+                session.wait(seen, WAIT_S)
+            leases = session.lease(self.group)
             if not leases:
                 return
-            ids = {lease.task_id: f"benchmark:{lease.task_id}" for lease in leases}
-            generations = ledger.reserve(dict.fromkeys(ids.values(), self.num_bytes), fence=fence)
-            ledger.commit_samples(
-                [self.put(features, t, i, generations[i]) for t, i in ids.items()], fence=fence
-            )
+            wanted = [Wanted(x.ordinal, f"benchmark:{x.ordinal}", self.num_bytes) for x in leases]
+            generations = session.reserve(wanted)
+            assert generations is not None, "there is no budget"
+            session.commit([self.put(features, w, g) for w, g in zip(wanted, generations, strict=True)])
 
-    def put(self, features: SharedMemoryFeatureStore, task: str, name: str, generation: int) -> SampleRef:
-        sealed = features.put(name, self.tensors, generation=generation)
+    def put(self, features: SharedMemoryFeatureStore, wanted: Wanted, generation: int) -> SampleRef:
+        sealed = features.put(wanted.sample_id, self.tensors, generation=generation)
         return SampleRef(
-            sample_id=name,
+            sample_id=wanted.sample_id,
             run_id="benchmark",
-            source_task_id=task,
+            source_task_id=str(wanted.ordinal),
             feature_store_uri=sealed.uri,
             feature_keys=sealed.keys,
             feature_specs=sealed.specs,
@@ -215,38 +216,34 @@ class Durable(Transport):
             estimated_bytes=sealed.num_bytes,
             metadata={"digest": sealed.digest},
             generation=generation,
+            ordinal=wanted.ordinal,
         )
 
     def consume(self) -> Iterator[None]:
-        ledger, features = self.ledger(), self.features(owner=False)
-        fence = ledger.acquire_role("consumer", "benchmark")
-        seq, chain, ack = 0, "", None
+        session, features = ConsumerSession(self.ledger(), "benchmark"), self.features(owner=False)
+        session.acquire()
+        place, chain = 0, ""
         for step in itertools.count(1):
-            entries = []
-            while len(entries) < self.group:
-                seen = ledger.lsn()
-                entries = ledger.read_committed(seq, self.group)
-                if len(entries) < self.group:
-                    ledger.wait(seen, WAIT_S)
-            seq = entries[-1].seq
-            plan = StepPlan(step, tuple(entry.ref.sample_id for entry in entries), seq)
-            ledger.begin_step(plan, ack=ack, fence=fence)
+            while True:
+                seen = session.lsn()
+                entries = session.read(place, place + self.group).entries
+                if len(entries) == self.group:
+                    break
+                session.wait(seen, WAIT_S)
+            place += self.group
+            plan = StepPlan(step, tuple(entry.sample_id for entry in entries))
+            session.plan(plan)
             samples = []
             for entry in entries:
                 samples.append(features.get(entry.ref))
                 yield
-            ack = StepAck(step, 0, plan.sample_ids)
+            session.ack(step, 0, plan.sample_ids)
             chain = chain_of(chain, [plan])
             if step % GROUPS_OF_A_CHECKPOINT == 0:
-                ledger.ack_step(ack, fence=fence)
-                ack = None
-                record = CheckpointRecord(step, f"step-{step}", "0" * 64, seq, chain)
-                ledger.record_checkpoint(record, fence=fence)
-                covered = ledger.begin_release(seq, fence=fence)
-                for sample_id, generation in covered.items():
-                    features.free([(sample_id, generation)])
-                ledger.record_released(list(covered), fence=fence)
-            if seq == self.count:
+                session.write_ack()
+                session.head(CheckpointRecord(step, f"step-{step}", "0" * 64, chain, place))
+                session.release(features)
+            if place == self.count:
                 return
 
     def close(self) -> None:
