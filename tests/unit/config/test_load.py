@@ -171,7 +171,7 @@ def test_a_path_with_nul_is_named(tmp_path: Path) -> None:
     """No system call takes it, and the first one that is given it would fail with no word of where."""
     text = yaml.safe_dump(with_values(run={"directory": "a\0b"}))
     (tmp_path / "run.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"run\.directory holds NUL"):
+    with pytest.raises(ConfigError, match=r"run\.directory contains NUL"):
         load_run_config(tmp_path / "run.yaml")
 
 

@@ -19,7 +19,7 @@ from paceline.target.layout import decoder_parts
 from paceline.testing.engine_suite import capture, requests
 from paceline.testing.tiny_families import FAMILIES, family_folder
 
-REFUSED = {"recurrent_gemma": "keeps nothing", "mamba": "states after block 1 differ"}
+REFUSED = {"recurrent_gemma": "returns no cache", "mamba": "states after block 1 differ"}
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -181,11 +181,11 @@ HARMS: dict[str, tuple[str, Callable[[Path], None]]] = {
         statement("INSERT INTO intent (generation, sample_id, bytes) VALUES (999, 'light:99', 1)"),
     ),
     "a sample is of another prompt": (
-        "C8 their places are not those of their prompts",
+        "C8 places that are not the ordinals of the prompts",
         statement(f"UPDATE sample SET ordinal = 3 WHERE place = {LIVE}"),
     ),
     "a row is none that the schema allows": (
-        "C1 in a state that there is not: light:19",
+        "C1 in an unknown state: light:19",
         lambda run: sql_unchecked(run, f"UPDATE sample SET state = 'odd' WHERE place = {LIVE}"),
     ),
     "pages belong to nothing": (
