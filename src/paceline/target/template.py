@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from paceline.errors import EngineError
 from paceline.target.template_worker import RENDER_S
 
 WORKER = ["-m", "paceline.target.template_worker"]
+TRIES = 3  # of a prompt whose worker ends
 # The environment that the worker gets: no accelerator, no secrets, only the interpreter's own paths.
 _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "TZ", "LANG", "LC_ALL")
 
@@ -53,21 +55,24 @@ class ChatTemplate:
         self.close()
 
     def _ask(self, messages: list[dict[str, str]]) -> dict[str, Any]:
-        if self._process is None:
-            self._process = _start()
-            self._tell(self._setting)
-        process = self._process
-        assert process.stdout is not None
-        self._tell(messages)
-        line = process.stdout.readline()
-        if not line:
+        """A worker that is killed from outside says nothing of the prompt: another one renders it."""
+        for tries_left in reversed(range(TRIES)):
+            if self._process is None:
+                self._process = _start()
+                self._tell(self._setting)
+            process = self._process
+            assert process.stdout is not None
+            self._tell(messages)
+            if line := process.stdout.readline():
+                answer: dict[str, Any] = json.loads(line)
+                return answer
             code = process.wait()
             self.close()
-            raise _failed(
-                f"it was stopped after {RENDER_S} s" if code == -14 else f"its process ended with {code}"
-            )
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+            if code == -signal.SIGPROF:
+                raise _failed(f"it was stopped after {RENDER_S} s of processor time")
+            if not tries_left:
+                raise _failed(f"{TRIES} processes in a row ended with it, the last one with {code}")
+        raise AssertionError("unreachable")
 
     def _tell(self, what: object) -> None:
         assert self._process is not None

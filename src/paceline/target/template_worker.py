@@ -14,7 +14,7 @@ import sys
 from datetime import datetime, tzinfo
 from typing import Any
 
-RENDER_S = 10
+RENDER_S = 10  # of processor time: a machine that is busy or asleep must not decide about a prompt
 MEMORY_BYTES = 2 << 30
 TEXT_CHARACTERS_MAX = 16 << 20
 
@@ -28,7 +28,7 @@ def main() -> None:
     if setting["date"] is not None:
         _stop_the_clock(datetime.fromisoformat(setting["date"]))
     for line in sys.stdin:
-        signal.alarm(RENDER_S)  # the default action kills this process at the limit
+        signal.setitimer(signal.ITIMER_PROF, RENDER_S)  # SIGPROF kills this process at the limit
         try:
             texts: Any = render_jinja_template(
                 conversations=[json.loads(line)],
@@ -43,7 +43,7 @@ def main() -> None:
             answer = {"error": f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"}
         except Exception as error:  # noqa: BLE001 (whatever a template raises is its parent's to judge)
             answer = {"error": f"{type(error).__name__}: {error}"[:500]}
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 

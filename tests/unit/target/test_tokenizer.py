@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from paceline.errors import ConfigError, EngineError
 from paceline.target import template_worker
-from paceline.target.template import TemplateError
+from paceline.target.template import ChatTemplate, TemplateError
 from paceline.target.tokenizer import PromptEncoder
 
 PROMPT = "the wind turns a wheel"
@@ -69,6 +69,18 @@ def test_a_template_without_end_is_stopped(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("paceline.target.template.WORKER", [str(quick)])
     with pytest.raises(TemplateError, match="was stopped after"):
         PromptEncoder(with_template(folder, loops), max_prompt_tokens=64)
+
+
+def test_a_renderer_that_is_killed_says_nothing_of_the_prompt(folder: Path) -> None:
+    """A kill from outside fails no prompt: another process renders it, to the same text."""
+    template = ChatTemplate()
+    template.use("{{ messages[0].content }}", {})
+    first = template.render([{"role": "user", "content": "hello"}])
+    assert template._process is not None
+    template._process.kill()
+    template._process.wait()
+    assert template.render([{"role": "user", "content": "hello"}]) == first
+    template.close()
 
 
 def test_a_prompt_that_the_template_refuses_leaves_the_others_alone(folder: Path) -> None:
