@@ -124,7 +124,7 @@ HARMS: dict[str, tuple[str, Callable[[Path], None]]] = {
         statement("UPDATE sample SET resident = 0 WHERE place = 9"),
     ),
     "a sample is of another prompt": (
-        "C8 their places are not those of their prompts: run0:s9",
+        "C8 places that are not the ordinals of the prompts: run0:s9",
         statement("UPDATE sample SET ordinal = 11 WHERE place = 9"),
     ),
 }

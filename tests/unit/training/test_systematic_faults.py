@@ -249,7 +249,7 @@ def test_a_stream_that_ends_without_a_sample_is_an_error(tmp_path: Path) -> None
     session.fail([0, 1], "it has no text", retryable=False)
     assert session.end_stream()
     trainer, loader = run.consumer()
-    with pytest.raises(TrainingError, match=r"none to train: 2 prompts failed.*it has no text"):
+    with pytest.raises(TrainingError, match=r"without a sample to train: 2 prompts failed.*it has no text"):
         trainer.fit(loader)
 
 
