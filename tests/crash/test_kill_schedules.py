@@ -22,8 +22,8 @@ RANDOM = 250
 HAPPENED = {  # and how often at least, over all schedules
     "schedules": 1000,
     "zombies": 100,
-    "zombie rejected at commit": 1,
-    "zombie rejected at reserve": 1,
+    "zombie rejected at give_back": 1,  # after its commit or reserve, which is refused first
+    "zombie rejected at extend": 1,
     "zombie rejected at plan": 1,
     "zombie rejected at head": 1,
     "zombie rejected at releasable": 1,
