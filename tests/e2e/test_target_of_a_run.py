@@ -63,7 +63,7 @@ def test_another_type_of_numbers_is_refused(tiny_model: Path, tmp_path: Path) ->
     ledger.close()
     refused = run.command("produce")
     assert refused.returncode == 2
-    assert "computed its target as bfloat16 on cuda, and would now go on as float32 on cpu" in refused.stderr
+    assert "computed its target in bfloat16 on cuda, and would now compute in float32" in refused.stderr
 
 
 def test_a_target_binds_only_what_was_captured_from_it(tiny_model: Path, tmp_path: Path) -> None:
