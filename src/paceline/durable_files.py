@@ -20,12 +20,17 @@ def write_file(path: Path, data: FileContent) -> None:
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.fsync(fd)
+        write_whole(fd, data)
     finally:
         os.close(fd)
+
+
+def write_whole(fd: int, data: FileContent) -> None:
+    """Write all of `data`, however short single writes are, and sync the file. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.fsync(fd)
 
 
 def make_folder(path: Path) -> None:

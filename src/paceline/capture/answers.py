@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from paceline.durable_files import make_folder, sync_folder
+from paceline.durable_files import make_folder, sync_folder, write_whole
 from paceline.errors import StoreError
 
 ORDINALS_PER_FILE = 4096
@@ -96,10 +96,7 @@ class AnswerFiles:
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self._whole.discard(number)  # until the write succeeds
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-            os.fsync(fd)
+            write_whole(fd, data)
         finally:
             os.close(fd)
         self._whole.add(number)

@@ -87,9 +87,14 @@ def _set_on_signals(stop: threading.Event) -> None:
         stop.set()
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup
-            signal.signal(number, ask)
+    for number in stop_signals():
+        signal.signal(number, ask)
+
+
+def stop_signals() -> list[signal.Signals]:
+    """What asks a process of a run to stop: a hang-up only where `nohup` has not had it ignored."""
+    hang_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+    return [signal.SIGINT, signal.SIGTERM, *hang_up]
 
 
 def _die_with_supervisor() -> None:

@@ -25,6 +25,7 @@ from paceline.roles.binding import bind_run
 from paceline.roles.child import GRACE_S, Child, RoleFailedError, end_orphan
 from paceline.roles.feature_folder import folder_of, take_folder
 from paceline.roles.plan import RunPlan, log_path
+from paceline.roles.process import stop_signals
 from paceline.roles.snapshot import RunSnapshot, take_snapshot
 from paceline.roles.target_binding import bind_target
 
@@ -45,10 +46,8 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # nohup asks for a hang-up to be ignored; nothing asks that of the other two.
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._ask)
+        for number in stop_signals():
+            self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
