@@ -15,8 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from paceline.capture.prompts import Prompt
-from paceline.capture.source import PromptSource
+from paceline.data.prompts import Prompt
+from paceline.data.source import PromptSource
 from paceline.errors import ConfigError, EngineError
 
 FITTING_IN_A_ROW = 64  # prompts; after so many, all with shorter texts are assumed to fit

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from paceline.capture.answers import AnswerFiles
 from paceline.capture.encoding import EncodedPrompt, Encoding, rendering_of
-from paceline.capture.source import PromptSource, digest_of, group_of
+from paceline.data.source import PromptSource, digest_of, group_of
 from paceline.errors import ConfigError, LedgerError
 from paceline.ledger.facts import RENDERING
 from paceline.ledger.producer_session import ProducerSession

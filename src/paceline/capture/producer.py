@@ -24,8 +24,8 @@ from paceline.capture.groups import CaptureGroup, Groups
 from paceline.capture.in_flight import CaptureInFlight, CapturesInFlight
 from paceline.capture.isolation import CaptureFailedError, Isolation, as_failure
 from paceline.capture.settings import CaptureSettings
-from paceline.capture.source import PromptSource
 from paceline.capture.upkeep import Upkeep
+from paceline.data.source import PromptSource
 from paceline.engines.engine import Captured, CaptureRequest, TargetEngine
 from paceline.errors import EngineError, LedgerError
 from paceline.features.store import FeatureStore

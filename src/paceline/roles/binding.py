@@ -26,7 +26,7 @@ ROLES = ("producer", "consumer")
 def bind_run(plan: RunPlan, ledger: Ledger, *, role: str | None = None) -> tuple[int, ...]:
     """Bind the run, or raise ConfigError if settings or prompts differ from what it is bound to.
 
-    Returns the stretches of its prompts (capture/source.py). `role`: the role whose lock the caller holds.
+    Returns the stretches of its prompts (data/source.py). `role`: the role whose lock the caller holds.
     """
     facts = ledger.facts()
     if CONFIG not in facts:  # another process may settle it at the same time

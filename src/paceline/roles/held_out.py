@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from paceline.capture.prompt_file import PromptFile
 from paceline.config.run import RunConfig
+from paceline.data.prompt_file import PromptFile
 from paceline.evaluation.heldout import HeldOut, Room, encode_held_out, refuse_nothing_to_measure
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paceline.capture.prompt_file import PromptFile
-from paceline.capture.source import RunPrompts
 from paceline.config.run import RunConfig
+from paceline.data.prompt_file import PromptFile
+from paceline.data.source import RunPrompts
 from paceline.errors import ConfigError
 from paceline.target.folder import read_config
 from paceline.target.plain_llama import why_not_plain_llama

@@ -19,7 +19,7 @@ from paceline.capture.encoding import Encoding, PromptLimits
 from paceline.capture.producer import Producer
 from paceline.capture.settings import CaptureSettings
 from paceline.capture.sizing import largest_sample_bytes
-from paceline.capture.source import PromptList, PromptSource
+from paceline.data.source import PromptList, PromptSource
 from paceline.engines.engine import TargetEngine
 from paceline.errors import ConfigError, PacelineError
 from paceline.features.store import FeatureStore

@@ -20,7 +20,7 @@ from typing import Any
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
 from paceline.capture.producer import Producer
 from paceline.capture.settings import CaptureSettings
-from paceline.capture.source import PromptList
+from paceline.data.source import PromptList
 from paceline.errors import EngineError, TrainingError
 from paceline.features.store import FeatureStore
 from paceline.ledger.consumer_session import ConsumerSession

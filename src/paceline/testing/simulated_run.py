@@ -11,7 +11,7 @@ from typing import Any
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
 from paceline.capture.producer import Producer
 from paceline.capture.settings import CaptureSettings
-from paceline.capture.source import PromptList
+from paceline.data.source import PromptList
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.producer_session import ProducerSession
 from paceline.loader.loader import LoaderSettings, StepLoader

@@ -10,7 +10,7 @@ import torch
 
 from paceline.capture.producer import Producer
 from paceline.capture.settings import CaptureSettings
-from paceline.capture.source import PromptList, RunPrompts
+from paceline.data.source import PromptList, RunPrompts
 from paceline.features.store import FeatureStore
 from paceline.features.stores.memory import InMemoryFeatureStore
 from paceline.ledger.stores.sqlite import SQLiteLedger

@@ -10,9 +10,9 @@ import pytest
 from paceline.capture.backpressure import Backpressure, Watermarks
 from paceline.capture.encoding import Encoding, PromptLimits, rendering_of
 from paceline.capture.producer import Producer
-from paceline.capture.prompt_file import PromptFile
 from paceline.capture.settings import CaptureSettings
-from paceline.capture.source import BLOCK, PromptList, RunPrompts
+from paceline.data.prompt_file import PromptFile
+from paceline.data.source import BLOCK, PromptList, RunPrompts
 from paceline.errors import ConfigError
 from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.stores.sqlite import SQLiteLedger

@@ -15,7 +15,7 @@ from paceline.capture.groups import CaptureGroup
 from paceline.capture.in_flight import CaptureInFlight, CapturesInFlight
 from paceline.capture.producer import Producer
 from paceline.capture.settings import CaptureSettings
-from paceline.capture.source import PromptList
+from paceline.data.source import PromptList
 from paceline.engines.engine import Captured, CaptureRequest
 from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.stores.sqlite import SQLiteLedger

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,25 @@ CHATS = ("messages", "conversations", "conversation")
 
 
 @dataclass(frozen=True)
+class Chat:
+    """A conversation in the form that chat templates take: every message has a "role", most a "content"."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One prompt of a source. `broken`: why it can never be captured; `text` is then the line's content.
 
-    `token_ids`: given instead of a text. `round`: how many times the run answered the prompt before.
-    `place`: where the prompt lies in its file, for messages.
+    `chat` or `token_ids`: given instead of a text. `round`: how many times the run answered the prompt
+    before. `place`: where the prompt lies in its file, for messages.
     """
 
     prompt_id: str
     text: str = ""
     broken: str = ""
+    chat: Chat | None = None
     token_ids: tuple[int, ...] | None = None
     round: int = 0
     place: str = field(default="", compare=False)

@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paceline.capture.prompts import Prompt, broken_line, parse_line
-from paceline.capture.source import BLOCK, blocks_between, digest_of
+from paceline.data.prompts import Prompt, broken_line, parse_line
+from paceline.data.source import BLOCK, blocks_between, digest_of
 from paceline.errors import ConfigError
 from paceline.ledger.records import SourceBlock
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from paceline.capture.source import PromptList, RunPrompts, group_of
+from paceline.data.source import PromptList, RunPrompts, group_of
 from paceline.types import PromptTask
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from paceline.capture.prompt_file import PromptFile
-from paceline.capture.prompts import ID_BYTES_MAX, Prompt
-from paceline.capture.source import BLOCK
+from paceline.data.prompt_file import PromptFile
+from paceline.data.prompts import ID_BYTES_MAX, Prompt
+from paceline.data.source import BLOCK
 from paceline.errors import ConfigError
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.testing.synthetic import HIDDEN

@@ -11,11 +11,11 @@ import bisect
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
-from paceline.capture.prompts import Prompt
+from paceline.data.prompts import Prompt
 from paceline.ledger.records import SourceBlock
 from paceline.types import PromptTask
 
@@ -48,7 +48,8 @@ def digest_of(prompts: Iterable[Prompt]) -> str:
     """Digest of these prompts in this order."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.prompt_id, prompt.text, prompt.token_ids]).encode() + b"\n")
+        what = asdict(prompt.chat) if prompt.chat else prompt.text
+        digest.update(json.dumps([prompt.prompt_id, what, prompt.token_ids]).encode() + b"\n")
     return digest.hexdigest()[:16]
 
 
