@@ -10,7 +10,7 @@ import difflib
 import re
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -50,14 +50,17 @@ class Section(BaseModel):
             ) from error
 
 
-def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One sentence per mistake: the key, the value, and the most similar valid key."""
-    return [_told(problem, model) for problem in error.errors()]
+def problems(error: ValidationError, model: type[BaseModel], section: str = "") -> list[str]:
+    """One sentence per mistake: the key, the value, and the most similar valid key.
+
+    `section`: the name of the section whose values were validated; "" for a whole file.
+    """
+    return [_told(problem, model, section) for problem in error.errors()]
 
 
-def _told(problem: Any, model: type[BaseModel]) -> str:
+def _told(problem: Any, model: type[BaseModel], section: str) -> str:
     where = [str(part) for part in problem["loc"]]
-    name = ".".join(where)
+    name = ".".join([section, *where] if section else where)
     if problem["type"] == "extra_forbidden":
         return f"unknown key {name!r} ({nearest(where[-1], _keys_at(where[:-1], model))})"
     if problem["type"] == "missing":
@@ -81,7 +84,10 @@ def _shown(value: object) -> str:
 
 def _keys_at(where: list[str], model: type[BaseModel]) -> list[str]:
     for part in where:
-        inner = model.model_fields[part].annotation
+        if part.isdecimal():  # a place in a list of sections
+            continue
+        annotation = model.model_fields[part].annotation
+        inner = next(iter(get_args(annotation)), annotation)
         assert isinstance(inner, type)
         assert issubclass(inner, BaseModel)
         model = inner

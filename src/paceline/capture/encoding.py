@@ -47,7 +47,7 @@ class PromptLimits:
 
     vocab_size: int
     max_tokens: int | None = None
-    why: str = "prompts.max_prompt_tokens"
+    why: str = "data.max_prompt_tokens"
 
     def for_positions(self, max_positions: int | None, max_answer_tokens: int) -> PromptLimits:
         """These limits for a target with `max_positions`: prompt and answer must fit into them together."""
@@ -56,10 +56,10 @@ class PromptLimits:
         room = max_positions - max_answer_tokens
         if room < 1:
             raise ConfigError(
-                f"prompts.max_answer_tokens is {max_answer_tokens}, but the target has only {max_positions} "
+                f"data.max_answer_tokens is {max_answer_tokens}, but the target has only {max_positions} "
                 "positions for prompt and answer together.",
                 why="Beyond its positions the target's states mean nothing.",
-                next=f"set prompts.max_answer_tokens well below {max_positions}.",
+                next=f"set data.max_answer_tokens well below {max_positions}.",
             )
         if self.max_tokens is not None and self.max_tokens <= room:
             return self

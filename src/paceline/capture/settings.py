@@ -1,42 +1,16 @@
-"""The run file's `prompts` and `capture` sections: which prompts are answered, and in which batches."""
+"""The run file's `capture` section: in which batches prompts are answered."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from paceline.data.settings import AnswersSection, DataSection
 from paceline.section import Count, Section
 from paceline.types import Feature
 
-ROUNDS_MAX = 10_000
 GROUPS_IN_FLIGHT_MAX = 256
-
-
-class AnswersSection(Section):
-    """How long answers may be and how they are sampled: part of the run file's `prompts` section.
-
-    `first_round_temperature` applies when the run answers a prompt for the first time.
-    """
-
-    max_answer_tokens: Count = 128
-    first_round_temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.8
-
-
-class PromptsSection(AnswersSection):
-    """`rounds`: how often the prompt set is answered; from the second round on answers are sampled.
-
-    `duplicates`: a repeated line is used once, or the run is refused. The file may move between starts,
-    because prompts are known by their digests.
-    """
-
-    changeable: ClassVar[tuple[str, ...]] = ("path", "duplicates")
-    path: Path
-    rounds: Annotated[int, Field(ge=1, le=ROUNDS_MAX)] = 1
-    duplicates: Literal["once", "refuse"] = "once"
-    max_prompt_tokens: Count = 192
 
 
 class CaptureSection(Section):
@@ -66,7 +40,7 @@ class CaptureSettings(CaptureSection, AnswersSection):
     max_prompt_tokens: Count | None = None
 
     @classmethod
-    def of(cls, capture: CaptureSection, prompts: PromptsSection, **rest: Any) -> CaptureSettings:
-        answers = {name: getattr(prompts, name) for name in AnswersSection.model_fields}
+    def of(cls, capture: CaptureSection, data: DataSection, **rest: Any) -> CaptureSettings:
+        answers = {name: getattr(data, name) for name in AnswersSection.model_fields}
         groups = {name: getattr(capture, name) for name in CaptureSection.model_fields}
-        return cls(max_prompt_tokens=prompts.max_prompt_tokens, **answers, **groups, **rest)
+        return cls(max_prompt_tokens=data.max_prompt_tokens, **answers, **groups, **rest)

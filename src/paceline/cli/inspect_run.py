@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from paceline.cli.plain import say
+from paceline.config.load import setting
 from paceline.errors import ConfigError
 from paceline.ledger.facts import CONFIG, RUN_ID
 from paceline.ledger.records import SampleRecord, Snapshot, State, TrainedStep
@@ -50,7 +51,7 @@ def inspect_sample(console: Console, view: LedgerView, sample_id: str) -> None:
     facts = view.facts()
     run_id = facts.get(RUN_ID, "")
     task_id = sample_id.removeprefix(f"{run_id}:")
-    rounds = range(facts.get(CONFIG, {}).get("prompts.rounds", 1))
+    rounds = range(setting(facts.get(CONFIG, {}), "data.rounds", 1))
     reasons = list(view.failed().values())
     for task_ids in ([task_id], [f"{turn}/{task_id}" for turn in rounds]):
         lives = [(i, view.find(f"{run_id}:{i}"), view.history(sample_id=f"{run_id}:{i}")) for i in task_ids]

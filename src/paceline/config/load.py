@@ -18,6 +18,7 @@ import yaml
 from pydantic import Field, ValidationError, create_model
 
 from paceline.config.run import RunConfig
+from paceline.data.settings import PromptsSection
 from paceline.engines.table import ENGINES
 from paceline.errors import ConfigError
 from paceline.features.table import STORES
@@ -49,14 +50,22 @@ def load_run_config(path: Path) -> RunConfig:
         ) from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds no sections.", next="start from a copy of recipes/smollm2-cpu.yaml.")
-    for section, values in data.items():
-        for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, str) and "\0" in value:
-                raise ConfigError(
-                    f"{path}: {section}.{key} contains NUL, which no path or name may.",
-                    next=f"mend {path} and run it again.",
-                )
+    for key, value in _texts(data, ""):
+        if "\0" in value:
+            raise ConfigError(
+                f"{path}: {key} contains NUL, which no path or name may.",
+                next=f"mend {path} and run it again.",
+            )
     return parse_run_config(data, source=str(path))
+
+
+def _texts(value: object, name: str) -> Iterator[tuple[str, str]]:
+    """Every text of the file, with the name of its key."""
+    if isinstance(value, str):
+        yield name, value
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield from _texts(part, f"{name}.{key}" if name else str(key))
 
 
 def _refuse_hostile(root: yaml.Node | None) -> None:
@@ -93,15 +102,33 @@ VARIANTS = {
 
 def parse_run_config(data: Mapping[str, Any], *, source: str) -> RunConfig:
     model = _model_of(tuple(_chosen(data, section) for section in VARIANTS))
+    data, told = _prompts_as_data(data)
     try:
-        return model.model_validate(data)
+        config = model.model_validate(data)
     except ValidationError as error:
-        told = problems(error, model)
+        told += problems(error, model)
+    if told:
         raise ConfigError(
             f"{source} has {len(told)} problem{'s' * (len(told) > 1)}: " + "; ".join(told) + ".",
             why="Nothing was started and nothing was changed.",
             next=f"mend {source} and run the same command again.",
-        ) from error
+        )
+    return config
+
+
+def _prompts_as_data(given: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """The run file with its section `prompts`, if it has one, as the section `data`; and its mistakes."""
+    if "prompts" not in given:
+        return given, []
+    rest = {name: values for name, values in given.items() if name != "prompts"}
+    if "data" in given:
+        return rest, ["'prompts' and 'data' both say what to read: keep 'data'"]
+    try:
+        section = PromptsSection.model_validate(given["prompts"])
+    except ValidationError as error:
+        readable = {"sources": [{"path": "."}]}  # so that the mistakes of the other sections are found, too
+        return {**rest, "data": readable}, problems(error, PromptsSection, "prompts")
+    return {**rest, "data": section.as_data()}, []
 
 
 def _chosen(data: Mapping[str, Any], section: str) -> type[Section]:
@@ -127,15 +154,29 @@ def _model_of(chosen: tuple[type[Section], ...]) -> type[RunConfig]:
 
 def flat(config: RunConfig) -> dict[str, Any]:
     """{"training.batch_size": 8, ...}, JSON values."""
-    return dict(_leaves(config.model_dump(mode="json"), ""))
+    return _knobs(config.model_dump(mode="json"))
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def _knobs(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()}
+
+
+def setting(recorded: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """A recorded setting by its key."""
+    return _named(recorded).get(key, default)
+
+
+def _named(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings, with those of a section `prompts` under the names of the section `data`."""
+    old = {key: value for key, value in recorded.items() if key.startswith("prompts.")}
+    named = {key: value for key, value in recorded.items() if key not in old}
+    for key, value in old.items():
+        name = key.removeprefix("prompts.")
+        is_path = name == "path"
+        named["data.sources" if is_path else f"data.{name}"] = (
+            [{"path": value, "format": "prompts"}] if is_path else value
+        )
+    return named
 
 
 def refuse_changes(recorded: Mapping[str, Any], config: RunConfig) -> None:
@@ -144,7 +185,7 @@ def refuse_changes(recorded: Mapping[str, Any], config: RunConfig) -> None:
     `recorded` is `flat(config)` of the run's first start.
     """
     # A knob that is newer than the run had its default value.
-    now, recorded = flat(config), {**_defaults(config), **recorded}
+    now, recorded = flat(config), {**_defaults(config), **_named(recorded)}
     changed = [
         key
         for key in sorted(recorded.keys() | now.keys())
@@ -165,7 +206,7 @@ def refuse_changes(recorded: Mapping[str, Any], config: RunConfig) -> None:
 def _defaults(config: RunConfig) -> dict[str, Any]:
     """The default of every knob that has one."""
     sections = {name: type(section).model_construct().model_dump(mode="json") for name, section in config}
-    return dict(_leaves(sections, ""))
+    return _knobs(sections)
 
 
 def _is_changeable(key: str, config: RunConfig) -> bool:
@@ -182,7 +223,7 @@ def recorded_config(recorded: Mapping[str, Any], directory: Path) -> str:
             next="name its run file instead: paceline evaluate RUN.yaml",
         )
     tree: dict[str, dict[str, Any]] = {}
-    for key, value in recorded.items():
+    for key, value in _named(recorded).items():
         section, _, name = key.partition(".")
         tree.setdefault(section, {})[name] = value
     tree["run"]["directory"] = str(directory)

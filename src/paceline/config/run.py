@@ -12,7 +12,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from paceline.capture.settings import CaptureSection, PromptsSection
+from paceline.capture.settings import CaptureSection
+from paceline.data.settings import DataSection
 from paceline.engines.settings import EngineSection
 from paceline.evaluation.settings import EvaluationSection
 from paceline.features.settings import FeaturesSection
@@ -47,7 +48,7 @@ class RunConfig(Section):
 
     run: RunSection
     target: TargetSection
-    prompts: PromptsSection
+    data: DataSection
     engine: EngineSection
     capture: CaptureSection = CaptureSection()
     features: FeaturesSection

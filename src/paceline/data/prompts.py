@@ -32,8 +32,8 @@ class Chat:
 class Prompt:
     """One prompt of a source. `broken`: why it can never be captured; `text` is then the line's content.
 
-    `chat` or `token_ids`: given instead of a text. `round`: how many times the run answered the prompt
-    before. `place`: where the prompt lies in its file, for messages.
+    `chat` or `token_ids`: given instead of a text. `spans`: the token ids that are answers, as (start, stop).
+    `round`: 0 the first time that the run answers the prompt. `place`: where the prompt lies, for messages.
     """
 
     prompt_id: str
@@ -41,6 +41,7 @@ class Prompt:
     broken: str = ""
     chat: Chat | None = None
     token_ids: tuple[int, ...] | None = None
+    spans: tuple[tuple[int, int], ...] = ()
     round: int = 0
     place: str = field(default="", compare=False)
 

@@ -48,9 +48,13 @@ def digest_of(prompts: Iterable[Prompt]) -> str:
     """Digest of these prompts in this order."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        what = asdict(prompt.chat) if prompt.chat else prompt.text
-        digest.update(json.dumps([prompt.prompt_id, what, prompt.token_ids]).encode() + b"\n")
+        digest.update(json.dumps([prompt.prompt_id, *_content(prompt)]).encode() + b"\n")
     return digest.hexdigest()[:16]
+
+
+def _content(prompt: Prompt) -> list[Any]:
+    what = asdict(prompt.chat) if prompt.chat else prompt.text
+    return [what, prompt.token_ids, *([prompt.spans] if prompt.spans else [])]
 
 
 @runtime_checkable

@@ -62,7 +62,7 @@ def _why_not(ids: Sequence[int], room: Room) -> str:
     if foreign is not None:
         return f"it has the token {foreign}, and the target has {room.vocab_size} tokens"
     if len(ids) > room.prompt_tokens:
-        return f"it has {len(ids)} tokens, more than the {room.prompt_tokens} of prompts.max_prompt_tokens"
+        return f"it has {len(ids)} tokens, more than the {room.prompt_tokens} of data.max_prompt_tokens"
     if room.positions is not None and length > room.positions:
         return f"with its answer it takes {length} positions, and the target has {room.positions}"
     return ""

@@ -16,7 +16,7 @@ def held_out_prompts(
     file = PromptFile(config.evaluation.prompts)
     prompts = [prompt for prompt in file.read(0, file.size) if not prompt.broken]
     chosen = [(prompt.prompt_id, prompt.text) for prompt in prompts[: config.evaluation.max_prompts]]
-    room = Room(vocab_size, positions, config.prompts.max_prompt_tokens, config.evaluation.max_new_tokens)
+    room = Room(vocab_size, positions, config.data.max_prompt_tokens, config.evaluation.max_new_tokens)
     return encode_held_out(chosen, encode, room)
 
 

@@ -38,13 +38,13 @@ class RunPlan:
 
     def source(self, stretches: Sequence[int] = ()) -> RunPrompts:
         """Every prompt of every round, in run order, with its task id `round/prompt`; see `bind_run`."""
-        return RunPrompts(self.prompts, self.config.prompts.rounds, stretches)
+        return RunPrompts(self.prompts, self.config.data.rounds, stretches)
 
     def num_steps(self, stretches: Sequence[int]) -> list[int]:
         """The optimizer steps of the whole run: as it began, and after each extension."""
         training, totals, before = self.config.training, [0], 0
         for size in stretches:
-            visits = (size - before) * self.config.prompts.rounds * training.passes
+            visits = (size - before) * self.config.data.rounds * training.passes
             totals.append(totals[-1] + math.ceil(visits / training.batch_size))
             before = size
         most = training.max_steps
@@ -57,11 +57,23 @@ def plan_run(config: RunConfig) -> RunPlan:
     heldout = PromptFile(config.evaluation.prompts)
     texts = {prompt.text for prompt in heldout.read(0, heldout.size) if not prompt.broken}
     index_path = config.run.directory / "prompts.index.json"
-    prompts = PromptFile(config.prompts.path, heldout=texts, index_path=index_path)
+    prompts = PromptFile(_prompt_file(config), heldout=texts, index_path=index_path)
     _refuse_shared(config, prompts)
     _refuse_repeats(config, prompts)
-    num_samples = prompts.size * config.prompts.rounds
+    num_samples = prompts.size * config.data.rounds
     return RunPlan(config, prompts, num_samples, obstacle)
+
+
+def _prompt_file(config: RunConfig) -> Path:
+    """The file of the run's only source."""
+    sources = config.data.sources
+    if len(sources) == 1 and sources[0].path is not None and sources[0].weight == 1:
+        return sources[0].path
+    raise ConfigError(
+        "The section 'data' must name one file of prompts.",
+        why="Other sources are not read yet.",
+        next="give its 'path' alone.",
+    )
 
 
 def _target_obstacle(config: RunConfig) -> str:
@@ -70,13 +82,13 @@ def _target_obstacle(config: RunConfig) -> str:
     Raises ConfigError if the run file refuses such a target, or if no prompt fits its positions.
     """
     target = read_config(config.target.model)
-    positions, answer = target.get("max_position_embeddings"), config.prompts.max_answer_tokens
+    positions, answer = target.get("max_position_embeddings"), config.data.max_answer_tokens
     # A prompt that does not fit beside an answer fails alone; with this setting no prompt fits.
     if isinstance(positions, int) and answer >= positions:
         raise ConfigError(
-            f"prompts.max_answer_tokens is {answer}, and the target has {positions} positions.",
+            f"data.max_answer_tokens is {answer}, and the target has {positions} positions.",
             why="States and logits beyond the positions that a target was trained with are meaningless.",
-            next=f"set prompts.max_answer_tokens to less than {positions}, prompts included.",
+            next=f"set data.max_answer_tokens to less than {positions}, prompts included.",
         )
     obstacle = why_not_plain_llama(target)
     if obstacle and config.evaluation.unsupported == "refuse":
@@ -99,13 +111,13 @@ def _refuse_shared(config: RunConfig, prompts: PromptFile) -> None:
 
 def _refuse_repeats(config: RunConfig, prompts: PromptFile) -> None:
     lines = prompts.repeated_lines
-    if lines and config.prompts.duplicates == "refuse":
+    if lines and config.data.duplicates == "refuse":
         named = ", ".join(str(line) for line in lines[:REPEATS_NAMED])
         more = f" and {len(lines) - REPEATS_NAMED} more" if len(lines) > REPEATS_NAMED else ""
         raise ConfigError(
             f"{len(lines)} lines of {prompts.path} repeat an earlier one: lines {named}{more}.",
-            why="prompts.duplicates is 'refuse'. Nothing was started.",
-            next="delete these lines, or set prompts.duplicates to 'once', which takes each prompt once.",
+            why="data.duplicates is 'refuse'. Nothing was started.",
+            next="delete these lines, or set data.duplicates to 'once', which takes each prompt once.",
         )
 
 

@@ -50,7 +50,7 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
         prompts=plan.source(stretches),
         capture=CaptureSettings.of(
             config.capture,
-            config.prompts,
+            config.data,
             seed=config.run.seed,
             strategy=config.method.name,
             features=config.method.build().features(engine.facts),

@@ -57,9 +57,9 @@ class PromptEncoder:
         if self._max_prompt_tokens is not None and len(ids) > self._max_prompt_tokens:
             raise ConfigError(
                 f"A prompt has {len(ids)} tokens, more than the {self._max_prompt_tokens} of "
-                f"prompts.max_prompt_tokens: {prompt[:60]!r}...",
+                f"data.max_prompt_tokens: {prompt[:60]!r}...",
                 why="Cutting it would change its meaning, and the feature budget is computed from the limit.",
-                next=f"set prompts.max_prompt_tokens to {len(ids)} or more, or shorten the prompt.",
+                next=f"set data.max_prompt_tokens to {len(ids)} or more, or shorten the prompt.",
             )
         return ids
 

@@ -32,7 +32,7 @@ def test_a_prompt_that_is_too_long_fails_alone() -> None:
     """The reason says how long it is; one of exactly the limit is taken."""
     assert broken(encoding(5), "12345", "123456", "1") == [
         "",
-        "the prompt has 6 tokens, more than the 5 of prompts.max_prompt_tokens",
+        "the prompt has 6 tokens, more than the 5 of data.max_prompt_tokens",
         "",
     ]
 
@@ -82,7 +82,7 @@ def test_prompt_and_answer_must_fit_into_the_targets_positions() -> None:
         "",
         "the prompt has 11 tokens, more than the 10 of the target's 40 positions less 30 for the answer",
     ]
-    with pytest.raises(ConfigError, match=r"has only 40 .* Next: set prompts.max_answer_tokens well below"):
+    with pytest.raises(ConfigError, match=r"has only 40 .* Next: set data.max_answer_tokens well below"):
         limits.for_positions(40, 40)
 
 
@@ -107,7 +107,7 @@ def test_long_prompts_are_told_of_before_the_start(tmp_path: Path) -> None:
         texts[place] = "x" * length
     file, one = PromptFile(write(tmp_path / "prompts.jsonl", texts)), encoding(192)
     assert one.look_for_long(RunPrompts(file, rounds=2, stretches=[5000])) == (
-        "4 prompts fail, longer than the 192 tokens of prompts.max_prompt_tokens (the longest has "
+        "4 prompts fail, longer than the 192 tokens of data.max_prompt_tokens (the longest has "
         "500); "
         f"the first: {file.path}, line 8; {file.path}, line 31; {file.path}, line 101"
     )

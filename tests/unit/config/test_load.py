@@ -189,3 +189,68 @@ def test_a_project_may_move_with_its_prompts() -> None:
     recorded = flat(parse_run_config(MINIMAL, source="run.yaml"))
     moved = with_values(prompts={"path": "elsewhere/p.jsonl"})
     refuse_changes(recorded, parse_run_config(moved, source="run.yaml"))
+
+
+DATA = {name: section for name, section in MINIMAL.items() if name != "prompts"}
+
+
+def test_the_section_prompts_is_a_data_section_with_one_file_of_prompts() -> None:
+    """And a run that was started with it goes on with either."""
+    old = parse_run_config(with_values(prompts={"rounds": 3, "temperature": 0.5}), source="x")
+    source = {"path": "p.jsonl", "format": "prompts"}
+    new = parse_run_config({**DATA, "data": {**source, "rounds": 3, "temperature": 0.5}}, source="x")
+    assert old == new
+    recorded = {
+        key.replace("data.", "prompts."): value
+        for key, value in flat(old).items()
+        if key not in ("data.sources", "data.answers", "data.too_long")
+    }
+    refuse_changes({**recorded, "prompts.path": "p.jsonl"}, new)
+    with pytest.raises(ConfigError, match=r"data\.rounds: 2 -> 3"):
+        refuse_changes({**recorded, "prompts.rounds": 2}, new)
+    again = yaml.safe_load(recorded_config({**recorded, "prompts.path": "p.jsonl"}, Path("runs/r")))
+    assert parse_run_config(again, source="x") == new
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"prompts": {"path": "p", "round": 2}}, r"unknown key 'prompts.round' \(did you mean 'rounds'"),
+        ({"prompts": {}}, "'prompts.path' is missing"),
+        ({"prompts": {"path": "p"}, "data": {"path": "p"}}, "'prompts' and 'data' both say what to read"),
+        ({"data": {"path": "p", "answer": "data"}}, "did you mean 'answers'"),
+        ({"data": {"rounds": 2}}, "it names nothing to read"),
+        ({"data": {"path": "p", "sources": [{"path": "q"}]}}, "give 'path' inside of 'sources'"),
+        ({"data": {"sources": [{"path": "q", "wieght": 2}]}}, r"'data.sources.0.wieght' .*mean 'weight'"),
+        ({"data": {"sources": [{"path": "q", "hub": "a/b"}]}}, "either a path or a hub name"),
+        ({"data": {"path": "p", "weight": 0}}, "weight.*greater than 0"),
+        ({"data": {"path": "p", "format": "xml"}}, "format.*given 'xml'"),
+    ],
+)
+def test_a_mistake_in_what_is_read_is_named(sections: dict[str, Any], message: str) -> None:
+    """By the names that the file uses."""
+    with pytest.raises(ConfigError, match=message):
+        parse_run_config({**DATA, **sections}, source="run.yaml")
+
+
+def test_mistakes_of_all_sections_are_named_together() -> None:
+    """Those of the section `prompts`, too."""
+    with pytest.raises(ConfigError, match=r"2 problems: 'prompts\.path' is missing; .*batch_size"):
+        parse_run_config({**DATA, "prompts": {}, "training": {"batch_size": 0}}, source="run.yaml")
+
+
+def test_answers_may_come_from_another_run() -> None:
+    """Then there is nothing else to read."""
+    config = parse_run_config({**DATA, "data": {"answers": "runs/other"}}, source="x")
+    assert config.data.other_run == Path("runs/other")
+    assert (
+        parse_run_config({**DATA, "data": {"path": "p", "answers": "data"}}, source="x").data.other_run
+        is None
+    )
+
+
+def test_a_path_with_nul_is_named_wherever_it_stands(tmp_path: Path) -> None:
+    """Deep in a list, too."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**DATA, "data": {"sources": [{"path": "a\0b"}]}}))
+    with pytest.raises(ConfigError, match=r"data\.sources\.0\.path contains NUL"):
+        load_run_config(tmp_path / "run.yaml")

@@ -31,7 +31,7 @@ def test_each_reason_is_told_and_the_others_are_measured() -> None:
     assert held.note.startswith("4 of 5 held-out prompts are left out, the first: long: ")
     assert encode_held_out(texts[:1], encoder.encode, Room(61, None, 40, 10)).note == ""
     short = encode_held_out([("long", "a" * 41)], encoder.encode, Room(61, None, 40, 10))
-    assert "more than the 40 of prompts.max_prompt_tokens" in short.left_out["long"]
+    assert "more than the 40 of data.max_prompt_tokens" in short.left_out["long"]
     with pytest.raises(ConfigError, match="No held-out prompt can be decoded: 1 of 1"):
         refuse_nothing_to_measure(short)
 
