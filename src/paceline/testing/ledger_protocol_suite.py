@@ -434,6 +434,22 @@ class LedgerProtocolSuite(ABC):
         assert ledger.snapshot().usage.waiting_samples == 0
         assert [e.sample_id for e in ledger.read(0, 1).entries] == [sample_id]
 
+    def test_a_lost_sample_that_weights_came_to_contain_does_not_fail_with_its_prompt(self) -> None:
+        """Nothing needs it again, so its durable ack stands, and its group keeps its members."""
+        ledger = self.make()
+        producer = producer_of(ledger, prompts=1, attempt_max=1)
+        [sample_id] = capture(producer, 0)
+        training = Training(consumer_of(ledger))
+        training.step(0)
+        producer.report_lost([sample_id])
+        producer.lease(1)
+        training.checkpoint()
+        assert producer.fail([0], "the engine failed") == []
+        assert ledger.find([sample_id])[sample_id].state == State.RELEASED
+        assert ledger.find([sample_id])[sample_id].durable
+        assert ledger.failed() == {}
+        assert producer.end_stream()
+
     def test_a_lost_sample_in_quarantine_is_not_captured_again(self) -> None:
         """Its prompt has not failed: other samples of its group are captured with it, as before."""
         ledger = self.make()

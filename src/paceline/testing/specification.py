@@ -253,12 +253,20 @@ class SpecificationOfPrompts(Ledger):
                 prompt.attempt, prompt.worker, prompt.reason = prompt.attempt + 1, "", reason
                 final = attempt_max is None or prompt.attempt >= attempt_max
                 prompt.state = "failed" if final else "pending"
-                if final:
+                lost = [
+                    s for s in self.rows.samples.values() if s.state == State.LOST and s.ordinal == ordinal
+                ]
+                for sample in lost if final else []:
+                    if sample.acked == 2:
+                        sample.state = State.RELEASED
+                        prompt.state = "done"
+                    else:
+                        sample.state, sample.reason = State.QUARANTINED, reason
+                        sample.acked, sample.step = 0, None
+                if prompt.state == "failed":
                     failed.append(ordinal)
-                    for sample in self.rows.samples.values():
-                        if sample.ordinal == ordinal and sample.state == State.LOST:
-                            sample.state, sample.reason = State.QUARANTINED, reason
-                            sample.acked, sample.step = 0, None
+                elif prompt.state == "done":
+                    self._finish_prompt(ordinal)
             return list(operation.keep(failed))
 
     def give_back(self, fence: Fence | None, op: int | None, ordinals: Sequence[int]) -> None:

@@ -96,17 +96,23 @@ class PromptTable(Database):
                     "WHERE ordinal = ? AND state = 'leased' AND worker = ? RETURNING state",
                     *(reason, limit, ordinal, worker_of(fence)),
                 )
-                if state == "failed":
+                if state == "failed" and not self._end_lost_sample(ordinal, reason):
                     failed.append(ordinal)
-                    # The sample is lost, and its prompt will not be captured again.
-                    self._change(
-                        "UPDATE sample SET state = 'quarantined', acked = 0, step = NULL, reason = ? "
-                        "WHERE state = 'lost' AND "
-                        "(place = ? AND ordinal = place OR ordinal = ? AND ordinal != place)",
-                        *(reason, ordinal, ordinal),
-                    )
             operation.keep(failed)
             return failed
+
+    def _end_lost_sample(self, ordinal: int, reason: str) -> bool:
+        """The prompt will not be captured again. Quarantine its lost sample, unless durable weights came to
+        contain it: then the prompt is done; whether it is."""
+        is_its = "state = 'lost' AND (place = ?1 AND ordinal = place OR ordinal = ?1 AND ordinal != place)"
+        if self._change(f"UPDATE sample SET state = 'released' WHERE acked = 2 AND {is_its}", ordinal):  # noqa: S608 (ours)
+            self._change("DELETE FROM prompt WHERE ordinal = ?", ordinal)
+            return True
+        self._change(
+            f"UPDATE sample SET state = 'quarantined', acked = 0, step = NULL, reason = ?2 WHERE {is_its}",  # noqa: S608 (ours)
+            *(ordinal, reason),
+        )
+        return False
 
     def give_back(self, fence: Fence | None, op: int | None, ordinals: Sequence[int]) -> None:
         with self._mutation(fence, op) as operation:
