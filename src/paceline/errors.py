@@ -19,6 +19,7 @@
     ├── CheckpointError      no valid checkpoint where one is needed                                  7
     │   └── CheckpointDamagedError it is missing, or not as it was written
     ├── TrainingError        the optimizer step itself failed (loss is not a number)                  8
+    ├── ExportError          an exported folder does not draft as the checkpoint does                  10
     └── UnforeseenError      any other exception, reported in the same three parts                    1
 
 The numbers are exit codes. A message has three parts: what happened, with ids and values; why it matters;
@@ -114,6 +115,10 @@ class CheckpointDamagedError(CheckpointError):
 
 class TrainingError(PacelineError):
     exit_code = 8
+
+
+class ExportError(PacelineError):
+    exit_code = 10
 
 
 class UnforeseenError(PacelineError):

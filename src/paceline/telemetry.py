@@ -49,6 +49,8 @@ EVENTS = {
     "rolled_forward": "a complete checkpoint that the ledger did not know is head",
     # evaluator
     "evaluated": "the acceptance lengths",
+    # exporter
+    "exported": "a folder for inference servers is written and has passed its self-check",
 }  # every event and its meaning; the call that writes it decides its fields
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from paceline.cli.clean import clean_folder
+from paceline.cli.export import HOST, export_checkpoint, export_request, serve_run, serving_command
 from paceline.cli.fsck import fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
 from paceline.cli.plain import exit_code_of_lost_output, out, say, say_error, stderr
@@ -23,6 +24,7 @@ from paceline.cli.progress import Progress, describe, evaluation_lines, final_li
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError, explained
+from paceline.exports.settings import ExportSection
 from paceline.regular_files import kind_of
 from paceline.roles.child import RoleFailedError
 from paceline.roles.plan import RunPlan, plan_run, role_environment
@@ -118,6 +120,8 @@ def train(run_file: RunFile) -> None:
         _print_trained(plan, plan.evaluation_obstacle)
     else:
         _evaluate_if_possible(run_file, plan)
+    if plan.config.export.formats:
+        _export(run_file, plan.config, plan.config.export)
 
 
 @app.command()
@@ -148,13 +152,39 @@ def status(run: Run) -> None:
 @advises
 def evaluate(run: Run) -> None:
     """Measure acceptance length and speed-up of the newest checkpoint by lossless decoding."""
-    run_file = run
-    if _is_directory(run):
-        run_file = run / "evaluated-run.yaml"
-        with making_sense(run):
-            recorded = recorded_config(open_run(run).facts().get("config", {}), run)
-        run_file.write_text(recorded)
+    run_file = _run_file(run)
     _evaluate(run_file, load_run_config(run_file))
+
+
+@app.command()
+@advises
+def export(
+    run: Run,
+    directory: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="Where to; for several formats, a folder each.", readable=False),
+    ] = None,
+    to: Annotated[list[str] | None, typer.Option(help="vllm, sglang, speculators or hf; repeatable.")] = None,
+    step: Annotated[int | None, typer.Option(help="A kept checkpoint's step; the newest.", min=1)] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 (the default) or fp32.")] = None,
+) -> None:
+    """Write a checkpoint's draft as folders for inference servers, each checked by its server's rules."""
+    run_file = _run_file(run)
+    config = load_run_config(run_file)
+    _export(run_file, config, export_request(config, to or [], directory, step, dtype))
+
+
+@app.command()
+@advises
+def serve(
+    run: Run,
+    server: Annotated[str | None, typer.Option(help="vllm or sglang; that of the newest export.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="An exported folder; the newest.")] = None,
+    host: Annotated[str, typer.Option(help="The address that the server listens on.")] = HOST,
+    start: Annotated[bool, typer.Option("--run", help="Run the command instead of printing it.")] = False,
+) -> None:
+    """Print the command by which an inference server serves the run's target with its exported draft."""
+    serve_run(out, serving_command(_directory(run), server, folder, host), run=start)
 
 
 @app.command()
@@ -204,6 +234,23 @@ def _evaluate(run_file: Path, config: RunConfig) -> None:
         say(out, f"Stopped; nothing is lost. Measure again with: paceline evaluate {run_file}")
         raise typer.Exit(INTERRUPTED)
     _print_evaluation(config)
+
+
+def _export(run_file: Path, config: RunConfig, request: ExportSection) -> None:
+    if not export_checkpoint(out, run_file, config, request):
+        say(out, f"Stopped; nothing is lost. Export again with: paceline export {run_file}")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _run_file(run: Path) -> Path:
+    """The run file, written from the recorded settings if `run` is a run's directory."""
+    if not _is_directory(run):
+        return run
+    with making_sense(run):
+        recorded = recorded_config(open_run(run).facts().get("config", {}), run)
+    run_file = run / "evaluated-run.yaml"
+    run_file.write_text(recorded)
+    return run_file
 
 
 def _evaluate_if_possible(run_file: Path, plan: RunPlan) -> None:

@@ -16,6 +16,7 @@ from paceline.capture.settings import CaptureSection
 from paceline.data.settings import DataSection
 from paceline.engines.settings import EngineSection
 from paceline.evaluation.settings import EvaluationSection
+from paceline.exports.settings import ExportSection
 from paceline.features.settings import FeaturesSection
 from paceline.ledger.settings import LedgerSection
 from paceline.methods.settings import MethodSection
@@ -57,6 +58,7 @@ class RunConfig(Section):
     training: TrainingSection = TrainingSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection
+    export: ExportSection = ExportSection()
     machine: MachineSection = MachineSection()
 
     @property

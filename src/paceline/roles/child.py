@@ -21,7 +21,13 @@ from paceline.roles.process import REPORT_VARIABLE, SUPERVISOR_VARIABLE
 from paceline.telemetry import read_tail, shorten
 
 ORPHAN_S = 10.0  # time for an orphan to reach its next safe point
-GRACE_S = {"producer": 15.0, "consumer": 60.0, "evaluator": 5.0}  # the consumer writes a checkpoint
+GRACE_S = {  # the consumer writes a checkpoint
+    "producer": 15.0,
+    "consumer": 60.0,
+    "evaluator": 5.0,
+    "exporter": 5.0,
+}
+WITHOUT_SAFE_POINT = ("evaluator", "exporter")
 REPORT_BYTES_MAX = 1 << 16
 
 
@@ -36,7 +42,7 @@ class RoleFailedError(PacelineError):
 class Child:
     """One process of a role, in a session of its own, so that Ctrl-C reaches only the supervisor."""
 
-    def __init__(self, role: str, run_file: Path, config: RunConfig, threads: int) -> None:
+    def __init__(self, role: str, run_file: Path, config: RunConfig, threads: int, *arguments: str) -> None:
         self.role = role
         self._log = log_path(config, role)
         self._pipe, other_end = os.pipe()
@@ -45,7 +51,7 @@ class Child:
         log = _opened_log(self._log)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"paceline.roles.{role}", str(run_file)],
+                [sys.executable, "-m", f"paceline.roles.{role}", str(run_file), *arguments],
                 env={
                     **os.environ,
                     **role_environment(threads),
@@ -127,7 +133,7 @@ def end_orphan(directory: Path, role: str, should_stop: Callable[[], bool] = lam
 
     The kernel has asked it to stop, and a kill undoes nothing that it has committed.
     """
-    deadline = time.monotonic() + (0.0 if role == "evaluator" else ORPHAN_S)
+    deadline = time.monotonic() + (0.0 if role in WITHOUT_SAFE_POINT else ORPHAN_S)
     while not should_stop():
         holder = live_holder(directory, role)
         if holder is None or (holder != UNKNOWN and not _was_orphaned(holder)):

@@ -53,7 +53,7 @@ def run_role(role: str, run_file: Path, work: Work, *, stops_itself: bool = True
         plan = plan_run(config)
         lock = RoleLock(config.run.directory, role)
         # Under a supervisor, the supervisor shows progress; a role that runs alone prints its own events.
-        echo = None if SUPERVISOR_VARIABLE in os.environ or role == "evaluator" else sys.stderr.write
+        echo = None if SUPERVISOR_VARIABLE in os.environ or not stops_itself else sys.stderr.write
         events = EventLog(events_path(config, role), echo=echo)
         os.sched_setaffinity(0, processors_of_roles(config).get(role, sorted(os.sched_getaffinity(0))))
         events.write("role_started", pid=os.getpid())

@@ -114,7 +114,7 @@ def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
         last_step=step,
         last_group=group,
         blocked_s={role: _blocked_s(events[role]) for role in ROLES},
-        evaluation=_evaluation(directory / "evaluation.json"),
+        evaluation=read_evaluation(directory),
         newer_checkpoints=_newer(directory / "checkpoints", -1 if now.head is None else now.head.step),
         notes=_notes(events["producer"]),
     )
@@ -165,10 +165,10 @@ def _newer(folder: Path, head: int) -> list[str]:
     return [name for name, step in steps.items() if step.isdecimal() and int(step) > head]
 
 
-def _evaluation(path: Path) -> dict[str, Any]:
+def read_evaluation(directory: Path) -> dict[str, Any]:
     """The content of evaluation.json; {} if it is missing or has not the figures to show."""
     try:
-        found = json.loads(read_regular(path, EVALUATION_BYTES_MAX))
+        found = json.loads(read_regular(directory / "evaluation.json", EVALUATION_BYTES_MAX))
         ways = [found, found["chain"]]
         return found if all(_numbers(way).keys() >= set(MEASURED) for way in ways) else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):

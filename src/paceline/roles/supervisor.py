@@ -18,6 +18,7 @@ from typing import Any
 
 from paceline.config.run import RunConfig
 from paceline.errors import LedgerError, PacelineError
+from paceline.exports.settings import ExportSection
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.locks import RoleLock
 from paceline.ledger.stores.sqlite import SQLiteLedger
@@ -221,10 +222,25 @@ def evaluate_run(run_file: Path, config: RunConfig) -> bool:
 
     Raises the evaluator's error.
     """
+    return _run_alone(
+        "evaluator", "evaluation", f"paceline evaluate {config.run.directory}", run_file, config
+    )
+
+
+def export_run(run_file: Path, config: RunConfig, request: ExportSection) -> bool:
+    """Export a checkpoint in a process of its own; returns False if the user stopped it.
+
+    Raises the exporter's error.
+    """
+    again, asked = f"paceline export {config.run.directory}", request.model_dump_json()
+    return _run_alone("exporter", "export", again, run_file, config, asked)
+
+
+def _run_alone(role: str, work: str, again: str, run_file: Path, config: RunConfig, *arguments: str) -> bool:
     children: list[Child] = []
     with StopSignals(lambda: children) as signals:
-        end_orphan(config.run.directory, "evaluator", lambda: signals.count > 0)
-        children.append(Child("evaluator", run_file, config, len(os.sched_getaffinity(0))))
+        end_orphan(config.run.directory, role, lambda: signals.count > 0)
+        children.append(Child(role, run_file, config, len(os.sched_getaffinity(0)), *arguments))
         [child] = children
         try:
             while not child.wait(LOOK_S):
@@ -233,14 +249,14 @@ def evaluate_run(run_file: Path, config: RunConfig) -> bool:
             code, error = child.poll(), child.error()
         finally:
             child.send(signal.SIGTERM)
-            child.end(time.monotonic() + GRACE_S["evaluator"])
+            child.end(time.monotonic() + GRACE_S[role])
     if signals.count:
         return False
     if code:
         raise error or PacelineError(
-            f"The evaluation was killed ({code}).",
+            f"The {work} was killed ({code}).",
             why="The run itself is complete and untouched.",
-            next=f"paceline evaluate {config.run.directory}; {OUT_OF_MEMORY if code == -9 else ''}",
+            next=f"{again}; {OUT_OF_MEMORY if code == -9 else ''}",
         )
     return True
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
 
 from paceline.methods.drafter import Choose
-from paceline.methods.eagle3.model import Eagle3Draft, rope_tables, rotate
+from paceline.methods.eagle3.model import Eagle3Draft, rotate
 
 
 class Eagle3Decoder:
@@ -22,6 +22,7 @@ class Eagle3Decoder:
         self.config, self.dtype = draft.config, dtype
         self.layers, self.device = draft.config.aux_layer_ids, draft.fc.weight.device
         self.heads, self.kv_heads, self.head_dim = attention.heads, attention.kv_heads, attention.head_dim
+        self.rope = attention.rope
 
         def copied(*parts: torch.Tensor) -> torch.Tensor:
             return torch.cat([part.detach() for part in parts]).to(dtype)
@@ -49,7 +50,7 @@ class Eagle3Decoder:
         shape = (self.kv_heads, capacity, self.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         rows = torch.arange(capacity, device=self.device)
-        self.cos, self.sin = rope_tables(rows, self.head_dim, self.config.rope_theta)
+        self.cos, self.sin = self.rope.tables(rows)
         self.length = 0
 
     @torch.inference_mode()

@@ -18,6 +18,7 @@ from paceline.errors import ConfigError
 from paceline.methods.eagle3.batch import Eagle3Batch, Unrolling, collate
 from paceline.methods.eagle3.decode import Eagle3Decoder
 from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft, Midlayer
+from paceline.methods.eagle3.rope import rope_scaling_of
 from paceline.methods.eagle3.settings import Eagle3Section
 from paceline.methods.eagle3.targets import counted_rows
 from paceline.methods.eagle3.vocab import answer_token_weights, choose_draft_vocab, vocab_maps
@@ -145,6 +146,7 @@ def draft_config(head: TargetHead, draft_vocab_size: int) -> Eagle3Config:
         rope_theta=head.rope_theta,
         max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
         aux_layer_ids=aux_layer_ids(head.num_hidden_layers),
+        rope_scaling=rope_scaling_of(config),
     )
 
 

@@ -11,6 +11,7 @@ Legend: B batch, L length, H hidden, V target vocabulary, D draft vocabulary, N 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own docu
 
 from paceline.methods.eagle3.batch import Eagle3Batch
 from paceline.methods.eagle3.loss import training_time_test
+from paceline.methods.eagle3.rope import Rope
 from paceline.methods.eagle3.vocab import draft_to_target
 from paceline.methods.method import LossSums
 from paceline.target.head import OutputLayer, TargetHead
@@ -40,6 +42,7 @@ class Eagle3Config:
     rope_theta: float
     max_position_embeddings: int
     aux_layer_ids: tuple[int, ...]  # the target's states that are fused
+    rope_scaling: Mapping[str, Any] | None = None  # see rope.py
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,16 +64,8 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     return F.rms_norm(hidden.float(), weight.shape, weight.float(), eps)
 
 
-def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin) float32 [*positions.shape, d] of rotary embedding in Llama's half-split layout."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.float().unsqueeze(-1) * (1.0 / theta**exponents)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
 def rotate(states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Apply `rope_tables` [B, L, d] to `states` [B, N, L, d]."""
+    """Apply the tables of a `Rope` [B, L, d] to `states` [B, N, L, d]."""
     cos, sin = (table.unsqueeze(1).to(states.dtype) for table in tables)
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin
@@ -86,7 +81,7 @@ class Attention(nn.Module):
             config.num_key_value_heads,
             config.head_dim,
         )
-        self.rope_theta = config.rope_theta
+        self.rope = Rope.of(config)
         width = 2 * config.hidden_size
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
@@ -96,13 +91,13 @@ class Attention(nn.Module):
     def query(self, inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Rotated queries [B, N, L, d] of `inputs` [B, L, 2H] at `positions` [B, L]."""
         states = self.q_proj(inputs).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-        return rotate(states, rope_tables(positions, self.head_dim, self.rope_theta))
+        return rotate(states, self.rope.tables(positions))
 
     def key_value(self, inputs: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated keys and values, each [B, N_kv, L, d]."""
         keys = self.k_proj(inputs).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
         values = self.v_proj(inputs).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
-        return rotate(keys, rope_tables(positions, self.head_dim, self.rope_theta)), values
+        return rotate(keys, self.rope.tables(positions)), values
 
     def output(self, mixed: torch.Tensor) -> torch.Tensor:
         """[B, N, L, d] to [B, L, H]."""

@@ -1,0 +1,91 @@
+"""`paceline export` and `paceline serve`: draft folders for inference servers, and the servers' commands."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+
+from paceline.cli.plain import say
+from paceline.config.run import RunConfig
+from paceline.errors import ConfigError
+from paceline.exports.settings import ExportSection
+from paceline.exports.table import EXPORTS
+from paceline.roles.export_request import read_notes
+from paceline.roles.supervisor import export_run
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+HOST = "127.0.0.1"
+
+
+def export_request(
+    config: RunConfig, formats: list[str], directory: Path | None, step: int | None, dtype: str | None
+) -> ExportSection:
+    """The run file's export section with what the command line says instead. Raises ConfigError."""
+    section = config.export
+    given = {
+        "formats": [name for text in formats for name in text.split(",")] or section.formats,
+        "directory": directory or section.directory,
+        "step": step or section.step,
+        "dtype": DTYPES.get(dtype or "", dtype) or section.dtype,
+        "target_name": section.target_name,
+    }
+    request = ExportSection.parse(given)
+    if not request.formats:
+        raise ConfigError(
+            "It is not said what to export to.",
+            why="Neither --to nor the run file's export section names a format.",
+            next=f"paceline export RUN --to FORMAT DIR; formats: {', '.join(EXPORTS.names())}",
+        )
+    unknown = [name for name in request.formats if name not in EXPORTS.names()]
+    if unknown:
+        EXPORTS.find(unknown[0])  # raises the error with advice
+    return request
+
+
+def export_checkpoint(console: Console, run_file: Path, config: RunConfig, request: ExportSection) -> bool:
+    """Export and say where the folders are; False if the user stopped it."""
+    say(console, f"exporting for {', '.join(request.formats)}, with a self-check ...")
+    if not export_run(run_file, config, request):
+        return False
+    notes = read_notes(config.run.directory)
+    for name, folder in request.folders(config.run.directory).items():
+        say(console, f"{name}: {folder}, step {notes.get(str(folder), {}).get('step', '?')}")
+    return True
+
+
+def serving_command(directory: Path, server: str | None, folder: Path | None, host: str) -> list[str]:
+    """The command that serves the run's newest export (of that server, in that folder).
+
+    Raises ConfigError if the run has none.
+    """
+    for path, entry in reversed(read_notes(directory).items()):
+        commands = entry.get("commands", {})
+        name = server or next(iter(commands), "")
+        wanted = folder is None or str(folder.absolute()) == path
+        if wanted and name in commands and Path(path).is_dir():
+            return [host if word == HOST else str(word) for word in commands[name]]
+    raise ConfigError(
+        f"The run in {directory} has no export{f' for {server}' if server else ''}"
+        f"{f' in {folder}' if folder else ''}.",
+        why="A server loads an exported folder, not a checkpoint.",
+        next=f"paceline export {directory} --to {server or 'vllm'} DIR",
+    )
+
+
+def serve_run(console: Console, command: list[str], *, run: bool) -> None:
+    """Print the command, or become the server. Raises ConfigError if the server is not installed."""
+    if not run:
+        say(console, shlex.join(command))
+        return
+    program = shutil.which(command[0])
+    if program is None:
+        raise ConfigError(
+            f"There is no {command[0]} on the path.",
+            why="Paceline does not install inference servers.",
+            next=f"install it, or run where it is: {shlex.join(command)}",
+        )
+    os.execv(program, command)  # noqa: S606 (no shell)

@@ -1,0 +1,88 @@
+"""The model card of an exported draft: what it drafts for, how well, and how that was measured."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from paceline.exports.export import ExportedDraft
+from paceline.exports.reader.replay import Verdict
+
+
+def model_card(
+    draft: ExportedDraft,
+    commands: Mapping[str, list[str]],
+    evaluation: Mapping[str, Any],
+    verdict: Verdict,
+    replayed: str,
+) -> str:
+    """Markdown. `evaluation`: the run's report, {} if this step was not measured; `replayed`: the rows."""
+    name = draft.target.name
+    front = ["---", "tags:", "- speculative-decoding", f"- {draft.method}"]
+    front += [f"base_model: {name}"] if not name.startswith("/") else []
+    parts = [
+        [*front, "---", ""],
+        [f"# A draft model for {name.rpartition('/')[2]}", ""],
+        _facts(draft),
+        _measured(draft, evaluation),
+        _checked(verdict, replayed),
+        ["## Serving", ""],
+    ]
+    for server, command in commands.items():
+        parts.append([f"{server}:", "", "```sh", shlex.join(command), "```", ""])
+    return "\n".join(line for part in parts for line in part)
+
+
+def _facts(draft: ExportedDraft) -> list[str]:
+    target, origin = draft.target, draft.origin
+    rows = {
+        "method": draft.method,
+        "target": target.name,
+        "target revision": target.revision or "unknown",
+        "target digest (weights and config)": target.version.model,
+        "target digest (tokenizer)": target.version.tokenizer,
+        "reads the target's states after blocks": ", ".join(map(str, draft.sizes["aux_layer_ids"])),
+        "draft vocabulary": f"{draft.sizes['draft_vocab_size']} of {draft.sizes['vocab_size']} tokens",
+        "dtype": draft.dtype,
+        **{name.replace("_", " "): value for name, value in origin.items()},
+    }
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
+
+
+def _measured(draft: ExportedDraft, evaluation: Mapping[str, Any]) -> list[str]:
+    if not evaluation:
+        return ["## Acceptance", "", f"The draft of step {draft.origin['step']} was not measured.", ""]
+    e, ways = evaluation, [evaluation["chain"]]
+    where = f"{str(e.get('dtype')).removeprefix('torch.')} on {e.get('device')}"
+    if evaluation["branching"] != 1:
+        ways.append(evaluation)
+    lines = [
+        "## Acceptance",
+        "",
+        f"Lossless decoding of {e['prompts']} held-out prompts in {where}: "
+        f"{e['identical']} answers are identical to plain decoding, token for token.",
+        "",
+        "| guesses a cycle | emitted tokens a cycle | 1 + kept guesses a cycle | kept at depth 1, 2, ... |",
+        "|---|---|---|---|",
+    ]
+    for way in ways:
+        kept = [float(share) for share in way["acceptance_rate"]]
+        shape = "a chain" if way["branching"] == 1 else "a tree"
+        lines.append(
+            f"| {shape} of {way['num_draft_tokens']} | {way['acceptance_length']:.3f} | {1 + sum(kept):.3f} "
+            f"| {', '.join(f'{share:.3f}' for share in kept)} |"
+        )
+    told = "The first definition leaves out guesses beyond an answer's end; vLLM's counters give the second."
+    return [*lines, "", told, ""]
+
+
+def _checked(verdict: Verdict, replayed: str) -> list[str]:
+    return [
+        "## Self-check",
+        "",
+        f"An independent reader loaded this folder by the server's rules and replayed {replayed}: "
+        f"{verdict.guesses} guesses are those of the trainer's decoder, and the relative error of their "
+        f"logits is at most {verdict.error:.1g} (float32).",
+        "",
+    ]

@@ -1,0 +1,67 @@
+"""EAGLE-3 drafts for vLLM, SGLang and speculators: one writer, three layouts of the same weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paceline.errors import ConfigError
+from paceline.exports.config import flat_config, speculators_config
+from paceline.exports.contract import expected, refuse_others
+from paceline.exports.export import ExportedDraft, FolderContent
+from paceline.exports.reader.check import check_folder
+from paceline.exports.reader.replay import Replay, ServedTarget, Verdict
+
+METHOD = "eagle3"
+OURS = "midlayer."  # the prefix of the decoder layer in a checkpoint
+
+
+@dataclass(frozen=True)
+class Eagle3Export:
+    """`layer`: the prefix of the decoder layer; `embedding`: the folder carries the target's embedding."""
+
+    server: str
+    config: Callable[[ExportedDraft], dict[str, Any]]
+    layer: str = OURS
+    embedding: bool = False
+
+    def build(self, draft: ExportedDraft) -> FolderContent:
+        if draft.method != METHOD:
+            raise ConfigError(
+                f"A draft of the method {draft.method!r} cannot be exported for {self.server}.",
+                why=f"This export writes the tensors of {METHOD}.",
+                next="choose another export, or install a package that offers one for this method.",
+            )
+        renamed = {
+            self.layer + name.removeprefix(OURS) if name.startswith(OURS) else name: tensor.contiguous()
+            for name, tensor in draft.tensors.items()
+        }
+        if draft.sizes["draft_vocab_size"] == draft.sizes["vocab_size"]:
+            # The maps of a whole vocabulary change nothing.
+            renamed = {name: tensor for name, tensor in renamed.items() if name not in ("d2t", "t2d")}
+        if self.embedding:
+            renamed["embed_tokens.weight"] = draft.target.embed_tokens.contiguous()
+        refuse_others(self.server, renamed, expected(draft.sizes, layer=self.layer, embedding=self.embedding))
+        return FolderContent(self.config(draft), renamed)
+
+    def check(self, folder: Path, target: ServedTarget, replays: Sequence[Replay]) -> Verdict:
+        return check_folder(folder, self.server, target, replays)
+
+    def commands(self, folder: Path, draft: ExportedDraft, host: str) -> dict[str, list[str]]:
+        target, place = draft.target.name, str(folder)
+        speculation = {"model": place, "method": METHOD, "num_speculative_tokens": draft.chain}
+        vllm = ["vllm", "serve", target, "--host", host, "--speculative-config", json.dumps(speculation)]
+        sglang = [*("python", "-m", "sglang.launch_server", "--model-path", target, "--host", host)]
+        sglang += ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", place]
+        sglang += ["--speculative-num-steps", str(draft.chain), "--speculative-eagle-topk", "1"]
+        sglang += ["--speculative-num-draft-tokens", str(draft.chain + 1)]
+        return {"vllm": vllm} if self.layer != OURS else {"sglang": sglang}
+
+
+VLLM = Eagle3Export("vllm", flat_config, layer="layers.0.")
+SGLANG = Eagle3Export("sglang", flat_config)
+HF = Eagle3Export("hf", flat_config)
+SPECULATORS = Eagle3Export("speculators", speculators_config, layer="layers.0.", embedding=True)

@@ -1,0 +1,72 @@
+"""The arithmetic of a served EAGLE-3 draft, from what the reader found, in float32.
+
+Legend: n rows, H hidden size, N heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
+
+from paceline.exports.reader.reading import Draft
+from paceline.exports.reader.replay import Replay
+
+LAYER = "layers.0."
+
+
+def chain_logits(draft: Draft, replay: Replay, rows: int, guesses: tuple[int, ...]) -> torch.Tensor:
+    """Logits [len(guesses), D] of the guesses after the first `rows` rows.
+
+    Every guess after the first follows the ones before it in `guesses`.
+    """
+    fused = torch.cat([replay.states[layer][:rows].float() for layer in draft.layers], dim=-1)
+    features = fused @ draft.weights["fc.weight"].T
+    tokens = replay.tokens[1 : rows + 1]
+    logits = []
+    for guess in guesses:
+        output = _layer(draft, features, tokens)[-1:]
+        normed = _rms(draft, output, "norm.weight")
+        logits.append(normed @ draft.weights["lm_head.weight"].T)
+        features = torch.cat((features, normed if draft.feedback_normed else output))
+        tokens = torch.cat((tokens, torch.tensor([guess])))
+    return torch.cat(logits)
+
+
+def _rms(draft: Draft, states: torch.Tensor, name: str) -> torch.Tensor:
+    scale = (states.square().mean(-1, keepdim=True) + draft.eps).rsqrt()
+    return states * scale * draft.weights[name]
+
+
+def _layer(draft: Draft, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Output [n, H] of the decoder layer over `features` [n, H] and the token after each row."""
+    weights, rows = draft.weights, features.shape[0]
+    embedded = _rms(draft, weights["embed_tokens.weight"][tokens], f"{LAYER}input_layernorm.weight")
+    normed = _rms(draft, features, f"{LAYER}hidden_norm.weight")
+    both = torch.cat((embedded, normed), dim=-1)
+
+    def heads(name: str, count: int) -> torch.Tensor:
+        projected = both @ weights[f"{LAYER}self_attn.{name}_proj.weight"].T
+        return projected.view(rows, count, draft.head_dim).transpose(0, 1)
+
+    query, key = _turned(draft, heads("q", draft.heads)), _turned(draft, heads("k", draft.kv_heads))
+    groups = draft.heads // draft.kv_heads
+    key, value = (part.repeat_interleave(groups, 0) for part in (key, heads("v", draft.kv_heads)))
+    scores = query @ key.transpose(1, 2) / math.sqrt(draft.head_dim)
+    later = torch.ones(rows, rows, dtype=torch.bool).triu(1)
+    mixed = scores.masked_fill(later, float("-inf")).softmax(-1) @ value
+    attended = mixed.transpose(0, 1).reshape(rows, -1) @ weights[f"{LAYER}self_attn.o_proj.weight"].T
+    hidden = (normed if draft.residual_normed else features) + attended
+    inner = _rms(draft, hidden, f"{LAYER}post_attention_layernorm.weight")
+    gate = F.silu(inner @ weights[f"{LAYER}mlp.gate_proj.weight"].T)
+    up = inner @ weights[f"{LAYER}mlp.up_proj.weight"].T
+    return hidden + (gate * up) @ weights[f"{LAYER}mlp.down_proj.weight"].T
+
+
+def _turned(draft: Draft, states: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of `states` [N, n, d]: a pair is one element of each half."""
+    angles = torch.outer(torch.arange(states.shape[1]).float(), draft.angles.float())
+    cosine, sine = (draft.sharpness * part for part in (angles.cos(), angles.sin()))
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)

@@ -1,0 +1,137 @@
+"""The exporter process: `python -m paceline.roles.exporter RUN.yaml [REQUEST]`.
+
+It writes a checkpoint's draft as folders for inference servers. The request is an export section as JSON, by
+default the run file's own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paceline.errors import ExportError
+from paceline.exports.card import model_card
+from paceline.exports.export import Export, ExportedDraft, TargetOfDraft
+from paceline.exports.folder import refuse_foreign, write_folder
+from paceline.exports.reader.replay import Replay, ServedTarget
+from paceline.exports.settings import ExportSection
+from paceline.exports.table import EXPORTS
+from paceline.ledger.facts import RENDERING_DATE
+from paceline.ledger.stores.sqlite.view import LedgerView
+from paceline.precision import CPU
+from paceline.roles.draft import checkpoint_of_step
+from paceline.roles.dumped_rows import dump
+from paceline.roles.export_request import add_note, requested
+from paceline.roles.plan import RunPlan
+from paceline.roles.process import run_role
+from paceline.roles.snapshot import read_evaluation
+from paceline.roles.target_binding import refuse_other_target
+from paceline.target.head import TargetHead
+from paceline.target.origin import origin_of
+from paceline.telemetry import EventLog
+from paceline.training import tensor_files
+from paceline.training.torch_learner import DRAFT
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class _Work:
+    draft: ExportedDraft
+    target: ServedTarget
+    replays: list[Replay]
+    replayed: str
+    evaluation: Mapping[str, Any]
+
+
+def export(
+    plan: RunPlan,
+    events: EventLog,
+    should_stop: Callable[[], bool],  # noqa: ARG001 (there is no safe point before the end)
+    request: str | None = None,
+) -> None:
+    """Write, check and record each folder that is asked for; stop at the first that is wrong."""
+    config, section = plan.config, requested(plan.config, request)
+    folders = section.folders(config.run.directory)
+    adapters: dict[str, Export] = {name: EXPORTS.find(name) for name in folders}
+    for folder in folders.values():
+        refuse_foreign(folder)
+    work = _prepare(plan, section)
+    for name, folder in folders.items():
+        _write(work, adapters[name], name, folder)
+        commands = adapters[name].commands(folder, work.draft, HOST)
+        step = work.draft.origin["step"]
+        add_note(config.run.directory, folder, {"format": name, "step": step, "commands": commands})
+        events.write("exported", format=name, folder=str(folder), step=step)
+
+
+def _prepare(plan: RunPlan, section: ExportSection) -> _Work:
+    config = plan.config
+    view = LedgerView(config.ledger_path)
+    version = refuse_other_target(view, config)
+    checkpoint, record = checkpoint_of_step(config, view, section.step, only=(DRAFT,))
+    method, head = config.method.build(), TargetHead.load(config.target.model)
+    dtype = getattr(torch, section.dtype)
+    stored = tensor_files.from_bytes(DRAFT, checkpoint.files[DRAFT])
+    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in stored.items()}
+    exact = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
+    draft = method.restore(head, exact).to(CPU)
+    drafter = method.drafter(draft, torch.float32)
+    replays, replayed = dump(config, head, drafter, view.facts().get(RENDERING_DATE))
+    origin = origin_of(config.target.model)
+    target = TargetOfDraft(
+        section.target_name or origin.name, origin.revision, version, head.config, head.embed_tokens
+    )
+    evaluation = read_evaluation(config.run.directory)
+    return _Work(
+        draft=ExportedDraft(
+            method=method.name,
+            tensors=tensors,
+            sizes=method.describe(draft),
+            dtype=section.dtype,
+            target=target,
+            origin={"run": config.run.name, "step": checkpoint.step, "checkpoint": record.manifest_digest},
+            chain=min(3, config.evaluation.draft_tokens),
+        ),
+        target=ServedTarget(
+            head.hidden_size,
+            head.num_hidden_layers,
+            head.config.get("max_position_embeddings"),
+            head.embed_tokens,
+        ),
+        replays=replays,
+        replayed=replayed,
+        evaluation=evaluation if evaluation.get("checkpoint_step") == checkpoint.step else {},
+    )
+
+
+def _write(work: _Work, adapter: Export, name: str, folder: Path) -> None:
+    def finish(aside: Path) -> tuple[str, dict[str, Any]]:
+        verdict = adapter.check(aside, work.target, work.replays)
+        if verdict.problems or not verdict.guesses:
+            raise ExportError(
+                f"The export for {name} failed its self-check: {'; '.join(verdict.problems) or 'no guess'}.",
+                why="A server would load it and accept fewer guesses, without an error. Nothing was kept.",
+                next="report this, with the run's method and target.",
+            )
+        commands = adapter.commands(folder, work.draft, HOST)
+        card = model_card(work.draft, commands, work.evaluation, verdict, work.replayed)
+        values = {
+            "format": name,
+            "self_check": {"guesses": verdict.guesses, "logits_error": verdict.error, "rows": work.replayed},
+            "origin": dict(work.draft.origin),
+        }
+        return card, values
+
+    write_folder(folder, adapter.build(work.draft), finish)
+
+
+if __name__ == "__main__":
+    work = partial(export, request=sys.argv[2] if len(sys.argv) > 2 else None)
+    sys.exit(run_role("exporter", Path(sys.argv[1]), work, stops_itself=False))

@@ -1,0 +1,119 @@
+"""An exported folder is whole or absent, replaces only its like, and holds exactly what the tables name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from exports_case import Case, adapter, without
+from safetensors.torch import load_file
+from transformers import LlamaConfig
+
+from paceline.errors import ConfigError
+from paceline.exports.card import model_card
+from paceline.exports.folder import write_folder
+from paceline.exports.reader.replay import Verdict
+
+
+def test_config_names_the_layers_in_both_meanings_and_every_flag(case: Case, tmp_path: Path) -> None:
+    """What vLLM and SGLang each read, and nothing left to a default."""
+    config = json.loads((case.export("vllm", tmp_path / "draft") / "config.json").read_text())
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
+    assert config["num_aux_hidden_states"] == 3
+    for flag in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "tie_word_embeddings"):
+        assert config[flag] is False
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 50000.0
+    assert config["max_position_embeddings"] == 256
+    assert config["paceline"]["target"]["model"] == case.draft.target.version.model
+    assert config["paceline"]["step"] == 7
+
+
+def test_the_library_reads_the_rotary_embedding_that_was_written(case: Case, tmp_path: Path) -> None:
+    """transformers, through which servers read config.json, has the same base."""
+    library = LlamaConfig.from_pretrained(case.export("sglang", tmp_path / "draft"))
+    assert library.rope_parameters["rope_theta"] == 50000.0
+
+
+def test_names_are_those_of_each_server(case: Case, tmp_path: Path) -> None:
+    """vLLM and speculators number the layer, SGLang calls it midlayer; the weights are the same bits."""
+    vllm, sglang, speculators = (
+        load_file(case.export(name, tmp_path / name) / "model.safetensors")
+        for name in ("vllm", "sglang", "speculators")
+    )
+    assert (
+        {name.replace("layers.0.", "midlayer.") for name in vllm}
+        == sglang.keys()
+        == case.draft.tensors.keys()
+    )
+    assert speculators.keys() == {*vllm, "embed_tokens.weight"}
+    for name, tensor in case.draft.tensors.items():
+        assert torch.equal(vllm[name.replace("midlayer.", "layers.0.")], tensor)
+
+
+def test_a_missing_surplus_or_misshapen_tensor_is_an_error_before_anything_is_written(case: Case) -> None:
+    """With the names."""
+    with pytest.raises(ConfigError, match=r"layers.0.mlp.up_proj.weight is missing"):
+        adapter("vllm").build(without(case, "midlayer.mlp.up_proj.weight").draft)
+    tensors = {**case.draft.tensors, "extra.weight": torch.ones(1), "norm.weight": torch.ones(7)}
+    with pytest.raises(ConfigError, match=r"extra.weight is surplus; norm.weight has the shape \(7,\)"):
+        adapter("sglang").build(replace(case.draft, tensors=tensors))
+
+
+def test_a_folder_that_no_export_wrote_is_not_overwritten(case: Case, tmp_path: Path) -> None:
+    """Nor one that somebody has added to, or changed."""
+    folder = tmp_path / "draft"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not overwritten"):
+        case.export("vllm", folder)
+    (folder / "notes.txt").unlink()
+    case.export("vllm", folder)
+    case.export("sglang", folder)
+    assert "midlayer.mlp.up_proj.weight" in load_file(folder / "model.safetensors")
+    (folder / "README.md").write_text("my own words")
+    with pytest.raises(ConfigError, match=r"README.md was changed"):
+        case.export("vllm", folder)
+    assert (folder / "README.md").read_text() == "my own words"
+
+
+def test_a_failed_check_leaves_the_old_folder(case: Case, tmp_path: Path) -> None:
+    """And nothing beside it."""
+    folder = case.export("vllm", tmp_path / "draft")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fails(aside: Path) -> tuple[str, dict[str, object]]:
+        raise ConfigError("no")
+
+    with pytest.raises(ConfigError):
+        write_folder(folder, adapter("sglang").build(case.draft), fails)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["draft"]
+
+
+def test_a_draft_of_another_method_is_refused(case: Case) -> None:
+    """Its tensors would mean something else."""
+    with pytest.raises(ConfigError, match="method 'other'"):
+        adapter("vllm").build(replace(case.draft, method="other"))
+
+
+WAY = {
+    "branching": 1,
+    "num_draft_tokens": 3,
+    "acceptance_length": 1.457,
+    "acceptance_rate": [0.35, 0.1, 0.03],
+}
+EVALUATION = {**WAY, "prompts": 24, "identical": 24, "dtype": "float32", "device": "cpu", "chain": WAY}
+
+
+def test_the_card_tells_both_acceptance_lengths_and_how_they_were_measured(case: Case) -> None:
+    """Emitted tokens per cycle, and vLLM's 1 + kept guesses per cycle; or that nothing was measured."""
+    commands = adapter("vllm").commands(Path("/there"), case.draft, "127.0.0.1")
+    card = model_card(case.draft, commands, EVALUATION, Verdict((), 24, 3e-7), "rows of 3 prompts")
+    for told in ("| 1.457 | 1.480 | 0.350, 0.100, 0.030 |", "24 held-out prompts", "vllm serve org/target"):
+        assert told in card
+    assert case.draft.target.version.model in card
+    assert "was not measured" in model_card(case.draft, commands, {}, Verdict((), 24, 3e-7), "rows")
