@@ -13,8 +13,8 @@ ExportDtype = Literal["bfloat16", "float32"]
 class ExportSection(Section):
     """`formats`: names of exports (exports/table.py); without any, training ends without an export.
 
-    `directory`: where they are written, by default `export` in the run's directory. One format is written
-    to the directory itself, several to folders of their names in it. `step`: of a kept checkpoint, by default
+    `directory`: one format is written to it, several to folders of their names in it. By default every
+    format has its folder in `export` in the run's directory. `step`: of a kept checkpoint, by default
     the newest. `target_name`: how servers and readers find the target (a hub id or a path), by default the
     id that its folder was fetched under, or else its absolute path.
     """
@@ -30,4 +30,5 @@ class ExportSection(Section):
         """The absolute folder of each format."""
         base = (self.directory or run_directory / "export").absolute()
         names = dict.fromkeys(self.formats)
-        return {name: base if len(names) == 1 else base / name for name in names}
+        alone = self.directory is not None and len(names) == 1
+        return {name: base if alone else base / name for name in names}

@@ -29,7 +29,7 @@ def case() -> dict[str, torch.Tensor]:
 @pytest.fixture
 def draft(case: dict[str, torch.Tensor]) -> Eagle3Draft:
     """The case's draft with the case's target attached."""
-    names = [name for name in Eagle3Config.__dataclass_fields__ if name != "aux_layer_ids"]
+    names = [name for name in Eagle3Config.__dataclass_fields__ if name in CASE]
     draft = Eagle3Draft(Eagle3Config(**{name: CASE[name] for name in names}, aux_layer_ids=(2, 4, 5)))
     draft.load_state_dict({name: case[name] for name in draft.state_dict()})
     draft.attach_target(

@@ -1,0 +1,93 @@
+"""A run that ends with exported folders, and the commands that export again and serve."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from paceline.testing.tiny_run import TinyRun
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """Its run file asks for two formats."""
+    section = {"formats": ["vllm", "speculators"], "dtype": "float32", "target_name": "org/tiny"}
+    run = TinyRun(tmp_path_factory.mktemp("run"), tiny_model, export=section)
+    result = run.command("train")
+    assert result.returncode == 0, result.stderr
+    assert "vllm: " in result.stdout
+    return run
+
+
+def paceline(run: TinyRun, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*run.arguments(verb), *arguments],
+        env=run.environment(),
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+
+
+def test_training_ends_with_the_exports_that_the_run_file_names(finished: TinyRun) -> None:
+    """Self-checked on rows of the target, with the acceptance that the evaluation measured."""
+    weights = finished.final_weights()
+    for name in ("vllm", "speculators"):
+        folder = finished.directory / "export" / name
+        note = json.loads((folder / "paceline.json").read_text())
+        assert note["self_check"]["guesses"] >= 12
+        assert "held-out prompts" in note["self_check"]["rows"]
+        assert note["origin"]["step"] == 10
+        assert "1 + kept guesses a cycle" in (folder / "README.md").read_text()
+        assert (load_file(folder / "model.safetensors")["fc.weight"] == weights["fc.weight"]).all()
+
+
+def test_a_kept_checkpoint_is_exported_and_the_server_is_told_how_to_load_it(
+    finished: TinyRun, tmp_path: Path
+) -> None:
+    """The older step, in bfloat16, by the run's directory; it was not measured, which the card says."""
+    kept = [record.step for record in finished.ledger().snapshot().checkpoints]
+    older = paceline(finished, "export", "--to", "sglang", str(tmp_path / "draft"), "--step", str(kept[0]))
+    assert older.returncode == 0, older.stderr
+    assert "was not measured" in (tmp_path / "draft" / "README.md").read_text()
+    assert str(load_file(tmp_path / "draft" / "model.safetensors")["fc.weight"].dtype) == "torch.float32"
+    served = paceline(finished, "serve", "--host", "127.0.0.2")
+    assert served.stdout.startswith("python -m sglang.launch_server --model-path org/tiny --host 127.0.0.2")
+    assert str(tmp_path / "draft") in served.stdout
+    assert "vllm serve org/tiny" in paceline(finished, "serve", "--server", "vllm").stdout
+    other = paceline(finished, "serve", "--folder", "no/such")
+    assert other.returncode == 2
+    assert "paceline export" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--to", "vlm"], 2, "did you mean 'vllm'"),
+        (["--to", "vllm", "--step", "9999"], 7, "keeps no checkpoint of step 9999"),
+        (["--dtype", "int4"], 2, "dtype"),
+    ],
+)
+def test_a_mistaken_export_is_one_clear_error(
+    finished: TinyRun, arguments: list[str], code: int, message: str
+) -> None:
+    """What, why and the next command."""
+    result = paceline(finished, "export", *arguments)
+    assert (result.returncode, message in result.stderr) == (code, True), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_foreign_folder_stops_the_export_before_anything_is_computed(
+    finished: TinyRun, tmp_path: Path
+) -> None:
+    """Bad input loses no data."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    result = paceline(finished, "export", "--to", "vllm", str(tmp_path / "mine"))
+    assert result.returncode == 2
+    assert "is not overwritten" in result.stderr
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
