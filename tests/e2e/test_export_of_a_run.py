@@ -65,29 +65,10 @@ def test_a_kept_checkpoint_is_exported_and_the_server_is_told_how_to_load_it(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--to", "vlm"], 2, "did you mean 'vllm'"),
-        (["--to", "vllm", "--step", "9999"], 7, "keeps no checkpoint of step 9999"),
-        (["--dtype", "int4"], 2, "dtype"),
-    ],
+    ("arguments", "message"), [(["--to", "vlm"], "did you mean 'vllm'"), (["--dtype", "int4"], "dtype")]
 )
-def test_a_mistaken_export_is_one_clear_error(
-    finished: TinyRun, arguments: list[str], code: int, message: str
-) -> None:
+def test_a_mistaken_export_is_one_clear_error(finished: TinyRun, arguments: list[str], message: str) -> None:
     """What, why and the next command."""
     result = paceline(finished, "export", *arguments)
-    assert (result.returncode, message in result.stderr) == (code, True), result.stderr
+    assert (result.returncode, message in result.stderr) == (2, True), result.stderr
     assert "Traceback" not in result.stderr
-
-
-def test_a_foreign_folder_stops_the_export_before_anything_is_computed(
-    finished: TinyRun, tmp_path: Path
-) -> None:
-    """Bad input loses no data."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("mine")
-    result = paceline(finished, "export", "--to", "vllm", str(tmp_path / "mine"))
-    assert result.returncode == 2
-    assert "is not overwritten" in result.stderr
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]

@@ -1,0 +1,195 @@
+"""Proves exported drafts by real vLLM: its counters are those of our own decoder.
+
+    python tests/vllm/check_exports.py RUN --vllm VENV/bin/python [--speculators PATH] [--record FILE.json]
+
+In float32, twelve held-out prompts, one at a time: the same answers and the same integers by depth. In
+bfloat16, 48 prompts at once: within 0.02 of our acceptance length, and every answer that of plain decoding
+in batches as wide. The run must be finished, with its target and prompts in place. Exits with 1 if a
+comparison fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paceline.cli.export import export_request
+from paceline.config.load import load_run_config, recorded_config
+from paceline.config.run import RunConfig
+from paceline.durable_files import replace_file
+from paceline.evaluation.speculative import Decoding, speculative_generate
+from paceline.evaluation.target import LlamaTarget
+from paceline.evaluation.tree import Drafting
+from paceline.ledger.facts import RENDERING_DATE
+from paceline.ledger.stores.sqlite.view import LedgerView
+from paceline.roles.draft import newest_checkpoint
+from paceline.roles.held_out import held_out_prompts
+from paceline.roles.supervisor import export_run
+from paceline.target.head import TargetHead
+from paceline.target.tokenizer import PromptEncoder
+from paceline.training import tensor_files
+from paceline.training.torch_learner import DRAFT
+
+HERE = Path(__file__).parent
+CHAIN, TOKENS = 3, 64
+EXACT, MANY = 12, 48  # prompts
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AL_MAX = 0.02
+Result = dict[str, Any]
+
+
+def own(config: RunConfig, dtype: str, prompts: Sequence[tuple[int, ...]]) -> Result:
+    """Answers and counters of our own decoder, with the weights as they were exported."""
+    view = LedgerView(config.ledger_path)
+    checkpoint = newest_checkpoint(config, view, only=(DRAFT,))
+    method, head = config.method.build(), TargetHead.load(config.target.model)
+    stored = tensor_files.from_bytes(DRAFT, checkpoint.files[DRAFT])
+    drafter = method.drafter(method.restore(head, stored), DTYPES[dtype])
+    target = LlamaTarget(head, drafter.layers, DTYPES[dtype])
+    decoding = Decoding(max_new_tokens=TOKENS, eos_token_ids=head.eos_token_ids)
+    decoded = [speculative_generate(target, drafter, ids, decoding, Drafting(CHAIN)) for ids in prompts]
+    kept = [count for answer in decoded for count in answer.accepted]
+    return {
+        "answers": [answer.tokens for answer in decoded],
+        "cycles": len(kept),
+        "kept": [sum(count > depth for count in kept) for depth in range(CHAIN)],
+    }
+
+
+def by_vllm(python: str, model: Path, prompts: Sequence[tuple[int, ...]], **request: Any) -> Result:
+    asked = {"model": str(model.absolute()), "prompts": [list(ids) for ids in prompts], "chain": CHAIN}
+    return other_python(python, "decode_with_vllm.py", {**asked, "max_tokens": TOKENS, **request})
+
+
+def other_python(python: str, script: str, request: Result | str, path: str = "") -> Result:
+    """What a script of this folder writes when another Python runs it."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, result = Path(folder, "request.json"), Path(folder, "result.json")
+        given.write_text(json.dumps(request))
+        argument = request if isinstance(request, str) else str(given)
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        subprocess.run(
+            [python, str(HERE / script), argument, str(result)],
+            env=environment,
+            check=True,
+            stdout=sys.stderr,
+        )
+        found: Result = json.loads(result.read_text())
+        return found
+
+
+def length(result: Result) -> float:
+    """1 + kept guesses a cycle."""
+    return 1 + sum(result["kept"]) / max(1, result["cycles"])
+
+
+def figures(result: Result) -> Result:
+    return {"cycles": result["cycles"], "kept": result["kept"], "acceptance_length": round(length(result), 4)}
+
+
+def equal_answers(one: Result, other: Result) -> int:
+    return sum(a == b for a, b in zip(one["answers"], other["answers"], strict=True))
+
+
+def exactly(config: RunConfig, python: str, folders: dict[str, Path], prompts: Any) -> Result:
+    chosen = prompts[:EXACT]
+    ours = own(config, "float32", chosen)
+    found: Result = {"prompts": len(chosen), "paceline": figures(ours)}
+    for name, folder in folders.items():
+        theirs = by_vllm(python, config.target.model, chosen, draft=str(folder), dtype="float32", rows=1)
+        found[name] = {**figures(theirs), "equal_answers": equal_answers(ours, theirs)}
+        same = found[name]["cycles"] == ours["cycles"] and found[name]["kept"] == ours["kept"]
+        found[name]["passed"] = same and found[name]["equal_answers"] == len(chosen)
+    return found
+
+
+def nearly(config: RunConfig, python: str, folder: Path, prompts: Any) -> Result:
+    chosen = prompts[:MANY]
+    ours = own(config, "bfloat16", chosen)
+    shared: Result = {"dtype": "bfloat16", "rows": len(chosen)}
+    theirs = by_vllm(python, config.target.model, chosen, draft=str(folder), **shared)
+    plain = by_vllm(python, config.target.model, chosen, draft=None, **shared)
+    lossless = equal_answers(theirs, plain)
+    return {
+        "prompts": len(chosen),
+        "paceline": figures(ours),
+        "vllm": figures(theirs),
+        "equal_to_plain_vllm": lossless,
+        "passed": abs(length(theirs) - length(ours)) <= AL_MAX and lossless == len(chosen),
+    }
+
+
+def by_speculators(python: str, folder: Path, path: str) -> Result:
+    found = other_python(python, "load_with_speculators.py", str(folder), path)
+    whole = found["equal"] == found["written"] and not found["unknown"] and not found["missing"]
+    return {**found, "passed": whole and not found["norm_before_residual"]}
+
+
+def export(
+    run_file: Path, config: RunConfig, formats: list[str], folder: Path, dtype: str
+) -> dict[str, Path]:
+    request = export_request(config, formats, folder, None, dtype)
+    if not export_run(run_file, config, request):
+        raise SystemExit("stopped")
+    return request.folders(config.run.directory)
+
+
+def run_config(directory: Path, folder: Path) -> tuple[Path, RunConfig]:
+    run_file = folder / "run.yaml"
+    run_file.write_text(recorded_config(LedgerView(directory / "ledger.db").facts()["config"], directory))
+    return run_file, load_run_config(run_file)
+
+
+def encoded_prompts(config: RunConfig) -> tuple[tuple[int, ...], ...]:
+    """Of the held-out file, as many as are asked for here."""
+    wide = config.evaluation.model_copy(update={"max_prompts": MANY, "max_new_tokens": TOKENS})
+    config = config.model_copy(update={"evaluation": wide})
+    head = TargetHead.load(config.target.model)
+    view = LedgerView(config.ledger_path)
+    encoder = PromptEncoder(config.target.model, date=view.facts().get(RENDERING_DATE))
+    positions = head.config.get("max_position_embeddings")
+    return held_out_prompts(config, encoder.encode, head.vocab_size, positions).prompts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="the directory of a finished run")
+    parser.add_argument("--vllm", required=True, help="a Python in which vLLM is installed")
+    parser.add_argument("--speculators", help="a folder to add to its path, with the speculators package")
+    parser.add_argument("--record", type=Path, help="write the figures here")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        run_file, config = run_config(given.run, Path(scratch))
+        prompts = encoded_prompts(config)
+        folders = export(run_file, config, ["vllm", "speculators"], Path(scratch, "fp32"), "fp32")
+        flat = export(run_file, config, ["vllm"], Path(scratch, "bf16"), "bf16")["vllm"]
+        results = {"float32": exactly(config, given.vllm, folders, prompts)}
+        results["bfloat16"] = nearly(config, given.vllm, flat, prompts)
+        if given.speculators is not None:
+            path = given.speculators
+            results["speculators"] = by_speculators(given.vllm, folders["speculators"], path)
+    record = {"date": date.today().isoformat(), "run": config.run.name, **results}
+    text = json.dumps(record, indent=1) + "\n"
+    sys.stdout.write(text)
+    if given.record:
+        replace_file(given.record, text.encode())
+    verdicts = [
+        results["bfloat16"],
+        *(value for value in results["float32"].values() if isinstance(value, dict)),
+    ]
+    verdicts += [results["speculators"]] if "speculators" in results else []
+    return 0 if all(verdict.get("passed", True) for verdict in verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
