@@ -107,3 +107,12 @@ def test_the_machine_finds_a_ledger_that_behaves_otherwise(
     monkeypatch.setattr(SQLiteLedger, method, wrong)
     with pytest.raises(DisagreementError):
         play_many(tmp_path, range(60))
+
+
+def test_a_trained_sample_whose_second_capture_fails_stays_trained(tmp_path: Path) -> None:
+    play_at_random(tmp_path, 56, 90)
+
+
+def test_an_archived_visit_of_a_sample_that_is_still_there_is_no_licence_to_commit_it(tmp_path: Path) -> None:
+    """In arrival order, under a generation that was another sample's."""
+    play_at_random(tmp_path, 564, 90)

@@ -143,7 +143,8 @@ class Archive(PromptTable):
         run = self._run()
         if run.place_order == "ordinal":
             return ref.ordinal is not None and ref.ordinal < run.archived_place
-        return run.archived > 0 and self._archived_id(ref.sample_id)
+        has_row = self._value("SELECT 1 FROM sample WHERE sample_id = ?", ref.sample_id)
+        return run.archived > 0 and has_row is None and self._archived_id(ref.sample_id)
 
 
 def _names(trained: TrainedStep, sample_id: str | None) -> bool:
