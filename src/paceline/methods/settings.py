@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from paceline.section import Count, Dtype, Section
@@ -21,6 +22,11 @@ class MethodSection(Section):
     name: str
     first_samples: Count = 128
     dtype: Dtype = "auto"
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Model folders besides the target's that decide the draft; a run is bound to their content."""
+        return ()
 
     def build(self) -> DraftMethod:
         method: DraftMethod = resolve(self.component)(self)

@@ -16,9 +16,10 @@ from paceline.ledger.ledger import Ledger
 from paceline.ledger.stores.sqlite.view import LedgerView
 from paceline.roles.binding import others_kept_out
 from paceline.target.facts import TargetFacts
-from paceline.target.version import TargetVersion
+from paceline.target.version import TargetVersion, files_version
 
 MODEL, TOKENIZER = "model_version", "tokenizer_version"
+STARTS = "start_versions"  # of the folders that the draft starts from
 TARGET_NUMERICS, DRAFT_NUMERICS = "target_numerics", "draft_numerics"
 
 
@@ -28,7 +29,7 @@ def bind_target(ledger: Ledger, config: RunConfig, role: str = "") -> TargetVers
     `role`: the caller's role, which does not count as another live role.
     """
     version = TargetVersion.of(config.target.model)
-    now = {MODEL: version.model, TOKENIZER: version.tokenizer}
+    now = _facts(config, version)
     binds = ledger.snapshot().committed > 0
     recorded = _settle(ledger, config, now, binds=binds, role=role)
     _refuse_unequal(config, recorded, now)
@@ -38,9 +39,15 @@ def bind_target(ledger: Ledger, config: RunConfig, role: str = "") -> TargetVers
 def refuse_other_target(ledger: LedgerView, config: RunConfig) -> TargetVersion:
     """Like `bind_target`, for a role that only reads the run: it records nothing."""
     facts, version = ledger.facts(), TargetVersion.of(config.target.model)
-    now = {MODEL: version.model, TOKENIZER: version.tokenizer}
+    now = _facts(config, version)
     _refuse_unequal(config, {name: facts.get(name, now[name]) for name in now}, now)
     return version
+
+
+def _facts(config: RunConfig, version: TargetVersion) -> dict[str, Any]:
+    facts: dict[str, Any] = {MODEL: version.model, TOKENIZER: version.tokenizer}
+    starts = [files_version(folder) for folder in config.method.folders]
+    return {**facts, STARTS: starts} if starts else facts
 
 
 def refuse_changed(config: RunConfig, bound: TargetVersion, loaded: TargetFacts) -> None:
@@ -49,9 +56,15 @@ def refuse_changed(config: RunConfig, bound: TargetVersion, loaded: TargetFacts)
     _refuse_unequal(config, {MODEL: bound.model, TOKENIZER: bound.tokenizer}, names)
 
 
-def _refuse_unequal(config: RunConfig, recorded: Mapping[str, str], now: Mapping[str, str]) -> None:
+def _refuse_unequal(config: RunConfig, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if recorded.get(STARTS) != now.get(STARTS):
+        raise ConfigError(
+            f"{', '.join(map(str, config.method.folders))} has changed since this run was started.",
+            why="The draft's sizes and first weights come from there. The run is untouched.",
+            next="put the old folder back, or set a new run.name and run.directory.",
+        )
     parts = {MODEL: "model", TOKENIZER: "tokenizer"}
-    other = [name for name in now if recorded.get(name) != now[name]]
+    other = [name for name in parts if recorded.get(name) != now[name]]
     if not other:
         return
     raise ConfigError(

@@ -62,6 +62,17 @@ def tokenizer_version(folder: Path) -> str:
 
 def model_version(folder: Path) -> str:
     read_config(folder)  # raises if it is not a text decoder's
+    return files_version(folder)
+
+
+def files_version(folder: Path) -> str:
+    """The digest of any model folder's configuration and weights. Raises ConfigError if it has none."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"There is no model in {folder} (no config.json).",
+            why="Weights and sizes are read from the files of a local model folder.",
+            next="set the path to a model's folder.",
+        )
     digest = xxhash.xxh3_64()
     for name in CONFIG_FILES:
         _add_file(digest, folder / name)
@@ -74,7 +85,7 @@ def model_version(folder: Path) -> str:
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ConfigError(
                 f"{path} is not a whole safetensors file ({error or type(error).__name__}).",
-                why="The target's version is a digest of its weights, and capture needs all of them.",
+                why="A model's version is a digest of its weights, and all of them are needed.",
                 next="move the folder away and fetch the model again (`make model` for the recipe's target).",
             ) from error
     return digest.hexdigest()

@@ -40,10 +40,12 @@ def other(one: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def config_of(model: Path, directory: Path) -> Any:
+def config_of(model: Path, directory: Path, *starts: Path) -> Any:
     directory.mkdir(exist_ok=True)
     return SimpleNamespace(
-        target=SimpleNamespace(model=model), run=SimpleNamespace(name="run", directory=directory)
+        target=SimpleNamespace(model=model),
+        run=SimpleNamespace(name="run", directory=directory),
+        method=SimpleNamespace(folders=starts),
     )
 
 
@@ -70,6 +72,22 @@ def test_another_target_may_be_chosen_until_something_was_captured(
         with pytest.raises(ConfigError, match="put the old folder back"):
             refuses(ledger, config_of(other, directory))
     assert bind_target(ledger, config_of(one, directory)) == version
+
+
+def test_the_folder_that_the_draft_starts_from_binds_like_the_target(
+    one: Path, other: Path, tmp_path: Path
+) -> None:
+    """Its content decides first weights, layers and sizes."""
+    ledger, directory, start = SQLiteLedger(), tmp_path / "run", tmp_path / "start"
+    shutil.copytree(one, start)
+    bind_target(ledger, config_of(one, directory, start))
+    capture(producer_of(ledger), 0)
+    bind_target(ledger, config_of(one, directory, start))
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    for refuses in (bind_target, refuse_other_target):
+        with pytest.raises(ConfigError, match="has changed since this run was started"):
+            refuses(ledger, config_of(one, directory, start))
 
 
 def test_a_reader_records_nothing(one: Path, tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from paceline.methods.eagle3.decode import Eagle3Decoder
 from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft, Midlayer
 from paceline.methods.eagle3.rope import rope_scaling_of
 from paceline.methods.eagle3.settings import Eagle3Section
+from paceline.methods.eagle3.start import refuse_other_target, refuse_unfit, sizes_from, start_tensors
+from paceline.methods.eagle3.start_config import read_start_config
 from paceline.methods.eagle3.targets import counted_rows
 from paceline.methods.eagle3.vocab import answer_token_weights, choose_draft_vocab, vocab_maps
 from paceline.methods.eagle3.warm_start import warm_start
@@ -42,6 +44,8 @@ class Eagle3Method:
     def __init__(self, settings: Eagle3Section | Mapping[str, Any] | None = None) -> None:
         given = settings or {}
         self.settings = given if isinstance(given, Eagle3Section) else Eagle3Section.parse(given)
+        start = self.settings.start_from
+        self._start = None if start is None else read_start_config(start)
 
     def features(self, target: TargetFacts) -> tuple[Feature, ...]:
         last = target.num_hidden_layers
@@ -49,16 +53,22 @@ class Eagle3Method:
             Feature("input_ids", Tokens(), dtype="int32"),
             Feature("loss_mask", Targets(), dtype="uint8"),
             # Prompt rows give the draft keys and values, but it never learns to predict their next tokens.
-            Feature("aux_hidden_states", States(aux_layer_ids(last)), dtype=target.dtype),
+            Feature("aux_hidden_states", States(self._layers(last)), dtype=target.dtype),
             Feature("last_hidden_states", States((last,)), Rows.PREDICTED, dtype=target.dtype),
         )
 
+    def _layers(self, num_hidden_layers: int) -> tuple[int, ...]:
+        named = None if self._start is None else self._start.layers(num_hidden_layers)
+        return named or aux_layer_ids(num_hidden_layers)
+
     def check_target(self, head: TargetHead) -> None:
-        size = min(self.settings.draft_vocab_size, head.vocab_size)
-        choose_draft_vocab(torch.zeros(head.vocab_size), size, head.eos_token_ids)
-        config = draft_config(head, size)
+        config = self._config(head)
         with torch.device("meta"):
             middle = Midlayer(config)
+        if self._start is not None:
+            refuse_other_target(self._start, head)
+            return
+        choose_draft_vocab(torch.zeros(head.vocab_size), config.draft_vocab_size, head.eos_token_ids)
         if self.settings.init == "target":
             _refuse_other_shapes(middle, head.layer_tensors(head.num_hidden_layers - 1), head.hidden_size)
 
@@ -66,6 +76,10 @@ class Eagle3Method:
         self, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]], seed: int
     ) -> Eagle3Draft:
         draft = self._empty(head)
+        if self._start is not None:
+            tensors = start_tensors(self._start, head)
+            refuse_unfit(self._start, tensors, draft.state_dict())
+            return self.restore(head, tensors)
         weights = answer_token_weights(head, samples)
         target_ids = choose_draft_vocab(weights, draft.config.draft_vocab_size, head.eos_token_ids)
         draft.d2t, draft.t2d = vocab_maps(target_ids, head.vocab_size)
@@ -86,11 +100,18 @@ class Eagle3Method:
         return draft
 
     def _empty(self, head: TargetHead) -> Eagle3Draft:
+        return Eagle3Draft(self._config(head), self.settings.recompute)
+
+    def _config(self, head: TargetHead) -> Eagle3Config:
+        if self._start is not None:
+            layers = self._layers(head.num_hidden_layers)
+            return Eagle3Config(**sizes_from(self._start, head), aux_layer_ids=layers)
         size = min(self.settings.draft_vocab_size, head.vocab_size)  # at most the whole vocabulary
-        return Eagle3Draft(draft_config(head, size), self.settings.recompute)
+        return draft_config(head, size)
 
     def learning_rate_scales(self) -> Mapping[str, float]:
-        return _REGRESSION_RATES if self.settings.init == "regression" else {}
+        is_regressed = self.settings.init == "regression" and self._start is None
+        return _REGRESSION_RATES if is_regressed else {}
 
     def describe(self, draft: nn.Module) -> dict[str, Any]:
         assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type
@@ -101,7 +122,8 @@ class Eagle3Method:
 
     def collate(self, samples: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Eagle3Batch:
         chosen = self.settings
-        group = max(1, _GROUP_LOGITS // (chosen.ttt_steps * chosen.draft_vocab_size))
+        size = chosen.draft_vocab_size if self._start is None else self._start.sizes["draft_vocab_size"]
+        group = max(1, _GROUP_LOGITS // (chosen.ttt_steps * size))
         return collate(samples, Unrolling(chosen.ttt_steps, chosen.step_decay, group)).to(device)
 
     def drafter(self, draft: nn.Module, dtype: torch.dtype) -> Eagle3Decoder:

@@ -21,14 +21,24 @@ FIXED = ("linear", "llama3", "yarn")
 
 def rope_scaling_of(target: Mapping[str, Any]) -> dict[str, Any] | None:
     """The scaling in a target's config.json, without its base; None if there is none that is fixed."""
-    nested = target.get("rope_parameters") or target.get("rope_scaling") or {}
-    nested = dict(nested.get("full_attention", nested))
-    nested["rope_type"] = nested.pop("type", None) or nested.get("rope_type", "default")
-    if nested["rope_type"] not in FIXED:
+    kind = rope_kind(target)
+    if kind not in FIXED:
         return None
-    nested.pop("rope_theta", None)
-    nested.setdefault("original_max_position_embeddings", target.get("max_position_embeddings"))
-    return nested
+    found = {name: value for name, value in _parameters(target).items() if name not in ("type", "rope_theta")}
+    found.setdefault("original_max_position_embeddings", target.get("max_position_embeddings"))
+    return {**found, "rope_type": kind}
+
+
+def rope_kind(config: Mapping[str, Any]) -> str:
+    """The kind of rotary embedding in a config.json, under its newer or its older name."""
+    nested = _parameters(config)
+    return str(nested.get("rope_type") or nested.get("type") or "default")
+
+
+def _parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found: Mapping[str, Any] = nested.get("full_attention", nested)
+    return found
 
 
 @dataclass(frozen=True)

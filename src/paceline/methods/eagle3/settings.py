@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -15,6 +16,10 @@ class Eagle3Section(MethodSection):
 
     `init`: "regression" (closed form, from the run's first samples), "target" (weights of the target's
     last layer) or "random".
+
+    `start_from`: a public EAGLE-3 folder of the same target, from which weights, sizes, vocabulary maps and
+    fused layers come; `draft_vocab_size` and `init` are not used then. The folder must stay in its place, and
+    its content may not change.
 
     `recompute`: backward computes every unrolled step's layer and logits again, to the same bits. Without
     it, each further step keeps, between forward and backward, what autograd keeps of a decoder layer, and
@@ -31,4 +36,9 @@ class Eagle3Section(MethodSection):
     ttt_steps: Annotated[int, Field(ge=1, le=16)] = 4
     step_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     init: Literal["regression", "target", "random"] = "regression"
+    start_from: Path | None = None
     recompute: bool = False
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return () if self.start_from is None else (self.start_from,)
