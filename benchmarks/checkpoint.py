@@ -25,11 +25,12 @@ import torch
 
 from benchmarks.rows import Row, against, row
 from paceline import durable_files
-from paceline.features.stores.memory import InMemoryFeatureStore
+from paceline.durable_files import FileContent
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.records import StepPlan, TrainedStep
 from paceline.ledger.stores.sqlite import SQLiteLedger
-from paceline.training.checkpoint import CheckpointFolder, Fill
+from paceline.testing.memory_features import InMemoryFeatureStore
+from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.checkpoint_writer import CheckpointWriter, InlineExecutor
 from paceline.training.recovery import Start
 from paceline.training.tensor_files import FileBuffers
@@ -65,9 +66,8 @@ class Trained:
             report=lambda _, **fields: self.reports.append(fields),
         )
 
-    def snapshot(self) -> Fill:
-        files = {name: self._staging.file(name, tensors) for name, tensors in self.tensors.items()}
-        return lambda aside: [aside.put(name, content) for name, content in files.items()]
+    def files(self) -> dict[str, FileContent]:
+        return {name: self._staging.file(name, tensors) for name, tensors in self.tensors.items()}
 
     def train(self) -> None:
         """A step of about a tenth of a second."""
@@ -82,7 +82,7 @@ class Trained:
     def stage(self) -> float:
         """Seconds that training waits."""
         started = time.perf_counter()
-        self.commits.begin(self.step, 0, self.snapshot, {})
+        self.commits.begin(self.step, 0, self.files, {})
         return time.perf_counter() - started
 
 

@@ -128,7 +128,7 @@ def a_checkpoint_tells_the_steps_it_contains() -> None:
             session, features, folder, Start(), InlineExecutor(), kept=2, report=nothing
         )
         commits.add(trained)
-        commits.begin(1, 1, lambda: lambda _: {}, {})
+        commits.begin(1, 1, dict, {})
         [(_, checkpoint)] = folder.unrecorded([])
         assert checkpoint.lineage == (trained,)
 

@@ -164,7 +164,7 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "position not restored": Mutant("visits again", ((training, "recover", starts_over),)),
     "lineage left out": Mutant("heads tell no story", ((CheckpointWriter, "begin", no_lineage),)),
-    "weights taken while they train": Mutant("a head of later weights", ((Ranks, "snapshot", staged_late),)),
+    "weights taken while they train": Mutant("a head of later weights", ((Ranks, "files", staged_late),)),
     "first visit is the last": Mutant("freed between passes", ((PlannedStep, "finished", all_finished),)),
     "quarantine forgotten": Mutant("bad samples come back", ((Store, "quarantine", nothing),)),
     "deaths forgotten": Mutant("it kills for ever", ((Store, "acquire", deaths_forgotten),)),

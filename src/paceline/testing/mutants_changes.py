@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -379,9 +379,23 @@ def not_claimed(_: Any) -> Any:
     return lambda self, record, epoch: record
 
 
+class _Late(Mapping[str, Any]):
+    def __init__(self, files: Callable[[], Mapping[str, Any]]) -> None:
+        self._files = files
+
+    def __getitem__(self, name: str) -> Any:
+        return self._files()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files())
+
+    def __len__(self) -> int:
+        return len(self._files())
+
+
 def staged_late(real: Any) -> Any:
     """The bytes are taken when they are written."""
-    return lambda self: lambda aside: real(self)(aside)
+    return lambda self: _Late(lambda: real(self))
 
 
 def unread_digest(real: Any) -> Any:

@@ -275,14 +275,6 @@ class SimulatedFolders:
         self.made = 0
 
 
-class _FilesAside:
-    def __init__(self) -> None:
-        self.files: dict[str, Any] = {}
-
-    def put(self, name: str, content: Any) -> None:
-        self.files[name] = content
-
-
 class SimulatedFolder:
     """One actor's view of it."""
 
@@ -292,11 +284,9 @@ class SimulatedFolder:
         self._disk = disk
         self._way = way
 
-    def write(self, checkpoint: Checkpoint, fill: Callable[[Any], Any]) -> CheckpointRecord:
+    def write(self, checkpoint: Checkpoint) -> CheckpointRecord:
         self._way.point("write")
-        aside = _FilesAside()
-        fill(aside)
-        checkpoint = replace(checkpoint, files=aside.files)
+        checkpoint = replace(checkpoint, files=dict(checkpoint.files))
         folders = self._folders
         folders.made += 1
         name = f"step-{checkpoint.step:08d}-{checkpoint.epoch:06d}-{folders.made:08x}"

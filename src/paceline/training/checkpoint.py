@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,22 +53,6 @@ class FileEntry:
     sha256: str
 
 
-class Aside:
-    """The folder of a begun checkpoint: every rank puts its files there."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def put(self, name: str, content: FileContent) -> FileEntry:
-        """Write a file durably; returns its entry for `CheckpointFolder.finish`. Raises OSError."""
-        durable_files.write_file(self.path / name, content)
-        reach("checkpoint.after_file")
-        return FileEntry(name, len(content), _sha256(content))
-
-
-Fill = Callable[[Aside], Iterable[FileEntry]]
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """The content of a checkpoint: files by name ("draft.safetensors", ...) and small JSON values.
@@ -101,48 +85,40 @@ class CheckpointFolder:
 
     # -- writing ---------------------------------------------------------------------------
 
-    def write(self, checkpoint: Checkpoint, fill: Fill | None = None) -> CheckpointRecord:
-        """Begin, fill and finish a checkpoint. Durable on return.
+    def write(self, checkpoint: Checkpoint) -> CheckpointRecord:
+        """Write the files aside, then the manifest, then give the folder its name. Durable on return.
 
-        `fill` puts the files and returns their entries; None: the checkpoint's own files are put. Raises
-        CheckpointError if the disk is full; older checkpoints stay.
+        Raises CheckpointError if the disk is full; older checkpoints stay.
         """
-        files = checkpoint.files
-        fill = fill or (lambda aside: [aside.put(name, content) for name, content in files.items()])
-        aside: Aside | None = None
+        prefix = f"step-{checkpoint.step:08d}-{checkpoint.epoch:06d}"
+        aside = self.folder / f"{prefix}-{uuid.uuid4().hex[:8]}.new"  # unlike every earlier attempt
         try:
-            aside = self.begin(checkpoint)
-            return self.finish(aside, checkpoint, fill(aside))
+            return self._write(aside, checkpoint)
         except OSError as error:
-            if aside is not None:
-                shutil.rmtree(aside.path, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(
                 f"The checkpoint of step {checkpoint.step} could not be written to {self.folder} ({error}).",
                 why="The checkpoint before it is untouched, and only features that it covers were freed.",
                 next="free space on that disk and run the same command again.",
             ) from error
 
-    def begin(self, checkpoint: Checkpoint) -> Aside:
-        """Create a folder aside for the ranks' files. Raises OSError."""
-        prefix = f"step-{checkpoint.step:08d}-{checkpoint.epoch:06d}"
-        aside = Aside(self.folder / f"{prefix}-{uuid.uuid4().hex[:8]}.new")  # unlike every earlier attempt
-        aside.path.mkdir(mode=0o700)
-        return aside
-
-    def finish(self, aside: Aside, checkpoint: Checkpoint, entries: Iterable[FileEntry]) -> CheckpointRecord:
-        """Write the manifest and then give the folder its name. Raises OSError."""
-        data = self._manifest(checkpoint, entries)
-        durable_files.write_file(aside.path / MANIFEST, data)
+    def _write(self, aside: Path, checkpoint: Checkpoint) -> CheckpointRecord:
+        aside.mkdir(mode=0o700)
+        for file_name, content in checkpoint.files.items():
+            durable_files.write_file(aside / file_name, content)
+            reach("checkpoint.after_file")
+        data = self._manifest(checkpoint)
+        durable_files.write_file(aside / MANIFEST, data)
         digest = _sha256(data)
-        name = f"{aside.path.stem}{digest[:DIGITS_IN_NAME]}"
-        durable_files.sync_folder(aside.path)
+        name = f"{aside.stem}{digest[:DIGITS_IN_NAME]}"
+        durable_files.sync_folder(aside)
         reach("checkpoint.before_rename")
-        aside.path.rename(self.folder / name)
+        aside.rename(self.folder / name)
         reach("checkpoint.before_sync")
         durable_files.sync_folder(self.folder)
         return CheckpointRecord(checkpoint.step, name, digest, checkpoint.chain, checkpoint.first_place)
 
-    def _manifest(self, checkpoint: Checkpoint, entries: Iterable[FileEntry]) -> bytes:
+    def _manifest(self, checkpoint: Checkpoint) -> bytes:
         manifest = {
             "format_version": FORMAT_VERSION,
             "run_id": self.run_id,
@@ -154,7 +130,10 @@ class CheckpointFolder:
             "lsn": checkpoint.lsn,
             "lineage": [_step_to_json(trained) for trained in checkpoint.lineage],
             "values": dict(checkpoint.values),
-            "files": {entry.name: {"bytes": entry.num_bytes, "sha256": entry.sha256} for entry in entries},
+            "files": {
+                name: {"bytes": len(content), "sha256": _sha256(content)}
+                for name, content in checkpoint.files.items()
+            },
         }
         return json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+from paceline.durable_files import FileContent
 from paceline.errors import PacelineError
 from paceline.features.store import FeatureStore
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.facts import CHECKPOINT_WANTED
 from paceline.ledger.records import CheckpointRecord, TrainedStep, chain_of
-from paceline.training.checkpoint import Checkpoint, CheckpointFolder, Fill
+from paceline.training.checkpoint import Checkpoint, CheckpointFolder
 from paceline.training.recovery import Start
 
 
@@ -83,12 +84,16 @@ class CheckpointWriter:
         return self._begun is not None
 
     def begin(
-        self, step: int, first_place: int, snapshot: Callable[[], Fill], values: Mapping[str, Any]
+        self,
+        step: int,
+        first_place: int,
+        copy: Callable[[], Mapping[str, FileContent]],
+        values: Mapping[str, Any],
     ) -> None:
         """Begin the checkpoint of `step`; one that is still being written is recorded first.
 
-        `first_place`: where a consumer that resumes from it begins to read the log. `snapshot` copies the
-        weights and returns the function that writes them.
+        `first_place`: where a consumer that resumes from it begins to read the log. `copy` copies the
+        weights; called once no checkpoint is being written, because the copies share memory.
         """
         self.settle()
         self._session.write_ack()
@@ -97,7 +102,7 @@ class CheckpointWriter:
         checkpoint = Checkpoint(
             step=step,
             first_place=first_place,
-            files={},
+            files=copy(),
             values=values,
             lineage=lineage,
             previous=head.name if head else "",
@@ -105,7 +110,7 @@ class CheckpointWriter:
             epoch=self._session.epoch,
             lsn=self._session.lsn(),
         )
-        writing = self._executor.submit(self._folder.write, checkpoint, snapshot())
+        writing = self._executor.submit(self._folder.write, checkpoint)
         self._begun = _Begun(step, writing, began, monotonic() - began)
         self._since_begun = []
 

@@ -84,7 +84,7 @@ class Coordinator:
             return
         position = [self.position.stage, self.position.offset]
         values = {**self._ranks.describe(), "position": position}
-        self._writer.begin(self.step, self._first_place, self._ranks.snapshot, values)
+        self._writer.begin(self.step, self._first_place, self._ranks.files, values)
 
     def relieve_pressure(self) -> None:
         """Write a checkpoint early if the producer waits for bytes that only a checkpoint can free."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from paceline.errors import StoreError
+from paceline.errors import FeatureStoreElsewhereError, StoreError
 from paceline.loader.loader import PlannedStep, StepLoader
 from paceline.loader.recapture import QuarantinedError, StoppedError
 from paceline.training.coordinator import Coordinator
-from paceline.training.worker import FIRST_WEIGHTS, Ranks, Unreadable
+from paceline.training.worker import FIRST_WEIGHTS, Ranks
 from paceline.types import SampleRef
 
 RECAPTURES_MAX = 5  # of one sample in one step; then it is quarantined
@@ -61,20 +61,20 @@ class Fetching:
         while unreadable := self._ranks.fetch(step, rev, [current[ref.sample_id] for ref in refs]):
             for sample_id, why in unreadable.items():
                 tries[sample_id] += 1
-                if why.is_elsewhere and tries[sample_id] > ELSEWHERE_MAX:
+                if isinstance(why, FeatureStoreElsewhereError) and tries[sample_id] > ELSEWHERE_MAX:
                     raise _looks_elsewhere(current[sample_id], why)
                 if tries[sample_id] > RECAPTURES_MAX:
                     self._quarantine_unreadable(sample_id, why)
                 current[sample_id] = self._loader.recapture.wait_for(current[sample_id], why.what)
         return current
 
-    def _quarantine_unreadable(self, sample_id: str, why: Unreadable) -> None:
+    def _quarantine_unreadable(self, sample_id: str, why: StoreError) -> None:
         reason = f"captured again {RECAPTURES_MAX} times and never readable: {why.what}"
         self._coordinator.quarantine([sample_id], {sample_id: reason}, step=None)
         raise QuarantinedError(sample_id)
 
 
-def _looks_elsewhere(ref: SampleRef, why: Unreadable) -> StoreError:
+def _looks_elsewhere(ref: SampleRef, why: StoreError) -> StoreError:
     return StoreError(
         f"The producer keeps the features in a store that this consumer does not find. {why.what}",
         why=f"{ref.sample_id} was captured again and still lies there. No sample is to blame and none was "

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from paceline.durable_files import FileContent
-from paceline.errors import FeatureCorruptError, FeatureMissingError, FeatureStoreElsewhereError
+from paceline.errors import FeatureCorruptError, FeatureMissingError, StoreError
 from paceline.features.store import FeatureStore
 from paceline.loader.read_ahead import ReadAhead
-from paceline.training.checkpoint import Aside, FileEntry
 from paceline.training.learner import Learner, Sample
 from paceline.types import SampleRef
 
@@ -41,19 +40,11 @@ class StepOrder:
 
 
 @dataclass(frozen=True)
-class Unreadable:
-    """Why a rank cannot read a sample. `is_elsewhere`: the ref names another store than the rank's."""
-
-    what: str
-    is_elsewhere: bool = False
-
-
-@dataclass(frozen=True)
 class Fetched:
-    """A rank's answer: it holds its slice of `num_tokens` tokens, unless a sample is unreadable."""
+    """A rank's answer: it holds its slice of `num_tokens` tokens, unless it cannot read a sample, and why."""
 
     num_tokens: int
-    unreadable: Mapping[str, Unreadable] = field(default_factory=dict)
+    unreadable: Mapping[str, StoreError] = field(default_factory=dict)
 
 
 class Worker:
@@ -70,15 +61,13 @@ class Worker:
         """Read the slice of `order`, except samples that are held already."""
         wanted = {ref.sample_id: ref for ref in order.mine}
         self._held = {i: held for i, held in self._held.items() if wanted.get(i) == held[0]}
-        unreadable: dict[str, Unreadable] = {}
+        unreadable: dict[str, StoreError] = {}
         for sample_id, ref in wanted.items():
             if sample_id not in self._held:
                 try:
                     self._held[sample_id] = ref, self._ahead.get(ref)
-                except FeatureStoreElsewhereError as error:
-                    unreadable[sample_id] = Unreadable(error.what, is_elsewhere=True)
                 except (FeatureMissingError, FeatureCorruptError) as error:
-                    unreadable[sample_id] = Unreadable(error.what)
+                    unreadable[sample_id] = error
         if unreadable:
             return Fetched(0, unreadable)
         return Fetched(self.learner.num_tokens(self._samples(order.mine)))
@@ -143,21 +132,23 @@ class Ranks:
         """Whether the ranks have weights."""
         return all(worker.learner.ready for worker in self.workers)
 
-    def fetch(self, step: int, rev: int, refs: Sequence[SampleRef]) -> dict[str, Unreadable]:
+    def fetch(self, step: int, rev: int, refs: Sequence[SampleRef]) -> dict[str, StoreError]:
         """Every rank reads its slice, or all samples for the first weights; returns the unreadable ones."""
-        shares, count = len(self.workers), len(refs)
-        bounds = [(rank * count // shares, (rank + 1) * count // shares) for rank in range(shares)]
+        bounds = self._slices(len(refs))
         if step == FIRST_WEIGHTS:
-            bounds = [(0, count)] * shares
+            bounds = [(0, len(refs)) for _ in bounds]
         self._orders = [StepOrder(step, rev, tuple(refs), start, stop) for start, stop in bounds]
         answers = self._each(lambda worker, order: worker.fetch(order))
         self._num_tokens = sum(answer.num_tokens for answer in answers)
         return {i: why for answer in answers for i, why in answer.unreadable.items()}
 
     def read_ahead(self, refs: Sequence[SampleRef]) -> None:
-        shares, count = len(self.workers), len(refs)
-        for rank, worker in enumerate(self.workers):
-            worker.read_ahead(refs[rank * count // shares : (rank + 1) * count // shares])
+        for worker, (start, stop) in zip(self.workers, self._slices(len(refs)), strict=True):
+            worker.read_ahead(refs[start:stop])
+
+    def _slices(self, count: int) -> list[tuple[int, int]]:
+        shares = len(self.workers)
+        return [(rank * count // shares, (rank + 1) * count // shares) for rank in range(shares)]
 
     def step(self) -> dict[str, Any]:
         """One optimizer step on all ranks. If it raises, the weights of all ranks are unchanged."""
@@ -178,14 +169,9 @@ class Ranks:
         for worker in self.workers:
             worker.learner.load(files)
 
-    def snapshot(self) -> Callable[[Aside], list[FileEntry]]:
-        """Copy the state of all ranks now; the returned function writes it later, in any thread."""
-        parts = [worker.learner.files() for worker in self.workers]
-
-        def write(aside: Aside) -> list[FileEntry]:
-            return [aside.put(name, content) for part in parts for name, content in part.items()]
-
-        return write
+    def files(self) -> Mapping[str, FileContent]:
+        """A copy of the state of all ranks, as files of a checkpoint; valid until the next call."""
+        return {n: content for worker in self.workers for n, content in worker.learner.files().items()}
 
     def describe(self) -> dict[str, Any]:
         return self.workers[0].learner.describe()

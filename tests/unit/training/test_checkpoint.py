@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from paceline import crashpoints
+from paceline import crashpoints, durable_files
 from paceline.errors import CheckpointDamagedError, CheckpointError
 from paceline.ledger.records import TrainedSample, TrainedStep
-from paceline.training.checkpoint import Aside, Checkpoint, CheckpointFolder, FileEntry
+from paceline.training.checkpoint import Checkpoint, CheckpointFolder
 from paceline.training.tensor_files import from_bytes
 
 
@@ -129,26 +129,29 @@ def test_a_file_that_is_damaged_after_it_was_verified_is_found_when_it_is_read(t
         got.files["draft.safetensors"]
 
 
-def test_every_rank_puts_its_part_and_the_manifest_comes_last(tmp_path: Path) -> None:
-    """Until then no name of a checkpoint is there; a part that fails leaves nothing."""
-    folder = CheckpointFolder(tmp_path, "run0")
-    content = replace(checkpoint(), files={})
+def test_every_file_is_written_aside_and_the_manifest_comes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then no name of a checkpoint is there; a file that fails leaves nothing."""
+    folder, real, written = CheckpointFolder(tmp_path, "run0"), durable_files.write_file, []
 
-    def fill(aside: Aside) -> list[FileEntry]:
-        entries = [aside.put(f"rank-{rank}.bin", bytes([rank])) for rank in (0, 1)]
-        assert not [path for path in tmp_path.iterdir() if path.suffix != ".new"]
-        assert not (aside.path / "manifest.json").exists()
-        return entries
+    def noted(path: Path, content: bytes) -> None:
+        assert [entry.suffix for entry in tmp_path.iterdir()] == [".new"]
+        written.append(path.name)
+        real(path, content)
 
-    record = folder.write(content, fill)
-    assert folder.read(record).files == {"rank-0.bin": b"\0", "rank-1.bin": b"\1"}
+    monkeypatch.setattr(durable_files, "write_file", noted)
+    record = folder.write(checkpoint())
+    assert written == [*checkpoint().files, "manifest.json"]
 
-    def fail(aside: Aside) -> list[FileEntry]:
-        aside.put("rank-0.bin", b"")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def fail(path: Path, content: bytes) -> None:
+        if path.name == written[1]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, content)
 
+    monkeypatch.setattr(durable_files, "write_file", fail)
     with pytest.raises(CheckpointError, match="free space"):
-        folder.write(content, fail)
+        folder.write(checkpoint())
     assert [path.name for path in tmp_path.iterdir()] == [record.name]
 
 
