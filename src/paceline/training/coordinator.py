@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Any
 
 from paceline.errors import TrainingError
 from paceline.features.store import FeatureStore
 from paceline.ledger.consumer_session import ConsumerSession
-from paceline.ledger.facts import BUILDS_BEGUN, CHECKPOINT_WANTED, PROBES_BEGUN, QUARANTINED_IN_A_ROW
-from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION, DEATHS_OF_A_CULPRIT, Isolation
+from paceline.ledger.facts import CHECKPOINT_WANTED, QUARANTINED_IN_A_ROW
 from paceline.loader.loader import PlannedStep
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.checkpoint_writer import CheckpointWriter
@@ -89,16 +87,12 @@ class Coordinator:
     def relieve_pressure(self) -> None:
         """Write a checkpoint early if the producer waits for bytes that only a checkpoint can free."""
         self._writer.poll()
-        not_covered = self._writer.is_writing or self.step != self._writer.step
-        if not_covered and self._facts().get(CHECKPOINT_WANTED):
+        if self.session.facts().get(CHECKPOINT_WANTED):
             if not self._writer.is_writing:
                 self.begin_checkpoint()
             self._writer.settle()
 
-    # -- isolation -------------------------------------------------------------------------
-
-    def isolation(self, name: str, sample_ids: Sequence[str]) -> Isolation:
-        return Isolation(self.session, name, list(sample_ids))
+    # -- what fails ------------------------------------------------------------------------
 
     def quarantine(self, tried: Sequence[str], culprits: Mapping[str, str], *, step: int | None) -> None:
         """Quarantine the culprits among the samples tried, each with its reason.
@@ -120,7 +114,7 @@ class Coordinator:
     def _count_in_a_row(self, in_a_row: int) -> None:
         """Recorded in the ledger, because the row may continue after a restart."""
         if in_a_row != self._in_a_row:
-            self._set_fact(QUARANTINED_IN_A_ROW, in_a_row)
+            self.session.set_facts({QUARANTINED_IN_A_ROW: in_a_row})
             self._in_a_row = in_a_row
 
     def _too_many(self, sample_id: str, reason: str) -> TrainingError:
@@ -133,29 +127,13 @@ class Coordinator:
             "command again. If the samples are bad, raise training.quarantine_max_in_a_row.",
         )
 
-    def begin_build(self) -> bool:
-        """Count an attempt to build the first weights; False if too many consumers died in one."""
-        begun = int(self._facts().get(BUILDS_BEGUN) or 0)
-        if begun >= DEATHS_BEFORE_ISOLATION:
+    def begin(self, attempt: str, deaths_max: int) -> bool:
+        """Count an attempt (a fact's name); False if `deaths_max` consumers have died in it."""
+        begun = int(self.session.facts().get(attempt) or 0)
+        if begun >= deaths_max:
             return False
-        self._set_fact(BUILDS_BEGUN, begun + 1)
+        self.session.set_facts({attempt: begun + 1})
         return True
 
-    def forget_builds(self) -> None:
-        self._set_fact(BUILDS_BEGUN, 0)
-
-    def begin_probe(self) -> bool:
-        """Count an attempt to train a harmless sample; False if too many consumers died in one."""
-        begun = int(self._facts().get(PROBES_BEGUN) or 0)
-        dies = begun >= DEATHS_OF_A_CULPRIT
-        self._set_fact(PROBES_BEGUN, 0 if dies else begun + 1)
-        return not dies
-
-    def end_probe(self) -> None:
-        self._set_fact(PROBES_BEGUN, 0)
-
-    def _facts(self) -> Mapping[str, Any]:
-        return self.session.facts()
-
-    def _set_fact(self, name: str, value: Any) -> None:
-        self.session.set_facts({name: value})
+    def end(self, attempt: str) -> None:
+        self.session.set_facts({attempt: 0})

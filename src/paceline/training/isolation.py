@@ -14,15 +14,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from paceline.errors import PacelineError, TrainingError, is_want_of_memory
-from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION
+from paceline.ledger.facts import BUILDS_BEGUN, PROBES_BEGUN
+from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION, DEATHS_OF_A_CULPRIT
+from paceline.ledger.isolation import Isolation as RecordedTrials
 from paceline.loader.loader import PlannedStep, StepLoader
 from paceline.training.coordinator import Coordinator
 from paceline.training.fetching import Fetching
 from paceline.training.worker import Ranks
 
 KILLS_THE_CONSUMER = "the consumer's process dies of this sample"
-SAMPLE_FAILURES = (TrainingError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
-FAILURES = (*SAMPLE_FAILURES, MemoryError)
+FAILURES = (TrainingError, ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
 
 class Isolation:
@@ -62,7 +63,7 @@ class Isolation:
 
     def build(self, sample_ids: Sequence[str]) -> bool:
         """Build the first weights from samples that all ranks hold; False if some were quarantined."""
-        if self._coordinator.begin_build():
+        if self._coordinator.begin(BUILDS_BEGUN, DEATHS_BEFORE_ISOLATION):
             try:
                 self._ranks.build()
             except FAILURES as error:
@@ -75,7 +76,7 @@ class Isolation:
         else:  # consumers died in it, or were killed
             culprits = self._culprits("build", sample_ids)
         self._coordinator.quarantine(sample_ids, culprits, step=0)
-        self._coordinator.forget_builds()
+        self._coordinator.end(BUILDS_BEGUN)
         return False
 
     def _without_culprits(self, planned: PlannedStep) -> PlannedStep | None:
@@ -107,10 +108,10 @@ class Isolation:
                 return False
             return True
 
-        found = self._coordinator.isolation(name, sample_ids).run(is_harmless)
+        found = RecordedTrials(self._coordinator.session, name, sample_ids).run(is_harmless)
         culprits = {sample_id: reasons.get(sample_id, KILLS_THE_CONSUMER) for sample_id in found}
         if culprits and len(culprits) == len(sample_ids):  # no sample shows that training works here
-            self._probe_harmless(f"The trial {name} fails with each of its {len(culprits)} samples", culprits)
+            self._probe_harmless(name, culprits)
         return culprits
 
     def _probe_harmless(self, name: str, culprits: dict[str, str]) -> None:
@@ -120,17 +121,18 @@ class Isolation:
             f"each of its {count} samples" if count > 1 else "its one sample"
         )
         reason = next(iter(culprits.values()))
-        if not self._coordinator.begin_probe():
+        if not self._coordinator.begin(PROBES_BEGUN, DEATHS_OF_A_CULPRIT):
+            self._coordinator.end(PROBES_BEGUN)
             raise _no_sample_at_fault(what, reason, "and a step on a harmless sample kills the process, too")
         try:
             trained_before = self._ranks.probe()
         except FAILURES as error:
-            self._coordinator.end_probe()
+            self._coordinator.end(PROBES_BEGUN)
             _raise_unless_a_sample_may_cause(error, "A step on a harmless sample")
             told = getattr(error, "what", str(error)) or type(error).__name__
             advice = getattr(error, "next", "")
             raise _no_sample_at_fault(what, reason, f"and so does a harmless one: {told}", advice) from error
-        self._coordinator.end_probe()
+        self._coordinator.end(PROBES_BEGUN)
         if len(culprits) > 1 and not trained_before:
             raise _no_sample_at_fault(what, reason, "and no sample has been trained since this start")
 

@@ -63,7 +63,10 @@ def find_checkpoint(
     contradicts it.
     """
     found = _newest_valid(session, folder, report)
-    return _roll_forward(session, folder, epoch_before, report, found)
+    while (following := _adopt_next(session, folder, epoch_before, found)) is not None:
+        found = following
+        report("rolled_forward", step=found[0].step, steps=len(found[1].lineage))
+    return found
 
 
 def _newest_valid(
@@ -93,19 +96,6 @@ def _newest_valid(
             next="restore the folder from a backup, or start a new run.",
         )
     return None
-
-
-def _roll_forward(
-    session: ConsumerSession,
-    folder: CheckpointFolder,
-    epoch_before: int,
-    report: Callable[..., None],
-    found: Found | None,
-) -> Found | None:
-    while (following := _adopt_next(session, folder, epoch_before, found)) is not None:
-        found = following
-        report("rolled_forward", step=found[0].step, steps=len(found[1].lineage))
-    return found
 
 
 def _adopt_next(
