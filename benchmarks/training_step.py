@@ -33,7 +33,6 @@ from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.target.head import TargetHead
 from paceline.target.layout import HeadLayout
 from paceline.training.determinism import compute_deterministically
-from paceline.training.step import micro_batches
 
 Sample = Mapping[str, torch.Tensor]
 
@@ -86,8 +85,12 @@ def new_draft(depth: int, recompute: bool = False) -> tuple[Eagle3Method, Eagle3
     return method, method.build(target_head(), spread_samples(1), seed=0)
 
 
+def micro_batches(samples: Sequence[Sample]) -> list[Sequence[Sample]]:
+    return [samples[start : start + MICRO_BATCH] for start in range(0, len(samples), MICRO_BATCH)]
+
+
 def ours(method: Eagle3Method, draft: Eagle3Draft, samples: Sequence[Sample]) -> None:
-    for micro_batch in micro_batches(samples, MICRO_BATCH):
+    for micro_batch in micro_batches(samples):
         batch = method.collate(micro_batch, CPU)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = draft(batch).loss_sum
@@ -95,7 +98,7 @@ def ours(method: Eagle3Method, draft: Eagle3Draft, samples: Sequence[Sample]) ->
 
 
 def plain(draft: Eagle3Draft, samples: Sequence[Sample]) -> None:
-    for micro_batch in micro_batches(samples, MICRO_BATCH):
+    for micro_batch in micro_batches(samples):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = _plain_loss(draft, micro_batch, DEPTH)
         loss.backward()
@@ -208,7 +211,7 @@ def kept(depth: int, samples: Sequence[Sample], recompute: bool = False) -> Row:
 
 def run(quick: bool) -> list[Row]:
     compute_deterministically(threads=1)  # as the consumer does, with the recipe's thread
-    like = micro_batches(spread_samples(16), MICRO_BATCH)[1]
+    like = micro_batches(spread_samples(16))[1]
     ways = False, True
     return [
         *(speed(quick, recompute) for recompute in ways),

@@ -38,7 +38,7 @@ from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.testing.tiny_run import WORDS, TinyRun
 from paceline.training.determinism import compute_deterministically
 from paceline.training.optimizer import build_optimizer
-from paceline.training.settings import OptimizerSettings
+from paceline.training.settings import TrainingSection
 
 CPU = torch.device("cpu")
 RELATIVE_ERROR = 2e-3  # of float32 products in another order, over all layers; TF32 is off
@@ -165,7 +165,7 @@ def time_step(
 ) -> None:
     """Print tokens/s and the share of each part; then name what makes the host wait."""
     draft = method.build(head, samples, seed=0).to(device)
-    settings = OptimizerSettings(total_steps=100)
+    settings = TrainingSection()
     optimizer = build_optimizer(draft, settings, method.learning_rate_scales())
     parts: dict[str, float] = {}
 

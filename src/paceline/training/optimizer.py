@@ -8,24 +8,30 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from paceline.training.settings import OptimizerSettings
+from paceline.training.settings import TrainerSettings, TrainingSection
 
 
-def learning_rate_at(step: int, settings: OptimizerSettings) -> float:
-    """The rate of optimizer step `step` (the first is 1): see `OptimizerSettings`."""
-    if step <= settings.warmup_steps:
-        return settings.learning_rate * step / settings.warmup_steps
+def learning_rate_at(step: int, settings: TrainerSettings) -> float:
+    """The rate of optimizer step `step` (the first is 1).
+
+    A linear warm-up, then a cosine down to the final rate at `total_steps`; later steps keep the final rate.
+    Without `total_steps` the rate is constant after the warm-up. The steps up to each of `totals_before` keep
+    the rates that they had before the run was extended.
+    """
+    section = settings.training
+    if step <= section.warmup_steps:
+        return section.learning_rate * step / section.warmup_steps
     total = next((before for before in settings.totals_before if step <= before), settings.total_steps)
     if total is None:
-        return settings.learning_rate
-    span = max(1, total - settings.warmup_steps)
-    done = min(1.0, (step - settings.warmup_steps) / span)
-    fall = settings.learning_rate - settings.final_learning_rate
-    return settings.final_learning_rate + fall * 0.5 * (1.0 + math.cos(math.pi * done))
+        return section.learning_rate
+    span = max(1, total - section.warmup_steps)
+    done = min(1.0, (step - section.warmup_steps) / span)
+    fall = section.learning_rate - section.final_learning_rate
+    return section.final_learning_rate + fall * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 def build_optimizer(
-    draft: nn.Module, settings: OptimizerSettings, scales: Mapping[str, float] | None = None
+    draft: nn.Module, settings: TrainingSection, scales: Mapping[str, float] | None = None
 ) -> torch.optim.AdamW:
     """One group per parameter: decay on matrices only, and the method's factor on the learning rate.
 

@@ -13,39 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 
-class OptimizerSection(Section):
-    """AdamW's knobs, part of the run file's `training` section."""
-
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
-    final_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-5
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
-    grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
-
-
-class OptimizerSettings(OptimizerSection):
-    """The learning rate of each step: linear warm-up, then a cosine down to the final rate at `total_steps`.
-
-    Later steps keep the final rate. `total_steps` None, for a stream without an end: constant after the
-    warm-up. `totals_before`: the `total_steps` before each extension of the run, oldest first; the steps up
-    to each keep their rates.
-    """
-
-    total_steps: int | None
-    totals_before: tuple[int, ...] = ()
-
-    @classmethod
-    def of(
-        cls, section: OptimizerSection, total_steps: int | None, totals_before: tuple[int, ...] = ()
-    ) -> OptimizerSettings:
-        knobs = {name: getattr(section, name) for name in OptimizerSection.model_fields}
-        return cls(total_steps=total_steps, totals_before=totals_before, **knobs)
-
-
-class TrainingSection(OptimizerSection):
-    """`batch_size` samples an optimizer step, in micro-batches of `micro_batch_size`.
+class TrainingSection(Section):
+    """AdamW's knobs, and `batch_size` samples an optimizer step, in micro-batches of `micro_batch_size`.
 
     `passes`: how often each sample is trained on while its features are resident (loader/passes.py).
     `quarantine_max_in_a_row`: how many samples in a row may be quarantined. Then training stops, since the
@@ -53,6 +22,13 @@ class TrainingSection(OptimizerSection):
     """
 
     changeable: ClassVar[tuple[str, ...]] = ("device", "quarantine_max_in_a_row")
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    final_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
     passes: Count = 1
     batch_size: Count = 8
     micro_batch_size: Count = 8
@@ -77,8 +53,9 @@ class CheckpointSection(Section):
 class TrainerSettings:
     """The trainer's sections of the run file, and values that follow from the rest of the run.
 
-    `total_steps`, `totals_before`: see `OptimizerSettings`. `first_samples`: the number of samples from
-    which the first weights are built.
+    `total_steps`: where the learning rate reaches its final value; None for a stream without an end.
+    `totals_before`: the `total_steps` before each extension of the run, oldest first. `first_samples`: the
+    number of samples from which the first weights are built.
     """
 
     total_steps: int | None
@@ -88,7 +65,3 @@ class TrainerSettings:
     seed: int = 0
     autocast_dtype: torch.dtype | None = None
     totals_before: tuple[int, ...] = ()
-
-    @property
-    def optimizer(self) -> OptimizerSettings:
-        return OptimizerSettings.of(self.training, self.total_steps, self.totals_before)

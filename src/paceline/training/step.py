@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,31 +18,15 @@ from torch import nn
 from paceline.errors import TrainingError
 from paceline.methods.method import DraftMethod, LossSums
 from paceline.training.optimizer import learning_rate_at, set_learning_rate
-from paceline.training.settings import OptimizerSettings
+from paceline.training.settings import TrainerSettings
 
 _LOSS = "loss sum"  # a key that no method uses for a metric
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """`loss` is the mean over the step's counted tokens; `metrics` are the method's means."""
+class Accumulated:
+    """Sums over the samples' counted tokens, and the gradients' norm before it was clipped."""
 
-    loss: float
-    num_tokens: int
-    grad_norm: float
-    learning_rate: float
-    metrics: dict[str, float]
-
-
-def micro_batches(
-    samples: Sequence[Mapping[str, torch.Tensor]], size: int
-) -> list[list[Mapping[str, torch.Tensor]]]:
-    """The samples in their order, `size` at a time; methods pack them, so lengths may differ."""
-    return [list(samples[i : i + size]) for i in range(0, len(samples), size)]
-
-
-@dataclass(frozen=True)
-class _Accumulated:
     loss_sum: float
     num_tokens: int
     grad_norm: float
@@ -52,13 +37,11 @@ def accumulate_gradients(
     samples: Sequence[Mapping[str, torch.Tensor]],
     draft: nn.Module,
     method: DraftMethod,
+    settings: TrainerSettings,
     *,
-    micro_batch_size: int,
-    autocast_dtype: torch.dtype | None,
-    grad_clip: float,
     what: str,
     num_tokens: float | None = None,
-) -> _Accumulated:
+) -> Accumulated:
     """Leave the clipped mean gradients over the samples' tokens in the draft's parameters; no update.
 
     The summed gradients are divided once, by `num_tokens` or else by the tokens of these samples. If a
@@ -67,13 +50,13 @@ def accumulate_gradients(
     `what`, if loss or gradient is not finite.
     """
     draft.zero_grad(set_to_none=True)
-    device = next(draft.parameters()).device
+    device, size = next(draft.parameters()).device, settings.training.micro_batch_size
     # Summed on the device: reading a number would make the processor wait for it.
     totals: dict[str, torch.Tensor] = {}
     local_tokens = 0
-    for micro_batch in micro_batches(samples, micro_batch_size):
-        batch = method.collate(micro_batch, device)
-        with _autocast(device, autocast_dtype):
+    for start in range(0, len(samples), size):
+        batch = method.collate(samples[start : start + size], device)
+        with _autocast(device, settings.autocast_dtype):
             sums: LossSums = draft(batch)
         sums.loss_sum.backward()
         local_tokens += sums.num_tokens
@@ -85,7 +68,7 @@ def accumulate_gradients(
     gradients = [p.grad for p in draft.parameters() if p.grad is not None]
     for gradient in gradients:
         gradient.div_(divisor)
-    grad_norm = _clip(draft, grad_clip)
+    grad_norm = _clip(draft, settings.training.grad_clip)
     metrics = {name: float(value) for name, value in totals.items()}
     loss_sum = metrics.pop(_LOSS, 0.0)
     if not (torch.isfinite(torch.tensor([loss_sum, grad_norm])).all()):
@@ -94,7 +77,7 @@ def accumulate_gradients(
             why="An update would destroy the weights. They are those of the step before.",
             next="lower training.learning_rate in a new run; the last checkpoint is unharmed.",
         )
-    return _Accumulated(loss_sum, local_tokens, grad_norm, metrics)
+    return Accumulated(loss_sum, local_tokens, grad_norm, metrics)
 
 
 def train_step(
@@ -103,32 +86,26 @@ def train_step(
     draft: nn.Module,
     method: DraftMethod,
     optimizer: torch.optim.Optimizer,
-    settings: OptimizerSettings,
+    settings: TrainerSettings,
     *,
-    micro_batch_size: int,
-    autocast_dtype: torch.dtype | None = None,
     num_tokens: float | None = None,
-) -> StepResult:
-    """One update of the draft. `num_tokens`: see `accumulate_gradients`.
+) -> dict[str, Any]:
+    """One update of the draft; returns the event log's figures: means over the step's counted tokens.
 
-    Raises TrainingError, with the weights unchanged, if loss or gradient is not finite.
+    `num_tokens`: see `accumulate_gradients`. Raises TrainingError, with the weights unchanged, if loss or
+    gradient is not finite.
     """
-    sums = accumulate_gradients(
-        samples,
-        draft,
-        method,
-        micro_batch_size=micro_batch_size,
-        autocast_dtype=autocast_dtype,
-        grad_clip=settings.grad_clip,
-        what=f"Step {step}",
-        num_tokens=num_tokens,
-    )
+    sums = accumulate_gradients(samples, draft, method, settings, what=f"Step {step}", num_tokens=num_tokens)
     rate = learning_rate_at(step, settings)
     set_learning_rate(optimizer, rate)
     optimizer.step()
-    mean = sums.loss_sum / max(1, sums.num_tokens)
-    figures = method.mean_metrics(sums.metrics)
-    return StepResult(mean, sums.num_tokens, sums.grad_norm, rate, figures)
+    return {
+        "loss": sums.loss_sum / max(1, sums.num_tokens),
+        "num_tokens": sums.num_tokens,
+        "grad_norm": sums.grad_norm,
+        "learning_rate": rate,
+        **method.mean_metrics(sums.metrics),
+    }
 
 
 def _clip(draft: nn.Module, limit: float) -> float:

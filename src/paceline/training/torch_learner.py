@@ -57,7 +57,7 @@ class TorchLearner:
     def _adopt(self, draft: nn.Module) -> None:
         self.draft = draft.to(self._device)
         scales = self._method.learning_rate_scales()
-        self.optimizer = build_optimizer(draft, self._settings.optimizer, scales)
+        self.optimizer = build_optimizer(draft, self._settings.training, scales)
 
     def num_tokens(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> int:
         return self._method.num_tokens(samples)
@@ -67,38 +67,15 @@ class TorchLearner:
     ) -> dict[str, Any]:
         assert self.draft is not None
         assert self.optimizer is not None
-        result = train_step(
-            step,
-            samples,
-            self.draft,
-            self._method,
-            self.optimizer,
-            self._settings.optimizer,
-            micro_batch_size=self._settings.training.micro_batch_size,
-            autocast_dtype=self._settings.autocast_dtype,
-            num_tokens=num_tokens,
-        )
-        return {
-            "loss": result.loss,
-            "num_tokens": result.num_tokens,
-            "grad_norm": result.grad_norm,
-            "learning_rate": result.learning_rate,
-            **result.metrics,
-        }
+        parts = self.draft, self._method, self.optimizer, self._settings
+        return train_step(step, samples, *parts, num_tokens=num_tokens)
 
     def attempt(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
         assert self.draft is not None
         before = torch.get_rng_state()
         try:
-            accumulate_gradients(
-                samples,
-                self.draft,
-                self._method,
-                micro_batch_size=self._settings.training.micro_batch_size,
-                autocast_dtype=self._settings.autocast_dtype,
-                grad_clip=self._settings.training.grad_clip,
-                what=f"A trial of {len(samples)} samples",
-            )
+            what = f"A trial of {len(samples)} samples"
+            accumulate_gradients(samples, self.draft, self._method, self._settings, what=what)
         finally:
             self.draft.zero_grad(set_to_none=True)
             torch.set_rng_state(before)

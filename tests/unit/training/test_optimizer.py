@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,12 @@ from paceline.training.optimizer import (
     restore_optimizer,
     set_learning_rate,
 )
-from paceline.training.settings import OptimizerSettings
+from paceline.training.settings import TrainerSettings, TrainingSection
+
+
+def schedule(total_steps: int | None, *totals_before: int, **knobs: Any) -> TrainerSettings:
+    section = TrainingSection(**knobs)
+    return TrainerSettings(total_steps, first_samples=1, training=section, totals_before=totals_before)
 
 
 @pytest.mark.parametrize(
@@ -33,20 +39,20 @@ from paceline.training.settings import OptimizerSettings
 )
 def test_the_rate_warms_up_follows_a_cosine_and_stays_at_its_end(step: int, rate: float) -> None:
     """Rates of a schedule of 12 steps with 4 of warm-up, from 1.0 down to 0.2."""
-    settings = OptimizerSettings(total_steps=12, learning_rate=1.0, final_learning_rate=0.2, warmup_steps=4)
+    settings = schedule(12, learning_rate=1.0, final_learning_rate=0.2, warmup_steps=4)
     assert learning_rate_at(step, settings) == pytest.approx(rate, rel=1e-12)
 
 
 def test_a_stream_without_an_end_keeps_its_rate() -> None:
     """Without `total_steps` the rate warms up and is constant from there on."""
-    settings = OptimizerSettings(total_steps=None, learning_rate=0.5, warmup_steps=2)
+    settings = schedule(None, learning_rate=0.5, warmup_steps=2)
     assert [learning_rate_at(step, settings) for step in (1, 2, 3, 10**9)] == [0.25, 0.5, 0.5, 0.5]
 
 
 def test_a_run_that_is_extended_keeps_the_rates_of_the_steps_it_had() -> None:
     """A replay of them gives the same weights; later steps are of the longer schedule."""
-    short, long = (OptimizerSettings(total_steps=total, warmup_steps=2) for total in (10, 30))
-    extended = OptimizerSettings(total_steps=30, totals_before=(10,), warmup_steps=2)
+    short, long = (schedule(total, warmup_steps=2) for total in (10, 30))
+    extended = schedule(30, 10, warmup_steps=2)
     assert [learning_rate_at(step, extended) for step in range(1, 31)] == [
         learning_rate_at(step, short if step <= 10 else long) for step in range(1, 31)
     ]
@@ -54,18 +60,16 @@ def test_a_run_that_is_extended_keeps_the_rates_of_the_steps_it_had() -> None:
 
 def test_a_schedule_without_warm_up_begins_at_its_peak() -> None:
     """No division by zero, and a schedule of which the warm-up is all falls to its end at once."""
-    none = OptimizerSettings(total_steps=10, learning_rate=1.0, final_learning_rate=0.0, warmup_steps=0)
+    none = schedule(10, learning_rate=1.0, final_learning_rate=0.0, warmup_steps=0)
     assert learning_rate_at(5, none) == pytest.approx(0.5)
-    warm_up_only = OptimizerSettings(
-        total_steps=4, learning_rate=1.0, final_learning_rate=0.1, warmup_steps=4
-    )
+    warm_up_only = schedule(4, learning_rate=1.0, final_learning_rate=0.1, warmup_steps=4)
     assert [learning_rate_at(step, warm_up_only) for step in (4, 5)] == [1.0, pytest.approx(0.1)]
 
 
 def test_matrices_decay_and_named_parameters_have_their_own_rate() -> None:
     """Decay leaves vectors alone; a factor goes to the parameter of its name and to no other."""
     draft = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
-    settings = OptimizerSettings(total_steps=10, weight_decay=0.1)
+    settings = TrainingSection(weight_decay=0.1)
     optimizer = build_optimizer(draft, settings, {"0.weight": 0.5})
     set_learning_rate(optimizer, 0.2)
     got = {
@@ -96,7 +100,7 @@ def _draft() -> nn.Module:
 
 def test_a_restored_optimizer_takes_the_next_steps_bit_for_bit() -> None:
     """Moments and the count of steps come back: three steps, a restart and three steps make six."""
-    settings = OptimizerSettings(total_steps=10, weight_decay=0.01)
+    settings = TrainingSection(weight_decay=0.01)
     whole = _draft()
     _train(whole, build_optimizer(whole, settings), range(1, 7))
 
@@ -120,7 +124,7 @@ def test_a_restored_optimizer_takes_the_next_steps_bit_for_bit() -> None:
 
 def test_restoring_takes_copies() -> None:
     """What was read from a checkpoint is not changed by the steps that follow."""
-    settings = OptimizerSettings(total_steps=10)
+    settings = TrainingSection()
     draft = _draft()
     optimizer = build_optimizer(draft, settings)
     _train(draft, optimizer, range(1, 3))

@@ -14,11 +14,20 @@ from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.target.head import TargetHead
 from paceline.testing.tiny_target import captured_sample, save_target, tiny_target
 from paceline.training.optimizer import build_optimizer, learning_rate_at
-from paceline.training.settings import OptimizerSettings
+from paceline.training.settings import TrainerSettings, TrainingSection
 from paceline.training.step import accumulate_gradients, train_step
 
 CPU = torch.device("cpu")
-SETTINGS = OptimizerSettings(total_steps=20, learning_rate=1e-2, warmup_steps=4, grad_clip=0.5)
+
+
+def settings_of(micro_batch_size: int, grad_clip: float = 0.5) -> TrainerSettings:
+    section = TrainingSection(
+        learning_rate=1e-2, warmup_steps=4, grad_clip=grad_clip, micro_batch_size=micro_batch_size
+    )
+    return TrainerSettings(total_steps=20, first_samples=1, training=section)
+
+
+SETTINGS = settings_of(micro_batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +79,7 @@ def test_gradients_are_divided_once_by_all_tokens(
         samples,
         draft,
         method,
-        micro_batch_size=micro_batch_size,
-        autocast_dtype=None,
-        grad_clip=1e9,
+        settings_of(micro_batch_size, grad_clip=1e9),
         what="a test",
         num_tokens=num_tokens,
     )
@@ -88,9 +95,9 @@ def test_a_step_is_clip_rate_and_adamw(
     """Two steps move the weights exactly as PyTorch's own optimizer does with clipped mean gradients."""
     other = method.restore(head, draft.state_dict())
     plain = torch.optim.AdamW(other.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    optimizer = build_optimizer(draft, SETTINGS)
+    optimizer = build_optimizer(draft, SETTINGS.training)
     for step in (1, 2):
-        result = train_step(step, samples, draft, method, optimizer, SETTINGS, micro_batch_size=2)
+        result = train_step(step, samples, draft, method, optimizer, SETTINGS)
         tokens = _plain(other, method, samples)
         loss = float(other(method.collate(samples, CPU)).loss_sum.detach()) / tokens
         for parameter in other.parameters():
@@ -99,11 +106,11 @@ def test_a_step_is_clip_rate_and_adamw(
         for group in plain.param_groups:
             group["lr"] = learning_rate_at(step, SETTINGS)
         plain.step()
-        assert result.loss == pytest.approx(loss, rel=1e-5)
-        assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+        assert result["loss"] == pytest.approx(loss, rel=1e-5)
+        assert result["grad_norm"] == pytest.approx(norm, rel=1e-4)
         assert norm > 0.5, "the gradients of this case are meant to be clipped"
-        assert (result.num_tokens, result.learning_rate) == (tokens, 2.5e-3 * step)
-        assert result.metrics["acceptance_length_estimate"] >= 1.0
+        assert (result["num_tokens"], result["learning_rate"]) == (tokens, 2.5e-3 * step)
+        assert result["acceptance_length_estimate"] >= 1.0
     for (name, ours), theirs in zip(draft.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -112,12 +119,12 @@ def test_a_step_without_a_token_to_learn_moves_nothing(
     draft: Eagle3Draft, method: Eagle3Method, samples: list[dict[str, torch.Tensor]]
 ) -> None:
     """Not even by the momentum of the steps before."""
-    optimizer = build_optimizer(draft, SETTINGS)
-    train_step(1, samples, draft, method, optimizer, SETTINGS, micro_batch_size=2)
+    optimizer = build_optimizer(draft, SETTINGS.training)
+    train_step(1, samples, draft, method, optimizer, SETTINGS)
     before = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
     empty = [captured_sample(tiny_target(), 1, 1, 0)]
-    result = train_step(2, empty, draft, method, optimizer, SETTINGS, micro_batch_size=2)
-    assert (result.num_tokens, result.loss, result.grad_norm) == (0, 0.0, 0.0)
+    result = train_step(2, empty, draft, method, optimizer, SETTINGS)
+    assert (result["num_tokens"], result["loss"], result["grad_norm"]) == (0, 0.0, 0.0)
     assert all(torch.equal(before[name], tensor) for name, tensor in draft.state_dict().items())
 
 
@@ -125,9 +132,9 @@ def test_a_loss_that_is_not_finite_leaves_the_weights(
     draft: Eagle3Draft, method: Eagle3Method, samples: list[dict[str, torch.Tensor]]
 ) -> None:
     """The step is named, and nothing was updated."""
-    optimizer = build_optimizer(draft, SETTINGS)
+    optimizer = build_optimizer(draft, SETTINGS.training)
     before = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
     nan = {**samples[0], "aux_hidden_states": torch.full_like(samples[0]["aux_hidden_states"], torch.nan)}
     with pytest.raises(TrainingError, match="Step 5"):
-        train_step(5, [samples[1], nan], draft, method, optimizer, SETTINGS, micro_batch_size=1)
+        train_step(5, [samples[1], nan], draft, method, optimizer, settings_of(micro_batch_size=1))
     assert all(torch.equal(before[name], tensor) for name, tensor in draft.state_dict().items())

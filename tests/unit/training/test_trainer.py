@@ -12,10 +12,10 @@ import torch
 from paceline import InMemoryMetadataStore, SQLiteMetadataStore
 from paceline.capture.backpressure import Watermarks
 from paceline.errors import CheckpointError, ConfigError, FencedError, TrainingError
-from paceline.features.stores.memory import InMemoryFeatureStore
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.loader.loader import StepLoader
 from paceline.roles.wire import build_disagg_online_consumer, resolve_ledger, run_disagg_online
+from paceline.testing.memory_features import InMemoryFeatureStore
 from paceline.testing.small_run import SmallRun, same_bits, weights
 from paceline.testing.synthetic import SyntheticEngine
 from paceline.training import torch_learner
@@ -370,7 +370,7 @@ def test_gradients_are_divided_by_the_tokens_that_the_loss_counts(
 
     def noted(*args: Any, num_tokens: float | None = None, **kwargs: Any) -> Any:
         result = real(*args, num_tokens=num_tokens, **kwargs)
-        given.append((num_tokens, result.num_tokens))
+        given.append((num_tokens, result["num_tokens"]))
         return result
 
     monkeypatch.setattr(torch_learner, "train_step", noted)

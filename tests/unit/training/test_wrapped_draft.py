@@ -14,9 +14,11 @@ from torch.distributed.fsdp import fully_shard
 
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.testing.synthetic import HIDDEN, VOCAB, synthetic_head
+from paceline.training.settings import TrainerSettings, TrainingSection
 from paceline.training.step import accumulate_gradients
 
 METHOD = Eagle3Method({"draft_vocab_size": 24, "ttt_steps": 3, "init": "random"})
+SETTINGS = TrainerSettings(None, 1, training=TrainingSection(micro_batch_size=1, grad_clip=0.05))
 
 
 def _parts() -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
@@ -43,9 +45,7 @@ def _gradients(
         samples,
         draft,
         METHOD,
-        micro_batch_size=1,
-        autocast_dtype=None,
-        grad_clip=0.05,
+        SETTINGS,
         what="a test",
         num_tokens=num_tokens,
     )
