@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from paceline.features.store import FeatureStore
-from paceline.features.stores.memory import InMemoryFeatureStore
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.features.stores.slots import HEADER_BYTES
 from paceline.testing.feature_store_suite import MIB, FeatureStoreSuite
+from paceline.testing.memory_features import InMemoryFeatureStore
 from paceline.types import SampleRef
 
 

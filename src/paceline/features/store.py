@@ -45,7 +45,7 @@ Written = tuple[str, int]
 
 
 class FeatureStore(Protocol):
-    """Tensors by sample id. Adapters: stores/memory.py, stores/shm.py."""
+    """Tensors by sample id. Adapters: stores/shm.py, and for one process testing/memory_features.py."""
 
     def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:
         """Copy the tensors in and seal them. Raises StoreFullError, and then holds nothing new.

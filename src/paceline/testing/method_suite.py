@@ -15,7 +15,6 @@ from paceline.engines.transformers import TransformersEngine
 from paceline.evaluation.speculative import Decoding, plain_generate, speculative_generate
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
-from paceline.features.stores.memory import InMemoryFeatureStore
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.methods.method import DraftMethod, LossSums
 from paceline.precision import CPU
@@ -26,6 +25,7 @@ from paceline.roles.wire import (
     run_disagg_online,
 )
 from paceline.target.head import TargetHead
+from paceline.testing.memory_features import InMemoryFeatureStore
 from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.training.settings import TrainerSettings, TrainingSection
 from paceline.types import States, Targets, Tokens, name_of

@@ -12,7 +12,6 @@ from paceline.capture.producer import Producer
 from paceline.capture.settings import CaptureSettings
 from paceline.data.source import PromptList, RunPrompts
 from paceline.features.store import FeatureStore
-from paceline.features.stores.memory import InMemoryFeatureStore
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.loader.loader import StepLoader
 from paceline.methods.eagle3.method import Eagle3Method
@@ -24,6 +23,7 @@ from paceline.roles.wire import (
     run_disagg_online,
 )
 from paceline.testing.kill_points import pointed
+from paceline.testing.memory_features import InMemoryFeatureStore
 from paceline.testing.synthetic import SyntheticEngine, synthetic_head
 from paceline.training.settings import CheckpointSection, TrainerSettings, TrainingSection
 from paceline.training.trainer import Trainer

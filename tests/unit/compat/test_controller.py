@@ -9,7 +9,7 @@ import torch
 
 from paceline import DataFlowController, SQLiteMetadataStore
 from paceline.errors import FencedError, LedgerError
-from paceline.features.stores.memory import InMemoryFeatureStore
+from paceline.testing.memory_features import InMemoryFeatureStore
 from paceline.testing.samples import sample_ref
 
 REFS = [sample_ref(number) for number in range(5)]

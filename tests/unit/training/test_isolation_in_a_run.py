@@ -12,9 +12,9 @@ import torch
 from paceline import SQLiteMetadataStore
 from paceline.engines.engine import Captured, CaptureRequest
 from paceline.errors import EngineError, FeatureCorruptError
-from paceline.features.stores.memory import InMemoryFeatureStore
 from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION
 from paceline.methods.eagle3.method import Eagle3Method
+from paceline.testing.memory_features import InMemoryFeatureStore
 from paceline.testing.small_run import SmallRun, same_bits, weights
 from paceline.testing.synthetic import SyntheticEngine
 from paceline.types import Feature, SampleRef

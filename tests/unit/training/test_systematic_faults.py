@@ -12,11 +12,11 @@ import torch
 from paceline import SQLiteMetadataStore
 from paceline.engines.engine import Captured, CaptureRequest
 from paceline.errors import ConfigError, FeatureCorruptError, StoreError, TrainingError
-from paceline.features.stores.memory import InMemoryFeatureStore
 from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.records import SourceBlock
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.methods.eagle3.method import Eagle3Method
+from paceline.testing.memory_features import InMemoryFeatureStore
 from paceline.testing.small_run import SmallRun, same_bits, weights
 from paceline.testing.synthetic import SyntheticEngine
 from paceline.training.torch_learner import TorchLearner
