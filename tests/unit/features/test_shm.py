@@ -207,7 +207,7 @@ def test_a_late_free_does_not_free_the_slots_next_sample(directory: Path) -> Non
 
 
 def test_slots_are_recycled(directory: Path) -> None:
-    """A thousand samples come and go in one file, without a file descriptor left over."""
+    """A thousand samples come and go in one file, without a file descriptor or a memo left over."""
     owner, reader = owner_of(directory), reader_of(directory)
     put(owner, 0)
     reader.free([("s0", 0)])
@@ -220,6 +220,8 @@ def test_slots_are_recycled(directory: Path) -> None:
     assert len(slot_files(directory)) == 1
     assert open_files() <= descriptors
     assert owner.usage().resident_bytes == reader.usage().resident_bytes == 0
+    assert owner._arena is not None
+    assert len(owner._arena._slot_of) == 1
 
 
 def test_mapped_slots_hold_no_file_descriptors(directory: Path) -> None:

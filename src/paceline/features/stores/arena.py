@@ -1,11 +1,10 @@
 """The directory of one shared store: its identity file, and its slots.
 
-The identity file names the store (uuid) and the machine's boot, and counts the changes that only the
-owner makes: slots created or unlinked, and samples sealed. The reader lists the directory only if a
-count differs from the one it last saw; the owner counts after each change, so a reader with equal
-counts is up to date. Slot names are never used twice. The identity is created first and removed last,
-and every file is written under a temporary name and renamed, so the next start recognises what a crash
-left.
+The identity file names the store (uuid) and the machine's boot, and counts the slots that the owner created
+or unlinked. The reader lists the directory only if that count differs from the one it last saw; the owner
+counts after each change, so a reader with an equal count is up to date. Slot names are never used twice. The
+identity is created first and removed last, and every file is written under a temporary name and renamed, so
+the next start recognises what a crash left.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import errno
 import os
 import uuid
 from collections import defaultdict, deque
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -28,21 +28,22 @@ from paceline.features.ownership import (
     is_private,
     make_private,
 )
+from paceline.features.store import Written
 from paceline.features.stores.refusals import missing
-from paceline.features.stores.slots import PAGE_BYTES, Slot, State, create_file, map_file, slot_bytes
+from paceline.features.stores.slots import PAGE_BYTES, Slot, create_file, map_file, slot_bytes
 from paceline.types import SampleRef
 
 SLOTS_MAX = 32_768  # half of the mappings that Linux allows a process (vm.max_map_count)
 
 _MAGIC = int.from_bytes(b"PACESTOR", "little")
 _FORMAT = 1
-_MAGIC_WORD, _FORMAT_WORD, _LAYOUT, _SEALS, _NEXT_SERIAL = range(5)
+_MAGIC_WORD, _FORMAT_WORD, _LAYOUT, _UNUSED, _NEXT_SERIAL = range(5)
 _BOOT = slice(64, 100)
 _UUID = slice(128, 160)
 
 
 class Arena:
-    """The slots of one store, and which sample lies in which slot. Created by `own` or `attach`."""
+    """The slots of one store. Created by `own` or `attach`."""
 
     def __init__(self, directory: Path, identity: torch.Tensor, inode: int, budget_bytes: int) -> None:
         header = identity.numpy().data
@@ -54,10 +55,10 @@ class Arena:
         self._words = header.cast("Q")
         self._inode = inode
         self._budget_bytes = budget_bytes
+        # Only the owner fills these: its slots by size, and by the sample that it put there last.
+        self._rings: defaultdict[int, deque[Slot]] = defaultdict(deque)
         self._slot_of: dict[str, Slot] = {}
-        self._rings: defaultdict[int, deque[Slot]] = defaultdict(deque)  # The owner's, by size.
         self._seen_layout = -1
-        self._learned_at = (-1, -1)
 
     @classmethod
     def own(cls, directory: Path, budget_bytes: int) -> Arena:
@@ -111,17 +112,18 @@ class Arena:
         self._seen_layout = layout
 
     def find(self, sample_id: str) -> Slot | None:
-        """The slot that holds the sample, whatever the state of its header; None if there is none."""
-        if (slot := self._known(sample_id)) is not None:
-            return slot
-        now = (self._words[_LAYOUT], self._words[_SEALS])
-        if now == self._learned_at:
-            return None
-        for slot in self.slots.values():
-            if slot.state is State.SEALED and (slot.known is None or slot.known[0] != slot.generation):
-                self._learn_from_header(slot)
-        self._learned_at = now
-        return self._known(sample_id)
+        """For the owner: the sample's slot, whatever the state of its header; None if there is none."""
+        slot = self._slot_of.get(sample_id)
+        return None if slot is None or slot.is_free else slot
+
+    def remember(self, slot: Slot, sample_id: str) -> None:
+        """The owner has put the sample into the slot."""
+        self._forget_sample(slot)
+        slot.sample_id, self._slot_of[sample_id] = sample_id, slot
+
+    def _forget_sample(self, slot: Slot) -> None:
+        if self._slot_of.get(slot.sample_id) is slot:
+            del self._slot_of[slot.sample_id]
 
     def locate(self, ref: SampleRef) -> tuple[Slot, int]:
         """The slot and the generation that the ref's keys name. Raises FeatureMissingError."""
@@ -132,41 +134,27 @@ class Arena:
             raise missing(ref, f"there is no slot {name!r}")
         return slot, int(generation)
 
-    def free(self, sample_id: str, generation: int, *, by_owner: bool) -> None:
-        """Free the sample's slot if it holds that generation (0: any)."""
-        slot = self.find(sample_id)
-        if slot is not None and slot.known is not None and generation in (0, slot.known[0]):
-            slot.free(slot.known[0], by_owner=by_owner)
-
-    def learn(self, slot: Slot, generation: int, sample_id: str) -> None:
-        """Remember the slot's sample: one entry per slot, so the memory is bounded."""
-        if self.slots.get(slot.name) is not slot:
-            return  # unlinked since
-        if slot.known == (generation, sample_id) and self._slot_of.get(sample_id) is slot:
-            return
-        if slot.known is not None and self._slot_of.get(slot.known[1]) is slot:
-            del self._slot_of[slot.known[1]]
-        slot.known = (generation, sample_id)
-        self._slot_of[sample_id] = slot
-
-    def _known(self, sample_id: str) -> Slot | None:
-        slot = self._slot_of.get(sample_id)
-        if slot is None or slot.known != (slot.generation, sample_id) or slot.is_free:
-            return None
-        return slot
-
-    def _learn_from_header(self, slot: Slot) -> bool:
-        generation, sealed = slot.generation, slot.sealed()
-        if sealed is not None and slot.generation == generation:
-            self.learn(slot, generation, sealed[0])
-        return sealed is not None
+    def free(self, written: Iterable[Written], *, by_owner: bool) -> None:
+        """Free the slots of these samples and generations (0: any generation)."""
+        wanted = set(written)
+        generations = {generation for _, generation in wanted}
+        for slot in self.slots.values():
+            generation = slot.generation
+            if slot.is_free or not generations & {0, generation}:
+                continue
+            sealed = slot.sealed()
+            if sealed is None:  # a damaged header: the generation alone says whose bytes these are
+                is_wanted = generation in generations
+            else:
+                is_wanted = not wanted.isdisjoint(((sealed[0], 0), (sealed[0], generation)))
+            if is_wanted:
+                slot.free(generation, by_owner=by_owner)
 
     def _forget(self, name: str) -> None:
         slot = self.slots.pop(name)
         if slot in self._rings[slot.num_bytes]:
             self._rings[slot.num_bytes].remove(slot)
-        if slot.known is not None and self._slot_of.get(slot.known[1]) is slot:
-            del self._slot_of[slot.known[1]]
+        self._forget_sample(slot)
 
     # -- the owner --------------------------------------------------------------------------
 
@@ -189,11 +177,6 @@ class Arena:
         self._make_room(size)
         return self._create(size)
 
-    def note_sealed(self, slot: Slot, sample_id: str) -> None:
-        self.learn(slot, slot.generation, sample_id)
-        self._words[_SEALS] += 1
-        self._learned_at = (self._words[_LAYOUT], self._words[_SEALS])  # only the owner seals
-
     def _take_over(self) -> None:
         for path in sorted(_slot_paths(self._directory)):
             try:
@@ -202,14 +185,13 @@ class Arena:
                 path.unlink()
                 continue
             self._add(slot)
-            if not self._learn_from_header(slot):
+            if (sealed := slot.sealed()) is None:
                 slot.free(slot.generation, by_owner=True)
+            else:
+                self.remember(slot, sealed[0])
         last = max((int(name.removeprefix("slot-")) for name in self.slots), default=0)
         self._words[_NEXT_SERIAL] = max(self._words[_NEXT_SERIAL], last + 1)
-        # The dead owner may not have counted its last change.
-        self._words[_LAYOUT] += 1
-        self._words[_SEALS] += 1
-        self._learned_at = (self._words[_LAYOUT], self._words[_SEALS])
+        self._words[_LAYOUT] += 1  # the dead owner may not have counted its last change
 
     def _make_room(self, size: int) -> None:
         """Unlink free slots (all of other size classes) until a new one fits the budget."""

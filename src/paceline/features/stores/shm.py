@@ -62,7 +62,7 @@ class SharedMemoryFeatureStore:
             description = description_of(sample_id, layout)
             slot = arena.allocate(layout.num_bytes)
             digest = slot.write(description, layout, tensors, generation)
-            arena.note_sealed(slot, sample_id)
+            arena.remember(slot, sample_id)
             return _answer(arena, slot, layout, digest)
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
@@ -71,17 +71,13 @@ class SharedMemoryFeatureStore:
             if arena is None or arena.uri != ref.feature_store_uri:
                 raise elsewhere(ref, f"{arena.uri if arena else 'no store'} in {self._directory}")
             slot, generation = arena.locate(ref)
-        tensors = slot.read(ref, generation)
-        with self._lock:
-            arena.learn(slot, generation, ref.sample_id)
-        return tensors
+        return slot.read(ref, generation)
 
     def free(self, written: Iterable[Written]) -> None:
         with self._lock:
             arena = self._attached()
             if arena is not None:
-                for sample_id, generation in written:
-                    arena.free(sample_id, generation, by_owner=self._owner)
+                arena.free(written, by_owner=self._owner)
 
     def written(self) -> list[Written]:
         """All sealed samples: half-written or damaged slots were freed when this owner opened the store."""

@@ -111,13 +111,13 @@ def description_of(sample_id: str, layout: codec.Layout) -> bytes:
 
 
 class Slot:
-    """A mapped slot. `known`: the generation and sample id that this process last saw sealed in it."""
+    """A mapped slot. `sample_id`: what its owner put there last."""
 
     def __init__(self, path: Path, memory: torch.Tensor) -> None:
         self.path = path
         self.name = path.name
         self.num_bytes = memory.numel()
-        self.known: tuple[int, str] | None = None
+        self.sample_id = ""
         content = memory.numpy().data
         self.payload = content[HEADER_BYTES:]
         self._header = content[:HEADER_BYTES]
