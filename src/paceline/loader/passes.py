@@ -44,10 +44,6 @@ class Visit(Generic[T]):
     is_last: bool
     after: Position
 
-    @property
-    def stage(self) -> int:
-        return self.after.stage if self.after.offset else self.after.stage - 1
-
 
 class VisitOrder(Generic[T]):
     """Turns consecutive blocks of the log into visits."""

@@ -29,10 +29,9 @@ from paceline.features.ownership import (
 from paceline.ledger.facts import COMPLETED_STEP, FEATURES_LIE, FEATURES_NAME
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import live_holder
-from paceline.roles.snapshot import open_run
+from paceline.roles.snapshot import ROLES, open_run
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-ROLES = ("producer", "consumer")
 PREFIX = "paceline-"
 
 

@@ -10,9 +10,9 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from paceline.errors import ConfigError
+from paceline.features.ownership import bytes_of
 from paceline.roles.plan import RunPlan
 
 OPEN_FILES_MIN = 256  # for the ledger, locks, checkpoints, and the files of libraries
@@ -67,20 +67,13 @@ def shared_memory_holds_the_budget(plan: RunPlan) -> Iterator[Finding]:
         )
         return
     # The run reuses what an earlier start has left there.
-    room = space.f_bavail * space.f_frsize + _bytes_below(plan.config.feature_folder)
+    room = space.f_bavail * space.f_frsize + bytes_of(plan.config.feature_folder)
     if room < features.budget_mib << 20:
         yield Finding(
             f"{features.directory} has room for {room >> 20} MiB, and features.budget_mib is "
             f"{features.budget_mib}: the producer will stop when it is full.",
             f"{other} {max(1, room >> 20)}.",
         )
-
-
-def _bytes_below(folder: Path) -> int:
-    try:
-        return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(folder))
-    except OSError:
-        return 0
 
 
 def enough_files_can_be_open(_: RunPlan) -> Iterator[Finding]:

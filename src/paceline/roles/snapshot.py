@@ -105,6 +105,8 @@ def making_sense(directory: Path) -> Iterator[None]:
 def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
     events = {role: read_events(directory / "events" / f"{role}.jsonl") for role in ROLES}
     step, group = _last_step(events["consumer"]), _last(events["producer"], "group")
+    recent = {role: _since_start(events[role]) for role in ROLES}
+    notes = [str(event.get("message")) for event in recent["producer"] if event.get("event") == "note"]
     now = ledger.snapshot()
     return RunSnapshot(
         ledger=now,
@@ -113,31 +115,24 @@ def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
         live={role: live_holder(directory, role) for role in ROLES},
         last_step=step,
         last_group=group,
-        blocked_s={role: _blocked_s(events[role]) for role in ROLES},
+        blocked_s={role: _blocked_s(recent[role]) for role in ROLES},
         evaluation=read_evaluation(directory),
         newer_checkpoints=_newer(directory / "checkpoints", -1 if now.head is None else now.head.step),
-        notes=_notes(events["producer"]),
+        notes=tuple(notes),
     )
 
 
-def _notes(events: list[dict[str, Any]]) -> tuple[str, ...]:
-    found: list[str] = []
-    for event in reversed(events):
-        if event.get("event") == "role_started":
-            break
-        if event.get("event") == "note":
-            found.append(str(event.get("message")))
-    return tuple(reversed(found))
+def _since_start(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events of the role's newest process."""
+    starts = [place for place, event in enumerate(events) if event.get("event") == "role_started"]
+    return events[starts[-1] :] if starts else events
 
 
 def _blocked_s(events: list[dict[str, Any]]) -> float:
-    """The blocked time of the role's newest process; its events carry the sum, at most a second old."""
-    for event in reversed(events):
-        if "blocked_seconds" in event:
-            return _numbers(event).get("blocked_seconds", 0.0)
-        if event.get("event") == "role_started":
-            break
-    return 0.0
+    """The newest sum, which is at most a second old."""
+    return next(
+        (_numbers(e).get("blocked_seconds", 0.0) for e in reversed(events) if "blocked_seconds" in e), 0.0
+    )
 
 
 def _last(events: list[dict[str, Any]], kind: str) -> dict[str, float]:

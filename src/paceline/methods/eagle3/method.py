@@ -196,18 +196,19 @@ def _initialise_layer(draft: Eagle3Draft, head: TargetHead) -> None:
     layer, middle = head.layer_tensors(head.num_hidden_layers - 1), draft.midlayer
     _refuse_other_shapes(middle, layer, hidden)
     with torch.no_grad():
-        for name in ("q_proj", "k_proj", "v_proj"):
-            getattr(middle.self_attn, name).weight[:, hidden:] = layer[f"self_attn.{name}.weight"].float()
-        middle.self_attn.o_proj.weight.copy_(layer["self_attn.o_proj.weight"])
-        middle.hidden_norm.weight.copy_(layer["input_layernorm.weight"])
-        middle.post_attention_layernorm.weight.copy_(layer["post_attention_layernorm.weight"])
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            getattr(middle.mlp, name).weight.copy_(layer[f"mlp.{name}.weight"])
+        for name, tensor in layer.items():
+            mine = _counterpart(middle, name)
+            (mine[:, hidden:] if name.startswith(_READ_BY_BOTH_HALVES) else mine).copy_(tensor)
+
+
+def _counterpart(middle: nn.Module, name: str) -> nn.Parameter:
+    """The draft's parameter that begins as the target's `name`."""
+    return middle.get_parameter(name.replace("input_layernorm", "hidden_norm"))
 
 
 def _refuse_other_shapes(middle: nn.Module, layer: Mapping[str, torch.Tensor], hidden: int) -> None:
     for name, tensor in layer.items():
-        mine = middle.get_parameter(name.replace("input_layernorm", "hidden_norm")).shape
+        mine = _counterpart(middle, name).shape
         shape = (mine[0], mine[1] - hidden) if name.startswith(_READ_BY_BOTH_HALVES) else tuple(mine)
         if tuple(tensor.shape) != shape:
             raise ConfigError(

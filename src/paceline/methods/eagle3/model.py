@@ -12,7 +12,7 @@ Legend: B batch, L length, H hidden, V target vocabulary, D draft vocabulary, N 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,9 +43,6 @@ class Eagle3Config:
     max_position_embeddings: int
     aux_layer_ids: tuple[int, ...]  # the target's states that are fused
     rope_scaling: Mapping[str, Any] | None = None  # see rope.py
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class RMSNorm(nn.Module):
