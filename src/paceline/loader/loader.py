@@ -4,26 +4,38 @@ It takes samples in the order of their places, each as often as the run has pass
 a step's plan before anything is computed. A block of the log is a range of places. The loader reads a block
 when every place in it is settled, and a prompt that failed is missing from its block, so plans follow from
 the prompts alone. The ranks that train read the features (training/worker.py). A sample that they cannot
-read is captured again (recapture.py), and the step goes on with the same samples in the same order.
+read is captured again, and the step goes on with the same samples in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
-from paceline.errors import ConfigError, LedgerError
+from paceline.errors import ConfigError, StoreError
 from paceline.ledger.consumer_session import ConsumerSession
-from paceline.ledger.records import Entry, Page, State, StepPlan, TrainedSample, TrainedStep
-from paceline.loader.passes import START, Block, Position, Visit, VisitOrder
-from paceline.loader.recapture import WAIT_S, Recapture
-from paceline.loader.waiting import Waiting
+from paceline.ledger.records import Entry, Page, State
+from paceline.loader.passes import START, Block, Position, VisitOrder
+from paceline.loader.planned import PlannedStep, as_planned, differs, plan_of
 from paceline.target.version import TargetVersion
+from paceline.telemetry import BlockedTime
 from paceline.types import SampleRef
 
 ARCHIVED = TargetVersion("unknown", "unknown")
-Visits = tuple[Visit[Entry], ...]
+WAIT_S = 1.0
+
+
+class StoppedError(Exception):
+    """The consumer was asked to stop while it waited for a sample."""
+
+
+class QuarantinedError(Exception):
+    """The sample that the consumer waited for is quarantined."""
+
+    def __init__(self, sample_id: str) -> None:
+        super().__init__(sample_id)
+        self.sample_id = sample_id
 
 
 @dataclass(frozen=True)
@@ -65,54 +77,6 @@ class LoaderSettings:
         return self.block(VisitOrder.first_block(position, self.passes)).start
 
 
-@dataclass(frozen=True)
-class PlannedStep:
-    """One optimizer step: the refs of its samples, in plan order.
-
-    `taken`: the visits that it took from the order; `visits`: those of them that it trains. `deaths` counts
-    consumers that died in it. `first_place`: where a consumer that resumes after it begins to read the log.
-    """
-
-    step: int
-    rev: int
-    deaths: int
-    visits: Visits
-    taken: Visits
-    first_place: int = 0
-
-    @property
-    def refs(self) -> tuple[SampleRef, ...]:
-        return tuple(visit.item.ref for visit in self.visits)
-
-    @property
-    def sample_ids(self) -> list[str]:
-        """Each id once, although with several passes a sample may come twice in a step."""
-        return list(dict.fromkeys(visit.item.sample_id for visit in self.visits))
-
-    @property
-    def finished(self) -> list[SampleRef]:
-        """The samples that have their last visit in this step."""
-        return [visit.item.ref for visit in self.visits if visit.is_last]
-
-    @property
-    def after(self) -> Position:
-        """The run's position after the step."""
-        return self.taken[-1].after
-
-    @property
-    def trained(self) -> TrainedStep:
-        """The step as a checkpoint's lineage records it."""
-        samples = [
-            TrainedSample(v.item.place, v.item.sample_id, v.item.ref.ordinal, v.is_last) for v in self.visits
-        ]
-        return TrainedStep(self.step, self.rev, tuple(samples))
-
-    def with_refs(self, refs: Mapping[str, SampleRef]) -> PlannedStep:
-        """The same step with the newest ref of each sample."""
-        visits = tuple(replace(v, item=replace(v.item, ref=refs[v.item.sample_id])) for v in self.visits)
-        return replace(self, visits=visits)
-
-
 class StepLoader:
     def __init__(
         self,
@@ -125,18 +89,21 @@ class StepLoader:
         report: Callable[..., None] = lambda *_, **__: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        """`position`: how much of the log the weights contain. `on_wait`: called before each wait."""
+        """`position`: how much of the log the weights contain. `on_wait`: called before each wait, to do what
+        the producer may be waiting for."""
         self._session = session
         self._settings = settings
-        self._waiting = Waiting(should_stop=should_stop, on_wait=on_wait, report=report, clock=clock)
-        self.recapture = Recapture(session, self._waiting, report, settings.recapture_timeout_s)
+        self._should_stop, self._on_wait = should_stop, on_wait
+        self._report, self._clock = report, clock
+        self._blocked = BlockedTime(report, clock)
+        self._interrupted = False  # the producer is gone and did not end the stream: no new sample will come
         self.exhausted = False  # whether the stream has ended and every visit has been planned
         self._order: VisitOrder[Entry] = VisitOrder(passes=settings.passes, position=position)
 
     @property
     def blocked_seconds(self) -> float:
         """How long this consumer has waited for its producer."""
-        return self._waiting.blocked.seconds
+        return self._blocked.seconds
 
     # -- plans -----------------------------------------------------------------------------
 
@@ -146,7 +113,7 @@ class StepLoader:
         The last step may have fewer samples: the tail is trained, not dropped. Raises LedgerError
         if a replayed step would differ from its plan.
         """
-        if self._waiting.should_stop():
+        if self._should_stop():
             return None
         taken = self._order.visits(self._settings.batch_size, self._read_block)
         if not taken:
@@ -156,14 +123,14 @@ class StepLoader:
         on_record = self._session.step_plan(step)
         if on_record is None:
             visits = [visit for visit in taken if visit.item.sample_id not in quarantined]
-            plan = _plan(step, visits)
+            plan = plan_of(step, visits)
         else:
-            visits, rest = _as_planned(on_record, taken, quarantined)
+            visits, rest = as_planned(on_record, taken, quarantined)
             plan, taken = on_record, taken[: len(taken) - len(rest)]
             self._order.put_back(rest)
         begun = self._session.plan(plan)
         if begun.plan.sample_ids != plan.sample_ids:
-            raise _differs(begun.plan, plan.sample_ids)
+            raise differs(begun.plan, plan.sample_ids)
         first = self._settings.first_place(taken[-1].after)
         return PlannedStep(step, plan.rev, begun.deaths, tuple(visits), tuple(taken), first)
 
@@ -174,7 +141,7 @@ class StepLoader:
     def revise(self, planned: PlannedStep, quarantined: Collection[str]) -> PlannedStep:
         """The step without the quarantined samples, as a new revision of its plan."""
         visits = tuple(v for v in planned.visits if v.item.sample_id not in quarantined)
-        plan = replace(_plan(planned.step, visits), rev=planned.rev + 1)
+        plan = replace(plan_of(planned.step, visits), rev=planned.rev + 1)
         begun = self._session.plan(plan)
         return replace(planned, rev=plan.rev, deaths=begun.deaths, visits=visits)
 
@@ -216,20 +183,19 @@ class StepLoader:
 
     def _read_block(self, number: int) -> Block[Entry] | None:
         """Wait for the block; None after a stop or an interruption."""
-        waiting, places = self._waiting, self._settings.block(number)
-        last_news, settled = waiting.clock(), -1
-        with waiting.blocked:
-            while not waiting.should_stop():
-                mark, interrupted = self._session.lsn(), waiting.interrupted
+        places = self._settings.block(number)
+        last_news, settled = self._clock(), -1
+        with self._blocked:
+            while not self._should_stop():
+                mark, interrupted = self._session.lsn(), self._interrupted
                 page = self._session.read(places.start, places.stop)
                 block = self._whole(page, places)
                 if block is not None or interrupted:
                     return block
                 if page.settled != settled:
-                    last_news, settled = waiting.clock(), page.settled
-                self._refuse_silence(waiting.clock() - last_news)
-                waiting.begin()
-                self._session.wait(mark, WAIT_S)
+                    last_news, settled = self._clock(), page.settled
+                self._refuse_silence(self._clock() - last_news)
+                self._wait(mark)
         return None
 
     def _refuse_silence(self, seconds: float) -> None:
@@ -242,21 +208,21 @@ class StepLoader:
 
     def interrupt(self) -> None:
         """The producer is gone and did not end the stream: only whole steps are trained."""
-        self._waiting.interrupted = True
+        self._interrupted = True
 
     def rearm(self) -> None:
         """A producer is running again."""
-        self._waiting.interrupted = False
+        self._interrupted = False
 
     def first_refs(self, count: int) -> list[SampleRef] | None:
         """Wait for the run's first `count` samples; fewer if it has fewer. None if asked to stop.
 
         Quarantined samples are left out.
         """
-        session, waiting, stop = self._session, self._waiting, count
-        while not waiting.should_stop():
-            mark, interrupted = session.lsn(), waiting.interrupted
-            page = session.read(0, stop)
+        stop = count
+        while not self._should_stop():
+            mark, interrupted = self._session.lsn(), self._interrupted
+            page = self._session.read(0, stop)
             missing = count - len(page.entries)
             if not missing or (page.closed and page.settled <= stop):
                 self._refuse_another_target([entry.ref for entry in page.entries])
@@ -266,40 +232,48 @@ class StepLoader:
                 continue
             if interrupted:
                 break
-            with waiting.blocked:
-                waiting.begin()
-                session.wait(mark, WAIT_S)
+            with self._blocked:
+                self._wait(mark)
         return None
 
+    def _wait(self, mark: int) -> None:
+        """Wait for a change of the ledger after `mark`, its log's number."""
+        self._blocked.waiting()
+        self._on_wait()
+        self._session.wait(mark, WAIT_S)
 
-def _plan(step: int, visits: Sequence[Visit[Entry]]) -> StepPlan:
-    return StepPlan(step, tuple(visit.item.sample_id for visit in visits))
+    # -- samples that cannot be read -------------------------------------------------------
 
+    def captured_again(self, tried: SampleRef, cause: str) -> SampleRef:
+        """Report the sample lost, unless it is known to be, and wait for its new ref.
 
-def _as_planned(
-    plan: StepPlan, taken: list[Visit[Entry]], quarantined: Collection[str]
-) -> tuple[list[Visit[Entry]], list[Visit[Entry]]]:
-    """The visits that a plan on record names, and the visits after its end.
-
-    The plan may lack visits (of quarantined samples), and it may end early: it was the stream's tail when
-    it was recorded.
-    """
-    chosen: list[Visit[Entry]] = []
-    end = 0
-    for place, visit in enumerate(taken, start=1):
-        if visit.item.sample_id in plan.sample_ids[len(chosen) : len(chosen) + 1]:
-            chosen.append(visit)
-        elif visit.item.sample_id not in quarantined:
-            break
-        end = place
-    if end == 0 or len(chosen) < len(plan.sample_ids):
-        raise _differs(plan, [visit.item.sample_id for visit in taken])
-    return chosen, taken[end:]
-
-
-def _differs(plan: StepPlan, now: Sequence[str]) -> LedgerError:
-    return LedgerError(
-        f"Step {plan.step} was planned as {list(plan.sample_ids)} but the log now gives {list(now)}.",
-        why="Training other samples than planned would break the guarantee of equal weights.",
-        next="run `paceline fsck RUN` and report this with its output; nothing was trained.",
-    )
+        The sample keeps its ordinal and its place in the plan. Raises StoppedError, QuarantinedError, or
+        StoreError if no producer captures it in time.
+        """
+        session, reported = self._session, False
+        deadline = self._clock() + self._settings.recapture_timeout_s
+        with self._blocked:
+            while True:
+                mark, interrupted = session.lsn(), self._interrupted
+                # A successor may have trained and freed the sample: then no producer will capture it again.
+                session.refuse_if_replaced()
+                record = session.find([tried.sample_id])[tried.sample_id]
+                if record.state == State.QUARANTINED:
+                    raise QuarantinedError(tried.sample_id)
+                if record.ref != tried and record.state == State.PRESENT:
+                    return record.ref
+                if record.state != State.LOST and not reported:
+                    session.report_lost([tried.sample_id])
+                    reported = True
+                    self._report("waiting_for_recapture", sample_id=tried.sample_id, cause=cause)
+                    continue
+                if self._should_stop():
+                    raise StoppedError
+                if interrupted or self._clock() > deadline:
+                    break
+                self._wait(mark)
+        raise StoreError(
+            f"The features of {tried.sample_id} are gone and were not captured again ({cause})",
+            why="The sample is committed, so it must be trained later; no weights were changed.",
+            next="run the same command again; `paceline produce RUN.yaml` captures it.",
+        )

@@ -14,7 +14,8 @@ from paceline.ledger import isolation as bisection
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.session import Session
-from paceline.loader.loader import PlannedStep, StepLoader
+from paceline.loader.loader import StepLoader
+from paceline.loader.planned import PlannedStep
 from paceline.testing.light_adapters import InMemoryLightFeatureStore
 from paceline.testing.mutants_changes import (
     Mutant,

@@ -32,7 +32,7 @@ from paceline.errors import (
 )
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.records import CONSUMER, CheckpointRecord, State, producer_role
-from paceline.loader.recapture import WAIT_S
+from paceline.loader.loader import WAIT_S
 from paceline.testing.light_adapters import HashLearner, InMemoryLightFeatureStore, LightEngine
 from paceline.testing.simulated_parts import (
     SimulatedDisk,

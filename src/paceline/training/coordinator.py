@@ -15,7 +15,7 @@ from paceline.errors import TrainingError
 from paceline.features.store import FeatureStore
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.facts import CHECKPOINT_WANTED, QUARANTINED_IN_A_ROW
-from paceline.loader.loader import PlannedStep
+from paceline.loader.planned import PlannedStep
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.checkpoint_writer import CheckpointWriter
 from paceline.training.recovery import Start

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from paceline.errors import FeatureStoreElsewhereError, StoreError
-from paceline.loader.loader import PlannedStep, StepLoader
-from paceline.loader.recapture import QuarantinedError, StoppedError
+from paceline.loader.loader import QuarantinedError, StepLoader, StoppedError
+from paceline.loader.planned import PlannedStep
 from paceline.training.coordinator import Coordinator
 from paceline.training.worker import FIRST_WEIGHTS, Ranks
 from paceline.types import SampleRef
@@ -65,7 +65,7 @@ class Fetching:
                     raise _looks_elsewhere(current[sample_id], why)
                 if tries[sample_id] > RECAPTURES_MAX:
                     self._quarantine_unreadable(sample_id, why)
-                current[sample_id] = self._loader.recapture.wait_for(current[sample_id], why.what)
+                current[sample_id] = self._loader.captured_again(current[sample_id], why.what)
         return current
 
     def _quarantine_unreadable(self, sample_id: str, why: StoreError) -> None:

@@ -17,7 +17,8 @@ from paceline.errors import PacelineError, TrainingError, is_want_of_memory
 from paceline.ledger.facts import BUILDS_BEGUN, PROBES_BEGUN
 from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION, DEATHS_OF_A_CULPRIT
 from paceline.ledger.isolation import Isolation as RecordedTrials
-from paceline.loader.loader import PlannedStep, StepLoader
+from paceline.loader.loader import StepLoader
+from paceline.loader.planned import PlannedStep
 from paceline.training.coordinator import Coordinator
 from paceline.training.fetching import Fetching
 from paceline.training.worker import Ranks

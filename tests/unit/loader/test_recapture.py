@@ -40,7 +40,7 @@ def test_what_a_successor_freed_and_archived_is_neither_read_nor_waited_for(
         # It had reported the sample lost and was stopped while it waited for the new capture.
         monkeypatch.setattr(ledger, "report_lost", lambda *_: None)
     with pytest.raises(FencedError):
-        loader.recapture.wait_for(entry.ref, "they are gone")
+        loader.captured_again(entry.ref, "they are gone")
 
 
 class PassingTime:
@@ -94,7 +94,7 @@ def test_a_sample_that_nobody_captures_again_is_waited_for_until_the_deadline() 
     planned = loader.next_step(1)
     assert planned is not None
     with pytest.raises(StoreError, match="not captured again"):
-        loader.recapture.wait_for(planned.refs[0], "they are gone")
+        loader.captured_again(planned.refs[0], "they are gone")
     loader.leave(planned)
     assert clock.now == loader.blocked_seconds == 3.25
     assert [record.sample_id for record in ledger.samples(State.LOST)] == ["run0:s0"]
