@@ -176,10 +176,6 @@ class Ranks:
     def describe(self) -> dict[str, Any]:
         return self.workers[0].learner.describe()
 
-    def close(self) -> None:
-        if self._threads is not None:
-            self._threads.shutdown()
-
     def _each(self, act: Callable[[Worker, StepOrder], T]) -> list[T]:
         """Every rank's answer. After all have ended, raises the error of the first rank that failed."""
         pairs = list(zip(self.workers, self._orders, strict=True))
