@@ -33,5 +33,5 @@ if ! "$venv/bin/python" -c "import torch; assert torch.__version__.split('+')[0]
         "$venv/bin/uv" pip install -q --python "$venv/bin/python" --torch-backend cpu "torch==$torch"
     fi
 fi
-$pip install -c constraints.txt -e ".[dev]"
+$pip install -c constraints.txt -e ".[dev,data]"
 touch "$venv/.installed"

@@ -1,23 +1,13 @@
-"""A prompt, and the parser that reads one from a line of a prompt file.
-
-A line is a JSON object: {"id": ..., "prompt": ...}. Without an id, the prompt's id is a digest of its text. A
-broken line (not UTF-8, not JSON, no text, an id that no store can hold) becomes a prompt that fails, with the
-reason: it keeps its place, so the other prompts keep their ordinals and ids.
-"""
+"""A prompt of a run: a text, a chat or token ids; and the prompt that stands for a broken record."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-ID_BYTES_MAX = 1024  # of an id written as JSON: file names, ledger rows and slot headers hold it
-RESERVED = "unreadable-line-"  # prefix of the ids of broken lines
-CHATS = ("messages", "conversations", "conversation")
+RESERVED = "unreadable-line-"  # prefix of the ids of broken records
 
 
 @dataclass(frozen=True)
@@ -30,10 +20,11 @@ class Chat:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of a source. `broken`: why it can never be captured; `text` is then the line's content.
+    """One prompt of a source. `broken`: why it can never be captured; `text` is then the record's content.
 
     `chat` or `token_ids`: given instead of a text. `spans`: the token ids that are answers, as (start, stop).
-    `round`: 0 the first time that the run answers the prompt. `place`: where the prompt lies, for messages.
+    `round`: 0 the first time that the run answers the prompt. For messages: `place`, where the prompt lies,
+    `kind`, the format of its record, and `fault`, the kind of mistake of a broken one.
     """
 
     prompt_id: str
@@ -44,80 +35,39 @@ class Prompt:
     spans: tuple[tuple[int, int], ...] = ()
     round: int = 0
     place: str = field(default="", compare=False)
+    kind: str = field(default="", compare=False)
+    fault: str = field(default="", compare=False)
 
 
-class _BrokenError(Exception):
-    """The line holds no usable prompt. `text`: its text, if it has any."""
+class BrokenRecordError(Exception):
+    """The record holds no usable prompt. `kind`: what is wrong, without the particulars; `text`: its text."""
 
-    def __init__(self, what: str, text: str = "") -> None:
-        super().__init__(what)
-        self.text = text
-
-
-def parse_line(line: bytes, path: Path, number: int) -> Prompt | None:
-    """The prompt of one line, broken or not; None if the line is blank."""
-    as_it_stands = line.decode(errors="surrogateescape")
-    if not as_it_stands.strip():
-        return None
-    try:
-        return replace(_parse(line), place=_place(path, number))
-    except _BrokenError as broken:
-        return broken_line(path, number, broken.args[0], broken.text or as_it_stands)
+    def __init__(self, kind: str, particulars: str = "", text: str = "") -> None:
+        super().__init__(f"{kind}{particulars}")
+        self.kind, self.text = kind, text
 
 
-def broken_line(path: Path, number: int, reason: str, text: str) -> Prompt:
-    """A prompt for a broken line. Its id is made of the line number, as the line's own may not be unique."""
-    return Prompt(f"{RESERVED}{number}", text, f"{_place(path, number)}: {reason}")
+def broken_prompt(number: int, place: str, fault: BrokenRecordError, text: str) -> Prompt:
+    """A prompt for a broken record. Its id is made of the record's number, as its own may not be unique."""
+    return Prompt(f"{RESERVED}{number}", text, f"{place}: {fault}", place=place, fault=fault.kind)
 
 
-def _place(path: Path, number: int) -> str:
-    return f"{path}, line {number}"
+def content_of(prompt: Prompt) -> list[Any]:
+    """What the prompt asks, as JSON values; two prompts with the same content are one."""
+    chat = prompt.chat
+    what = {"messages": chat.messages, "tools": chat.tools} if chat else prompt.text
+    return [what, prompt.token_ids, *([prompt.spans] if prompt.spans else [])]
 
 
-def _parse(line: bytes) -> Prompt:
-    try:
-        record: Any = json.loads(line.decode().strip())
-    except UnicodeDecodeError as error:
-        raise _BrokenError(f"it is not UTF-8 ({error.reason} at byte {error.start})") from error
-    except (ValueError, RecursionError) as error:
-        raise _BrokenError(f"it is not JSON ({error})") from error
-    record = record if isinstance(record, dict) else {}
-    text = record.get("prompt")
-    if not isinstance(text, str):
-        chat = next((key for key in CHATS if key in record), None)
-        raise _BrokenError(
-            f'it holds a chat ("{chat}"), not a prompt: write the user\'s text under "prompt"'
-            if chat
-            else 'it has no text under "prompt"'
-        )
-    if not text.strip():
-        raise _BrokenError("its prompt is empty")
-    if not _is_writable(text):
-        raise _BrokenError("its prompt cannot be encoded (half of a surrogate pair)", text)
-    return Prompt(_id_of(record, text), text)
+def length_of(prompt: Prompt) -> int:
+    """About how many characters the prompt has; a token id counts as four."""
+    if prompt.token_ids is not None:
+        return 4 * len(prompt.token_ids)
+    return len(json.dumps(content_of(prompt))) if prompt.chat else len(prompt.text)
 
 
-def _id_of(record: dict[str, Any], text: str) -> str:
-    if "id" not in record:
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-    given = record["id"]
-    if isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given):
-        given = json.dumps(given)
-    if not isinstance(given, str):
-        raise _BrokenError('its "id" is neither a string nor a number')
-    if not _is_writable(given):
-        raise _BrokenError('its "id" cannot be encoded (half of a surrogate pair)')
-    if (size := len(json.dumps(given))) > ID_BYTES_MAX:
-        raise _BrokenError(f'its "id" takes {size} bytes, more than the {ID_BYTES_MAX} that are stored')
-    if given.startswith(RESERVED):
-        raise _BrokenError(f'its "id" begins with {RESERVED!r}, which is reserved for broken lines')
-    return given
-
-
-def _is_writable(text: str) -> bool:
-    """Whether UTF-8 can encode the text; JSON escapes can hold more, such as half a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def user_texts(prompt: Prompt) -> list[str]:
+    """What the user says in the prompt."""
+    if prompt.chat is None:
+        return [prompt.text]
+    return [str(message.get("content")) for message in prompt.chat.messages if message["role"] == "user"]

@@ -11,11 +11,11 @@ import bisect
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
-from paceline.data.prompts import Prompt
+from paceline.data.prompts import Prompt, content_of
 from paceline.ledger.records import SourceBlock
 from paceline.types import PromptTask
 
@@ -23,7 +23,7 @@ BLOCK = 1024  # prompts under one digest
 
 
 class PromptSource(Protocol):
-    """Adapters: PromptFile (prompt_file.py), PromptList and RunPrompts (here)."""
+    """Adapters: Dataset (dataset.py), Mixture (mixture.py), PromptList and RunPrompts (here)."""
 
     @property
     def size(self) -> int | None:
@@ -48,13 +48,8 @@ def digest_of(prompts: Iterable[Prompt]) -> str:
     """Digest of these prompts in this order."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.prompt_id, *_content(prompt)]).encode() + b"\n")
+        digest.update(json.dumps([prompt.prompt_id, *content_of(prompt)]).encode() + b"\n")
     return digest.hexdigest()[:16]
-
-
-def _content(prompt: Prompt) -> list[Any]:
-    what = asdict(prompt.chat) if prompt.chat else prompt.text
-    return [what, prompt.token_ids, *([prompt.spans] if prompt.spans else [])]
 
 
 @runtime_checkable
@@ -154,7 +149,7 @@ class RunPrompts:
             wanted = min(end - ordinal, length - offset)
             part = self._prompts.read(place + offset, wanted)
             assert len(part) == wanted, "the source is as long as it says"
-            found += [replace(p, prompt_id=f"{number}/{p.prompt_id}", round=number) for p in part]
+            found += [replace(p, prompt_id=f"{number}/{p.prompt_id}", round=number + p.round) for p in part]
         return found
 
     def blocks(self, bounds: Sequence[int] = ()) -> list[SourceBlock]:  # noqa: ARG002 (they are among its own)

@@ -83,7 +83,7 @@ def _extend(plan: RunPlan, ledger: Ledger, role: str | None, stretches: Sequence
     """
     if ledger.facts().get(COMPLETED_STEP) is None:
         raise ConfigError(
-            f"{plan.prompts.path} now has {plan.prompts.size} prompts, and this run of {stretches[-1]} "
+            f"{plan.prompts.name} now has {plan.prompts.size} prompts, and this run of {stretches[-1]} "
             "is not complete.",
             why="A run can be extended only when everything that it has was trained.",
             next="put the file back until the run is complete, or set a new run.name and run.directory.",
@@ -95,7 +95,7 @@ def _extend(plan: RunPlan, ledger: Ledger, role: str | None, stretches: Sequence
             ledger.end_stream(None, None, False)
             return tuple(longer)
     raise ConfigError(
-        f"{plan.prompts.path} is longer than when this run started, and another role of the run is live.",
+        f"{plan.prompts.name} is longer than when this run started, and another role of the run is live.",
         why="Both roles must know the same prompts.",
         next="stop the run first, then run the same command again.",
     )
@@ -119,17 +119,12 @@ def others_kept_out(config: RunConfig, role: str | None) -> Iterator[bool]:
 
 
 def _other_prompts(plan: RunPlan, recorded: dict[str, Any]) -> ConfigError:
-    file, size, known = plan.prompts, recorded["stretches"][-1], recorded["digests"]
-    if file.size < size:
-        where = f"it has {file.size}, and the run {size}"
-    else:
-        now = file.digests(size)
-        differs = next(n for n, (old, new) in enumerate(zip(known, now, strict=True)) if old != new)
-        where = f"the first that differ are in {file.lines_of(differs)}"
+    where = plan.prompts.difference(recorded["digests"], recorded["stretches"][-1])
     return ConfigError(
-        f"The prompts in {file.path} are not those that this run was started with: {where}.",
-        why="Samples are identified by their place in the file; the run is untouched.",
-        next="restore the file (prompts may be added at its end), or set a new run.name and run.directory.",
+        f"The prompts in {plan.prompts.name} are not those that this run was started with: {where}.",
+        why="Samples are identified by their place among the prompts; the run is untouched.",
+        next="restore what was read (prompts may be added at the end of a file that is the only source), or "
+        "set a new run.name and run.directory.",
     )
 
 

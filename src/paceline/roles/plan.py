@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paceline.config.run import RunConfig
-from paceline.data.prompt_file import PromptFile
+from paceline.data.opening import Data, open_data, open_file
 from paceline.data.source import RunPrompts
 from paceline.errors import ConfigError
 from paceline.target.folder import read_config
@@ -26,7 +26,7 @@ class RunPlan:
     """
 
     config: RunConfig
-    prompts: PromptFile
+    prompts: Data
     num_samples: int | None
     evaluation_obstacle: str = ""
 
@@ -54,26 +54,14 @@ class RunPlan:
 def plan_run(config: RunConfig) -> RunPlan:
     """Check everything that can be checked before a process starts. Raises ConfigError."""
     obstacle = _target_obstacle(config)
-    heldout = PromptFile(config.evaluation.prompts)
+    heldout = open_file(config.evaluation.prompts)
     texts = {prompt.text for prompt in heldout.read(0, heldout.size) if not prompt.broken}
     index_path = config.run.directory / "prompts.index.json"
-    prompts = PromptFile(_prompt_file(config), heldout=texts, index_path=index_path)
+    prompts = open_data(config.data.sources, seed=config.run.seed, heldout=texts, index_path=index_path)
     _refuse_shared(config, prompts)
     _refuse_repeats(config, prompts)
     num_samples = prompts.size * config.data.rounds
     return RunPlan(config, prompts, num_samples, obstacle)
-
-
-def _prompt_file(config: RunConfig) -> Path:
-    """The file of the run's only source."""
-    sources = config.data.sources
-    if len(sources) == 1 and sources[0].path is not None and sources[0].weight == 1:
-        return sources[0].path
-    raise ConfigError(
-        "The section 'data' must name one file of prompts.",
-        why="Other sources are not read yet.",
-        next="give its 'path' alone.",
-    )
 
 
 def _target_obstacle(config: RunConfig) -> str:
@@ -100,25 +88,29 @@ def _target_obstacle(config: RunConfig) -> str:
     return obstacle
 
 
-def _refuse_shared(config: RunConfig, prompts: PromptFile) -> None:
-    if prompts.index.shared:
-        raise ConfigError(
-            f"{prompts.index.shared} prompts of {config.evaluation.prompts} are also in {prompts.path}.",
-            why="An acceptance length measured on training prompts means nothing.",
-            next=f"remove them from one of the files; the first is {prompts.index.first_shared!r}.",
-        )
+def _refuse_shared(config: RunConfig, data: Data) -> None:
+    for source in data.sources:
+        if source.index.shared:
+            raise ConfigError(
+                f"{source.index.shared} prompts of {config.evaluation.prompts} are also in {source.name}.",
+                why="An acceptance length measured on training prompts means nothing.",
+                next=f"remove them from one of the files; the first is {source.index.first_shared!r}.",
+            )
 
 
-def _refuse_repeats(config: RunConfig, prompts: PromptFile) -> None:
-    lines = prompts.repeated_lines
-    if lines and config.data.duplicates == "refuse":
-        named = ", ".join(str(line) for line in lines[:REPEATS_NAMED])
-        more = f" and {len(lines) - REPEATS_NAMED} more" if len(lines) > REPEATS_NAMED else ""
-        raise ConfigError(
-            f"{len(lines)} lines of {prompts.path} repeat an earlier one: lines {named}{more}.",
-            why="data.duplicates is 'refuse'. Nothing was started.",
-            next="delete these lines, or set data.duplicates to 'once', which takes each prompt once.",
-        )
+def _refuse_repeats(config: RunConfig, data: Data) -> None:
+    if config.data.duplicates != "refuse":
+        return
+    for source in data.sources:
+        unit, repeated = source.records.unit, source.repeated
+        if repeated:
+            named = ", ".join(str(number) for number in repeated[:REPEATS_NAMED])
+            more = f" and {len(repeated) - REPEATS_NAMED} more" if len(repeated) > REPEATS_NAMED else ""
+            raise ConfigError(
+                f"{len(repeated)} {unit}s of {source.name} repeat an earlier one: {unit}s {named}{more}.",
+                why="data.duplicates is 'refuse'. Nothing was started.",
+                next=f"delete these {unit}s, or set data.duplicates to 'once', which takes each prompt once.",
+            )
 
 
 def window_size(config: RunConfig) -> int:

@@ -11,7 +11,7 @@ from paceline.capture.backpressure import Backpressure, Watermarks
 from paceline.capture.encoding import Encoding, PromptLimits, rendering_of
 from paceline.capture.producer import Producer
 from paceline.capture.settings import CaptureSettings
-from paceline.data.prompt_file import PromptFile
+from paceline.data.opening import open_file
 from paceline.data.source import BLOCK, PromptList, RunPrompts
 from paceline.errors import ConfigError
 from paceline.ledger.producer_session import ProducerSession
@@ -105,11 +105,11 @@ def test_long_prompts_are_told_of_before_the_start(tmp_path: Path) -> None:
     texts = [f"question {n}" for n in range(5000)]
     for place, length in ((30, 200), (4000, 260), (7, 193), (100, 500)):
         texts[place] = "x" * length
-    file, one = PromptFile(write(tmp_path / "prompts.jsonl", texts)), encoding(192)
+    file, one = open_file(write(tmp_path / "prompts.jsonl", texts)), encoding(192)
     assert one.look_for_long(RunPrompts(file, rounds=2, stretches=[5000])) == (
         "4 prompts fail, longer than the 192 tokens of data.max_prompt_tokens (the longest has "
         "500); "
-        f"the first: {file.path}, line 8; {file.path}, line 31; {file.path}, line 101"
+        f"the first: {file.name}, line 8; {file.name}, line 31; {file.name}, line 101"
     )
     assert one.num_encoded < 100
     assert encoding(1000).look_for_long(file) == ""
@@ -118,17 +118,17 @@ def test_long_prompts_are_told_of_before_the_start(tmp_path: Path) -> None:
 def test_a_start_among_a_hundred_thousand_prompts_costs_what_it_reads(tmp_path: Path) -> None:
     """The first group is captured, and a later start goes on, with a block read and a few prompts encoded."""
     path = write(tmp_path / "prompts.jsonl", [f"question {n}" for n in range(100_000)])
-    PromptFile(path, index_path=tmp_path / "index.json")
+    open_file(path, index_path=tmp_path / "index.json")
     ledger, features, engine = SQLiteLedger(), InMemoryLightFeatureStore(), LightEngine()
     settings = CaptureSettings(max_answer_tokens=4, features=LIGHT_FEATURES, max_prompt_tokens=192)
     for rounds in (1, 0, 1):
-        file = PromptFile(path, index_path=tmp_path / "index.json")
+        file = open_file(path, index_path=tmp_path / "index.json")
         session = ProducerSession(ledger, "run")
         pressure = Backpressure(features, session, Watermarks(1 << 20, 64 * 256, group_samples=64))
         producer = Producer(session, engine, features, RunPrompts(file, 1, [100_000]), settings, pressure)
-        lines_before = file.lines_read
+        lines_before = file.source.num_read
         assert producer.run(max_rounds=rounds) == 64 * rounds
         if ledger.snapshot().committed > 64 or not rounds:
-            assert file.lines_read - lines_before <= BLOCK + 1
+            assert file.source.num_read - lines_before <= BLOCK + 1
         assert producer.encoding.num_encoded <= 64 * (1 + rounds) + 64
     assert len(engine.captured) == 2

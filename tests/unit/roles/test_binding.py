@@ -121,8 +121,8 @@ def test_repeated_prompts_are_taken_once_or_named_all_at_once(run: Run) -> None:
 def test_the_index_of_the_prompts_is_kept_beside_the_run(run: Run) -> None:
     """A role that starts when there is one does not look through the file again."""
     (run.folder / "run").mkdir()
-    assert run.plan().prompts.lines_read == 6
-    assert run.plan().prompts.lines_read == 0
+    assert run.plan().prompts.source.num_read == 6
+    assert run.plan().prompts.source.num_read == 0
     run.write("heldout.jsonl", 3, 4)
     with pytest.raises(ConfigError, match=r"3 prompts of .*heldout\.jsonl are also in"):
         run.plan()

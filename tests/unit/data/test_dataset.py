@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from paceline.data.prompt_file import PromptFile
-from paceline.data.prompts import ID_BYTES_MAX, Prompt
+from paceline.data.formats import ID_BYTES_MAX
+from paceline.data.opening import open_file
+from paceline.data.prompts import Prompt
 from paceline.data.source import BLOCK
 from paceline.errors import ConfigError
 from paceline.features.stores.shm import SharedMemoryFeatureStore
@@ -23,7 +24,7 @@ def write(tmp_path: Path, *lines: str | bytes) -> Path:
 
 
 def prompts_of(path: Path) -> list[Prompt]:
-    file = PromptFile(path)
+    file = open_file(path)
     return file.read(0, file.size)
 
 
@@ -53,9 +54,9 @@ def test_prompts_keep_the_order_of_the_file(tmp_path: Path) -> None:
         (b'{"id": "x", "prompt": "\xff"}', "it is not UTF-8"),
         (b'{"messages": [{"role": "user", "content": "p"}]}', 'it holds a chat ("messages")'),
         (b'{"conversations": [{"from": "human", "value": "p"}]}', 'it holds a chat ("conversations")'),
-        (b'{"id": "' + b"x" * 4000 + b'", "prompt": "p"}', 'its "id" takes 4002 bytes'),
+        (b'{"id": "' + b"x" * 4000 + b'", "prompt": "p"}', 'its "id" is too long: 4002 bytes'),
         (b'{"id": "unreadable-line-9", "prompt": "p"}', "its \"id\" begins with 'unreadable-line-'"),
-        (b'{"id": "a", "prompt": "other"}', "its \"id\", 'a', belongs to another text, in line 1"),
+        (b'{"id": "a", "prompt": "other"}', "its \"id\" belongs to another text: 'a', in line 1"),
     ],
 )
 def test_a_broken_line_keeps_its_place_and_says_what_is_wrong(
@@ -64,7 +65,7 @@ def test_a_broken_line_keeps_its_place_and_says_what_is_wrong(
     """File and line number are in the reason; no other prompt has another id or place for it."""
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'{"id": "a", "prompt": "fine"}\n' + line + b'\n{"prompt": "also fine"}\n')
-    file = PromptFile(path)
+    file = open_file(path)
     first, broken, last = file.read(0, 9)
     assert (first, last) == tuple(
         prompts_of(write(tmp_path, '{"id": "a", "prompt": "fine"}', '{"prompt": "also fine"}'))
@@ -98,10 +99,10 @@ def test_the_longest_id_fits_a_slot_of_the_feature_store(tmp_path: Path) -> None
 def test_a_line_that_repeats_another_is_taken_once(tmp_path: Path) -> None:
     """With a note that counts them; ids of the file decide, so the same text under another id is another."""
     one, two = '{"prompt": "one"}', '{"id": "b", "prompt": "two"}'
-    file = PromptFile(write(tmp_path, one, two, one, two, '{"id": "c", "prompt": "two"}', one))
+    file = open_file(write(tmp_path, one, two, one, two, '{"id": "c", "prompt": "two"}', one))
     assert [p.prompt_id for p in file.read(1, 9)] == ["b", "c"]
     assert file.size == 3
-    assert file.repeated_lines == [3, 4, 6]
+    assert file.repeated == [3, 4, 6]
     assert file.notes == [
         "3 lines repeat an earlier one and are used once, the first: "
         "line 3 repeats line 1; line 4 repeats line 2; line 6 repeats line 1"
@@ -111,16 +112,16 @@ def test_a_line_that_repeats_another_is_taken_once(tmp_path: Path) -> None:
 def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
     """Neither an empty file, nor none, nor one that is something else starts a run."""
     with pytest.raises(ConfigError, match="holds no prompt"):
-        PromptFile(write(tmp_path, "", ""))
+        open_file(write(tmp_path, "", ""))
     with pytest.raises(ConfigError, match="cannot be read"):
-        PromptFile(tmp_path / "none.jsonl")
+        open_file(tmp_path / "none.jsonl")
     with pytest.raises(ConfigError, match=r"holds no prompt.*line 1: it is not JSON"):
-        PromptFile(write(tmp_path, "id,prompt", "a,text"))
-    with pytest.raises(ConfigError, match=r"holds no prompt.*holds a chat .*under \"prompt\""):
-        PromptFile(write(tmp_path, '{"messages": []}'))
+        open_file(write(tmp_path, "id,prompt", "a,text"))
+    with pytest.raises(ConfigError, match=r"holds no prompt.*holds a chat .*section `data`"):
+        open_file(write(tmp_path, '{"messages": []}'))
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"holds no prompt.*line 1: it is not UTF-8"):
-        PromptFile(tmp_path / "binary")
+        open_file(tmp_path / "binary")
 
 
 def test_what_is_not_a_file_is_refused_at_once(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_what_is_not_a_file_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path, Path("a\0b"), Path("x" * 300)):
         with pytest.raises(ConfigError, match="cannot be read"):
-            PromptFile(path)
+            open_file(path)
 
 
 def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
@@ -147,13 +148,13 @@ def numbered(count: int) -> list[str]:
 def test_a_start_reads_what_it_needs_of_a_large_file(tmp_path: Path) -> None:
     """100,000 prompts are looked through once; every later start reads one block for one group."""
     path, kept = write(tmp_path, *numbered(100_000)), tmp_path / "index.json"
-    assert PromptFile(path, index_path=kept).lines_read == 100_000
-    later = PromptFile(path, index_path=kept)
-    assert (later.size, later.lines_read) == (100_000, 0)
+    assert open_file(path, index_path=kept).source.num_read == 100_000
+    later = open_file(path, index_path=kept)
+    assert (later.size, later.source.num_read) == (100_000, 0)
     assert [p.prompt_id for p in later.read(70_000, 64)] == [f"p{n}" for n in range(70_000, 70_064)]
-    assert later.lines_read <= BLOCK + 1
+    assert later.source.num_read <= BLOCK + 1
     later.read(70_064, 64)
-    assert later.lines_read <= BLOCK + 1, "a block is read once for its groups"
+    assert later.source.num_read <= BLOCK + 1, "a block is read once for its groups"
 
 
 def test_every_block_is_read_as_the_whole_file_is(tmp_path: Path) -> None:
@@ -168,42 +169,42 @@ def test_every_block_is_read_as_the_whole_file_is(tmp_path: Path) -> None:
             json.dumps({"id": "p1", "prompt": "z"}),
         ]
     path, kept = write(tmp_path, *lines), tmp_path / "index.json"
-    whole = PromptFile(path, index_path=kept)
+    whole = open_file(path, index_path=kept)
     everything = whole.read(0, whole.size)
     assert whole.size == 2 * BLOCK + 8
     for first in range(0, whole.size, 500):
-        assert PromptFile(path, index_path=kept).read(first, 500) == everything[first : first + 500]
+        assert open_file(path, index_path=kept).read(first, 500) == everything[first : first + 500]
 
 
 def test_a_file_that_changes_during_the_run_is_noticed(tmp_path: Path) -> None:
     """By the digest of the block that is read, or by a look through it all at the next start."""
     path, kept = write(tmp_path, *numbered(9)), tmp_path / "index.json"
-    file = PromptFile(path, index_path=kept)
+    file = open_file(path, index_path=kept)
     write(tmp_path, *numbered(8), json.dumps({"id": "p8", "prompt": "question 9"}))
     with pytest.raises(ConfigError, match=r"was changed during the run \(line 1 to the end\)"):
         file.read(0, 1)
-    again = PromptFile(path, index_path=kept)
-    assert again.lines_read == 9
+    again = open_file(path, index_path=kept)
+    assert again.source.num_read == 9
     assert again.digests(9) != file.digests(9)
 
 
 def test_digests_are_those_of_the_first_prompts(tmp_path: Path) -> None:
     """So that a longer file is known again by its beginning; they depend on ids, texts and order."""
     path = write(tmp_path, *numbered(BLOCK + 40))
-    known = PromptFile(path).digests(BLOCK + 10)
+    known = open_file(path).digests(BLOCK + 10)
     assert len(known) == 2
-    assert PromptFile(write(tmp_path, *numbered(3 * BLOCK))).digests(BLOCK + 10) == known
-    assert PromptFile(write(tmp_path, *numbered(BLOCK + 10))).digests(BLOCK + 10) == known
+    assert open_file(write(tmp_path, *numbered(3 * BLOCK))).digests(BLOCK + 10) == known
+    assert open_file(write(tmp_path, *numbered(BLOCK + 10))).digests(BLOCK + 10) == known
     one, two, bad = '{"id": "a", "prompt": "x"}', '{"id": "b", "prompt": "y"}', "nonsense"
     files = [(one, two), (two, one), (one,), (one, bad), (one, bad + "!")]
-    assert len({PromptFile(write(tmp_path, *lines)).digests(9)[0] for lines in files}) == 5
+    assert len({open_file(write(tmp_path, *lines)).digests(9)[0] for lines in files}) == 5
 
 
 def test_the_shipped_sets_do_not_share_a_prompt() -> None:
     """Acceptance length is measured on prompts that were never trained."""
     folder = Path(__file__).parents[3] / "prompts"
     texts = {p.text for p in prompts_of(folder / "heldout.jsonl")}
-    train = PromptFile(folder / "train.jsonl", heldout=texts)
+    train = open_file(folder / "train.jsonl", heldout=texts)
     assert train.size >= 300
     assert train.index.shared == 0
-    assert PromptFile(folder / "train.jsonl", heldout=[train.read(5, 1)[0].text]).index.shared == 1
+    assert open_file(folder / "train.jsonl", heldout=[train.read(5, 1)[0].text]).index.shared == 1

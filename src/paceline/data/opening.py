@@ -1,0 +1,63 @@
+"""Opens what a run reads: each source by what it is, all of them under one index."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from paceline.data.dataset import Dataset, refuse_empty
+from paceline.data.index import indexed
+from paceline.data.lines import Lines, first_bytes, unreadable
+from paceline.data.mixture import Mixture
+from paceline.data.records import Records, Source
+from paceline.data.settings import SourceSection
+from paceline.data.tables import Parquet, from_folder, from_hub
+from paceline.regular_files import kind_of
+
+Data = Dataset | Mixture
+
+
+def open_data(
+    sections: Sequence[SourceSection],
+    *,
+    seed: int = 0,
+    heldout: Collection[str] = (),
+    index_path: Path | None = None,
+) -> Data:
+    """The samples of all sources. One source of weight 1 is read in its own order.
+
+    `heldout`: texts that must not be among the prompts. `index_path`: where the index is kept. Raises
+    ConfigError if a source cannot be read or holds no prompt.
+    """
+    sources = [Source(open_records(section), section.format) for section in sections]
+    indexes = indexed(sources, heldout, index_path)
+    datasets = [Dataset(source, index) for source, index in zip(sources, indexes, strict=True)]
+    for dataset in datasets:
+        refuse_empty(dataset)
+    if len(datasets) == 1 and sections[0].weight == 1:
+        return datasets[0]
+    return Mixture(datasets, [section.weight for section in sections], seed)
+
+
+def open_file(
+    path: Path, *, format: str = "prompts", heldout: Collection[str] = (), index_path: Path | None = None
+) -> Dataset:
+    """One file as a source of its own. Raises ConfigError as `open_data` does."""
+    source = Source(open_records(SourceSection(path=path)), format)
+    [index] = indexed([source], heldout, index_path)
+    dataset = Dataset(source, index)
+    refuse_empty(dataset)
+    return dataset
+
+
+def open_records(section: SourceSection) -> Records:
+    """Raises ConfigError if there is nothing that can be read."""
+    if section.path is None:
+        return from_hub(section.hub, section.subset, section.split, section.revision)
+    try:
+        kind = kind_of(section.path)
+    except OSError as error:
+        raise unreadable(section.path, error) from error
+    if kind == "folder":
+        return from_folder(section.path, section.split)
+    return Parquet(section.path) if first_bytes(section.path) == b"PAR1" else Lines(section.path)
