@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
+from paceline.exports.eagle3 import SGLANG
+from paceline.exports.export import ExportedDraft, TargetOfDraft
+from paceline.exports.folder import write_folder
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.method import DraftMethod
+from paceline.target.version import TargetVersion
 from paceline.testing.method_suite import MethodSuite
+from paceline.testing.tiny_target import captured_sample, tiny_target
 
 
 class TestEagle3(MethodSuite):
@@ -15,3 +23,18 @@ class TestEagle3(MethodSuite):
 class TestEagle3FromTheTargetsLayer(MethodSuite):
     def make(self) -> DraftMethod:
         return Eagle3Method({"draft_vocab_size": 61, "ttt_steps": 2, "init": "target", "recompute": True})
+
+
+class TestEagle3FromAnExportedFolder(MethodSuite):
+    def make(self) -> DraftMethod:
+        first, head = Eagle3Method({"draft_vocab_size": 40, "init": "random"}), self.head
+        draft = first.build(head, [captured_sample(tiny_target(), 20, 4, seed=1)], seed=3)
+        assert head.folder is not None
+        version = TargetVersion.of(head.folder)
+        target = TargetOfDraft("org/target", "", version, head.config, head.embed_tokens)
+        exported = ExportedDraft(
+            "eagle3", draft.state_dict(), first.describe(draft), "float32", target, {"step": 1}
+        )
+        folder = Path(tempfile.mkdtemp()) / "draft"
+        write_folder(folder, SGLANG.build(exported), lambda _: ("", {}))
+        return Eagle3Method({"start_from": folder, "ttt_steps": 2})

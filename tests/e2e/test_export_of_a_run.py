@@ -59,6 +59,18 @@ def test_a_kept_checkpoint_is_exported_and_the_server_is_told_how_to_load_it(
     assert served.stdout.startswith("python -m sglang.launch_server --model-path org/tiny --host 127.0.0.2")
     assert str(tmp_path / "draft") in served.stdout
     assert "vllm serve org/tiny" in paceline(finished, "serve", "--server", "vllm").stdout
+    server = tmp_path / "vllm"
+    server.write_text("#!/bin/sh\necho serves $1 $2\n")
+    server.chmod(0o755)
+    environment = {**finished.environment(), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    started = subprocess.run(
+        [*finished.arguments("serve"), "--server", "vllm", "--run"],
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert started.stdout == "serves serve org/tiny\n"
     other = paceline(finished, "serve", "--folder", "no/such")
     assert other.returncode == 2
     assert "paceline export" in other.stderr

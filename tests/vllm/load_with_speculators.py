@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -20,6 +21,7 @@ def main(folder: str) -> dict:
     written, loaded = load_file(Path(folder) / "model.safetensors"), model.state_dict()
     theirs = {"verifier_lm_head.weight", "verifier_norm.weight"}  # the target's own
     return {
+        "version": version("speculators"),
         "config": type(config).__name__,
         "model": type(model).__name__,
         "equal": sum(torch.equal(loaded[name], written[name]) for name in written if name in loaded),

@@ -22,7 +22,12 @@ HOST = "127.0.0.1"
 
 
 def export_request(
-    config: RunConfig, formats: list[str], directory: Path | None, step: int | None, dtype: str | None
+    config: RunConfig,
+    formats: list[str],
+    directory: Path | None = None,
+    step: int | None = None,
+    dtype: str | None = None,
+    target_name: str | None = None,
 ) -> ExportSection:
     """The run file's export section with what the command line says instead. Raises ConfigError."""
     section = config.export
@@ -31,7 +36,7 @@ def export_request(
         "directory": directory or section.directory,
         "step": step or section.step,
         "dtype": DTYPES.get(dtype or "", dtype) or section.dtype,
-        "target_name": section.target_name,
+        "target_name": target_name or section.target_name,
     }
     request = ExportSection.parse(given)
     if not request.formats:

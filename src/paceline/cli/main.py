@@ -167,11 +167,12 @@ def export(
     to: Annotated[list[str] | None, typer.Option(help="vllm, sglang, speculators or hf; repeatable.")] = None,
     step: Annotated[int | None, typer.Option(help="A kept checkpoint's step; the newest.", min=1)] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 (the default) or fp32.")] = None,
+    target_name: Annotated[str | None, typer.Option(help="The target's hub id or path for servers.")] = None,
 ) -> None:
     """Write a checkpoint's draft as folders for inference servers, each checked by its server's rules."""
     run_file = _run_file(run)
     config = load_run_config(run_file)
-    _export(run_file, config, export_request(config, to or [], directory, step, dtype))
+    _export(run_file, config, export_request(config, to or [], directory, step, dtype, target_name))
 
 
 @app.command()

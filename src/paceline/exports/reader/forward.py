@@ -42,7 +42,7 @@ def _rms(draft: Draft, states: torch.Tensor, name: str) -> torch.Tensor:
 def _layer(draft: Draft, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Output [n, H] of the decoder layer over `features` [n, H] and the token after each row."""
     weights, rows = draft.weights, features.shape[0]
-    embedded = _rms(draft, weights["embed_tokens.weight"][tokens], f"{LAYER}input_layernorm.weight")
+    embedded = _rms(draft, weights["embed_tokens.weight"][tokens].float(), f"{LAYER}input_layernorm.weight")
     normed = _rms(draft, features, f"{LAYER}hidden_norm.weight")
     both = torch.cat((embedded, normed), dim=-1)
 

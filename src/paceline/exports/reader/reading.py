@@ -15,12 +15,13 @@ from paceline.exports.reader.replay import ServedTarget
 from paceline.exports.reader.rope import frequencies, rope_of
 from paceline.exports.reader.rules import Rules
 
+AS_STORED = ("d2t", "embed_tokens.weight")
 UNUSED = frozenset({"t2d"})  # every loader skips it
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A draft as a server has it in memory; weights float32 under short names."""
+    """A draft as a server has it in memory; weights float32 under short names, the embedding as stored."""
 
     weights: Mapping[str, torch.Tensor]
     layers: tuple[int, ...]  # numbers of blocks, in the order of the columns of `fc`
@@ -75,7 +76,7 @@ def read_draft(folder: Path, rules: Rules, target: ServedTarget) -> Draft:
         )
     angles, sharpness = frequencies(rope_of(decoder), head_dim)
     return Draft(
-        weights={name: tensor.float() for name, tensor in weights.items() if name != "d2t"},
+        weights={name: tensor if name in AS_STORED else tensor.float() for name, tensor in weights.items()},
         layers=ids,
         heads=heads,
         kv_heads=kv_heads,
