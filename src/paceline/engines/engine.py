@@ -16,6 +16,8 @@ from paceline.types import Feature
 if TYPE_CHECKING:
     import torch
 
+    from paceline.target.chat_encoder import ChatEncoder
+
 
 @dataclass(frozen=True)
 class CaptureRequest:
@@ -69,6 +71,10 @@ class TargetEngine(Protocol):
 
     @property
     def facts(self) -> TargetFacts: ...
+
+    @property
+    def chats(self) -> ChatEncoder:
+        """Encodes chats of several messages as `encode` does a prompt; asked for only if there are any."""
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         """Token ids of the prompt's text in the chat template, generation prompt included."""

@@ -9,7 +9,7 @@ model folder is run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from paceline.engines.probe import TOKENS, Bounds, Plain, compare, compare_token
 from paceline.engines.settings import TransformersSection
 from paceline.errors import EngineError
 from paceline.precision import resolve_device, torch_dtype
+from paceline.target.chat_encoder import ChatEncoder
 from paceline.target.facts import TargetFacts
 from paceline.target.folder import eos_token_ids, read_config, read_generation_config
 from paceline.target.head import TargetHead
@@ -51,13 +52,19 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 
 class TransformersEngine:
     def __init__(
-        self, model_folder: Path, *, dtype: str = "auto", device: str = "auto", date: str | None = None
+        self,
+        model_folder: Path,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        date: str | None = None,
+        template: Mapping[str, Any] | None = None,
     ) -> None:
         """Raises EngineError if the folder holds no model that this engine can capture from.
 
-        `date`: see `PromptEncoder`.
+        `date` and `template` (its variables): see `PromptEncoder`.
         """
-        self._encoder = PromptEncoder(model_folder, date=date)
+        self._encoder = PromptEncoder(model_folder, date=date, variables=template)
         self._folder, config = model_folder, read_config(model_folder)
         self._layout = head_layout(model_folder, config)  # a cheap check before the weights load
         self._device = resolve_device(device)
@@ -72,11 +79,17 @@ class TransformersEngine:
     def of_run(
         cls, section: TransformersSection, target: TargetSection, *, date: str | None = None
     ) -> TransformersEngine:
-        return cls(target.model, dtype=target.dtype, device=section.device, date=date)
+        return cls(
+            target.model, dtype=target.dtype, device=section.device, date=date, template=target.template
+        )
 
     @property
     def facts(self) -> TargetFacts:
         return self._facts
+
+    @property
+    def chats(self) -> ChatEncoder:
+        return ChatEncoder(self._encoder, self._folder)
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         return self._encoder.encode(prompt)

@@ -44,7 +44,7 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
     ways = [chain] if section.branching == 1 else [tree, chain]
     drafter = method.drafter(draft.to(device), dtype)
     target = LlamaTarget(head, drafter.layers, dtype, device)
-    encoder = PromptEncoder(config.target.model, date=date)
+    encoder = PromptEncoder.of(config.target, date=date)
     positions = head.config.get("max_position_embeddings")
     held_out = held_out_prompts(config, encoder.encode, head.vocab_size, positions)
     refuse_nothing_to_measure(held_out)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from paceline.errors import EngineError
@@ -24,23 +26,59 @@ class TemplateError(EngineError):
     """The template does not render this prompt."""
 
 
+@dataclass(frozen=True)
+class Rendered:
+    """A chat as text. `spans`: the answers, as (start, stop) in characters, if the template marks them."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...] = ()
+
+
 class ChatTemplate:
+    """`marks_answers`: the template says itself which of its text an assistant writes."""
+
+    marks_answers = False
+
     def __init__(self) -> None:
         """Starts the worker process at once, so that it is ready when the tokenizer has loaded."""
         self._setting: dict[str, Any] = {}
         self._process: subprocess.Popen[str] | None = _start()
 
-    def use(self, template: str, special_tokens: Mapping[str, Any], date: str | None = None) -> None:
-        """Set the template, once, before the first `render`. `date`: the date that the template sees."""
-        self._setting = {"template": template, "special_tokens": dict(special_tokens), "date": date}
+    def use(
+        self,
+        template: str,
+        special_tokens: Mapping[str, Any],
+        *,
+        date: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Set the template, once, before the first `render`.
+
+        `date`: the date that the template sees. `variables`: further values that it may ask for.
+        """
+        self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        self._setting = {
+            "template": template,
+            "special_tokens": dict(special_tokens),
+            "date": date,
+            "variables": dict(variables or {}),
+            "marks": self.marks_answers,
+        }
         self._tell(self._setting)
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        """The chat as text, generation prompt included. Raises TemplateError."""
-        answer = self._ask(messages)
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        is_open: bool = True,
+    ) -> Rendered:
+        """The chat as text; `is_open`: with the beginning of an answer. Raises TemplateError."""
+        chat = {"messages": list(messages), "tools": list(tools), "is_open": is_open}
+        answer = self._ask(chat)
         if "error" in answer:
             raise _failed(answer["error"])
-        return str(answer["text"])
+        return Rendered(answer["text"], tuple((start, stop) for start, stop in answer["spans"]))
 
     def close(self) -> None:
         process, self._process = self._process, None
@@ -54,7 +92,7 @@ class ChatTemplate:
     def __del__(self) -> None:
         self.close()
 
-    def _ask(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+    def _ask(self, chat: Mapping[str, Any]) -> dict[str, Any]:
         """A worker that is killed from outside says nothing of the prompt: another one renders it."""
         for tries_left in reversed(range(TRIES)):
             if self._process is None:
@@ -62,7 +100,7 @@ class ChatTemplate:
                 self._tell(self._setting)
             process = self._process
             assert process.stdout is not None
-            self._tell(messages)
+            self._tell(chat)
             if line := process.stdout.readline():
                 answer: dict[str, Any] = json.loads(line)
                 return answer

@@ -11,6 +11,7 @@ import json
 import resource
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from datetime import datetime, tzinfo
 from typing import Any
 
@@ -30,15 +31,7 @@ def main() -> None:
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, RENDER_S)  # SIGPROF kills this process at the limit
         try:
-            texts: Any = render_jinja_template(
-                conversations=[json.loads(line)],
-                chat_template=setting["template"],
-                add_generation_prompt=True,
-                **setting["special_tokens"],
-            )[0]
-            answer = {"text": texts[0]}
-            if len(texts[0]) > TEXT_CHARACTERS_MAX:
-                answer = {"error": f"it wrote a text of {len(texts[0])} characters"}
+            answer = _rendered(render_jinja_template, setting, json.loads(line))
         except MemoryError:
             answer = {"error": f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"}
         except Exception as error:  # noqa: BLE001 (whatever a template raises is its parent's to judge)
@@ -46,6 +39,22 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
+
+
+def _rendered(
+    render: Callable[..., Any], setting: Mapping[str, Any], chat: Mapping[str, Any]
+) -> dict[str, Any]:
+    texts, spans = render(
+        conversations=[chat["messages"]],
+        tools=chat["tools"] or None,
+        chat_template=setting["template"],
+        add_generation_prompt=chat["is_open"],
+        return_assistant_tokens_mask=setting["marks"],
+        **{**setting["special_tokens"], **setting["variables"]},
+    )
+    if len(texts[0]) > TEXT_CHARACTERS_MAX:
+        return {"error": f"it wrote a text of {len(texts[0])} characters"}
+    return {"text": texts[0], "spans": spans[0] if spans else []}
 
 
 def _stop_the_clock(at: datetime) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from paceline.errors import ConfigError, EngineError
+from paceline.errors import EngineError
 from paceline.target.folder import read_config, read_json
+from paceline.target.settings import TargetSection
 from paceline.target.template import ChatTemplate, TemplateError
 
 TRIAL_TEXT = "Riders in a paceline take turns at the front."
@@ -19,13 +20,12 @@ class PromptEncoder:
     """The tokenizer of a local model folder. Nothing is fetched and no code of the folder is run."""
 
     def __init__(
-        self, model_folder: Path, *, max_prompt_tokens: int | None = None, date: str | None = None
+        self, model_folder: Path, *, date: str | None = None, variables: Mapping[str, Any] | None = None
     ) -> None:
         """Raises EngineError or ConfigError if a trial prompt cannot be encoded with the folder's files.
 
-        `date`: the ISO 8601 date that a template sees as the current one.
+        `date`: the ISO 8601 date that a template sees as the current one. `variables`: further values for it.
         """
-        self._max_prompt_tokens = max_prompt_tokens
         if not model_folder.is_dir():
             # transformers would take a missing path for a hub id and answer from its cache.
             raise EngineError(
@@ -33,47 +33,43 @@ class PromptEncoder:
                 why="The target and its tokenizer are read from a local folder; nothing is fetched.",
                 next="run `make model`, or set target.model to a complete Hugging Face model folder.",
             )
-        self._template: ChatTemplate | None = ChatTemplate()
+        self.template: ChatTemplate | None = ChatTemplate()
         self.tokenizer = _load_tokenizer(model_folder)
         template = self.tokenizer.chat_template
         if isinstance(template, dict):
             template = template.get("default")
         if template:
-            self._template.use(template, _plain(self.tokenizer.special_tokens_map), date)
+            specials = _plain(self.tokenizer.special_tokens_map)
+            self.template.use(template, specials, date=date, variables=variables)
         else:
-            self._template.close()
-            self._template = None
+            self.template.close()
+            self.template = None
         vocab_size = read_config(model_folder).get("vocab_size")
         self._vocab_size = vocab_size if isinstance(vocab_size, int) else None
         self._try_once(model_folder)
 
+    @classmethod
+    def of(cls, target: TargetSection, *, date: str | None = None) -> PromptEncoder:
+        """The encoder of a run's target, with the template's variables that the run file sets."""
+        return cls(target.model, date=date, variables=target.template)
+
     def encode(self, prompt: str) -> tuple[int, ...]:
         """Token ids of one user message, generation prompt included; plain text without a template.
 
-        Raises ConfigError for a prompt of more than `max_prompt_tokens` tokens or with a token outside the
-        target's vocabulary, EngineError (TemplateError) if the template refuses the prompt.
+        Raises EngineError (TemplateError) if the template refuses the prompt.
         """
-        ids = self._ids(prompt)
-        if self._max_prompt_tokens is not None and len(ids) > self._max_prompt_tokens:
-            raise ConfigError(
-                f"A prompt has {len(ids)} tokens, more than the {self._max_prompt_tokens} of "
-                f"data.max_prompt_tokens: {prompt[:60]!r}...",
-                why="Cutting it would change its meaning, and the feature budget is computed from the limit.",
-                next=f"set data.max_prompt_tokens to {len(ids)} or more, or shorten the prompt.",
-            )
-        return ids
+        if self.template is None:
+            return tuple(int(token_id) for token_id in self.tokenizer(prompt).input_ids)
+        return self.ids(self.template.render([{"role": "user", "content": prompt}]).text)
 
-    def _ids(self, prompt: str) -> tuple[int, ...]:
-        if self._template is None:
-            ids = self.tokenizer(prompt).input_ids
-        else:
-            text = self._template.render([{"role": "user", "content": prompt}])
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        return tuple(int(token_id) for token_id in ids)
+    def ids(self, rendered: str) -> tuple[int, ...]:
+        """Token ids of a text that the template has written."""
+        encoded = self.tokenizer(rendered, add_special_tokens=False)
+        return tuple(int(token_id) for token_id in encoded.input_ids)
 
     def _try_once(self, folder: Path) -> None:
         try:
-            ids = self._ids(TRIAL_TEXT)
+            ids = self.encode(TRIAL_TEXT)
         except TemplateError:
             raise
         except BaseException as error:

@@ -19,17 +19,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paceline.crashpoints import reach
 from paceline.durable_files import FileContent
 from paceline.engines.engine import Captured, CaptureRequest
-from paceline.errors import StoreFullError, TrainingError
+from paceline.errors import EngineError, StoreFullError, TrainingError
 from paceline.features.store import Sealed, Usage, Written
 from paceline.features.stores.refusals import corrupt, elsewhere, missing, stale
 from paceline.target.facts import TargetFacts
 from paceline.training.learner import Sample
 from paceline.types import Feature, FeatureSpec, SampleRef, States, Targets, Tokens
+
+if TYPE_CHECKING:
+    from paceline.target.chat_encoder import ChatEncoder
 
 TOKENS = "tokens"
 LIGHT_FEATURES = (
@@ -83,6 +86,10 @@ class LightEngine:
     @property
     def facts(self) -> TargetFacts:
         return TargetFacts(8, 4, 256, "uint8", (0,), "light", "bytes")
+
+    @property
+    def chats(self) -> ChatEncoder:
+        raise EngineError("This target has no chats.")
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         return tuple(prompt.encode())

@@ -13,6 +13,8 @@ import torch
 
 from paceline.engines.capture_rows import kept_rows, sample_tensors
 from paceline.engines.engine import Captured, CaptureRequest
+from paceline.errors import EngineError
+from paceline.target.chat_encoder import ChatEncoder
 from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
 from paceline.types import Feature, States
@@ -29,6 +31,10 @@ class SyntheticEngine:
     @property
     def facts(self) -> TargetFacts:
         return TargetFacts(HIDDEN, LAYERS, VOCAB, "float32", (2,), "synthetic", "bytes")
+
+    @property
+    def chats(self) -> ChatEncoder:
+        raise EngineError("This target has no chats.")
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         return tuple(3 + byte % (VOCAB - 3) for byte in prompt.encode())

@@ -215,7 +215,7 @@ def test_a_path_that_is_no_folder_is_not_looked_up_elsewhere(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EngineError, match="models/Tiny is not a folder"):
-        PromptEncoder(Path("models/Tiny"), max_prompt_tokens=64)
+        PromptEncoder(Path("models/Tiny"))
     with pytest.raises(EngineError, match="models/Tiny is not a folder"):
         TransformersEngine(Path("models/Tiny"))
 

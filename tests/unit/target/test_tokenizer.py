@@ -37,7 +37,7 @@ def test_ids_are_those_of_the_librarys_own_rendering(folder: Path, template: str
     own = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=False
     )
-    encoder = PromptEncoder(folder, max_prompt_tokens=64)
+    encoder = PromptEncoder(folder)
     assert list(encoder.encode(PROMPT)) == list(own)
 
 
@@ -55,7 +55,7 @@ def test_ids_are_those_of_the_librarys_own_rendering(folder: Path, template: str
 def test_a_template_that_fails_is_one_clear_error(folder: Path, template: str, reason: str) -> None:
     """At the start, before anything is leased, with what it raised."""
     with pytest.raises(TemplateError, match=reason) as caught:
-        PromptEncoder(with_template(folder, template), max_prompt_tokens=64)
+        PromptEncoder(with_template(folder, template))
     assert "Next: correct the chat template" in str(caught.value)
     assert caught.value.exit_code == 4
 
@@ -68,7 +68,7 @@ def test_a_template_without_end_is_stopped(folder: Path, monkeypatch: pytest.Mon
     quick.write_text(script.read_text().replace("RENDER_S = 10", "RENDER_S = 1"))
     monkeypatch.setattr("paceline.target.template.WORKER", [str(quick)])
     with pytest.raises(TemplateError, match="was stopped after"):
-        PromptEncoder(with_template(folder, loops), max_prompt_tokens=64)
+        PromptEncoder(with_template(folder, loops))
 
 
 def test_a_renderer_that_is_killed_says_nothing_of_the_prompt(folder: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_prompt_that_the_template_refuses_leaves_the_others_alone(folder: Path
         "{% if messages[0].content == 'no' %}{{ raise_exception('refused') }}{% endif %}"
         "{% if messages[0].content == 'die' %}{{ 'x' * 9000000000 }}{% endif %}{{ messages[0].content }}"
     )
-    encoder = PromptEncoder(with_template(folder, refuses), max_prompt_tokens=64)
+    encoder = PromptEncoder(with_template(folder, refuses))
     before = encoder.encode(PROMPT)
     for bad in ("no", "die"):
         with pytest.raises(TemplateError):
@@ -104,7 +104,7 @@ def test_a_damaged_tokenizer_is_one_clear_error(folder: Path, content: str) -> N
     """Whatever stands in tokenizer.json, the error names the folder and says what to do."""
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises((EngineError, ConfigError), match="tokenizer") as caught:
-        PromptEncoder(folder, max_prompt_tokens=64)
+        PromptEncoder(folder)
     assert str(folder) in str(caught.value)
     assert "Next: " in str(caught.value)
 
@@ -114,7 +114,7 @@ def test_the_tokenizer_of_another_model_is_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 20}))
     with pytest.raises(EngineError, match="does not belong to its model"):
-        PromptEncoder(folder, max_prompt_tokens=64)
+        PromptEncoder(folder)
 
 
 def test_a_template_that_writes_the_date_writes_the_runs_own(folder: Path) -> None:

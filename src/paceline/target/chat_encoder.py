@@ -1,0 +1,124 @@
+"""Encodes chats through the target's own template, and finds which of their tokens are answers.
+
+A template that marks its assistant's text (`{% generation %}`) is believed; with any other, chat.py compares.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from paceline.errors import EngineError
+from paceline.target.chat import EncodedChat, Ids, Message, Spans, Written, common, exact_spans
+from paceline.target.folder import eos_token_ids, read_config, read_generation_config
+from paceline.target.template import ChatTemplate
+from paceline.target.tokenizer import PromptEncoder
+
+
+class ChatEncoder:
+    """Chats of one target, as token ids. Messages are those of the OpenAI format (role, content, ...)."""
+
+    def __init__(self, encoder: PromptEncoder, model_folder: Path) -> None:
+        self._encoder = encoder
+        self._tokenizer = encoder.tokenizer
+        self._ends = frozenset(eos_token_ids(read_config(model_folder), read_generation_config(model_folder)))
+        added = self._tokenizer.added_tokens_decoder
+        self._specials = frozenset(number for number, token in added.items() if token.special)
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> Ids:
+        """The chat so far, generation prompt included. Raises TemplateError."""
+        return self._encoder.ids(self._template.render(messages, tools).text)
+
+    def answered(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> EncodedChat:
+        """The chat, whose last message is an answer.
+
+        Raises TemplateError; EngineError if the last answer does not stand where the target would write it.
+        """
+        if self._template.marks_answers:
+            ids, spans = self._as_marked(messages, tools)
+        else:
+            places = [place for place, message in enumerate(messages) if place and _is_answer(message)]
+            turns = [self._given(messages[: place + 1], tools) for place in places]
+            ids = turns[-1].ids if turns else ()
+            spans = exact_spans(turns, ids)
+        if not spans or spans[-1][1] != len(ids):
+            raise EngineError(
+                "The template renders the last answer otherwise than it begins one.",
+                why="No token of it is one that the target would write there.",
+                next="give the answer as the target writes it (its thoughts included), or let the target "
+                "write it (data.answers: target).",
+            )
+        return EncodedChat(ids, spans)
+
+    def message(self, answer: Sequence[int], prompt: Sequence[int]) -> dict[str, Any]:
+        """The message that these tokens, written after `prompt`, stand for."""
+        ids = list(answer[:-1] if answer and answer[-1] in self._ends else answer)
+        if getattr(self._tokenizer, "response_template", None) is not None:
+            return {"role": "assistant", **self._tokenizer.parse_response(list(answer), prefix=list(prompt))}
+        text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return {"role": "assistant", "content": str(text)}
+
+    @property
+    def _template(self) -> ChatTemplate:
+        if self._encoder.template is None:
+            raise EngineError(
+                "The target has no chat template.",
+                why="Only the template says how a chat of several messages is put into tokens.",
+                next="add chat_template.jinja to the target's folder, or give plain prompts.",
+            )
+        return self._encoder.template
+
+    def _given(self, messages: Sequence[Message], tools: Sequence[Message]) -> Written:
+        """The last message, an answer, at its own time; without what the template adds after its end."""
+        prompt = self.prompt(messages[:-1], tools)
+        ids = self._encoder.ids(self._template.render(messages, tools, is_open=False).text)
+        start = common(prompt, ids)
+        if start < len(prompt):
+            history = self._encoder.ids(self._template.render(messages[:-1], tools, is_open=False).text)
+            if start < common(prompt, history):
+                return Written(ids[:start], start)
+            start += 1  # this token may hold the end of the generation prompt
+        return Written(ids[: self._end(ids, start, len(ids))], start)
+
+    def _as_marked(self, messages: Sequence[Message], tools: Sequence[Message]) -> tuple[Ids, Spans]:
+        rendered = self._template.render(messages, tools, is_open=False)
+        encoded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = tuple(int(token) for token in encoded.input_ids)
+        spans = []
+        for first, last in _joined(rendered.spans):
+            start, stop = _tokens_within(encoded.offset_mapping, first, last)
+            if (stop := self._end(ids, start, stop)) > start:
+                spans.append((start, stop))
+        return ids[: spans[-1][1] if spans else 0], tuple(spans)
+
+    def _end(self, ids: Sequence[int], start: int, stop: int) -> int:
+        """Where the answer within these tokens ends: after the first token that ends answers.
+
+        Without one, after the last special token (a template's own end of a turn), or at `stop`.
+        """
+        ends = (place + 1 for place in range(start, stop) if ids[place] in self._ends)
+        marks = (place + 1 for place in reversed(range(start, stop)) if ids[place] in self._specials)
+        return next(ends, None) or next(marks, stop)
+
+
+def _is_answer(message: Message) -> bool:
+    return message.get("role") == "assistant"
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans that touch, as one: a template may mark an answer in parts."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, stop))
+    return joined
+
+
+def _tokens_within(offsets: Sequence[tuple[int, int]], first: int, last: int) -> tuple[int, int]:
+    """The tokens that lie wholly in the characters from `first` to `last`."""
+    start = bisect_left(offsets, first, key=lambda offset: offset[0])
+    stop = bisect_left(offsets, last + 1, key=lambda offset: offset[1])
+    return start, max(start, stop)
