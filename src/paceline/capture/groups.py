@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from paceline.capture.answers import AnswerFiles
 from paceline.capture.encoding import EncodedPrompt, Encoding, rendering_of
+from paceline.data.answers import AnswerFiles
 from paceline.data.source import PromptSource, digest_of, group_of
 from paceline.errors import ConfigError, LedgerError
 from paceline.ledger.facts import RENDERING
@@ -21,13 +21,15 @@ class CaptureGroup:
     """Prompts that are captured together. `wanted`: the members whose samples are needed.
 
     `rendering`: digest of the token ids of the whole group, failed prompts included. `deaths`: how many
-    producers died while they held a lease of a wanted prompt; the largest count of any of them.
+    producers died while they held a lease of a wanted prompt; the largest count of any of them. `lost`: the
+    ordinals of wanted prompts whose samples were captured before.
     """
 
     wanted: tuple[EncodedPrompt, ...]
     members: tuple[EncodedPrompt, ...]
     rendering: str
     deaths: int = 0
+    lost: frozenset[int] = frozenset()
 
     @property
     def wanted_ids(self) -> list[str]:
@@ -37,7 +39,7 @@ class CaptureGroup:
         gone = set(task_ids)
         wanted = tuple(prompt for prompt in self.wanted if prompt.task_id not in gone)
         members = tuple(prompt for prompt in self.members if prompt.task_id not in gone)
-        return CaptureGroup(wanted, members, self.rendering, self.deaths)
+        return replace(self, wanted=wanted, members=members)
 
 
 class Groups:
@@ -65,9 +67,16 @@ class Groups:
     def group(self, leases: Sequence[Lease]) -> CaptureGroup:
         """The group that these leases belong to, without prompts that failed for good.
 
-        All leases are of one group. Raises ConfigError if a prompt that was captured before now has other
-        token ids.
+        All leases are of one group. Raises ConfigError, and gives the leases back, if a prompt that was
+        captured before now has other token ids, or is too long for a run that must not leave one out.
         """
+        try:
+            return self._group(leases)
+        except ConfigError:
+            self._session.give_back([lease.ordinal for lease in leases])
+            raise
+
+    def _group(self, leases: Sequence[Lease]) -> CaptureGroup:
         bounds = self.bounds(leases[0].ordinal)
         encoded = self._encoded(bounds)
         by_ordinal = {prompt.ordinal: prompt for prompt in encoded}
@@ -80,9 +89,9 @@ class Groups:
         lost = self._lost(wanted, rendering)
         if self._answers is not None:
             wanted = tuple(self._with_answer(prompt, prompt.ordinal in lost) for prompt in wanted)
-            return CaptureGroup(wanted, wanted, rendering, deaths)
+            return CaptureGroup(wanted, wanted, rendering, deaths, lost)
         members = tuple(prompt for prompt in encoded if prompt.ordinal not in failed)
-        return CaptureGroup(wanted, members, rendering, deaths)
+        return CaptureGroup(wanted, members, rendering, deaths, lost)
 
     def sample_id(self, prompt: EncodedPrompt) -> str:
         """A sample's identity is its prompt's: `run:task`. The same after any number of restarts."""
@@ -130,7 +139,7 @@ class Groups:
     def _encoded(self, bounds: range) -> list[EncodedPrompt]:
         return self._encoding.group(bounds.start, self._prompts.read(bounds.start, len(bounds)))
 
-    def _lost(self, wanted: Sequence[EncodedPrompt], rendering: str) -> set[int]:
+    def _lost(self, wanted: Sequence[EncodedPrompt], rendering: str) -> frozenset[int]:
         """The ordinals of prompts captured before. Raises ConfigError if their token ids were others."""
         known = self._session.find([self.sample_id(prompt) for prompt in wanted])
         lost = set()
@@ -141,7 +150,7 @@ class Groups:
             if record.ref.metadata.get("rendering", rendering) != rendering:
                 raise _other_rendering(f"the group of {prompt.task_id}")
             lost.add(prompt.ordinal)
-        return lost
+        return frozenset(lost)
 
     def _with_answer(self, prompt: EncodedPrompt, was_captured: bool) -> EncodedPrompt:
         """The prompt with the answer that was first written for it, if there is one."""
@@ -150,10 +159,10 @@ class Groups:
         if answer is None:
             gone = "its answer is missing from the kept answers, and the engine would write a different one"
             return replace(prompt, token_ids=(), broken=gone) if was_captured else prompt
-        given = answer.token_ids[: answer.num_given]
-        if given != prompt.token_ids:
+        if answer.prompt != rendering_of([prompt]):
             raise _other_rendering(prompt.task_id)
-        return replace(prompt, answer_ids=answer.token_ids[answer.num_given :])
+        kept = replace(prompt, token_ids=answer.token_ids, spans=answer.spans, turns=answer.turns)
+        return replace(kept, is_whole=True, is_kept=True, chat=None)
 
 
 def _too_few(ordinal: int) -> LedgerError:

@@ -14,7 +14,16 @@ from paceline.capture.encoding import EncodedPrompt
 from paceline.capture.groups import CaptureGroup
 from paceline.engines.engine import Captured
 
-Answer = Callable[[Sequence[EncodedPrompt]], list[Captured]]
+
+@dataclass(frozen=True)
+class CapturedPrompt:
+    """A sample, and the prompt as the target was asked at last: of a chat, with its earlier answers."""
+
+    prompt: EncodedPrompt
+    sample: Captured
+
+
+Answer = Callable[[Sequence[EncodedPrompt]], list[CapturedPrompt]]
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,7 @@ class CaptureInFlight:
     group: CaptureGroup
     generations: Mapping[str, int]
     began_at: float
-    future: Future[list[Captured]] = field(default_factory=Future)
+    future: Future[list[CapturedPrompt]] = field(default_factory=Future)
 
 
 class CapturesInFlight:

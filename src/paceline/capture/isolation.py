@@ -12,11 +12,11 @@ stops with advice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from paceline.capture.encoding import INPUT_FAILURES, EncodedPrompt
 from paceline.capture.groups import CaptureGroup
-from paceline.engines.engine import Captured
+from paceline.capture.in_flight import Answer
 from paceline.errors import ConfigError, EngineError, is_want_of_memory
 from paceline.ledger import isolation
 from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION
@@ -24,15 +24,15 @@ from paceline.ledger.producer_session import ProducerSession
 
 FAILURES_IN_A_ROW_MAX = 16
 
-Answer = Callable[[Sequence[EncodedPrompt]], list[Captured]]
-
 
 class CaptureFailedError(Exception):
-    """The engine raised over a group. `is_of_machine`: it ran out of memory, which is no prompt's fault."""
+    """A group was not captured. `is_of_machine`: memory ran out, which is no prompt's fault. `culprits`: why
+    prompts fail, by task id, where the error itself says which."""
 
-    def __init__(self, error: BaseException) -> None:
+    def __init__(self, error: BaseException, culprits: Mapping[str, str] | None = None) -> None:
         super().__init__(str(error) or type(error).__name__)
         self.error = error
+        self.culprits = dict(culprits or {})
         self.is_of_machine = is_want_of_memory(error)
 
 
@@ -105,7 +105,8 @@ class Isolation:
         and this raises EngineError if it fails in the same way again.
         """
         wanted = set(group.wanted_ids)
-        failures = {} if failure.is_of_machine else self._culprits(group.members, failure)
+        known = {} if failure.is_of_machine else failure.culprits
+        failures = known or ({} if failure.is_of_machine else self._culprits(group.members, failure))
         culprits = {task_id: reason for task_id, reason in failures.items() if task_id in wanted}
         if not culprits:
             self._blame_none(group, failure)

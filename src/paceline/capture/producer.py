@@ -17,20 +17,21 @@ from itertools import groupby
 from time import monotonic
 from typing import Any
 
-from paceline.capture.answers import Answer, AnswerFiles
 from paceline.capture.backpressure import WAIT_S, Backpressure
-from paceline.capture.encoding import EncodedPrompt, Encoding, PromptLimits
+from paceline.capture.encoding import EncodedPrompt, Encoding, rendering_of
 from paceline.capture.groups import CaptureGroup, Groups
-from paceline.capture.in_flight import CaptureInFlight, CapturesInFlight
+from paceline.capture.in_flight import CapturedPrompt, CaptureInFlight, CapturesInFlight
 from paceline.capture.isolation import CaptureFailedError, Isolation, as_failure
 from paceline.capture.settings import CaptureSettings
+from paceline.capture.turns import TurnError, TurnWriter
 from paceline.capture.upkeep import Upkeep
+from paceline.data.answers import Answer, AnswerFiles
 from paceline.data.source import PromptSource
 from paceline.engines.engine import Captured, CaptureRequest, TargetEngine
-from paceline.errors import EngineError, LedgerError
+from paceline.errors import ConfigError, EngineError, LedgerError
 from paceline.features.store import FeatureStore
 from paceline.ledger.producer_session import ProducerSession, Wanted
-from paceline.types import SampleRef, Tokens, name_of
+from paceline.types import Feature, SampleRef, Tokens, name_of
 
 
 class Producer:
@@ -46,7 +47,7 @@ class Producer:
         answers: AnswerFiles | None = None,
         report: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
-        """`answers`: where to keep answers, for an engine that does not repeat its bits; else None."""
+        """`answers`: where to keep answers; None: nowhere, for an engine that repeats its bits."""
         self.session = session
         self.engine = engine
         self._features = features
@@ -55,12 +56,13 @@ class Producer:
         self._backpressure = backpressure
         self._upkeep = Upkeep(session, features, backpressure, report)
         self._report = report
-        limits = PromptLimits(engine.facts.vocab_size, settings.max_prompt_tokens)
-        self.encoding = Encoding(
-            engine.encode, limits.for_positions(engine.facts.max_positions, settings.max_answer_tokens)
+        self.encoding = Encoding(engine, settings)
+        self._turns = TurnWriter(
+            lambda: self.encoding.chats, self.encoding.limits, self._written, settings.too_long
         )
         self._answers = answers
-        self._groups = Groups(session, prompts, self.encoding, settings.group_size, answers)
+        kept = None if engine.facts.repeats_bits else answers
+        self._groups = Groups(session, prompts, self.encoding, settings.group_size, kept)
         self._captured: EncodedPrompt | None = None  # the last prompt that this process captured
         self._isolation = Isolation(
             session,
@@ -158,9 +160,13 @@ class Producer:
             self.session.swept(list(generations.values()))  # nothing was written
             self._isolation.find(group, failure)
             return 0
-        tensors = {sample.sample_id: sample for sample in captured}
-        self._keep_answers(group, tensors)
-        refs = [self._put(prompt, tensors, generations, group.rendering) for prompt in group.wanted]
+        except ConfigError:
+            self._give_up(capture)
+            raise
+        by_id = {one.prompt.task_id: one for one in captured}
+        wanted = [by_id[prompt.task_id] for prompt in group.wanted]
+        self._keep_answers(group, wanted)
+        refs = [self._put(one, generations, group.rendering) for one in wanted]
         fresh = self.session.commit(refs)
         self._upkeep.free_unwanted(refs, fresh)
         self._captured = group.wanted[-1]
@@ -195,52 +201,71 @@ class Producer:
 
     # -- capture -----------------------------------------------------------------------------
 
-    def _answer(self, members: Sequence[EncodedPrompt]) -> list[Captured]:
+    def _answer(self, members: Sequence[EncodedPrompt]) -> list[CapturedPrompt]:
         """Capture these prompts. Raises CaptureFailedError for any error that the input may cause."""
-        requests = [self._request(prompt) for prompt in members]
         try:
-            return self.engine.capture(requests, self._settings.features)
+            asked = self._turns.write(members)
+            samples = self.engine.capture([self._request(one) for one in asked], self._settings.features)
+        except TurnError as error:
+            raise CaptureFailedError(error, error.reasons) from error
+        except ConfigError:
+            raise
         except Exception as error:
             raise as_failure(error) from error
+        return [CapturedPrompt(*pair) for pair in zip(asked, samples, strict=True)]
 
-    def _request(self, prompt: EncodedPrompt) -> CaptureRequest:
+    def _written(self, prompts: Sequence[EncodedPrompt], turn: int) -> list[tuple[int, ...]]:
+        """What the target answers to these prompts in an earlier turn of their chats."""
+        features = [feature for feature in self._settings.features if isinstance(feature.source, Tokens)]
+        requests = [self._request(prompt, turn) for prompt in prompts]
+        captured = self.engine.capture(requests, features)
+        tokens = [_token_ids(sample, features) for sample in captured]
+        return [ids[len(prompt.token_ids) :] for ids, prompt in zip(tokens, prompts, strict=True)]
+
+    def _request(self, prompt: EncodedPrompt, turn: int | None = None) -> CaptureRequest:
+        """`turn`: an earlier one of a chat; None: the last one."""
         s, sample_id = self._settings, self._groups.sample_id(prompt)
-        if prompt.answer_ids:  # the target writes nothing: it prefills the kept answer
-            token_ids = (*prompt.token_ids, *prompt.answer_ids)
-            return CaptureRequest(sample_id, token_ids, spans=((len(prompt.token_ids), len(token_ids)),))
+        if prompt.is_whole:
+            return CaptureRequest(sample_id, prompt.token_ids, prompt.spans)
         return CaptureRequest(
-            sample_id=sample_id,
-            token_ids=prompt.token_ids,
+            sample_id,
+            prompt.token_ids,
+            prompt.spans,
             max_new_tokens=s.max_answer_tokens,
-            temperature=s.temperature if prompt.round else s.first_round_temperature,
-            seed=sample_seed(s.seed, prompt.ordinal),
+            temperature=self._temperature(prompt),
+            seed=sample_seed(s.seed, prompt.ordinal, turn),
         )
 
-    def _keep_answers(self, group: CaptureGroup, captured: Mapping[str, Captured]) -> None:
-        """Write the answers to disk before the commit, for an engine that does not repeat its bits."""
+    def _temperature(self, prompt: EncodedPrompt) -> float:
+        return self._settings.temperature if prompt.round else self._settings.first_round_temperature
+
+    def _keep_answers(self, group: CaptureGroup, captured: Sequence[CapturedPrompt]) -> None:
+        """Write the answers to disk before the commit. Raises EngineError for other tokens than before."""
         if self._answers is None:
             return
-        name, kept = name_of(Tokens, self._settings.features), []
-        for prompt in group.wanted:
-            tokens: Any = captured[self._groups.sample_id(prompt)].tensors[name]
-            token_ids = tuple(int(token) for token in tokens.tolist())
-            asked = (*prompt.token_ids, *prompt.answer_ids)
-            if token_ids[: len(asked)] != asked or (prompt.answer_ids and len(token_ids) > len(asked)):
-                raise _other_tokens(prompt.task_id)
-            kept.append(Answer(prompt.ordinal, len(prompt.token_ids), token_ids))
+        kept = []
+        by_id = {prompt.task_id: prompt for prompt in group.wanted}
+        for one in captured:
+            asked, ids = one.prompt, _token_ids(one.sample, self._settings.features)
+            given = len(asked.token_ids)
+            if ids[:given] != asked.token_ids or (asked.is_whole and len(ids) > given):
+                raise _other_tokens(asked.task_id)
+            if asked.is_kept:
+                continue
+            spans = asked.spans if asked.is_whole else (*asked.spans, (given, len(ids)))
+            source = rendering_of([by_id[asked.task_id]])
+            answer = Answer(asked.ordinal, asked.task_id, ids, spans, source, asked.turns)
+            if asked.ordinal in group.lost and self._answers.get(asked.ordinal) not in (None, answer):
+                raise _another_answer(asked.task_id)
+            kept.append(answer)
         self._answers.keep(kept)
 
-    def _put(
-        self,
-        prompt: EncodedPrompt,
-        captured: Mapping[str, Captured],
-        generations: Mapping[str, int],
-        rendering: str,
-    ) -> SampleRef:
-        sample_id = self._groups.sample_id(prompt)
-        sample, generation = captured[sample_id], generations[sample_id]
+    def _put(self, captured: CapturedPrompt, generations: Mapping[str, int], rendering: str) -> SampleRef:
+        prompt, sample = captured.prompt, captured.sample
+        sample_id, generation = sample.sample_id, generations[sample.sample_id]
         sealed = self._features.put(sample_id, sample.tensors, generation=generation)
         facts, tokens = self.engine.facts, sample.tensors[name_of(Tokens, self._settings.features)]
+        is_written = self._settings.answers == "target"
         return SampleRef(
             sample_id=sample_id,
             run_id=self.session.run_id,
@@ -257,11 +282,16 @@ class Producer:
                 "digest": sealed.digest,
                 "digest_kind": sealed.digest_kind,
                 "rendering": rendering,
-                "greedy": self._request(prompt).temperature == 0.0,
+                "greedy": is_written and self._temperature(prompt) == 0.0,
             },
             generation=generation,
             ordinal=prompt.ordinal,
         )
+
+
+def _token_ids(sample: Captured, features: Sequence[Feature]) -> tuple[int, ...]:
+    tokens: Any = sample.tensors[name_of(Tokens, features)]
+    return tuple(int(token) for token in tokens.tolist())
 
 
 def _other_tokens(task_id: str) -> EngineError:
@@ -272,7 +302,16 @@ def _other_tokens(task_id: str) -> EngineError:
     )
 
 
-def sample_seed(run_seed: int, ordinal: int) -> int:
-    """A different seed for every sample, below 2**63."""
-    digest = hashlib.sha256(f"{run_seed}:{ordinal}".encode()).digest()
+def _another_answer(task_id: str) -> EngineError:
+    return EngineError(
+        f"The sample of {task_id} was captured again, with another answer than before.",
+        why="This engine is to repeat its bits; a sample must stay what it was. Nothing was committed.",
+        next="capture on the machine, with the versions and the number of threads that the run began with.",
+    )
+
+
+def sample_seed(run_seed: int, ordinal: int, turn: int | None = None) -> int:
+    """A different seed for every sample and for every earlier `turn` of a chat, below 2**63."""
+    which = f"{run_seed}:{ordinal}" if turn is None else f"{run_seed}:{ordinal}:{turn}"
+    digest = hashlib.sha256(which.encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,7 @@ from paceline.section import Count, Section
 from paceline.types import Feature
 
 GROUPS_IN_FLIGHT_MAX = 256
+TooLong = Literal["truncate", "skip", "refuse"]
 
 
 class CaptureSection(Section):
@@ -31,16 +32,26 @@ class CaptureSettings(CaptureSection, AnswersSection):
     """The producer's settings: its sections of the run file, and what the rest of the run file decides.
 
     `features`: what the draft's method trains on, from `DraftMethod.features`; `strategy` is the method's
-    name. `max_prompt_tokens`: longer prompts fail; None: no limit.
+    name. `answers`: who writes them. `max_prompt_tokens`: of a prompt; of a sample whose answers are given,
+    together with `max_answer_tokens`; None: no limit. `too_long`: what becomes of longer ones.
     """
 
     features: tuple[Feature, ...]
     seed: int = 0
     strategy: str = "eagle3"
     max_prompt_tokens: Count | None = None
+    answers: Literal["target", "data"] = "target"
+    too_long: TooLong = "skip"
 
     @classmethod
     def of(cls, capture: CaptureSection, data: DataSection, **rest: Any) -> CaptureSettings:
         answers = {name: getattr(data, name) for name in AnswersSection.model_fields}
         groups = {name: getattr(capture, name) for name in CaptureSection.model_fields}
-        return cls(max_prompt_tokens=data.max_prompt_tokens, **answers, **groups, **rest)
+        return cls(
+            max_prompt_tokens=data.max_prompt_tokens,
+            answers="target" if data.answers == "target" else "data",
+            too_long=data.too_long,
+            **answers,
+            **groups,
+            **rest,
+        )

@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
-from paceline.data.prompts import Prompt, content_of
+from paceline.data.prompts import Chat, Prompt, content_of
 from paceline.ledger.records import SourceBlock
 from paceline.types import PromptTask
 
@@ -36,6 +36,10 @@ class PromptSource(Protocol):
     @property
     def longest(self) -> Sequence[int]:
         """Ordinals of the prompts with the longest texts, longest first; a limited number of them."""
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether a prompt may be a chat of several answers."""
 
     def read(self, first: int, count: int) -> list[Prompt]:
         """`count` prompts from ordinal `first` on; fewer only at the end."""
@@ -68,8 +72,9 @@ def blocks_between(bounds: Iterable[int], size: int, digest: Callable[[int, int]
 class PromptList:
     """Prompts in memory (texts, mappings or tasks), for a user's own script.
 
-    A payload carries "prompt_ids" (token ids) or "prompt" (text). A mapping may name `task_id` or `id`;
-    without one, a prompt's id is its place in the list.
+    A payload carries "prompt_ids" (token ids, with "spans" that are answers), "messages" (a chat, with
+    "tools") or "prompt" (text). A mapping may name `task_id` or `id`; without one, a prompt's id is its place
+    in the list.
     """
 
     def __init__(self, prompts: Sequence[PromptTask | Mapping[str, Any] | str]) -> None:
@@ -84,6 +89,10 @@ class PromptList:
     def longest(self) -> Sequence[int]:
         return range(self.size)
 
+    @property
+    def has_chats(self) -> bool:
+        return any("messages" in _payload(given) for given in self._prompts)
+
     def read(self, first: int, count: int) -> list[Prompt]:
         places = range(first, min(first + count, len(self._prompts)))
         return [_as_prompt(self._prompts[place], place) for place in places]
@@ -95,17 +104,28 @@ class PromptList:
 def _as_prompt(given: PromptTask | Mapping[str, Any] | str, place: int) -> Prompt:
     if isinstance(given, str):
         return Prompt(str(place), given)
-    if isinstance(given, PromptTask):
-        prompt_id, payload = given.task_id, given.payload
-    else:
-        prompt_id = str(given.get("task_id", given.get("id", place)))
-        payload = given.get("payload", given)
+    payload = _payload(given)
+    prompt_id = str(
+        given.task_id if isinstance(given, PromptTask) else given.get("task_id", given.get("id", place))
+    )
     try:
         if (ids := payload.get("prompt_ids")) is not None:
-            return Prompt(prompt_id, token_ids=tuple(int(token) for token in ids))
+            spans = tuple((int(start), int(stop)) for start, stop in payload.get("spans", ()))
+            return Prompt(prompt_id, token_ids=tuple(int(token) for token in ids), spans=spans)
+        if (messages := payload.get("messages")) is not None:
+            return Prompt(prompt_id, chat=Chat(tuple(messages), tuple(payload.get("tools") or ())))
         return Prompt(prompt_id, str(payload["prompt"]))
     except (LookupError, TypeError, ValueError) as error:
         return Prompt(prompt_id, broken=f"it has neither text nor token ids: {type(error).__name__}: {error}")
+
+
+def _payload(given: PromptTask | Mapping[str, Any] | str) -> Mapping[str, Any]:
+    if isinstance(given, str):
+        return {"prompt": given}
+    payload: Mapping[str, Any] = (
+        given.payload if isinstance(given, PromptTask) else given.get("payload", given)
+    )
+    return payload
 
 
 class RunPrompts:
@@ -130,6 +150,10 @@ class RunPrompts:
     @property
     def starts(self) -> Sequence[int]:
         return self._ends[:-1] or [0]
+
+    @property
+    def has_chats(self) -> bool:
+        return self._prompts.has_chats
 
     @property
     def longest(self) -> Sequence[int]:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from paceline.capture.answers import AnswerFiles
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
-from paceline.capture.encoding import Encoding, PromptLimits
+from paceline.capture.encoding import Encoding
 from paceline.capture.producer import Producer
 from paceline.capture.settings import CaptureSettings
 from paceline.capture.sizing import largest_sample_bytes
+from paceline.data.answers import AnswerFiles
 from paceline.data.source import PromptList, PromptSource
 from paceline.engines.engine import TargetEngine
 from paceline.errors import ConfigError, PacelineError
@@ -84,19 +84,23 @@ def build_disagg_online_producer(
     (see `PromptList`). `window_size`: how many samples the consumer must collect before it can go on (its
     batch, or the samples that choose its draft vocabulary); the start-up check uses it to prove that the
     budget cannot deadlock. `budget_samples`: the most samples that may be resident (None: only bytes are
-    limited). `answers_folder`: where the tokens of answers are kept if the engine does not repeat its bits.
+    limited). `answers_folder`: where the tokens of answers are kept; an engine that does not repeat its bits
+    needs it.
     Give both roles the same durable store: `metadata_store`, or `metadata_db_path` for SQLite; without
     either the store is private to this process. Raises ConfigError if the budget is too small.
     """
     ledger = resolve_ledger(metadata_store, metadata_db_path)
     session = ProducerSession(ledger, run_id, attempt_max=attempt_max)
     source = PromptList(prompts) if isinstance(prompts, Sequence) else prompts
-    longest = capture.max_prompt_tokens or _longest_prompt(source, engine)
+    longest = (capture.max_prompt_tokens or _longest_prompt(source, engine, capture)) + (
+        capture.max_answer_tokens
+    )
+    are_prompts = capture.answers == "target" and not source.has_chats
     sample_bytes = largest_sample_bytes(
         capture.features,
         engine.facts.hidden_size,
-        num_tokens=longest + capture.max_answer_tokens,
-        num_targets=capture.max_answer_tokens,
+        num_tokens=longest,
+        num_targets=capture.max_answer_tokens if are_prompts else longest,
     )
     budget = feature_store.usage().budget_bytes
     check_feasible(
@@ -113,33 +117,32 @@ def build_disagg_online_producer(
         group_samples=capture.group_size,
     )
     backpressure = Backpressure(feature_store, session, marks, report=report)
-    answers = None if engine.facts.repeats_bits else _answer_files(answers_folder)
+    if answers_folder is None and not engine.facts.repeats_bits:
+        raise _nowhere_to_keep_answers()
+    answers = None if answers_folder is None else AnswerFiles(answers_folder)
     producer = Producer(
         session, engine, feature_store, source, capture, backpressure, answers=answers, report=report
     )
     return producer, producer.run
 
 
-def _answer_files(folder: Path | None) -> AnswerFiles:
-    if folder is None:
-        raise ConfigError(
-            "This engine does not repeat its bits, and it has no folder for its answers.",
-            why="A sample that is captured again could have another answer than the one that was trained.",
-            next="pass answers_folder=...",
-        )
-    return AnswerFiles(folder)
+def _nowhere_to_keep_answers() -> ConfigError:
+    return ConfigError(
+        "This engine does not repeat its bits, and it has no folder for its answers.",
+        why="A sample that is captured again could have another answer than the one that was trained.",
+        next="pass answers_folder=...",
+    )
 
 
-def _longest_prompt(source: PromptSource, engine: TargetEngine) -> int:
+def _longest_prompt(source: PromptSource, engine: TargetEngine, capture: CaptureSettings) -> int:
     """The most tokens of any prompt. Without a limit, every prompt is encoded once before the start."""
-    if source.size is None:
+    if source.size is None or source.has_chats:
         raise ConfigError(
-            "An endless source of prompts needs a limit on their length.",
+            "A source of chats, or one without an end, needs a limit on the length of its prompts.",
             why="The bytes reserved for a sample follow from it.",
             next="set max_prompt_tokens in CaptureSettings.",
         )
-    encoding = Encoding(engine.encode, PromptLimits(engine.facts.vocab_size))
-    encoded = encoding.group(0, source.read(0, source.size))
+    encoded = Encoding(engine, capture).group(0, source.read(0, source.size))
     return max((len(prompt.token_ids) for prompt in encoded), default=1)
 
 

@@ -48,13 +48,16 @@ class SmallRun:
         batch_size: int = 3,
         features: FeatureStore | None = None,
         quarantine_max_in_a_row: int = 8,
+        **capture: Any,
     ) -> None:
+        """`capture`: further settings of the producer."""
         self.folder = folder
         self.num_prompts = num_prompts
         self.max_steps = max_steps
         self.passes = passes
         self.batch_size = batch_size
         self.quarantine_max_in_a_row = quarantine_max_in_a_row
+        self.capture = {"max_prompt_tokens": 32, **capture}
         self.features = features or InMemoryFeatureStore(budget_bytes=8 << 20)
         self.engine = SyntheticEngine()
         self.prompts: list[Any] = [f"prompt {n}" for n in range(num_prompts)]
@@ -77,9 +80,9 @@ class SmallRun:
             capture=CaptureSettings(
                 group_size=4,
                 max_answer_tokens=6,
-                max_prompt_tokens=32,
                 features=Eagle3Method().features(self.engine.facts),
                 first_round_temperature=1.0,  # its answers are random, never greedy
+                **self.capture,
             ),
             window_size=16,
             answers_folder=self.folder / "answers",

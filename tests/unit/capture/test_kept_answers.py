@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from paceline.capture.settings import CaptureSettings
+from paceline.data.answers import AnswerFiles
 from paceline.engines.engine import Captured, CaptureRequest
 from paceline.errors import ConfigError, EngineError
 from paceline.ledger.records import State
 from paceline.ledger.stores.sqlite import SQLiteLedger
+from paceline.methods.eagle3.method import Eagle3Method
+from paceline.roles.wire import build_disagg_online_producer
 from paceline.target.facts import TargetFacts
+from paceline.testing.memory_features import InMemoryFeatureStore
 from paceline.testing.small_run import RUN_ID, SmallRun
 from paceline.testing.synthetic import SyntheticEngine
 from paceline.types import Feature
@@ -26,10 +31,11 @@ class Restless(SyntheticEngine):
 
     calls = 0
     garbles = False
+    repeats = False  # what it says of itself
 
     @property
     def facts(self) -> TargetFacts:
-        return replace(super().facts, repeats_bits=False)
+        return replace(super().facts, repeats_bits=self.repeats)
 
     def capture(self, group: Sequence[CaptureRequest], features: Sequence[Feature]) -> list[Captured]:
         self.calls += 1
@@ -126,12 +132,46 @@ def test_other_tokens_than_were_given_to_read_stop_the_producer(tmp_path: Path) 
     assert list(run.captured()) == ALL
 
 
-def test_an_engine_that_repeats_its_bits_keeps_no_answers(tmp_path: Path) -> None:
-    """They would be written for nothing; and without a place for them the other kind is refused."""
+def test_an_engine_that_repeats_its_bits_keeps_its_answers_too(tmp_path: Path) -> None:
+    """Every sample's tokens, and which are answers; a lost group is still captured whole, and unchanged."""
     run = SmallRun(tmp_path)
     run.producer()[1]()
-    assert not (tmp_path / "answers").exists()
-    from paceline.roles.wire import _answer_files
+    kept = {answer.task_id: answer for answer in AnswerFiles(tmp_path / "answers").all()}
+    assert list(kept) == [str(n) for n in range(14)]
+    for record in SQLiteLedger(run.db).samples(State.PRESENT, None):
+        tensors, answer = run.features.get(record.ref), kept[record.sample_id.partition(":")[2]]
+        assert answer.token_ids == tuple(tensors["input_ids"].tolist())
+        [(start, stop)] = answer.spans
+        assert tensors["loss_mask"].nonzero()[:, 0].tolist() == list(range(start, stop))
+    size = sum(path.stat().st_size for path in (tmp_path / "answers").iterdir())
+    run.engine.captured.clear()
+    run.features.free([written for written in run.features.written() if written[0] == ALL[5]])
+    run.producer()[1]()
+    assert run.engine.captured == [ALL[4:8]]
+    assert sum(path.stat().st_size for path in (tmp_path / "answers").iterdir()) == size
 
+
+def test_another_answer_than_before_stops_an_engine_that_is_to_repeat_its_bits(tmp_path: Path) -> None:
+    """Its samples would silently become others."""
+    run = SmallRun(tmp_path)
+    run.producer()[1]()
+    run.features.free([written for written in run.features.written() if written[0] == ALL[5]])
+    engine = run.engine = Restless()
+    engine.repeats = True
+    with pytest.raises(EngineError, match="sample of 5 was captured again, with another answer"):
+        run.producer()[1]()
+    [record] = SQLiteLedger(run.db).samples(State.LOST, None)
+    assert record.sample_id == ALL[5]
+
+
+def test_an_engine_that_does_not_repeat_its_bits_needs_a_place_for_its_answers() -> None:
+    """It is refused without one."""
     with pytest.raises(ConfigError, match="no folder for its answers"):
-        _answer_files(None)
+        build_disagg_online_producer(
+            run_id="run",
+            engine=Restless(),
+            feature_store=InMemoryFeatureStore(budget_bytes=8 << 20),
+            prompts=["a"],
+            capture=CaptureSettings(features=Eagle3Method().features(Restless().facts), max_answer_tokens=4),
+            window_size=1,
+        )

@@ -1,0 +1,173 @@
+"""The answers of a run as token ids, kept beside it in `answers/`.
+
+The producer writes every sample's tokens, and which of them are answers, before it commits the sample. An
+engine that does not repeat its bits captures a lost sample again by prefilling exactly these tokens. With any
+other engine a sample that is captured again must have them. Another run may train on them (`KeptAnswers`).
+
+Each file is append-only and covers a range of ordinals. A record is its length, one answer (MessagePack), and
+a digest of both. The last whole record of an ordinal counts. A crash may leave a torn record at the end; its
+sample was not committed, and the next writer cuts it off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from paceline.durable_files import make_folder, sync_folder, write_whole
+from paceline.errors import StoreError
+
+ORDINALS_PER_FILE = 4096
+SUFFIX = ".answers"
+_LENGTH = struct.Struct("<I")
+_DIGEST_BYTES = 8
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True):
+    """A sample's tokens, the last one written included; `spans`: those that are answers, as (start, stop).
+
+    `prompt`: digest of what the sample was captured from. `turns`: the texts of earlier answers that the
+    target wrote, in the order of the chat; they need not stand unchanged in the tokens.
+    """
+
+    ordinal: int
+    task_id: str
+    token_ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    prompt: str = ""
+    turns: tuple[str, ...] = ()
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(Answer)
+
+
+class AnswerFiles:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # By file number, of the newest file and one older: where each ordinal's record is (offset, size).
+        self._known: dict[int, dict[int, tuple[int, int]]] = {}
+        self._whole: dict[int, int] = {}  # files that this process knows to end with a whole record: the end
+
+    def get(self, ordinal: int) -> Answer | None:
+        """The answer that is kept for the prompt; None if there is none. Raises StoreError."""
+        number = ordinal // ORDINALS_PER_FILE
+        place = self._file(number).get(ordinal)
+        if place is None:
+            return None
+        try:
+            with self._path(number).open("rb") as file:
+                return _DECODER.decode(os.pread(file.fileno(), place[1], place[0]))
+        except (OSError, msgspec.DecodeError) as error:
+            raise _unreadable(self._path(number), error) from error
+
+    def all(self) -> Iterator[Answer]:
+        """Every answer, by ordinal. Raises StoreError."""
+        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
+            found = {answer.ordinal: answer for answer, _, _ in _records(_content(path))}
+            for ordinal in sorted(found):
+                yield found[ordinal]
+
+    def digests(self) -> dict[int, bytes]:
+        """A digest of every answer, by ordinal. Raises StoreError."""
+        found = {}
+        for path in self._folder.glob(f"*{SUFFIX}"):
+            data = _content(path)
+            found.update(
+                {answer.ordinal: _digest(data[start:stop]) for answer, start, stop in _records(data)}
+            )
+        return found
+
+    def keep(self, answers: Iterable[Answer]) -> None:
+        """Write answers durably, unless they are kept already. Raises StoreError."""
+        by_file: dict[int, list[Answer]] = {}
+        for answer in answers:
+            if self.get(answer.ordinal) != answer:
+                by_file.setdefault(answer.ordinal // ORDINALS_PER_FILE, []).append(answer)
+        try:
+            for number, new in by_file.items():
+                self._append(number, new)
+        except OSError as error:
+            raise StoreError(
+                f"The answers in {self._folder} cannot be written ({error}).",
+                why="Each answer is kept before its sample is committed.",
+                next="check that disk, then run the same command again; nothing was committed.",
+            ) from error
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:08d}{SUFFIX}"
+
+    def _file(self, number: int) -> dict[int, tuple[int, int]]:
+        if number not in self._known:
+            while len(self._known) > 1:  # beside the newest, one older file for a sample captured again
+                del self._known[min(self._known)]
+            self._known[number] = {
+                answer.ordinal: (start, stop - start)
+                for answer, start, stop in _records(_content(self._path(number)))
+            }
+        return self._known[number]
+
+    def _append(self, number: int, answers: list[Answer]) -> None:
+        if number not in self._whole:
+            self._cut_off_torn_end(number)
+        at, data, places = self._whole.pop(number), b"", {}  # known again when the write has succeeded
+        for answer in answers:
+            body = _ENCODER.encode(answer)
+            head = _LENGTH.pack(len(body))
+            places[answer.ordinal] = at + len(data) + len(head), len(body)
+            data += head + body + _digest(head + body)
+        fd = os.open(self._path(number), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            write_whole(fd, data)
+        finally:
+            os.close(fd)
+        self._whole[number] = at + len(data)
+        self._known[number].update(places)
+
+    def _cut_off_torn_end(self, number: int) -> None:
+        path = self._path(number)
+        if not path.exists():
+            make_folder(self._folder)
+            path.touch(mode=0o600)
+            sync_folder(self._folder)
+        end = max((stop + _DIGEST_BYTES for _, _, stop in _records(_content(path))), default=0)
+        os.truncate(path, end)
+        self._whole[number] = end
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _records(data: bytes) -> Iterator[tuple[Answer, int, int]]:
+    """Each whole record, and where its answer begins and ends; damaged records are skipped."""
+    at = 0
+    while len(data) - at >= _LENGTH.size:
+        start = at + _LENGTH.size
+        stop = start + _LENGTH.unpack_from(data, at)[0]
+        end = stop + _DIGEST_BYTES
+        if end <= len(data) and _digest(data[at:stop]) == data[stop:end]:
+            yield _DECODER.decode(data[start:stop]), start, stop
+        at = end
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest()
+
+
+def _unreadable(path: Path, error: Exception) -> StoreError:
+    return StoreError(
+        f"The answers in {path} cannot be read ({error}).",
+        why="A lost sample must be captured again with the tokens that were written first.",
+        next="check that disk, then run the same command again.",
+    )

@@ -1,0 +1,79 @@
+"""Answers are on the disk before their samples are committed, whole, and found by ordinal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from paceline.data.answers import ORDINALS_PER_FILE, Answer, AnswerFiles
+from paceline.errors import StoreError
+
+ONE = Answer(3, "0/a", (5, 6, 7, 8), ((2, 4),), "digest", ("what came before",))
+TWO = Answer(ORDINALS_PER_FILE, "0/b", (9, 2**31 - 1), ((0, 1), (1, 2)))
+THREE = Answer(4, "0/c", (1, 2), ((1, 2),))
+
+
+def test_what_is_kept_is_there_for_every_later_process(tmp_path: Path) -> None:
+    """By ordinal, whichever file it is in; all of them in the order of the run."""
+    files = AnswerFiles(tmp_path / "answers")
+    files.keep([TWO, ONE])
+    files.keep([THREE])
+    for known in (files, AnswerFiles(tmp_path / "answers")):
+        assert [known.get(n) for n in (3, 4, ORDINALS_PER_FILE, 5)] == [ONE, THREE, TWO, None]
+        assert list(known.all()) == [ONE, THREE, TWO]
+
+
+def test_an_answer_is_written_once(tmp_path: Path) -> None:
+    """The same one again takes no room; another one for the same prompt counts from then on."""
+    AnswerFiles(tmp_path).keep([ONE])
+    [path] = tmp_path.iterdir()
+    size = path.stat().st_size
+    AnswerFiles(tmp_path).keep([ONE])
+    assert path.stat().st_size == size
+    other = Answer(3, "0/a", (5, 6, 1), ((2, 3),))
+    files = AnswerFiles(tmp_path)
+    files.keep([other])
+    assert files.get(3) == AnswerFiles(tmp_path).get(3) == other
+
+
+def test_a_record_that_a_crash_tore_is_cut_off(tmp_path: Path) -> None:
+    """It was never answered for; what stands before it, and what is written after it, is whole."""
+    AnswerFiles(tmp_path).keep([ONE])
+    [path] = tmp_path.iterdir()
+    first = path.stat().st_size
+    AnswerFiles(tmp_path).keep([THREE])
+    whole = path.read_bytes()
+    for length in range(first, len(whole)):
+        path.write_bytes(whole[:length])
+        files = AnswerFiles(tmp_path)
+        assert (files.get(3), files.get(4)) == (ONE, None)
+        files.keep([Answer(5, "0/d", (1, 3), ((1, 2),))])
+        later = AnswerFiles(tmp_path)
+        assert [later.get(n) for n in (3, 4)] == [ONE, None]
+        assert later.get(5) == Answer(5, "0/d", (1, 3), ((1, 2),))
+
+
+def test_a_flipped_bit_is_not_taken_for_an_answer(tmp_path: Path) -> None:
+    """A record counts with its digest only."""
+    AnswerFiles(tmp_path).keep([ONE, THREE])
+    [path] = tmp_path.iterdir()
+    data = bytearray(path.read_bytes())
+    data[20] ^= 1
+    path.write_bytes(data)
+    assert AnswerFiles(tmp_path).get(3) is None
+    assert AnswerFiles(tmp_path).get(4) == THREE
+
+
+def test_a_token_takes_a_few_bytes(tmp_path: Path) -> None:
+    """So a hundred thousand answers of 500 tokens fit into 150 MB, not into gigabytes."""
+    AnswerFiles(tmp_path).keep([Answer(0, "0/a", tuple(range(40_000, 40_500)), ((100, 500),))])
+    [path] = tmp_path.iterdir()
+    assert path.stat().st_size < 3.2 * 500
+
+
+def test_a_disk_that_fails_stops_the_producer_before_the_commit(tmp_path: Path) -> None:
+    """With advice."""
+    (tmp_path / "answers").write_text("in the way")
+    with pytest.raises(StoreError, match="check that disk"):
+        AnswerFiles(tmp_path / "answers").keep([ONE])
