@@ -42,7 +42,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 def know_prompts(path: str, count: int) -> None:
     """A new ledger that knows so many prompts."""
     ledger = SQLiteLedger(path, durability="head")
-    ledger.extend(None, None, [SourceBlock(0, count, "0" * 16)])
+    ledger.extend(None, [SourceBlock(0, count, "0" * 16)])
     ledger.close()
 
 
@@ -112,7 +112,7 @@ def a_step(disk: Disk, durability: Literal["head", "full"], steps: int) -> Row:
     session.acquire()
     ids = [f"run0:s{n}" for n in range(16 * steps)]
     for start in range(0, len(ids), 1024):
-        ledger.commit(None, None, [sample_ref(n) for n in range(start, min(start + 1024, len(ids)))])
+        ledger.commit(None, [sample_ref(n) for n in range(start, min(start + 1024, len(ids)))])
     took: list[float] = []
     for step in range(1, steps + 1):
         plan = StepPlan(step, tuple(ids[16 * (step - 1) : 16 * step]))

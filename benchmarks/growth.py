@@ -79,9 +79,7 @@ class Run:
         consumer.write_ack()
         consumer.head(CheckpointRecord(self.step, f"step-{self.step}", "0" * 64, self.chain, place))
         consumer.release(NoFeatures())
-        for old in consumer.checkpoints()[:-2]:
-            consumer.forget(old.step)
-        consumer.compact()
+        consumer.retire(2)
 
     def restart_ms(self) -> float:
         """Close, open again, and ask what both roles ask of the ledger when they start."""

@@ -24,8 +24,8 @@ import apsw
 
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.gate import WriterGate
-from paceline.ledger.producer_session import ProducerSession, Wanted
-from paceline.ledger.records import Lease, Order, StepPlan
+from paceline.ledger.producer_session import ProducerSession
+from paceline.ledger.records import Lease, Order, StepPlan, Wanted
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.samples import sample_ref
 from paceline.types import SampleRef, ref_to_json

@@ -20,8 +20,8 @@ import xxhash
 
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.ledger.consumer_session import ConsumerSession
-from paceline.ledger.producer_session import ProducerSession, Wanted
-from paceline.ledger.records import CheckpointRecord, SourceBlock, StepPlan, chain_of
+from paceline.ledger.producer_session import ProducerSession
+from paceline.ledger.records import CheckpointRecord, SourceBlock, StepPlan, Wanted, chain_of
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.types import SampleRef
 
@@ -169,7 +169,7 @@ class Durable(Transport):
 
     def prepare(self) -> None:
         ledger = self.ledger()
-        ledger.extend(None, None, [SourceBlock(0, self.count, "0" * 16)])
+        ledger.extend(None, [SourceBlock(0, self.count, "0" * 16)])
         ledger.close()
         # As many slots as are ever in use, and free: they are taken in turn, so the warm-up meets each once.
         features, made = self.features(owner=True), [f"made:{n}" for n in range(GROUPS * self.group)]

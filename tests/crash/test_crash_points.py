@@ -47,7 +47,7 @@ POINTS = [
     "checkpoint.before_sync:2",
     "ledger.head.before:2",
     "ledger.head.after:2",
-    "ledger.released.after:2",
+    "ledger.release.after:4",
     "ledger.before_commit:20",
     "ledger.after_commit:20",
 ]

@@ -52,7 +52,7 @@ load = TransformersEngine.probe
 def completed_meanwhile(engine):
     load(engine)
     ledger = producer.SQLiteLedger(sys.argv[2])
-    ledger.set_facts(None, None, {"completed_step": 10})
+    ledger.set_facts(None, {"completed_step": 10})
     ledger.close()
 
 TransformersEngine.probe = completed_meanwhile

@@ -59,7 +59,7 @@ def test_another_type_of_numbers_is_refused(tiny_model: Path, tmp_path: Path) ->
     run = TinyRun(tmp_path, tiny_model)
     assert run.command("produce").returncode == 0
     ledger = run.ledger()
-    ledger.set_facts(None, None, {"target_numerics": {"dtype": "bfloat16", "device": "cuda"}})
+    ledger.set_facts(None, {"target_numerics": {"dtype": "bfloat16", "device": "cuda"}})
     ledger.close()
     refused = run.command("produce")
     assert refused.returncode == 2

@@ -70,11 +70,11 @@ def test_after_a_failed_sync_the_process_writes_no_more(tmp_path: Path) -> None:
     first, second = refs_of(producer, 0, 1)
     vfs.arm(apsw.IOError, ("sync",), 1, lasting=False)
     with pytest.raises(UnknownResultError, match="check the disk"):
-        ledger.commit(producer.fence, 90, [first])
+        ledger.commit(producer.fence.call(90), [first])
     with pytest.raises(LedgerError, match="stopped writing"):
-        ledger.commit(producer.fence, 91, [second])
+        ledger.commit(producer.fence.call(91), [second])
     ledger.close()
-    assert open_ledger(tmp_path).commit(producer.fence, 92, [second]) == [True]
+    assert open_ledger(tmp_path).commit(producer.fence.call(92), [second]) == [True]
 
 
 def test_a_flipped_bit_of_the_write_ahead_log_takes_calls_from_the_end_and_nothing_else(

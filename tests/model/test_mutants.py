@@ -59,8 +59,8 @@ def a_held_up_deleter_frees_nothing_captured_since() -> None:
     class HeldUp:
         def free(self, written: Iterable[Written]) -> None:
             [(sample_id, generation)] = written
-            ledger.fall_back(None, None, 0)
-            ledger.report_lost(None, None, [sample_id])
+            ledger.fall_back(None, 0)
+            ledger.report_lost(None, [sample_id])
             simulated_producer(shape, "0", ledger, features, LightEngine(), nothing).run()
             before = dict(features.held)
             features.free([(sample_id, generation)])
@@ -162,7 +162,7 @@ def every_checkpoint_kept_can_be_returned_to() -> None:
     for number in range(2):
         training.step(number)
         training.checkpoint(first_place=number + 1)
-    training.consumer.compact()
+    training.consumer.retire(9)
     try:
         training.consumer.fall_back(1)
     except IllegalTransitionError as error:

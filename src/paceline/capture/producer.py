@@ -30,7 +30,8 @@ from paceline.data.source import PromptSource
 from paceline.engines.engine import Captured, CaptureRequest, TargetEngine
 from paceline.errors import ConfigError, EngineError, LedgerError
 from paceline.features.store import FeatureStore
-from paceline.ledger.producer_session import ProducerSession, Wanted
+from paceline.ledger.producer_session import ProducerSession
+from paceline.ledger.records import Wanted
 from paceline.types import Feature, SampleRef, Tokens, name_of
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from paceline.cli.plain import say
 from paceline.errors import ConfigError, SchemaError
 from paceline.fsck.checker import check
-from paceline.fsck.report import OF_A_HISTORY, RULES, Report
+from paceline.fsck.report import RULES, Report
 from paceline.regular_files import open_regular
 
 UNSOUND = 9  # exit code
@@ -40,7 +40,7 @@ def fsck_directory(console: Console, directory: Path) -> int:
     for rule, promise in RULES.items():
         errors = report.errors_of(rule)
         # If nothing could be read, no rule was checked.
-        if rule not in OF_A_HISTORY and (errors or report.counts):
+        if errors or report.counts:
             say(console, f"{rule} {f'{len(errors)} ERRORS' if errors else 'ok'}: {promise}")
         for error in errors:
             say(console, f"   ERROR {error}")

@@ -33,7 +33,7 @@ def inspect_step(console: Console, view: LedgerView, step: int) -> None:
         life = view.history(sample_id=sample.sample_id)
         visits = [t.step for t in life if t.step <= step]
         last = " and last" if sample.finished else ""
-        record = view.find(sample.sample_id)
+        record = view.find([sample.sample_id]).get(sample.sample_id)
         is_known = record is not None or sample.place >= 0
         state = _state(record, now, life[-1]) if is_known else "unknown to this ledger"
         say(
@@ -54,7 +54,8 @@ def inspect_sample(console: Console, view: LedgerView, sample_id: str) -> None:
     rounds = range(setting(facts.get(CONFIG, {}), "data.rounds", 1))
     reasons = list(view.failed().values())
     for task_ids in ([task_id], [f"{turn}/{task_id}" for turn in rounds]):
-        lives = [(i, view.find(f"{run_id}:{i}"), view.history(sample_id=f"{run_id}:{i}")) for i in task_ids]
+        records = view.find([f"{run_id}:{i}" for i in task_ids])
+        lives = [(i, records.get(f"{run_id}:{i}"), view.history(sample_id=f"{run_id}:{i}")) for i in task_ids]
         if any(record or steps for _, record, steps in lives) or any(_failure(reasons, i) for i in task_ids):
             for known_id, record, steps in lives:
                 _tell_life(
@@ -109,11 +110,11 @@ def inspect_all(console: Console, view: LedgerView) -> None:
         f"{now.committed} samples committed, step {now.trained_step} acked, "
         f"head {now.head.name if now.head else 'none yet'}, retained: {[c.step for c in now.checkpoints]}",
     )
-    for record in view.samples(State.QUARANTINED):
+    for record in view.find(state=State.QUARANTINED).values():
         say(console, f"quarantined {record.sample_id}: {record.reason}")
     for reason in view.failed().values():
         say(console, f"failed prompt {reason}")
-    for record in view.samples(State.LOST):
+    for record in view.find(state=State.LOST).values():
         say(console, f"to be captured again {record.sample_id}")
 
 

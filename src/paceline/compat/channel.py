@@ -64,7 +64,7 @@ class CommittedRefLog:
 
     def close(self) -> None:
         """Raises LedgerError while a prompt is still to be captured."""
-        if not self._store.end_stream(self.fence, None, True):
+        if not self._store.end_stream(self.fence, True):
             raise LedgerError(
                 "The log was not closed: prompts are still to be captured.",
                 why="Readers would end before those samples arrive.",
@@ -73,7 +73,7 @@ class CommittedRefLog:
 
     def reopen(self) -> None:
         """Open the closed log again, for more refs."""
-        self._store.end_stream(self.fence, None, False)
+        self._store.end_stream(self.fence, False)
 
     def is_closed(self) -> bool:
         return self._store.snapshot().closed

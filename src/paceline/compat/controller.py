@@ -79,8 +79,8 @@ class DataFlowController:
         if new:
             fence = self.fence("producer")
             digest = hashlib.sha256(json.dumps(new).encode()).hexdigest()
-            self.store.extend(fence, None, [SourceBlock(len(known), len(new), digest)])
-            self.store.set_facts(fence, None, {TASK_IDS: [*known, *new]})
+            self.store.extend(fence, [SourceBlock(len(known), len(new), digest)])
+            self.store.set_facts(fence, {TASK_IDS: [*known, *new]})
         self._tasks.update({task.task_id: task for task in tasks})
         return [task.task_id for task in tasks]
 
@@ -107,7 +107,7 @@ class DataFlowController:
         With `group_size` all leased prompts are of one capture group.
         """
         ids = self.store.task_ids()
-        leases = self.store.lease(self.fence("producer"), None, max_tasks, group_size)
+        leases = self.store.lease(self.fence("producer"), max_tasks, group_size)
         unknown = [ids[lease.ordinal] for lease in leases if ids[lease.ordinal] not in self._tasks]
         if unknown:
             raise LedgerError(
@@ -134,11 +134,10 @@ class DataFlowController:
         Retryable tasks are pending again until `attempt_max` attempts; others fail at once. The
         reason is durable.
         """
-        failed = self.store.fail(
+        failed = self.store.give_back(
             self.fence("producer"),
-            None,
             self._held(worker_id, task_ids),
-            reason=reason,
+            failure=reason,
             attempt_max=self.attempt_max if retryable else None,
         )
         ids = self.store.task_ids()
@@ -146,7 +145,7 @@ class DataFlowController:
 
     def return_prompt_tasks(self, worker_id: str, task_ids: Sequence[str]) -> None:
         """Give leases back without a failure."""
-        self.store.give_back(self.fence("producer"), None, self._held(worker_id, task_ids))
+        self.store.give_back(self.fence("producer"), self._held(worker_id, task_ids))
 
     def commit_samples(
         self,
@@ -161,7 +160,7 @@ class DataFlowController:
             return []
         ordinals = ordinals_of(self.store, [ref.source_task_id for ref in refs])
         placed = [replace(ref, ordinal=ordinal) for ref, ordinal in zip(refs, ordinals, strict=True)]
-        fresh = self.store.commit(self.fence("producer"), None, placed)
+        fresh = self.store.commit(self.fence("producer"), placed)
         return [ref for ref, is_new in zip(refs, fresh, strict=True) if is_new]
 
     # -- consumer --------------------------------------------------------------------------
@@ -185,10 +184,11 @@ class DataFlowController:
     def release(self, feature_store: Frees | Aborts) -> int:
         """Free the features of every sample that is durably acked; returns their number."""
         freed = 0
-        while covered := self.store.releasable(self.fence(CONSUMER), RELEASE_AT_ONCE):
+        covered = self.store.release(self.fence(CONSUMER), [], RELEASE_AT_ONCE)
+        while covered:
             _free(feature_store, list(covered.items()))
-            self.store.record_released(list(covered), fence=self.fence(CONSUMER))
             freed += len(covered)
+            covered = self.store.release(self.fence(CONSUMER), list(covered), RELEASE_AT_ONCE)
         return freed
 
     def reconcile_on_restart(self, feature_store: Frees | Aborts | None = None) -> dict[str, Any]:

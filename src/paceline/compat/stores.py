@@ -28,7 +28,7 @@ class MetadataStore(SQLiteLedger):
 
     def commit_samples(self, refs: Sequence[SampleRef], *, fence: Fence | None = None) -> list[bool]:
         """Commit all refs in one transaction, idempotent on `sample_id`; freshness of each."""
-        return self.commit(fence, None, refs)
+        return self.commit(fence, refs)
 
     def is_committed(self, sample_id: str) -> bool:
         return bool(self.find([sample_id])) or self._archived_id(sample_id)
@@ -103,7 +103,7 @@ class MetadataStore(SQLiteLedger):
 
     def record_released(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
         """Record that features were freed. Raises IllegalTransitionError unless all were durably acked."""
-        self.released(fence, None, sample_ids)
+        self.release(fence, sample_ids, 0)
 
     # -- samples by state --------------------------------------------------------------------
 
@@ -112,10 +112,10 @@ class MetadataStore(SQLiteLedger):
         return list(self.ownership().present)
 
     def lost_ids(self) -> list[str]:
-        return [record.sample_id for record in self.samples(State.LOST)]
+        return [record.sample_id for record in self.find(state=State.LOST).values()]
 
     def quarantined(self) -> dict[str, str]:
-        return {record.sample_id: record.reason for record in self.samples(State.QUARANTINED)}
+        return {record.sample_id: record.reason for record in self.find(state=State.QUARANTINED).values()}
 
     # -- prompts by name ---------------------------------------------------------------------
 

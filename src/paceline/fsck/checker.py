@@ -3,7 +3,7 @@
 It reads a run's ledger, checkpoints and slots, and imports nothing of Paceline but its own package. The rules
 are written from the documents (docs/guarantees.md, ledger/stores/sqlite/schema.sql), so a bug in the product
 is not also a bug here. It never writes. It may check a live run: it ignores what was added or removed after
-the moment of the check. The rules, C1 to C9, are in report.py.
+the moment of the check. The rules are in report.py.
 """
 
 from __future__ import annotations

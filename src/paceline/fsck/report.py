@@ -12,12 +12,9 @@ RULES = {
     "C3": "every checkpoint continues the one before, and its chain is the hash of its steps",
     "C4": "steps have no gaps, first visits follow the log, checkpoints contain the same steps",
     "C5": "checkpoints on disk are the ones recorded, byte for byte",
-    "C6": "a call that failed changed nothing",
-    "C7": "a replaced process changed nothing any more",
     "C8": "counters, prompts and archived history agree",
     "C9": "bytes have one owner, and no generation is used twice",
 }
-OF_A_HISTORY = ("C6", "C7")  # rules for a history of calls, not for files
 SHOWN = 5  # ids in one line
 
 

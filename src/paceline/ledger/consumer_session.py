@@ -49,9 +49,9 @@ class ConsumerSession(Session):
         assert begun is not None, "a plan was given"
         return begun
 
-    def leave(self, step: int) -> None:
-        """Leave the step untrained for now; it will be trained with the same plan."""
-        self._change(self.ledger.leave, step)
+    def leave(self) -> None:
+        """Leave the step that was begun untrained for now; it will be trained with the same plan."""
+        self._change(self.ledger.plan, None)
 
     def ack(self, step: int, rev: int, finished: Sequence[str]) -> None:
         """The weights in memory contain the step; `finished` had their last visit in it.
@@ -90,13 +90,9 @@ class ConsumerSession(Session):
         """Return to the checkpoint at `step`; returns the samples that must be captured again."""
         return self._change(self.ledger.fall_back, step)
 
-    def forget(self, step: int) -> None:
-        """Drop the record of an old checkpoint; the head cannot be forgotten."""
-        self._change(self.ledger.forget, step)
-
-    def compact(self) -> None:
-        """Archive what no recovery can need."""
-        self._change(self.ledger.compact)
+    def retire(self, keep: int) -> None:
+        """Keep the records of the newest `keep` checkpoints, and archive what no recovery can need."""
+        self._change(self.ledger.retire, keep)
 
     # -- features --------------------------------------------------------------------------
 
@@ -107,11 +103,9 @@ class ConsumerSession(Session):
         that a slow consumer cannot free bytes captured since. The record comes last: after a crash before
         it the frees are repeated, and they are idempotent.
         """
-        freed = 0
-        while covered := self.ledger.releasable(self.fence, RELEASE_AT_ONCE):
+        num_freed, freed = 0, list[str]()
+        while covered := self._change(self.ledger.release, freed, RELEASE_AT_ONCE):
             features.free(list(covered.items()))
-            self._change(self.ledger.released, list(covered))
-            freed += len(covered)
-            if len(covered) < RELEASE_AT_ONCE:
-                break
-        return freed
+            freed = list(covered)
+            num_freed += len(freed)
+        return num_freed

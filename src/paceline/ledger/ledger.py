@@ -4,14 +4,13 @@ It holds metadata only (`assert_no_tensors` guards every write). A sample's life
 it and the role that makes the call:
 
     lease, reserve, commit (producer) -> plan, ack (consumer, provisional)
-        -> head (consumer: THE commit point) -> releasable, bytes freed, released (consumer)
+        -> head (consumer: THE commit point) -> bytes freed, release (consumer)
 
-Every change is one transaction, raises the log number (`lsn`) by one and takes a fence and an operation
-number. A call with the fence of an older epoch changes nothing and raises FencedError. A fence numbers its
-operations upwards: a repetition of the last one (its result was lost) changes nothing and returns the first
-result; an older one is refused. Processes call the sessions (producer_session.py, consumer_session.py),
-which own fence and numbers; a fence of None is for callers without a role: binding the run's settings, and
-the seed's API (paceline.compat).
+Every change is one transaction, raises the log number (`lsn`) by one and takes a fence. A call with the fence
+of an older epoch changes nothing and raises FencedError. A fence numbers its calls upwards: a repetition of
+the last one (its result was lost) changes nothing and returns the first result; an older one is refused.
+Processes call the sessions (producer_session.py, consumer_session.py), which own fence and numbers; a fence
+of None is for callers without a role: binding the run's settings, and the seed's API (paceline.compat).
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from paceline.ledger.records import (
     Budget,
     CheckpointRecord,
     Fence,
-    Intent,
     Lease,
     Order,
     Ownership,
@@ -38,6 +36,7 @@ from paceline.ledger.records import (
     StepAck,
     StepPlan,
     TrainedStep,
+    Wanted,
 )
 from paceline.types import SampleRef
 
@@ -63,14 +62,10 @@ class Ledger(ABC):
         first caller that passes an `order` settles it; a caller with another one gets ConfigError.
         """
 
-    @abstractmethod
-    def evict(self, fence: Fence | None, op: int | None, worker: str) -> None:
-        """Fence another producer, return its leases and revoke its intents."""
-
     # -- prompts ---------------------------------------------------------------------------
 
     @abstractmethod
-    def extend(self, fence: Fence | None, op: int | None, blocks: Sequence[SourceBlock]) -> int:
+    def extend(self, fence: Fence | None, /, blocks: Sequence[SourceBlock]) -> int:
         """Register prompts, in consecutive blocks; returns how many prompts were new.
 
         A known block must have the same bounds and digest (ConfigError otherwise). Blocks after the last
@@ -78,9 +73,7 @@ class Ledger(ABC):
         """
 
     @abstractmethod
-    def lease(
-        self, fence: Fence | None, op: int | None, limit: int, group_size: int | None = None
-    ) -> list[Lease]:
+    def lease(self, fence: Fence | None, /, limit: int, group_size: int | None = None) -> list[Lease]:
         """Lease the pending prompts of lowest ordinal, at most `limit`.
 
         With `group_size`, only prompts of one group (ordinal // group_size) of which no other worker holds
@@ -88,27 +81,24 @@ class Ledger(ABC):
         """
 
     @abstractmethod
-    def fail(
+    def give_back(
         self,
         fence: Fence | None,
-        op: int | None,
+        /,
         ordinals: Sequence[int],
         *,
-        reason: str,
-        attempt_max: int | None,
+        failure: str | None = None,
+        attempt_max: int | None = None,
     ) -> list[int]:
-        """End this worker's leases after a failure and revoke their intents; returns what failed for good.
+        """End this worker's leases and revoke their intents; the prompts are pending again.
 
-        A prompt is pending again until it has had `attempt_max` attempts (None: it fails at once). The
-        place of a failed prompt stays empty; if its sample was lost, the sample is quarantined.
+        A `failure` counts as an attempt. A prompt that has had `attempt_max` (None: one is enough) fails
+        for good, with this reason: its place stays empty, and if its sample was lost, the sample is
+        quarantined. Returns what failed for good.
         """
 
     @abstractmethod
-    def give_back(self, fence: Fence | None, op: int | None, ordinals: Sequence[int]) -> None:
-        """End this worker's leases without a failure and revoke their intents; the prompts are pending."""
-
-    @abstractmethod
-    def end_stream(self, fence: Fence | None, op: int | None, ended: bool) -> bool:
+    def end_stream(self, fence: Fence | None, /, ended: bool) -> bool:
         """End or reopen the stream; returns whether it is ended.
 
         It ends only if no prompt is pending or leased.
@@ -118,7 +108,7 @@ class Ledger(ABC):
 
     @abstractmethod
     def reserve(
-        self, fence: Fence | None, op: int | None, wanted: Sequence[Intent], budget: Budget | None
+        self, fence: Fence | None, /, wanted: Sequence[Wanted], budget: Budget | None
     ) -> list[int] | None:
         """Record, before any byte is written, that these samples will be stored; returns their generations.
 
@@ -127,7 +117,7 @@ class Ledger(ABC):
         """
 
     @abstractmethod
-    def commit(self, fence: Fence | None, op: int | None, refs: Sequence[SampleRef]) -> list[bool]:
+    def commit(self, fence: Fence | None, /, refs: Sequence[SampleRef]) -> list[bool]:
         """Commit all refs in one transaction, idempotent on `sample_id`; returns which are fresh.
 
         Ends each ref's intent and its prompt's lease. A lost sample takes the new ref, keeps its place and
@@ -137,13 +127,11 @@ class Ledger(ABC):
         """
 
     @abstractmethod
-    def report_lost(self, fence: Fence | None, op: int | None, sample_ids: Sequence[str]) -> None:
+    def report_lost(self, fence: Fence | None, /, sample_ids: Sequence[str]) -> None:
         """Features are gone or damaged: the prompts are pending again, except those of durable samples."""
 
     @abstractmethod
-    def swept(
-        self, fence: Fence | None, op: int | None, generations: Sequence[int], skip_through: int = 0
-    ) -> None:
+    def swept(self, fence: Fence | None, /, generations: Sequence[int], skip_through: int = 0) -> None:
         """Forget these intents: their bytes are gone or were never written.
 
         Applies to revoked intents and to the worker's own; nothing can be committed under them afterwards.
@@ -155,17 +143,14 @@ class Ledger(ABC):
 
     @abstractmethod
     def plan(
-        self, fence: Fence | None, op: int | None, plan: StepPlan | None, ack: StepAck | None = None
+        self, fence: Fence | None, /, plan: StepPlan | None, ack: StepAck | None = None
     ) -> BegunStep | None:
         """Record the ack of the step before, and begin a step by recording its plan once.
 
-        The plan on record wins; a higher `rev` replaces it, unless the step is acked already. Raises
-        IllegalTransitionError, without a change, for an archived step or an ack out of turn.
+        The plan on record wins; a higher `rev` replaces it, unless the step is acked already. Without a
+        plan no step is begun then: one that was is left untrained on purpose, and no death is counted.
+        Raises IllegalTransitionError, without a change, for an archived step or an ack out of turn.
         """
-
-    @abstractmethod
-    def leave(self, fence: Fence | None, op: int | None, step: int) -> None:
-        """The consumer leaves a begun step untrained on purpose: no death is counted."""
 
     # -- checkpoints -----------------------------------------------------------------------
 
@@ -173,7 +158,7 @@ class Ledger(ABC):
     def head(
         self,
         fence: Fence | None,
-        op: int | None,
+        /,
         checkpoint: CheckpointRecord,
         lineage: Sequence[TrainedStep] | None = None,
     ) -> None:
@@ -186,7 +171,7 @@ class Ledger(ABC):
         """
 
     @abstractmethod
-    def fall_back(self, fence: Fence | None, op: int | None, step: int) -> list[str]:
+    def fall_back(self, fence: Fence | None, /, step: int) -> list[str]:
         """The head is damaged: return to the checkpoint at `step` (0: before the first step).
 
         Later acks are undone, durable ones too; samples that were released since become lost and their
@@ -195,14 +180,18 @@ class Ledger(ABC):
         """
 
     @abstractmethod
-    def forget(self, fence: Fence | None, op: int | None, step: int) -> None:
-        """Drop the record of an old checkpoint; the head cannot be forgotten."""
+    def retire(self, fence: Fence | None, /, keep: int) -> int:
+        """Drop the records of all but the newest `keep` checkpoints; the head always stays.
+
+        Then archive steps up to the oldest one kept, and their samples, if there are enough of them: no
+        recovery needs them. Returns how many samples were archived.
+        """
 
     @abstractmethod
     def quarantine(
         self,
         fence: Fence | None,
-        op: int | None,
+        /,
         sample_ids: Sequence[str],
         *,
         step: int | None,
@@ -214,18 +203,18 @@ class Ledger(ABC):
         """
 
     @abstractmethod
-    def released(self, fence: Fence | None, op: int | None, sample_ids: Sequence[str]) -> None:
-        """Record that the features are freed. Raises IllegalTransitionError unless all were releasable."""
+    def release(self, fence: Fence | None, /, freed: Sequence[str], limit: int) -> dict[str, int]:
+        """Record that these features are freed; returns up to `limit` samples whose features may go next.
 
-    @abstractmethod
-    def compact(self, fence: Fence | None, op: int | None) -> int:
-        """Archive steps up to the oldest checkpoint kept, and their samples: no recovery needs them."""
+        Those are samples that no step will need again, each with the generation of its bytes. Raises
+        IllegalTransitionError, without a change, unless all that are freed were such samples.
+        """
 
     # -- facts -----------------------------------------------------------------------------
 
     @abstractmethod
     def set_facts(
-        self, fence: Fence | None, op: int | None, facts: Mapping[str, Any], *, settle: bool = False
+        self, fence: Fence | None, /, facts: Mapping[str, Any], *, settle: bool = False
     ) -> dict[str, Any]:
         """Write small JSON values in one transaction; returns the values that the keys have then.
 
@@ -237,9 +226,6 @@ class Ledger(ABC):
     @abstractmethod
     def lsn(self) -> int:
         """The number of changes so far."""
-
-    @abstractmethod
-    def facts(self) -> dict[str, Any]: ...
 
     @abstractmethod
     def snapshot(self) -> Snapshot: ...
@@ -256,12 +242,14 @@ class Ledger(ABC):
         """
 
     @abstractmethod
-    def find(self, sample_ids: Sequence[str]) -> dict[str, SampleRecord]:
-        """The samples among these that are on record and not archived."""
-
-    @abstractmethod
-    def samples(self, state: State, limit: int | None = None) -> list[SampleRecord]:
-        """Samples in this state that are not archived, by place."""
+    def find(
+        self,
+        sample_ids: Sequence[str] | None = None,
+        *,
+        state: State | None = None,
+        limit: int | None = None,
+    ) -> dict[str, SampleRecord]:
+        """Samples by id, in the order of their places: these (None: all), in this state, not archived."""
 
     @abstractmethod
     def failed(self, start: int = 0, stop: int | None = None) -> dict[int, str]:
@@ -269,21 +257,6 @@ class Ledger(ABC):
 
     @abstractmethod
     def ownership(self) -> Ownership: ...
-
-    @abstractmethod
-    def revoked(self) -> list[Intent]:
-        """Revoked intents whose bytes may still exist."""
-
-    @abstractmethod
-    def releasable(self, fence: Fence | None, limit: int) -> dict[str, int]:
-        """Samples whose features no step will need again, each with the generation of its bytes.
-
-        Raises FencedError if `fence` has been replaced.
-        """
-
-    @abstractmethod
-    def step_plan(self, step: int) -> StepPlan | None:
-        """The plan of a step; None if it has none, or is archived."""
 
     @abstractmethod
     def history(self, *, step: int | None = None, sample_id: str | None = None) -> Iterator[TrainedStep]:
@@ -295,6 +268,13 @@ class Ledger(ABC):
     @abstractmethod
     def close(self) -> None:
         """Idempotent; loses nothing."""
+
+    def facts(self) -> dict[str, Any]:
+        return dict(self.snapshot().facts)
+
+    def step_plan(self, step: int) -> StepPlan | None:
+        """The plan of a step; None if it has none."""
+        return next((trained.plan for trained in self.history(step=step)), None)
 
     def wait(self, seen_lsn: int, timeout_s: float) -> int:
         """Block until `lsn() != seen_lsn` or the timeout; returns the current lsn. Polls every few ms."""

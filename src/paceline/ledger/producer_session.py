@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.records import (
     Budget,
-    Intent,
     Lease,
     Order,
     Ownership,
     SampleRecord,
     SourceBlock,
     State,
+    Wanted,
     producer_role,
 )
 from paceline.ledger.session import Session
@@ -22,15 +21,6 @@ from paceline.types import SampleRef
 
 ATTEMPT_MAX = 5
 WORKER = "0"  # the name of a run's only producer
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """One sample about to be written: its prompt's ordinal, its id, and its size at most."""
-
-    ordinal: int
-    sample_id: str
-    num_bytes: int
 
 
 class ProducerSession(Session):
@@ -67,7 +57,7 @@ class ProducerSession(Session):
         Retryable prompts are pending again until `attempt_max` attempts; others fail at once.
         """
         limit = self.attempt_max if retryable else None
-        return self._change(self.ledger.fail, list(ordinals), reason=reason, attempt_max=limit)
+        return self._change(self.ledger.give_back, list(ordinals), failure=reason, attempt_max=limit)
 
     def give_back(self, ordinals: Sequence[int]) -> None:
         """End leases without a failure, with the bytes promised for them."""
@@ -88,8 +78,7 @@ class ProducerSession(Session):
 
     def reserve(self, wanted: Sequence[Wanted], budget: Budget | None = None) -> list[int] | None:
         """Reserve the bytes of samples about to be written; returns their generations, None without room."""
-        intents = [Intent(0, item.sample_id, item.num_bytes, item.ordinal) for item in wanted]
-        return self._change(self.ledger.reserve, intents, budget)
+        return self._change(self.ledger.reserve, list(wanted), budget)
 
     def commit(self, refs: Sequence[SampleRef]) -> list[SampleRef]:
         """Commit captured samples in one transaction; returns the refs that were new."""
@@ -100,11 +89,11 @@ class ProducerSession(Session):
 
     def present(self) -> list[SampleRecord]:
         """Samples whose bytes lie in the feature store and that no checkpoint covers yet, by place."""
-        return self.ledger.samples(State.PRESENT)
+        return list(self.ledger.find(state=State.PRESENT).values())
 
     def lost(self, limit: int | None = None) -> list[SampleRecord]:
         """Samples that wait to be captured again, by place."""
-        return self.ledger.samples(State.LOST, limit)
+        return list(self.ledger.find(state=State.LOST, limit=limit).values())
 
     # -- what other workers left ------------------------------------------------------------
 
@@ -114,12 +103,9 @@ class ProducerSession(Session):
 
     def revoked(self) -> list[tuple[str, int]]:
         """Sample id and generation of revoked intents, whose bytes may still exist."""
-        return [(intent.sample_id, intent.generation) for intent in self.ledger.revoked()]
+        revoked = self.ledger.ownership().revoked
+        return [(sample_id, generation) for generation, sample_id in revoked.items()]
 
     def swept(self, generations: Sequence[int], *, skip_through: int = 0) -> None:
         """Record that these bytes are gone or were never written. `skip_through`: see `Ledger.swept`."""
         self._change(self.ledger.swept, list(generations), skip_through)
-
-    def evict(self, worker: str) -> None:
-        """Fence another producer, return its leases and revoke its intents."""
-        self._change(self.ledger.evict, worker)

@@ -28,16 +28,21 @@ class Order(StrEnum):
 class Fence:
     """The right to write as `role`, until the role is acquired again.
 
-    `role` is "consumer", or "producer:" and the worker's name.
+    `role` is "consumer", or "producer:" and the worker's name. `op` is the number of one call under it;
+    without a number a call cannot be repeated.
     """
 
     role: str
     epoch: int
+    op: int | None = None
 
     @property
     def worker(self) -> str:
         """The producer's name; "" for the consumer."""
         return self.role.partition(":")[2]
+
+    def call(self, op: int) -> Fence:
+        return replace(self, op=op)
 
 
 def producer_role(worker: str) -> str:
@@ -74,18 +79,15 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Intent:
-    """The right to write `num_bytes` of one sample under `generation`, a number never used twice.
+class Wanted:
+    """One sample about to be written: its prompt's ordinal, its id, and its size at most.
 
-    `revoked`: its bytes may exist and must be deleted (see `Ledger.swept`).
+    Reserved, it is an *intent*: a worker's right to write it under a generation, a number never used twice.
     """
 
-    generation: int
+    ordinal: int
     sample_id: str
     num_bytes: int
-    ordinal: int | None = None
-    worker: str = ""
-    revoked: bool = False
 
 
 class State(StrEnum):
@@ -319,6 +321,7 @@ class Ownership:
 
     present: Mapping[str, int]  # sample id to generation
     promised: Mapping[int, str]  # generation of a live intent to sample id
+    revoked: Mapping[int, str]  # of a revoked one, whose bytes may still exist
     next_generation: int
 
     @property

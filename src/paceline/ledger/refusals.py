@@ -16,9 +16,9 @@ def fenced(fence: Fence, current: int) -> FencedError:
     )
 
 
-def late(fence: Fence, op: int, last: int) -> FencedError:
+def late(fence: Fence, last: int) -> FencedError:
     return FencedError(
-        f"Operation {op} of this {fence.role} arrived after operation {last}.",
+        f"Operation {fence.op} of this {fence.role} arrived after operation {last}.",
         why="It is a delayed copy of a call that was answered long ago; nothing was written.",
         next="nothing: the process that sent it has gone on.",
     )
@@ -29,14 +29,6 @@ def behind_head(step: int, head: int) -> IllegalTransitionError:
         f"A checkpoint at step {step} cannot follow the head at step {head}.",
         why="Checkpoints of a run form a chain of growing steps.",
         next="resume from the head checkpoint: run the same command again.",
-    )
-
-
-def head_is_kept(step: int) -> IllegalTransitionError:
-    return IllegalTransitionError(
-        f"The checkpoint at step {step} is the head and cannot be forgotten.",
-        why="The run would resume from nothing.",
-        next="record a newer checkpoint first.",
     )
 
 

@@ -54,14 +54,14 @@ class Session:
 
     def _change(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Make a change under the next operation number, and repeat it while its result is unknown."""
-        fence = self.fence
-        op = self._last_op = self._last_op + 1
+        self._last_op += 1
+        fence = self.fence.call(self._last_op)
         for _ in range(TRIES - 1):
             try:
-                return call(fence, op, *args, **kwargs)
+                return call(fence, *args, **kwargs)
             except UnknownResultError:
                 continue
-        return call(fence, op, *args, **kwargs)
+        return call(fence, *args, **kwargs)
 
     def refuse_if_replaced(self) -> None:
         """Raise FencedError if another process holds the role. Call it before waiting or touching files."""
@@ -103,7 +103,7 @@ def bind_run_id(ledger: Ledger, run_id: str) -> None:
     """Record whose ledger this is. Raises LedgerError if it belongs to another run."""
     owner = ledger.facts().get(RUN_ID)
     if owner is None:  # another process may settle it at the same moment
-        owner = ledger.set_facts(None, None, {RUN_ID: run_id}, settle=True)[RUN_ID]
+        owner = ledger.set_facts(None, {RUN_ID: run_id}, settle=True)[RUN_ID]
     if owner != run_id:
         raise LedgerError(
             f"This ledger belongs to run {owner!r}, not to {run_id!r}.",

@@ -148,7 +148,7 @@ class StepLoader:
     def leave(self, planned: PlannedStep) -> None:
         """Leave the step untrained: its plan stays on record for a replay, and no death is counted."""
         self._order.put_back(list(planned.taken))
-        self._session.leave(planned.step)
+        self._session.leave()
 
     def following(self) -> list[SampleRef]:
         """The refs of the next step, as far as they are committed; plans nothing."""

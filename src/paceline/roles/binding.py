@@ -32,7 +32,7 @@ def bind_run(plan: RunPlan, ledger: Ledger, *, role: str | None = None) -> tuple
     if CONFIG not in facts:  # another process may settle it at the same time
         sizes = [plan.prompts.size]
         facts = ledger.set_facts(
-            None, None, {CONFIG: flat(plan.config), PROMPTS: _prompts(plan, sizes)}, settle=True
+            None, {CONFIG: flat(plan.config), PROMPTS: _prompts(plan, sizes)}, settle=True
         )
     if facts[CONFIG] != flat(plan.config) and not _settings_bind(ledger):
         facts = _rebind(plan, ledger, role)
@@ -72,7 +72,7 @@ def _rebind(plan: RunPlan, ledger: Ledger, role: str | None) -> dict[str, Any]:
             facts = {CONFIG: flat(plan.config)}
             if not _prompts_bind(ledger):
                 facts[PROMPTS] = _prompts(plan, [plan.prompts.size])
-            ledger.set_facts(None, None, facts)
+            ledger.set_facts(None, facts)
     return ledger.facts()
 
 
@@ -91,8 +91,8 @@ def _extend(plan: RunPlan, ledger: Ledger, role: str | None, stretches: Sequence
     longer = [*stretches, plan.prompts.size]
     with others_kept_out(plan.config, role) as alone:
         if alone:
-            ledger.set_facts(None, None, {PROMPTS: _prompts(plan, longer), COMPLETED_STEP: None})
-            ledger.end_stream(None, None, False)
+            ledger.set_facts(None, {PROMPTS: _prompts(plan, longer), COMPLETED_STEP: None})
+            ledger.end_stream(None, False)
             return tuple(longer)
     raise ConfigError(
         f"{plan.prompts.name} is longer than when this run started, and another role of the run is live.",
@@ -131,5 +131,5 @@ def _other_prompts(plan: RunPlan, recorded: dict[str, Any]) -> ConfigError:
 def bind_date(ledger: Ledger) -> str:
     """The date of the run's first start, which a chat template may write into every prompt."""
     now = datetime.now().astimezone().isoformat(timespec="seconds")
-    date: str = ledger.set_facts(None, None, {RENDERING_DATE: now}, settle=True)[RENDERING_DATE]
+    date: str = ledger.set_facts(None, {RENDERING_DATE: now}, settle=True)[RENDERING_DATE]
     return date

@@ -45,9 +45,9 @@ def folder_of(config: RunConfig, ledger: Ledger) -> Path:
         return usual
     chosen = {FEATURES_NAME: f"{usual.name}-{secrets.token_hex(4)}"}
     if name is None:  # the other role may settle it at the same time
-        chosen = ledger.set_facts(None, None, chosen, settle=True)
+        chosen = ledger.set_facts(None, chosen, settle=True)
     else:
-        ledger.set_facts(None, None, chosen)
+        ledger.set_facts(None, chosen)
     return usual.with_name(chosen[FEATURES_NAME])
 
 
@@ -88,7 +88,7 @@ def record_place(config: RunConfig, ledger: Ledger) -> None:
     """Record where the producer keeps the features. For the producer."""
     place = _place(config, ledger)
     if ledger.facts().get(FEATURES_LIE) != place:
-        ledger.set_facts(None, None, {FEATURES_LIE: place})
+        ledger.set_facts(None, {FEATURES_LIE: place})
 
 
 def refuse_other_place(config: RunConfig, ledger: Ledger) -> None:

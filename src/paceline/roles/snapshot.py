@@ -110,7 +110,9 @@ def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
     now = ledger.snapshot()
     return RunSnapshot(
         ledger=now,
-        quarantined={record.sample_id: record.reason for record in ledger.samples(State.QUARANTINED)},
+        quarantined={
+            record.sample_id: record.reason for record in ledger.find(state=State.QUARANTINED).values()
+        },
         failed_prompts=ledger.failed(),
         live={role: live_holder(directory, role) for role in ROLES},
         last_step=step,

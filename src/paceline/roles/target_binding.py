@@ -105,10 +105,10 @@ def _settle(
     facts = ledger.facts()
     recorded = {name: facts[name] for name in now if name in facts}
     if not recorded:
-        recorded = ledger.set_facts(None, None, now, settle=True)
+        recorded = ledger.set_facts(None, now, settle=True)
     if recorded != now and not binds:
         with others_kept_out(config, role or None) as alone:
             if alone:
-                ledger.set_facts(None, None, now)
+                ledger.set_facts(None, now)
                 recorded = dict(now)
     return recorded

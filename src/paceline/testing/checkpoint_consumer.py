@@ -1,4 +1,4 @@
-"""A consumer that does with checkpoints what the trainer does, in its order: write, record, forget, sweep.
+"""A consumer that does with checkpoints what the trainer does, in its order: write, record, retire, sweep.
 
 The ledger is a journal of calls on the specification, each durable when it returns.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +74,13 @@ class Noted:
         """One consumer follows the other here."""
 
     def set_facts(self, facts: dict[str, Any]) -> None:
-        self._consumer.do(lambda ledger: ledger.set_facts(self._fence, None, facts))
+        self._consumer.do(lambda ledger: ledger.set_facts(self._fence, facts))
 
     def adopt(self, record: CheckpointRecord, lineage: Any) -> None:
-        self._consumer.do(lambda ledger: ledger.head(self._fence, None, record, lineage))
+        self._consumer.do(lambda ledger: ledger.head(self._fence, record, lineage))
 
     def fall_back(self, step: int) -> list[str]:
-        lost: list[str] = self._consumer.do(lambda ledger: ledger.fall_back(self._fence, None, step))
+        lost: list[str] = self._consumer.do(lambda ledger: ledger.fall_back(self._fence, step))
         return lost
 
 
@@ -148,12 +147,12 @@ class Consumer:
     def _step(self, step: int) -> TrainedStep:
         """Commit two samples, plan them, ack them: the same ones whoever gets to this step."""
         refs = [sample_ref(2 * step), sample_ref(2 * step + 1)]
-        self.do(lambda ledger: ledger.commit(None, None, refs))
+        self.do(lambda ledger: ledger.commit(None, refs))
         places = {e.sample_id: e.place for e in self.journal.ledger.read(0, 10_000).entries}
         plan = StepPlan(step, tuple(ref.sample_id for ref in refs))
         fence = self.fence
-        self.do(lambda ledger: ledger.plan(fence, None, plan))
-        self.do(lambda ledger: ledger.plan(fence, None, None, StepAck(step, 0, plan.sample_ids)))
+        self.do(lambda ledger: ledger.plan(fence, plan))
+        self.do(lambda ledger: ledger.plan(fence, None, StepAck(step, 0, plan.sample_ids)))
         samples = [TrainedSample(places[i], i, None, True) for i in plan.sample_ids]
         return TrainedStep(step, 0, tuple(samples))
 
@@ -164,13 +163,13 @@ class Consumer:
         self.whole.add(record)
         self._promise()
         fence = self.fence
-        self.do(lambda ledger: ledger.head(fence, None, record))
+        self.do(lambda ledger: ledger.head(fence, record))
         self.head = record
 
     def retire(self) -> None:
-        for record in self.records()[:-KEPT]:
-            self.whole.discard(record)
-            self.do(partial(_forget, record.step, self.fence))
+        self.whole -= set(self.records()[:-KEPT])
+        fence = self.fence
+        self.do(lambda ledger: ledger.retire(fence, KEPT))
         self._sweep()
 
     def _sweep(self) -> None:
@@ -193,7 +192,3 @@ class Consumer:
     def check_swept(self) -> None:
         names = {record.name for record in self.records()}
         assert {path.name for path in self.place.iterdir()} == names
-
-
-def _forget(step: int, fence: Fence, ledger: SpecificationLedger) -> None:
-    ledger.forget(fence, None, step)

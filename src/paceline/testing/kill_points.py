@@ -25,8 +25,8 @@ from paceline.crashpoints import reach, watch
 # change finds the same as a kill at one of these.
 QUESTIONS = frozenset(
     (
-        *("facts", "failed", "find", "history", "lsn", "ownership", "read", "releasable", "revoked"),
-        *("samples", "snapshot", "source_blocks", "step_plan", "usage", "wait"),
+        *("facts", "failed", "find", "history", "lsn", "ownership", "read"),
+        *("snapshot", "source_blocks", "step_plan", "usage", "wait"),
         *("close", "describe", "encode", "num_tokens", "written"),
     )
 )

@@ -271,7 +271,7 @@ def check(killed: KilledRun, wanted: Outcome) -> None:
     epoch = now.epochs["consumer"]
     losses = {"lose", "reboot", "damage_head"} & {fault.kind for fault in killed.faults}
     facts = {key for key, value in ledger.facts().items() if key.startswith("isolation.") and value}
-    quarantined = {sample.place: sample.sample_id for sample in ledger.samples(State.QUARANTINED)}
+    quarantined = {sample.place: sample.sample_id for sample in ledger.find(state=State.QUARANTINED).values()}
     visits = [sample for trained in ledger.history() for sample in trained.samples]
     log = quarantined | {sample.place: sample.sample_id for sample in visits}
     left = {
@@ -285,7 +285,7 @@ def check(killed: KilledRun, wanted: Outcome) -> None:
         "samples quarantined": set(quarantined.values()) ^ set(bad),
         "prompts failed": set(ledger.failed()) - {shape.bad_prompt} - {int(b[6:]) for b in bad},
         "prompts open": prompts.open,
-        "intents": ledger.ownership().promised or ledger.revoked(),
+        "intents": ledger.ownership().promised or ledger.ownership().revoked,
         "bytes on the books": usage.resident_bytes + usage.reserved_bytes + usage.waiting_samples,
         "lost samples": now.lost,
         "features missed that nobody took away": not losses and killed.counts["missed by the consumer"],

@@ -41,7 +41,7 @@ QUIET_MS = 40  # no news for so long: a stopped process may hold a lock, so it i
 DONE, FENCED, STALE, FAILED, BROKEN = range(10, 15)
 NOTED = {
     "ledger.set_facts(isolation).after": "isolation held",
-    "ledger.between_archives@compact": "history archived",
+    "ledger.between_archives@retire": "history archived",
     "ledger.fall_back.after": "fell back",
 }
 

@@ -9,12 +9,12 @@ import pytest
 
 from paceline.errors import IllegalTransitionError, IntentRevokedError
 from paceline.ledger.ledger import Ledger
-from paceline.ledger.producer_session import Wanted
 from paceline.ledger.records import (
     Budget,
     Lease,
     PromptCounts,
     StepAck,
+    Wanted,
 )
 from paceline.testing.ledger_calls import (
     Training,
@@ -110,13 +110,13 @@ class LedgerBytesSuite(ABC):
         training = Training(consumer_of(ledger))
         training.step(0, 1)
         fence = training.consumer.fence
-        assert ledger.releasable(fence, 10) == {}
+        assert ledger.release(fence, [], 10) == {}
         with pytest.raises(IllegalTransitionError, match="durable checkpoint"):
-            ledger.released(fence, 90, ids[:2])
+            ledger.release(fence.call(90), ids[:2], 10)
         training.checkpoint()
-        assert list(ledger.releasable(fence, 10)) == ids[:2]
-        ledger.released(fence, 91, ids[:2])
-        assert ledger.releasable(fence, 10) == {}
+        assert list(ledger.release(fence, [], 10)) == ids[:2]
+        assert list(ledger.release(fence.call(91), ids[:1], 10)) == ids[1:2]
+        assert ledger.release(fence.call(92), ids[1:2], 10) == {}
         assert list(ledger.ownership().present) == ids[2:]
 
     def test_bytes_are_counted_while_features_are_resident(self) -> None:
@@ -129,7 +129,7 @@ class LedgerBytesSuite(ABC):
         assert (usage.resident_samples, usage.resident_bytes) == (3, 300)
         assert (usage.provisional_samples, usage.provisional_bytes, usage.waiting_samples) == (2, 200, 1)
         training.checkpoint()
-        ledger.released(training.consumer.fence, 90, ids_of(0, 1))
+        ledger.release(training.consumer.fence.call(90), ids_of(0, 1), 0)
         usage = ledger.snapshot().usage
         assert (usage.resident_bytes, usage.provisional_bytes, usage.waiting_samples) == (100, 0, 1)
 
@@ -206,16 +206,16 @@ class LedgerBytesSuite(ABC):
         for step in (1, 2):
             consumer.plan(plan_of(step, step))
         with pytest.raises(IllegalTransitionError, match="step 2"):
-            ledger.plan(fence, 50, None, StepAck(2, 0, ()))
+            ledger.plan(fence.call(50), None, StepAck(2, 0, ()))
         with pytest.raises(IllegalTransitionError, match="revision"):
-            ledger.plan(fence, 51, None, StepAck(1, 1, ()))
-        ledger.plan(fence, 52, None, StepAck(1, 0, ()))
+            ledger.plan(fence.call(51), None, StepAck(1, 1, ()))
+        ledger.plan(fence.call(52), None, StepAck(1, 0, ()))
         assert ledger.snapshot().trained_step == 1
         with pytest.raises(IllegalTransitionError):
-            ledger.plan(fence, 53, None, StepAck(1, 0, ()))
-        ledger.plan(fence, 54, None, StepAck(2, 0, ()))
+            ledger.plan(fence.call(53), None, StepAck(1, 0, ()))
+        ledger.plan(fence.call(54), None, StepAck(2, 0, ()))
         with pytest.raises(IllegalTransitionError, match="none"):
-            ledger.plan(fence, 55, None, StepAck(3, 0, ()))
+            ledger.plan(fence.call(55), None, StepAck(3, 0, ()))
 
     def test_an_ack_goes_with_the_plan_of_the_next_step(self) -> None:
         """In one transaction: both, or, if either is refused, neither."""
@@ -224,10 +224,10 @@ class LedgerBytesSuite(ABC):
         consumer = consumer_of(ledger)
         consumer.plan(plan_of(1, 0))
         with pytest.raises(IllegalTransitionError, match="revision"):
-            ledger.plan(consumer.fence, 50, plan_of(2, 1), StepAck(1, 1, ()))
+            ledger.plan(consumer.fence.call(50), plan_of(2, 1), StepAck(1, 1, ()))
         assert (ledger.snapshot().trained_step, ledger.step_plan(2)) == (0, None)
         before = ledger.lsn()
-        ledger.plan(consumer.fence, 51, plan_of(2, 1), StepAck(1, 0, (id_of(0),)))
+        ledger.plan(consumer.fence.call(51), plan_of(2, 1), StepAck(1, 0, (id_of(0),)))
         assert (ledger.snapshot().trained_step, ledger.lsn()) == (1, before + 1)
         assert ledger.snapshot().usage.waiting_samples == 1
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.ledger import Ledger
-from paceline.ledger.producer_session import ProducerSession, Wanted
+from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.records import (
     CheckpointRecord,
     Order,
@@ -15,6 +15,7 @@ from paceline.ledger.records import (
     StepPlan,
     TrainedSample,
     TrainedStep,
+    Wanted,
     chain_of,
 )
 from paceline.testing.samples import sample_ref

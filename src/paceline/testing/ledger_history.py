@@ -17,7 +17,6 @@ from paceline.ledger.ledger import Ledger
 from paceline.ledger.records import (
     CONSUMER,
     Fence,
-    Intent,
     Order,
     SourceBlock,
     State,
@@ -25,6 +24,7 @@ from paceline.ledger.records import (
     StepPlan,
     TrainedSample,
     TrainedStep,
+    Wanted,
     producer_role,
 )
 from paceline.testing.ledger_calls import checkpoint_of, id_of
@@ -32,12 +32,11 @@ from paceline.testing.samples import sample_ref
 
 FINAL = {
     "acquire",
-    "evict",
     "head",
     "fall_back",
-    "forget",
+    "retire",
     "quarantine",
-    "fail",
+    "give_back",
     "end_stream",
     "settle_facts",
 }
@@ -80,7 +79,7 @@ class History:
         op = self.ops[role]
 
         def call() -> None:
-            self.answer = getattr(self.ledger, name)(self.fences[role], op, *args, **kwargs)
+            self.answer = getattr(self.ledger, name)(self.fences[role].call(op), *args, **kwargs)
 
         self.answer = None
         yield name, call
@@ -91,7 +90,7 @@ class History:
         numbers = [lease.ordinal for lease in self.answer or []]
         if not numbers:
             return
-        wanted = [Intent(0, id_of(n), 100 + n, n) for n in numbers]
+        wanted = [Wanted(n, id_of(n), 100 + n) for n in numbers]
         yield from self._change("reserve", worker, wanted, None)
         refs = [
             replace(sample_ref(n, ordinal=n), generation=generation)
@@ -133,11 +132,10 @@ class History:
         first = min(open_places, default=now.settled)
         record = checkpoint_of(since, head.chain if head else "", first_place=first)
         yield from self._change("head", "", record)
-        freed = list(ledger.releasable(self.fences[CONSUMER], 50))
-        yield from self._change("released", "", freed)
-        for old in ledger.snapshot().checkpoints[:-2]:
-            yield from self._change("forget", "", old.step)
-        yield from self._change("compact", "")
+        yield from self._change("release", "", [], 50)
+        if self.answer:
+            yield from self._change("release", "", list(self.answer), 50)
+        yield from self._change("retire", "", 2)
 
     def _trouble(self) -> Iterator[Call]:
         ledger, worker = self.ledger, self.rng.choice(WORKERS)
@@ -159,11 +157,11 @@ class History:
         elif kind == 5:
             yield from self._change("set_facts", "", {"n": self.rng.random()})
         elif kind == 6:
-            yield from self._change("swept", worker, [i.generation for i in ledger.revoked()])
+            yield from self._change("swept", worker, list(ledger.ownership().revoked))
         else:
             yield from self._change("lease", worker, 1)
             ordinals = [lease.ordinal for lease in self.answer or []]
-            yield from self._change("fail", worker, ordinals, reason="no", attempt_max=2)
+            yield from self._change("give_back", worker, ordinals, failure="no", attempt_max=2)
 
     def _renew(self, role: str) -> None:
         self._take(role)
@@ -175,12 +173,11 @@ def state_of(ledger: Ledger) -> dict[str, Any]:
     return {
         "snapshot": asdict(replace(ledger.snapshot(), lsn=0)),
         "page": ledger.read(0, 10_000),
-        "samples": [ledger.samples(state) for state in State],
+        "samples": [list(ledger.find(state=state).values()) for state in State],
         "history": list(ledger.history()),
         "failed": ledger.failed(),
         "ownership": ledger.ownership(),
-        "revoked": ledger.revoked(),
-        "releasable": list(ledger.releasable(None, 1000).items()),
+        "releasable": list(ledger.release(None, [], 1000).items()),
         "source": ledger.source_blocks(),
         "facts": ledger.facts(),
     }

@@ -18,13 +18,13 @@ from paceline.ledger.records import (
     Budget,
     CheckpointRecord,
     Fence,
-    Intent,
     Order,
     SourceBlock,
     StepAck,
     StepPlan,
     TrainedSample,
     TrainedStep,
+    Wanted,
     chain_of,
     producer_role,
 )
@@ -94,12 +94,10 @@ class LedgerMoves:
 
     def _call(self, name: str, fence: Fence | None, *args: Any, **kwargs: Any) -> Any:
         """Under the fence's next operation number."""
-        op = None
-        if fence is not None:
-            op = self._ops[fence] + 1
-        outcome = self.twins.call(name, fence, op, *args, **kwargs)
-        if outcome.error is None and fence is not None and op is not None:
-            self._ops[fence] = op
+        numbered = None if fence is None else fence.call(self._ops[fence] + 1)
+        outcome = self.twins.call(name, numbered, *args, **kwargs)
+        if outcome.error is None and fence is not None:
+            self._ops[fence] += 1
             self._past[fence] = (name, args, kwargs, outcome.value)
         return outcome.value if outcome.error is None else None
 
@@ -111,8 +109,8 @@ class LedgerMoves:
         ref = sample_ref(number, ordinal=number, num_bytes=100 + number)
         worker = "" if fence is None else fence.worker
         intents = [
-            x.generation
-            for x in self.twins.memory.rows.intents.values()
+            generation
+            for generation, x in self.twins.memory.rows.intents.items()
             if x.sample_id == IDS[number] and (x.worker == worker or picks.rarely())
         ]
         turn = picks.below(8)
@@ -142,8 +140,8 @@ class LedgerMoves:
         leases = self._call("lease", fence, 1 + picks.below(4), picks.one([None, None, 2, 3]))
         self.twins.leased(leases or [])
 
-    def _wanted(self, picks: Picks) -> list[Intent]:
-        return [Intent(0, IDS[n], 10 + n, n) for n in picks.some(list(range(NUMBERS)))]
+    def _wanted(self, picks: Picks) -> list[Wanted]:
+        return [Wanted(n, IDS[n], 10 + n) for n in picks.some(list(range(NUMBERS)))]
 
     def reserve(self, picks: Picks) -> None:
         budget = picks.one([None, None, Budget(200), Budget(1000, 2), Budget(1000, 6)])
@@ -175,14 +173,14 @@ class LedgerMoves:
 
     def swept(self, picks: Picks) -> None:
         """Some revoked bytes are gone; bytes may lie there that an older copy never gave out."""
-        generations = [x.generation for x in self.twins.memory.rows.intents.values()]
+        generations = list(self.twins.memory.rows.intents)
         skip = picks.below(40) if picks.rarely() else 0
         self._call("swept", self._producer(picks), picks.some([*generations, 999]), skip)
 
     def fail(self, picks: Picks) -> None:
         ordinals = picks.some(sorted(self.twins.history.held) or list(range(NUMBERS)))
-        how = {"reason": f"reason {picks.below(3)}", "attempt_max": picks.one([None, 1, 2, 3])}
-        failed = self._call("fail", self._producer(picks), ordinals, **how)
+        how = {"failure": f"reason {picks.below(3)}", "attempt_max": picks.one([None, 1, 2, 3])}
+        failed = self._call("give_back", self._producer(picks), ordinals, **how)
         self.twins.counts["met: a hole in the log"] += bool(failed)
 
     def give_back(self, picks: Picks) -> None:
@@ -216,19 +214,6 @@ class LedgerMoves:
         other = Order.ARRIVAL if self._order == Order.ORDINAL else Order.ORDINAL
         self.twins.call("acquire", producer_role(picks.one(WORKERS)), "holder", other)
 
-    def evict(self, picks: Picks) -> None:
-        worker = picks.one(WORKERS)
-        done = self.twins.call("evict", fence := self._producer(picks), None, worker)
-        if done.error is None:
-            self.twins.counts["met: a worker evicted"] += 1
-            role = producer_role(worker)
-            epoch = self.twins.memory.snapshot().epochs[role]
-            self._fences[role].append(Fence(role, epoch))
-            self.twins.history.held = {
-                n for n, p in self.twins.memory.rows.prompts.items() if p.state == "leased"
-            }
-            assert fence is not None or self._order == Order.ARRIVAL
-
     # -- the consumer ------------------------------------------------------------------------
 
     def _plan(self, step: int, rev: int, picks: Picks) -> StepPlan:
@@ -255,7 +240,7 @@ class LedgerMoves:
         self.twins.counts["met: an ack with the next plan"] += memory.snapshot().trained_step > trained
 
     def leave(self, picks: Picks) -> None:
-        self._call("leave", self._consumer(picks), self.twins.memory.snapshot().trained_step + picks.below(3))
+        self._call("plan", self._consumer(picks), None)
 
     def ack(self, picks: Picks) -> None:
         ack = self._ack(picks)
@@ -356,9 +341,9 @@ class LedgerMoves:
         if self._head() == record and not any(a.record == record for a in self._archive):
             self._archive.append(Archived(record, tuple(lineage)))
 
-    def forget(self, picks: Picks) -> None:
-        steps = [c.step for c in self.twins.memory.snapshot().checkpoints] or [1]
-        self._call("forget", self._consumer(picks), picks.one(steps))
+    def retire(self, picks: Picks) -> None:
+        self._call("retire", self._consumer(picks), picks.below(4))
+        self.twins.counts["met: archived samples"] += bool(self.twins.memory.rows.archived_ids)
 
     def fall_back(self, picks: Picks) -> None:
         steps = [c.step for c in self.twins.memory.snapshot().checkpoints]
@@ -373,15 +358,10 @@ class LedgerMoves:
 
     def release(self, picks: Picks) -> None:
         fence = self._consumer(picks)
-        found = self.twins.call("releasable", fence, 1 + picks.below(6))
-        ids = list(found.value or [])
+        ids = list(self._call("release", fence, [], 1 + picks.below(6)) or [])
         if picks.rarely():
             ids = picks.some(IDS)
-        self._call("released", fence, ids)
-
-    def compact(self, picks: Picks) -> None:
-        self._call("compact", self._consumer(picks))
-        self.twins.counts["met: archived samples"] += bool(self.twins.memory.rows.archived_ids)
+        self._call("release", fence, ids, picks.below(3))
 
     # -- in good order, so that samples come to the end of their lives --------------------------
 
@@ -391,7 +371,7 @@ class LedgerMoves:
         leases = self._call("lease", fence, 3) or []
         self.twins.leased(leases)
         numbers = [lease.ordinal for lease in leases if lease.ordinal < NUMBERS]
-        wanted = [Intent(0, IDS[n], 100 + n, n) for n in numbers]
+        wanted = [Wanted(n, IDS[n], 100 + n) for n in numbers]
         generations = self._call("reserve", fence, wanted, None) or []
         self.twins.reserved(generations)
         refs = [
@@ -414,12 +394,9 @@ class LedgerMoves:
         """Checkpoint, free, forget the older checkpoints, archive."""
         fence = self._fences[CONSUMER][-1]
         self.checkpoint(Picks([]))
-        freed = self.twins.call("releasable", fence, 100).value or {}
-        self._call("released", fence, list(freed))
-        for old in self.twins.memory.snapshot().checkpoints[: -1 - picks.below(3)]:
-            self._call("forget", fence, old.step)
-        if picks.below(3):
-            self.compact(Picks([]))
+        freed = self._call("release", fence, [], 100) or {}
+        self._call("release", fence, list(freed), 100)
+        self._call("retire", fence, 1 + picks.below(3))
 
     # -- any role ----------------------------------------------------------------------------
 
@@ -439,7 +416,7 @@ class LedgerMoves:
             name, args, kwargs, value = self._past[fence]
             lasting = self.twins.memory.rows.roles[fence.role].last_op == self._ops[fence]
             before = self.twins.memory.lsn()
-            again = self.twins.call(name, fence, self._ops[fence], *args, **kwargs)
+            again = self.twins.call(name, fence.call(self._ops[fence]), *args, **kwargs)
             self.twins.counts["met: a call repeated"] += 1
             if lasting and (again.value != value or self.twins.memory.lsn() != before):
                 raise DisagreementError(f"{name} repeated: {value} before, {again} now")
@@ -450,7 +427,7 @@ class LedgerMoves:
         held = [f for f in self._past if self._fences[f.role][-1] == f and roles[f.role].last_op > 1]
         if held:
             fence, before = picks.one(held), self.twins.memory.lsn()
-            self.twins.call("set_facts", fence, 1, {"late": True})
+            self.twins.call("set_facts", fence.call(1), {"late": True})
             if self.twins.memory.lsn() != before:
                 raise DisagreementError("a call that arrived late changed something")
 
@@ -473,9 +450,9 @@ class LedgerMoves:
 # How often a long run takes each, so that samples get through all of their life.
 WEIGHTS: dict[str, int] = {
     "capture": 8, "train": 12, "cover": 7,
-    "extend": 3, "lease": 3, "reserve": 2, "swept": 1, "commit": 4, "commit_again": 2, "fail": 2,
-    "give_back": 1, "end_stream": 1, "report_lost": 2, "acquire": 2, "other_order": 1, "evict": 1,
-    "begin": 5, "leave": 1, "ack": 5, "checkpoint": 3, "adopt_again": 2, "adopt_new": 2, "forget": 1,
-    "fall_back": 2, "quarantine": 1, "release": 2, "compact": 2, "set_facts": 1, "settle_facts": 1,
+    "extend": 3, "lease": 3, "reserve": 2, "swept": 1, "commit": 4, "commit_again": 2, "fail": 4,
+    "give_back": 1, "end_stream": 1, "report_lost": 2, "acquire": 2, "other_order": 1,
+    "begin": 5, "leave": 1, "ack": 5, "checkpoint": 3, "adopt_again": 2, "adopt_new": 2, "retire": 2,
+    "fall_back": 2, "quarantine": 1, "release": 2, "set_facts": 1, "settle_facts": 1,
     "repeat": 2, "arrive_late": 1, "reopen": 1, "save": 1, "restore": 1,
 }  # fmt: skip

@@ -11,7 +11,6 @@ from paceline.errors import FencedError, IllegalTransitionError, IntentRevokedEr
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.records import (
     BegunStep,
-    Intent,
     Lease,
     Order,
     PromptCounts,
@@ -20,6 +19,7 @@ from paceline.ledger.records import (
     StepAck,
     TrainedSample,
     TrainedStep,
+    Wanted,
 )
 from paceline.testing.ledger_calls import (
     Training,
@@ -62,20 +62,6 @@ class LedgerProtocolSuite(ABC):
         assert again.ownership().promised == {stays.generation: stays.sample_id}
         assert other.commit([stays]) == [stays]
 
-    def test_an_evicted_worker_is_fenced_and_its_prompts_are_leased_again(self) -> None:
-        """By the worker that saw it hang; the one that evicts keeps its own."""
-        ledger = self.make()
-        hangs, works = producer_of(ledger, "a"), producer_of(ledger, "b")
-        hangs.lease(1)
-        works.lease(1)
-        [late], [mine] = refs_of(hangs, 0), refs_of(works, 1)
-        works.evict("a")
-        with pytest.raises(FencedError, match="taken over"):
-            hangs.commit([late])
-        assert works.lease(1) == [Lease(0, deaths=1)]
-        assert works.commit([mine]) == [mine]
-        assert works.revoked() == [(late.sample_id, late.generation)]
-
     def test_bytes_of_no_worker_can_be_told_from_all_others(self) -> None:
         """A generation below the next one that is neither present nor promised is an orphan, for ever."""
         ledger = self.make()
@@ -114,7 +100,7 @@ class LedgerProtocolSuite(ABC):
         for deaths in (0, 1, 2):
             consumer = consumer_of(ledger)
             assert consumer.plan(plan) == BegunStep(plan, deaths)
-        consumer.leave(1)
+        consumer.leave()
         consumer = consumer_of(ledger)
         assert consumer.plan(plan).deaths == 2
         consumer.ack(1, 0, [])
@@ -128,38 +114,38 @@ class LedgerProtocolSuite(ABC):
         ledger = self.make()
         p, consumer = producer_of(ledger).fence, consumer_of(ledger)
         c = consumer.fence
-        leases = ledger.lease(p, 2, 1)
-        assert ledger.lease(p, 2, 1) == leases == [Lease(0)]
-        wanted = [Intent(0, id_of(0), 1, 0)]
-        generations = ledger.reserve(p, 3, wanted, None)
+        leases = ledger.lease(p.call(2), 1)
+        assert ledger.lease(p.call(2), 1) == leases == [Lease(0)]
+        wanted = [Wanted(0, id_of(0), 1)]
+        generations = ledger.reserve(p.call(3), wanted, None)
         assert generations is not None
-        assert ledger.reserve(p, 3, wanted, None) == generations
+        assert ledger.reserve(p.call(3), wanted, None) == generations
         ref = replace(sample_ref(0, ordinal=0), generation=generations[0])
-        assert ledger.commit(p, 4, [ref]) == ledger.commit(p, 4, [ref]) == [True]
-        assert ledger.lease(p, 5, 1) == [Lease(1)]
-        failed = [ledger.fail(p, 6, [1], reason="no", attempt_max=None) for _ in range(2)]
+        assert ledger.commit(p.call(4), [ref]) == ledger.commit(p.call(4), [ref]) == [True]
+        assert ledger.lease(p.call(5), 1) == [Lease(1)]
+        failed = [ledger.give_back(p.call(6), [1], failure="no") for _ in range(2)]
         assert failed == [[1], [1]]
-        begun = [ledger.plan(c, 1, plan_of(1, 0)) for _ in range(2)]
+        begun = [ledger.plan(c.call(1), plan_of(1, 0)) for _ in range(2)]
         assert begun == [BegunStep(plan_of(1, 0), 0)] * 2
         before = ledger.lsn()
         for _ in range(2):
-            ledger.plan(c, 2, None, StepAck(1, 0, (id_of(0),)))
+            ledger.plan(c.call(2), None, StepAck(1, 0, (id_of(0),)))
         record = checkpoint_of([trained_step(1, 0)])
         for _ in range(2):
-            ledger.head(c, 3, record)
+            ledger.head(c.call(3), record)
         assert ledger.lsn() == before + 2
-        assert [ledger.fall_back(c, 4, 1), ledger.fall_back(c, 4, 1)] == [[], []]
-        assert [ledger.compact(c, 5), ledger.compact(c, 5)] == [0, 0]
+        assert [ledger.fall_back(c.call(4), 1), ledger.fall_back(c.call(4), 1)] == [[], []]
+        assert [ledger.retire(c.call(5), 9), ledger.retire(c.call(5), 9)] == [0, 0]
 
     def test_a_copy_of_an_operation_that_arrives_late_changes_nothing(self) -> None:
         """A delayed call, answered long ago, is told from a new one by its number."""
         ledger = self.make()
         p = producer_of(ledger).fence
-        ledger.lease(p, 2, 1)
-        ledger.give_back(p, 3, [0])
+        ledger.lease(p.call(2), 1)
+        ledger.give_back(p.call(3), [0])
         before = ledger.lsn()
         with pytest.raises(FencedError, match="arrived after operation 3"):
-            ledger.lease(p, 2, 1)
+            ledger.lease(p.call(2), 1)
         assert ledger.lsn() == before
         assert ledger.snapshot().prompts.leased == 0
 
@@ -199,10 +185,11 @@ class LedgerProtocolSuite(ABC):
         for behind in (first, checkpoint_of([one, trained_step(2)], name="another")):
             with pytest.raises(IllegalTransitionError):
                 training.consumer.head(behind)
-        with pytest.raises(IllegalTransitionError):
-            training.consumer.forget(2)
-        training.consumer.forget(1)
-        assert training.consumer.checkpoints() == (second,)
+        training.consumer.retire(2)
+        assert training.consumer.checkpoints() == (first, second)
+        for keep in (1, 0):
+            training.consumer.retire(keep)
+            assert training.consumer.checkpoints() == (second,)
 
     def test_a_head_must_tell_the_story_of_the_plans(self) -> None:
         """A checkpoint whose chain is not that of the recorded plans never becomes head."""
@@ -225,8 +212,8 @@ class LedgerProtocolSuite(ABC):
         first = training.checkpoint()
         training.step(1)
         training.checkpoint()
-        ledger.released(training.consumer.fence, 90, ids[:2])
-        assert ledger.fall_back(training.consumer.fence, 91, 1) == [ids[1]]
+        ledger.release(training.consumer.fence.call(90), ids[:2], 0)
+        assert ledger.fall_back(training.consumer.fence.call(91), 1) == [ids[1]]
         assert ledger.snapshot().checkpoints == (first,)
         assert [r.durable for r in ledger.find(ids).values()] == [True, False, False]
         assert [e.state for e in ledger.read(0, 3).entries] == [State.RELEASED, State.LOST, State.PRESENT]
@@ -263,7 +250,7 @@ class LedgerProtocolSuite(ABC):
         lineage = [TrainedStep(1, 0, samples)]
         consumer_of(ledger).adopt(checkpoint_of(lineage), lineage)
         assert ledger.snapshot().order == Order.ARRIVAL
-        assert ledger.commit(None, None, [sample_ref(2)]) == [True]
+        assert ledger.commit(None, [sample_ref(2)]) == [True]
         assert [entry.sample_id for entry in ledger.read(0, 9).entries] == ids_of(0, 1, 2)
 
     def test_what_a_forgotten_lineage_passed_over_stays_a_hole(self) -> None:
@@ -346,8 +333,8 @@ class LedgerProtocolSuite(ABC):
         training = Training(consumer_of(ledger))
         trained = training.step(1, 0)
         training.checkpoint(first_place=2)
-        ledger.released(training.consumer.fence, 90, ids[:2])
-        assert [ledger.compact(training.consumer.fence, op) for op in (91, 92)] == [2, 0]
+        ledger.release(training.consumer.fence.call(90), ids[:2], 0)
+        assert [ledger.retire(training.consumer.fence.call(op), 9) for op in (91, 92)] == [2, 0]
         assert list(ledger.find(ids)) == ids[2:]
         assert list(ledger.history()) == list(ledger.history(step=1)) == [trained]
         assert list(ledger.history(sample_id=ids[0])) == [trained]
@@ -356,9 +343,9 @@ class LedgerProtocolSuite(ABC):
         assert ledger.snapshot().committed == 3
         assert ledger.snapshot().prompts == PromptCounts(pending=1, done=3)
         with pytest.raises(IllegalTransitionError, match="archived"):
-            ledger.fall_back(training.consumer.fence, 93, 0)
+            ledger.fall_back(training.consumer.fence.call(93), 0)
         with pytest.raises(IllegalTransitionError, match="archived"):
-            training.consumer.ledger.plan(training.consumer.fence, 94, plan_of(1, 0))
+            training.consumer.ledger.plan(training.consumer.fence.call(94), plan_of(1, 0))
         assert producer.extend([SourceBlock(0, 4, "4 prompts"), SourceBlock(4, 1, "one")]) == 1
 
     def test_what_a_resume_would_read_is_not_archived(self) -> None:
@@ -368,8 +355,8 @@ class LedgerProtocolSuite(ABC):
         training = Training(consumer_of(ledger))
         training.step(0, 1, 2)
         training.checkpoint(first_place=1)
-        ledger.released(training.consumer.fence, 90, ids)
-        training.consumer.ledger.compact(training.consumer.fence, 91)
+        ledger.release(training.consumer.fence.call(90), ids, 0)
+        ledger.retire(training.consumer.fence.call(91), 9)
         assert [e.sample_id for e in ledger.read(1, 9).entries] == ids[1:]
 
     # -- samples that cannot be trained ----------------------------------------------------
@@ -382,7 +369,7 @@ class LedgerProtocolSuite(ABC):
         consumer = consumer_of(ledger)
         consumer.quarantine(ids[:1], step=1, reason="loss is nan")
         consumer.report_lost(ids[:1])
-        [record] = ledger.samples(State.QUARANTINED)
+        [record] = ledger.find(state=State.QUARANTINED).values()
         assert (record.sample_id, record.step, record.reason) == (ids[0], 1, "loss is nan")
         assert ledger.snapshot().usage.waiting_samples == 1
         assert producer.lost() == []
@@ -398,18 +385,18 @@ class LedgerProtocolSuite(ABC):
         fence = training.consumer.fence
         training.consumer.quarantine(ids[:1], step=2, reason="x")
         training.consumer.quarantine(ids[1:], step=None, reason="never planned")
-        assert list(ledger.releasable(fence, 9)) == ids[1:]
+        assert list(ledger.release(fence, [], 9)) == ids[1:]
         training.step()
         training.checkpoint()
         with pytest.raises(IllegalTransitionError):
-            ledger.released(fence, 90, ids[:1])
-        ledger.plan(fence, 91, plan_of(2))
-        ledger.plan(fence, 92, None, StepAck(2, 0, ()))
-        ledger.head(fence, 93, checkpoint_of([trained_step(1), trained_step(2)]))
-        assert list(ledger.releasable(fence, 9)) == ids
-        ledger.released(fence, 94, ids)
+            ledger.release(fence.call(90), ids[:1], 0)
+        ledger.plan(fence.call(91), plan_of(2))
+        ledger.plan(fence.call(92), None, StepAck(2, 0, ()))
+        ledger.head(fence.call(93), checkpoint_of([trained_step(1), trained_step(2)]))
+        assert list(ledger.release(fence, [], 9)) == ids
+        ledger.release(fence.call(94), ids, 0)
         assert ledger.ownership().present == {}
-        assert len(ledger.samples(State.QUARANTINED)) == 2
+        assert len(ledger.find(state=State.QUARANTINED).values()) == 2
 
     def test_durable_weights_are_not_put_in_quarantine(self) -> None:
         """A sample that they contain is trained; that cannot be taken back."""
@@ -419,7 +406,7 @@ class LedgerProtocolSuite(ABC):
         training.step(0)
         training.checkpoint()
         training.consumer.quarantine(ids, step=1, reason="too late")
-        assert ledger.samples(State.QUARANTINED) == []
+        assert ledger.find(state=State.QUARANTINED) == {}
 
     def test_a_lost_sample_whose_prompt_fails_for_good_is_quarantined(self) -> None:
         """It will never come back, so no consumer must wait for it; its place is no hole."""
@@ -429,7 +416,7 @@ class LedgerProtocolSuite(ABC):
         producer.report_lost([sample_id])
         producer.lease(1)
         assert producer.fail([0], "the engine failed") == [0]
-        [record] = ledger.samples(State.QUARANTINED)
+        [record] = ledger.find(state=State.QUARANTINED).values()
         assert (record.sample_id, record.reason) == (sample_id, "the engine failed")
         assert ledger.snapshot().usage.waiting_samples == 0
         assert [e.sample_id for e in ledger.read(0, 1).entries] == [sample_id]

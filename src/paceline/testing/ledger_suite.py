@@ -11,13 +11,13 @@ import pytest
 from paceline.errors import ConfigError, FencedError, IllegalTransitionError, IntentRevokedError
 from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.records import (
-    Intent,
     Lease,
     Order,
     PromptCounts,
     SourceBlock,
     State,
     StepAck,
+    Wanted,
     producer_role,
 )
 from paceline.testing.ledger_bytes_suite import LedgerBytesSuite
@@ -148,7 +148,7 @@ class LedgerSuite(LedgerBytesSuite):
         quick.lease(2)
         quick.commit(refs_of(quick, 1, 2))
         assert slow.ledger.read(0, 3).settled == 0
-        quick.evict("a")
+        producer_of(ledger, "a", prompts=3)
         quick.lease(1)
         [again] = refs_of(quick, 0)
         quick.fail([0], "no", retryable=False)
@@ -269,8 +269,8 @@ class LedgerSuite(LedgerBytesSuite):
         """All of it or nothing: two first starts with different configurations, at the same moment."""
         ledger = self.make()
         wanted = {"config": (1, 2), "prompts": "a"}
-        assert ledger.set_facts(None, None, wanted, settle=True) == {"config": [1, 2], "prompts": "a"}
-        assert ledger.set_facts(None, None, {"config": 3, "more": 4}, settle=True) == {"config": [1, 2]}
+        assert ledger.set_facts(None, wanted, settle=True) == {"config": [1, 2], "prompts": "a"}
+        assert ledger.set_facts(None, {"config": 3, "more": 4}, settle=True) == {"config": [1, 2]}
         assert ledger.facts() == {"config": [1, 2], "prompts": "a"}
 
     # -- waiting ---------------------------------------------------------------------------
@@ -281,7 +281,7 @@ class LedgerSuite(LedgerBytesSuite):
         seen, woken = ledger.lsn(), []
         waiter = threading.Thread(target=lambda: woken.append(ledger.wait(seen, timeout_s=60.0)))
         waiter.start()
-        ledger.set_facts(None, None, {"x": 1})
+        ledger.set_facts(None, {"x": 1})
         waiter.join(timeout=60.0)
         assert woken == [seen + 1]
 
@@ -289,7 +289,7 @@ class LedgerSuite(LedgerBytesSuite):
         """A change between the look and the wait is not missed."""
         ledger = self.make()
         seen = ledger.lsn()
-        ledger.set_facts(None, None, {"x": 1})
+        ledger.set_facts(None, {"x": 1})
         assert ledger.wait(seen, timeout_s=60.0) == seen + 1
         assert ledger.wait(seen + 1, timeout_s=0.0) == seen + 1
 
@@ -310,30 +310,28 @@ class LedgerSuite(LedgerBytesSuite):
         consumer_of(ledger)
         before = ledger.lsn()
         attempts: list[Callable[[], object]] = [
-            lambda: ledger.evict(p, 9, "other"),
-            lambda: ledger.extend(p, 9, [SourceBlock(6, 1, "x")]),
-            lambda: ledger.lease(p, 9, 1),
-            lambda: ledger.fail(p, 9, [0], reason="", attempt_max=None),
-            lambda: ledger.give_back(p, 9, [0]),
-            lambda: ledger.end_stream(p, 9, True),
-            lambda: ledger.reserve(p, 9, [Intent(0, "x", 1, 1)], None),
-            lambda: ledger.commit(p, 9, [sample_ref(9, ordinal=1)]),
-            lambda: ledger.swept(p, 9, [1], 99),
-            lambda: ledger.report_lost(p, 9, ids),
-            lambda: ledger.plan(c, 9, plan_of(1, 0)),
-            lambda: ledger.plan(c, 9, None, StepAck(1, 0, tuple(ids))),
-            lambda: ledger.leave(c, 9, 1),
-            lambda: ledger.head(c, 9, checkpoint_of([trained_step(1, 0)])),
-            lambda: ledger.head(c, 9, checkpoint_of([trained_step(1, 0)]), [trained_step(1, 0)]),
-            lambda: ledger.fall_back(c, 9, 0),
-            lambda: ledger.forget(c, 9, 1),
-            lambda: ledger.quarantine(c, 9, ids, step=1, reason="x"),
-            lambda: ledger.releasable(c, 1),
-            lambda: ledger.released(c, 9, ids),
-            lambda: ledger.report_lost(c, 9, ids),
-            lambda: ledger.compact(c, 9),
-            lambda: ledger.set_facts(c, 9, {"x": 1}),
-            lambda: ledger.set_facts(c, 9, {"x": 1}, settle=True),
+            lambda: ledger.extend(p.call(9), [SourceBlock(6, 1, "x")]),
+            lambda: ledger.lease(p.call(9), 1),
+            lambda: ledger.give_back(p.call(9), [0]),
+            lambda: ledger.give_back(p.call(9), [0], failure="no"),
+            lambda: ledger.end_stream(p.call(9), True),
+            lambda: ledger.reserve(p.call(9), [Wanted(1, "x", 1)], None),
+            lambda: ledger.commit(p.call(9), [sample_ref(9, ordinal=1)]),
+            lambda: ledger.swept(p.call(9), [1], 99),
+            lambda: ledger.report_lost(p.call(9), ids),
+            lambda: ledger.plan(c.call(9), plan_of(1, 0)),
+            lambda: ledger.plan(c.call(9), None, StepAck(1, 0, tuple(ids))),
+            lambda: ledger.plan(c.call(9), None),
+            lambda: ledger.head(c.call(9), checkpoint_of([trained_step(1, 0)])),
+            lambda: ledger.head(c.call(9), checkpoint_of([trained_step(1, 0)]), [trained_step(1, 0)]),
+            lambda: ledger.fall_back(c.call(9), 0),
+            lambda: ledger.retire(c.call(9), 1),
+            lambda: ledger.quarantine(c.call(9), ids, step=1, reason="x"),
+            lambda: ledger.release(c, [], 1),
+            lambda: ledger.release(c.call(9), ids, 1),
+            lambda: ledger.report_lost(c.call(9), ids),
+            lambda: ledger.set_facts(c.call(9), {"x": 1}),
+            lambda: ledger.set_facts(c.call(9), {"x": 1}, settle=True),
         ]
         for attempt in attempts:
             with pytest.raises(FencedError, match="taken over"):
@@ -350,8 +348,8 @@ class LedgerSuite(LedgerBytesSuite):
         consumer = consumer_of(ledger)
         consumer.quarantine([ids[1]], step=None, reason="bad")
         producer.report_lost(ids)
-        assert [r.sample_id for r in ledger.samples(State.LOST)] == [ids[0], ids[2]]
-        assert [r.sample_id for r in ledger.samples(State.LOST, 1)] == [ids[0]]
-        [quarantined] = ledger.samples(State.QUARANTINED)
+        assert [r.sample_id for r in ledger.find(state=State.LOST).values()] == [ids[0], ids[2]]
+        assert [r.sample_id for r in ledger.find(state=State.LOST, limit=1).values()] == [ids[0]]
+        [quarantined] = ledger.find(state=State.QUARANTINED).values()
         assert (quarantined.sample_id, quarantined.reason, quarantined.step) == (ids[1], "bad", None)
-        assert ledger.samples(State.PRESENT) == []
+        assert ledger.find(state=State.PRESENT) == {}

@@ -50,7 +50,6 @@ from paceline.testing.mutants_changes import (
     past_a_hole,
     plan_forgotten,
     release_any_generation,
-    release_unfenced,
     reversed_places,
     same_epoch,
     seed_of_the_moment,
@@ -78,14 +77,14 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "reserve without fence": Mutant("a zombie producer reserves", ((Store, "reserve", unfenced),)),
     "lease without fence": Mutant("a zombie producer leases", ((Store, "lease", unfenced),)),
-    "fail without fence": Mutant("a zombie fails its successor's prompt", ((Store, "fail", unfenced),)),
+    "fail without fence": Mutant("a zombie fails its successor's prompt", ((Store, "give_back", unfenced),)),
     "plan and ack without fence": Mutant("a zombie consumer acks", ((Store, "plan", unfenced),)),
     "ack not taken with the plan": Mutant("trained, never freed", ((Store, "plan", ack_left_out),)),
     "ack kept over a checkpoint": Mutant(
         "the head covers what is not acked", ((ConsumerSession, "write_ack", nothing),)
     ),
     "head without fence": Mutant("a zombie's checkpoint is head", ((Store, "head", unfenced),)),
-    "release without fence": Mutant("a zombie deleter frees", ((Store, "releasable", release_unfenced),)),
+    "release without fence": Mutant("a zombie deleter frees", ((Store, "release", unfenced),)),
     "facts without fence": Mutant("a zombie asks for a checkpoint", ((Store, "set_facts", unfenced),)),
     "end without fence": Mutant("a zombie ends the stream", ((Store, "end_stream", unfenced),)),
     "epochs stand still": Mutant("nobody is ever fenced", ((Store, "_next_epoch", same_epoch),)),
@@ -176,13 +175,13 @@ MUTANTS: dict[str, Mutant] = {
             (isolation, "DEATHS_BEFORE_ISOLATION", lambda _: 1),
         ),
     ),
-    "archived too early": Mutant("no way back", ((Store, "compact", archives_everything),)),
+    "archived too early": Mutant("no way back", ((Store, "retire", archives_everything),)),
     "archived though it is read": Mutant(
-        "a resume finds no samples", ((Store, "compact", archives_what_is_read),)
+        "a resume finds no samples", ((Store, "retire", archives_what_is_read),)
     ),
     "revision not planned": Mutant(
         "bad samples are trained",
-        ((StepLoader, "revise", lambda real: lambda self, planned, quarantined: planned),),
+        ((StepLoader, "revise", lambda real: lambda self, planned, quarantined: real(self, planned, ())),),
     ),
 }
 

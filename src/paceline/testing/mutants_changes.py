@@ -43,19 +43,13 @@ class Mutant:
 
 def current(ledger: Store, fence: Fence | None) -> Fence | None:
     """The fence that the role's holder has by now."""
-    return None if fence is None else replace(fence, epoch=ledger.rows.roles[fence.role].epoch)
+    if fence is None or fence.epoch == ledger.rows.roles[fence.role].epoch:
+        return fence
+    return Fence(fence.role, ledger.rows.roles[fence.role].epoch)
 
 
 def unfenced(real: Any) -> Any:
-    def call(self: Store, fence: Fence | None, op: int | None, *args: Any, **kwargs: Any) -> Any:
-        now = current(self, fence)
-        return real(self, now, op if now == fence else None, *args, **kwargs)
-
-    return call
-
-
-def release_unfenced(real: Any) -> Any:
-    return lambda self, fence, limit: real(self, current(self, fence), limit)
+    return lambda self, fence, *args, **kwargs: real(self, current(self, fence), *args, **kwargs)
 
 
 def same_epoch(_: Any) -> Any:
@@ -72,8 +66,8 @@ def ops_forgotten(real: Any) -> Any:
     """Every call looks like a new one."""
 
     @contextmanager
-    def mutation(self: Store, fence: Fence | None, op: int | None = None) -> Iterator[Any]:
-        with real(self, fence, None) as operation:
+    def mutation(self: Store, fence: Fence | None) -> Iterator[Any]:
+        with real(self, fence and replace(fence, op=None)) as operation:
             yield operation
 
     return mutation
@@ -86,11 +80,11 @@ def new_ops(_: Any) -> Any:
         for _ in range(3):
             self._last_op += 1
             try:
-                return call(self.fence, self._last_op, *args, **kwargs)
+                return call(self.fence.call(self._last_op), *args, **kwargs)
             except UnknownResultError:
                 continue
         self._last_op += 1
-        return call(self.fence, self._last_op, *args, **kwargs)
+        return call(self.fence.call(self._last_op), *args, **kwargs)
 
     return change
 
@@ -155,8 +149,8 @@ def covered_by_ack(_: Any) -> Any:
 
 
 def plan_forgotten(real: Any) -> Any:
-    def plan(self: Store, fence: Any, op: Any, plan: Any, *ack: Any) -> Any:
-        begun = real(self, fence, op, plan, *ack)
+    def plan(self: Store, fence: Any, plan: Any, *ack: Any) -> Any:
+        begun = real(self, fence, plan, *ack)
         if plan is not None:
             self.rows.plans.pop(plan.step, None)
         return begun
@@ -165,7 +159,7 @@ def plan_forgotten(real: Any) -> Any:
 
 
 def ack_left_out(real: Any) -> Any:
-    return lambda self, fence, op, plan, ack=None: real(self, fence, op, plan, ack if plan is None else None)
+    return lambda self, fence, plan, ack=None: real(self, fence, plan, ack if plan is None else None)
 
 
 def any_step(real: Any) -> Any:
@@ -194,11 +188,11 @@ def generations_reused(real: Any) -> Any:
 
 
 def unchecked_intents(_: Any) -> Any:
-    return lambda self, ref, worker: True
+    return lambda self, ref: True
 
 
 def any_workers_intent(_: Any) -> Any:
-    def may_commit(self: Store, ref: Any, worker: str) -> bool:
+    def may_commit(self: Store, ref: Any) -> bool:
         return self.rows.intents.get(ref.generation) is not None or ref.sample_id in self.rows.samples
 
     return may_commit
@@ -216,33 +210,33 @@ def acks_survive(real: Any) -> Any:
 
 
 def durable_may_be_lost(_: Any) -> Any:
-    def report_lost(self: Store, fence: Any, op: Any, sample_ids: Any) -> None:
-        with self._mutation(fence, op):
+    def report_lost(self: Store, fence: Any, sample_ids: Any) -> None:
+        with self._mutation(fence):
             self._lose([self.rows.samples[i] for i in sample_ids if i in self.rows.samples])
 
     return report_lost
 
 
 def archives_everything(real: Any) -> Any:
-    def compact(self: Store, *args: Any) -> Any:
+    def retire(self: Store, *args: Any) -> Any:
         archived = real(self, *args)
         self.rows.archived_step = max(self.rows.checkpoints, default=0)
         return archived
 
-    return compact
+    return retire
 
 
 def archives_what_is_read(real: Any) -> Any:
     """Behind the oldest checkpoint's place in the log there is nothing that a resume reads."""
 
-    def compact(self: Store, *args: Any) -> Any:
+    def retire(self: Store, *args: Any) -> Any:
         ahead = {s: replace(c, first_place=1 << 40) for s, c in self.rows.checkpoints.items()}
         kept, self.rows.checkpoints = self.rows.checkpoints, ahead
         archived = real(self, *args)
-        self.rows.checkpoints = kept
+        self.rows.checkpoints = {step: kept[step] for step in self.rows.checkpoints}
         return archived
 
-    return compact
+    return retire
 
 
 def past_a_hole(_: Any) -> Any:
@@ -267,8 +261,8 @@ def holes_left_open(real: Any) -> Any:
 
 
 def ends_early(_: Any) -> Any:
-    def end_stream(self: Store, fence: Any, op: Any, ended: bool) -> bool:
-        with self._mutation(fence, op):
+    def end_stream(self: Store, fence: Any, ended: bool) -> bool:
+        with self._mutation(fence):
             self.rows.closed = ended and self.rows.next_ordinal >= self.rows.num_prompts
             return self.rows.closed
 

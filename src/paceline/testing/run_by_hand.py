@@ -30,7 +30,7 @@ class RunByHand:
         self._prompts = prompts
         self.open()
         if "config" not in self.ledger.facts():
-            self.ledger.set_facts(None, None, {"config": {"training.passes": 1}})
+            self.ledger.set_facts(None, {"config": {"training.passes": 1}})
 
     def open(self) -> None:
         """Take both roles, as after a restart."""
@@ -95,7 +95,5 @@ class RunByHand:
         record, _ = self.write_checkpoint()
         self.consumer.head(record)
         self.consumer.release(Nothing())
-        for old in self.consumer.checkpoints()[:-keep]:
-            self.consumer.forget(old.step)
-        self.consumer.compact()
+        self.consumer.retire(keep)
         self.checkpoints.sweep({record.name for record in self.consumer.checkpoints()})

@@ -57,11 +57,11 @@ class Way(Protocol):
 
 
 FINAL = {  # on the disk on return, see ledger/stores/sqlite/database.py
-    *("acquire", "evict", "head", "fall_back", "quarantine", "fail", "forget", "end_stream"),
+    *("acquire", "head", "fall_back", "quarantine", "retire", "end_stream"),
 }
 CHANGES = FINAL | {
-    *("extend", "lease", "give_back", "reserve", "commit", "report_lost", "swept", "plan", "leave"),
-    *("releasable", "released", "compact", "set_facts"),
+    *("extend", "lease", "give_back", "reserve", "commit", "report_lost", "swept", "plan"),
+    *("release", "set_facts"),
 }
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 
@@ -102,7 +102,7 @@ class SimulatedDisk:
         return {file: file.read_bytes() for file in files if file.exists()}
 
     def changed(self, call: Call) -> None:
-        if call[0] in FINAL or call[2].get("settle"):
+        if call[0] in FINAL or call[2].get("settle") or call[2].get("failure"):
             self._since, self._synced = [], self._copy()
         elif self._may_lose_power:
             self._since.append(call)
@@ -189,7 +189,7 @@ class SimulatedLedger:
             if self._disk.ledger.lsn() != before:
                 self._judge(name, args)
                 self._disk.changed((name, args, kwargs))
-            if name not in ("acquire", "releasable") and args[0] is not None and self._way.loses_result():
+            if name != "acquire" and args[0] is not None and self._way.loses_result():
                 raise UnknownResultError("The answer got lost.", next="repeat the call.")
             return result
 
@@ -209,7 +209,7 @@ class SimulatedLedger:
                 f"{name} by epoch {fence.epoch} of the {fence.role}, but {epochs[fence.role]} rules"
             )
         if name == "head":
-            self._may_be_head(args[2])
+            self._may_be_head(args[1])
 
 
 class SimulatedFeatures:

@@ -398,15 +398,15 @@ class World:
                 last.waits_for = None
                 self._resume(last)
         left, owned = set(self.features.held), ledger.ownership()
-        if left or owned.present or owned.promised or ledger.revoked():
-            raise ViolationError(f"left behind: {sorted(left)}, {owned}, {ledger.revoked()}")
+        if left or owned.present or owned.promised or owned.revoked:
+            raise ViolationError(f"left behind: {sorted(left)}, {owned}")
         if any(visits != self.shape.passes for visits in finished.values()):
             raise ViolationError("a sample was visited more or less often than configured")
 
     def aside(self) -> set[str]:
         """Samples that were quarantined, and those of prompts that failed."""
         ledger = self.disk.ledger
-        quarantined = {record.sample_id for record in ledger.samples(State.QUARANTINED)}
+        quarantined = {record.sample_id for record in ledger.find(state=State.QUARANTINED).values()}
         return quarantined | {f"{RUN_ID}:{ordinal}" for ordinal in ledger.failed()}
 
     def _finished(self) -> dict[str, int]:

@@ -6,29 +6,24 @@ compare the SQLite store with it; the simulation runs on it, because it is easy 
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.records import (
     CONSUMER,
     Fence,
-    Intent,
     Lease,
     Order,
     SourceBlock,
     State,
-    producer_role,
 )
-from paceline.ledger.refusals import (
-    fenced,
-    late,
-    other_order,
-    prompts_differ,
-)
+from paceline.ledger.refusals import fenced, late, other_order, prompts_differ
 from paceline.types import SampleRef
 
 
@@ -54,6 +49,15 @@ class Sample:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class Intent:
+    sample_id: str
+    num_bytes: int
+    ordinal: int
+    worker: str
+    revoked: bool = False
+
+
 @dataclass
 class Role:
     epoch: int = 0
@@ -63,13 +67,10 @@ class Role:
 
 @dataclass
 class Operation:
+    worker: str
     repeated: bool
     result: Any = None
     changes: bool = True
-
-    def keep(self, result: Any) -> Any:
-        self.result = result
-        return result
 
 
 @dataclass
@@ -103,6 +104,25 @@ class Rows:
         return sum(block.count for block in self.source)
 
 
+S = TypeVar("S", bound="SpecificationOfPrompts")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def change(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, Fence | None, P], T]:
+    """Make a method one change, called with a fence first."""
+
+    @wraps(method)
+    def call(self: S, fence: Fence | None, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._mutation(fence) as operation:
+            if not operation.repeated:
+                operation.result = method(self, *args, **kwargs)
+            result: T = copy.copy(operation.result)
+            return result
+
+    return call
+
+
 class SpecificationOfPrompts(Ledger):
     """Roles and prompts; bytes and samples are in specification_of_samples.py."""
 
@@ -111,23 +131,35 @@ class SpecificationOfPrompts(Ledger):
     def __init__(self) -> None:
         self.rows = Rows()
         self._changed = threading.Condition(threading.RLock())
+        self._now = Operation("", repeated=False)
 
     @contextmanager
-    def _mutation(self, fence: Fence | None, op: int | None = None) -> Iterator[Operation]:
+    def _mutation(self, fence: Fence | None) -> Iterator[Operation]:
         with self._changed:
-            role = self.rows.roles.get(fence.role, Role()) if fence is not None else Role()
-            if fence is not None and role.epoch != fence.epoch:
-                raise fenced(fence, role.epoch)
-            if fence is not None and op is not None and op < role.last_op:
-                raise late(fence, op, role.last_op)
-            repeated = op is not None and fence is not None and op == role.last_op
-            operation = Operation(repeated, role.result if repeated else None)
+            role, op = Role(), None
+            if fence is not None:
+                role, op = self.rows.roles.get(fence.role, role), fence.op
+                if role.epoch != fence.epoch:
+                    raise fenced(fence, role.epoch)
+                if op is not None and op < role.last_op:
+                    raise late(fence, role.last_op)
+            repeated = op == role.last_op
+            operation = Operation(fence.worker if fence else "", repeated, role.result if repeated else None)
+            self._now = operation
             yield operation
-            if operation.changes and not operation.repeated:
+            if operation.changes and not repeated:
                 self.rows.lsn += 1
-                if fence is not None and op is not None:
+                if op is not None:
                     role.last_op, role.result = op, operation.result
                 self._changed.notify_all()
+
+    @property
+    def _worker(self) -> str:
+        return self._now.worker
+
+    def _unchanged(self, result: T) -> T:
+        self._now.changes = False
+        return result
 
     # -- roles -----------------------------------------------------------------------------
 
@@ -172,127 +204,84 @@ class SpecificationOfPrompts(Ledger):
             if prompt.state == "leased" and prompt.worker == worker:
                 prompt.state, prompt.worker, prompt.deaths = "pending", "", prompt.deaths + 1
 
-    def evict(self, fence: Fence | None, op: int | None, worker: str) -> None:
-        with self._mutation(fence, op) as operation:
-            if not operation.repeated:
-                self._next_epoch(producer_role(worker))
-                self._end_work_of(worker)
-
     # -- prompts ---------------------------------------------------------------------------
 
-    def extend(self, fence: Fence | None, op: int | None, blocks: Sequence[SourceBlock]) -> int:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return int(operation.result)
-            source, before = list(self.rows.source), self.rows.num_prompts
-            for block in blocks:
-                known = sum(b.count for b in source)
-                if block.first == known:
-                    source.append(block)
-                elif block not in source:
-                    raise prompts_differ(block.first, before)
-            new = sum(b.count for b in source) - before
-            self.rows.source = source
-            self.rows.closed = self.rows.closed and not new
-            return int(operation.keep(new))
+    @change
+    def extend(self, blocks: Sequence[SourceBlock]) -> int:
+        source, before = list(self.rows.source), self.rows.num_prompts
+        for block in blocks:
+            if block.first == sum(b.count for b in source):
+                source.append(block)
+            elif block not in source:
+                raise prompts_differ(block.first, before)
+        new = sum(b.count for b in source) - before
+        self.rows.source = source
+        self.rows.closed = self.rows.closed and not new
+        return new
 
     def source_blocks(self, first: int = 0, limit: int | None = None) -> list[SourceBlock]:
         with self._changed:
             return [b for b in self.rows.source if b.first + b.count > first][:limit]
 
-    def lease(
-        self, fence: Fence | None, op: int | None, limit: int, group_size: int | None = None
-    ) -> list[Lease]:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return list(operation.result)
-            rows = self.rows
-            pending = [n for n, prompt in rows.prompts.items() if prompt.state == "pending"]
-            size, others = group_size or 1, [n for n in rows.prompts if self._is_another_workers(n, fence)]
-            held = {n // size for n in others}
-            if rows.next_ordinal // size not in held:
-                pending += range(rows.next_ordinal, rows.num_prompts)
-            ordinals = sorted(n for n in pending if n // size not in held)[:limit]
-            if group_size is not None:
-                ordinals = [n for n in ordinals if n // group_size == ordinals[0] // group_size]
-            leases = []
-            for ordinal in ordinals:
-                prompt = rows.prompts.setdefault(ordinal, Prompt())
-                prompt.state, prompt.worker = "leased", fence.worker if fence else ""
-                leases.append(Lease(ordinal, prompt.attempt, prompt.deaths))
-            rows.next_ordinal = max([rows.next_ordinal, *(n + 1 for n in ordinals)])
-            return list(operation.keep(leases))
+    @change
+    def lease(self, limit: int, group_size: int | None = None) -> list[Lease]:
+        rows, size = self.rows, group_size or 1
+        pending = [n for n, prompt in rows.prompts.items() if prompt.state == "pending"]
+        leased = {n: prompt.worker for n, prompt in rows.prompts.items() if prompt.state == "leased"}
+        held = {n // size for n, worker in leased.items() if worker != self._worker}
+        if rows.next_ordinal // size not in held:
+            pending += range(rows.next_ordinal, rows.num_prompts)
+        ordinals = sorted(n for n in pending if n // size not in held)[:limit]
+        if group_size is not None:
+            ordinals = [n for n in ordinals if n // group_size == ordinals[0] // group_size]
+        leases = []
+        for ordinal in ordinals:
+            prompt = rows.prompts.setdefault(ordinal, Prompt())
+            prompt.state, prompt.worker = "leased", self._worker
+            leases.append(Lease(ordinal, prompt.attempt, prompt.deaths))
+        rows.next_ordinal = max([rows.next_ordinal, *(n + 1 for n in ordinals)])
+        return leases
 
-    def _is_another_workers(self, ordinal: int, fence: Fence | None) -> bool:
-        prompt = self.rows.prompts[ordinal]
-        return prompt.state == "leased" and prompt.worker != worker_of(fence)
-
-    def _leased_by(self, fence: Fence | None, ordinal: int) -> Prompt | None:
-        prompt = self.rows.prompts.get(ordinal)
-        mine = prompt is not None and prompt.state == "leased" and prompt.worker == worker_of(fence)
-        return prompt if mine else None
-
-    def fail(
-        self,
-        fence: Fence | None,
-        op: int | None,
-        ordinals: Sequence[int],
-        *,
-        reason: str,
-        attempt_max: int | None,
+    @change
+    def give_back(
+        self, ordinals: Sequence[int], *, failure: str | None = None, attempt_max: int | None = None
     ) -> list[int]:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return list(operation.result)
-            self._revoke_intents_of(fence, ordinals)
-            failed = []
-            for ordinal in ordinals:
-                prompt = self._leased_by(fence, ordinal)
-                if prompt is None:
-                    continue
-                prompt.attempt, prompt.worker, prompt.reason = prompt.attempt + 1, "", reason
-                final = attempt_max is None or prompt.attempt >= attempt_max
-                prompt.state = "failed" if final else "pending"
-                lost = [
-                    s for s in self.rows.samples.values() if s.state == State.LOST and s.ordinal == ordinal
-                ]
-                for sample in lost if final else []:
-                    if sample.acked == 2:
-                        sample.state = State.RELEASED
-                        prompt.state = "done"
-                    else:
-                        sample.state, sample.reason = State.QUARANTINED, reason
-                        sample.acked, sample.step = 0, None
-                if prompt.state == "failed":
-                    failed.append(ordinal)
-                elif prompt.state == "done":
-                    self._finish_prompt(ordinal)
-            return list(operation.keep(failed))
-
-    def give_back(self, fence: Fence | None, op: int | None, ordinals: Sequence[int]) -> None:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return
-            self._revoke_intents_of(fence, ordinals)
-            for ordinal in ordinals:
-                if (prompt := self._leased_by(fence, ordinal)) is not None:
-                    prompt.state, prompt.worker = "pending", ""
-
-    def _revoke_intents_of(self, fence: Fence | None, ordinals: Sequence[int]) -> None:
         for generation, intent in self.rows.intents.items():
-            if intent.worker == worker_of(fence) and intent.ordinal in ordinals:
+            if intent.worker == self._worker and intent.ordinal in ordinals:
                 self.rows.intents[generation] = replace(intent, revoked=True)
+        failed = []
+        for ordinal in ordinals:
+            prompt = self.rows.prompts.get(ordinal, Prompt())
+            if (prompt.state, prompt.worker) != ("leased", self._worker):
+                continue
+            prompt.state, prompt.worker = "pending", ""
+            if failure is not None:
+                prompt.attempt, prompt.reason = prompt.attempt + 1, failure
+                if attempt_max is None or prompt.attempt >= attempt_max:
+                    prompt.state = "failed"
+                    failed += self._lose_for_good(ordinal, failure)
+        return failed
 
-    def end_stream(self, fence: Fence | None, op: int | None, ended: bool) -> bool:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return bool(operation.result)
-            rows = self.rows
-            is_open = any(prompt.state != "failed" for prompt in rows.prompts.values())
-            ends = ended and not is_open and rows.next_ordinal >= rows.num_prompts
-            operation.changes = ends != rows.closed
-            rows.closed = ends
-            return bool(operation.keep(ends))
+    def _lose_for_good(self, ordinal: int, reason: str) -> list[int]:
+        for sample in self.rows.samples.values():
+            if sample.ordinal == ordinal and sample.state == State.LOST:
+                if sample.acked == 2:  # durable weights contain it by now
+                    sample.state = State.RELEASED
+                    del self.rows.prompts[ordinal]
+                    return []
+                sample.state, sample.reason = State.QUARANTINED, reason
+                sample.acked, sample.step = 0, None
+        return [ordinal]
+
+    @change
+    def end_stream(self, ended: bool) -> bool:
+        rows = self.rows
+        is_open = any(prompt.state != "failed" for prompt in rows.prompts.values())
+        ends = ended and not is_open and rows.next_ordinal >= rows.num_prompts
+        if ends == rows.closed:
+            return self._unchanged(ends)
+        rows.closed = ends
+        return ends
 
     def _pass_over(self, ordinal: int) -> None:
         """The prompt counts as leased once; those before it that never were are pending."""
@@ -324,7 +313,3 @@ class SpecificationOfPrompts(Ledger):
                 for n, prompt in sorted(self.rows.prompts.items())
                 if prompt.state == "failed" and start <= n and (stop is None or n < stop)
             }
-
-
-def worker_of(fence: Fence | None) -> str:
-    return "" if fence is None else fence.worker

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
+
+import msgspec
 
 from paceline.ledger.records import (
     Budget,
     Entry,
-    Fence,
-    Intent,
     Order,
     Ownership,
     Page,
@@ -20,85 +19,65 @@ from paceline.ledger.records import (
     Snapshot,
     State,
     Usage,
+    Wanted,
     compacted,
 )
-from paceline.ledger.refusals import (
-    fenced,
-    intent_revoked,
-    not_covered,
-    other_place,
-)
-from paceline.testing.specification import Role, Sample, SpecificationOfPrompts, worker_of
+from paceline.ledger.refusals import intent_revoked, not_covered, other_place
+from paceline.testing.specification import Intent, Sample, SpecificationOfPrompts, change
 from paceline.types import SampleRef, ref_to_json
 
 
 class SpecificationOfSamples(SpecificationOfPrompts):
     # -- bytes and samples -----------------------------------------------------------------
 
-    def reserve(
-        self, fence: Fence | None, op: int | None, wanted: Sequence[Intent], budget: Budget | None
-    ) -> list[int] | None:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return list(operation.result)
-            num_bytes = sum(intent.num_bytes for intent in wanted)
-            if not self._has_room(budget, len(wanted), num_bytes):
-                operation.changes = False
-                return None
-            first = self.rows.next_generation
-            for generation, intent in enumerate(wanted, start=first):
-                self.rows.intents[generation] = replace(
-                    intent, generation=generation, worker=worker_of(fence)
-                )
-            self.rows.next_generation += len(wanted)
-            return list(operation.keep(list(range(first, self.rows.next_generation))))
+    @change
+    def reserve(self, wanted: Sequence[Wanted], budget: Budget | None) -> list[int] | None:
+        num_bytes = sum(sample.num_bytes for sample in wanted)
+        if budget is not None and not self._usage().has_room(budget, len(wanted), num_bytes):
+            return self._unchanged(None)
+        first = self.rows.next_generation
+        for generation, sample in enumerate(wanted, start=first):
+            self.rows.intents[generation] = Intent(
+                sample.sample_id, sample.num_bytes, sample.ordinal, self._worker
+            )
+        self.rows.next_generation += len(wanted)
+        return list(range(first, self.rows.next_generation))
 
-    def _has_room(self, budget: Budget | None, num_samples: int, num_bytes: int) -> bool:
-        return budget is None or self._usage().has_room(budget, num_samples, num_bytes)
-
-    def swept(
-        self, fence: Fence | None, op: int | None, generations: Sequence[int], skip_through: int = 0
-    ) -> None:
-        with self._mutation(fence, op) as operation:
-            if not operation.repeated:
-                for generation in generations:
-                    intent = self.rows.intents.get(generation)
-                    mine = intent is not None and fence is not None and intent.worker == fence.worker
-                    if intent is not None and (intent.revoked or mine):
-                        del self.rows.intents[generation]
-                self.rows.next_generation = max(self.rows.next_generation, skip_through + 1)
-
-    def revoked(self) -> list[Intent]:
-        with self._changed:
-            return [intent for intent in self.rows.intents.values() if intent.revoked]
+    @change
+    def swept(self, generations: Sequence[int], skip_through: int = 0) -> None:
+        intents = self.rows.intents
+        for generation in generations:
+            intent = intents.get(generation)
+            if intent is not None and (intent.revoked or intent.worker == (self._worker or None)):
+                del intents[generation]
+        self.rows.next_generation = max(self.rows.next_generation, skip_through + 1)
 
     def ownership(self) -> Ownership:
         with self._changed:
             present = {s.ref.sample_id: s.ref.generation for s in self._in_order() if s.resident}
             promised = {g: i.sample_id for g, i in self.rows.intents.items() if not i.revoked}
-            return Ownership(present, promised, self.rows.next_generation)
+            revoked = {g: i.sample_id for g, i in self.rows.intents.items() if i.revoked}
+            return Ownership(present, promised, revoked, self.rows.next_generation)
 
-    def commit(self, fence: Fence | None, op: int | None, refs: Sequence[SampleRef]) -> list[bool]:
+    @change
+    def commit(self, refs: Sequence[SampleRef]) -> list[bool]:
         for ref in refs:
             ref_to_json(ref)  # refuses tensors and whatever a durable store could not carry
         if not refs:
-            return []
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return list(operation.result)
-            self._settle_order(Order.ARRIVAL)  # unless a producer did before
-            gone = [ref.sample_id for ref in refs if not self._may_commit(ref, worker_of(fence))]
-            if gone:
-                raise intent_revoked(gone)
-            for ref in refs:
-                self._check_place(ref, refs)
-            return list(operation.keep([self._commit(ref) for ref in refs]))
+            return self._unchanged([])
+        self._settle_order(Order.ARRIVAL)  # unless a producer did before
+        gone = [ref.sample_id for ref in refs if not self._may_commit(ref)]
+        if gone:
+            raise intent_revoked(gone)
+        for ref in refs:
+            self._check_place(ref, refs)
+        return [self._commit(ref) for ref in refs]
 
-    def _may_commit(self, ref: SampleRef, worker: str) -> bool:
+    def _may_commit(self, ref: SampleRef) -> bool:
         if ref.generation == 0 and self.rows.order == Order.ARRIVAL:
             return True
         intent, known = self.rows.intents.get(ref.generation), self.rows.samples.get(ref.sample_id)
-        mine = intent is not None and (intent.sample_id, intent.worker) == (ref.sample_id, worker)
+        mine = intent is not None and (intent.sample_id, intent.worker) == (ref.sample_id, self._worker)
         if mine and intent is not None and not intent.revoked:
             return True
         if known is not None and (known.ref.generation == ref.generation or known.state == State.RELEASED):
@@ -160,11 +139,10 @@ class SpecificationOfSamples(SpecificationOfPrompts):
         known.ref, known.state, known.resident = ref, State.PRESENT, True
         return True
 
-    def report_lost(self, fence: Fence | None, op: int | None, sample_ids: Sequence[str]) -> None:
-        with self._mutation(fence, op) as operation:
-            if not operation.repeated:
-                known = [self.rows.samples[i] for i in sample_ids if i in self.rows.samples]
-                self._lose([sample for sample in known if sample.acked < 2])
+    @change
+    def report_lost(self, sample_ids: Sequence[str]) -> None:
+        known = [self.rows.samples[i] for i in sample_ids if i in self.rows.samples]
+        self._lose([sample for sample in known if sample.acked < 2])
 
     def _lose(self, samples: Sequence[Sample]) -> None:
         for sample in samples:
@@ -173,33 +151,31 @@ class SpecificationOfSamples(SpecificationOfPrompts):
                 sample.state = State.LOST
                 self._reopen_prompt(sample.ordinal)
 
-    def releasable(self, fence: Fence | None, limit: int) -> dict[str, int]:
-        with self._changed:
-            if fence is not None and self.rows.roles.get(fence.role, Role()).epoch != fence.epoch:
-                raise fenced(fence, self.rows.roles.get(fence.role, Role()).epoch)
-            covered = [s for s in self._in_order() if s.resident and self._is_covered(s)]
-            return {s.ref.sample_id: s.ref.generation for s in covered[:limit]}
+    @change
+    def release(self, freed: Sequence[str], limit: int) -> dict[str, int]:
+        if freed:
+            self._record_freed(freed)
+        covered = [s for s in self._in_order() if s.resident and self._is_covered(s)]
+        may_go = {s.ref.sample_id: s.ref.generation for s in covered[:limit]}
+        return may_go if freed else self._unchanged(may_go)
 
     def _is_covered(self, sample: Sample) -> bool:
         if sample.state == State.QUARANTINED:
             return sample.step is None or sample.step <= max(self.rows.checkpoints, default=-1)
         return sample.acked == 2
 
-    def released(self, fence: Fence | None, op: int | None, sample_ids: Sequence[str]) -> None:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return
-            known = [self.rows.samples[i] for i in sample_ids if i in self.rows.samples]
-            early = [i for i in sample_ids if i not in self.rows.samples and i not in self.rows.archived_ids]
-            early += [s.ref.sample_id for s in known if not self._is_covered(s)]
-            if early:
-                raise not_covered(early)
-            for sample in known:
-                sample.resident = False
-                if sample.state == State.PRESENT:
-                    sample.state = State.RELEASED
-                if sample.state == State.QUARANTINED:
-                    sample.ref = compacted(sample.ref)
+    def _record_freed(self, sample_ids: Sequence[str]) -> None:
+        known = [self.rows.samples[i] for i in sample_ids if i in self.rows.samples]
+        early = [i for i in sample_ids if i not in self.rows.samples and i not in self.rows.archived_ids]
+        early += [s.ref.sample_id for s in known if not self._is_covered(s)]
+        if early:
+            raise not_covered(early)
+        for sample in known:
+            sample.resident = False
+            if sample.state == State.PRESENT:
+                sample.state = State.RELEASED
+            if sample.state == State.QUARANTINED:
+                sample.ref = compacted(sample.ref)
 
     # -- reading ---------------------------------------------------------------------------
 
@@ -212,13 +188,21 @@ class SpecificationOfSamples(SpecificationOfPrompts):
             found = [s for s in self._in_order() if start <= s.place < min(stop, settled)]
             return Page(tuple(Entry(s.place, s.ref, s.state) for s in found), settled, self.rows.closed)
 
-    def find(self, sample_ids: Sequence[str]) -> dict[str, SampleRecord]:
+    def find(
+        self,
+        sample_ids: Sequence[str] | None = None,
+        *,
+        state: State | None = None,
+        limit: int | None = None,
+    ) -> dict[str, SampleRecord]:
         with self._changed:
-            return {s.ref.sample_id: _record(s) for s in self._in_order() if s.ref.sample_id in sample_ids}
-
-    def samples(self, state: State, limit: int | None = None) -> list[SampleRecord]:
-        with self._changed:
-            return [_record(sample) for sample in self._in_order() if sample.state == state][:limit]
+            found = [
+                _record(sample)
+                for sample in self._in_order()
+                if (sample_ids is None or sample.ref.sample_id in sample_ids)
+                and (state is None or sample.state == state)
+            ]
+            return {record.sample_id: record for record in found[:limit]}
 
     def _usage(self) -> Usage:
         samples, intents = self.rows.samples.values(), self.rows.intents.values()
@@ -263,23 +247,18 @@ class SpecificationOfSamples(SpecificationOfPrompts):
 
     # -- facts -----------------------------------------------------------------------------
 
-    def set_facts(
-        self, fence: Fence | None, op: int | None, facts: Mapping[str, Any], *, settle: bool = False
-    ) -> dict[str, Any]:
+    @change
+    def set_facts(self, facts: Mapping[str, Any], *, settle: bool = False) -> dict[str, Any]:
         encoded = {key: json.dumps(value) for key, value in facts.items()}
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return dict(operation.result)
-            standing = {k: self.facts()[k] for k in facts if k in self.rows.facts} if settle else {}
-            if standing:
-                operation.changes = False
-                return standing
-            self.rows.facts.update(encoded)
-            return dict(operation.keep({key: json.loads(text) for key, text in encoded.items()}))
+        standing = {k: self.facts()[k] for k in facts if k in self.rows.facts} if settle else {}
+        if standing:
+            return self._unchanged(standing)
+        self.rows.facts.update(encoded)
+        return {key: json.loads(text) for key, text in encoded.items()}
 
     def facts(self) -> dict[str, Any]:
         with self._changed:
-            return {key: json.loads(value) for key, value in self.rows.facts.items()}
+            return {key: msgspec.json.decode(value) for key, value in self.rows.facts.items()}
 
     def lsn(self) -> int:
         with self._changed:

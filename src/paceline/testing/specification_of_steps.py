@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from paceline.ledger.records import (
     BegunStep,
     CheckpointRecord,
-    Fence,
     Order,
     State,
     StepAck,
@@ -21,12 +20,11 @@ from paceline.ledger.records import (
 from paceline.ledger.refusals import (
     behind_head,
     contradicts,
-    head_is_kept,
     history_is_archived,
     out_of_turn,
     passed_over,
 )
-from paceline.testing.specification import Sample
+from paceline.testing.specification import Sample, change
 from paceline.testing.specification_of_samples import SpecificationOfSamples
 
 
@@ -35,38 +33,23 @@ class SpecificationLedger(SpecificationOfSamples):
 
     # -- step plans ------------------------------------------------------------------------
 
-    def plan(
-        self, fence: Fence | None, op: int | None, plan: StepPlan | None, ack: StepAck | None = None
-    ) -> BegunStep | None:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                begun: BegunStep | None = operation.result
-                return begun
-            rows = self.rows
-            if ack is not None:
-                self._check_ack(ack)
-            if plan is not None and plan.step <= rows.archived_step:
-                raise history_is_archived(plan.step, rows.archived_step)
-            if ack is not None:
-                self._take_ack(ack)
-            if plan is None:
-                return None
-            stored = rows.plans.setdefault(plan.step, plan)
-            if plan.rev > stored.rev and plan.step > rows.trained_step:
-                stored = rows.plans[plan.step] = plan
-                rows.deaths.pop(plan.step, None)
-            rows.started_step = plan.step
-            operation.keep(BegunStep(stored, rows.deaths.get(plan.step, 0)))
-            return BegunStep(stored, rows.deaths.get(plan.step, 0))
-
-    def leave(self, fence: Fence | None, op: int | None, step: int) -> None:
-        with self._mutation(fence, op) as operation:
-            if not operation.repeated and self.rows.started_step == step:
-                self.rows.started_step = None
-
-    def step_plan(self, step: int) -> StepPlan | None:
-        with self._changed:
-            return self.rows.plans.get(step)
+    @change
+    def plan(self, plan: StepPlan | None, ack: StepAck | None = None) -> BegunStep | None:
+        rows = self.rows
+        if ack is not None:
+            self._check_ack(ack)
+        if plan is not None and plan.step <= rows.archived_step:
+            raise history_is_archived(plan.step, rows.archived_step)
+        if ack is not None:
+            self._take_ack(ack)
+        rows.started_step = None if plan is None else plan.step
+        if plan is None:
+            return None
+        stored = rows.plans.setdefault(plan.step, plan)
+        if plan.rev > stored.rev and plan.step > rows.trained_step:
+            stored = rows.plans[plan.step] = plan
+            rows.deaths.pop(plan.step, None)
+        return BegunStep(stored, rows.deaths.get(plan.step, 0))
 
     def _check_ack(self, ack: StepAck) -> None:
         plan = self.rows.plans.get(ack.step)
@@ -78,7 +61,7 @@ class SpecificationLedger(SpecificationOfSamples):
             sample = self.rows.samples.get(sample_id)
             if sample is not None and sample.acked < 2:
                 sample.acked, sample.step = 1, ack.step
-        self.rows.trained_step, self.rows.started_step = ack.step, None
+        self.rows.trained_step = ack.step
         self.rows.deaths.pop(ack.step, None)
 
     # -- checkpoints -----------------------------------------------------------------------
@@ -86,78 +69,54 @@ class SpecificationLedger(SpecificationOfSamples):
     def _head(self) -> CheckpointRecord | None:
         return self.rows.checkpoints[max(self.rows.checkpoints)] if self.rows.checkpoints else None
 
-    def head(
-        self,
-        fence: Fence | None,
-        op: int | None,
-        checkpoint: CheckpointRecord,
-        lineage: Sequence[TrainedStep] | None = None,
-    ) -> None:
-        with self._mutation(fence, op) as operation:
-            head, rows = self._head(), self.rows
-            if operation.repeated or head == checkpoint:
-                operation.changes = False
-                return
-            if head is not None and checkpoint.step <= head.step:
-                raise behind_head(checkpoint.step, head.step)
-            if lineage is not None:
-                self._adopt(checkpoint, lineage)
-                rows.trained_step = checkpoint.step
-            else:
-                first = head.step + 1 if head else 1
-                plans = [rows.plans.get(step) for step in range(first, checkpoint.step + 1)]
-                known = [plan for plan in plans if plan is not None]
-                before = head.chain if head else ""
-                if len(known) < len(plans) or chain_of(before, known) != checkpoint.chain:
-                    raise contradicts(checkpoint, "its lineage is not that of the plans on record")
-            rows.checkpoints[checkpoint.step] = checkpoint
-            rows.trained_step = max(rows.trained_step, checkpoint.step)
-            for sample in rows.samples.values():
-                if sample.acked == 1 and sample.step is not None and sample.step <= checkpoint.step:
-                    sample.acked = 2
+    @change
+    def head(self, checkpoint: CheckpointRecord, lineage: Sequence[TrainedStep] | None = None) -> None:
+        head, rows = self._head(), self.rows
+        if head == checkpoint:
+            return self._unchanged(None)
+        if head is not None and checkpoint.step <= head.step:
+            raise behind_head(checkpoint.step, head.step)
+        if lineage is not None:
+            self._adopt(checkpoint, lineage)
+            rows.trained_step = checkpoint.step
+        else:
+            first = head.step + 1 if head else 1
+            plans = [rows.plans.get(step) for step in range(first, checkpoint.step + 1)]
+            known = [plan for plan in plans if plan is not None]
+            before = head.chain if head else ""
+            if len(known) < len(plans) or chain_of(before, known) != checkpoint.chain:
+                raise contradicts(checkpoint, "its lineage is not that of the plans on record")
+        rows.checkpoints[checkpoint.step] = checkpoint
+        rows.trained_step = max(rows.trained_step, checkpoint.step)
+        for sample in rows.samples.values():
+            if sample.acked == 1 and sample.step is not None and sample.step <= checkpoint.step:
+                sample.acked = 2
+        return None
 
-    def forget(self, fence: Fence | None, op: int | None, step: int) -> None:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return
-            if step == max(self.rows.checkpoints, default=None):
-                raise head_is_kept(step)
-            self.rows.checkpoints.pop(step, None)
+    @change
+    def fall_back(self, step: int) -> list[str]:
+        rows = self.rows
+        if step < rows.archived_step:
+            raise history_is_archived(step, rows.archived_step)
+        rows.checkpoints = {s: c for s, c in rows.checkpoints.items() if s <= step}
+        undone = [s for s in self._in_order() if s.acked and s.step is not None and s.step > step]
+        lost = [sample for sample in undone if sample.state == State.RELEASED]
+        for sample in undone:
+            sample.acked, sample.step = 0, None
+        self._lose(lost)
+        rows.trained_step = min(rows.trained_step, step)
+        return [sample.ref.sample_id for sample in lost]
 
-    def fall_back(self, fence: Fence | None, op: int | None, step: int) -> list[str]:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return list(operation.result)
-            rows = self.rows
-            if step < rows.archived_step:
-                raise history_is_archived(step, rows.archived_step)
-            rows.checkpoints = {s: c for s, c in rows.checkpoints.items() if s <= step}
-            undone = [s for s in self._in_order() if s.acked and s.step is not None and s.step > step]
-            lost = [sample for sample in undone if sample.state == State.RELEASED]
-            for sample in undone:
-                sample.acked, sample.step = 0, None
-            self._lose(lost)
-            rows.trained_step = min(rows.trained_step, step)
-            return list(operation.keep([sample.ref.sample_id for sample in lost]))
-
-    def quarantine(
-        self,
-        fence: Fence | None,
-        op: int | None,
-        sample_ids: Sequence[str],
-        *,
-        step: int | None,
-        reason: str,
-    ) -> None:
-        with self._mutation(fence, op) as operation:
-            for sample_id in [] if operation.repeated else sample_ids:
-                sample = self.rows.samples.get(sample_id)
-                if sample is None or sample.acked == 2 or sample.state not in (State.PRESENT, State.LOST):
-                    continue
-                sample.state, sample.reason, sample.step, sample.acked = State.QUARANTINED, reason, step, 0
-                prompt = self.rows.prompts.get(-1 if sample.ordinal is None else sample.ordinal)
-                if prompt is not None and prompt.again and prompt.state == "pending":
-                    del self.rows.prompts[sample.ordinal or 0]
+    @change
+    def quarantine(self, sample_ids: Sequence[str], *, step: int | None, reason: str) -> None:
+        for sample_id in sample_ids:
+            sample = self.rows.samples.get(sample_id)
+            if sample is None or sample.acked == 2 or sample.state not in (State.PRESENT, State.LOST):
+                continue
+            sample.state, sample.reason, sample.step, sample.acked = State.QUARANTINED, reason, step, 0
+            prompt = self.rows.prompts.get(-1 if sample.ordinal is None else sample.ordinal)
+            if prompt is not None and prompt.again and prompt.state == "pending":
+                del self.rows.prompts[sample.ordinal or 0]
 
     # -- rolling forward -------------------------------------------------------------------
 
@@ -243,33 +202,33 @@ class SpecificationLedger(SpecificationOfSamples):
 
     # -- the archive -----------------------------------------------------------------------
 
-    def compact(self, fence: Fence | None, op: int | None) -> int:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return int(operation.result)
-            rows = self.rows
-            oldest = rows.checkpoints[min(rows.checkpoints)] if rows.checkpoints else None
-            if oldest is None or (
-                oldest.step <= rows.archived_step and oldest.first_place <= rows.archived_place
-            ):
-                operation.changes = False
-                return 0
-            rows.archived_step = max(rows.archived_step, oldest.step)
-            done = [
-                i
-                for i, s in rows.samples.items()
-                if s.state == State.RELEASED and s.acked == 2 and s.place < oldest.first_place
-                if s.step is not None and s.step <= oldest.step
-            ]
-            plans = [step for step in rows.plans if step <= oldest.step]
-            if max(len(done), len(plans)) < self.archive_from:
-                return int(operation.keep(0))
-            rows.archive.update({step: self._trained(rows.plans.pop(step)) for step in plans})
-            rows.archived_ids |= set(done)
-            for sample_id in done:
-                del rows.samples[sample_id]
-            rows.archived_place = max(rows.archived_place, oldest.first_place)
-            return int(operation.keep(len(done)))
+    @change
+    def retire(self, keep: int) -> int:
+        rows = self.rows
+        retired = sorted(rows.checkpoints)[: -max(1, keep)]
+        for step in retired:
+            del rows.checkpoints[step]
+        oldest = rows.checkpoints[min(rows.checkpoints)] if rows.checkpoints else None
+        if oldest is None or (
+            oldest.step <= rows.archived_step and oldest.first_place <= rows.archived_place
+        ):
+            return 0 if retired else self._unchanged(0)
+        rows.archived_step = max(rows.archived_step, oldest.step)
+        done = [
+            i
+            for i, s in rows.samples.items()
+            if s.state == State.RELEASED and s.acked == 2 and s.place < oldest.first_place
+            if s.step is not None and s.step <= oldest.step
+        ]
+        plans = [step for step in rows.plans if step <= oldest.step]
+        if max(len(done), len(plans)) < self.archive_from:
+            return 0
+        rows.archive.update({step: self._trained(rows.plans.pop(step)) for step in plans})
+        rows.archived_ids |= set(done)
+        for sample_id in done:
+            del rows.samples[sample_id]
+        rows.archived_place = max(rows.archived_place, oldest.first_place)
+        return len(done)
 
     def _trained(self, plan: StepPlan) -> TrainedStep:
         samples = []

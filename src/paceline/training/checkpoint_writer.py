@@ -138,9 +138,7 @@ class CheckpointWriter:
         )
 
     def _retire_old(self) -> None:
-        for record in self._session.checkpoints()[: -self._kept]:
-            self._session.forget(record.step)
-        self._session.compact()
+        self._session.retire(self._kept)
         self.sweep()
 
     def sweep(self) -> None:

@@ -115,7 +115,7 @@ class Trainer:
 
     def _no_samples(self) -> TrainingError:
         ledger = self.session.ledger
-        failed, quarantined = ledger.failed(), ledger.samples(State.QUARANTINED)
+        failed, quarantined = ledger.failed(), ledger.find(state=State.QUARANTINED).values()
         reasons = [*failed.values(), *(record.reason for record in quarantined)]
         return TrainingError(
             f"The stream has ended without a sample to train: {len(failed)} prompts failed and "

@@ -36,7 +36,7 @@ def backpressure(room: Room, session: ProducerSession) -> Backpressure:
 
 
 def lost_ids(ledger: Ledger) -> list[str]:
-    return [record.sample_id for record in ledger.samples(State.LOST)]
+    return [record.sample_id for record in ledger.find(state=State.LOST).values()]
 
 
 def never() -> bool:
@@ -104,7 +104,7 @@ def test_a_release_in_another_thread_wakes_the_producer() -> None:
     thread = threading.Thread(target=lambda: pressure.wait_for_credit(never) and granted.set())
     thread.start()
     room.resident = 0
-    ledger.set_facts(None, None, {"released": True})
+    ledger.set_facts(None, {"released": True})
     assert granted.wait(timeout=60)
     thread.join()
 
@@ -227,7 +227,7 @@ def test_a_sample_lost_while_the_producer_waits_for_room_is_captured_again() -> 
         if full and not lost:
             lost.append(needed)
             features.free([(needed, 0)])
-            ledger.report_lost(None, None, [needed])
+            ledger.report_lost(None, [needed])
         return bool(lost) and needed not in lost_ids(ledger)
 
     producer.run(should_stop=should_stop)

@@ -52,7 +52,7 @@ class Run(SmallRun):
 
     def captured(self) -> dict[str, dict[str, torch.Tensor]]:
         """What lies in the feature store, by sample."""
-        records = SQLiteLedger(self.db).samples(State.PRESENT, None)
+        records = SQLiteLedger(self.db).find(state=State.PRESENT).values()
         return {record.sample_id: self.features.get(record.ref) for record in records}
 
     def lose(self, *sample_ids: str) -> None:
@@ -114,7 +114,7 @@ def test_a_lost_sample_whose_answer_is_gone_is_quarantined(tmp_path: Path) -> No
         path.unlink()
     run.lose(ALL[5])
     run.producer()[1]()
-    [record] = SQLiteLedger(run.db).samples(State.QUARANTINED, None)
+    [record] = SQLiteLedger(run.db).find(state=State.QUARANTINED).values()
     assert record.sample_id == ALL[5]
     assert "its answer is missing from the kept answers" in record.reason
 

@@ -31,7 +31,7 @@ def test_a_reason_an_id_and_a_name_are_shown_as_they_are(tmp_path: Path, outside
     producer.lease(1)
     producer.fail([1], f"{outside}: {outside}", retryable=False)
     consumer_of(ledger).quarantine(["run0:s0"], step=1, reason=outside)
-    ledger.set_facts(None, None, {RUN_ID: outside})
+    ledger.set_facts(None, {RUN_ID: outside})
     ledger.close()
     status = told("status", tmp_path)
     assert f"run {outside}" in status

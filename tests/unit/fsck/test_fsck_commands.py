@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from paceline import crashpoints
 from paceline.cli.main import app
-from paceline.ledger.producer_session import Wanted
+from paceline.ledger.records import Wanted
 from paceline.testing.light_run import LightRun, RunShape
 from paceline.testing.power_cuts import MainsRun, PowerCutError
 from paceline.testing.run_by_hand import RunByHand
@@ -177,7 +177,7 @@ def test_a_ledger_that_another_program_opened_after_a_crash_goes_on(tmp_path: Pa
 def test_inspect_finds_a_prompt_by_its_id_in_the_prompt_file(by_hand: RunByHand) -> None:
     """In every round: trained, failed, or still to come."""
     config = {"training.passes": 1, "prompts.rounds": 3}
-    by_hand.ledger.set_facts(None, None, {"config": config})
+    by_hand.ledger.set_facts(None, {"config": config})
     by_hand.producer.lease(3)
     [generation] = by_hand.producer.reserve([Wanted(0, "run0:0/t5", 9)]) or []
     ref = replace(sample_ref(0, ordinal=0), sample_id="run0:0/t5", source_task_id="0/t5")

@@ -67,7 +67,7 @@ def test_a_planted_lock_file_neither_hangs_nor_is_written(tmp_path: Path, plant:
 def test_a_ledgers_files_are_its_owners_alone(tmp_path: Path) -> None:
     """Database, log, gate and locks: prompts stand in reasons and ids."""
     ledger = SQLiteLedger(tmp_path / "ledger.db")
-    ledger.set_facts(None, None, {"x": 1})
+    ledger.set_facts(None, {"x": 1})
     lock = RoleLock(tmp_path, "consumer")
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     assert set(modes) >= {"ledger.db", "ledger.db-wal", "ledger.db-gate", "consumer.lock"}
@@ -100,7 +100,7 @@ def test_a_gate_that_fails_lets_nothing_through(
         else:
             for number in range(3):
                 try:
-                    ledger.set_facts(None, None, {f"fact-{number}": 1})
+                    ledger.set_facts(None, {f"fact-{number}": 1})
                     done += 1
                 except LedgerError as error:
                     refused += bool(error.next)
@@ -146,8 +146,8 @@ def test_an_interruption_leaves_no_lock_behind(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patched:
         patched.setattr(fcntl, "flock", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            ledger.set_facts(None, None, {"x": 1})
-    other.set_facts(None, None, {"x": 2})
+            ledger.set_facts(None, {"x": 1})
+    other.set_facts(None, {"x": 2})
     assert ledger.facts() == {"x": 2}
 
 

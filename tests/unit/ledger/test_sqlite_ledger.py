@@ -78,13 +78,13 @@ def facts_of(count: int, size: int = 1000) -> dict[str, str]:
 def test_a_full_disk_rolls_back_and_advises(tmp_path: Path) -> None:
     """What was committed stays, the failed change is gone whole, and the ledger goes on."""
     ledger = SQLiteLedger(tmp_path / "db")
-    ledger.set_facts(None, None, {"a": 1})
+    ledger.set_facts(None, {"a": 1})
     ledger._db.execute(f"PRAGMA max_page_count={ledger._value('PRAGMA page_count')}")
     with pytest.raises(LedgerError, match="free space"):
-        ledger.set_facts(None, None, facts_of(500))
+        ledger.set_facts(None, facts_of(500))
     assert ledger.facts() == {"a": 1}
     ledger._db.execute("PRAGMA max_page_count=1000000")
-    ledger.set_facts(None, None, {"b": 2})
+    ledger.set_facts(None, {"b": 2})
     assert ledger.facts() == {"a": 1, "b": 2}
 
 
@@ -92,7 +92,7 @@ def test_a_closed_ledger_says_so(tmp_path: Path) -> None:
     """Use after close is an error with advice, not a crash."""
     ledger = SQLiteLedger(tmp_path / "db")
     ledger.close()
-    for use in (ledger.snapshot, ledger.facts, lambda: ledger.set_facts(None, None, {"x": 1})):
+    for use in (ledger.snapshot, ledger.facts, lambda: ledger.set_facts(None, {"x": 1})):
         with pytest.raises(LedgerError, match="closed"):
             use()
 
@@ -118,8 +118,8 @@ from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.kill_points import arm
 ledger = SQLiteLedger(sys.argv[1])
 arm(sys.argv[2])
-ledger.set_facts(None, None, {"a": 1})
-ledger.set_facts(None, None, {"b": 1, "c": 1})
+ledger.set_facts(None, {"a": 1})
+ledger.set_facts(None, {"b": 1, "c": 1})
 """
 
 
@@ -134,7 +134,7 @@ def test_a_kill_leaves_whole_transactions(tmp_path: Path, point: str, survive: i
     assert died.returncode == -9
     ledger = SQLiteLedger(path)
     assert len(ledger.facts()) == survive
-    ledger.set_facts(None, None, {"d": 1})
+    ledger.set_facts(None, {"d": 1})
 
 
 WAIT_FOR_CHANGE = """
@@ -156,7 +156,7 @@ def test_a_commit_wakes_a_waiter_in_another_process(tmp_path: Path) -> None:
     ) as waiter:
         assert waiter.stdout is not None
         assert waiter.stdout.readline() == "ready\n"
-        ledger.set_facts(None, None, {"x": 1})
+        ledger.set_facts(None, {"x": 1})
         assert waiter.stdout.readline() == "1\n"
 
 
@@ -223,9 +223,9 @@ def test_a_failed_sync_is_final_and_the_next_opening_writes_the_log_again(
     ledger._db = Failing()  # type: ignore[assignment]
     for _ in range(2):  # repeated under its number: still unknown
         with pytest.raises(UnknownResultError):
-            ledger.lease(producer.fence, 50, 1)
+            ledger.lease(producer.fence.call(50), 1)
     with pytest.raises(LedgerError, match="failed to sync earlier"):
-        ledger.lease(producer.fence, 51, 1)
+        ledger.lease(producer.fence.call(51), 1)
     ledger._db = connection
     ledger.close()
     mark = tmp_path / "db-unsynced"
@@ -248,8 +248,8 @@ def test_only_what_weights_depend_on_is_synced(tmp_path: Path) -> None:
             return True
 
         ledger._db.exec_trace = trace
-        ledger.set_facts(None, None, {"progress": 1})
-        ledger.set_facts(None, None, {"identity": 1}, settle=True)
+        ledger.set_facts(None, {"progress": 1})
+        ledger.set_facts(None, {"identity": 1}, settle=True)
         ledger._db.exec_trace = None
         assert seen == expected
         ledger.close()
@@ -270,7 +270,7 @@ def test_synced_changes_that_are_gone_are_missed(tmp_path: Path) -> None:
     program = (
         "import os, sys; from paceline.ledger.stores.sqlite import SQLiteLedger; "
         "ledger = SQLiteLedger(sys.argv[1], durability='full'); "
-        "[ledger.set_facts(None, None, {'n': n}) for n in range(3)]; os.kill(os.getpid(), 9)"
+        "[ledger.set_facts(None, {'n': n}) for n in range(3)]; os.kill(os.getpid(), 9)"
     )
     path = tmp_path / "ledger.db"
     assert subprocess.run([sys.executable, "-c", program, str(path)], check=False).returncode == -9
@@ -290,4 +290,4 @@ def test_a_second_ledger_of_a_process_leaves_the_locks_of_the_first(tmp_path: Pa
     inode = (tmp_path / "ledger.db").stat().st_ino
     held = [line for line in Path("/proc/locks").read_text().splitlines() if f":{inode} " in line]
     assert any("POSIX" in line for line in held), held
-    ledgers[0].set_facts(None, None, {"n": 1})
+    ledgers[0].set_facts(None, {"n": 1})

@@ -67,10 +67,10 @@ def test_a_ledger_at_rest_is_read_and_nothing_is_written(tmp_path: Path) -> None
     view = LedgerView(tmp_path / "ledger.db")
     assert view.snapshot().usage.resident_samples == 2
     assert view.facts()["run_id"] == "run0"
-    assert [r.reason for r in view.samples(State.QUARANTINED)] == ["bad"]
+    assert [r.reason for r in view.find(state=State.QUARANTINED).values()] == ["bad"]
     assert view.failed() == {}
     assert view.history(step=1) == view.history(sample_id=id_of(0)) == [trained]
-    found = view.find(id_of(0))
+    found = view.find([id_of(0)]).get(id_of(0))
     assert found is not None
     assert found.step == 1
     assert contents(tmp_path) == before

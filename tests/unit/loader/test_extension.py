@@ -18,7 +18,7 @@ def extended(folder: Path, passes: int, *sizes: int) -> SmallRun:
     for place in range(1, len(sizes)):
         run.stretches = sizes[:place]
         run.run()
-        SQLiteLedger(run.db).end_stream(None, None, False)
+        SQLiteLedger(run.db).end_stream(None, False)
     run.stretches = sizes
     return run
 

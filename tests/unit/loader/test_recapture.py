@@ -34,7 +34,7 @@ def test_what_a_successor_freed_and_archived_is_neither_read_nor_waited_for(
     successor.step(0)
     successor.checkpoint(first_place=1)
     successor.consumer.release(InMemoryLightFeatureStore())
-    successor.consumer.compact()
+    successor.consumer.retire(9)
     assert ledger.find(["run0:s0"]) == {}, "archived: its ref is gone"
     if stopped_after_reporting:
         # It had reported the sample lost and was stopped while it waited for the new capture.
@@ -97,5 +97,5 @@ def test_a_sample_that_nobody_captures_again_is_waited_for_until_the_deadline() 
         loader.captured_again(planned.refs[0], "they are gone")
     loader.leave(planned)
     assert clock.now == loader.blocked_seconds == 3.25
-    assert [record.sample_id for record in ledger.samples(State.LOST)] == ["run0:s0"]
+    assert [record.sample_id for record in ledger.find(state=State.LOST).values()] == ["run0:s0"]
     assert consumer_of(ledger).plan(plan_of(1, 0)).deaths == 0, "nobody died in the step"

@@ -88,7 +88,7 @@ def test_a_longer_file_with_the_same_beginning_extends_a_run_that_was_complete(r
     plan = run.plan()
     with pytest.raises(ConfigError, match="not complete"):
         bind_run(plan, run.ledger)
-    run.ledger.set_facts(None, None, {COMPLETED_STEP: 3})
+    run.ledger.set_facts(None, {COMPLETED_STEP: 3})
     assert bind_run(plan, run.ledger) == (6, 9)
     assert run.ledger.facts()[COMPLETED_STEP] is None
     assert not run.ledger.snapshot().closed

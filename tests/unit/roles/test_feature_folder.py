@@ -127,11 +127,11 @@ def gone(run: Run) -> None:
 
 
 def complete(run: Run) -> None:
-    run.ledger.set_facts(None, None, {"completed_step": 5})
+    run.ledger.set_facts(None, {"completed_step": 5})
 
 
 def elsewhere(run: Run) -> None:
-    run.ledger.set_facts(None, None, {"features_lie": {"folder": "/dev/shm/other"}})
+    run.ledger.set_facts(None, {"features_lie": {"folder": "/dev/shm/other"}})
 
 
 @pytest.mark.parametrize("fate", [gone, complete, elsewhere])

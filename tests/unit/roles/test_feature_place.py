@@ -59,7 +59,7 @@ def test_another_mount_under_the_same_path_is_another_place(
     ledger = SQLiteLedger()
     record_place(config, ledger)
     recorded = ledger.facts()["features_lie"]
-    ledger.set_facts(None, None, {"features_lie": {**recorded, "device": recorded["device"] + 1}})
+    ledger.set_facts(None, {"features_lie": {**recorded, "device": recorded["device"] + 1}})
     if not same_boot:
         boot = tmp_path / "boot_id"
         boot.write_text("another boot\n")

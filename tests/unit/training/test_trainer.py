@@ -198,7 +198,7 @@ def test_a_replaced_consumer_is_fenced(tmp_path: Path) -> None:
     with pytest.raises(FencedError):
         old.checkpoint()
     with pytest.raises(FencedError):
-        old.session.leave(2)
+        old.session.leave()
     assert SQLiteMetadataStore(run.db).lsn() == before
 
 

@@ -201,7 +201,7 @@ def test_a_culprit_on_one_rank_is_quarantined_and_its_step_trained_on_both(tmp_p
     """Isolation asks all ranks; the step without it is cut into slices anew."""
     run = TwoRanks(tmp_path, bad=["light:6"])
     assert run.trainer.fit(run.loader) == 3
-    assert [sample.sample_id for sample in run.ledger.samples(State.QUARANTINED)] == ["light:6"]
+    assert [sample.sample_id for sample in run.ledger.find(state=State.QUARANTINED).values()] == ["light:6"]
     steps = [step for learner in run.learners for step in learner.steps if step[0] == 2]
     assert [ids for _, ids, _ in steps] == [["light:4"], ["light:5", "light:7"]]
     assert {tokens for _, _, tokens in steps} == {6}

@@ -15,7 +15,8 @@ from typing import Any
 
 from paceline.crashpoints import reach
 from paceline.errors import SchemaError
-from paceline.ledger.records import Fence, TrainedSample, TrainedStep
+from paceline.ledger.records import TrainedSample, TrainedStep
+from paceline.ledger.stores.sqlite.database import change
 from paceline.ledger.stores.sqlite.prompts import PromptTable
 from paceline.types import SampleRef
 
@@ -26,32 +27,29 @@ UNKNOWN_PLACE = -1  # the place of a planned sample that was never committed
 class Archive(PromptTable):
     archive_from = BLOCK  # how many samples or steps must be ready before any is archived
 
-    def compact(self, fence: Fence | None, op: int | None) -> int:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return int(operation.result)
-            operation.keep(0)
-            oldest = self._rows("SELECT step, first_place FROM checkpoint ORDER BY step LIMIT 1")
-            if not oldest:
-                operation.cancel()
-                return 0
-            (step, first_place), run = oldest[0], self._run()
-            if step <= run.archived_step and run.archived_place >= first_place:
-                operation.cancel()
-                return 0
-            done = "state = 'released' AND acked = 2 AND step <= ? AND place < ?"
-            ready = self._value(f"SELECT count(*) FROM sample WHERE {done}", step, first_place)  # noqa: S608
-            plans = self._value("SELECT count(*) FROM plan WHERE step <= ?", step)
-            run.archived_step = max(run.archived_step, step)
-            if max(ready, plans) < self.archive_from:
-                return 0
-            self._archive_steps(step)
-            reach("ledger.between_archives")
-            run.archived_place = max(run.archived_place, first_place)
-            run.archived += ready
-            self._change(f"DELETE FROM sample WHERE {done}", step, first_place)  # noqa: S608 (ours)
-            operation.keep(ready)
-            return int(ready)
+    @change(final=True)  # the caller removes the folders next
+    def retire(self, keep: int) -> int:
+        retired = self._change(
+            "DELETE FROM checkpoint WHERE step NOT IN "
+            "(SELECT step FROM checkpoint ORDER BY step DESC LIMIT ?)",
+            max(1, keep),
+        )
+        oldest = self._rows("SELECT step, first_place FROM checkpoint ORDER BY step LIMIT 1")
+        (step, first_place), run = oldest[0] if oldest else (0, 0), self._run()
+        if step <= run.archived_step and first_place <= run.archived_place:
+            return 0 if retired else self._unchanged(0)
+        done = "state = 'released' AND acked = 2 AND step <= ? AND place < ?"
+        ready = self._value(f"SELECT count(*) FROM sample WHERE {done}", step, first_place)  # noqa: S608
+        plans = self._value("SELECT count(*) FROM plan WHERE step <= ?", step)
+        run.archived_step = max(run.archived_step, step)
+        if max(ready, plans) < self.archive_from:
+            return 0
+        self._archive_steps(step)
+        reach("ledger.between_archives")
+        run.archived_place = max(run.archived_place, first_place)
+        run.archived += ready
+        self._change(f"DELETE FROM sample WHERE {done}", step, first_place)  # noqa: S608 (ours)
+        return int(ready)
 
     def _archive_steps(self, last: int) -> None:
         """Runs before the samples' rows are deleted, because it reads their places."""
@@ -103,7 +101,8 @@ class Archive(PromptTable):
             earliest, latest = (0, 1 << 62) if step is None else (step, step)
             sql = "SELECT first, digest, content FROM archive WHERE last >= ? AND first <= ? ORDER BY first"
             wanted = None if sample_id is None else json.dumps(sample_id).encode()
-            for first, digest, content in self._db.execute(sql, (earliest, latest)):
+            archived = step is None or step <= self._run().archived_step
+            for first, digest, content in self._db.execute(sql, (earliest, latest)) if archived else ():
                 for trained in self._steps_of(first, digest, content, wanted):
                     if step in (None, trained.step) and _names(trained, sample_id):
                         yield trained

@@ -20,8 +20,10 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_type_hints
 
 import apsw
 import msgspec
@@ -83,21 +85,46 @@ class Errors:
             self._raise_better(error)
 
 
+@dataclass
 class Operation:
-    """One change: whether it repeats an earlier one, and the result, as plain JSON."""
+    """One change. `result`: what it returned, as JSON; given if it repeats the last one."""
 
-    def __init__(self, repeated: bool, result: Any) -> None:
-        self.repeated = repeated
-        self.result = result
-        self.changes = True
+    worker: str  # the producer that makes it; "" for any other caller
+    run: RunRow
+    result: bytes | None
+    changes: bool = True
 
-    def keep(self, result: Any) -> None:
-        """Set what a repetition returns."""
-        self.result = result
 
-    def cancel(self) -> None:
-        """Change nothing after all."""
-        self.changes = False
+D = TypeVar("D", bound="Database")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def change(
+    *, final: bool = False, final_if: str = ""
+) -> Callable[[Callable[Concatenate[D, P], T]], Callable[Concatenate[D, Fence | None, P], T]]:
+    """Make a method one transaction, called with a fence first. A repetition returns the recorded result.
+
+    `final`: durable weights depend on it, so it is synced on return; `final_if`: if this argument is given.
+    """
+
+    def decorate(method: Callable[Concatenate[D, P], T]) -> Callable[Concatenate[D, Fence | None, P], T]:
+        kind = get_type_hints(method)["return"]
+
+        @wraps(method)
+        def call(self: D, fence: Fence | None, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            syncs = final or kwargs.get(final_if) not in (None, False)
+            with self._mutation(fence, final=syncs) as operation:
+                if operation.result is not None:
+                    repeated: T = msgspec.json.decode(operation.result, type=kind)
+                    return repeated
+                result = method(self, *args, **kwargs)
+                operation.result = msgspec.json.encode(result)
+                return result
+
+        return call
+
+    return decorate
 
 
 class Database:
@@ -125,8 +152,8 @@ class Database:
         self._durability = durability
         self._lock = threading.RLock()
         self._closed = False
-        self._broken: tuple[str, Fence | None, int | None] | None = None  # why, and in which operation
-        self._now: RunRow | None = None  # of the open transaction, if it changes the ledger
+        self._broken: tuple[str, Fence | None] | None = None  # why, and in which call
+        self._now: Operation | None = None  # of the open transaction, if it changes the ledger
         self._inode: tuple[int, int] | None = None  # of the file; None: no other process can replace it
         self._syncs = False
         self._explained, self._final_errors = Errors(self._explain), Errors(self._fail_for_good)
@@ -213,7 +240,7 @@ class Database:
 
     def _fail_for_good(self, error: BaseException) -> None:
         if isinstance(error, (apsw.IOError, apsw.CorruptError, apsw.CantOpenError, OSError)):
-            self._broken = (str(error), None, None)
+            self._broken = str(error), None
             with suppress(OSError):
                 self._mark.touch(0o600)
             raise UnknownResultError(
@@ -222,16 +249,13 @@ class Database:
                 next="check the disk, then run the same command again: it reads what is really there.",
             ) from error
 
-    def _refuse_broken(self, fence: Fence | None = None, op: int | None = None) -> None:
+    def _refuse_broken(self, fence: Fence | None = None) -> None:
         if self._broken is None:
             return
-        why, failed_fence, failed_op = self._broken
-        what = f"{self.path} failed to sync earlier ({why}); this process stopped writing to it."
-        kind = (
-            UnknownResultError if op is not None and (fence, op) == (failed_fence, failed_op) else LedgerError
-        )
-        raise kind(
-            what,
+        why, failed = self._broken
+        is_repeated = fence is not None and fence.op is not None and fence == failed
+        raise (UnknownResultError if is_repeated else LedgerError)(
+            f"{self.path} failed to sync earlier ({why}); this process stopped writing to it.",
             why="What is on the disk is unknown until the file is opened again.",
             next="check the disk, then run the same command again.",
         )
@@ -239,59 +263,74 @@ class Database:
     # -- transactions ----------------------------------------------------------------------
 
     @contextmanager
-    def _mutation(
-        self, fence: Fence | None, op: int | None = None, *, final: bool = False
-    ) -> Iterator[Operation]:
-        """One transaction. `final`: durable weights depend on it, so it is synced on return."""
+    def _mutation(self, fence: Fence | None, *, final: bool = False) -> Iterator[Operation]:
+        """One transaction; rolled back if the call is repeated, changes nothing, or raises."""
         with self._lock, self._explained:
             if self._closed:
                 raise self._is_closed()
             with self._gate:
-                self._refuse_broken(fence, op)
+                self._refuse_broken(fence)
                 self._refuse_replaced()
                 self._sync_commits(final or self._durability == "full")
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
                     reach("ledger.after_begin")
-                    operation, self._now = self._begun(fence, op)
+                    operation = self._now = self._begun(fence)
+                    commits = operation.result is None
                     yield operation
-                    if operation.changes and not operation.repeated:
-                        self._commit(self._now, operation, fence, op)
+                    commits = commits and operation.changes
+                    if commits:
+                        self._commit(operation, fence)
                 finally:
                     self._now = None
-                    if self._db.in_transaction:  # a repeated operation, or an error
+                    if self._db.in_transaction:
                         self._db.execute("ROLLBACK")
-            if operation.changes and not operation.repeated:
+            if commits:
                 reach("ledger.after_commit")
                 if self._syncs:
                     reach("ledger.after_sync")
+
+    @property
+    def _worker(self) -> str:
+        """The producer that makes the open change; "" for any other caller."""
+        assert self._now is not None, "in a change"
+        return self._now.worker
+
+    def _unchanged(self, result: T) -> T:
+        """Change nothing after all."""
+        assert self._now is not None, "in a change"
+        self._now.changes = False
+        return result
 
     def _sync_commits(self, syncs: bool) -> None:
         if syncs != self._syncs:
             self._db.execute(f"PRAGMA synchronous={'FULL' if syncs else 'NORMAL'}")
             self._syncs = syncs
 
-    def _begun(self, fence: Fence | None, op: int | None) -> tuple[Operation, RunRow]:
+    def _begun(self, fence: Fence | None) -> Operation:
         role = None if fence is None else fence.role
         [(epoch, last_op, result, *columns)] = self._db.execute(READ_TO_CHANGE, (role,))
-        self._check_fence(fence, epoch or 0)
-        repeated = fence is not None and op is not None and op <= last_op
-        if repeated and op is not None and fence is not None and op < last_op:
-            raise late(fence, op, last_op)
-        return Operation(repeated, msgspec.json.decode(result) if repeated else None), RunRow(*columns)
+        repeats = False
+        if fence is not None:
+            self._check_fence(fence, epoch or 0)
+            if fence.op is not None and fence.op < last_op:
+                raise late(fence, last_op)
+            repeats = fence.op == last_op
+        worker = "" if fence is None else fence.worker
+        return Operation(worker, RunRow(*columns), result.encode() if repeats else None)
 
     @staticmethod
-    def _check_fence(fence: Fence | None, epoch: int) -> None:
-        if fence is not None and epoch != fence.epoch:
+    def _check_fence(fence: Fence, epoch: int) -> None:
+        if fence.epoch != epoch:
             raise fenced(fence, epoch)
 
-    def _commit(self, run: RunRow, operation: Operation, fence: Fence | None, op: int | None) -> None:
+    def _commit(self, operation: Operation, fence: Fence | None) -> None:
+        run, result = operation.run, (operation.result or b"null").decode()
         run.lsn += 1
         self._db.execute(WRITE, run.values())
-        if fence is not None and op is not None:
-            result = msgspec.json.encode(operation.result).decode()
+        if fence is not None and fence.op is not None:
             self._db.execute(
-                "UPDATE role SET last_op = ?, result = ? WHERE name = ?", (op, result, fence.role)
+                "UPDATE role SET last_op = ?, result = ? WHERE name = ?", (fence.op, result, fence.role)
             )
         reach("ledger.before_commit")
         try:
@@ -299,7 +338,7 @@ class Database:
                 self._db.execute("COMMIT")
         except UnknownResultError:
             assert self._broken is not None, "set a moment ago"
-            self._broken = (self._broken[0], fence, op)
+            self._broken = self._broken[0], fence
             raise
         if self._syncs and self._inode is not None:
             self._gate.note(run.lsn, self._inode[1])
@@ -367,7 +406,7 @@ class Database:
     def _run(self) -> RunRow:
         """The counters; inside a change, the object that it may set."""
         with self._lock:
-            return self._now or RunRow(*self._rows(READ)[0])
+            return RunRow(*self._rows(READ)[0]) if self._now is None else self._now.run
 
     def close(self) -> None:
         with self._lock, self._explained, ExitStack() as closing:

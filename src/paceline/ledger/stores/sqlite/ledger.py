@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from paceline.ledger.ledger import Ledger
-from paceline.ledger.records import CONSUMER, Fence, Order, PromptCounts, Snapshot, producer_role
+from paceline.ledger.records import CONSUMER, Fence, Order, PromptCounts, Snapshot
 from paceline.ledger.refusals import other_order
-from paceline.ledger.stores.sqlite.database import IN_MEMORY, Durability
+from paceline.ledger.stores.sqlite.database import IN_MEMORY, Durability, change
 from paceline.ledger.stores.sqlite.steps import StepTable
 
 
@@ -63,29 +63,17 @@ class SQLiteLedger(StepTable, Ledger):
         run.started_step = None
         run.trained_step = self._value("SELECT coalesce(max(step), 0) FROM checkpoint")
 
-    def evict(self, fence: Fence | None, op: int | None, worker: str) -> None:
-        with self._mutation(fence, op, final=True) as operation:
-            if not operation.repeated:
-                self._next_epoch(producer_role(worker), "")
-                self._end_work_of(worker)
-
     # -- facts -----------------------------------------------------------------------------
 
-    def set_facts(
-        self, fence: Fence | None, op: int | None, facts: Mapping[str, Any], *, settle: bool = False
-    ) -> dict[str, Any]:
-        with self._mutation(fence, op, final=settle) as operation:
-            if operation.repeated:
-                return dict(operation.result)
-            known = self.facts() if settle else {}
-            standing = {key: known[key] for key in facts if key in known}
-            if standing:
-                operation.cancel()
-                return standing
-            rows = [(key, json.dumps(value)) for key, value in facts.items()]
-            self._db.executemany("INSERT OR REPLACE INTO fact VALUES (?, ?)", rows)
-            operation.keep({key: json.loads(text) for key, text in rows})
-            return dict(operation.result)
+    @change(final_if="settle")
+    def set_facts(self, facts: Mapping[str, Any], *, settle: bool = False) -> dict[str, Any]:
+        known = self.facts() if settle else {}
+        standing = {key: known[key] for key in facts if key in known}
+        if standing:
+            return self._unchanged(standing)
+        rows = [(key, json.dumps(value)) for key, value in facts.items()]
+        self._db.executemany("INSERT OR REPLACE INTO fact VALUES (?, ?)", rows)
+        return {key: json.loads(text) for key, text in rows}
 
     def facts(self) -> dict[str, Any]:
         return {key: json.loads(value) for key, value in self._rows("SELECT key, value FROM fact")}

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from paceline.ledger.records import Fence, Intent, Lease, SourceBlock
+from paceline.ledger.records import Lease, SourceBlock
 from paceline.ledger.refusals import prompts_differ
-from paceline.ledger.stores.sqlite.database import Database
+from paceline.ledger.stores.sqlite.database import Database, change
 from paceline.ledger.stores.sqlite.text import AMONG, json_list
 
 
 class PromptTable(Database):
     # -- the source ------------------------------------------------------------------------
 
-    def extend(self, fence: Fence | None, op: int | None, blocks: Sequence[SourceBlock]) -> int:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return int(operation.result)
-            run, before = self._run(), self._run().num_prompts
-            for block in blocks:
-                if block.first == run.num_prompts:
-                    self._change(
-                        "INSERT INTO source VALUES (?, ?, ?)", block.first, block.count, block.digest
-                    )
-                    run.num_prompts += block.count
-                    run.closed = 0
-                elif self.source_blocks(block.first, 1) != [block]:
-                    raise prompts_differ(block.first, before)
-            operation.keep(run.num_prompts - before)
-            return run.num_prompts - before
+    @change()
+    def extend(self, blocks: Sequence[SourceBlock]) -> int:
+        run, before = self._run(), self._run().num_prompts
+        for block in blocks:
+            if block.first == run.num_prompts:
+                self._change("INSERT INTO source VALUES (?, ?, ?)", block.first, block.count, block.digest)
+                run.num_prompts += block.count
+                run.closed = 0
+            elif self.source_blocks(block.first, 1) != [block]:
+                raise prompts_differ(block.first, before)
+        return run.num_prompts - before
 
     def source_blocks(self, first: int = 0, limit: int | None = None) -> list[SourceBlock]:
         rows = self._rows(
@@ -41,65 +36,53 @@ class PromptTable(Database):
 
     # -- leases ----------------------------------------------------------------------------
 
-    def lease(
-        self, fence: Fence | None, op: int | None, limit: int, group_size: int | None = None
-    ) -> list[Lease]:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return [Lease(*values) for values in operation.result]
-            run, size, worker = self._run(), group_size or 1, worker_of(fence)
-            rows = self._rows(
-                "SELECT ordinal, attempt, deaths FROM prompt AS mine WHERE state = 'pending' AND NOT EXISTS ("
-                "SELECT 1 FROM prompt WHERE ordinal >= mine.ordinal / ?1 * ?1 "
-                "AND ordinal < mine.ordinal / ?1 * ?1 + ?1 AND state = 'leased' AND worker != ?2) "
-                "ORDER BY ordinal LIMIT ?3",
-                *(size, worker, limit),
-            )
-            first = run.next_ordinal // size * size
-            is_held = self._value(
-                "SELECT 1 FROM prompt WHERE ordinal >= ? AND state = 'leased' AND worker != ?", first, worker
-            )
-            end = run.next_ordinal if is_held else run.next_ordinal + limit - len(rows)
-            new = range(run.next_ordinal, min(run.num_prompts, end))
-            leases = [Lease(*row) for row in rows] + [Lease(ordinal) for ordinal in new]
-            leases.sort(key=lambda lease: lease.ordinal)
-            if group_size is not None:
-                leases = [x for x in leases if x.ordinal // group_size == leases[0].ordinal // group_size]
-            self._db.executemany(
-                "INSERT INTO prompt (ordinal, state, worker) VALUES (?, 'leased', ?) "
-                "ON CONFLICT (ordinal) DO UPDATE SET state = 'leased', worker = excluded.worker",
-                [(lease.ordinal, worker) for lease in leases],
-            )
-            run.next_ordinal = max([run.next_ordinal, *(lease.ordinal + 1 for lease in leases)])
-            operation.keep([[x.ordinal, x.attempt, x.deaths] for x in leases])
-            return leases
+    @change()
+    def lease(self, limit: int, group_size: int | None = None) -> list[Lease]:
+        run, size, worker = self._run(), group_size or 1, self._worker
+        rows = self._rows(
+            "SELECT ordinal, attempt, deaths FROM prompt AS mine WHERE state = 'pending' AND NOT EXISTS ("
+            "SELECT 1 FROM prompt WHERE ordinal >= mine.ordinal / ?1 * ?1 "
+            "AND ordinal < mine.ordinal / ?1 * ?1 + ?1 AND state = 'leased' AND worker != ?2) "
+            "ORDER BY ordinal LIMIT ?3",
+            *(size, worker, limit),
+        )
+        first = run.next_ordinal // size * size
+        is_held = self._value(
+            "SELECT 1 FROM prompt WHERE ordinal >= ? AND state = 'leased' AND worker != ?", first, worker
+        )
+        end = run.next_ordinal if is_held else run.next_ordinal + limit - len(rows)
+        new = range(run.next_ordinal, min(run.num_prompts, end))
+        leases = [Lease(*row) for row in rows] + [Lease(ordinal) for ordinal in new]
+        leases.sort(key=lambda lease: lease.ordinal)
+        if group_size is not None:
+            leases = [x for x in leases if x.ordinal // group_size == leases[0].ordinal // group_size]
+        self._db.executemany(
+            "INSERT INTO prompt (ordinal, state, worker) VALUES (?, 'leased', ?) "
+            "ON CONFLICT (ordinal) DO UPDATE SET state = 'leased', worker = excluded.worker",
+            [(lease.ordinal, worker) for lease in leases],
+        )
+        run.next_ordinal = max([run.next_ordinal, *(lease.ordinal + 1 for lease in leases)])
+        return leases
 
-    def fail(
-        self,
-        fence: Fence | None,
-        op: int | None,
-        ordinals: Sequence[int],
-        *,
-        reason: str,
-        attempt_max: int | None,
+    @change(final_if="failure")
+    def give_back(
+        self, ordinals: Sequence[int], *, failure: str | None = None, attempt_max: int | None = None
     ) -> list[int]:
         failed = []
-        limit = 0 if attempt_max is None else attempt_max
-        with self._mutation(fence, op, final=True) as operation:
-            if operation.repeated:
-                return list(operation.result)
-            self._revoke_intents_of(fence, ordinals)
-            for ordinal in ordinals:
-                state = self._value(
-                    "UPDATE prompt SET attempt = attempt + 1, worker = '', reason = ?, "
-                    "state = iif(attempt + 1 >= ?, 'failed', 'pending') "
-                    "WHERE ordinal = ? AND state = 'leased' AND worker = ? RETURNING state",
-                    *(reason, limit, ordinal, worker_of(fence)),
-                )
-                if state == "failed" and not self._end_lost_sample(ordinal, reason):
-                    failed.append(ordinal)
-            operation.keep(failed)
-            return failed
+        self._change(
+            f"UPDATE intent SET revoked = 1 WHERE worker = ? AND ordinal {AMONG}",  # noqa: S608 (ours)
+            *(self._worker, json_list(ordinals)),
+        )
+        for ordinal in ordinals:
+            state = self._value(
+                "UPDATE prompt SET worker = '', attempt = attempt + ?1, reason = iif(?1, ?2, reason), "
+                "state = iif(?1 AND attempt + 1 >= ?3, 'failed', 'pending') "
+                "WHERE ordinal = ?4 AND state = 'leased' AND worker = ?5 RETURNING state",
+                *(failure is not None, failure, attempt_max or 0, ordinal, self._worker),
+            )
+            if state == "failed" and not self._end_lost_sample(ordinal, failure or ""):
+                failed.append(ordinal)
+        return failed
 
     def _end_lost_sample(self, ordinal: int, reason: str) -> bool:
         """The prompt will not be captured again. Quarantine its lost sample, unless durable weights came to
@@ -114,23 +97,6 @@ class PromptTable(Database):
         )
         return False
 
-    def give_back(self, fence: Fence | None, op: int | None, ordinals: Sequence[int]) -> None:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return
-            self._revoke_intents_of(fence, ordinals)
-            self._db.executemany(
-                "UPDATE prompt SET state = 'pending', worker = '' "
-                "WHERE ordinal = ? AND state = 'leased' AND worker = ?",
-                [(ordinal, worker_of(fence)) for ordinal in ordinals],
-            )
-
-    def _revoke_intents_of(self, fence: Fence | None, ordinals: Iterable[int]) -> None:
-        self._change(
-            f"UPDATE intent SET revoked = 1 WHERE worker = ? AND ordinal {AMONG}",  # noqa: S608 (ours)
-            *(worker_of(fence), json_list(ordinals)),
-        )
-
     def _end_work_of(self, worker: str) -> None:
         """The worker died: return its leases, each with one more death, and revoke its intents."""
         self._change("UPDATE intent SET revoked = 1 WHERE worker = ?", worker)
@@ -140,18 +106,15 @@ class PromptTable(Database):
             worker,
         )
 
-    def end_stream(self, fence: Fence | None, op: int | None, ended: bool) -> bool:
-        with self._mutation(fence, op, final=ended) as operation:
-            if operation.repeated:
-                return bool(operation.result)
-            run = self._run()
-            is_open = self._value("SELECT 1 FROM prompt WHERE state != 'failed' LIMIT 1") is not None
-            ends = ended and not is_open and run.next_ordinal >= run.num_prompts
-            if ends == bool(run.closed):
-                operation.cancel()
-            run.closed = int(ends)
-            operation.keep(ends)
-            return ends
+    @change(final=True)
+    def end_stream(self, ended: bool) -> bool:
+        run = self._run()
+        is_open = self._value("SELECT 1 FROM prompt WHERE state != 'failed' LIMIT 1") is not None
+        ends = ended and not is_open and run.next_ordinal >= run.num_prompts
+        if ends == bool(run.closed):
+            return self._unchanged(ends)
+        run.closed = int(ends)
+        return ends
 
     # -- prompts at a commit or a checkpoint -----------------------------------------------
 
@@ -195,14 +158,3 @@ class PromptTable(Database):
             *(start, 1 << 62 if stop is None else stop),
         )
         return dict(rows)
-
-    def revoked(self) -> list[Intent]:
-        rows = self._rows(
-            "SELECT generation, sample_id, bytes, ordinal, worker, revoked FROM intent WHERE revoked "
-            "ORDER BY generation"
-        )
-        return [Intent(g, i, size, n, worker, bool(gone)) for g, i, size, n, worker, gone in rows]
-
-
-def worker_of(fence: Fence | None) -> str:
-    return "" if fence is None else fence.worker

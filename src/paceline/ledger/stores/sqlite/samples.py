@@ -8,19 +8,18 @@ from typing import Any
 from paceline.ledger.records import (
     Budget,
     Entry,
-    Fence,
-    Intent,
     Ownership,
     Page,
     SampleRecord,
     State,
     Usage,
+    Wanted,
     bare_ref,
     compacted,
 )
 from paceline.ledger.refusals import intent_revoked, not_covered, other_place
 from paceline.ledger.stores.sqlite.archive import Archive
-from paceline.ledger.stores.sqlite.prompts import worker_of
+from paceline.ledger.stores.sqlite.database import change
 from paceline.ledger.stores.sqlite.text import AMONG, json_list
 from paceline.types import SampleRef, ref_from_json, ref_to_json
 
@@ -39,70 +38,58 @@ def record_of(row: tuple[Any, ...]) -> SampleRecord:
 class SampleTable(Archive):
     # -- intents ---------------------------------------------------------------------------
 
-    def reserve(
-        self, fence: Fence | None, op: int | None, wanted: Sequence[Intent], budget: Budget | None
-    ) -> list[int] | None:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return list(operation.result)
-            num_bytes = sum(intent.num_bytes for intent in wanted)
-            if budget is not None and not self._usage().has_room(budget, len(wanted), num_bytes):
-                operation.cancel()
-                return None
-            first = self._run().next_generation
-            self._db.executemany(
-                "INSERT INTO intent (generation, sample_id, bytes, ordinal, worker) VALUES (?, ?, ?, ?, ?)",
-                [
-                    (generation, i.sample_id, i.num_bytes, i.ordinal, worker_of(fence))
-                    for generation, i in enumerate(wanted, start=first)
-                ],
-            )
-            self._run().next_generation = first + len(wanted)
-            operation.keep(list(range(first, first + len(wanted))))
-            return list(range(first, first + len(wanted)))
+    @change()
+    def reserve(self, wanted: Sequence[Wanted], budget: Budget | None) -> list[int] | None:
+        num_bytes = sum(sample.num_bytes for sample in wanted)
+        if budget is not None and not self._usage().has_room(budget, len(wanted), num_bytes):
+            return self._unchanged(None)
+        first = self._run().next_generation
+        self._run().next_generation += len(wanted)
+        generations = list(range(first, first + len(wanted)))
+        self._db.executemany(
+            "INSERT INTO intent (generation, sample_id, bytes, ordinal, worker) VALUES (?, ?, ?, ?, ?)",
+            [
+                (generation, sample.sample_id, sample.num_bytes, sample.ordinal, self._worker)
+                for generation, sample in zip(generations, wanted, strict=True)
+            ],
+        )
+        return generations
 
-    def swept(
-        self, fence: Fence | None, op: int | None, generations: Sequence[int], skip_through: int = 0
-    ) -> None:
-        with self._mutation(fence, op) as operation:
-            if not operation.repeated:
-                self._change(
-                    f"DELETE FROM intent WHERE (revoked OR worker = ?) AND generation {AMONG}",  # noqa: S608
-                    *(None if fence is None else fence.worker, json_list(generations)),
-                )
-                run = self._run()
-                run.next_generation = max(run.next_generation, skip_through + 1)
+    @change()
+    def swept(self, generations: Sequence[int], skip_through: int = 0) -> None:
+        self._change(
+            f"DELETE FROM intent WHERE (revoked OR worker = ?) AND generation {AMONG}",  # noqa: S608 (ours)
+            *(self._worker or None, json_list(generations)),
+        )
+        run = self._run()
+        run.next_generation = max(run.next_generation, skip_through + 1)
 
     # -- commits ---------------------------------------------------------------------------
 
-    def commit(self, fence: Fence | None, op: int | None, refs: Sequence[SampleRef]) -> list[bool]:
+    @change()
+    def commit(self, refs: Sequence[SampleRef]) -> list[bool]:
         texts = [ref_to_json(ref) for ref in refs]
         if not refs:
-            return []
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return list(operation.result)
-            self._settle_order("arrival")  # unless a producer settled it before
-            gone = [ref.sample_id for ref in refs if not self._may_commit(ref, worker_of(fence))]
-            if gone:
-                raise intent_revoked(gone)
-            fresh = [self._commit_ref(ref, text) for ref, text in zip(refs, texts, strict=True)]
-            operation.keep(fresh)
-            return fresh
+            return self._unchanged([])
+        self._settle_order("arrival")  # unless a producer settled it before
+        gone = [ref.sample_id for ref in refs if not self._may_commit(ref)]
+        if gone:
+            raise intent_revoked(gone)
+        return [self._commit_ref(ref, text) for ref, text in zip(refs, texts, strict=True)]
 
     def _settle_order(self, order: str) -> str:
         run = self._run()
         run.place_order = run.place_order or order
         return run.place_order
 
-    def _may_commit(self, ref: SampleRef, worker: str) -> bool:
+    def _may_commit(self, ref: SampleRef) -> bool:
         """Whether the ref has an intent, or is on record already."""
         if ref.generation == 0 and self._run().place_order == "arrival":
             return True
         found = self._value(
             "SELECT 1 FROM intent WHERE generation = ?1 AND sample_id = ?2 AND worker = ?3 AND NOT revoked "
             "UNION SELECT 1 FROM sample WHERE sample_id = ?2 AND (generation = ?1 OR state = 'released')",
-            *(ref.generation, ref.sample_id, worker),
+            *(ref.generation, ref.sample_id, self._worker),
         )
         return found is not None or self._is_archived(ref)
 
@@ -183,27 +170,31 @@ class SampleTable(Archive):
         entries = (Entry(place, ref_from_json(ref), State(state)) for place, ref, state in rows)
         return Page(tuple(entries), settled, closed)
 
-    def find(self, sample_ids: Sequence[str]) -> dict[str, SampleRecord]:
+    def find(
+        self,
+        sample_ids: Sequence[str] | None = None,
+        *,
+        state: State | None = None,
+        limit: int | None = None,
+    ) -> dict[str, SampleRecord]:
+        where, values = ["true"], list[Any]()
+        if sample_ids is not None:
+            where.append(f"sample_id {AMONG}")
+            values.append(json_list(sample_ids))
+        if state is not None:
+            where.append(f"state = '{State(state)}'")  # a constant, so that its partial index is used
         rows = self._rows(
-            f"SELECT {RECORD} FROM sample WHERE sample_id {AMONG} ORDER BY place",  # noqa: S608 (ours)
-            json_list(sample_ids),
+            f"SELECT {RECORD} FROM sample WHERE {' AND '.join(where)} ORDER BY place LIMIT ?",  # noqa: S608
+            *(*values, -1 if limit is None else limit),
         )
         return {row[0]: record_of(row) for row in rows}
 
-    def samples(self, state: State, limit: int | None = None) -> list[SampleRecord]:
-        rows = self._rows(
-            f"SELECT {RECORD} FROM sample WHERE state = '{State(state)}' ORDER BY place LIMIT ?",  # noqa: S608
-            -1 if limit is None else limit,
-        )
-        return [record_of(row) for row in rows]
-
     def ownership(self) -> Ownership:
         with self._reading():
-            present = dict(
-                self._rows("SELECT sample_id, generation FROM sample WHERE resident ORDER BY place")
-            )
-            promised = dict(self._rows("SELECT generation, sample_id FROM intent WHERE NOT revoked"))
-            return Ownership(present, promised, self._run().next_generation)
+            present = self._rows("SELECT sample_id, generation FROM sample WHERE resident ORDER BY place")
+            intents = "SELECT generation, sample_id FROM intent WHERE {} ORDER BY generation"
+            promised, revoked = (self._rows(intents.format(which)) for which in ("NOT revoked", "revoked"))
+            return Ownership(dict(present), dict(promised), dict(revoked), self._run().next_generation)
 
     def _usage(self) -> Usage:
         [(count, size, provisional, provisional_size, waiting)] = self._rows(
@@ -217,52 +208,44 @@ class SampleTable(Archive):
 
     # -- features --------------------------------------------------------------------------
 
-    def releasable(self, fence: Fence | None, limit: int) -> dict[str, int]:
-        with self._reading():
-            self._refuse_broken()  # the head that covers the samples may not be on the disk
-            if fence is not None:
-                epoch = self._value("SELECT epoch FROM role WHERE name = ?", fence.role)
-                self._check_fence(fence, epoch or 0)
-            return dict(
-                self._rows(
-                    f"SELECT sample_id, generation FROM sample WHERE resident AND {COVERED} "  # noqa: S608
-                    "ORDER BY place LIMIT ?",
-                    limit,
-                )
-            )
+    @change()
+    def release(self, freed: Sequence[str], limit: int) -> dict[str, int]:
+        if freed:
+            self._record_freed(freed)
+        covered = self._rows(
+            f"SELECT sample_id, generation FROM sample WHERE resident AND {COVERED} "  # noqa: S608 (ours)
+            "ORDER BY place LIMIT ?",
+            limit,
+        )
+        return dict(covered) if freed else self._unchanged(dict(covered))
 
-    def released(self, fence: Fence | None, op: int | None, sample_ids: Sequence[str]) -> None:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                return
-            rows = self._rows(
-                f"SELECT sample_id, {COVERED}, iif(state = 'quarantined', ref, NULL) "  # noqa: S608 (ours)
-                f"FROM sample WHERE sample_id {AMONG}",
-                json_list(sample_ids),
-            )
-            covered = {sample_id for sample_id, is_covered, _ in rows if is_covered}
-            known = {sample_id for sample_id, *_ in rows}
-            early = [i for i in sample_ids if i not in covered and (i in known or not self._archived_id(i))]
-            if early:
-                raise not_covered(early)
-            self._change(
-                "UPDATE sample SET resident = 0, "  # noqa: S608 (ours)
-                f"state = iif(state = 'present', 'released', state) WHERE sample_id {AMONG}",
-                json_list(sample_ids),
-            )
-            for sample_id, _, ref in rows:
-                if ref is not None:  # only the id is needed from now on
-                    text = ref_to_json(compacted(ref_from_json(ref)))
-                    self._change("UPDATE sample SET ref = ? WHERE sample_id = ?", text, sample_id)
+    def _record_freed(self, sample_ids: Sequence[str]) -> None:
+        rows = self._rows(
+            f"SELECT sample_id, {COVERED}, iif(state = 'quarantined', ref, NULL) "  # noqa: S608 (ours)
+            f"FROM sample WHERE sample_id {AMONG}",
+            json_list(sample_ids),
+        )
+        covered = {sample_id: is_covered for sample_id, is_covered, _ in rows}
+        early = [i for i in sample_ids if not covered.get(i, i not in covered and self._archived_id(i))]
+        if early:
+            raise not_covered(early)
+        self._change(
+            "UPDATE sample SET resident = 0, "  # noqa: S608 (ours)
+            f"state = iif(state = 'present', 'released', state) WHERE sample_id {AMONG}",
+            json_list(sample_ids),
+        )
+        for sample_id, _, ref in rows:
+            if ref is not None:  # only the id is needed from now on
+                text = ref_to_json(compacted(ref_from_json(ref)))
+                self._change("UPDATE sample SET ref = ? WHERE sample_id = ?", text, sample_id)
 
-    def report_lost(self, fence: Fence | None, op: int | None, sample_ids: Sequence[str]) -> None:
-        with self._mutation(fence, op) as operation:
-            if not operation.repeated:
-                rows = self._rows(
-                    f"SELECT sample_id FROM sample WHERE acked < 2 AND sample_id {AMONG}",  # noqa: S608 (ours)
-                    json_list(sample_ids),
-                )
-                self._lose(sample_id for (sample_id,) in rows)
+    @change()
+    def report_lost(self, sample_ids: Sequence[str]) -> None:
+        rows = self._rows(
+            f"SELECT sample_id FROM sample WHERE acked < 2 AND sample_id {AMONG}",  # noqa: S608 (ours)
+            json_list(sample_ids),
+        )
+        self._lose(sample_id for (sample_id,) in rows)
 
     def _lose(self, sample_ids: Iterable[str]) -> None:
         for sample_id in sample_ids:

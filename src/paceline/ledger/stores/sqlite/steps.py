@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from paceline.ledger.records import (
     BegunStep,
     CheckpointRecord,
-    Fence,
     StepAck,
     StepPlan,
     TrainedSample,
@@ -19,11 +18,11 @@ from paceline.ledger.records import (
 from paceline.ledger.refusals import (
     behind_head,
     contradicts,
-    head_is_kept,
     history_is_archived,
     out_of_turn,
     passed_over,
 )
+from paceline.ledger.stores.sqlite.database import change
 from paceline.ledger.stores.sqlite.samples import SampleTable
 from paceline.ledger.stores.sqlite.text import AMONG, json_list
 
@@ -31,52 +30,38 @@ from paceline.ledger.stores.sqlite.text import AMONG, json_list
 class StepTable(SampleTable):
     # -- step plans ------------------------------------------------------------------------
 
-    def plan(
-        self, fence: Fence | None, op: int | None, plan: StepPlan | None, ack: StepAck | None = None
-    ) -> BegunStep | None:
-        with self._mutation(fence, op) as operation:
-            if operation.repeated:
-                if plan is None:
-                    return None
-                step, ids, rev, deaths = operation.result
-                return BegunStep(StepPlan(step, tuple(ids), rev), deaths)
-            if ack is not None:
-                self._take_ack(ack)
-            if plan is None:
-                return None
-            run = self._run()
-            if plan.step <= run.archived_step:
-                raise history_is_archived(plan.step, run.archived_step)
-            self._change(
-                "INSERT INTO plan (step, rev, sample_ids) VALUES (?, ?, ?) "
-                "ON CONFLICT (step) DO UPDATE SET rev = excluded.rev, sample_ids = excluded.sample_ids, "
-                "deaths = 0 WHERE excluded.rev > rev AND step > ?",
-                *(plan.step, plan.rev, json.dumps(plan.sample_ids), run.trained_step),
-            )
-            run.started_step = plan.step
-            stored = self.step_plan(plan.step)
-            assert stored is not None, "the plan was inserted in this transaction"
-            deaths = self._value("SELECT deaths FROM plan WHERE step = ?", plan.step)
-            operation.keep([stored.step, stored.sample_ids, stored.rev, deaths])
-            return BegunStep(stored, deaths)
-
-    def leave(self, fence: Fence | None, op: int | None, step: int) -> None:
-        with self._mutation(fence, op) as operation:
-            if not operation.repeated and self._run().started_step == step:
-                self._run().started_step = None
+    @change()
+    def plan(self, plan: StepPlan | None, ack: StepAck | None = None) -> BegunStep | None:
+        run = self._run()
+        if ack is not None:
+            self._take_ack(ack)
+        run.started_step = None if plan is None else plan.step
+        if plan is None:
+            return None
+        if plan.step <= run.archived_step:
+            raise history_is_archived(plan.step, run.archived_step)
+        self._change(
+            "INSERT INTO plan (step, rev, sample_ids) VALUES (?, ?, ?) "
+            "ON CONFLICT (step) DO UPDATE SET rev = excluded.rev, sample_ids = excluded.sample_ids, "
+            "deaths = 0 WHERE excluded.rev > rev AND step > ?",
+            *(plan.step, plan.rev, json.dumps(plan.sample_ids), run.trained_step),
+        )
+        stored = self._plan_of(plan.step)
+        assert stored is not None, "the plan was inserted in this transaction"
+        return BegunStep(stored, self._value("SELECT deaths FROM plan WHERE step = ?", plan.step))
 
     def _take_ack(self, ack: StepAck) -> None:
-        plan, run = self.step_plan(ack.step), self._run()
+        plan, run = self._plan_of(ack.step), self._run()
         if ack.step != run.trained_step + 1 or plan is None or plan.rev != ack.rev:
             raise out_of_turn(ack, run.trained_step, plan)
         self._change(
             f"UPDATE sample SET acked = 1, step = ? WHERE acked < 2 AND sample_id {AMONG}",  # noqa: S608 (ours)
             *(ack.step, json_list(ack.finished)),
         )
-        run.trained_step, run.started_step = ack.step, None
+        run.trained_step = ack.step
         self._change("UPDATE plan SET deaths = 0 WHERE step = ? AND deaths > 0", ack.step)
 
-    def step_plan(self, step: int) -> StepPlan | None:
+    def _plan_of(self, step: int) -> StepPlan | None:
         rows = self._rows("SELECT sample_ids, rev FROM plan WHERE step = ?", step)
         return StepPlan(step, tuple(json.loads(rows[0][0])), rows[0][1]) if rows else None
 
@@ -92,67 +77,47 @@ class StepTable(SampleTable):
         records = self._checkpoints()
         return records[-1] if records else None
 
-    def head(
-        self,
-        fence: Fence | None,
-        op: int | None,
-        checkpoint: CheckpointRecord,
-        lineage: Sequence[TrainedStep] | None = None,
-    ) -> None:
-        with self._mutation(fence, op, final=True) as operation:
-            head = self._head()
-            if operation.repeated or head == checkpoint:
-                operation.cancel()
-                return
-            if head is not None and checkpoint.step <= head.step:
-                raise behind_head(checkpoint.step, head.step)
-            if lineage is not None:
-                self._adopt(checkpoint, lineage)
-            else:
-                self._check_plans(checkpoint, head)
-            self._change(
-                "INSERT INTO checkpoint VALUES (?, ?, ?, ?, ?)",
-                *(checkpoint.step, checkpoint.name, checkpoint.manifest_digest),
-                *(checkpoint.chain, checkpoint.first_place),
-            )
-            run = self._run()
-            run.trained_step = (
-                checkpoint.step if lineage is not None else max(run.trained_step, checkpoint.step)
-            )
-            self._change("UPDATE sample SET acked = 2 WHERE acked = 1 AND step <= ?", checkpoint.step)
+    @change(final=True)
+    def head(self, checkpoint: CheckpointRecord, lineage: Sequence[TrainedStep] | None = None) -> None:
+        head, run = self._head(), self._run()
+        if head == checkpoint:
+            return self._unchanged(None)
+        if head is not None and checkpoint.step <= head.step:
+            raise behind_head(checkpoint.step, head.step)
+        if lineage is not None:
+            self._adopt(checkpoint, lineage)
+            run.trained_step = checkpoint.step
+        else:
+            self._check_plans(checkpoint, head)
+            run.trained_step = max(run.trained_step, checkpoint.step)
+        self._change(
+            "INSERT INTO checkpoint VALUES (?, ?, ?, ?, ?)",
+            *(checkpoint.step, checkpoint.name, checkpoint.manifest_digest),
+            *(checkpoint.chain, checkpoint.first_place),
+        )
+        self._change("UPDATE sample SET acked = 2 WHERE acked = 1 AND step <= ?", checkpoint.step)
+        return None
 
     def _check_plans(self, checkpoint: CheckpointRecord, head: CheckpointRecord | None) -> None:
         first = head.step + 1 if head else 1
-        plans = [self.step_plan(step) for step in range(first, checkpoint.step + 1)]
+        plans = [self._plan_of(step) for step in range(first, checkpoint.step + 1)]
         known = [plan for plan in plans if plan is not None]
         if len(known) < len(plans) or chain_of(head.chain if head else "", known) != checkpoint.chain:
             raise contradicts(checkpoint, "its lineage is not that of the plans on record")
 
-    def forget(self, fence: Fence | None, op: int | None, step: int) -> None:
-        with self._mutation(fence, op, final=True) as operation:  # the caller removes the folder next
-            head = self._head()
-            if operation.repeated:
-                return
-            if head is not None and step == head.step:
-                raise head_is_kept(step)
-            self._change("DELETE FROM checkpoint WHERE step = ?", step)
-
-    def fall_back(self, fence: Fence | None, op: int | None, step: int) -> list[str]:
-        with self._mutation(fence, op, final=True) as operation:
-            if operation.repeated:
-                return list(operation.result)
-            archived = self._run().archived_step
-            if step < archived:
-                raise history_is_archived(step, archived)
-            lost = self._rows(
-                "SELECT sample_id FROM sample WHERE state = 'released' AND step > ? ORDER BY place", step
-            )
-            self._change("DELETE FROM checkpoint WHERE step > ?", step)
-            self._change("UPDATE sample SET acked = 0, step = NULL WHERE acked > 0 AND step > ?", step)
-            self._lose(i for (i,) in lost)
-            self._run().trained_step = min(self._run().trained_step, step)
-            operation.keep([i for (i,) in lost])
-            return [i for (i,) in lost]
+    @change(final=True)
+    def fall_back(self, step: int) -> list[str]:
+        run = self._run()
+        if step < run.archived_step:
+            raise history_is_archived(step, run.archived_step)
+        lost = self._rows(
+            "SELECT sample_id FROM sample WHERE state = 'released' AND step > ? ORDER BY place", step
+        )
+        self._change("DELETE FROM checkpoint WHERE step > ?", step)
+        self._change("UPDATE sample SET acked = 0, step = NULL WHERE acked > 0 AND step > ?", step)
+        self._lose(i for (i,) in lost)
+        run.trained_step = min(run.trained_step, step)
+        return [i for (i,) in lost]
 
     # -- rolling forward -------------------------------------------------------------------
 
@@ -214,7 +179,7 @@ class StepTable(SampleTable):
         if chain_of(head.chain if head else "", [trained.plan for trained in lineage]) != checkpoint.chain:
             raise contradicts(checkpoint, "its chain does not continue that of the head")
         for trained in lineage:
-            on_record = self.step_plan(trained.step)
+            on_record = self._plan_of(trained.step)
             if on_record is not None and trained.rev > on_record.rev:
                 on_record = None  # the ledger has forgotten this revision
             if on_record is not None and on_record.digest != trained.plan.digest:
@@ -264,23 +229,13 @@ class StepTable(SampleTable):
 
     # -- samples that cannot be trained ----------------------------------------------------
 
-    def quarantine(
-        self,
-        fence: Fence | None,
-        op: int | None,
-        sample_ids: Sequence[str],
-        *,
-        step: int | None,
-        reason: str,
-    ) -> None:
-        with self._mutation(fence, op, final=True) as operation:
-            for sample_id in [] if operation.repeated else sample_ids:
-                rows = self._rows(
-                    "UPDATE sample SET state = 'quarantined', acked = 0, reason = ?, step = ? "
-                    "WHERE sample_id = ? AND state IN ('present', 'lost') AND acked < 2 RETURNING ordinal",
-                    *(reason, step, sample_id),
-                )
-                for (ordinal,) in rows:  # the prompt is not captured again
-                    self._change(
-                        "DELETE FROM prompt WHERE ordinal = ? AND again AND state = 'pending'", ordinal
-                    )
+    @change(final=True)
+    def quarantine(self, sample_ids: Sequence[str], *, step: int | None, reason: str) -> None:
+        for sample_id in sample_ids:
+            rows = self._rows(
+                "UPDATE sample SET state = 'quarantined', acked = 0, reason = ?, step = ? "
+                "WHERE sample_id = ? AND state IN ('present', 'lost') AND acked < 2 RETURNING ordinal",
+                *(reason, step, sample_id),
+            )
+            for (ordinal,) in rows:  # the prompt is not captured again
+                self._change("DELETE FROM prompt WHERE ordinal = ? AND again AND state = 'pending'", ordinal)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,12 +43,10 @@ class LedgerView:
     def facts(self) -> dict[str, Any]:
         return self._ask(lambda ledger: ledger.facts())
 
-    def find(self, sample_id: str) -> SampleRecord | None:
-        """The record of a sample; None if there is none, or if it is archived."""
-        return self._ask(lambda ledger: ledger.find([sample_id]).get(sample_id))
-
-    def samples(self, state: State, limit: int | None = None) -> list[SampleRecord]:
-        return self._ask(lambda ledger: ledger.samples(state, limit))
+    def find(
+        self, sample_ids: Sequence[str] | None = None, *, state: State | None = None
+    ) -> dict[str, SampleRecord]:
+        return self._ask(lambda ledger: ledger.find(sample_ids, state=state))
 
     def failed(self) -> dict[int, str]:
         """Failed prompts by ordinal, and the reason of each."""
