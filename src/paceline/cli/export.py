@@ -6,12 +6,14 @@ import os
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from paceline.cli.plain import say
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
+from paceline.exports.serving import Served, commands
 from paceline.exports.settings import ExportSection
 from paceline.exports.table import EXPORTS
 from paceline.roles.export_request import read_notes
@@ -68,17 +70,27 @@ def serving_command(directory: Path, server: str | None, folder: Path | None, ho
     Raises ConfigError if the run has none.
     """
     for path, entry in reversed(read_notes(directory).items()):
-        commands = entry.get("commands", {})
-        name = server or next(iter(commands), "")
         wanted = folder is None or str(folder.absolute()) == path
-        if wanted and name in commands and Path(path).is_dir():
-            return [host if word == HOST else str(word) for word in commands[name]]
+        lines = _commands(path, entry, host) if wanted and Path(path).is_dir() else {}
+        name = server or next(iter(lines), "")
+        if name in lines:
+            return lines[name]
     raise ConfigError(
         f"The run in {directory} has no export{f' for {server}' if server else ''}"
         f"{f' in {folder}' if folder else ''}.",
         why="A server loads an exported folder, not a checkpoint.",
         next=f"paceline export {directory} --to {server or 'vllm'} DIR",
     )
+
+
+def _commands(path: str, entry: dict[str, Any], host: str) -> dict[str, list[str]]:
+    """The commands of an entry; {} if it is not what an export noted."""
+    try:
+        served = Served(str(entry["target"]), path, str(entry["method"]), int(entry["chain"]), host)
+        name = str(entry["format"])
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return commands(name, served)
 
 
 def serve_run(console: Console, command: list[str], *, run: bool) -> None:

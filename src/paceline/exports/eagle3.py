@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,16 +48,6 @@ class Eagle3Export:
 
     def check(self, folder: Path, target: ServedTarget, replays: Sequence[Replay]) -> Verdict:
         return check_folder(folder, self.server, target, replays)
-
-    def commands(self, folder: Path, draft: ExportedDraft, host: str) -> dict[str, list[str]]:
-        target, place = draft.target.name, str(folder)
-        speculation = {"model": place, "method": METHOD, "num_speculative_tokens": draft.chain}
-        vllm = ["vllm", "serve", target, "--host", host, "--speculative-config", json.dumps(speculation)]
-        sglang = [*("python", "-m", "sglang.launch_server", "--model-path", target, "--host", host)]
-        sglang += ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", place]
-        sglang += ["--speculative-num-steps", str(draft.chain), "--speculative-eagle-topk", "1"]
-        sglang += ["--speculative-num-draft-tokens", str(draft.chain + 1)]
-        return {"vllm": vllm} if self.layer != OURS else {"sglang": sglang}
 
 
 VLLM = Eagle3Export("vllm", flat_config, layer="layers.0.")

@@ -62,6 +62,3 @@ class Export(Protocol):
 
     def check(self, folder: Path, target: ServedTarget, replays: Sequence[Replay]) -> Verdict:
         """Load the written folder by the server's own rules, and replay dumped rows."""
-
-    def commands(self, folder: Path, draft: ExportedDraft, host: str) -> dict[str, list[str]]:
-        """The command line of each server that loads the folder, by the server's name."""

@@ -20,6 +20,7 @@ from paceline.exports.card import model_card
 from paceline.exports.export import Export, ExportedDraft, TargetOfDraft
 from paceline.exports.folder import refuse_foreign, write_folder
 from paceline.exports.reader.replay import Replay, ServedTarget
+from paceline.exports.serving import Served, commands
 from paceline.exports.settings import ExportSection
 from paceline.exports.table import EXPORTS
 from paceline.ledger.facts import RENDERING_DATE
@@ -37,8 +38,6 @@ from paceline.target.origin import origin_of
 from paceline.telemetry import EventLog
 from paceline.training import tensor_files
 from paceline.training.torch_learner import DRAFT
-
-HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,9 @@ def export(
     work = _prepare(plan, section)
     for name, folder in folders.items():
         _write(work, adapters[name], name, folder)
-        commands = adapters[name].commands(folder, work.draft, HOST)
-        step = work.draft.origin["step"]
-        add_note(config.run.directory, folder, {"format": name, "step": step, "commands": commands})
+        step, served = work.draft.origin["step"], _served(work, folder)
+        note = {"format": name, "step": step, "target": served.target, "method": served.method}
+        add_note(config.run.directory, folder, {**note, "chain": served.chain})
         events.write("exported", format=name, folder=str(folder), step=step)
 
 
@@ -111,6 +110,10 @@ def _prepare(plan: RunPlan, section: ExportSection) -> _Work:
     )
 
 
+def _served(work: _Work, folder: Path) -> Served:
+    return Served(work.draft.target.name, str(folder), work.draft.method, work.draft.chain)
+
+
 def _write(work: _Work, adapter: Export, name: str, folder: Path) -> None:
     def finish(aside: Path) -> tuple[str, dict[str, Any]]:
         verdict = adapter.check(aside, work.target, work.replays)
@@ -120,8 +123,8 @@ def _write(work: _Work, adapter: Export, name: str, folder: Path) -> None:
                 why="A server would load it and accept fewer guesses, without an error. Nothing was kept.",
                 next="report this, with the run's method and target.",
             )
-        commands = adapter.commands(folder, work.draft, HOST)
-        card = model_card(work.draft, commands, work.evaluation, verdict, work.replayed)
+        lines = commands(name, _served(work, folder))
+        card = model_card(work.draft, lines, work.evaluation, verdict, work.replayed)
         values = {
             "format": name,
             "self_check": {"guesses": verdict.guesses, "logits_error": verdict.error, "rows": work.replayed},

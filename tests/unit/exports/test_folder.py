@@ -16,6 +16,7 @@ from paceline.errors import ConfigError
 from paceline.exports.card import model_card
 from paceline.exports.folder import write_folder
 from paceline.exports.reader.replay import Verdict
+from paceline.exports.serving import Served, commands
 
 
 def test_config_names_the_layers_in_both_meanings_and_every_flag(case: Case, tmp_path: Path) -> None:
@@ -111,9 +112,16 @@ EVALUATION = {**WAY, "prompts": 24, "identical": 24, "dtype": "float32", "device
 
 def test_the_card_tells_both_acceptance_lengths_and_how_they_were_measured(case: Case) -> None:
     """Emitted tokens per cycle, and vLLM's 1 + kept guesses per cycle; or that nothing was measured."""
-    commands = adapter("vllm").commands(Path("/there"), case.draft, "127.0.0.1")
-    card = model_card(case.draft, commands, EVALUATION, Verdict((), 24, 3e-7), "rows of 3 prompts")
+    lines = commands("vllm", Served("org/target", "/there", "eagle3", 3))
+    card = model_card(case.draft, lines, EVALUATION, Verdict((), 24, 3e-7), "rows of 3 prompts")
     for told in ("| 1.457 | 1.480 | 0.350, 0.100, 0.030 |", "24 held-out prompts", "vllm serve org/target"):
         assert told in card
     assert case.draft.target.version.model in card
-    assert "was not measured" in model_card(case.draft, commands, {}, Verdict((), 24, 3e-7), "rows")
+    assert "was not measured" in model_card(case.draft, lines, {}, Verdict((), 24, 3e-7), "rows")
+
+
+def test_a_server_is_never_given_a_name_as_an_option() -> None:
+    """The note of a run's exports is a file, and what it says may have been written by others."""
+    with pytest.raises(ConfigError, match="no name of a target"):
+        commands("vllm", Served("--trust-remote-code", "/there", "eagle3", 3))
+    assert commands("of another package", Served("org/target", "/there", "other", 3)) == {}

@@ -91,6 +91,7 @@ REFUSED_FIELDS = {
     "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
     "vocab_size": 62,
     "target_hidden_size": 64,
+    "eagle_config": {"use_aux_hidden_state": False},
     IDS: [1, 3, 4],
 }
 

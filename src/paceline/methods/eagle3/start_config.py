@@ -103,7 +103,7 @@ def read_start_config(folder: Path) -> StartConfig:
 
 
 def _ids(value: Any) -> tuple[int, ...] | None:
-    return None if value is None else tuple(int(layer) for layer in value)
+    return tuple(int(layer) for layer in value) if value else None  # an empty list means the default
 
 
 def _refuse_what_is_not_here(folder: Path, config: Mapping[str, Any], decoder: Mapping[str, Any]) -> None:
@@ -117,6 +117,8 @@ def _refuse_what_is_not_here(folder: Path, config: Mapping[str, Any], decoder: M
     for field, meaning in NOT_HERE.items():
         if config.get(field) or decoder.get(field):
             raise refused(folder, f"it sets {field}: {meaning}", why)
+    if not (config.get("eagle_config") or {}).get("use_aux_hidden_state", True):
+        raise refused(folder, "it reads only the target's last state", why)
     if int(decoder.get("num_hidden_layers", 1)) != 1:
         raise refused(folder, f"it has {decoder['num_hidden_layers']} layers, and a draft here has one", why)
     if decoder.get("hidden_act", "silu") != "silu":

@@ -1,0 +1,56 @@
+"""The command lines by which inference servers serve a target with an exported draft. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from paceline.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Served:
+    """A target (a hub id or a path), the folder of its draft, and how a server drafts with it."""
+
+    target: str
+    folder: str
+    method: str
+    chain: int
+    host: str = "127.0.0.1"
+
+
+def _vllm(served: Served) -> list[str]:
+    speculation = {"model": served.folder, "method": served.method, "num_speculative_tokens": served.chain}
+    command = ["vllm", "serve", served.target, "--host", served.host]
+    return [*command, "--speculative-config", json.dumps(speculation)]
+
+
+def _sglang(served: Served) -> list[str]:
+    command = ["python", "-m", "sglang.launch_server", "--model-path", served.target, "--host", served.host]
+    command += ["--speculative-algorithm", served.method.upper()]
+    command += ["--speculative-draft-model-path", served.folder]
+    command += ["--speculative-num-steps", str(served.chain), "--speculative-eagle-topk", "1"]
+    return [*command, "--speculative-num-draft-tokens", str(served.chain + 1)]
+
+
+SERVERS: Mapping[str, Callable[[Served], list[str]]] = {"vllm": _vllm, "sglang": _sglang}
+# The servers that load a format, the first of them by default.
+LOADED_BY: Mapping[str, tuple[str, ...]] = {
+    "vllm": ("vllm",),
+    "speculators": ("vllm",),
+    "sglang": ("sglang", "vllm"),
+    "hf": ("sglang", "vllm"),
+}
+
+
+def commands(format_name: str, served: Served) -> dict[str, list[str]]:
+    """By the server's name; {} for a format of another package. Raises ConfigError for a target's name that a
+    server would take for an option."""
+    if served.target.startswith("-") or served.folder.startswith("-"):
+        raise ConfigError(
+            f"{served.target!r} is no name of a target.",
+            why="A server would take it for an option.",
+            next="export again, with --target-name set to a hub id or a path.",
+        )
+    return {server: SERVERS[server](served) for server in LOADED_BY.get(format_name, ())}
