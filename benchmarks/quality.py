@@ -34,13 +34,13 @@ FLOORS = {"tree": 1.3, "chain": 1.15}
 
 def shortened(recipe: dict[str, Any], folder: Path, model: str | None) -> dict[str, Any]:
     """The recipe with fewer prompts, answered once, in a run folder of its own."""
-    lines = Path(recipe["prompts"]["path"]).read_text().splitlines(keepends=True)
+    lines = Path(recipe["data"]["path"]).read_text().splitlines(keepends=True)
     prompts = folder / "train.jsonl"
     prompts.write_text("".join(lines[:PROMPTS]))
     changes: dict[str, dict[str, Any]] = {
         "run": {"name": "quality", "directory": str(folder / "run")},
         "target": {"model": model or recipe["target"]["model"]},
-        "prompts": {"path": str(prompts), "rounds": 1},
+        "data": {"path": str(prompts), "rounds": 1},
         "method": {"first_samples": 64},
         "training": {"passes": 4},
         "evaluation": {"max_prompts": HELD_OUT, "max_new_tokens": NEW_TOKENS},

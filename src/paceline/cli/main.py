@@ -16,6 +16,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from paceline.cli.clean import clean_folder
+from paceline.cli.data import tell_survey, tell_target
 from paceline.cli.export import HOST, export_checkpoint, export_request, serve_run, serving_command
 from paceline.cli.fsck import fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
@@ -23,10 +24,14 @@ from paceline.cli.plain import exit_code_of_lost_output, out, say, say_error, st
 from paceline.cli.progress import Progress, describe, evaluation_lines, final_line, trained
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
+from paceline.data.opening import scan
+from paceline.data.settings import SourceSection
+from paceline.data.survey import survey
 from paceline.errors import ConfigError, explained
 from paceline.exports.settings import ExportSection
 from paceline.regular_files import kind_of
 from paceline.roles.child import RoleFailedError
+from paceline.roles.data_check import CheckRequest, check_with_target
 from paceline.roles.plan import RunPlan, plan_run, role_environment
 from paceline.roles.preflight import preflight
 from paceline.roles.process import DEBUG_VARIABLE
@@ -41,6 +46,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+data_app = typer.Typer(help="Look at what a run would read.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", readable=False)]
 Run = Annotated[
@@ -227,6 +235,40 @@ def inspect(
             inspect_sample(out, view, sample)
         if step is None and sample is None:
             inspect_all(out, view)
+
+
+@data_app.command("check")
+@advises
+def check_data(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file or folder of samples.", readable=False)
+    ],
+    target: Annotated[Path | None, typer.Option(help="The target's folder, for tokens and masks.")] = None,
+    format: Annotated[str, typer.Option(help="The format of its records; auto: any.")] = "auto",
+    split: Annotated[str, typer.Option(help="The split of a `datasets` folder.")] = "",
+    answers: Annotated[str, typer.Option(help="target or data, as in the run file.")] = "",
+    max_prompt_tokens: Annotated[int, typer.Option(help="As data.max_prompt_tokens.")] = 192,
+    max_answer_tokens: Annotated[int, typer.Option(help="As data.max_answer_tokens.")] = 128,
+    measure: Annotated[bool, typer.Option("--measure", help="Load the target and time it.")] = False,
+) -> None:
+    """Show what a file is taken for, what in it cannot be used, and what the target sees of it."""
+    source = SourceSection.parse({"path": path, "format": format, "split": split})
+    found = survey(scan(source))
+    tell_survey(out, str(path), found)
+    if target is None:
+        say(out, "lengths, masks and costs: add --target MODEL, the target's folder")
+        return
+    request = CheckRequest.parse(
+        {
+            "source": source,
+            "model": target,
+            "answers": answers,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_answer_tokens": max_answer_tokens,
+            "measure": measure,
+        }
+    )
+    tell_target(out, request, check_with_target(request), found.usable)
 
 
 def _evaluate(run_file: Path, config: RunConfig) -> None:

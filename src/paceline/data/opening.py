@@ -10,7 +10,7 @@ from paceline.data.index import indexed
 from paceline.data.lines import Lines, first_bytes, unreadable
 from paceline.data.mixture import Mixture
 from paceline.data.records import Records, Source
-from paceline.data.settings import SourceSection
+from paceline.data.settings import Format, SourceSection
 from paceline.data.tables import Parquet, from_folder, from_hub
 from paceline.regular_files import kind_of
 
@@ -40,14 +40,19 @@ def open_data(
 
 
 def open_file(
-    path: Path, *, format: str = "prompts", heldout: Collection[str] = (), index_path: Path | None = None
+    path: Path, *, format: Format = "prompts", heldout: Collection[str] = (), index_path: Path | None = None
 ) -> Dataset:
     """One file as a source of its own. Raises ConfigError as `open_data` does."""
-    source = Source(open_records(SourceSection(path=path)), format)
-    [index] = indexed([source], heldout, index_path)
-    dataset = Dataset(source, index)
+    dataset = scan(SourceSection(path=path, format=format), heldout=heldout, index_path=index_path)
     refuse_empty(dataset)
     return dataset
+
+
+def scan(section: SourceSection, *, heldout: Collection[str] = (), index_path: Path | None = None) -> Dataset:
+    """One source of its own, even if nothing in it can be used. Raises ConfigError if it cannot be read."""
+    source = Source(open_records(section), section.format)
+    [index] = indexed([source], heldout, index_path)
+    return Dataset(source, index)
 
 
 def open_records(section: SourceSection) -> Records:

@@ -64,7 +64,11 @@ class TinyRun:
         for name, values in sections.items():
             config[name] = {**config.get(name, {}), **values}
         self.config = config
-        self.run_file.write_text(yaml.safe_dump(config))
+        self.write()
+
+    def write(self) -> None:
+        """Write the run file."""
+        self.run_file.write_text(yaml.safe_dump(self.config, default_flow_style=False))
 
     def command(self, verb: str) -> subprocess.CompletedProcess[str]:
         """Run `paceline <verb> run.yaml` to its end."""

@@ -1,0 +1,123 @@
+"""`paceline data check`: what a source holds, what the target sees of it, and what its capture costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from paceline.cli.plain import say
+from paceline.data.survey import Survey
+from paceline.roles.data_check import CheckRequest, CheckResult, ShownSample
+from paceline.terminal import printable
+
+TARGET_STYLE = "bold green"
+BARS = 40  # characters of the longest bar
+
+
+def tell_survey(console: Console, name: str, found: Survey) -> None:
+    """What the source is taken for, its counts, and each kind of bad record with its first places."""
+    formats = ", ".join(f"{count} {kind}" for kind, count in found.kinds.most_common())
+    say(console, f"{name}: {found.described}, {found.num_prompts} samples ({formats or 'none usable'})")
+    if found.turns:
+        turns = ", ".join(f"{count} {role}" for role, count in found.turns.most_common())
+        say(console, f"turns: {turns}; {found.with_tools} samples have tools")
+    say(console, f"answers: {found.answered} of {found.usable} samples have some")
+    if found.repeated:
+        say(console, f"{found.repeated} repeat an earlier one and are used once:")
+        for told in found.first_repeated:
+            say(console, f"    {told}")
+    for fault, broken in sorted(found.faults.items(), key=lambda item: -item[1].count):
+        say(console, f"{broken.count} cannot be used: {fault}")
+        for told in broken.first:
+            say(console, f"    {told}")
+
+
+def tell_target(console: Console, request: CheckRequest, found: CheckResult, usable: int) -> None:
+    """Lengths, samples with their masks, problems and costs, as the target sees the source."""
+    looked_at = len(found.lengths) + sum(problem.count for problem in found.problems)
+    whose = "the target writes them" if found.answers == "target" else "those of the data"
+    say(console, f"answers, as checked here: {whose} (data.answers: {found.answers})")
+    for line in _histogram(found.lengths):
+        say(console, line)
+    for problem in found.problems:
+        say(console, f"{problem.count} of {looked_at} cannot be captured: {problem.reason}")
+        for told in problem.first:
+            say(console, f"    {told}")
+    for sample in found.samples:
+        _show(console, sample, request.max_answer_tokens)
+    for line in _costs(request, found, usable, looked_at):
+        say(console, line)
+
+
+def _histogram(lengths: Sequence[int]) -> Iterator[str]:
+    if not lengths:
+        return
+    ordered = sorted(lengths)
+    middle, high = ordered[len(ordered) // 2], ordered[len(ordered) * 95 // 100]
+    yield (
+        f"tokens of {len(lengths)} samples: {ordered[0]} to {ordered[-1]}, half of them up to {middle}, "
+        f"95 of 100 up to {high}"
+    )
+    sizes = [length.bit_length() for length in ordered]
+    most = max(sizes.count(size) for size in set(sizes))
+    for size in range(sizes[0], sizes[-1] + 1):
+        count = sizes.count(size)
+        bar = "#" * -(-BARS * count // most)
+        yield f"  {1 << size >> 1:>7} to {(1 << size) - 1:<7} {bar:<{BARS}} {count}"
+
+
+def _show(console: Console, sample: ShownSample, max_answer_tokens: int) -> None:
+    """The sample with its targets highlighted; between [[ and ]] where there is no colour."""
+    coloured = console.is_terminal and console.color_system is not None
+    shown = Text()
+    for part in sample.parts:
+        shown.append_text(_part(printable(part.text), part.is_target, coloured))
+    if sample.rest:
+        shown.append(f" ... {sample.rest} more tokens")
+    if sample.is_open:
+        what = f"the target writes up to {max_answer_tokens} tokens"
+        shown.append_text(_part(what, is_target=True, coloured=coloured))
+    say(console, f"sample {sample.name}, {sample.num_tokens} tokens; what the draft learns is highlighted:")
+    for line in shown.split("\n", allow_blank=True):
+        console.print(Text("    ") + line, soft_wrap=True)
+
+
+def _part(text: str, is_target: bool, coloured: bool) -> Text:
+    if not is_target:
+        return Text(text)
+    return Text(text, TARGET_STYLE) if coloured else Text(f"[[{text}]]")
+
+
+def _costs(request: CheckRequest, found: CheckResult, usable: int, looked_at: int) -> Iterator[str]:
+    if not found.lengths:
+        return
+    samples = usable * len(found.lengths) // max(1, looked_at)
+    size = samples * found.sample_bytes
+    yield (
+        f"capture: about {samples} samples a round, at most {_bytes(found.sample_bytes)} each on average "
+        f"with the features of eagle3 in {found.dtype}, {_bytes(size)} in all; shared memory holds "
+        "features.budget_mib of it at a time"
+    )
+    if found.group_samples:
+        seconds = samples / found.group_samples * found.group_seconds
+        yield (
+            f"time: {found.group_samples} samples took {found.group_seconds:.1f} s, a round about "
+            f"{_clock(seconds)} on this machine"
+        )
+    else:
+        yield f"time: add --measure to load {request.model} and time a capture group"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _clock(seconds: float) -> str:
+    hours, minutes = int(seconds) // 3600, int(seconds) // 60 % 60
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {int(seconds) % 60:02d} s"

@@ -1,0 +1,195 @@
+"""The process of `paceline data check --target`: reads a CheckRequest, writes a CheckResult, both as JSON.
+
+It encodes samples exactly as a producer would, so the masks that it shows are those that would be trained.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from time import monotonic
+from typing import Any, cast
+
+from paceline.capture.encoding import EncodedPrompt, Encoding
+from paceline.capture.settings import CaptureSettings
+from paceline.capture.sizing import largest_sample_bytes
+from paceline.data.opening import open_data
+from paceline.data.prompts import Prompt
+from paceline.data.survey import has_answer
+from paceline.engines.engine import CaptureRequest, TargetEngine
+from paceline.engines.settings import TransformersSection
+from paceline.errors import explained
+from paceline.methods.table import METHODS
+from paceline.precision import resolve_device, torch_dtype
+from paceline.roles.data_check import (
+    LOOKED_AT_MAX,
+    SAMPLES_SHOWN,
+    CheckRequest,
+    CheckResult,
+    Part,
+    Problem,
+    ShownSample,
+)
+from paceline.target.chat_encoder import ChatEncoder
+from paceline.target.facts import TargetFacts
+from paceline.target.folder import read_config
+from paceline.target.settings import TargetSection
+from paceline.target.tokenizer import PromptEncoder
+from paceline.types import Feature
+
+TOKENS_SHOWN = 400
+PLACES_NAMED = 3
+GROUP_SIZE = 4  # samples of the group that is measured
+
+
+class Reading:
+    """What an encoding needs of an engine, without the target's weights."""
+
+    def __init__(self, target: TargetSection) -> None:
+        config, self._target = read_config(target.model), target
+        text = config.get("text_config") or config
+        dtype = str(torch_dtype(target.dtype, resolve_device("auto"))).removeprefix("torch.")
+        self.facts = TargetFacts(
+            hidden_size=text["hidden_size"],
+            num_hidden_layers=text["num_hidden_layers"],
+            vocab_size=text["vocab_size"],
+            dtype=dtype,
+            eos_token_ids=(),
+            model_version="",
+            tokenizer_version="",
+            max_positions=text.get("max_position_embeddings"),
+        )
+        self.encoder = PromptEncoder.of(target)
+        self.encode = self.encoder.encode
+
+    @cached_property
+    def chats(self) -> ChatEncoder:
+        return ChatEncoder(self.encoder, self._target.model)
+
+
+def check(request: CheckRequest) -> CheckResult:
+    target = TargetSection(model=request.model)
+    reading = Reading(target)
+    features = METHODS.find("eagle3")().build().features(reading.facts)
+    prompts = list(_spread(request))
+    answers = request.answers or _usual(prompts)
+    settings = CaptureSettings(
+        features=features,
+        answers=answers,
+        max_prompt_tokens=request.max_prompt_tokens,
+        max_answer_tokens=request.max_answer_tokens,
+    )
+    encoding = Encoding(cast(TargetEngine, reading), settings)
+    encoded = [encoding.prompt(ordinal, prompt) for ordinal, prompt in enumerate(prompts)]
+    good = [prompt for prompt in encoded if not prompt.broken]
+    seconds, measured = _measured(target, good, settings) if request.measure and good else (0.0, 0)
+    sizes = [_sample_bytes(features, reading.facts, prompt, settings) for prompt in good]
+    return CheckResult(
+        answers=answers,
+        lengths=tuple(len(prompt.token_ids) for prompt in good),
+        num_targets=sum(stop - start for prompt in good for start, stop in prompt.spans),
+        samples=tuple(_shown(prompt, reading.encoder.tokenizer) for prompt in good[:SAMPLES_SHOWN]),
+        problems=tuple(_problems(encoded)),
+        sample_bytes=sum(sizes) / max(1, len(sizes)),
+        dtype=reading.facts.dtype,
+        group_seconds=seconds,
+        group_samples=measured,
+    )
+
+
+def _spread(request: CheckRequest) -> Iterator[Prompt]:
+    """Usable prompts, spread evenly over the source if it has more than are looked at."""
+    data = open_data([request.source])
+    step = max(1, data.size // LOOKED_AT_MAX)
+    for ordinal in range(0, data.size, step):
+        [prompt] = data.read(ordinal, 1)
+        if not prompt.broken:
+            yield prompt
+
+
+def _usual(prompts: Sequence[Prompt]) -> str:
+    return "data" if 2 * sum(map(has_answer, prompts)) > len(prompts) else "target"
+
+
+def _problems(encoded: Sequence[EncodedPrompt]) -> list[Problem]:
+    """Reasons without the particulars of a sample, the most frequent first."""
+    found: dict[str, list[str]] = {}
+    for prompt in encoded:
+        if prompt.broken:
+            reason = prompt.broken.partition(": ")[2] or prompt.broken
+            words = "".join("N" if c.isdecimal() else c for c in reason[:200])
+            kind = " ".join("N" if set(word) == {"N"} else word for word in words.split())
+            found.setdefault(kind, []).append(prompt.broken)
+    ordered = sorted(found.values(), key=len, reverse=True)
+    return [
+        Problem(reason=one[0].partition(": ")[2] or one[0], count=len(one), first=tuple(one[:PLACES_NAMED]))
+        for one in ordered
+    ]
+
+
+def _shown(prompt: EncodedPrompt, tokenizer: Any) -> ShownSample:
+    ids, parts, at = prompt.token_ids[:TOKENS_SHOWN], [], 0
+    bounds = [(start, stop) for start, stop in prompt.spans if start < len(ids)]
+    for start, stop in [*bounds, (len(ids), len(ids))]:
+        for first, last, is_target in ((at, start, False), (start, min(stop, len(ids)), True)):
+            if last > first:
+                text = tokenizer.decode(list(ids[first:last]), clean_up_tokenization_spaces=False)
+                parts.append(Part(text=str(text), is_target=is_target))
+        at = stop
+    return ShownSample(
+        name=prompt.task_id,
+        num_tokens=len(prompt.token_ids),
+        parts=tuple(parts),
+        rest=len(prompt.token_ids) - len(ids),
+        is_open=not prompt.is_whole,
+    )
+
+
+def _sample_bytes(
+    features: Sequence[Feature], facts: TargetFacts, prompt: EncodedPrompt, settings: CaptureSettings
+) -> int:
+    """What the sample takes at most; of an answer that is not written yet, the most that it may take."""
+    targets = sum(stop - start for start, stop in prompt.spans)
+    more = 0 if prompt.is_whole else settings.max_answer_tokens
+    return largest_sample_bytes(
+        features, facts.hidden_size, num_tokens=len(prompt.token_ids) + more, num_targets=targets + more
+    )
+
+
+def _measured(
+    target: TargetSection, prompts: Sequence[EncodedPrompt], settings: CaptureSettings
+) -> tuple[float, int]:
+    """Seconds that the target takes for a group of samples spread over these, and their number."""
+    engine = TransformersSection().build(target)
+    chosen = prompts[:: max(1, len(prompts) // GROUP_SIZE)][:GROUP_SIZE]
+    requests = [
+        CaptureRequest(
+            str(prompt.ordinal),
+            prompt.token_ids,
+            prompt.spans,
+            max_new_tokens=0 if prompt.is_whole else settings.max_answer_tokens,
+        )
+        for prompt in chosen
+    ]
+    engine.capture(requests[:1], settings.features)  # the first call of a process is slower
+    began_at = monotonic()
+    engine.capture(requests, settings.features)
+    return monotonic() - began_at, len(requests)
+
+
+def main() -> int:
+    try:
+        result = check(CheckRequest.model_validate_json(sys.stdin.read()))
+    except Exception as error:  # noqa: BLE001 (every error is reported)
+        told = explained(error)
+        parts = {name: getattr(told, name) for name in ("what", "why", "next", "exit_code")}
+        sys.stdout.write(json.dumps(parts))
+        return told.exit_code
+    sys.stdout.write(result.model_dump_json())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
