@@ -109,10 +109,10 @@ class Producer:
         """
         epoch = self.session.acquire()
         orphans, gone = self._upkeep.compare()
-        self._groups.make_known()
-        self._groups.bind_rendering()
         if not self.session.snapshot().committed and (note := self.encoding.look_for_long(self._prompts)):
             self._report("note", message=note)
+        self._groups.make_known()  # after that look: a run that refuses its prompts may be given others
+        self._groups.bind_rendering()
         self._report("started", orphans=orphans, lost=len(gone), epoch=epoch)
 
     def _finish(self) -> bool:

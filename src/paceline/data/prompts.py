@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +62,9 @@ def length_of(prompt: Prompt) -> int:
     """About how many characters the prompt has; a token id counts as four."""
     if prompt.token_ids is not None:
         return 4 * len(prompt.token_ids)
-    return len(json.dumps(content_of(prompt))) if prompt.chat else len(prompt.text)
+    if prompt.chat is not None:
+        return sum(len(str(message.get("content"))) for message in prompt.chat.messages)
+    return len(prompt.text)
 
 
 def user_texts(prompt: Prompt) -> list[str]:

@@ -5,6 +5,7 @@ A null cell is nothing: tables have a cell for every key that any row has.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -15,9 +16,10 @@ from paceline.data.formats import KEYS
 from paceline.data.lines import unreadable
 from paceline.data.records import Record
 from paceline.errors import ConfigError
-from paceline.regular_files import open_regular
+from paceline.regular_files import kind_of, open_regular, read_regular
 
 ROWS_AT_ONCE = 256
+STATE_BYTES_MAX = 16 << 20
 
 
 class Parquet:
@@ -94,11 +96,24 @@ def from_folder(path: Path, split: str) -> HuggingFaceDataset:
     with needs_extra("datasets", path):
         import datasets
     try:
+        _refuse_odd_files(path)
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises many kinds
         raise unreadable(path, f"it is no folder that `save_to_disk` wrote: {error}") from error
     data = _only(_split_of(found, path, split))
     return HuggingFaceDataset(data, _named(str(path), split), "folder of the library datasets")
+
+
+def _refuse_odd_files(folder: Path) -> None:
+    """Raise OSError or ValueError for a folder that names files outside of it, or holds a FIFO or device."""
+    for path in folder.rglob("*"):
+        if not kind_of(path):
+            raise OSError(f"{path.name} is neither a file nor a folder")
+        if path.name == "state.json":
+            state = json.loads(read_regular(path, STATE_BYTES_MAX))
+            names = [file["filename"] for file in state["_data_files"]]
+            if outside := [name for name in names if Path(name).name != name]:
+                raise ValueError(f"{path} names a file outside of its folder: {outside[0]!r}")
 
 
 def from_hub(name: str, subset: str, split: str, revision: str) -> HuggingFaceDataset:

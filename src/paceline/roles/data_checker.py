@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from time import monotonic
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from paceline.capture.encoding import EncodedPrompt, Encoding
 from paceline.capture.settings import CaptureSettings
@@ -109,7 +109,7 @@ def _spread(request: CheckRequest) -> Iterator[Prompt]:
             yield prompt
 
 
-def _usual(prompts: Sequence[Prompt]) -> str:
+def _usual(prompts: Sequence[Prompt]) -> Literal["target", "data"]:
     return "data" if 2 * sum(map(has_answer, prompts)) > len(prompts) else "target"
 
 

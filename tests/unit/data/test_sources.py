@@ -143,6 +143,20 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     assert (data.size, data.name) == (3, f"{tmp_path / 'both'}:test")
 
 
+def test_a_folder_cannot_name_other_files_or_hang_its_reader(tmp_path: Path) -> None:
+    """It may come from anywhere."""
+    path = as_folder(tmp_path / "folder")
+    state = path / "state.json"
+    as_written = json.loads(state.read_text())
+    state.write_text(json.dumps({**as_written, "_data_files": [{"filename": "../secret.arrow"}]}))
+    with pytest.raises(ConfigError, match=r"names a file outside of its folder: '\.\./secret\.arrow'"):
+        open_file(path)
+    state.unlink()
+    os.mkfifo(state)
+    with pytest.raises(ConfigError, match=r"state\.json is neither a file nor a folder"):
+        open_file(path)
+
+
 def test_a_data_set_of_the_hub_is_loaded_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the library, which keeps a copy; errors say what to check."""
     datasets = pytest.importorskip("datasets")
