@@ -138,7 +138,7 @@ def test_an_engine_that_repeats_its_bits_keeps_its_answers_too(tmp_path: Path) -
     run.producer()[1]()
     kept = {answer.task_id: answer for answer in AnswerFiles(tmp_path / "answers").all()}
     assert list(kept) == [str(n) for n in range(14)]
-    for record in SQLiteLedger(run.db).samples(State.PRESENT, None):
+    for record in SQLiteLedger(run.db).find(state=State.PRESENT).values():
         tensors, answer = run.features.get(record.ref), kept[record.sample_id.partition(":")[2]]
         assert answer.token_ids == tuple(tensors["input_ids"].tolist())
         [(start, stop)] = answer.spans
@@ -160,7 +160,7 @@ def test_another_answer_than_before_stops_an_engine_that_is_to_repeat_its_bits(t
     engine.repeats = True
     with pytest.raises(EngineError, match="sample of 5 was captured again, with another answer"):
         run.producer()[1]()
-    [record] = SQLiteLedger(run.db).samples(State.LOST, None)
+    [record] = SQLiteLedger(run.db).find(state=State.LOST).values()
     assert record.sample_id == ALL[5]
 
 

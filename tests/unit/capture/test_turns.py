@@ -85,7 +85,7 @@ class Run(SmallRun):
         self.prompts = [THREE, "plain", TWO, {"messages": [user("5")]}, TWO, "plain too", "and", THREE]
 
     def samples(self) -> dict[str, dict[str, torch.Tensor]]:
-        records = SQLiteLedger(self.db).samples(State.PRESENT, None)
+        records = SQLiteLedger(self.db).find(state=State.PRESENT).values()
         return {record.sample_id: self.features.get(record.ref) for record in records}
 
 
