@@ -4,7 +4,8 @@
     ├── ConfigError          the run file, the prompt file or the machine does not fit  (ValueError) 2
     ├── RunBusyError         another live process already holds this role of the run                  3
     ├── EngineError          the target model cannot be loaded or run                                 4
-    │   └── CaptureMismatchError   captured states do not reproduce the model's own argmax
+    │   ├── CaptureMismatchError   captured states do not reproduce the model's own argmax
+    │   └── ServerUnavailableError the engine's server does not answer; no prompt is to blame
     ├── StoreError           the feature store (data plane)                                           5
     │   ├── FeatureMissingError    no sealed bytes under that key                         (KeyError)
     │   │   └── FeatureStoreElsewhereError   the ref names another store than the one here
@@ -58,6 +59,10 @@ class EngineError(PacelineError):
 
 
 class CaptureMismatchError(EngineError):
+    pass
+
+
+class ServerUnavailableError(EngineError):
     pass
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from paceline.capture.encoding import INPUT_FAILURES, EncodedPrompt
 from paceline.capture.groups import CaptureGroup
 from paceline.capture.in_flight import Answer
-from paceline.errors import ConfigError, EngineError, is_want_of_memory
+from paceline.errors import ConfigError, EngineError, ServerUnavailableError, is_want_of_memory
 from paceline.ledger import isolation
 from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION
 from paceline.ledger.producer_session import ProducerSession
@@ -254,7 +254,7 @@ class Isolation:
 
 def as_failure(error: BaseException) -> CaptureFailedError:
     """`error` as a failure of the group; re-raises an error that no input can cause."""
-    if not isinstance(error, (*INPUT_FAILURES, MemoryError)):
+    if isinstance(error, ServerUnavailableError) or not isinstance(error, (*INPUT_FAILURES, MemoryError)):
         raise error
     return CaptureFailedError(error)
 

@@ -28,7 +28,7 @@ from paceline.capture.upkeep import Upkeep
 from paceline.data.answers import Answer, AnswerFiles
 from paceline.data.source import PromptSource
 from paceline.engines.engine import Captured, CaptureRequest, TargetEngine
-from paceline.errors import ConfigError, EngineError, LedgerError
+from paceline.errors import ConfigError, EngineError, LedgerError, ServerUnavailableError
 from paceline.features.store import FeatureStore
 from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.records import Wanted
@@ -98,7 +98,7 @@ class Producer:
                     break
         finally:
             for capture in in_flight.close():
-                self._give_up(capture)
+                self._give_up(capture.group)
             self._isolation.give_back_held()
         return committed
 
@@ -147,7 +147,11 @@ class Producer:
     def _begin(self, group: CaptureGroup, in_flight: CapturesInFlight) -> None:
         """Reserve bytes for the group's wanted samples, and let the engine capture the whole group."""
         began_at = monotonic()
-        group = self._isolation.without_known(group)
+        try:
+            group = self._isolation.without_known(group)
+        except ServerUnavailableError:
+            self._give_up(group)
+            raise
         generations = self._reserve(group) if group.wanted else None
         if generations is not None:
             in_flight.begin(CaptureInFlight(group, generations, began_at))
@@ -156,14 +160,12 @@ class Producer:
         """Store and commit the wanted samples of a captured group; the number of new ones."""
         group, generations = capture.group, capture.generations
         try:
-            captured = capture.future.result()
-        except CaptureFailedError as failure:
-            self.session.swept(list(generations.values()))  # nothing was written
-            self._isolation.find(group, failure)
-            return 0
-        except ConfigError:
-            self._give_up(capture)
+            captured = self._result(capture)
+        except (ConfigError, ServerUnavailableError):
+            self._give_up(group)
             raise
+        if captured is None:
+            return 0
         by_id = {one.prompt.task_id: one for one in captured}
         wanted = [by_id[prompt.task_id] for prompt in group.wanted]
         self._keep_answers(group, wanted)
@@ -182,10 +184,19 @@ class Producer:
         )
         return len(fresh)
 
-    def _give_up(self, capture: CaptureInFlight) -> None:
+    def _result(self, capture: CaptureInFlight) -> list[CapturedPrompt] | None:
+        """The captured samples; None if the capture failed, and isolation has ended its leases."""
+        try:
+            return capture.future.result()
+        except CaptureFailedError as failure:
+            self.session.swept(list(capture.generations.values()))  # nothing was written
+            self._isolation.find(capture.group, failure)
+            return None
+
+    def _give_up(self, group: CaptureGroup) -> None:
         """Give the leases back, or the next start would count them as held by a producer that died."""
         with suppress(LedgerError):  # the error that ended the run is reported instead
-            self.session.give_back([prompt.ordinal for prompt in capture.group.wanted])
+            self.session.give_back([prompt.ordinal for prompt in group.wanted])
 
     def _reserve(self, group: CaptureGroup) -> dict[str, int] | None:
         """The generation to write each wanted sample under; None if another worker took the room."""
