@@ -32,7 +32,8 @@ EVENTS = {
     # producer
     "engine_ready": "the target is loaded and was probed",
     "started": "the producer took its role: orphans that it freed, samples that are lost",
-    "note": "what a person should know about the prompts",
+    "note": "what a person should know about the prompts or the engine",
+    "server": "the engine's server: started, waited for, ready again, or ended as a leftover",
     "group": "a capture group is committed; seconds for it, and all seconds of waiting for room",
     "group_failed": "prompts failed, or a group as a whole, and why; `failed`: how many for good",
     "made_room": "later samples were freed, for one that the consumer waits for",

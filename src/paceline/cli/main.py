@@ -158,6 +158,25 @@ def status(run: Run) -> None:
 
 @app.command()
 @advises
+def engine(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The engine, such as vllm.")], run_file: RunFile
+) -> None:
+    """Print the command that starts the engine's server for a run, for: engine: {name: NAME, url: ...}"""
+    config = load_run_config(run_file)
+    if config.engine.name != name or not hasattr(config.engine, "url"):
+        raise ConfigError(
+            f"The engine of {run_file} is {config.engine.name}, which has no server of its own."
+            if config.engine.name == name
+            else f"The engine of {run_file} is {config.engine.name}, not {name}.",
+            why="The command follows from the run's target, its method and its engine section.",
+            next="set engine: {name: vllm, url: http://127.0.0.1:8000} in the run file.",
+        )
+    command = [sys.executable, "-m", "paceline.roles.server_command", str(run_file)]
+    os.execve(sys.executable, command, {**os.environ, **role_environment(1)})  # noqa: S606 (our own module)
+
+
+@app.command()
+@advises
 def evaluate(run: Run) -> None:
     """Measure acceptance length and speed-up of the newest checkpoint by lossless decoding."""
     run_file = _run_file(run)

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from paceline.cli.plain import plain, say
+from paceline.ledger.facts import ENGINE
 from paceline.ledger.records import PromptCounts
 from paceline.roles.plan import RunPlan
 from paceline.roles.snapshot import RunSnapshot
@@ -124,6 +125,17 @@ def _prompts_text(p: PromptCounts) -> str:
     return f"{p.pending} pending, {p.leased} leased, {p.done} done, {p.failed} failed"
 
 
+def _engine_text(s: RunSnapshot) -> str:
+    """Which claims hold for the run's captures."""
+    found = s.ledger.facts.get(ENGINE)
+    if not isinstance(found, dict):
+        return "not started yet"
+    name = found.get("name")
+    if found.get("repeats_bits"):
+        return f"{name}: a capture repeats its bits"
+    return f"{name}: bits may differ when captured again; answers are kept, tokens stay the same"
+
+
 def describe(console: Console, s: RunSnapshot) -> None:
     """Print the whole state of a run, for `paceline status`."""
     table = Table(title=plain(f"run {s.run_id}"), title_justify="left", show_header=False)
@@ -132,6 +144,7 @@ def describe(console: Console, s: RunSnapshot) -> None:
         "state": state,
         "producer": _process(s, "producer"),
         "consumer": _process(s, "consumer"),
+        "engine": _engine_text(s),
         "prompts": _prompts_text(s.ledger.prompts),
         "samples": f"{s.ledger.committed} committed, {s.ledger.samples_trained} trained "
         f"({s.ledger.usage.provisional_samples} not yet covered by a checkpoint), "

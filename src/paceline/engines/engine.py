@@ -67,7 +67,7 @@ class Captured:
 
 
 class TargetEngine(Protocol):
-    """Adapters: transformers.py (in process)."""
+    """Adapters: transformers.py (in process), vllm/ (a server)."""
 
     @property
     def facts(self) -> TargetFacts: ...
@@ -86,4 +86,10 @@ class TargetEngine(Protocol):
         """
 
     def capture(self, group: Sequence[CaptureRequest], features: Sequence[Feature]) -> list[Captured]:
-        """Answer every request of the group and return its features, in order."""
+        """Answer every request of the group and return its features, in order.
+
+        An engine of several groups in flight is called by several threads.
+        """
+
+    def close(self) -> None:
+        """End what the engine has started beside this process."""

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from paceline.section import Device, Section
 from paceline.table import resolve
+from paceline.target.facts import TargetFacts
 from paceline.target.settings import TargetSection
+from paceline.types import Feature
 
 if TYPE_CHECKING:
     from paceline.engines.engine import TargetEngine
 
 
+@dataclass(frozen=True)
+class EngineRun:
+    """What a run gives its engine beside the sections of the run file.
+
+    `features`: what the run's method asks for, given the target's facts. `directory`: the run's. `files`:
+    makes and returns a folder for the engine's own files, on the medium of the features. `date`: the date
+    that the target's template sees. `should_stop`: an engine that waits looks at it.
+    """
+
+    features: Callable[[TargetFacts], Sequence[Feature]]
+    directory: Path
+    files: Callable[[], Path]
+    date: str | None = None
+    should_stop: Callable[[], bool] = lambda: False
+    report: Callable[..., None] = lambda *_, **__: None
+
+
 class EngineSection(Section):
     """Base of each engine's section; a subclass names the class to build from it in `component`."""
 
-    component: ClassVar[str]  # "module:class", a TargetEngine with `of_run(section, target, date=)`
+    component: ClassVar[str]  # "module:class", a TargetEngine with `of_run(section, target, run)`
     name: str
 
-    def build(self, target: TargetSection, *, date: str | None = None) -> TargetEngine:
-        """`date`: the date that the target's template sees. Raises EngineError for a target that this engine
-        cannot run."""
-        engine: TargetEngine = resolve(self.component).of_run(self, target, date=date)
+    def build(self, target: TargetSection, run: EngineRun) -> TargetEngine:
+        """Raises EngineError for a target that this engine cannot run."""
+        engine: TargetEngine = resolve(self.component).of_run(self, target, run)
         return engine
 
 

@@ -9,5 +9,6 @@ ENGINES = Table(
     "paceline.engines",
     {
         "transformers": "paceline.engines.settings:TransformersSection",
+        "vllm": "paceline.engines.vllm.settings:VllmSection",
     },
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from paceline.engines.attention import ATTENTION
 from paceline.engines.cache import PreallocatedLayer, copy_cache
@@ -23,7 +23,7 @@ from paceline.engines.engine import Captured, CaptureRequest
 from paceline.engines.families import Way, own_attention, way_of
 from paceline.engines.hooks import Hooks
 from paceline.engines.probe import TOKENS, Bounds, Plain, compare, compare_tokens
-from paceline.engines.settings import TransformersSection
+from paceline.engines.settings import EngineRun, TransformersSection
 from paceline.errors import EngineError
 from paceline.precision import resolve_device, torch_dtype
 from paceline.target.chat_encoder import ChatEncoder
@@ -73,14 +73,19 @@ class TransformersEngine:
         )
         self._parts = decoder_parts(self._model)
         self._way = way_of(self._model)
-        self._facts = _facts(self._model, model_folder)
+        self._facts = target_facts(
+            self._model.config,
+            model_folder,
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            device=self._model.device.type,
+        )
 
     @classmethod
     def of_run(
-        cls, section: TransformersSection, target: TargetSection, *, date: str | None = None
+        cls, section: TransformersSection, target: TargetSection, run: EngineRun
     ) -> TransformersEngine:
         return cls(
-            target.model, dtype=target.dtype, device=section.device, date=date, template=target.template
+            target.model, dtype=target.dtype, device=section.device, date=run.date, template=target.template
         )
 
     @property
@@ -93,6 +98,9 @@ class TransformersEngine:
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         return self._encoder.encode(prompt)
+
+    def close(self) -> None:
+        """Nothing outlives this process."""
 
     # -- capture ---------------------------------------------------------------------------
 
@@ -215,7 +223,7 @@ class TransformersEngine:
         group = self._probe_group()
         try:
             samples = self.capture(group, (Feature(TOKENS, Tokens(), dtype="int32"), *features))
-            compare(family, samples, self._plain, output, bounds)
+            compare(family, samples, self.plain, output, bounds)
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise EngineError(
                 f"The target's family {family!r} cannot be captured from: {type(error).__name__}: {error}",
@@ -235,8 +243,9 @@ class TransformersEngine:
         known = [tokens[-(limit - answer) :] if len(tokens) + answer > limit else tokens for tokens in known]
         return [CaptureRequest(f"probe {i}", ids, max_new_tokens=answer) for i, ids in enumerate(known)]
 
-    def _plain(self, tokens: list[int]) -> Plain:
-        """The model's own forward of these tokens alone, without a cache.
+    @torch.inference_mode()
+    def plain(self, tokens: list[int]) -> Plain:
+        """The model's own forward of these tokens alone, without a cache; another engine's reference.
 
         It uses the library's attention; for families on the engine's own attention, the library's eager one.
         """
@@ -271,18 +280,18 @@ def _has_experts(config: Any) -> bool:
     return any(getattr(config, name, None) for name in EXPERTS)
 
 
-def _facts(model: PreTrainedModel, model_folder: Path) -> TargetFacts:
-    config = model.config
+def target_facts(config: Any, model_folder: Path, *, dtype: str, device: str) -> TargetFacts:
+    """The facts of the model in the folder. `config`: as the library reads it."""
     ends = eos_token_ids(read_config(model_folder), read_generation_config(model_folder))
     version = TargetVersion.of(model_folder)
     return TargetFacts(
         hidden_size=int(config.hidden_size),
         num_hidden_layers=int(config.num_hidden_layers),
         vocab_size=int(config.vocab_size),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype,
         eos_token_ids=tuple(token for token in ends if token < int(config.vocab_size)),
         model_version=version.model,
         tokenizer_version=version.tokenizer,
-        device=model.device.type,
+        device=device,
         max_positions=getattr(config, "max_position_embeddings", None),
     )

@@ -23,6 +23,7 @@ from paceline.regular_files import open_regular
 OWNER_FILE = "owner.json"
 IDENTITY = "identity"
 SLOT_NAME = re.compile(r"slot-\d{8,}")
+ENGINES_FILE = re.compile(r"[\w.-]+\.safetensors(\.lock)?")  # what an engine's server leaves
 HALF_MADE = re.compile(rf"({IDENTITY}|{OWNER_FILE}|slot-\d{{8,}})\.new")
 OWNER_BYTES_MAX = 1 << 16
 OTHERS_MAY_WRITE = 0o022
@@ -154,7 +155,8 @@ def remove(folder: Path) -> None:
         return
     with suppress(FileNotFoundError):
         names = [path.name for path in folder.iterdir()]
-        slots = [name for name in names if SLOT_NAME.fullmatch(name) or HALF_MADE.fullmatch(name)]
+        ours = (SLOT_NAME, HALF_MADE, ENGINES_FILE)
+        slots = [name for name in names if any(kind.fullmatch(name) for kind in ours)]
         for name in (*slots, IDENTITY, OWNER_FILE):  # last those that identify the rest
             (folder / name).unlink(missing_ok=True)
     try:

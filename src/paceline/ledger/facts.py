@@ -5,6 +5,7 @@ CONFIG = "config"
 PROMPTS = "prompts"  # sizes of the set at the start and after each extension, and digests of its blocks
 RENDERING = "rendering"  # digest of the first group's token ids
 RENDERING_DATE = "rendering_date"  # the date that a chat template writes
+ENGINE = "engine"  # its name, and whether it repeats its bits
 CHECKPOINT_WANTED = "checkpoint_wanted"
 COMPLETED_STEP = "completed_step"
 BUILDS_BEGUN = "builds_begun"

@@ -19,7 +19,7 @@ from paceline.data.opening import open_data
 from paceline.data.prompts import Prompt
 from paceline.data.survey import has_answer
 from paceline.engines.engine import CaptureRequest, TargetEngine
-from paceline.engines.settings import TransformersSection
+from paceline.engines.transformers import TransformersEngine
 from paceline.errors import explained
 from paceline.methods.table import METHODS
 from paceline.precision import resolve_device, torch_dtype
@@ -162,7 +162,7 @@ def _measured(
     target: TargetSection, prompts: Sequence[EncodedPrompt], settings: CaptureSettings
 ) -> tuple[float, int]:
     """Seconds that the target takes for a group of samples spread over these, and their number."""
-    engine = TransformersSection().build(target)
+    engine = TransformersEngine(target.model, dtype=target.dtype, template=target.template)
     chosen = prompts[:: max(1, len(prompts) // GROUP_SIZE)][:GROUP_SIZE]
     requests = [
         CaptureRequest(

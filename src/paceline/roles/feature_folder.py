@@ -18,8 +18,10 @@ from paceline.config.run import RunConfig
 from paceline.errors import ConfigError, PacelineError, StoreError
 from paceline.features.ownership import (
     IDENTITY,
+    FolderLock,
     Owner,
     bytes_of,
+    hold,
     is_strangers,
     owner_of,
     remove,
@@ -79,6 +81,34 @@ def _remove_unused(folder: Path) -> bool:
     with lock, suppress(OSError, StoreError):
         remove(folder)
     return not folder.exists()
+
+
+# -- files of the engine ---------------------------------------------------------------------
+
+
+def engine_folder(config: RunConfig) -> Path:
+    """The folder for the files of the run's engine, if it has any; it need not exist yet."""
+    return config.feature_folder.with_name(f"{config.feature_folder.name}-engine")
+
+
+class EngineFolder:
+    """That folder, in use from `take` to `close`; nobody reads its files afterwards. For the producer."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._folder = engine_folder(config)
+        self._owner = Owner(config.run.name, config.run.directory.absolute())
+        self._lock: FolderLock | None = None
+
+    def take(self) -> Path:
+        """Create and sign it. Raises StoreError, also if another user took its name."""
+        sign(self._folder, self._owner)
+        self._lock = hold(self._folder)
+        return self._folder
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            _remove_unused(self._folder)
 
 
 # -- the same folder for both roles ---------------------------------------------------------

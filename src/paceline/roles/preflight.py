@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from paceline.config.run import RunConfig
+from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import ConfigError
 from paceline.features.ownership import bytes_of
 from paceline.roles.plan import RunPlan
+from paceline.target.folder import read_config
 
+STATES_MAX, STATE_BYTES = 8, 4  # of each token: more layers than a method asks for, in float32
 OPEN_FILES_MIN = 256  # for the ledger, locks, checkpoints, and the files of libraries
 
 
@@ -86,4 +91,49 @@ def enough_files_can_be_open(_: RunPlan) -> Iterator[Finding]:
         )
 
 
-CHECKS: list[Check] = [shared_memory_holds_the_budget, enough_files_can_be_open]
+def a_server_can_be_started(plan: RunPlan) -> Iterator[Finding]:
+    """Look for the program of an engine that starts a server of its own."""
+    engine = plan.config.engine
+    if isinstance(engine, VllmSection) and engine.managed and shutil.which(engine.program[0]) is None:
+        yield Finding(
+            f"There is no program {engine.program[0]}, and engine.managed is true.",
+            "Install vLLM, set engine.program, or start a server and set engine.url.",
+            refuses=True,
+        )
+
+
+def states_on_their_way_find_room(plan: RunPlan) -> Iterator[Finding]:
+    """A server writes states to files before they are stored: they need room beside the budget."""
+    engine, features = plan.config.engine, plan.config.features
+    if not isinstance(engine, VllmSection):
+        return
+    place = engine.directory or features.directory
+    budget = 0 if engine.directory else features.budget_mib << 20
+    needed = _bytes_on_their_way(plan.config, engine)
+    try:
+        space = os.statvfs(place)
+    except OSError:
+        return  # the server makes the folder, and that of the features has a check of its own
+    room = space.f_bavail * space.f_frsize + bytes_of(plan.config.feature_folder)
+    if room < budget + needed:
+        yield Finding(
+            f"{place} has room for {room >> 20} MiB; the states of requests in flight may need "
+            f"{(needed >> 20) + 1} MiB beside features.budget_mib.",
+            "Give more room, or lower features.budget_mib or engine.requests_in_flight.",
+        )
+
+
+def _bytes_on_their_way(config: RunConfig, engine: VllmSection) -> int:
+    target = read_config(config.target.model)
+    capture, data = config.capture, config.data
+    requests = min(engine.requests_in_flight, capture.group_size * capture.groups_in_flight)
+    width = STATES_MAX * int(target.get("hidden_size") or 0) * STATE_BYTES
+    return requests * (data.max_prompt_tokens + data.max_answer_tokens) * width
+
+
+CHECKS: list[Check] = [
+    shared_memory_holds_the_budget,
+    enough_files_can_be_open,
+    a_server_can_be_started,
+    states_on_their_way_find_room,
+]

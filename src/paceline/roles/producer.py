@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from paceline.capture.settings import CaptureSettings
-from paceline.errors import StoreError
+from paceline.engines.engine import TargetEngine
+from paceline.engines.settings import EngineRun
+from paceline.errors import ServerUnavailableError, StoreError
+from paceline.features.store import FeatureStore
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.binding import bind_date, bind_run
-from paceline.roles.feature_folder import take_folder
+from paceline.roles.feature_folder import EngineFolder, take_folder
 from paceline.roles.held_out import look_at_held_out
 from paceline.roles.plan import RunPlan, window_size
 from paceline.roles.process import run_role
-from paceline.roles.target_binding import TARGET_NUMERICS, bind_numerics, bind_target, refuse_changed
-from paceline.roles.wire import build_disagg_online_producer
+from paceline.roles.target_binding import bind_engine, bind_target, refuse_changed
+from paceline.roles.wire import DriveProducer, build_disagg_online_producer
 from paceline.telemetry import EventLog
 
 
@@ -32,18 +36,51 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
         return
     folder = take_folder(config, ledger)
     target = bind_target(ledger, config, "producer")
-    engine = config.engine.build(config.target, date=bind_date(ledger))
-    engine.probe()
-    refuse_changed(config, target, engine.facts)
-    numerics = {"dtype": engine.facts.dtype, "device": engine.facts.device}
-    bind_numerics(ledger, config, "producer", TARGET_NUMERICS, numerics)
-    events.write("engine_ready", dtype=engine.facts.dtype, model_version=engine.facts.model_version)
-    if not plan.evaluation_obstacle and not ledger.snapshot().committed:
-        facts = engine.facts
-        if note := look_at_held_out(config, engine.encode, facts.vocab_size, facts.max_positions):
-            events.write("note", message=note)
-    features = config.features.build(folder, owner=True)
-    _, drive_producer = build_disagg_online_producer(
+    place = EngineFolder(config)
+    run = EngineRun(
+        features=config.method.build().features,
+        directory=config.run.directory,
+        files=place.take,
+        date=bind_date(ledger),
+        should_stop=should_stop,
+        report=events.write,
+    )
+    with closing(place), closing(config.engine.build(config.target, run)) as engine:
+        try:
+            engine.probe()
+            refuse_changed(config, target, engine.facts)
+            bind_engine(ledger, config, engine.facts)
+            facts = engine.facts
+            events.write("engine_ready", dtype=facts.dtype, model_version=facts.model_version)
+            if not ledger.snapshot().committed:
+                _note_held_out(plan, engine, events)
+            features = config.features.build(folder, owner=True)
+            drive_producer = _producer(plan, stretches, ledger, features, engine, events)
+            _capture_all(ledger, features, drive_producer, should_stop)
+        except ServerUnavailableError:
+            if not should_stop():  # the stop ended the wait for the server
+                raise
+    ledger.close()
+
+
+def _note_held_out(plan: RunPlan, engine: TargetEngine, events: EventLog) -> None:
+    facts = engine.facts
+    if plan.evaluation_obstacle:
+        return
+    if note := look_at_held_out(plan.config, engine.encode, facts.vocab_size, facts.max_positions):
+        events.write("note", message=note)
+
+
+def _producer(
+    plan: RunPlan,
+    stretches: Sequence[int],
+    ledger: SQLiteLedger,
+    features: FeatureStore,
+    engine: TargetEngine,
+    events: EventLog,
+) -> DriveProducer:
+    config = plan.config
+    return build_disagg_online_producer(
         run_id=config.run.name,
         engine=engine,
         feature_store=features,
@@ -61,21 +98,27 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
         metadata_store=ledger,
         attempt_max=config.capture.attempt_max,
         report=events.write,
-    )
+    )[1]
 
-    def training_is_over() -> bool:
-        return should_stop() or ledger.facts().get(COMPLETED_STEP) is not None
+
+def _capture_all(
+    ledger: SQLiteLedger,
+    features: FeatureStore,
+    drive_producer: DriveProducer,
+    should_stop: Callable[[], bool],
+) -> None:
+    def is_complete() -> bool:
+        return ledger.facts().get(COMPLETED_STEP) is not None
 
     try:
-        drive_producer(should_stop=training_is_over)
+        drive_producer(should_stop=lambda: should_stop() or is_complete())
     except StoreError:
         # The consumer reached its last step and has freed the memory that this producer uses.
-        if ledger.facts().get(COMPLETED_STEP) is None:
+        if not is_complete():
             raise
-    if ledger.facts().get(COMPLETED_STEP) is not None:
+    if is_complete():
         features.destroy()  # this producer may have created it again after the consumer freed it
     features.close()
-    ledger.close()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
+from paceline.ledger.facts import ENGINE
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.stores.sqlite.view import LedgerView
 from paceline.roles.binding import others_kept_out
@@ -92,6 +93,15 @@ def bind_numerics(ledger: Ledger, config: RunConfig, role: str, fact: str, now: 
             next=f"compute the {what} as before (if the run file says auto, set its dtype or device), or set "
             "a new run.name and run.directory.",
         )
+
+
+def bind_engine(ledger: Ledger, config: RunConfig, facts: TargetFacts) -> None:
+    """Bind the run to the numerics of its target, and record what its engine promises. For the producer."""
+    numerics = {"dtype": facts.dtype, "device": facts.device}
+    bind_numerics(ledger, config, "producer", TARGET_NUMERICS, numerics)
+    promise = {"name": config.engine.name, "repeats_bits": facts.repeats_bits}
+    if ledger.facts().get(ENGINE) != promise:
+        ledger.set_facts(None, {ENGINE: promise})
 
 
 def _told(numerics: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class ChatTemplate:
     def __init__(self) -> None:
         """Starts the worker process at once, so that it is ready when the tokenizer has loaded."""
         self._setting: dict[str, Any] = {}
+        self._one_at_a_time = threading.Lock()  # groups in flight have a thread each
         self._process: subprocess.Popen[str] | None = _start()
 
     def use(
@@ -94,6 +96,10 @@ class ChatTemplate:
 
     def _ask(self, chat: Mapping[str, Any]) -> dict[str, Any]:
         """A worker that is killed from outside says nothing of the prompt: another one renders it."""
+        with self._one_at_a_time:
+            return self._ask_alone(chat)
+
+    def _ask_alone(self, chat: Mapping[str, Any]) -> dict[str, Any]:
         for tries_left in reversed(range(TRIES)):
             if self._process is None:
                 self._process = _start()

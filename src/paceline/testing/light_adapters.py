@@ -97,6 +97,9 @@ class LightEngine:
     def probe(self) -> None:
         """Nothing to check."""
 
+    def close(self) -> None:
+        """Nothing to end."""
+
     def capture(self, group: Sequence[CaptureRequest], features: Sequence[Feature]) -> list[Captured]:
         """The bytes of each depend on the whole group, as those of a real batch do."""
         ids = [request.sample_id for request in group]

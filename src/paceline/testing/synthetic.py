@@ -42,6 +42,9 @@ class SyntheticEngine:
     def probe(self) -> None:
         """Nothing to check."""
 
+    def close(self) -> None:
+        """Nothing to end."""
+
     def capture(self, group: Sequence[CaptureRequest], features: Sequence[Feature]) -> list[Captured]:
         self.captured.append([request.sample_id for request in group])
         return [synthetic_sample(request, features) for request in group]

@@ -72,9 +72,10 @@ class TinyRun:
 
     def command(self, verb: str) -> subprocess.CompletedProcess[str]:
         """Run `paceline <verb> run.yaml` to its end."""
-        return subprocess.run(
-            self.arguments(verb), env=self.environment(), text=True, capture_output=True, check=False
-        )
+        return self.run(self.arguments(verb))
+
+    def run(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(arguments, env=self.environment(), text=True, capture_output=True, check=False)
 
     def start(self, verb: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

@@ -17,7 +17,11 @@ from paceline.errors import ConfigError
 from paceline.features.ownership import Owner, hold, owner_of, sign
 from paceline.ledger.locks import RoleLock
 from paceline.ledger.stores.sqlite import SQLiteLedger
-from paceline.roles.feature_folder import folder_of, take_folder
+from paceline.roles.feature_folder import (
+    EngineFolder,
+    folder_of,
+    take_folder,
+)
 from paceline.testing.tiny_run import TinyRun
 
 
@@ -194,3 +198,20 @@ def test_a_place_that_cannot_be_listed_is_an_error_with_advice(tmp_path: Path) -
     """Not an empty list."""
     with pytest.raises(ConfigError, match=r"features\.directory"):
         cleaned(tmp_path / "none")
+
+
+def test_files_that_an_engine_has_left_go_with_their_folder(run: Run, memory: Path, tmp_path: Path) -> None:
+    """At the producer's end; after a crash with `paceline clean`, but not while the engine works."""
+    place = EngineFolder(run.config)
+    folder = place.take()
+    for name in ("cmpl-1.safetensors", "cmpl-1.safetensors.lock"):
+        (folder / name).touch()
+    place.close()
+    assert not folder.exists()
+    place.take()
+    (folder / "cmpl-2.safetensors").touch()
+    gone(run)
+    assert "uses it" in cleaned(memory, free=True)
+    del place
+    assert "freed: run tiny" in cleaned(memory, free=True)
+    assert not folder.exists()

@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 
+from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import ConfigError
 from paceline.roles import preflight as module
 from paceline.roles.plan import RunPlan
 from paceline.roles.preflight import (
     Finding,
+    a_server_can_be_started,
     enough_files_can_be_open,
     preflight,
     shared_memory_holds_the_budget,
+    states_on_their_way_find_room,
 )
 
 
@@ -63,3 +66,36 @@ def test_every_refusal_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.what == "b is wrong.\nc is wrong."
     monkeypatch.setattr(module, "CHECKS", [lambda plan: [next(check(plan))]])
     assert preflight(plan_with(Path(), 1, Path())) == ["note: a is odd. Look at a."]
+
+
+def plan_of_vllm(model: Path, place: Path, budget_mib: int, **knobs: Any) -> Any:
+    plan = plan_with(place, budget_mib, place / "f")
+    config = plan.config
+    config.engine = VllmSection.parse(knobs)
+    config.target = SimpleNamespace(model=model)
+    config.capture = SimpleNamespace(group_size=8, groups_in_flight=2)
+    config.data = SimpleNamespace(max_prompt_tokens=100, max_answer_tokens=28)
+    return plan
+
+
+def test_a_program_that_is_not_there_refuses_the_run_before_it_starts(tmp_path: Path) -> None:
+    """Only where the run is to start a server."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 32}')
+    missing = plan_of_vllm(tmp_path, tmp_path, 1, managed=True, program=["no-such-program"])
+    [finding] = a_server_can_be_started(missing)
+    assert finding.refuses
+    assert not list(
+        a_server_can_be_started(plan_of_vllm(tmp_path, tmp_path, 1, managed=True, program=["sh"]))
+    )
+    assert not list(a_server_can_be_started(plan_of_vllm(tmp_path, tmp_path, 1, url="http://127.0.0.1:1")))
+
+
+def test_room_for_states_on_their_way_is_counted_beside_the_budget(tmp_path: Path) -> None:
+    """16 requests of 128 tokens, with 8 states of 32 numbers each at most: 2 MiB."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 32}')
+    space = os.statvfs(tmp_path)
+    free_mib = (space.f_bavail * space.f_frsize >> 20) + 4096
+    assert not list(states_on_their_way_find_room(plan_of_vllm(tmp_path, tmp_path, 1, url="http://h:1")))
+    [finding] = states_on_their_way_find_room(plan_of_vllm(tmp_path, tmp_path, free_mib, url="http://h:1"))
+    assert "may need 3 MiB beside features.budget_mib" in finding.what
+    assert not finding.refuses

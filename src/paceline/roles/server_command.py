@@ -1,0 +1,53 @@
+"""Prints the command that starts the server of a run: `python -m paceline.roles.server_command RUN.yaml`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from paceline.config.load import load_run_config
+from paceline.config.run import RunConfig
+from paceline.engines.vllm.command import serve_command, served_layers
+from paceline.engines.vllm.engine import served_facts
+from paceline.engines.vllm.server import DEVICES_VARIABLE, KEY_VARIABLE
+from paceline.engines.vllm.settings import VllmSection
+from paceline.errors import explained
+from paceline.roles.feature_folder import engine_folder
+from paceline.terminal import printable
+
+PORT = 8000
+
+
+def server_command(config: RunConfig) -> str:
+    """The command as a shell reads it: variables, program, arguments. Raises ConfigError."""
+    section = config.engine
+    assert isinstance(section, VllmSection)
+    facts = served_facts(config.target)
+    layers = served_layers(config.method.build().features(facts), facts.num_hidden_layers)
+    folder = section.directory or engine_folder(config)
+    command = serve_command(
+        section, config.target.model, facts.dtype, layers, facts.num_hidden_layers, folder
+    )
+    port = (urlsplit(section.url).port if section.url else None) or PORT
+    variables = []
+    if section.devices:
+        variables.append(f"{DEVICES_VARIABLE}={','.join(map(str, section.devices))}")
+    if section.api_key_variable:
+        variables.append(f'{KEY_VARIABLE}="${section.api_key_variable}"')
+    return " ".join([*variables, shlex.join([*command, "--port", str(port)])])
+
+
+def main(run_file: Path) -> int:
+    try:
+        sys.stdout.write(server_command(load_run_config(run_file)) + "\n")
+    except Exception as error:  # noqa: BLE001 (every error is reported)
+        told = explained(error)
+        sys.stderr.write(printable(f"{told}\n"))
+        return told.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
