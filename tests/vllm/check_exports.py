@@ -27,6 +27,7 @@ from paceline.cli.export import export_request
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
 from paceline.durable_files import replace_file
+from paceline.errors import PacelineError
 from paceline.evaluation.speculative import Decoding, speculative_generate
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
@@ -34,6 +35,7 @@ from paceline.ledger.facts import RENDERING_DATE
 from paceline.ledger.stores.sqlite.view import LedgerView
 from paceline.roles.draft import newest_checkpoint
 from paceline.roles.held_out import held_out_prompts
+from paceline.roles.snapshot import open_run
 from paceline.roles.supervisor import export_run
 from paceline.target.head import TargetHead
 from paceline.target.tokenizer import PromptEncoder
@@ -147,7 +149,7 @@ def export(
 
 def run_config(directory: Path, folder: Path) -> tuple[Path, RunConfig]:
     run_file = folder / "run.yaml"
-    run_file.write_text(recorded_config(LedgerView(directory / "ledger.db").facts()["config"], directory))
+    run_file.write_text(recorded_config(open_run(directory).facts().get("config", {}), directory))
     return run_file, load_run_config(run_file)
 
 
@@ -193,4 +195,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except PacelineError as error:
+        sys.exit(str(error))
