@@ -12,6 +12,7 @@ from paceline.data.mixture import Mixture
 from paceline.data.records import Records, Source
 from paceline.data.settings import Format, SourceSection
 from paceline.data.tables import Parquet, from_folder, from_hub
+from paceline.errors import ConfigError
 from paceline.regular_files import kind_of
 
 Data = Dataset | Mixture
@@ -29,6 +30,8 @@ def open_data(
     `heldout`: texts that must not be among the prompts. `index_path`: where the index is kept. Raises
     ConfigError if a source cannot be read or holds no prompt.
     """
+    if not sections:
+        raise ConfigError("There is nothing to read.", next="name a source: data.path, or data.sources.")
     sources = [Source(open_records(section), section.format) for section in sections]
     indexes = indexed(sources, heldout, index_path)
     datasets = [Dataset(source, index) for source, index in zip(sources, indexes, strict=True)]

@@ -130,6 +130,8 @@ def test_held_out_texts_are_found_in_chats_too(tmp_path: Path) -> None:
 
 def test_every_source_must_hold_something(tmp_path: Path) -> None:
     """The one that does not is named."""
+    with pytest.raises(ConfigError, match="nothing to read"):
+        open_data([])
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(ConfigError, match="empty holds no prompt"):
         open_data([SourceSection(path=write(tmp_path / "full", 3)), SourceSection(path=tmp_path / "empty")])
