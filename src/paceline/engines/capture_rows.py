@@ -88,7 +88,7 @@ class CaptureRows:
                 kept.keep_tokens(row, self.shared, [states[k][place, -own:] for k in kept.layers])
 
     def keep(self, states: Mapping[int, torch.Tensor]) -> None:
-        """Append the states of the latest forward, one token per row."""
+        """Append the states of the latest forward's last token, one per row."""
         for kept in self._kept.values():
             kept.keep_step([states[k] for k in kept.layers])
         self.length += 1
@@ -192,8 +192,9 @@ class _Kept:
         self._states[row, first:last] = torch.cat(taken, dim=-1)
 
     def keep_step(self, parts: Sequence[torch.Tensor]) -> None:
-        """Keep the state of every row's next answer token, as one tensor of `parts` [B, 1, ...]."""
-        self._states[self._rows, self._next] = torch.cat(list(parts), dim=-1)[:, 0].to(self._states.dtype)
+        """Keep the state of every row's next answer token, the last of `parts` [B, n, ...], as one tensor."""
+        last = torch.cat([part[:, -1] for part in parts], dim=-1)
+        self._states[self._rows, self._next] = last.to(self._states.dtype)
         self._next += 1
 
     def of_row(self, row: int, length: int) -> torch.Tensor:

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from paceline.engines.attention import ATTENTION
+from paceline.target.decoder import TextDecoder
 
 OWN = frozenset({"llama", "qwen2", "qwen3"})
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
@@ -31,19 +30,15 @@ def own_attention(config: Mapping[str, Any]) -> str | None:
     return ATTENTION if _is_plain(config) else None
 
 
-def way_of(model: PreTrainedModel) -> Way:
+def way_of(decoder: TextDecoder) -> Way:
     """How to capture this model. A recurrent layer carries padding in its state, and some families take no
     position ids, so padding would shift them."""
-    config = model.config
-    if config._attn_implementation == ATTENTION:
+    if decoder.config._attn_implementation == ATTENTION:
         return Way.OWN
-    kinds = set(getattr(config, "layer_types", None) or ())
-    recurrent = bool(getattr(model, "_is_stateful", False)) or not kinds <= _ATTENTION_LAYERS
-    return Way.BATCH if not recurrent and takes_positions(model) else Way.ALONE
-
-
-def takes_positions(model: PreTrainedModel) -> bool:
-    return "position_ids" in inspect.signature(model.get_decoder().forward).parameters
+    kinds = set(getattr(decoder.config, "layer_types", None) or ())
+    recurrent = bool(getattr(decoder.model, "_is_stateful", False)) or not kinds <= _ATTENTION_LAYERS
+    positions = "position_ids" in inspect.signature(decoder.parts.decoder.forward).parameters
+    return Way.BATCH if positions and not recurrent else Way.ALONE
 
 
 def _is_plain(config: Mapping[str, Any]) -> bool:

@@ -27,11 +27,11 @@ from paceline.engines.settings import EngineRun, TransformersSection
 from paceline.errors import EngineError
 from paceline.precision import resolve_device, torch_dtype
 from paceline.target.chat_encoder import ChatEncoder
+from paceline.target.decoder import Past, TextDecoder
 from paceline.target.facts import TargetFacts
 from paceline.target.folder import eos_token_ids, read_config, read_generation_config
 from paceline.target.head import TargetHead
-from paceline.target.layout import bent, decoder_parts, head_layout
-from paceline.target.model import load_whole
+from paceline.target.model import text_config
 from paceline.target.settings import TargetSection
 from paceline.target.tokenizer import PromptEncoder
 from paceline.target.version import TargetVersion
@@ -65,16 +65,13 @@ class TransformersEngine:
         `date` and `template` (its variables): see `PromptEncoder`.
         """
         self._encoder = PromptEncoder(model_folder, date=date, variables=template)
-        self._folder, config = model_folder, read_config(model_folder)
-        self._layout = head_layout(model_folder, config)  # a cheap check before the weights load
-        self._device = resolve_device(device)
-        self._model = load_whole(
-            model_folder, torch_dtype(dtype, self._device), self._device, own_attention(config)
-        )
-        self._parts = decoder_parts(self._model)
-        self._way = way_of(self._model)
+        self._folder, self._device = model_folder, resolve_device(device)
+        attention = own_attention(read_config(model_folder))
+        self._decoder = TextDecoder(model_folder, torch_dtype(dtype, self._device), self._device, attention)
+        self._model, self._parts = self._decoder.model, self._decoder.parts
+        self._way = way_of(self._decoder)
         self._facts = target_facts(
-            self._model.config,
+            self._decoder.config,
             model_folder,
             dtype=str(self._model.dtype).removeprefix("torch."),
             device=self._model.device.type,
@@ -117,18 +114,12 @@ class TransformersEngine:
         cache = self._empty_cache(len(group), rows.capacity) if own else self._library_cache()
         with Hooks(self._parts.layers, self._layers_of(features)) as states:
             hidden = self._prefill(rows, cache, states) if own else self._prefill_whole(rows, cache, states)
-            while rows.are_open and (token_ids := rows.choose(self._logits(hidden))) is not None:
+            while rows.are_open and (token_ids := rows.choose(self._decoder.logits(hidden))) is not None:
                 positions = (rows.length - rows.padding)[:, None]
                 mask = rows.mask[:, : rows.length + 1]
                 hidden = self._forward(token_ids, mask, positions, cache)
                 rows.keep(states.taken)
         return rows.samples()
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The model's own logits of its final hidden states [B, H]."""
-        logits: torch.Tensor = self._parts.lm_head(hidden)
-        layout = self._layout
-        return logits if layout.logit_scale == 1.0 and not layout.soft_cap else bent(logits.float(), layout)
 
     def _layers_of(self, features: Sequence[Feature]) -> set[int]:
         """Every layer whose state is requested. Raises EngineError for a layer that the target lacks."""
@@ -184,10 +175,10 @@ class TransformersEngine:
 
     def _library_cache(self) -> Any:
         """An empty cache of the kind that the library uses for the family."""
-        return _OwnPast() if self._way == Way.ALONE else DynamicCache(config=self._model.config)
+        return self._decoder.past() if self._way == Way.ALONE else DynamicCache(config=self._decoder.config)
 
     def _empty_cache(self, num_rows: int, capacity: int) -> DynamicCache:
-        cache = DynamicCache(config=self._model.config)
+        cache = DynamicCache(config=self._decoder.config)
         cache.layers[:] = [PreallocatedLayer(num_rows, capacity) for _ in self._parts.layers]
         return cache
 
@@ -195,17 +186,15 @@ class TransformersEngine:
         self, token_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
     ) -> torch.Tensor:
         """One forward of the decoder; the final hidden state of each row's last token, [B, H]."""
-        if isinstance(cache, _OwnPast):
-            output = self._parts.decoder(input_ids=token_ids, use_cache=True, **cache.kept)
-            cache.keep(output)
-        else:
-            output = self._parts.decoder(
-                input_ids=token_ids,
-                attention_mask=mask,
-                position_ids=positions.clamp(min=0),
-                past_key_values=cache,
-                use_cache=True,
-            )
+        if isinstance(cache, Past):
+            return self._decoder.read(token_ids, cache)[:, -1]
+        output = self._parts.decoder(
+            input_ids=token_ids,
+            attention_mask=mask,
+            position_ids=positions.clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
         hidden: torch.Tensor = output.last_hidden_state[:, -1]
         return hidden
 
@@ -217,7 +206,8 @@ class TransformersEngine:
         family, last = self._model.config.model_type, self._facts.num_hidden_layers
         head = TargetHead.load(self._folder)
         output = head.output().to(self._device)
-        bounds = Bounds.of(self._model.dtype, head.lm_head.dtype, experts=_has_experts(self._model.config))
+        experts = any(getattr(self._decoder.config, name, None) for name in EXPERTS)
+        bounds = Bounds.of(self._model.dtype, head.lm_head.dtype, experts=experts)
         dtype = self._facts.dtype
         features = [Feature(f"state {k}", States((k,)), dtype=dtype) for k in range(1, last + 1)]
         group = self._probe_group()
@@ -236,7 +226,7 @@ class TransformersEngine:
         """Prompts of different lengths, one longer than the sliding window if that is short enough."""
         answer, limit = PROBE_ANSWER, self._facts.max_positions or PROBE_TOKENS_MAX
         known = [self.encode(text) for text in PROBE_TEXTS]
-        window = getattr(self._model.config, "sliding_window", None) or 0
+        window = getattr(self._decoder.config, "sliding_window", None) or 0
         if 0 < window + PROBE_BEYOND <= min(limit - answer, PROBE_TOKENS_MAX):
             repeats = -(-(window + PROBE_BEYOND) // len(known[-1]))
             known.append((known[-1] * repeats)[: window + PROBE_BEYOND])
@@ -253,35 +243,21 @@ class TransformersEngine:
         config, chosen = self._model.config, self._model.config._attn_implementation
         config._attn_implementation = "eager" if chosen == ATTENTION else chosen
         try:
-            with Hooks(layers, [len(layers)]) as last:
+            with Hooks(layers, range(len(layers) + 1)) as hooks:
                 output = self._model(input_ids=ids, use_cache=False, output_hidden_states=True)
         finally:
             config._attn_implementation = chosen
-        # The library's last state is already normed; the comparison of logits covers that one.
-        states = dict(enumerate(output.hidden_states[: len(layers)]))
+        states, given = hooks.taken, output.hidden_states
+        # Most families give the input of the first block, then the states between blocks, then a normed one.
+        if given is not None and len(given) == len(states) and torch.equal(given[0], states[0]):
+            states.update(enumerate(given[:-1]))
         del states[0]
-        return Plain({k: state[0] for k, state in {**states, **last.taken}.items()}, output.logits[0])
-
-
-class _OwnPast:
-    """A decoder's cache in the form and under the name that its family uses."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Any] = {}
-
-    def keep(self, output: Any) -> None:
-        names = ("past_key_values", "cache_params", "state")
-        self.kept = {name: output[name] for name in names if output.get(name) is not None}
-        if not self.kept:
-            raise ValueError("its decoder returns no cache of the tokens that it has read")
-
-
-def _has_experts(config: Any) -> bool:
-    return any(getattr(config, name, None) for name in EXPERTS)
+        return Plain({k: state[0] for k, state in states.items()}, output.logits[0])
 
 
 def target_facts(config: Any, model_folder: Path, *, dtype: str, device: str) -> TargetFacts:
     """The facts of the model in the folder. `config`: as the library reads it."""
+    config = text_config(config)
     ends = eos_token_ids(read_config(model_folder), read_generation_config(model_folder))
     version = TargetVersion.of(model_folder)
     return TargetFacts(

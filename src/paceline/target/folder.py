@@ -43,7 +43,10 @@ def _damaged(path: Path, reason: str) -> ConfigError:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json. Raises ConfigError if it is missing, damaged, or not that of a text decoder."""
+    """config.json, with the settings of a vision-language model's text decoder in the place of its own.
+
+    Raises ConfigError if it is missing, damaged, or not that of a text decoder.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(
@@ -52,7 +55,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             next="run `make model`, or set target.model to a Hugging Face model folder.",
         )
     config = read_json(path)
-    _refuse_quantised(path, config)
+    if isinstance(text := config.get("text_config"), dict):
+        config = {**config, **text, "model_type": config.get("model_type")}
     if not isinstance(config.get("model_type"), str):
         raise _unfit(path, "it has no model_type")
     unfit = [key for key in _SIZES if key in config and not _is_count(config[key])]
@@ -73,18 +77,22 @@ def _unfit(path: Path, reason: str) -> ConfigError:
     )
 
 
-def _refuse_quantised(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a quantised checkpoint, whose tensors are codes and scales, not weights."""
-    quantised = config.get("quantization_config") or config.get("compression_config")
-    if not quantised:
-        return
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-    raise ConfigError(
-        f"{path} says that the target is quantised ({method or 'quantization_config'}).",
-        why="The engine computes with plain weights only, so states and head would differ from the served "
-        "model's.",
-        next="set target.model to the same model's folder in bfloat16, float16 or float32.",
-    )
+def quantisation(config: Mapping[str, Any]) -> str:
+    """How the checkpoint is quantised: its tensors are codes and scales, not weights; "" if it is not."""
+    settings = config.get("quantization_config") or config.get("compression_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    return str(method or "quantization_config") if settings else ""
+
+
+def refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a quantised checkpoint, where plain weights are computed with."""
+    if method := quantisation(config):
+        raise ConfigError(
+            f"{folder / 'config.json'} says that the target is quantised ({method}).",
+            why="The transformers engine computes with plain weights only, and others give other states.",
+            next="set engine.name to an engine that runs it (docs/targets.md), or target.model to the same "
+            "model's folder in bfloat16, float16 or float32.",
+        )
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ value, or a weight that is NaN, is a ConfigError before any training.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,13 @@ from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own docu
 
 from paceline.errors import ConfigError
 from paceline.target.facts import TargetFacts
-from paceline.target.folder import TensorFiles, eos_token_ids, read_config, read_generation_config
+from paceline.target.folder import (
+    TensorFiles,
+    eos_token_ids,
+    quantisation,
+    read_config,
+    read_generation_config,
+)
 from paceline.target.layout import LLAMA, PLAIN, HeadLayout, apply_norm, bent, head_layout
 from paceline.target.sizes import sizes_by_library
 
@@ -83,12 +89,15 @@ class TargetHead:
         folder = Path(folder)
         config = read_config(folder)
         files = TensorFiles(folder)
-        layout = _as_stored(head_layout(folder, config), files)
+        layout = head_layout(folder, config)
+        if (method := quantisation(config)) and layout.lm_head not in files:
+            raise _quantised(folder, layout.lm_head, f"the folder has no such tensor ({method})")
         wanted = [layout.embedding, layout.norm, layout.lm_head, layout.norm_bias, layout.lm_head_bias]
         tensors = files.read(list(dict.fromkeys(name for name in wanted if name)))
         for name, tensor in tensors.items():
+            _refuse_codes(folder, name, tensor)
             _refuse_not_finite(folder, name, tensor)
-        embedding = tensors[layout.embedding]
+        embedding, lm_head = tensors[layout.embedding], tensors[layout.lm_head]
         _refuse_unequal(folder, layout, tensors)
         gain = tensors[layout.norm] if layout.norm else torch.ones(embedding.shape[1])
         ends = eos_token_ids(config, read_generation_config(folder))
@@ -96,7 +105,7 @@ class TargetHead:
             config=config if config["model_type"] in PLAIN else {**config, **sizes_by_library(folder)},
             embed_tokens=embedding,
             norm_weight=gain.float() + layout.gain_offset if layout.gain_offset else gain,
-            lm_head=tensors[layout.lm_head],
+            lm_head=embedding if _are_equal(embedding, lm_head) else lm_head,
             folder=folder,
             layout=layout,
             norm_bias=tensors[layout.norm_bias] if layout.norm_bias else None,
@@ -159,19 +168,28 @@ class TargetHead:
                 why="its weights have other names (mixture of experts, fused projections, other norms)",
                 next='set method.init to "regression" or "random"',
             )
-        return {name.removeprefix(prefix): tensor for name, tensor in files.read(names).items()}
+        tensors = files.read(names)
+        for name, tensor in tensors.items():
+            _refuse_codes(files.folder, name, tensor)
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _as_stored(layout: HeadLayout, files: TensorFiles) -> HeadLayout:
-    """The layout with the names in the folder's files: for some families the library renames tensors."""
+def _refuse_codes(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise _quantised(folder, name, f"it is stored as {str(tensor.dtype).removeprefix('torch.')}")
 
-    def stored(name: str) -> str:
-        others = (name.partition(".")[2], "embed_out.weight" if name == "lm_head.weight" else "")
-        return next((other for other in (name, *others) if other and other in files), name)
 
-    names = ("embedding", "norm", "lm_head", "norm_bias", "lm_head_bias")
-    changed: dict[str, Any] = {name: stored(getattr(layout, name)) for name in names if getattr(layout, name)}
-    return replace(layout, **changed)
+def _quantised(folder: Path, name: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{name} in {folder} is quantised: {reason}.",
+        why="The draft is trained against the plain numbers of embedding, final norm and lm_head.",
+        next="choose a checkpoint of that model whose embedding and lm_head are not quantised.",
+    )
+
+
+def _are_equal(embedding: torch.Tensor, lm_head: torch.Tensor) -> bool:
+    """Whether one tensor serves as both. Some folders store a tied weight twice."""
+    return embedding is lm_head or (embedding.dtype == lm_head.dtype and torch.equal(embedding, lm_head))
 
 
 def _refuse_not_finite(folder: Path, name: str, tensor: torch.Tensor) -> None:

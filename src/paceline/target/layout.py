@@ -1,15 +1,16 @@
 """Where a family keeps embedding, final norm and lm_head, and how it changes its logits.
 
 The answer comes from the library's model class, built without weights: names and ties of tensors from its
-modules, the kind of the final norm from what the norm computes. Families in `PLAIN` have a known answer and
-need no model class (a test compares each with the library). In any case the producer compares the result
-with the model's own logits before it captures.
+modules and from the renaming that the library does when it loads, the kind of the final norm from what the
+norm computes. Families in `PLAIN` have a known answer and need no model class (a test compares each with the
+library). In any case the producer compares the result with the model's own logits before it captures.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +19,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from paceline.errors import ConfigError
+from paceline.target.folder import TensorFiles
+from paceline.target.model import build_empty, text_config
 
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Names are those of the folder's tensors; an empty name: the family has no such tensor.
+    """Names are those of the folder's tensors; an empty name: the family has no such tensor. Where the folder
+    has no tensor for a tied lm_head, its name is the embedding's.
 
     The final norm is RMSNorm, or LayerNorm if `centred`; its gain is the tensor plus `gain_offset`. Logits
     x are multiplied by `logit_scale`, then become `soft_cap` * tanh(x / `soft_cap`) unless that is 0.
@@ -45,42 +51,58 @@ class HeadLayout:
 LLAMA = HeadLayout()
 # Families with the defaults of `HeadLayout`, "rms_norm_eps" as eps, and lm_head tied only by config.json.
 PLAIN = frozenset({"llama", "qwen2", "qwen3", "mistral"})
+_IN_A_LAYER = re.compile(r"\.\d+\.")
 
 
 def head_layout(folder: Path, config: Mapping[str, Any]) -> HeadLayout:
     """The layout of the folder's head. Raises ConfigError, with the family's name, if it is unsupported."""
     if config["model_type"] in PLAIN and "rms_norm_eps" in config:
-        layout = HeadLayout(eps=float(config["rms_norm_eps"]))
-        tied = bool(config.get("tie_word_embeddings", False))
-        return replace(layout, lm_head=layout.embedding) if tied else layout
+        layout, files = HeadLayout(eps=float(config["rms_norm_eps"])), TensorFiles(folder)
+        if config.get("tie_word_embeddings", False) and layout.lm_head not in files:
+            layout = replace(layout, lm_head=layout.embedding)
+        if all(name in files for name in (layout.embedding, layout.norm, layout.lm_head)):
+            return layout
     return layout_by_library(folder)
 
 
 def layout_by_library(folder: Path) -> HeadLayout:
     """The layout of the model that the installed transformers builds. Raises ConfigError."""
-    from paceline.target.model import build_empty
-
     model = build_empty(folder)
     parts = decoder_parts(model)
-    family = model.config.model_type
-    # A tied weight is one object with two names; the embedding's name comes first.
-    first = {id(p): n for n, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
-    head, norm = parts.lm_head, parts.norm
-    scale, cap = _logit_changes(model.config)
+    scale, cap = _logit_changes(text_config(model.config))
+    stored = _stored_names(model, TensorFiles(folder))
+
+    def name(module: nn.Module, kind: str = "weight") -> str:
+        parameter = getattr(module, kind, None)
+        if not isinstance(parameter, nn.Parameter):
+            return ""
+        own = next(f"{name}.{kind}" for name, other in model.named_modules() if other is module)
+        tied = [name for name, p in model.named_parameters(remove_duplicate=False) if p is parameter]
+        return next((stored[name] for name in (own, *tied) if name in stored), own)
+
     return replace(
-        _describe_norm(norm, family),
-        embedding=first[id(parts.embedding.weight)],
-        norm=_name(first, getattr(norm, "weight", None)),
-        norm_bias=_name(first, getattr(norm, "bias", None)),
-        lm_head=first[id(head.weight)],
-        lm_head_bias=_name(first, getattr(head, "bias", None)),
+        _describe_norm(parts.norm, model.config.model_type),
+        embedding=name(parts.embedding),
+        norm=name(parts.norm),
+        norm_bias=name(parts.norm, "bias"),
+        lm_head=name(parts.lm_head),
+        lm_head_bias=name(parts.lm_head, "bias"),
         logit_scale=scale,
         soft_cap=cap,
     )
 
 
-def _name(names: Mapping[int, str], parameter: object) -> str:
-    return names[id(parameter)] if isinstance(parameter, nn.Parameter) else ""
+def _stored_names(model: Any, files: TensorFiles) -> dict[str, str]:
+    """The folder's name of each of the model's tensors outside the repeated layers, by the model's name."""
+    changes, tensors = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    names = {}
+    for stored in files.shard_of:
+        if not _IN_A_LAYER.search(stored):
+            name, _ = rename_source_key(stored, renamings, converters, model.base_model_prefix, tensors)
+            names[name if name in tensors else stored] = stored
+    return names
 
 
 @dataclass(frozen=True)
@@ -98,11 +120,11 @@ def decoder_parts(model: Any) -> DecoderParts:
     """Find the modules by type rather than by name. Raises ConfigError if one is missing."""
     family = model.config.model_type
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    layers = None
+    layers, num_layers = None, text_config(model.config).num_hidden_layers
     # Some families wrap the decoder in another module.
     for candidate in (decoder, *decoder.children()):
         lists = [c for c in candidate.children() if isinstance(c, nn.ModuleList)]
-        layers = next((c for c in lists if len(c) == _num_layers(model.config)), None)
+        layers = next((c for c in lists if len(c) == num_layers), None)
         if layers is not None:
             decoder = candidate
             break
@@ -117,10 +139,6 @@ def decoder_parts(model: Any) -> DecoderParts:
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
         raise unsupported(family, "it has no embedding or no lm_head of one matrix")
     return DecoderParts(decoder, embedding, layers, finals[0], head)
-
-
-def _num_layers(config: Any) -> int:
-    return int(config.num_hidden_layers)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from paceline.errors import ConfigError, EngineError
@@ -24,13 +30,23 @@ def library_config(folder: Path) -> Any:
             why="The target is built by the installed transformers; no code of the folder is run.",
             next="choose a model that the installed transformers knows, or fetch it again.",
         ) from error
-    if getattr(config, "num_hidden_layers", None) is None:
+    if getattr(text_config(config), "num_hidden_layers", None) is None:
         raise ConfigError(
             f"{folder / 'config.json'} describes no text decoder ({config.model_type}).",
             why="States are captured from the layers of one causal language model.",
-            next="set target.model to the folder of the text model alone.",
+            next="set target.model to the folder of a causal language model.",
         )
     return config
+
+
+def text_config(config: Any) -> Any:
+    """The part of the library's configuration that describes the text decoder; often the whole."""
+    return config.get_text_config(decoder=True)
+
+
+def _class_of(config: Any) -> Any:
+    """The library's class for a text model; else the one for a model with a text decoder in it."""
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
 
 
 def build_empty(folder: Path) -> PreTrainedModel:
@@ -38,7 +54,7 @@ def build_empty(folder: Path) -> PreTrainedModel:
     config = library_config(folder)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = _class_of(config).from_config(config, trust_remote_code=False)
     except Exception as error:
         raise ConfigError(
             f"transformers builds no causal language model from {folder / 'config.json'} ({_first(error)}).",
@@ -57,9 +73,9 @@ def load_whole(
     """
     transformers_logging.disable_progress_bar()
     again = "move the folder away and fetch the model again (`make model` for the recipe's target)"
-    answer: Any  # a pair, because of output_loading_info
+    config = library_config(folder)
     try:
-        answer = AutoModelForCausalLM.from_pretrained(
+        model, report = _class_of(config).from_pretrained(
             str(folder),
             dtype=dtype,
             local_files_only=True,
@@ -77,7 +93,6 @@ def load_whole(
         ) from error
     except Exception as error:
         raise unusable(folder, _first(error), again) from error
-    model, report = answer
     # transformers fills such weights with noise that differs in every process.
     unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unfit:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from paceline.target.model import library_config
+from paceline.target.model import library_config, text_config
 
 HEAD_DIM = 64  # of the draft, if the target has no attention heads
 
 
 def sizes_by_library(folder: Path) -> dict[str, Any]:
     """The sizes that a draft takes from its target. Raises ConfigError."""
-    config = library_config(folder)
+    config = text_config(library_config(folder))
     hidden = int(config.hidden_size)
     heads = _count(config, "num_attention_heads") or max(1, hidden // HEAD_DIM)
     sizes = {

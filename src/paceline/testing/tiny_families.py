@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from paceline.testing.tiny_folder import write_tokenizer
 from paceline.testing.tiny_target import VOCAB
@@ -87,12 +87,52 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"] * 4},
 }
 
+_EYE = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+# Models with a text decoder in them, whose settings are under text_config.
+WITH_VISION: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        "text_config": {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+        },
+    },
+    "gemma3": {"text_config": FAMILIES["gemma3_text"], "vision_config": _EYE, "mm_tokens_per_image": 4},
+    "mistral3": {
+        "text_config": {"model_type": "mistral"},
+        "vision_config": {"model_type": "pixtral", "head_dim": 16, **_EYE},
+    },
+    "llava": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": {"model_type": "clip_vision_model", "projection_dim": 32, **_EYE},
+    },
+}
+FAMILIES.update(WITH_VISION)
+
 
 def family_folder(folder: Path, family: str, seed: int = 0, **config: Any) -> Path:
     """Write a float32 target of the family with the tiny tokenizer. Its output is peaked and varied."""
-    settings = AutoConfig.for_model(family, **{**_SIZES, **FAMILIES[family], **config})
+    values = {**FAMILIES[family], **config}
+    if family in WITH_VISION:
+        kind: Any = AutoModelForMultimodalLM
+        values["text_config"] = {**_SIZES, **values["text_config"]}
+    else:
+        kind, values = AutoModelForCausalLM, {**_SIZES, **values}
+    settings = AutoConfig.for_model(family, **values)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
+    model = kind.from_config(settings, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and parameter.dim() == 1:

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from paceline.errors import ConfigError
+from paceline.precision import CPU
 from paceline.target.folder import eos_token_ids, read_config
 from paceline.target.head import TargetHead
-from paceline.target.layout import PLAIN, head_layout, layout_by_library
+from paceline.target.layout import PLAIN, decoder_parts, head_layout, layout_by_library
+from paceline.target.model import load_whole
 from paceline.testing.tiny_families import FAMILIES, family_folder
 
 
@@ -44,10 +46,9 @@ def test_the_library_confirms_the_families_that_are_known(tmp_path: Path, family
 def test_the_heads_logits_are_the_models_own(tmp_path: Path, family: str) -> None:
     """Norm, lm_head, biases, scales and caps, from the states before the final norm."""
     folder = family_folder(tmp_path / "model", family)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_whole(folder, torch.float32, CPU, None)
     head, kept = TargetHead.load(folder), []
-    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-    layers[-1].register_forward_hook(
+    decoder_parts(model).layers[-1].register_forward_hook(
         lambda _m, _i, out: kept.append(out[0] if isinstance(out, tuple) else out)
     )
     with torch.inference_mode():
@@ -62,6 +63,30 @@ def test_a_head_is_tied_where_the_models_class_ties_it(tmp_path: Path) -> None:
     folder = family_folder(tmp_path / "model", "gemma")
     edit(folder / "config.json", tie_word_embeddings=None)
     assert AutoConfig.from_pretrained(folder).tie_word_embeddings
+    head = TargetHead.load(folder)
+    assert head.lm_head is head.embed_tokens
+
+
+def test_the_head_of_a_quantised_target_is_read_where_it_is_plain(folder: Path) -> None:
+    """Whatever engine runs the target; the codes of its layers are not taken for weights."""
+    before = TargetHead.load(folder)
+    edit(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    change_weights(
+        folder,
+        lambda w: w.update({n: t.to(torch.float8_e4m3fn) for n, t in w.items() if "proj" in n}),
+    )
+    head = TargetHead.load(folder)
+    assert torch.equal(head.lm_head, before.lm_head)
+    with pytest.raises(ConfigError, match=r"self_attn.q_proj.weight in .* is quantised"):
+        head.layer_tensors(7)
+
+
+def test_a_tied_weight_that_is_stored_twice_is_read_as_the_library_reads_it(folder: Path) -> None:
+    """Equal: one tensor. Unequal: two, whatever config.json says."""
+    edit(folder / "config.json", tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(TargetHead.load(folder).lm_head, model.lm_head.weight)
+    change_weights(folder, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
     head = TargetHead.load(folder)
     assert head.lm_head is head.embed_tokens
 
@@ -138,6 +163,17 @@ def no_regular_file(folder: Path) -> None:
     (folder / "config.json").mkdir()
 
 
+def quantised_head(folder: Path) -> None:
+    edit(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    change_weights(folder, lambda w: w.update({"lm_head.qweight": w.pop("lm_head.weight").int()}))
+
+
+def head_of_codes(folder: Path) -> None:
+    change_weights(
+        folder, lambda w: w.update({"lm_head.weight": w["lm_head.weight"].to(torch.float8_e4m3fn)})
+    )
+
+
 DAMAGES = [
     (nan_in_lm_head, "lm_head.weight.*not finite.*row 17"),
     (infinite_embedding, "embed_tokens.weight.*not finite.*row 3"),
@@ -156,8 +192,8 @@ DAMAGES = [
     (config_with(num_hidden_layers="many"), "num_hidden_layers"),
     (config_with(model_type="no_such_family"), "not a configuration that transformers can read"),
     (config_with(model_type="vit"), "no causal language model|Embedding"),
-    (config_with(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised .gptq"),
-    (config_with(quantization_config={"quant_method": "fp8"}), "quantised .fp8"),
+    (quantised_head, "lm_head.weight in .* is quantised: the folder has no such tensor .gptq"),
+    (head_of_codes, "lm_head.weight in .* is quantised: it is stored as float8_e4m3fn"),
     (no_regular_file, "There is no model"),
 ]
 
