@@ -181,7 +181,8 @@ def evaluation_lines(s: RunSnapshot) -> list[str]:
     lines = [f"{e['identical']} of {e['prompts']} prompts identical to plain decoding, token for token"]
     for way in [e["chain"]] if e["branching"] == 1 else [e["chain"], e]:
         lines.append(
-            f"{_shape(way)}: acceptance length {way['acceptance_length']:.2f}, "
+            f"{_shape(way)}: acceptance length {way['acceptance_length']:.2f} "
+            f"(1 + accepted a cycle: {way['mean_acceptance_length']:.2f}), "
             f"{way['speculative_tokens_per_s']:.1f} against {way['plain_tokens_per_s']:.1f} tokens/s"
         )
     if set_aside := e.get("prompts_set_aside"):

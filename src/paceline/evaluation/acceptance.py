@@ -13,19 +13,20 @@ from typing import Any
 
 from paceline.errors import ConfigError
 from paceline.evaluation.speculative import Decoded, Decoding, plain_generate, speculative_generate
-from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
+from paceline.evaluation.verifier import Verifier
 from paceline.methods.drafter import Drafter
 
 
 @dataclass(frozen=True)
 class AcceptanceReport:
-    """`acceptance_length` (tau) is tokens per target cycle, the target's own token included.
+    """`acceptance_length` (tau) is emitted tokens per target cycle, the target's own token included.
 
-    Acceptance length and tokens/s leave out every answer's first token, which comes from the prefill.
-    `acceptance_rate[j]` is the share of cycles that kept a draft token at depth j + 1; `branching` 1 is
-    a chain. `identical` counts prompts
-    whose speculative output equals plain decoding token for token.
+    It and tokens/s leave out every answer's first token, which comes from the prefill, and what an answer's
+    end cuts off. `mean_acceptance_length`, as vLLM defines it, counts what was cut off: 1 + accepted draft
+    tokens per cycle. `acceptance_rate[j]` is the share of cycles that kept a draft token at depth j + 1;
+    `branching` 1 is a chain. `identical` counts prompts whose speculative output equals plain decoding token
+    for token.
     """
 
     prompts: int
@@ -35,6 +36,7 @@ class AcceptanceReport:
     tokens: int
     cycles: int
     acceptance_length: float
+    mean_acceptance_length: float
     acceptance_rate: tuple[float, ...]
     plain_tokens_per_s: float
     speculative_tokens_per_s: float
@@ -45,7 +47,7 @@ class AcceptanceReport:
 
 
 def measure_acceptance(
-    target: LlamaTarget,
+    target: Verifier,
     drafter: Drafter,
     prompts: Sequence[tuple[int, ...]],
     decoding: Decoding,
@@ -98,6 +100,7 @@ def summarise(pairs: Sequence[tuple[Decoded, Decoded]], drafting: Drafting) -> A
         tokens=tokens,
         cycles=cycles,
         acceptance_length=tokens / max(1, cycles),
+        mean_acceptance_length=1 + sum(accepted) / max(1, cycles),
         acceptance_rate=tuple(
             sum(kept > j for kept in accepted) / max(1, cycles) for j in range(drafting.max_depth)
         ),

@@ -6,7 +6,7 @@ it is the target's argmax, so the output is the target's. Sampled: rejection sam
 al. 2023, arXiv 2211.17192, algorithm 1) keeps the target's distribution; a reduced draft vocabulary
 only means that the draft gives no mass to the other tokens.
 
-Both decoders call the same `LlamaTarget.forward`. Sampling draws from one seeded generator.
+Both decoders use the same `Verifier`. Sampling draws from one seeded generator.
 Legend: V target vocabulary, D draft vocabulary, n new rows.
 """
 
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 
 from paceline.errors import ConfigError
-from paceline.evaluation.target import LlamaTarget, TargetStep
 from paceline.evaluation.tree import Drafting, DraftTree
+from paceline.evaluation.verifier import TargetStep, Verifier
 from paceline.methods.drafter import Drafter, TreeDrafter
 
 # The longest chain: plain decoding reserves the same cache, so that both see tensors of one shape.
@@ -52,7 +52,7 @@ class Decoded:
     accepted: tuple[int, ...] = ()
 
 
-def plain_generate(target: LlamaTarget, prompt_ids: tuple[int, ...], decoding: Decoding) -> Decoded:
+def plain_generate(target: Verifier, prompt_ids: tuple[int, ...], decoding: Decoding) -> Decoded:
     """Decode one token per target step. Raises ConfigError if there is nothing to decode."""
     choose = _Chooser(decoding, target.device)
     began = time.perf_counter()
@@ -66,7 +66,7 @@ def plain_generate(target: LlamaTarget, prompt_ids: tuple[int, ...], decoding: D
 
 
 def speculative_generate(
-    target: LlamaTarget,
+    target: Verifier,
     drafter: Drafter,
     prompt_ids: tuple[int, ...],
     decoding: Decoding,
@@ -103,7 +103,7 @@ def speculative_generate(
 
 
 def _chain_cycle(
-    target: LlamaTarget,
+    target: Verifier,
     drafter: Drafter,
     aux: torch.Tensor,
     next_ids: list[int],
@@ -111,19 +111,18 @@ def _chain_cycle(
     choose: _Chooser,
 ) -> tuple[torch.Tensor, list[int]]:
     """Run one cycle. Returns the states of the rows that were kept, and the token after each of them."""
-    processed = target.length
     chain, proposals = drafter.propose(aux, _ids(next_ids, target), drafting.num_tokens, choose)
-    step = target.forward(_ids([next_ids[-1], *chain], target))
+    step = target.verify(DraftTree.chain([next_ids[-1], *chain]))
     if choose.temperature > 0:
         kept, own = _verify_sampled(step.logits, chain, proposals, drafter.target_ids, choose)
     else:
         kept, own = _verify_greedy(step.logits, chain)
-    target.truncate(processed + 1 + kept)
+    target.accept(list(range(kept + 1)))
     return step.aux[: kept + 1], [*chain[:kept], own]
 
 
 def _tree_cycle(
-    target: LlamaTarget,
+    target: Verifier,
     drafter: TreeDrafter,
     aux: torch.Tensor,
     next_ids: list[int],
@@ -140,7 +139,7 @@ def _tree_cycle(
     return step.aux[path], [wanted[row] for row in path]
 
 
-def _prefill(target: LlamaTarget, prompt_ids: tuple[int, ...], decoding: Decoding) -> TargetStep:
+def _prefill(target: Verifier, prompt_ids: tuple[int, ...], decoding: Decoding) -> TargetStep:
     if not prompt_ids or decoding.max_new_tokens < 1:
         raise ConfigError(
             f"nothing to decode: {len(prompt_ids)} prompt tokens, max_new_tokens={decoding.max_new_tokens}",
@@ -151,7 +150,7 @@ def _prefill(target: LlamaTarget, prompt_ids: tuple[int, ...], decoding: Decodin
     return target.forward(_ids(prompt_ids, target), last_only=True)
 
 
-def _ids(tokens: Sequence[int], target: LlamaTarget) -> torch.Tensor:
+def _ids(tokens: Sequence[int], target: Verifier) -> torch.Tensor:
     return torch.tensor(tokens, device=target.device)
 
 

@@ -1,4 +1,4 @@
-"""A lean Llama forward that decodes one sequence: the target that verifies the draft's proposals.
+"""A lean Llama forward that decodes one sequence: the fast `Verifier` of plain Llama targets.
 
 Hugging Face's forward spends more time in Python than in arithmetic when a step has one to five
 rows, which hides the gain of speculation. This one reads the same weights, fuses q/k/v and gate/up,
@@ -24,6 +24,7 @@ from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own docu
 
 from paceline.errors import ConfigError
 from paceline.evaluation.tree import DraftTree
+from paceline.evaluation.verifier import TargetStep, refuse_too_long
 from paceline.precision import CPU
 from paceline.target.head import TargetHead
 from paceline.target.plain_llama import why_not_plain_llama
@@ -39,16 +40,8 @@ class _Layer:
     post_norm: torch.Tensor
 
 
-@dataclass(frozen=True)
-class TargetStep:
-    """Outputs of the new rows. `aux` concatenates the states after `aux_layer_ids` blocks."""
-
-    logits: torch.Tensor  # [n, V], or [1, V] where only the last row was asked for
-    aux: torch.Tensor  # [n, len(aux_layer_ids) * H]
-
-
 class LlamaTarget:
-    """One sequence at a time: `start`, then `forward` and `truncate`."""
+    """See `Verifier`. `truncate` forgets the newest tokens."""
 
     def __init__(
         self,
@@ -79,13 +72,7 @@ class LlamaTarget:
 
     def start(self, capacity: int) -> None:
         """Begin an empty sequence of at most `capacity` tokens. Raises ConfigError if that is too many."""
-        limit = int(self.head.config.get("max_position_embeddings", capacity))
-        if capacity > limit:
-            raise ConfigError(
-                f"a sequence of {capacity} tokens exceeds the target's {limit} positions",
-                why="positions past the trained range give meaningless logits",
-                next="lower max_new_tokens or shorten the prompt",
-            )
+        refuse_too_long(capacity, self.head.config.get("max_position_embeddings"))
         # Whole blocks of 64 keep the vectorised softmax free of tails.
         self.capacity = -(-capacity // 64) * 64
         shape = (len(self.layers), self.kv_heads, self.capacity, self.head_dim)
@@ -112,16 +99,21 @@ class LlamaTarget:
 
     @torch.inference_mode()
     def verify(self, tree: DraftTree) -> TargetStep:
-        """Process the rows of a draft tree, each after its own path; then `accept` keeps one path."""
+        self._rows_read = len(tree.tokens) if tree.is_chain else 0
+        token_ids = torch.tensor(tree.tokens, device=self.device)
+        if tree.is_chain:
+            return self.forward(token_ids)
         paths = tree.paths().to(self.device)
         count = paths.shape[0]
         shape = (len(self.layers), count, self.kv_heads, self.head_dim)
         self.tree_keys, self.tree_values = torch.empty(2, *shape, dtype=self.dtype, device=self.device)
-        token_ids = torch.tensor(tree.tokens, device=self.device)
         return self._run(token_ids, self.length + tree.depths().to(self.device), paths, False)
 
     def accept(self, path: list[int]) -> None:
-        """Cache the rows of one path of the last verified tree, at the positions that plain decoding uses."""
+        """Cache the rows of the path at the positions that plain decoding uses."""
+        if self._rows_read:
+            self.truncate(self.length - self._rows_read + len(path))
+            return
         places = slice(self.length, self.length + len(path))
         self.keys[:, :, places] = self.tree_keys[:, path].transpose(1, 2)
         self.values[:, :, places] = self.tree_values[:, path].transpose(1, 2)

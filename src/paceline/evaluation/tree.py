@@ -6,6 +6,7 @@ without branches. EAGLE-2 (arXiv 2406.16858) section 4.1 grows the tree by the d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,12 +38,24 @@ class DraftTree:
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
 
+    @classmethod
+    def chain(cls, tokens: Sequence[int]) -> DraftTree:
+        return cls(tuple(tokens), tuple(range(-1, len(tokens) - 1)))
+
+    @property
+    def is_chain(self) -> bool:
+        return self.parents == tuple(range(-1, len(self.tokens) - 1))
+
     def path(self, row: int) -> list[int]:
         """Rows from the root to `row`."""
         path = [row]
         while self.parents[path[-1]] >= 0:
             path.append(self.parents[path[-1]])
         return path[::-1]
+
+    def leaves(self) -> list[int]:
+        """The rows that no row follows; their paths cover the tree."""
+        return sorted(set(range(len(self.tokens))) - set(self.parents))
 
     def paths(self) -> torch.Tensor:
         """int64 [rows, depth]: each row's path, its own number repeated to the end."""

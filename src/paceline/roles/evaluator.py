@@ -7,12 +7,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from paceline.durable_files import replace_file
 from paceline.evaluation.acceptance import measure_acceptance
 from paceline.evaluation.heldout import refuse_nothing_to_measure
+from paceline.evaluation.library_target import LibraryTarget
 from paceline.evaluation.speculative import Decoding
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
+from paceline.evaluation.verifier import Verifier
 from paceline.ledger.facts import RENDERING_DATE
 from paceline.ledger.stores.sqlite.view import LedgerView
 from paceline.precision import resolve_device, torch_dtype
@@ -22,6 +26,7 @@ from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
 from paceline.roles.target_binding import refuse_other_target
 from paceline.target.head import TargetHead
+from paceline.target.plain_llama import why_not_plain_llama
 from paceline.target.tokenizer import PromptEncoder
 from paceline.telemetry import EventLog
 from paceline.training.torch_learner import DRAFT, restore_draft
@@ -35,15 +40,19 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
     checkpoint = newest_checkpoint(config, view, only=(DRAFT,))
     date = view.facts().get(RENDERING_DATE)
     device = resolve_device(config.evaluation.device)
-    dtype = torch_dtype(config.evaluation.dtype, device)
     method, head = config.method.build(), TargetHead.load(config.target.model)
+    dtype = _dtype(config.evaluation.dtype, head, device)
     draft = restore_draft(method, head, checkpoint.files)
     section = config.evaluation
     chain = Drafting(min(3, section.draft_tokens))
     tree = Drafting(section.draft_tokens, section.branching, min(section.depth, section.draft_tokens))
     ways = [chain] if section.branching == 1 else [tree, chain]
     drafter = method.drafter(draft.to(device), dtype)
-    target = LlamaTarget(head, drafter.layers, dtype, device)
+    target: Verifier
+    if why_not_plain_llama(head.config):
+        target = LibraryTarget(config.target.model, drafter.layers, dtype, device)
+    else:
+        target = LlamaTarget(head, drafter.layers, dtype, device)
     encoder = PromptEncoder.of(config.target, date=date)
     positions = head.config.get("max_position_embeddings")
     held_out = held_out_prompts(config, encoder.encode, head.vocab_size, positions)
@@ -66,6 +75,13 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
     path = config.run.directory / "evaluation.json"
     replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
     events.write("evaluated", **result)
+
+
+def _dtype(name: str, head: TargetHead, device: torch.device) -> torch.dtype:
+    """The library's sums depend, in bfloat16, on the number of rows: "auto" is float32 there."""
+    if name == "auto" and why_not_plain_llama(head.config):
+        return torch.float32
+    return torch_dtype(name, device)
 
 
 if __name__ == "__main__":

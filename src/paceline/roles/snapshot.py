@@ -28,7 +28,8 @@ EVALUATION_BYTES_MAX = 1 << 20
 ESTIMATE, STEPS_OF_ESTIMATE = "acceptance_length_estimate", 100
 # The figures shown for each way of decoding that was measured.
 MEASURED = (
-    *("prompts", "identical", "num_draft_tokens", "branching", "acceptance_length"),
+    *("prompts", "identical", "num_draft_tokens", "branching"),
+    *("acceptance_length", "mean_acceptance_length"),
     *("plain_tokens_per_s", "speculative_tokens_per_s", "speed_up"),
 )
 

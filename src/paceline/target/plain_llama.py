@@ -1,15 +1,19 @@
-"""Whether a target is the plain Llama that the evaluation's own forward computes. No torch."""
+"""Whether a target is the plain Llama that the evaluation's fast forward computes. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from paceline.target.folder import quantisation
+
 
 def why_not_plain_llama(config: Mapping[str, Any]) -> str:
-    """Why the evaluation's forward cannot compute the model of this config.json; empty if it can."""
+    """Why the evaluation's fast forward cannot compute the model of this config.json; empty if it can."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     reasons = []
+    if quantisation(config):
+        reasons.append(f"it is quantised ({quantisation(config)})")
     if config.get("model_type") != "llama":
         reasons.append(f"model_type is {config.get('model_type')!r}, not 'llama'")
     if config.get("hidden_act", "silu") != "silu":

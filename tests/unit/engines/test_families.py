@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from paceline.engines import families
 from paceline.engines.families import OWN, Way
@@ -15,24 +15,52 @@ from paceline.engines.hooks import Hooks
 from paceline.engines.probe import Bounds
 from paceline.engines.transformers import TransformersEngine
 from paceline.errors import CaptureMismatchError, PacelineError
+from paceline.evaluation.library_target import LibraryTarget
+from paceline.evaluation.speculative import Decoding, plain_generate, speculative_generate
+from paceline.evaluation.tree import Drafting
+from paceline.methods.drafter import Choose
+from paceline.precision import CPU
+from paceline.target.decoder import TextDecoder
+from paceline.target.folder import read_config
 from paceline.target.layout import decoder_parts
+from paceline.target.plain_llama import why_not_plain_llama
 from paceline.testing.engine_suite import capture, requests
 from paceline.testing.tiny_families import FAMILIES, family_folder
 
-REFUSED = {"recurrent_gemma": "returns no cache", "mamba": "states after block 1 differ"}
+TARGETS = Path(__file__).parents[3] / "docs" / "targets.md"
+
+
+def documented(family: str) -> tuple[str, str]:
+    """How docs/targets.md says that the family is captured and evaluated."""
+    rows = [
+        line.strip("| ").split(" | ") for line in TARGETS.read_text().splitlines() if line.count("|") == 4
+    ]
+    [row] = [row for row in rows if family in row[-1].split(", ")]
+    return row[0], row[1]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_a_family_is_captured_exactly_or_refused_by_name(tmp_path: Path, family: str) -> None:
-    """A padded group with answers through the cache, against the stock model on each sample alone."""
+def test_a_family_is_captured_and_evaluated_exactly(tmp_path: Path, family: str) -> None:
+    """And in the way that the table of the documentation says."""
     folder = family_folder(tmp_path / family, family)
     engine = TransformersEngine(folder, dtype="float32")
-    if family in REFUSED:
-        with pytest.raises(PacelineError, match=f"{family}.*{REFUSED[family]}"):
-            engine.probe()
-        return
     engine.probe()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    target = LibraryTarget(folder, (2, 4, 5), torch.float32)
+    _captures_exactly(engine, target.decoder.model)
+    _decodes_losslessly(target, prompt=engine.encode("the wind"))
+    captured, evaluated = (
+        {Way.OWN: "a batch, fast", Way.BATCH: "a batch", Way.ALONE: "alone"}[engine._way],
+        "",
+    )
+    if why_not_plain_llama(read_config(folder)):
+        past = target._past
+        evaluated = "a tree" if past.has_cache and past.can_cut else "by token" if past.has_cache else "again"
+    print(f"| {captured} | {evaluated or 'a tree, fast'} | {family} |")  # noqa: T201 (the table, with pytest -s)
+    assert documented(family) == (captured, evaluated or "a tree, fast")
+
+
+def _captures_exactly(engine: TransformersEngine, model: PreTrainedModel) -> None:
+    """A padded group with answers through the cache, against the stock model on each sample alone."""
     layers, last = decoder_parts(model).layers, engine.facts.num_hidden_layers
     group = requests(engine)
     for request, sample in zip(group, capture(engine, group), strict=True):
@@ -47,6 +75,54 @@ def test_a_family_is_captured_exactly_or_refused_by_name(tmp_path: Path, family:
         clear = best[:, 0] - best[:, 1] > 1e-3
         wrote = tokens[prompt:] == logits[prompt - 1 :].argmax(-1)
         assert bool((wrote | ~clear).all())
+
+
+class Knowing:
+    """A draft that knows the target's answer and errs at every third token, in a chain and in a tree."""
+
+    layers = (2, 4, 5)
+
+    def __init__(self, answer: list[int], vocab_size: int) -> None:
+        self.answer, self.target_ids = answer, torch.arange(vocab_size)
+
+    def start(self, capacity: int) -> None:
+        self.known = None
+
+    def _guesses(self, aux: torch.Tensor, next_ids: torch.Tensor, count: int) -> tuple[list[int], list[int]]:
+        """The `count` tokens to come, and wrong ones."""
+        assert len(aux) == len(next_ids)
+        self.known = 1 if self.known is None else self.known + len(next_ids)
+        coming = (self.answer[self.known :] + [3] * count)[:count]
+        return coming, [3 + (token + 1) % 50 for token in coming]
+
+    def propose(
+        self, aux: torch.Tensor, next_ids: torch.Tensor, count: int, choose: Choose
+    ) -> tuple[list[int], list[torch.Tensor | None]]:
+        right, wrong = self._guesses(aux, next_ids, count)
+        chain = [wrong[i] if (self.known + i) % 3 == 0 else right[i] for i in range(count)]
+        return chain, [None] * count
+
+    def propose_tree(
+        self, aux: torch.Tensor, next_ids: torch.Tensor, num_tokens: int, branching: int, depth: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Two guesses after the newest token and two after the first of them; the right one comes second."""
+        (one, two), (not_one, not_two) = self._guesses(aux, next_ids, 2)
+        return (not_one, one, not_two, two), (0, 0, 2, 2)
+
+
+def _decodes_losslessly(target: LibraryTarget, prompt: tuple[int, ...]) -> None:
+    """Chain and tree give the plain answer, which is the model's own choice at every place."""
+    model, decoding = target.decoder.model, Decoding(max_new_tokens=12)
+    plain = plain_generate(target, prompt, decoding).tokens
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*prompt, *plain[:-1]]]), use_cache=False).logits[0, len(prompt) - 1 :]
+    best = logits.topk(2, -1).values
+    assert bool(((torch.tensor(plain) == logits.argmax(-1)) | (best[:, 0] - best[:, 1] < 1e-3)).all())
+    drafter = Knowing(plain, logits.shape[-1])
+    for drafting in (Drafting(4), Drafting(4, 2, 2)):
+        drafted = speculative_generate(target, drafter, prompt, decoding, drafting)
+        assert drafted.tokens == plain
+        assert sum(drafted.accepted) >= len(drafted.accepted)
 
 
 def test_only_tested_families_run_on_the_engines_own_attention() -> None:
@@ -79,6 +155,17 @@ def test_the_probe_finds_a_family_that_padding_spoils(
     monkeypatch.setattr(engine, "_way", Way.BATCH)
     with pytest.raises(PacelineError, match="'recurrent_gemma'"):
         engine.probe()
+
+
+def test_a_cache_that_forgets_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text is read again instead, which gives the same states."""
+    decoder = TextDecoder(family_folder(tmp_path / "model", "mamba"), torch.float32, CPU)
+    kept, read = decoder.past(), decoder.parts.decoder.forward
+    forgets = lambda **given: read(**{**given, "cache_params": None})  # noqa: E731 (a stand-in)
+    monkeypatch.setattr(decoder.parts.decoder, "forward", forgets)
+    decoder._cache_is_right = None
+    assert kept.has_cache
+    assert not decoder.past().has_cache
 
 
 @pytest.mark.parametrize(
