@@ -37,6 +37,7 @@ from paceline.roles.preflight import preflight
 from paceline.roles.process import DEBUG_VARIABLE
 from paceline.roles.snapshot import making_sense, open_run, take_snapshot
 from paceline.roles.supervisor import Supervisor, evaluate_run
+from paceline.target.hub import local_target
 from paceline.terminal import open_standard_streams, printable
 
 INTERRUPTED = 130  # exit code
@@ -291,6 +292,7 @@ def check_data(
 
 
 def _evaluate(run_file: Path, config: RunConfig) -> None:
+    local_target(config.target)  # the evaluator's process does not use the network
     say(out, "measuring on held-out prompts, by lossless decoding ...")
     if not evaluate_run(run_file, config):
         say(out, f"Stopped; nothing is lost. Measure again with: paceline evaluate {run_file}")
@@ -326,7 +328,9 @@ def _evaluate_if_possible(run_file: Path, plan: RunPlan) -> None:
 
 
 def _run_role(role: str, run_file: Path) -> None:
-    machine = load_run_config(run_file).machine
+    config = load_run_config(run_file)
+    local_target(config.target)  # the role's process does not use the network
+    machine = config.machine
     threads = machine.producer_threads if role == "producer" else machine.consumer_threads
     environment = {**os.environ, **role_environment(threads)}
     # The role replaces this process, so that it receives signals and sets the exit code.

@@ -32,11 +32,11 @@ def bind_run(plan: RunPlan, ledger: Ledger, *, role: str | None = None) -> tuple
     if CONFIG not in facts:  # another process may settle it at the same time
         sizes = [plan.prompts.size]
         facts = ledger.set_facts(
-            None, {CONFIG: flat(plan.config), PROMPTS: _prompts(plan, sizes)}, settle=True
+            None, {CONFIG: flat(plan.given), PROMPTS: _prompts(plan, sizes)}, settle=True
         )
-    if facts[CONFIG] != flat(plan.config) and not _settings_bind(ledger):
+    if facts[CONFIG] != flat(plan.given) and not _settings_bind(ledger):
         facts = _rebind(plan, ledger, role)
-    refuse_changes(facts[CONFIG], plan.config)
+    refuse_changes(facts[CONFIG], plan.given)
     stretches = facts[PROMPTS]["stretches"]
     is_longer, has_same_beginning = (
         plan.prompts.size > stretches[-1],
@@ -69,7 +69,7 @@ def _rebind(plan: RunPlan, ledger: Ledger, role: str | None) -> dict[str, Any]:
     """Record new settings or prompts, unless the old ones bind or another role is live."""
     with others_kept_out(plan.config, role) as alone:
         if alone and not _settings_bind(ledger):
-            facts = {CONFIG: flat(plan.config)}
+            facts = {CONFIG: flat(plan.given)}
             if not _prompts_bind(ledger):
                 facts[PROMPTS] = _prompts(plan, [plan.prompts.size])
             ledger.set_facts(None, facts)

@@ -12,19 +12,21 @@ from paceline.config.run import RunConfig
 from paceline.data.opening import Data, open_data, open_file
 from paceline.data.source import RunPrompts
 from paceline.errors import ConfigError
-from paceline.target.folder import read_config
-from paceline.target.plain_llama import why_not_plain_llama
+from paceline.target.folder import quantisation, read_config
+from paceline.target.hub import local_target
 
 REPEATS_NAMED = 50
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """`num_samples` = prompts x rounds; None for a stream without an end.
+    """`given`: the run file; `config`: the same with the target's local folder, and its commit if it comes
+    from the hub. `num_samples` = prompts x rounds; None for a stream without an end.
 
     `evaluation_obstacle`: why the evaluation cannot decode with this target; empty if it can.
     """
 
+    given: RunConfig
     config: RunConfig
     prompts: Data
     num_samples: int | None
@@ -51,8 +53,9 @@ class RunPlan:
         return [total if most is None else min(total, most) for total in totals[1:]]
 
 
-def plan_run(config: RunConfig) -> RunPlan:
-    """Check everything that can be checked before a process starts. Raises ConfigError."""
+def plan_run(given: RunConfig) -> RunPlan:
+    """Find the target, and check what can be checked before a process starts. Raises ConfigError."""
+    config = given.model_copy(update={"target": local_target(given.target)})
     obstacle = _target_obstacle(config)
     heldout = open_file(config.evaluation.prompts)
     texts = {prompt.text for prompt in heldout.read(0, heldout.size) if not prompt.broken}
@@ -61,7 +64,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     _refuse_shared(config, prompts)
     _refuse_repeats(config, prompts)
     num_samples = prompts.size * config.data.rounds
-    return RunPlan(config, prompts, num_samples, obstacle)
+    return RunPlan(given, config, prompts, num_samples, obstacle)
 
 
 def _target_obstacle(config: RunConfig) -> str:
@@ -78,7 +81,8 @@ def _target_obstacle(config: RunConfig) -> str:
             why="States and logits beyond the positions that a target was trained with are meaningless.",
             next=f"set data.max_answer_tokens to less than {positions}, prompts included.",
         )
-    obstacle = why_not_plain_llama(target)
+    method = quantisation(target)
+    obstacle = f"the target is quantised ({method}), and plain weights are decoded with" if method else ""
     if obstacle and config.evaluation.unsupported == "refuse":
         raise ConfigError(
             f"The evaluation cannot decode with {config.target.model}: {obstacle}.",

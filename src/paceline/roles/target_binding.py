@@ -21,6 +21,7 @@ from paceline.target.version import TargetVersion, files_version
 
 MODEL, TOKENIZER = "model_version", "tokenizer_version"
 STARTS = "start_versions"  # of the folders that the draft starts from
+REVISION = "target_revision"  # the commit of a target from the hub
 TARGET_NUMERICS, DRAFT_NUMERICS = "target_numerics", "draft_numerics"
 
 
@@ -47,6 +48,8 @@ def refuse_other_target(ledger: LedgerView, config: RunConfig) -> TargetVersion:
 
 def _facts(config: RunConfig, version: TargetVersion) -> dict[str, Any]:
     facts: dict[str, Any] = {MODEL: version.model, TOKENIZER: version.tokenizer}
+    if config.target.revision is not None:
+        facts[REVISION] = config.target.revision
     starts = [files_version(folder) for folder in config.method.folders]
     return {**facts, STARTS: starts} if starts else facts
 
@@ -68,11 +71,14 @@ def _refuse_unequal(config: RunConfig, recorded: Mapping[str, Any], now: Mapping
     other = [name for name in parts if recorded.get(name) != now[name]]
     if not other:
         return
+    old = (
+        f"set target.revision to {recorded[REVISION]}" if REVISION in recorded else "put the old folder back"
+    )
     raise ConfigError(
         f"{config.target.model} holds another {' and '.join(parts[name] for name in other)} than the one "
         f"this run was started with ({', '.join(f'{recorded.get(n)}, now {now[n]}' for n in other)}).",
         why="A draft trained on two targets would imitate neither. The run is untouched.",
-        next="put the old folder back, or set a new run.name and run.directory.",
+        next=f"{old}, or set a new run.name and run.directory.",
     )
 
 

@@ -43,7 +43,7 @@ def other(one: Path, tmp_path: Path) -> Path:
 def config_of(model: Path, directory: Path, *starts: Path) -> Any:
     directory.mkdir(exist_ok=True)
     return SimpleNamespace(
-        target=SimpleNamespace(model=model),
+        target=SimpleNamespace(model=model, revision=None),
         run=SimpleNamespace(name="run", directory=directory),
         method=SimpleNamespace(folders=starts),
     )
