@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from paceline.errors import EngineError
-from paceline.target.folder import read_config, read_json
+from paceline.target.folder import eos_token_ids, read_config, read_generation_config, read_json
+from paceline.target.model import library_config, text_config
 from paceline.target.settings import TargetSection
 from paceline.target.template import ChatTemplate, TemplateError
 
@@ -44,8 +45,6 @@ class PromptEncoder:
         else:
             self.template.close()
             self.template = None
-        vocab_size = read_config(model_folder).get("vocab_size")
-        self._vocab_size = vocab_size if isinstance(vocab_size, int) else None
         self._try_once(model_folder)
 
     @classmethod
@@ -74,15 +73,29 @@ class PromptEncoder:
             raise
         except BaseException as error:
             raise _unusable(folder, error) from error
-        foreign = [token for token in ids if self._vocab_size is not None and token >= self._vocab_size]
-        if foreign or not ids:
-            reason = f"a plain prompt gives token {foreign[0]}" if foreign else "it gives no token at all"
+        if reason := self._why_foreign(folder, ids):
             raise EngineError(
-                f"The tokenizer in {folder} does not belong to its model: {reason}, and the model has "
-                f"{self._vocab_size} tokens.",
+                f"The tokenizer in {folder} does not belong to its model: {reason}.",
                 why="The target would read other words than the prompt's.",
                 next="put the model's own tokenizer files into that folder.",
             )
+
+    def _why_foreign(self, folder: Path, ids: Sequence[int]) -> str:
+        config = read_config(folder)
+        rows = config.get("vocab_size") or text_config(library_config(folder)).vocab_size
+        if not ids:
+            return "it gives no token for a plain prompt"
+        # Special tokens may lie beyond the model's rows, where only other media use them.
+        if (most := max(*ids, self.tokenizer.vocab_size - 1)) >= rows:
+            return f"it has the token {most}, and the model has {rows} tokens"
+        ends = eos_token_ids(config, read_generation_config(folder))
+        if (
+            ends
+            and min(ends) >= len(self.tokenizer)
+            and not set(ends) & set(self.tokenizer.get_vocab().values())
+        ):
+            return f"it has {len(self.tokenizer)} tokens, and answers of the model end with token {min(ends)}"
+        return ""
 
 
 def _plain(special_tokens: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -109,12 +110,32 @@ def test_a_damaged_tokenizer_is_one_clear_error(folder: Path, content: str) -> N
     assert "Next: " in str(caught.value)
 
 
-def test_the_tokenizer_of_another_model_is_refused(folder: Path) -> None:
-    """The template's own tokens lie beyond the model's: nothing that it encodes could be read."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 20}))
-    with pytest.raises(EngineError, match="does not belong to its model"):
+@pytest.mark.parametrize(
+    ("file", "values", "reason"),
+    [
+        ("config.json", {"vocab_size": 20}, "it has the token 60, and the model has 20 tokens"),
+        ("generation_config.json", {"eos_token_id": [70, 71]}, "answers of the model end with token 70"),
+    ],
+)
+def test_the_tokenizer_of_another_model_is_refused(
+    folder: Path, file: str, values: dict[str, Any], reason: str
+) -> None:
+    """It has tokens that the model lacks, or lacks those that end every answer of the model."""
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**config, **values}))
+    with pytest.raises(EngineError, match=f"does not belong to its model: .*{reason}"):
         PromptEncoder(folder)
+
+
+def test_a_model_may_have_more_rows_than_its_tokenizer_has_tokens(folder: Path) -> None:
+    """Rows are padded to round numbers, and one known end of answers is enough."""
+    for file, values in (
+        ("config.json", {"vocab_size": 4096}),
+        ("generation_config.json", {"eos_token_id": [70, 2]}),
+    ):
+        config = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**config, **values}))
+    assert PromptEncoder(folder).encode(PROMPT)
 
 
 def test_a_template_that_writes_the_date_writes_the_runs_own(folder: Path) -> None:
