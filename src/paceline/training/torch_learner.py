@@ -7,6 +7,7 @@ on the device of the settings. Training draws no random numbers on the device.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from paceline.methods.method import DraftMethod
 from paceline.precision import resolve_device
 from paceline.target.agreement import refuse_disagreement
 from paceline.target.head import TargetHead
+from paceline.target.origin import origin_of
 from paceline.training import tensor_files
 from paceline.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from paceline.training.settings import TrainerSettings
@@ -112,7 +114,10 @@ class TorchLearner:
 
     def describe(self) -> dict[str, Any]:
         assert self.draft is not None
-        return {"method": self._method.name, "draft_config": self._method.describe(self.draft)}
+        described = {"method": self._method.name, "draft_config": self._method.describe(self.draft)}
+        origin = origin_of(self._head.folder) if self._head.folder else None
+        # A local folder may lie elsewhere at the next start; a model of the hub is the same everywhere.
+        return {**described, "target": asdict(origin)} if origin and origin.revision else described
 
 
 def restore_draft(method: DraftMethod, head: TargetHead, files: Mapping[str, FileContent]) -> nn.Module:
