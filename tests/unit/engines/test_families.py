@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from paceline.engines import families
 from paceline.engines.families import OWN, Way
@@ -19,9 +19,12 @@ from paceline.evaluation.library_target import LibraryTarget
 from paceline.evaluation.speculative import Decoding, plain_generate, speculative_generate
 from paceline.evaluation.tree import Drafting
 from paceline.methods.drafter import Choose
+from paceline.methods.eagle3.method import draft_config
 from paceline.precision import CPU
 from paceline.target.decoder import TextDecoder
+from paceline.target.facts import TargetFacts
 from paceline.target.folder import read_config
+from paceline.target.head import TargetHead
 from paceline.target.layout import decoder_parts
 from paceline.target.plain_llama import why_not_plain_llama
 from paceline.testing.engine_suite import capture, requests
@@ -48,6 +51,7 @@ def test_a_family_is_captured_and_evaluated_exactly(tmp_path: Path, family: str)
     target = LibraryTarget(folder, (2, 4, 5), torch.float32)
     _captures_exactly(engine, target.decoder.model)
     _decodes_losslessly(target, prompt=engine.encode("the wind"))
+    _has_a_draft_of_its_size(folder, engine.facts, target.decoder.config)
     captured, evaluated = (
         {Way.OWN: "a batch, fast", Way.BATCH: "a batch", Way.ALONE: "alone"}[engine._way],
         "",
@@ -75,6 +79,18 @@ def _captures_exactly(engine: TransformersEngine, model: PreTrainedModel) -> Non
         clear = best[:, 0] - best[:, 1] > 1e-3
         wrote = tokens[prompt:] == logits[prompt - 1 :].argmax(-1)
         assert bool((wrote | ~clear).all())
+
+
+def _has_a_draft_of_its_size(folder: Path, facts: TargetFacts, config: PreTrainedConfig) -> None:
+    """A Llama layer that a server can build: the target's width, base of its rotary embedding and length."""
+    draft = draft_config(TargetHead.load(folder), 48)
+    assert (draft.hidden_size, draft.vocab_size) == (facts.hidden_size, facts.vocab_size)
+    assert draft.num_attention_heads % draft.num_key_value_heads == 0
+    assert draft.head_dim % 2 == 0
+    assert draft.intermediate_size == (getattr(config, "intermediate_size", None) or 4 * facts.hidden_size)
+    rope = getattr(config, "rope_parameters", None) or {}
+    assert draft.rope_theta == rope.get("full_attention", rope).get("rope_theta", 1e4)
+    assert draft.max_position_embeddings == (facts.max_positions or 2048)
 
 
 class Knowing:
