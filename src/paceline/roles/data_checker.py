@@ -35,6 +35,7 @@ from paceline.roles.data_check import (
 from paceline.target.chat_encoder import ChatEncoder
 from paceline.target.facts import TargetFacts
 from paceline.target.folder import read_config
+from paceline.target.hub import local_target
 from paceline.target.settings import TargetSection
 from paceline.target.tokenizer import PromptEncoder
 from paceline.types import Feature
@@ -70,7 +71,7 @@ class Reading:
 
 
 def check(request: CheckRequest) -> CheckResult:
-    target = TargetSection(model=request.model)
+    target = local_target(TargetSection(model=request.model))
     reading = Reading(target)
     features = METHODS.find("eagle3")().build().features(reading.facts)
     prompts = list(_spread(request))

@@ -18,6 +18,7 @@ from paceline.engines.engine import Captured, CaptureRequest
 from paceline.engines.probe import TOKENS, Bounds, Plain, compare
 from paceline.engines.vllm.likelihood import implausible, mean_difference
 from paceline.errors import CaptureMismatchError
+from paceline.target.folder import quantisation, read_config
 from paceline.target.head import OutputLayer
 
 GREEDY_TEXTS = (
@@ -123,6 +124,8 @@ def same_bits(one: Sequence[Look], other: Sequence[Look]) -> bool:
 
 def why_no_reference(folder: Path, memory: Path = MEMORY) -> str:
     """Why the model is not loaded into this process; "" if it fits."""
+    if method := quantisation(read_config(folder)):
+        return f"it is quantised ({method}), and this process computes with plain weights"
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     try:
         lines = dict(line.split(":") for line in memory.read_text().splitlines())
