@@ -9,6 +9,7 @@ import pytest
 
 from paceline.errors import FencedError, IllegalTransitionError, IntentRevokedError
 from paceline.ledger.ledger import Ledger
+from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.records import (
     BegunStep,
     Lease,
@@ -22,6 +23,7 @@ from paceline.ledger.records import (
     Wanted,
 )
 from paceline.testing.ledger_calls import (
+    RUN_ID,
     Training,
     capture,
     checkpoint_of,
@@ -358,6 +360,24 @@ class LedgerProtocolSuite(ABC):
         ledger.release(training.consumer.fence.call(90), ids, 0)
         ledger.retire(training.consumer.fence.call(91), 9)
         assert [e.sample_id for e in ledger.read(1, 9).entries] == ids[1:]
+
+    def test_an_archived_visit_licenses_no_commit_of_a_sample_that_is_still_there(self) -> None:
+        """In arrival order the archive is searched for ids, and holds those of lost samples, too."""
+        ledger = self.make()
+        producer = ProducerSession(ledger, RUN_ID, order=Order.ARRIVAL)
+        producer.acquire()
+        producer.extend([SourceBlock(0, 3, "3 prompts")])
+        capture(producer, 0, 1)
+        training = Training(consumer_of(ledger))
+        training.step(0, 1)
+        producer.report_lost([id_of(1)])
+        training.checkpoint(first_place=2)
+        ledger.release(training.consumer.fence.call(90), [id_of(0)], 0)
+        ledger.retire(training.consumer.fence.call(91), 9)
+        assert [step.step for step in ledger.history(sample_id=id_of(1))] == [1]
+        [other] = refs_of(producer, 2)
+        with pytest.raises(IntentRevokedError):
+            producer.commit([replace(sample_ref(1, ordinal=1), generation=other.generation)])
 
     # -- samples that cannot be trained ----------------------------------------------------
 
