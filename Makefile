@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= recipes/smollm2-cpu.yaml
 MODEL ?= models/SmolLM2-135M-Instruct
+TRAINED ?= runs/smollm2-cpu
 SCALE ?= 1
 BIN := $(VENV)/bin
 
@@ -62,6 +63,8 @@ quality: install model ## the recipe, shortened: fails if its draft is below the
 
 test-vllm: install model .venv-vllm/.installed ## a real vLLM server on the CPU (3.4 GB), killed again and again
 	$(BIN)/python -m benchmarks.vllm
+	@test -d $(TRAINED) || echo "no run in $(TRAINED): after make train, its exports are compared too"
+	test ! -d $(TRAINED) || $(BIN)/python tests/vllm/check_exports.py $(TRAINED) --vllm .venv-vllm/bin/python
 
 gpu: install ## three minutes on a CUDA device: everything a run does there, and where a step waits
 	$(BIN)/python scripts/gpu_check.py
