@@ -84,6 +84,11 @@ def name_of(source: type[Tokens] | type[Targets], features: Sequence[Feature]) -
     raise ValueError(f"no feature is {source.__name__}; every method needs its samples' tokens and targets")
 
 
+def layers_of(features: Sequence[Feature]) -> set[int]:
+    """The layers whose states the features ask for."""
+    return {k for feature in features if isinstance(feature.source, States) for k in feature.source.layers}
+
+
 @dataclass(frozen=True)
 class FeatureSpec:
     """Shape and dtype of one named tensor in the feature store."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from paceline.config.run import RunConfig
+from paceline.engines.served.settings import ServedSection
 from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import ConfigError
 from paceline.features.ownership import bytes_of
@@ -105,7 +106,7 @@ def a_server_can_be_started(plan: RunPlan) -> Iterator[Finding]:
 def states_on_their_way_find_room(plan: RunPlan) -> Iterator[Finding]:
     """A server writes states to files before they are stored: they need room beside the budget."""
     engine, features = plan.config.engine, plan.config.features
-    if not isinstance(engine, VllmSection):
+    if not isinstance(engine, ServedSection) or not (engine.directory or isinstance(engine, VllmSection)):
         return
     place = engine.directory or features.directory
     budget = 0 if engine.directory else features.budget_mib << 20
@@ -123,7 +124,7 @@ def states_on_their_way_find_room(plan: RunPlan) -> Iterator[Finding]:
         )
 
 
-def _bytes_on_their_way(config: RunConfig, engine: VllmSection) -> int:
+def _bytes_on_their_way(config: RunConfig, engine: ServedSection) -> int:
     target = read_config(config.target.model)
     capture, data = config.capture, config.data
     requests = min(engine.requests_in_flight, capture.group_size * capture.groups_in_flight)

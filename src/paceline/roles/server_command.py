@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
+from paceline.engines.served.engine import served_facts
 from paceline.engines.vllm.command import serve_command, served_layers
-from paceline.engines.vllm.engine import served_facts
 from paceline.engines.vllm.server import DEVICES_VARIABLE, KEY_VARIABLE
 from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import explained
@@ -24,7 +24,7 @@ def server_command(config: RunConfig) -> str:
     """The command as a shell reads it: variables, program, arguments. Raises ConfigError."""
     section = config.engine
     assert isinstance(section, VllmSection)
-    facts = served_facts(config.target)
+    facts = served_facts(config.target, section.name)
     layers = served_layers(config.method.build().features(facts), facts.num_hidden_layers)
     folder = section.directory or engine_folder(config)
     command = serve_command(

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from paceline.engines.engine import CaptureRequest
+from paceline.engines.served import engine as engine_module
 from paceline.engines.settings import EngineRun
 from paceline.engines.transformers import TransformersEngine
-from paceline.engines.vllm import engine as engine_module
 from paceline.engines.vllm.engine import VllmEngine
 from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import CaptureMismatchError, ConfigError, EngineError, ServerUnavailableError
@@ -175,7 +175,7 @@ def test_a_failure_that_may_pass_is_tried_again(
     engine: VllmEngine, server: VllmServer, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The samples are those of a server that did not fail, and no file stays."""
-    monkeypatch.setattr(engine_module.VllmEngine, "_pause", lambda *_: None)
+    monkeypatch.setattr(VllmEngine, "_pause", lambda *_: None)
     expected = engine.capture(group(engine), FEATURES)
     server.misbehave(fault, 2)
     assert same(engine.capture(group(engine), FEATURES), expected)
@@ -234,7 +234,7 @@ def test_a_request_that_fails_again_and_again_fails_alone(
     engine: VllmEngine, server: VllmServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With its id and the server's words, so that isolation finds the prompt."""
-    monkeypatch.setattr(engine_module.VllmEngine, "_pause", lambda *_: None)
+    monkeypatch.setattr(VllmEngine, "_pause", lambda *_: None)
     engine.capture([], FEATURES)
     server.misbehave("http_500", 3)
     with pytest.raises(EngineError, match=r"failed 3 times on s0 .*EngineCore encountered an issue"):
@@ -245,7 +245,7 @@ def test_a_server_that_is_away_is_waited_for_and_one_that_stays_away_fails_no_pr
     make: Made, server: VllmServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wait is told; at its end comes an error that isolation takes for no prompt's fault."""
-    monkeypatch.setattr("paceline.engines.vllm.gate.TOLD_AFTER_S", 0.2)
+    monkeypatch.setattr("paceline.engines.served.gate.TOLD_AFTER_S", 0.2)
     engine = make(patience_s=1.0)
     server.misbehave("sick", 3)
     assert len(engine.capture(group(engine, 2), FEATURES)) == 2

@@ -8,15 +8,14 @@ from pathlib import Path
 
 from paceline.engines.vllm.settings import VllmSection
 from paceline.target.layer_ids import LAYER_IDS
-from paceline.types import Feature, States
+from paceline.types import Feature, layers_of
 
 HOST = "127.0.0.1"
 
 
 def served_layers(features: Sequence[Feature], num_hidden_layers: int) -> tuple[int, ...]:
     """The layers whose states the server writes: the features' own, and the last, which proves the text."""
-    asked = {k for feature in features if isinstance(feature.source, States) for k in feature.source.layers}
-    return tuple(sorted(asked | {num_hidden_layers}))
+    return tuple(sorted(layers_of(features) | {num_hidden_layers}))
 
 
 def serve_command(

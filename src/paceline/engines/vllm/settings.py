@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from paceline.engines.settings import EngineSection
+from paceline.engines.served.settings import ServedSection
 from paceline.section import Count
 
 # The command sets these itself, or they would make the server another one than the run's.
@@ -18,16 +16,6 @@ OWN_ARGUMENTS = (
     *("--speculative-config", "--kv-transfer-config", "--enable-prefix-caching", "--config"),
     *("--generation-config", "--trust-remote-code"),
 )
-Seconds = Annotated[float, Field(gt=0.0, le=86_400.0)]
-
-
-def _url(text: str) -> str:
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("a server's address is http://HOST:PORT or https://HOST:PORT")
-    if parts.username or parts.password or parts.query or parts.fragment or parts.path.strip("/"):
-        raise ValueError("an address has no path, no query and no password; name the key's variable instead")
-    return text.rstrip("/")
 
 
 def _arguments(given: tuple[str, ...]) -> tuple[str, ...]:
@@ -45,15 +33,11 @@ def _connector(text: str) -> str:
     return text
 
 
-class VllmSection(EngineSection):
+class VllmSection(ServedSection):
     """A vLLM server that writes hidden states to files: `url`, or `managed: true` for one of the run's own.
 
     The server and the producer share one machine and one user. `auto` as the target's dtype means bfloat16.
-    `directory`: where the server writes its files; by default a folder of the run beside its features.
-    `api_key_variable` names the environment variable that holds the key of a server of the user's.
-    `requests_in_flight`: requests sent at once, over all groups. `timeout_s`: for one request. `patience_s`:
-    how long the producer waits for a server that does not answer. `reference: skip` compares no states with
-    the model's own forward in this process, even if it fits into memory.
+    `directory` is by default a folder of the run beside its features.
 
     For a managed server: `program` starts it, with `args` after the run's own; `devices` are the CUDA devices
     that it sees (none: the CPU build); `connector` may be module:class, a replacement for vLLM's own;
@@ -61,18 +45,8 @@ class VllmSection(EngineSection):
     """
 
     component: ClassVar[str] = "paceline.engines.vllm.engine:VllmEngine"
-    changeable: ClassVar[tuple[str, ...]] = (
-        *("url", "managed", "devices", "directory", "api_key_variable", "requests_in_flight"),
-        *("timeout_s", "patience_s", "restarts_max", "reference"),
-    )
+    changeable: ClassVar[tuple[str, ...]] = (*ServedSection.changeable, "managed", "devices", "restarts_max")
     name: Literal["vllm"] = "vllm"
-    url: Annotated[str, AfterValidator(_url)] | None = None
-    api_key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
-    directory: Path | None = None
-    requests_in_flight: Annotated[int, Field(ge=1, le=1024)] = 64
-    timeout_s: Seconds = 300.0
-    patience_s: Seconds = 1800.0
-    reference: Literal["auto", "skip"] = "auto"
     managed: bool = False
     program: Annotated[tuple[str, ...], Field(min_length=1)] = ("vllm", "serve")
     args: Annotated[tuple[str, ...], AfterValidator(_arguments)] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paceline.engines.vllm.likelihood import evidence_against, implausible, mean_difference
+from paceline.engines.served.likelihood import evidence_against, implausible, mean_difference
 
 EPS = torch.finfo(torch.bfloat16).eps
 

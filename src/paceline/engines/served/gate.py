@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from paceline.engines.vllm.client import NoAnswerError, TryAgainError, stopped
+from paceline.engines.served.http import NoAnswerError, TryAgainError, stopped
 from paceline.errors import ServerUnavailableError
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 2.0
@@ -80,6 +80,6 @@ class Gate:
             f"The server at {self._where} has not answered for {self._patience_s:g} s (engine.patience_s): "
             f"{reason}.",
             why="Nothing is lost: no prompt failed, and everything committed is safe.",
-            next="start the server (paceline engine vllm RUN.yaml prints the command), then run the same "
+            next="start the server (paceline engine NAME RUN.yaml prints the command), then run the same "
             "command again.",
         )

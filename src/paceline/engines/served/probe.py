@@ -16,7 +16,7 @@ import torch
 
 from paceline.engines.engine import Captured, CaptureRequest
 from paceline.engines.probe import TOKENS, Bounds, Plain, compare
-from paceline.engines.vllm.likelihood import implausible, mean_difference
+from paceline.engines.served.likelihood import implausible, mean_difference
 from paceline.errors import CaptureMismatchError
 from paceline.target.folder import quantisation, read_config
 from paceline.target.head import OutputLayer
@@ -137,10 +137,19 @@ def why_no_reference(folder: Path, memory: Path = MEMORY) -> str:
     return ""
 
 
+def is_sound(states: torch.Tensor) -> bool:
+    """Whether every row of states [T, layers, H] is finite and none is all zeros, which no layer gives."""
+    if not states.numel():
+        return False
+    least, greatest = torch.aminmax(states, dim=-1)
+    finite = torch.isfinite(least).all() & torch.isfinite(greatest).all()
+    return bool(finite & ((least != 0) | (greatest != 0)).all())
+
+
 def mismatch(reason: str) -> CaptureMismatchError:
     return CaptureMismatchError(
         f"The server does not compute the run's target: {reason}.",
         why="A draft trained on this would imitate another model. Nothing of it was captured.",
-        next="start the server as `paceline engine vllm RUN.yaml` prints, from the folder target.model; if "
-        "it was, another version of vLLM may be right.",
+        next="start the server as `paceline engine NAME RUN.yaml` prints, from the folder target.model; if "
+        "it was, another version of the server may be right.",
     )
