@@ -48,13 +48,13 @@ def test_no_module_has_a_name_that_says_nothing() -> None:
 def test_only_methods_name_their_tensors() -> None:
     """A method declares its features; what captures, stores, sizes and loads them knows no name.
 
-    In `data` the same words are keys of other people's files.
+    In `data` the same words are keys of other people's files, in an engine's `wire` of a server's HTTP.
     """
     facts = TargetFacts(32, 8, 61, "float32", (2,), "model", "tokenizer")
     names = "|".join(feature.name for feature in Eagle3Method().features(facts))
     for path in SOURCES:
         inside = path.relative_to(ROOT / "src" / "paceline").parts[0]
-        if inside not in ("methods", "testing", "data"):
+        if inside not in ("methods", "testing", "data") and path.stem != "wire":
             assert not re.search(rf"[\"'](?:{names})[\"']", path.read_text()), path
 
 

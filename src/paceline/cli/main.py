@@ -160,7 +160,8 @@ def status(run: Run) -> None:
 @app.command()
 @advises
 def engine(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The engine, such as vllm.")], run_file: RunFile
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The engine: vllm or sglang.")],
+    run_file: RunFile,
 ) -> None:
     """Print the command that starts the engine's server for a run, for: engine: {name: NAME, url: ...}"""
     config = load_run_config(run_file)
@@ -170,7 +171,7 @@ def engine(
             if config.engine.name == name
             else f"The engine of {run_file} is {config.engine.name}, not {name}.",
             why="The command follows from the run's target, its method and its engine section.",
-            next="set engine: {name: vllm, url: http://127.0.0.1:8000} in the run file.",
+            next=f"set engine: {{name: {name}, url: http://127.0.0.1:8000}} in the run file.",
         )
     command = [sys.executable, "-m", "paceline.roles.server_command", str(run_file)]
     os.execve(sys.executable, command, {**os.environ, **role_environment(1)})  # noqa: S606 (our own module)

@@ -67,7 +67,7 @@ class Captured:
 
 
 class TargetEngine(Protocol):
-    """Adapters: transformers.py (in process), vllm/ (a server)."""
+    """Adapters: transformers.py (in process), vllm/ and sglang/ (a server)."""
 
     @property
     def facts(self) -> TargetFacts: ...

@@ -8,6 +8,7 @@ ENGINES = Table(
     "engine",
     "paceline.engines",
     {
+        "sglang": "paceline.engines.sglang.settings:SglangSection",
         "transformers": "paceline.engines.settings:TransformersSection",
         "vllm": "paceline.engines.vllm.settings:VllmSection",
     },

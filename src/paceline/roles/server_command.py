@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
 from paceline.engines.served.engine import served_facts
+from paceline.engines.sglang.command import sglang_command
+from paceline.engines.sglang.settings import SglangSection
 from paceline.engines.vllm.command import serve_command, served_layers
 from paceline.engines.vllm.server import DEVICES_VARIABLE, KEY_VARIABLE
 from paceline.engines.vllm.settings import VllmSection
@@ -23,9 +25,12 @@ PORT = 8000
 def server_command(config: RunConfig) -> str:
     """The command as a shell reads it: variables, program, arguments. Raises ConfigError."""
     section = config.engine
-    assert isinstance(section, VllmSection)
     facts = served_facts(config.target, section.name)
-    layers = served_layers(config.method.build().features(facts), facts.num_hidden_layers)
+    features = config.method.build().features(facts)
+    if isinstance(section, SglangSection):
+        return sglang_command(section, config.target.model, facts, features)
+    assert isinstance(section, VllmSection)
+    layers = served_layers(features, facts.num_hidden_layers)
     folder = section.directory or engine_folder(config)
     command = serve_command(
         section, config.target.model, facts.dtype, layers, facts.num_hidden_layers, folder

@@ -117,7 +117,8 @@ class StandIn:
     def start(self) -> None:
         """What the server does before its first request."""
         self._blocks = [number + 1 + self._misfit.shift for number in self.layer_ids]
-        model = SimpleNamespace(model=SimpleNamespace(layers_to_capture=self._blocks))
+        parts = [SimpleNamespace(), SimpleNamespace(layers_to_capture=self._blocks)]
+        model = SimpleNamespace(modules=lambda: iter(parts))
         self._of(f"{sink._CAPTURE}.configure_aux_hidden_state_capture")(model=model)
 
     def flush(self) -> None:

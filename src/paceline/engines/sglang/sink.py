@@ -112,9 +112,9 @@ class Sink:
     def note_blocks(self, result: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Note after how many blocks the model captures, by its own count; None if it does not say so."""
         model = kwargs["model"] if "model" in kwargs else args[0]
-        blocks = getattr(getattr(model, "model", None), "layers_to_capture", None)
-        known = isinstance(blocks, Sequence) and all(type(block) is int for block in blocks)
-        self._blocks = sorted(blocks) if known and blocks else None
+        told = [getattr(part, "layers_to_capture", None) for part in model.modules()]
+        blocks = [sorted(counts) for counts in told if counts]
+        self._blocks = blocks[0] if len(blocks) == 1 else None
 
     def keep_last(
         self, final_norm: Callable[..., Any], *args: Any, capture: Any = None, **kwargs: Any
