@@ -95,6 +95,11 @@ class DataSection(RoundsSection):
     def _something_to_read(self) -> Self:
         if self.other_run is None and not self.sources:
             raise ValueError("it names nothing to read: give a 'path', or 'sources'")
+        if self.other_run is not None and self.sources:
+            raise ValueError(
+                f"answers is {self.answers!r}, a run whose prompts are read with its answers: leave the "
+                "sources out (or set answers to 'target' or 'data')"
+            )
         return self
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paceline.config.run import RunConfig
+from paceline.data.kept import KeptAnswers
 from paceline.data.opening import Data, open_data, open_file
 from paceline.data.source import RunPrompts
 from paceline.errors import ConfigError
@@ -28,7 +29,7 @@ class RunPlan:
 
     given: RunConfig
     config: RunConfig
-    prompts: Data
+    prompts: Data | KeptAnswers
     num_samples: int | None
     evaluation_obstacle: str = ""
 
@@ -60,7 +61,12 @@ def plan_run(given: RunConfig) -> RunPlan:
     heldout = open_file(config.evaluation.prompts)
     texts = {prompt.text for prompt in heldout.read(0, heldout.size) if not prompt.broken}
     index_path = config.run.directory / "prompts.index.json"
-    prompts = open_data(config.data.sources, seed=config.run.seed, heldout=texts, index_path=index_path)
+    other, sources = config.data.other_run, config.data.sources
+    prompts = (
+        open_data(sources, seed=config.run.seed, heldout=texts, index_path=index_path)
+        if other is None
+        else KeptAnswers(other)
+    )
     _refuse_shared(config, prompts)
     _refuse_repeats(config, prompts)
     num_samples = prompts.size * config.data.rounds
@@ -92,7 +98,7 @@ def _target_obstacle(config: RunConfig) -> str:
     return obstacle
 
 
-def _refuse_shared(config: RunConfig, data: Data) -> None:
+def _refuse_shared(config: RunConfig, data: Data | KeptAnswers) -> None:
     for source in data.sources:
         if source.index.shared:
             raise ConfigError(
@@ -102,7 +108,7 @@ def _refuse_shared(config: RunConfig, data: Data) -> None:
             )
 
 
-def _refuse_repeats(config: RunConfig, data: Data) -> None:
+def _refuse_repeats(config: RunConfig, data: Data | KeptAnswers) -> None:
     if config.data.duplicates != "refuse":
         return
     for source in data.sources:

@@ -21,7 +21,7 @@ from paceline.roles.feature_folder import EngineFolder, take_folder
 from paceline.roles.held_out import look_at_held_out
 from paceline.roles.plan import RunPlan, window_size
 from paceline.roles.process import run_role
-from paceline.roles.target_binding import bind_engine, bind_target, refuse_changed
+from paceline.roles.target_binding import bind_engine, bind_target, refuse_changed, refuse_foreign_answers
 from paceline.roles.wire import DriveProducer, build_disagg_online_producer
 from paceline.telemetry import EventLog
 
@@ -36,6 +36,7 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
         return
     folder = take_folder(config, ledger)
     target = bind_target(ledger, config, "producer")
+    refuse_foreign_answers(config, target)
     place = EngineFolder(config)
     run = EngineRun(
         features=config.method.build().features,

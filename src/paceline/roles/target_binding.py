@@ -54,6 +54,20 @@ def _facts(config: RunConfig, version: TargetVersion) -> dict[str, Any]:
     return {**facts, STARTS: starts} if starts else facts
 
 
+def refuse_foreign_answers(config: RunConfig, target: TargetVersion) -> None:
+    """Raise ConfigError if the run trains on the answers of a run with another target."""
+    other = config.data.other_run
+    if other is None:
+        return
+    facts = LedgerView(other / "ledger.db").facts()
+    if (facts.get(MODEL), facts.get(TOKENIZER)) != (target.model, target.tokenizer):
+        raise ConfigError(
+            f"The answers in {other} were written by another target than {config.target.model}.",
+            why="A draft learns what its own target says, in its own tokens. Nothing was captured.",
+            next="set target.model to the folder that run was started with, or data.answers to target.",
+        )
+
+
 def refuse_changed(config: RunConfig, bound: TargetVersion, loaded: TargetFacts) -> None:
     """Raise ConfigError if the folder was changed between binding and loading."""
     names = {MODEL: loaded.model_version, TOKENIZER: loaded.tokenizer_version}

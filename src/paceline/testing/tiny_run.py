@@ -61,6 +61,8 @@ class TinyRun:
                 "dtype": "float32",
             },
         }
+        if "data" in sections:
+            del config["prompts"]
         for name, values in sections.items():
             config[name] = {**config.get(name, {}), **values}
         self.config = config

@@ -1,0 +1,113 @@
+"""Runs of chats through the real roles on a real (tiny) target, killed on their way to the same weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paceline.config.load import load_run_config
+from paceline.data.answers import AnswerFiles
+from paceline.errors import ConfigError
+from paceline.roles.consumer import consume
+from paceline.roles.plan import RunPlan, events_path, plan_run
+from paceline.roles.producer import produce
+from paceline.telemetry import EventLog
+from paceline.testing.small_run import same_bits
+from paceline.testing.tiny_folder import make_tiny_folder
+from paceline.testing.tiny_run import WORDS, TinyRun
+
+CHATS = 24
+
+
+def write_chats(path: Path) -> Path:
+    """Chats of one, two and three answers; every third begins with a system turn."""
+    lines = []
+    for n in range(CHATS):
+        words = [" ".join(WORDS[(n + k * 3 + j) % len(WORDS)] for j in range(2)) for k in range(6)]
+        roles = ["user", "assistant"] * (1 + n % 3)
+        messages = [{"role": role, "content": text} for role, text in zip(roles, words, strict=False)]
+        system = [{"role": "system", "content": "be brief"}] if n % 3 == 0 else []
+        lines.append(json.dumps({"id": n, "messages": [*system, *messages]}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def make_run(folder: Path, model: Path, **data: Any) -> TinyRun:
+    folder.mkdir()
+    path = {} if "/" in data.get("answers", "") else {"path": str(write_chats(folder / "chats.jsonl"))}
+    section = {"max_answer_tokens": 8, "max_prompt_tokens": 120, "temperature": 0.8, **path, **data}
+    return TinyRun(folder, model, data=section, checkpoint={"interval_steps": 2})
+
+
+def plan(run: TinyRun) -> RunPlan:
+    return plan_run(load_run_config(run.run_file))
+
+
+def work(run: TinyRun, role: Any, stop_after: int | None = None) -> None:
+    """The role's work in this process, up to `stop_after` looks at whether to stop."""
+    planned, looks = plan(run), iter(range(stop_after or 10**9))
+    role(planned, EventLog(events_path(planned.config, "test")), lambda: next(looks, None) is None)
+
+
+def train(run: TinyRun) -> dict[str, torch.Tensor]:
+    threads = torch.get_num_threads()
+    try:
+        work(run, produce)
+        work(run, consume)
+    finally:
+        torch.set_num_threads(threads)
+    return run.final_weights()
+
+
+def kill_the_producer(run: TinyRun) -> None:
+    """SIGKILL as soon as a group is committed and others are not."""
+    command = [sys.executable, "-m", "paceline.roles.producer", str(run.run_file)]
+    with subprocess.Popen(command, env=run.environment(), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if " group" in line:
+                break
+        process.kill()
+    assert 0 < run.ledger().snapshot().committed < CHATS
+
+
+@pytest.mark.parametrize("answers", ["target", "data"])
+def test_a_killed_run_of_chats_ends_in_the_same_weights(
+    tiny_model: Path, tmp_path: Path, answers: str
+) -> None:
+    """The producer is killed between two groups, the consumer stops between two steps."""
+    undisturbed = make_run(tmp_path / "plain", tiny_model, answers=answers)
+    expected = train(undisturbed)
+    run = make_run(tmp_path / "killed", tiny_model, answers=answers)
+    kill_the_producer(run)
+    work(run, produce)
+    work(run, consume, stop_after=3)
+    assert same_bits(train(run), expected)
+    kept = [list(AnswerFiles(each.directory / "answers").all()) for each in (undisturbed, run)]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == CHATS
+    assert [len(answer.spans) for answer in kept[0][:6]] == [1, 2, 3, 1, 2, 3]
+
+
+def test_another_run_trains_on_kept_answers_by_prefill_alone(tiny_model: Path, tmp_path: Path) -> None:
+    """The same tokens and the same targets; not for a target that has not written them."""
+    first = make_run(tmp_path / "first", tiny_model)
+    work(first, produce)
+    kept = list(AnswerFiles(first.directory / "answers").all())
+    second = make_run(tmp_path / "second", tiny_model, answers=str(first.directory))
+    assert train(second)
+    again = list(AnswerFiles(second.directory / "answers").all())
+    assert [(a.token_ids, a.spans) for a in again] == [(a.token_ids, a.spans) for a in kept]
+    other = make_tiny_folder(tmp_path / "other", seed=1)
+    third = make_run(tmp_path / "third", other, answers=str(first.directory))
+    with pytest.raises(ConfigError, match="were written by another target"):
+        work(third, produce)
+    fourth = make_run(tmp_path / "fourth", tiny_model, answers=str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="keeps no answers"):
+        plan(fourth)
