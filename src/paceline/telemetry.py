@@ -51,6 +51,7 @@ EVENTS = {
     # evaluator
     "evaluated": "the acceptance lengths",
     # exporter
+    "answers_exported": "the kept answers of the run are written to a file",
     "exported": "a folder for inference servers is written and has passed its self-check",
 }  # every event and its meaning; the call that writes it decides its fields
 

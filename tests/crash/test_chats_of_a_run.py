@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 
 from paceline.config.load import load_run_config
 from paceline.data.answers import AnswerFiles
+from paceline.data.opening import open_file
 from paceline.errors import ConfigError
+from paceline.roles.answers_exporter import export_answers
 from paceline.roles.consumer import consume
 from paceline.roles.plan import RunPlan, events_path, plan_run
 from paceline.roles.producer import produce
@@ -93,6 +96,28 @@ def test_a_killed_run_of_chats_ends_in_the_same_weights(
     assert kept[0] == kept[1]
     assert len(kept[0]) == CHATS
     assert [len(answer.spans) for answer in kept[0][:6]] == [1, 2, 3, 1, 2, 3]
+
+
+def test_answers_are_exported_as_chats_that_a_run_can_read(tiny_model: Path, tmp_path: Path) -> None:
+    """Token ids with the places of the answers, and the chat with what the target said in each turn."""
+    run = make_run(tmp_path / "first", tiny_model)
+    work(run, produce)
+    out = tmp_path / "answers.jsonl"
+    work(run, partial(export_answers, path=out))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    asked = [
+        json.loads(line)["messages"] for line in (tmp_path / "first/chats.jsonl").read_text().splitlines()
+    ]
+    for row, messages in zip(rows, asked, strict=True):
+        assert [message["role"] for message in row["messages"]] == [message["role"] for message in messages]
+        users = [n for n, message in enumerate(messages) if message["role"] != "assistant"]
+        assert [row["messages"][n] for n in users] == [messages[n] for n in users]
+        assert row["messages"][-1] != messages[-1]
+    assert [row["id"] for row in rows] == [f"0/{n}" for n in range(CHATS)]
+    exact, told = (list(open_file(out, format=name).read(0, CHATS)) for name in ("tokens", "messages"))
+    kept = list(AnswerFiles(run.directory / "answers").all())
+    assert [(prompt.token_ids, prompt.spans) for prompt in exact] == [(a.token_ids, a.spans) for a in kept]
+    assert not any(prompt.broken for prompt in told)
 
 
 def test_another_run_trains_on_kept_answers_by_prefill_alone(tiny_model: Path, tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ GRACE_S = {  # the consumer writes a checkpoint
     "consumer": 60.0,
     "evaluator": 5.0,
     "exporter": 5.0,
+    "answers_exporter": 5.0,
 }
-WITHOUT_SAFE_POINT = ("evaluator", "exporter")
+WITHOUT_SAFE_POINT = ("evaluator", "exporter", "answers_exporter")
 REPORT_BYTES_MAX = 1 << 16
 
 

@@ -236,6 +236,17 @@ def export_run(run_file: Path, config: RunConfig, request: ExportSection) -> boo
     return _run_alone("exporter", "export", again, run_file, config, asked)
 
 
+def export_answers_of(run_file: Path, config: RunConfig, path: Path) -> bool:
+    """Write the run's kept answers to `path` in a process of its own; returns False if the user stopped it.
+
+    Raises that process's error.
+    """
+    again = f"paceline data export {config.run.directory} --to {path}"
+    return _run_alone(
+        "answers_exporter", "export of the answers", again, run_file, config, str(path.absolute())
+    )
+
+
 def _run_alone(role: str, work: str, again: str, run_file: Path, config: RunConfig, *arguments: str) -> bool:
     children: list[Child] = []
     with StopSignals(lambda: children) as signals:
