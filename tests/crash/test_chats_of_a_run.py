@@ -129,6 +129,14 @@ def test_another_run_trains_on_kept_answers_by_prefill_alone(tiny_model: Path, t
     assert train(second)
     again = list(AnswerFiles(second.directory / "answers").all())
     assert [(a.token_ids, a.spans) for a in again] == [(a.token_ids, a.spans) for a in kept]
+    shared = make_run(tmp_path / "shared", tiny_model, answers=str(first.directory))
+    questions = [
+        json.loads(line)["messages"] for line in (tmp_path / "first/chats.jsonl").read_text().splitlines()
+    ]
+    alone = next(messages[0]["content"] for messages in questions if messages[0]["role"] == "user")
+    (tmp_path / "shared" / "heldout.jsonl").write_text(json.dumps({"prompt": alone}))
+    with pytest.raises(ConfigError, match=r"2 prompts of .* were answered by the run"):
+        work(shared, produce)
     other = make_tiny_folder(tmp_path / "other", seed=1)
     third = make_run(tmp_path / "third", other, answers=str(first.directory))
     with pytest.raises(ConfigError, match="were written by another target"):

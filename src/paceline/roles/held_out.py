@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from paceline.config.run import RunConfig
+from paceline.data.answers import AnswerFiles
 from paceline.data.opening import open_file
+from paceline.errors import ConfigError
 from paceline.evaluation.heldout import HeldOut, Room, encode_held_out, refuse_nothing_to_measure
 
 
@@ -28,9 +30,27 @@ def look_at_held_out(
 ) -> str:
     """What the user should know about the held-out prompts before the first capture.
 
-    Raises ConfigError if none can be decoded and evaluation.unsupported is "refuse".
+    Raises ConfigError if none can be decoded and evaluation.unsupported is "refuse", or if one of them was
+    answered by the run whose answers are trained on.
     """
     held_out = held_out_prompts(config, encode, vocab_size, positions)
+    _refuse_shared_answers(config, held_out)
     if config.evaluation.unsupported == "refuse":
         refuse_nothing_to_measure(held_out)
     return held_out.note
+
+
+def _refuse_shared_answers(config: RunConfig, held_out: HeldOut) -> None:
+    """Kept answers are known by their tokens alone: a prompt ends where its first answer begins."""
+    other, prompts = config.data.other_run, set(held_out.prompts)
+    if other is None:
+        return
+    answers = AnswerFiles(other / "answers").all()
+    shared = [answer.task_id for answer in answers if answer.token_ids[: answer.spans[0][0]] in prompts]
+    if shared:
+        raise ConfigError(
+            f"{len(shared)} prompts of {config.evaluation.prompts} were answered by the run in {other}, "
+            f"whose answers are trained on; the first is {shared[0]!r} there.",
+            why="An acceptance length measured on training prompts means nothing.",
+            next="choose other held-out prompts in evaluation.prompts.",
+        )
