@@ -92,6 +92,7 @@ def test_a_killed_run_of_chats_ends_in_the_same_weights(
     work(run, produce)
     work(run, consume, stop_after=3)
     assert same_bits(train(run), expected)
+    assert run.command("fsck").returncode == 0
     kept = [list(AnswerFiles(each.directory / "answers").all()) for each in (undisturbed, run)]
     assert kept[0] == kept[1]
     assert len(kept[0]) == CHATS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from paceline.errors import ConfigError
 from paceline.ledger.records import State
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.target.chat import EncodedChat
+from paceline.target.facts import TargetFacts
 from paceline.testing.small_run import RUN_ID, SmallRun, same_bits, weights
 from paceline.testing.synthetic import SyntheticEngine
 
@@ -63,6 +65,21 @@ class ChatEngine(SyntheticEngine):
     def capture(self, group: Sequence[CaptureRequest], features: Sequence[Any]) -> list[Captured]:
         self.requests.append(list(group))
         return super().capture(group, features)
+
+
+class RestlessChats(ChatEngine):
+    """Other answers and other states at every call."""
+
+    calls = 0
+
+    @property
+    def facts(self) -> TargetFacts:
+        return replace(super().facts, repeats_bits=False)
+
+    def capture(self, group: Sequence[CaptureRequest], features: Sequence[Any]) -> list[Captured]:
+        self.calls += 1
+        moved = self.calls
+        return super().capture([replace(request, seed=request.seed + moved) for request in group], features)
 
 
 def user(text: str) -> dict[str, str]:
@@ -141,6 +158,22 @@ def test_a_lost_chat_is_captured_again_with_its_group_to_the_same_bits(tmp_path:
     run.producer()[1]()
     assert run.engine.requests == requests
     assert all(same_bits(tensors, first[sample_id]) for sample_id, tensors in run.samples().items())
+
+
+def test_an_engine_that_does_not_repeat_its_bits_reads_the_whole_chat_again(tmp_path: Path) -> None:
+    """A lost chat keeps its words and its targets: no turn of it is written a second time."""
+    run = Run(tmp_path)
+    run.engine = RestlessChats()
+    run.producer()[1]()
+    first = run.samples()[f"{RUN_ID}:0"]
+    run.features.free([written for written in run.features.written() if written[0] == f"{RUN_ID}:0"])
+    run.engine.requests = []
+    run.producer()[1]()
+    again = run.samples()[f"{RUN_ID}:0"]
+    assert [len(group) for group in run.engine.requests] == [1]
+    assert torch.equal(again["input_ids"], first["input_ids"])
+    assert torch.equal(again["loss_mask"], first["loss_mask"])
+    assert not torch.equal(again["aux_hidden_states"], first["aux_hidden_states"])
 
 
 def test_a_chat_that_cannot_go_on_fails_alone(tmp_path: Path) -> None:
