@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from paceline.config.load import load_run_config
 from paceline.data.answers import AnswerFiles
 from paceline.data.opening import open_file
 from paceline.errors import ConfigError
-from paceline.roles.answers_exporter import export_answers
 from paceline.roles.consumer import consume
 from paceline.roles.plan import RunPlan, events_path, plan_run
 from paceline.roles.producer import produce
@@ -104,7 +102,10 @@ def test_answers_are_exported_as_chats_that_a_run_can_read(tiny_model: Path, tmp
     run = make_run(tmp_path / "first", tiny_model)
     work(run, produce)
     out = tmp_path / "answers.jsonl"
-    work(run, partial(export_answers, path=out))
+    *python, _, run_file = run.arguments("data")
+    command = [*python, "data", "export", run_file, "--to", str(out)]
+    told = subprocess.run(command, env=run.environment(), text=True, capture_output=True, check=False)
+    assert (told.returncode, told.stdout) == (0, f"answers: {out}\n"), told.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     asked = [
         json.loads(line)["messages"] for line in (tmp_path / "first/chats.jsonl").read_text().splitlines()
@@ -115,10 +116,10 @@ def test_answers_are_exported_as_chats_that_a_run_can_read(tiny_model: Path, tmp
         assert [row["messages"][n] for n in users] == [messages[n] for n in users]
         assert row["messages"][-1] != messages[-1]
     assert [row["id"] for row in rows] == [f"0/{n}" for n in range(CHATS)]
-    exact, told = (list(open_file(out, format=name).read(0, CHATS)) for name in ("tokens", "messages"))
+    exact, chats = (list(open_file(out, format=name).read(0, CHATS)) for name in ("tokens", "messages"))
     kept = list(AnswerFiles(run.directory / "answers").all())
     assert [(prompt.token_ids, prompt.spans) for prompt in exact] == [(a.token_ids, a.spans) for a in kept]
-    assert not any(prompt.broken for prompt in told)
+    assert not any(prompt.broken for prompt in chats)
 
 
 def test_another_run_trains_on_kept_answers_by_prefill_alone(tiny_model: Path, tmp_path: Path) -> None:

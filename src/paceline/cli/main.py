@@ -36,7 +36,7 @@ from paceline.roles.plan import RunPlan, plan_run, role_environment
 from paceline.roles.preflight import preflight
 from paceline.roles.process import DEBUG_VARIABLE
 from paceline.roles.snapshot import making_sense, open_run, take_snapshot
-from paceline.roles.supervisor import Supervisor, evaluate_run
+from paceline.roles.supervisor import Supervisor, evaluate_run, export_answers_of
 from paceline.target.hub import local_target
 from paceline.terminal import open_standard_streams, printable
 
@@ -290,6 +290,23 @@ def check_data(
         }
     )
     tell_target(out, request, check_with_target(request), found.usable)
+
+
+@data_app.command("export")
+@advises
+def export_data(
+    run: Run,
+    to: Annotated[Path | None, typer.Option(help="The file; answers.jsonl in the run's directory.")] = None,
+) -> None:
+    """Write a run's kept answers as JSON lines that a run can read."""
+    run_file = _run_file(run)
+    config = load_run_config(run_file)
+    local_target(config.target)  # that process does not use the network
+    path = to or config.run.directory / "answers.jsonl"
+    if not export_answers_of(run_file, config, path):
+        say(out, f"Stopped; nothing is written. Again with: paceline data export {run}")
+        raise typer.Exit(INTERRUPTED)
+    say(out, f"answers: {path}")
 
 
 def _evaluate(run_file: Path, config: RunConfig) -> None:
