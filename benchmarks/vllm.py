@@ -176,7 +176,7 @@ def main() -> int:
         code = run.train.wait()
         report = {"broken_sampler": refusal, **report_of(run, time.monotonic() - began)}
     wrong = [*([f"the command ended with {code}"] if code else []), *wrong_with(report, samples)]
-    wrong += [refusal] if "sampled tokens" not in refusal else []
+    wrong += [refusal] if "does not compute the run's target" not in refusal else []
     print(json.dumps(report, indent=1))
     for problem in wrong:
         print(problem)
