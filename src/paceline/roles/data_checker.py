@@ -34,8 +34,8 @@ from paceline.roles.data_check import (
 )
 from paceline.target.chat_encoder import ChatEncoder
 from paceline.target.facts import TargetFacts
-from paceline.target.folder import read_config
 from paceline.target.hub import local_target
+from paceline.target.model import library_config, text_config
 from paceline.target.settings import TargetSection
 from paceline.target.tokenizer import PromptEncoder
 from paceline.types import Feature
@@ -49,18 +49,18 @@ class Reading:
     """What an encoding needs of an engine, without the target's weights."""
 
     def __init__(self, target: TargetSection) -> None:
-        config, self._target = read_config(target.model), target
-        text = config.get("text_config") or config
+        self._target = target
+        text = text_config(library_config(target.model))  # a family's defaults stand in no file
         dtype = str(torch_dtype(target.dtype, resolve_device("auto"))).removeprefix("torch.")
         self.facts = TargetFacts(
-            hidden_size=text["hidden_size"],
-            num_hidden_layers=text["num_hidden_layers"],
-            vocab_size=text["vocab_size"],
+            hidden_size=text.hidden_size,
+            num_hidden_layers=text.num_hidden_layers,
+            vocab_size=text.vocab_size,
             dtype=dtype,
             eos_token_ids=(),
             model_version="",
             tokenizer_version="",
-            max_positions=text.get("max_position_embeddings"),
+            max_positions=getattr(text, "max_position_embeddings", None),
         )
         self.encoder = PromptEncoder.of(target)
         self.encode = self.encoder.encode

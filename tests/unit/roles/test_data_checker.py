@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from paceline.data.settings import SourceSection
-from paceline.errors import EngineError
+from paceline.errors import PacelineError
 from paceline.roles import data_checker
 from paceline.roles.data_check import CheckRequest
 from paceline.roles.data_checker import check
@@ -78,5 +78,5 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         '{"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 8, "vocab_size": 9}'
     )
-    with pytest.raises(EngineError):
+    with pytest.raises(PacelineError):
         check(request_of(tmp_path, tmp_path / "f", {"prompt": "hi"}))
