@@ -254,3 +254,10 @@ def test_a_path_with_nul_is_named_wherever_it_stands(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**DATA, "data": {"sources": [{"path": "a\0b"}]}}))
     with pytest.raises(ConfigError, match=r"data\.sources\.0\.path contains NUL"):
         load_run_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_recipe_is_a_valid_run_file(recipe: Path) -> None:
+    assert load_run_config(recipe).run.name == recipe.stem
