@@ -132,8 +132,8 @@ class TensorFiles:
             self.shard_of = dict.fromkeys(self._names(WEIGHTS), WEIGHTS)
         else:
             raise ConfigError(
-                f"{folder} has neither {WEIGHTS} nor {INDEX}",
-                why="only safetensors weights are read; pickled weights can run code",
+                f"{folder} has neither {WEIGHTS} nor {INDEX}.",
+                why="Only safetensors weights are read; pickled weights can run code.",
                 next=f"ls {folder}  # convert the model with save_pretrained(safe_serialization=True)",
             )
 

@@ -8,7 +8,6 @@ checkpoint deleted, no head off the expected trajectory.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -24,6 +23,7 @@ from paceline.ledger.ledger import Ledger
 from paceline.ledger.records import CheckpointRecord, State
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.light_adapters import InMemoryLightFeatureStore
+from paceline.testing.specification import copied
 from paceline.testing.specification_of_steps import SpecificationLedger
 from paceline.training.checkpoint import Checkpoint, epoch_of, identity_of
 from paceline.types import SampleRef
@@ -97,7 +97,7 @@ class SimulatedDisk:
             return None
         if self._path is None:
             assert isinstance(self.ledger, SpecificationLedger)
-            return copy.deepcopy(self.ledger.rows)
+            return copied(self.ledger.rows)
         files = (self._path, self._path.with_name("ledger.db-wal"))
         return {file: file.read_bytes() for file in files if file.exists()}
 
@@ -111,7 +111,7 @@ class SimulatedDisk:
         """Back to a state between the last final call and now."""
         if self._path is None:
             assert isinstance(self.ledger, SpecificationLedger)
-            self.ledger.rows = copy.deepcopy(self._synced)
+            self.ledger.rows = copied(self._synced)
         else:
             self.ledger.close()
             for file in self._path.parent.iterdir():

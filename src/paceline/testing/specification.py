@@ -104,6 +104,13 @@ class Rows:
         return sum(block.count for block in self.source)
 
 
+def copied(rows: Rows) -> Rows:
+    """A copy of the rows that shares the records in them that never change."""
+    kept = [sample.ref for sample in rows.samples.values()]
+    kept += [*rows.plans.values(), *rows.checkpoints.values(), *rows.archive.values()]
+    return copy.deepcopy(rows, {id(record): record for record in kept})
+
+
 S = TypeVar("S", bound="SpecificationOfPrompts")
 P = ParamSpec("P")
 T = TypeVar("T")

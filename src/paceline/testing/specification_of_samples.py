@@ -23,11 +23,13 @@ from paceline.ledger.records import (
     compacted,
 )
 from paceline.ledger.refusals import intent_revoked, not_covered, other_place
-from paceline.testing.specification import Intent, Sample, SpecificationOfPrompts, change
+from paceline.testing.specification import Intent, Rows, Sample, SpecificationOfPrompts, change
 from paceline.types import SampleRef, ref_to_json
 
 
 class SpecificationOfSamples(SpecificationOfPrompts):
+    _counted: tuple[Rows | None, int, Snapshot | None] = (None, 0, None)
+
     # -- bytes and samples -----------------------------------------------------------------
 
     @change
@@ -224,26 +226,35 @@ class SpecificationOfSamples(SpecificationOfPrompts):
         )
 
     def snapshot(self) -> Snapshot:
+        """Counted once for each state of the rows, because a simulation asks at every turn."""
         with self._changed:
-            rows = self.rows
-            states = [sample.state for sample in rows.samples.values()]
-            return Snapshot(
-                lsn=rows.lsn,
-                order=rows.order,
-                prompts=self._prompt_counts(),
-                committed=rows.committed,
-                settled=self._settled(),
-                closed=rows.closed,
-                usage=self._usage(),
-                lost=states.count(State.LOST),
-                quarantined=states.count(State.QUARANTINED),
-                trained_step=rows.trained_step,
-                checkpoints=tuple(rows.checkpoints[step] for step in sorted(rows.checkpoints)),
-                epochs={name: role.epoch for name, role in rows.roles.items()},
-                facts=self.facts(),
-                next_generation=rows.next_generation,
-                archived_place=rows.archived_place,
-            )
+            rows, lsn, snapshot = self._counted
+            if rows is not self.rows or lsn != self.rows.lsn:
+                snapshot = self._count()
+                self._counted = self.rows, self.rows.lsn, snapshot
+            assert snapshot is not None
+            return snapshot
+
+    def _count(self) -> Snapshot:
+        rows = self.rows
+        states = [sample.state for sample in rows.samples.values()]
+        return Snapshot(
+            lsn=rows.lsn,
+            order=rows.order,
+            prompts=self._prompt_counts(),
+            committed=rows.committed,
+            settled=self._settled(),
+            closed=rows.closed,
+            usage=self._usage(),
+            lost=states.count(State.LOST),
+            quarantined=states.count(State.QUARANTINED),
+            trained_step=rows.trained_step,
+            checkpoints=tuple(rows.checkpoints[step] for step in sorted(rows.checkpoints)),
+            epochs={name: role.epoch for name, role in rows.roles.items()},
+            facts={key: msgspec.json.decode(value) for key, value in rows.facts.items()},
+            next_generation=rows.next_generation,
+            archived_place=rows.archived_place,
+        )
 
     # -- facts -----------------------------------------------------------------------------
 
@@ -255,10 +266,6 @@ class SpecificationOfSamples(SpecificationOfPrompts):
             return self._unchanged(standing)
         self.rows.facts.update(encoded)
         return {key: json.loads(text) for key, text in encoded.items()}
-
-    def facts(self) -> dict[str, Any]:
-        with self._changed:
-            return {key: msgspec.json.decode(value) for key, value in self.rows.facts.items()}
 
     def lsn(self) -> int:
         with self._changed:
