@@ -142,7 +142,7 @@ def test_an_edited_prompt_file_is_refused(finished: TinyRun) -> None:
         ({"prompts": {"path": "no/such/prompts.jsonl"}}, "cannot be read"),
         ({"features": {"budget_mib": 1}, "capture": {"group_size": 64}}, "set features.budget_mib to"),
         ({"training": {"batch_sise": 4}}, "did you mean 'batch_size'"),
-        ({"prompts": {"max_prompt_tokens": 3}}, "prompts.max_prompt_tokens"),
+        ({"prompts": {"max_prompt_tokens": 3}}, "data.max_prompt_tokens"),
     ],
 )
 def test_bad_input_is_one_clear_error(
