@@ -23,6 +23,7 @@ CONNECT_S = 10.0
 STALL_S = 30.0  # between two pieces of one answer
 LOOK_S = 0.25  # between two looks at whether the run stops
 ANSWER_BYTES_MAX = 64 << 20
+LATIN_1_MAX = 0xFF  # what a header can carry
 SAID_MAX = 300  # characters of the server's own words in a message
 
 
@@ -81,7 +82,9 @@ class Http:
             connection.sock.settimeout(STALL_S)
             response = connection.getresponse()
             data = response.read(bytes_max + 1)
-        except (OSError, HTTPException, ValueError) as error:
+        except ValueError as error:  # its words may quote a header, and the key stands in one
+            raise NoAnswerError(f"the request cannot be sent ({type(error).__name__})") from None
+        except (OSError, HTTPException) as error:
             said = str(error) or type(error).__name__
             raise NoAnswerError(self._without_key(said), timed_out=isinstance(error, TimeoutError)) from error
         finally:
@@ -174,12 +177,18 @@ def stopped() -> ServerUnavailableError:
 
 
 def key_of(variable: str | None) -> str:
-    """The key in that environment variable. Raises ConfigError."""
-    key = os.environ.get(variable, "") if variable else ""
+    """The key in that environment variable, without space around it. Raises ConfigError."""
+    key = os.environ.get(variable, "").strip() if variable else ""
     if variable and not key:
         raise ConfigError(
             f"There is no environment variable {variable}, which engine.api_key_variable names.",
             why="The server answers only who knows its key.",
             next=f"export {variable}=... and run the same command again.",
+        )
+    if not key.isprintable() or any(ord(character) > LATIN_1_MAX for character in key):
+        raise ConfigError(
+            f"The key in {variable} holds a character that no HTTP header can carry.",
+            why="A key is one line of printable Latin-1 characters.",
+            next=f"export {variable} again, with the key alone in it.",
         )
     return key
