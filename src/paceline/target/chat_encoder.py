@@ -57,8 +57,7 @@ class ChatEncoder:
         ids = list(answer[:-1] if answer and answer[-1] in self._ends else answer)
         if getattr(self._tokenizer, "response_template", None) is not None:
             return {"role": "assistant", **self._tokenizer.parse_response(list(answer), prefix=list(prompt))}
-        text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return {"role": "assistant", "content": str(text)}
+        return {"role": "assistant", "content": self._text(ids)}
 
     @property
     def _template(self) -> ChatTemplate:
@@ -71,16 +70,27 @@ class ChatEncoder:
         return self._encoder.template
 
     def _given(self, messages: Sequence[Message], tools: Sequence[Message]) -> Written:
-        """The last message, an answer, at its own time; without what the template adds after its end."""
-        prompt = self.prompt(messages[:-1], tools)
-        ids = self._encoder.ids(self._template.render(messages, tools, is_open=False).text)
-        start = common(prompt, ids)
-        if start < len(prompt):
-            history = self._encoder.ids(self._template.render(messages[:-1], tools, is_open=False).text)
-            if start < common(prompt, history):
-                return Written(ids[:start], start)
-            start += 1  # this token may hold the end of the generation prompt
+        """The last message, an answer, at its own time; without what the template adds after its end.
+
+        It holds no answer (it begins at its end) if the template does not render it after its prompt.
+        """
+        prompt = self._template.render(messages[:-1], tools).text
+        text = self._template.render(messages, tools, is_open=False).text
+        prompt_ids, ids = self._encoder.ids(prompt), self._encoder.ids(text)
+        start = common(prompt_ids, ids)
+        if start < len(prompt_ids):
+            start = (
+                self._after_seam(ids, start, len(text) - len(prompt)) if text.startswith(prompt) else len(ids)
+            )
         return Written(ids[: self._end(ids, start, len(ids))], start)
+
+    def _after_seam(self, ids: Ids, place: int, characters: int) -> int:
+        """The first token that holds none of the generation prompt, whose end the token at `place` holds.
+
+        `characters`: the length of the text after the prompt. A tokenizer may merge across the seam.
+        """
+        ends = range(place + 1, len(ids))
+        return next((start for start in ends if len(self._text(ids[start:])) <= characters), len(ids))
 
     def _as_marked(self, messages: Sequence[Message], tools: Sequence[Message]) -> tuple[Ids, Spans]:
         rendered = self._template.render(messages, tools, is_open=False)
@@ -92,6 +102,10 @@ class ChatEncoder:
             if (stop := self._end(ids, start, stop)) > start:
                 spans.append((start, stop))
         return ids[: spans[-1][1] if spans else 0], tuple(spans)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(text)
 
     def _end(self, ids: Sequence[int], start: int, stop: int) -> int:
         """Where the answer within these tokens ends: after the first token that ends answers.

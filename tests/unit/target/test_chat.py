@@ -186,14 +186,18 @@ def test_a_template_that_marks_its_answers_is_believed(make: Make, family: str) 
     assert make(family, f"{family}_training").answered(CHAT) == found
 
 
+@pytest.mark.parametrize("merges", [["ĊĊ"], ["ĊĊ", "tĊ"]])
 def test_an_answer_that_merges_with_its_prompt_is_a_target_from_its_next_token_on(
-    make: Make, tmp_path: Path
+    make: Make, tmp_path: Path, merges: list[str]
 ) -> None:
-    """The first token of the answer is also the last of the generation prompt: nobody would write it."""
+    """A token that also holds the end of the generation prompt is none that anybody would write.
+
+    With the second merge the prompt's own last token is another one too: the tokens differ from before it on.
+    """
     make("smollm2")
     content = json.loads((tmp_path / "tokenizer.json").read_text())
-    content["model"]["vocab"]["ĊĊ"] = 999
-    content["model"]["merges"] = [["Ċ", "Ċ"]]
+    content["model"]["vocab"] |= {pair: number for number, pair in enumerate(merges, start=998)}
+    content["model"]["merges"] = [list(pair) for pair in merges]
     content["pre_tokenizer"]["use_regex"] = False
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     config = json.loads((tmp_path / "config.json").read_text())
@@ -202,6 +206,38 @@ def test_an_answer_that_merges_with_its_prompt_is_a_target_from_its_next_token_o
     assert targets(chats, [CHAT[0], {"role": "assistant", "content": "\nso it turns"}]) == [
         "so it turns<|im_end|>"
     ]
+
+
+@pytest.mark.parametrize("chat", [CHAT[:2], CHAT])
+def test_an_answer_without_the_thoughts_that_its_prompt_opens_is_no_target(
+    make: Make, tmp_path: Path, chat: list[dict[str, Any]]
+) -> None:
+    """QwQ and DeepSeek R1 open the thoughts in the generation prompt, and drop them from the history."""
+    make("qwen3")
+    template = (tmp_path / "chat_template.jinja").read_text()
+    opened = template.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>\\n'")
+    bare = opened.replace(
+        "+ '\\n<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' +", "+ '\\n' +"
+    )
+    assert len({template, opened, bare}) == 3
+    (tmp_path / "chat_template.jinja").write_text(bare)
+    chats = ChatEncoder(PromptEncoder(tmp_path), tmp_path)
+    assert chats._tokenizer.decode(chats.prompt(chat[:1])).endswith("assistant\n<think>\n")
+    with pytest.raises(EngineError, match=r"renders the last answer otherwise.*its thoughts included"):
+        chats.answered(chat)
+
+
+def test_a_rewritten_question_does_not_cut_the_chat_after_an_earlier_answer(
+    make: Make, tmp_path: Path
+) -> None:
+    """It differs from its prompt right after the first answer, whose tokens are not the whole sample."""
+    make("smollm2")
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content | upper if loop.index > 2 and loop.last else m.content }}"
+        "{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    )
+    with pytest.raises(EngineError, match="renders the last answer otherwise"):
+        ChatEncoder(PromptEncoder(tmp_path), tmp_path).answered(CHAT)
 
 
 def test_a_prompt_may_not_end_differently_in_the_answered_chat(make: Make, tmp_path: Path) -> None:
