@@ -77,6 +77,7 @@ def start(run_file: Path, what: str, **environment: str) -> subprocess.Popen[str
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # `nohup make test` ignores it
     )
 
 
