@@ -33,8 +33,8 @@ def test_a_commit_that_ought_to_be_synced_and_is_not_is_found(
     """Planted bug: nothing that durable weights depend on is synced."""
     mutation: Callable[..., AbstractContextManager[Any]] = Database._mutation
 
-    def not_final(self: Database, fence: Any, op: Any = None, *, final: bool = False) -> Any:
-        return mutation(self, fence, op, final=False)
+    def not_final(self: Database, fence: Any, *, final: bool = False) -> Any:
+        return mutation(self, fence, final=False)
 
     monkeypatch.setattr(Database, "_mutation", not_final)
     with pytest.raises(Violation):

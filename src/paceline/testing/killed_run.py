@@ -427,15 +427,9 @@ def line_of(message: dict[str, Any]) -> str:
 
 
 def _refused_method(error: BaseException) -> str:
-    """The store's method that refused, out of the traceback."""
-    method, trace = "?", error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if (
-            "/ledger/stores/sqlite/" in code.co_filename
-            and not code.co_name.startswith("_")
-            and method == "?"
-        ):
-            method = code.co_name
-        trace = trace.tb_next
-    return method
+    """The ledger's method that refused, out of the traceback."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = frame.f_code.co_name
+        if "/ledger/stores/sqlite/" in frame.f_code.co_filename and not name.startswith("_"):
+            return str(frame.f_locals["method"].__name__) if name == "call" else name  # in `change`
+    return "?"
