@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from paceline.capture.encoding import EncodedPrompt, Encoding, rendering_of
-from paceline.data.answers import AnswerFiles
+from paceline.capture.first_answers import FirstAnswers, other_rendering
 from paceline.data.source import PromptSource, digest_of, group_of
 from paceline.errors import ConfigError, LedgerError
 from paceline.ledger.facts import RENDERING
@@ -51,7 +51,7 @@ class Groups:
         prompts: PromptSource,
         encoding: Encoding,
         group_size: int,
-        answers: AnswerFiles | None = None,
+        answers: FirstAnswers | None = None,
     ) -> None:
         """`answers`: given for an engine that does not repeat its bits; a group need not be whole then."""
         self._session = session
@@ -121,7 +121,7 @@ class Groups:
         if not self._session.snapshot().committed:
             self._session.set_facts({RENDERING: now})
         elif self._session.facts().get(RENDERING, now) != now:
-            raise _other_rendering("the first group")
+            raise other_rendering("the first group")
 
     def captured_before(self) -> EncodedPrompt | None:
         """A prompt of the run that was captured; None if none was."""
@@ -148,21 +148,18 @@ class Groups:
             if record is None or record.state != State.LOST:
                 continue
             if record.ref.metadata.get("rendering", rendering) != rendering:
-                raise _other_rendering(f"the group of {prompt.task_id}")
+                raise other_rendering(f"the group of {prompt.task_id}")
             lost.add(prompt.ordinal)
         return frozenset(lost)
 
-    def _with_answer(self, prompt: EncodedPrompt, was_captured: bool) -> EncodedPrompt:
-        """The prompt with the answer that was first written for it, if there is one."""
+    def _with_answer(self, prompt: EncodedPrompt, is_lost: bool) -> EncodedPrompt:
+        """The prompt with the answer that was first written for it; a lost one that has none is broken."""
         assert self._answers is not None
-        answer = self._answers.get(prompt.ordinal)
-        if answer is None:
+        kept = self._answers.of(prompt, is_lost=is_lost)
+        if kept is None and is_lost:
             gone = "its answer is missing from the kept answers, and the engine would write a different one"
-            return replace(prompt, token_ids=(), broken=gone) if was_captured else prompt
-        if answer.prompt != rendering_of([prompt]):
-            raise _other_rendering(prompt.task_id)
-        kept = replace(prompt, token_ids=answer.token_ids, spans=answer.spans, turns=answer.turns)
-        return replace(kept, is_whole=True, is_kept=True, chat=None)
+            return replace(prompt, token_ids=(), broken=gone)
+        return kept or prompt
 
 
 def _too_few(ordinal: int) -> LedgerError:
@@ -170,14 +167,4 @@ def _too_few(ordinal: int) -> LedgerError:
         f"The ledger knows prompt {ordinal}, but this producer's prompts end before it.",
         why="Groups are slices of the prompt order; another order gives other features.",
         next="pass the prompts that the run was started with, in the same order.",
-    )
-
-
-def _other_rendering(which: str) -> ConfigError:
-    return ConfigError(
-        f"The prompts of {which} now have other token ids than the run captured.",
-        why="The chat template (perhaps one that writes the date), the tokenizer or their libraries have "
-        "changed; the draft would be trained on two renderings of its prompts. Nothing was captured.",
-        next="restore the target's template and tokenizer and the earlier transformers and tokenizers, or "
-        "set a new run.name and run.directory.",
     )

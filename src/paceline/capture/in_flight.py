@@ -11,17 +11,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from paceline.capture.encoding import EncodedPrompt
+from paceline.capture.first_answers import CapturedPrompt
 from paceline.capture.groups import CaptureGroup
-from paceline.engines.engine import Captured
-
-
-@dataclass(frozen=True)
-class CapturedPrompt:
-    """A sample, and the prompt as the target was asked at last: of a chat, with its earlier answers."""
-
-    prompt: EncodedPrompt
-    sample: Captured
-
 
 Answer = Callable[[Sequence[EncodedPrompt]], list[CapturedPrompt]]
 

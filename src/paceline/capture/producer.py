@@ -15,24 +15,24 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from time import monotonic
-from typing import Any
 
 from paceline.capture.backpressure import WAIT_S, Backpressure
-from paceline.capture.encoding import EncodedPrompt, Encoding, rendering_of
+from paceline.capture.encoding import EncodedPrompt, Encoding
+from paceline.capture.first_answers import CapturedPrompt, FirstAnswers, token_ids
 from paceline.capture.groups import CaptureGroup, Groups
-from paceline.capture.in_flight import CapturedPrompt, CaptureInFlight, CapturesInFlight
+from paceline.capture.in_flight import CaptureInFlight, CapturesInFlight
 from paceline.capture.isolation import CaptureFailedError, Isolation, as_failure
 from paceline.capture.settings import CaptureSettings
 from paceline.capture.turns import TurnError, TurnWriter
 from paceline.capture.upkeep import Upkeep
-from paceline.data.answers import Answer, AnswerFiles
+from paceline.data.answers import AnswerFiles
 from paceline.data.source import PromptSource
-from paceline.engines.engine import Captured, CaptureRequest, TargetEngine
-from paceline.errors import ConfigError, EngineError, LedgerError, ServerUnavailableError
+from paceline.engines.engine import CaptureRequest, TargetEngine
+from paceline.errors import ConfigError, LedgerError, ServerUnavailableError
 from paceline.features.store import FeatureStore
 from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.records import Wanted
-from paceline.types import Feature, SampleRef, Tokens, name_of
+from paceline.types import SampleRef, Tokens, name_of
 
 
 class Producer:
@@ -61,8 +61,8 @@ class Producer:
         self._turns = TurnWriter(
             lambda: self.encoding.chats, self.encoding.limits, self._written, settings.too_long
         )
-        self._answers = answers
-        kept = None if engine.facts.repeats_bits else answers
+        self._answers = None if answers is None else FirstAnswers(answers, settings, engine.facts)
+        kept = None if engine.facts.repeats_bits else self._answers
         self._groups = Groups(session, prompts, self.encoding, settings.group_size, kept)
         self._captured: EncodedPrompt | None = None  # the last prompt that this process captured
         self._isolation = Isolation(
@@ -168,7 +168,8 @@ class Producer:
             return 0
         by_id = {one.prompt.task_id: one for one in captured}
         wanted = [by_id[prompt.task_id] for prompt in group.wanted]
-        self._keep_answers(group, wanted)
+        if self._answers is not None:
+            self._answers.keep(group.wanted, wanted)
         refs = [self._put(one, generations, group.rendering) for one in wanted]
         fresh = self.session.commit(refs)
         self._upkeep.free_unwanted(refs, fresh)
@@ -187,11 +188,25 @@ class Producer:
     def _result(self, capture: CaptureInFlight) -> list[CapturedPrompt] | None:
         """The captured samples; None if the capture failed, and isolation has ended its leases."""
         try:
-            return capture.future.result()
+            return self._as_before(capture.group, capture.future.result())
         except CaptureFailedError as failure:
             self.session.swept(list(capture.generations.values()))  # nothing was written
             self._isolation.find(capture.group, failure)
             return None
+
+    def _as_before(self, group: CaptureGroup, captured: list[CapturedPrompt]) -> list[CapturedPrompt]:
+        """The captured samples; a lost one that has another answer than before is prefilled with that one."""
+        lost = [prompt for prompt in group.wanted if prompt.ordinal in group.lost]
+        changed = [] if self._answers is None else self._answers.changed(lost, captured)
+        if not changed:
+            return captured
+        self._report(
+            "note",
+            message=f"{len(changed)} lost samples (the first: {changed[0].task_id}) came back with another "
+            "answer: they keep the one they had, and their states may differ in rounding",
+        )
+        again = {one.prompt.task_id: one for one in self._answer(changed)}
+        return [again.get(one.prompt.task_id, one) for one in captured]
 
     def _give_up(self, group: CaptureGroup) -> None:
         """Give the leases back, or the next start would count them as held by a producer that died."""
@@ -231,7 +246,7 @@ class Producer:
         features = [feature for feature in self._settings.features if isinstance(feature.source, Tokens)]
         requests = [self._request(prompt, turn) for prompt in prompts]
         captured = self.engine.capture(requests, features)
-        tokens = [_token_ids(sample, features) for sample in captured]
+        tokens = [token_ids(sample, features) for sample in captured]
         return [ids[len(prompt.token_ids) :] for ids, prompt in zip(tokens, prompts, strict=True)]
 
     def _request(self, prompt: EncodedPrompt, turn: int | None = None) -> CaptureRequest:
@@ -244,33 +259,9 @@ class Producer:
             prompt.token_ids,
             prompt.spans,
             max_new_tokens=s.max_answer_tokens,
-            temperature=self._temperature(prompt),
+            temperature=s.temperature_in(prompt.round),
             seed=sample_seed(s.seed, prompt.ordinal, turn),
         )
-
-    def _temperature(self, prompt: EncodedPrompt) -> float:
-        return self._settings.temperature if prompt.round else self._settings.first_round_temperature
-
-    def _keep_answers(self, group: CaptureGroup, captured: Sequence[CapturedPrompt]) -> None:
-        """Write the answers to disk before the commit. Raises EngineError for other tokens than before."""
-        if self._answers is None:
-            return
-        kept = []
-        by_id = {prompt.task_id: prompt for prompt in group.wanted}
-        for one in captured:
-            asked, ids = one.prompt, _token_ids(one.sample, self._settings.features)
-            given = len(asked.token_ids)
-            if ids[:given] != asked.token_ids or (asked.is_whole and len(ids) > given):
-                raise _other_tokens(asked.task_id)
-            if asked.is_kept:
-                continue
-            spans = asked.spans if asked.is_whole else (*asked.spans, (given, len(ids)))
-            source = rendering_of([by_id[asked.task_id]])
-            answer = Answer(asked.ordinal, asked.task_id, ids, spans, source, asked.turns)
-            if asked.ordinal in group.lost and self._answers.get(asked.ordinal) not in (None, answer):
-                raise _another_answer(asked.task_id)
-            kept.append(answer)
-        self._answers.keep(kept)
 
     def _put(self, captured: CapturedPrompt, generations: Mapping[str, int], rendering: str) -> SampleRef:
         prompt, sample = captured.prompt, captured.sample
@@ -294,32 +285,11 @@ class Producer:
                 "digest": sealed.digest,
                 "digest_kind": sealed.digest_kind,
                 "rendering": rendering,
-                "greedy": is_written and self._temperature(prompt) == 0.0,
+                "greedy": is_written and self._settings.temperature_in(prompt.round) == 0.0,
             },
             generation=generation,
             ordinal=prompt.ordinal,
         )
-
-
-def _token_ids(sample: Captured, features: Sequence[Feature]) -> tuple[int, ...]:
-    tokens: Any = sample.tensors[name_of(Tokens, features)]
-    return tuple(int(token) for token in tokens.tolist())
-
-
-def _other_tokens(task_id: str) -> EngineError:
-    return EngineError(
-        f"The engine was asked to prefill the tokens of {task_id}, and returned other tokens.",
-        why="The captured states must belong to the tokens that are trained on. Nothing was committed.",
-        next="report this with the engine's name and version; another engine can go on with the run.",
-    )
-
-
-def _another_answer(task_id: str) -> EngineError:
-    return EngineError(
-        f"The sample of {task_id} was captured again, with another answer than before.",
-        why="This engine is to repeat its bits; a sample must stay what it was. Nothing was committed.",
-        next="capture on the machine, with the versions and the number of threads that the run began with.",
-    )
 
 
 def sample_seed(run_seed: int, ordinal: int, turn: int | None = None) -> int:

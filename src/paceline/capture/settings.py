@@ -43,6 +43,9 @@ class CaptureSettings(CaptureSection, AnswersSection):
     answers: Literal["target", "data"] = "target"
     too_long: TooLong = "skip"
 
+    def temperature_in(self, round_: int) -> float:
+        return self.temperature if round_ else self.first_round_temperature
+
     @classmethod
     def of(cls, capture: CaptureSection, data: DataSection, **rest: Any) -> CaptureSettings:
         answers = {name: getattr(data, name) for name in AnswersSection.model_fields}

@@ -1,8 +1,8 @@
 """The answers of a run as token ids, kept beside it in `answers/`.
 
 The producer writes every sample's tokens, and which of them are answers, before it commits the sample. An
-engine that does not repeat its bits captures a lost sample again by prefilling exactly these tokens. With any
-other engine a sample that is captured again must have them. Another run may train on them (`KeptAnswers`).
+engine that does not repeat its bits captures a lost sample again by prefilling exactly these tokens, and any
+other engine does so if the sample came back with others. Another run may train on them (`KeptAnswers`).
 
 Each file is append-only and covers a range of ordinals. A record is its length, one answer (MessagePack), and
 a digest of both. The last whole record of an ordinal counts. A crash may leave a torn record at the end; its
@@ -32,7 +32,8 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
     """A sample's tokens, the last one written included; `spans`: those that are answers, as (start, stop).
 
     `prompt`: digest of what the sample was captured from. `turns`: the texts of earlier answers that the
-    target wrote, in the order of the chat; they need not stand unchanged in the tokens.
+    target wrote, in the order of the chat; they need not stand unchanged in the tokens. `conditions`: digest
+    of the target and the settings that the answer follows from.
     """
 
     ordinal: int
@@ -41,6 +42,7 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
     spans: tuple[tuple[int, int], ...]
     prompt: str = ""
     turns: tuple[str, ...] = ()
+    conditions: str = ""
 
 
 _ENCODER = msgspec.msgpack.Encoder()

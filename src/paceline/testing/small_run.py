@@ -61,6 +61,7 @@ class SmallRun:
         self.features = features or InMemoryFeatureStore(budget_bytes=8 << 20)
         self.engine = SyntheticEngine()
         self.prompts: list[Any] = [f"prompt {n}" for n in range(num_prompts)]
+        self.report: Callable[..., None] = lambda *_, **__: None  # what the producer tells
         self.stretches: tuple[int, ...] = ()  # how many prompts there were at first, and after each extension
 
     @property
@@ -78,15 +79,14 @@ class SmallRun:
             feature_store=pointed(self.features, "features"),
             prompts=self.source if self.stretches else self.prompts,
             capture=CaptureSettings(
-                group_size=4,
-                max_answer_tokens=6,
                 features=Eagle3Method().features(self.engine.facts),
-                first_round_temperature=1.0,  # its answers are random, never greedy
-                **self.capture,
+                # The answers are random, never greedy.
+                **{"group_size": 4, "max_answer_tokens": 6, "first_round_temperature": 1.0, **self.capture},
             ),
             window_size=16,
             answers_folder=self.folder / "answers",
             metadata_store=pointed(SQLiteLedger(self.db), "ledger"),
+            report=self.report,
         )
 
     def consumer(

@@ -33,9 +33,13 @@ class Restless(SyntheticEngine):
     garbles = False
     repeats = False  # what it says of itself
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.version: dict[str, str] = {}
+
     @property
     def facts(self) -> TargetFacts:
-        return replace(super().facts, repeats_bits=self.repeats)
+        return replace(super().facts, repeats_bits=self.repeats, **self.version)  # type: ignore[arg-type]
 
     def capture(self, group: Sequence[CaptureRequest], features: Sequence[Feature]) -> list[Captured]:
         self.calls += 1
@@ -46,6 +50,8 @@ class Restless(SyntheticEngine):
 
 
 class Run(SmallRun):
+    engine: Restless
+
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.engine = Restless()
@@ -124,10 +130,10 @@ def test_other_tokens_than_were_given_to_read_stop_the_producer(tmp_path: Path) 
     run = Run(tmp_path)
     run.producer()[1]()
     run.lose(ALL[5])
-    run.engine.garbles = True  # type: ignore[attr-defined]
+    run.engine.garbles = True
     with pytest.raises(EngineError, match="asked to prefill the tokens of 5, and returned other"):
         run.producer()[1]()
-    run.engine.garbles = False  # type: ignore[attr-defined]
+    run.engine.garbles = False
     run.producer()[1]()
     assert list(run.captured()) == ALL
 
@@ -151,17 +157,55 @@ def test_an_engine_that_repeats_its_bits_keeps_its_answers_too(tmp_path: Path) -
     assert sum(path.stat().st_size for path in (tmp_path / "answers").iterdir()) == size
 
 
-def test_another_answer_than_before_stops_an_engine_that_is_to_repeat_its_bits(tmp_path: Path) -> None:
-    """Its samples would silently become others."""
-    run = SmallRun(tmp_path)
+def test_a_lost_sample_that_comes_back_with_another_answer_keeps_the_one_it_had(tmp_path: Path) -> None:
+    """Also with an engine that is to repeat its bits, say on another processor: a note says so, and the
+    changed samples are prefilled; the rest of the group is not stored again."""
+    run = Run(tmp_path)
+    run.engine.repeats = True
     run.producer()[1]()
-    run.features.free([written for written in run.features.written() if written[0] == ALL[5]])
-    engine = run.engine = Restless()
-    engine.repeats = True
-    with pytest.raises(EngineError, match="sample of 5 was captured again, with another answer"):
+    first = run.captured()
+    run.lose(ALL[5], ALL[6])
+    run.engine.captured.clear()
+    notes: list[str] = []
+    run.report = lambda kind, **told: notes.append(told["message"]) if kind == "note" else None
+    run.producer()[1]()
+    again = run.captured()
+    assert run.engine.captured == [ALL[4:8], ALL[5:7]]
+    assert [note[:35] for note in notes] == ["2 lost samples (the first: 5) came "]
+    for sample_id, tensors in first.items():
+        assert torch.equal(again[sample_id]["input_ids"], tensors["input_ids"])
+        assert torch.equal(again[sample_id]["loss_mask"], tensors["loss_mask"])
+
+
+@pytest.mark.parametrize("change", ["target", "tokenizer", "temperature", "seed", "length"])
+def test_an_answer_that_was_not_committed_binds_no_other_settings(tmp_path: Path, change: str) -> None:
+    """A killed producer has kept answers and committed none, so settings and target may still change: the
+    new ones decide, and the newest answer is the one that is kept."""
+    run = Run(tmp_path)
+    real = run.features.put
+    run.features.put = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
         run.producer()[1]()
-    [record] = SQLiteLedger(run.db).find(state=State.LOST).values()
-    assert record.sample_id == ALL[5]
+    run.features.put = real  # type: ignore[method-assign]
+    old = AnswerFiles(tmp_path / "answers").get(0)
+    if change in ("target", "tokenizer"):
+        run.engine.version = {f"{'model' if change == 'target' else change}_version": "another"}
+    else:
+        name = {"temperature": "first_round_temperature", "length": "max_answer_tokens"}.get(change, change)
+        run.capture[name] = {"temperature": 0.5, "seed": 3, "length": 4}[change]
+    run.producer()[1]()
+    new = AnswerFiles(tmp_path / "answers").get(0)
+    assert old is not None
+    assert new is not None
+    assert new.token_ids != old.token_ids
+    assert new.token_ids == tuple(run.captured()[ALL[0]]["input_ids"].tolist())
+    run.lose(ALL[0])
+    run.producer()[1]()
+    assert new.token_ids == tuple(run.captured()[ALL[0]]["input_ids"].tolist())
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_an_engine_that_does_not_repeat_its_bits_needs_a_place_for_its_answers() -> None:
