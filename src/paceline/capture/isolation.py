@@ -27,12 +27,15 @@ FAILURES_IN_A_ROW_MAX = 16
 
 class CaptureFailedError(Exception):
     """A group was not captured. `is_of_machine`: memory ran out, which is no prompt's fault. `culprits`: why
-    prompts fail, by task id, where the error itself says which."""
+    prompts fail, by task id, where the error itself says which. `retryable`: another try may help them."""
 
-    def __init__(self, error: BaseException, culprits: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, error: BaseException, culprits: Mapping[str, str] | None = None, *, retryable: bool = True
+    ) -> None:
         super().__init__(str(error) or type(error).__name__)
         self.error = error
         self.culprits = dict(culprits or {})
+        self.retryable = retryable
         self.is_of_machine = is_want_of_memory(error)
 
 
@@ -115,9 +118,9 @@ class Isolation:
             has_shown = self._engine_must_work(group)
             self._count_in_a_row(group, culprits, str(failure))
             if not has_shown:
-                self._hold(culprits, retryable=True)
+                self._hold(culprits, retryable=failure.retryable)
                 return
-        self._record(culprits, retryable=True)
+        self._record(culprits, retryable=failure.retryable)
         self._give_back([task_id for task_id in group.wanted_ids if task_id not in culprits])
 
     def succeeded(self) -> None:

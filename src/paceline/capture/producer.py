@@ -234,7 +234,8 @@ class Producer:
             asked = self._turns.write(members)
             samples = self.engine.capture([self._request(one) for one in asked], self._settings.features)
         except TurnError as error:
-            raise CaptureFailedError(error, error.reasons) from error
+            may_help = not self.engine.facts.repeats_bits
+            raise CaptureFailedError(error, error.reasons, retryable=may_help) from error
         except ConfigError:
             raise
         except Exception as error:

@@ -190,6 +190,26 @@ def test_a_chat_that_cannot_go_on_fails_alone(tmp_path: Path) -> None:
     asked = [[request.sample_id.partition(":")[2] for request in group] for group in second.engine.requests]
     assert ["0", "1", "3"] in asked
     assert ["1", "3"] not in asked
+    assert asked.count(["0", "2"]) == 1, "the same group would end in the same way"
+
+
+def test_a_chat_that_cannot_go_on_is_written_again_if_it_may_be_written_otherwise(tmp_path: Path) -> None:
+    """An engine that does not repeat its bits may write an answer that the template renders."""
+    run = Run(tmp_path)
+    run.engine = RestlessChats()
+    real, refused = Chats.message, []
+
+    class Once(Chats):
+        def message(self, answer: Sequence[int], prompt: Sequence[int]) -> dict[str, Any]:
+            if not refused:
+                refused.append(answer)
+                raise ValueError("it is no message")
+            return real(self, answer, prompt)
+
+    run.engine.encoder = Once()
+    run.producer()[1]()
+    ledger = SQLiteLedger(run.db)
+    assert (len(refused), ledger.snapshot().prompts.failed, ledger.snapshot().committed) == (1, 0, 8)
 
 
 @pytest.mark.parametrize(("too_long", "answers"), [("truncate", [2, 2]), ("skip", []), ("refuse", None)])
