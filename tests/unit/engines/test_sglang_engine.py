@@ -193,6 +193,17 @@ def test_a_repeated_request_has_the_same_id(stock: Made) -> None:
     assert len(set(ids)) == 5
 
 
+def test_two_samples_with_the_same_tokens_have_ids_of_their_own(stock: Made) -> None:
+    """Given answers may repeat; one sample's request must not abort the other's, or read its file."""
+    engine = stock.engine
+    [request] = group(engine, 1)
+    given = [replace(request, sample_id=name, max_new_tokens=0) for name in ("one", "other")]
+    samples = engine.capture(given, stock.features)
+    assert len({body["rid"] for body in stock.server.served}) == 2
+    assert stock.server.aborted == []
+    assert torch.equal(samples[0].tensors["s"], samples[1].tensors["s"])
+
+
 # -- what the server cannot give ---------------------------------------------------------------
 
 

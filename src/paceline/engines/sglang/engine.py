@@ -67,7 +67,8 @@ class SglangEngine(ServedEngine):
 
     def _look(self, request: CaptureRequest, logprobs: bool = False) -> Look:
         if not request.max_new_tokens:
-            return Look(request, request.token_ids, self._read(request.processed))
+            _, states = self._exchange(Wish(request.processed, 1), request.sample_id)
+            return Look(request, request.token_ids, states)
         done, states = self._exchange(self._wish(request, logprobs=logprobs), request.sample_id)
         tokens = self._all_tokens(request, done.token_ids)
         # SGLang tells log probabilities at the asked temperature, where there is one.
