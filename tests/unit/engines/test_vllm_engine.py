@@ -198,6 +198,36 @@ def test_a_server_that_hangs_is_given_up_after_its_time(
     assert same(engine.capture(group(engine, 1), FEATURES), expected)
 
 
+class Counting:
+    """In place of a managed server: it runs, and counts how often it is ended."""
+
+    stops = 0
+
+    def ensure(self, silent_s: float) -> bool:
+        return False
+
+    def stop(self) -> None:
+        self.stops += 1
+
+    def was_ready(self) -> None: ...
+
+    def answered(self) -> None: ...
+
+
+def test_a_managed_server_that_hangs_is_ended_once(
+    make: Made, server: VllmServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several requests time out together; the server that the first one's failure brings is not ended."""
+    monkeypatch.setattr("paceline.testing.vllm_server.HANG_S", 1.0)
+    monkeypatch.setattr(VllmEngine, "_pause", lambda *_: None)
+    engine = make(timeout_s=0.5)
+    engine._gate.enter()
+    engine._server = counting = Counting()  # type: ignore[assignment]
+    server.misbehave("hang", 3)
+    assert len(engine.capture(group(engine, 3), FEATURES)) == 3
+    assert counting.stops == 1
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,30 @@ def test_a_server_that_was_ready_and_is_silent_for_long_is_started_again(make: M
     [told] = make.told()
     assert server.ensure(3600.0)
     wait_for_end(told["worker"])
+
+
+def test_no_server_begins_before_the_one_before_it_has_ended(
+    make: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start beside a stop waits for it, so the record is that of the server that runs."""
+    server = make()
+    server.ensure(0.0)
+    first = server._process
+    start, started = threading.Thread(target=server.ensure, args=(0.0,)), []
+
+    def slowly(leader: int, began: int | None) -> int:
+        if not started:
+            start.start()
+            start.join(0.3)  # as long as a start takes that does not wait
+        started.append(server._process)
+        return end_session(leader, began)
+
+    monkeypatch.setattr("paceline.engines.vllm.server.end_session", slowly)
+    server.stop()
+    start.join()
+    assert started == [None]
+    assert server._process not in (None, first)
+    assert json.loads((make.folder / RECORD).read_text())["session"] == server._process.pid  # type: ignore[union-attr]
 
 
 def test_no_server_outlives_a_producer_that_was_killed(make: Made) -> None:

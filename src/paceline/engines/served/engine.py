@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 import torch
@@ -128,7 +129,7 @@ class ServedEngine(ABC):
         """Remove files of requests that nobody waits for any more."""
 
     def _failed(self, error: Exception) -> None:  # noqa: B027 (most have nothing to do)
-        """A request got no answer."""
+        """A request got no answer, and the server was not found ready since. Called inside the gate."""
 
     def _answered(self) -> None:
         """A request got its answer."""
@@ -198,8 +199,7 @@ class ServedEngine(ABC):
                 return self._look(request, logprobs)
             except (NoAnswerError, TryAgainError) as error:
                 reason = str(error)
-                self._failed(error)
-                self._gate.wait(ticket, reason)
+                self._gate.wait(ticket, reason, partial(self._failed, error))
         raise EngineError(
             f"The server failed {TRIES} times on {request.sample_id} ({len(request.token_ids)} tokens), the "
             f"last time: {reason}.",

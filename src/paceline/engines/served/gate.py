@@ -44,13 +44,16 @@ class Gate:
                 self._wait("the run begins")
             return self._times
 
-    def wait(self, ticket: int, reason: str) -> None:
+    def wait(self, ticket: int, reason: str, failed: Callable[[], None] = lambda: None) -> None:
         """Wait until the server is found ready, unless it was since `ticket` was given.
 
-        Raises ServerUnavailableError after the patience, or when the run stops.
+        `failed` is called before that wait, by one thread at a time: the failure is that of the server as it
+        is, and of none that came after it. Raises ServerUnavailableError after the patience, or when the run
+        stops.
         """
         with self._lock:
             if self._times == ticket:
+                failed()
                 self._wait(reason)
 
     def _wait(self, reason: str) -> None:

@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -59,6 +60,7 @@ class ManagedServer:
         self._record = directory / RECORD
         self._restarts_max = restarts_max
         self._report = report
+        self._lock = threading.RLock()  # held while a server begins or ends
         self._process: subprocess.Popen[bytes] | None = None
         self._began: int | None = None  # when that process started
         self._starts = 0  # without an answer since
@@ -82,17 +84,18 @@ class ManagedServer:
 
         `silent_s`: for how long it has not answered.
         """
-        with suppress(OSError):
-            shorten(self._log)
-        if self._process is not None:
-            is_silent = self._has_been_ready and silent_s >= HANG_S
-            if self._process.poll() is None and not is_silent:
-                return False
-            self.stop()  # also what a dead server has left
-        if self._starts > self._restarts_max:
-            raise self._ends_again_and_again()
-        self._start()
-        return True
+        with self._lock:
+            with suppress(OSError):
+                shorten(self._log)
+            if self._process is not None:
+                is_silent = self._has_been_ready and silent_s >= HANG_S
+                if self._process.poll() is None and not is_silent:
+                    return False
+                self.stop()  # also what a dead server has left
+            if self._starts > self._restarts_max:
+                raise self._ends_again_and_again()
+            self._start()
+            return True
 
     def was_ready(self) -> None:
         """It has told that it can answer: from now on a long silence is a fault."""
@@ -104,6 +107,10 @@ class ManagedServer:
 
     def stop(self) -> None:
         """End the server and everything that it has started."""
+        with self._lock:
+            self._stop()
+
+    def _stop(self) -> None:
         process, self._process, self._has_been_ready = self._process, None, False
         if process is None:
             return
