@@ -139,6 +139,8 @@ def family_folder(folder: Path, family: str, seed: int = 0, **config: Any) -> Pa
                 parameter.uniform_(0.2, 0.9)
             elif "embed" in name or "wte" in name or "lm_head" in name:
                 parameter.normal_(0.0, 0.5)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.3)
             elif "sinks" in name:
                 parameter.normal_(0.0, 1.0)
             elif parameter.dim() == 2:

@@ -66,6 +66,7 @@ def test_a_family_is_captured_and_evaluated_exactly(tmp_path: Path, family: str)
 def _captures_exactly(engine: TransformersEngine, model: PreTrainedModel) -> None:
     """A padded group with answers through the cache, against the stock model on each sample alone."""
     layers, last = decoder_parts(model).layers, engine.facts.num_hidden_layers
+    assert all(bool(p.any()) for p in model.parameters())  # a capture that drops zeros would pass
     group = requests(engine)
     for request, sample in zip(group, capture(engine, group), strict=True):
         tokens, prompt = sample.tensors["tokens"].long(), len(request.token_ids)
