@@ -10,14 +10,19 @@ import sys
 import time
 from pathlib import Path
 
-from paceline.config.load import load_run_config
+import pytest
+
+from paceline.config.load import flat, load_run_config
 from paceline.engines.vllm.guard import session_members
 from paceline.engines.vllm.server import RECORD
 from paceline.features.ownership import remove
+from paceline.ledger.facts import CONFIG, RUN_ID
 from paceline.roles.feature_folder import engine_folder
 from paceline.telemetry import read_events
+from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.testing.tiny_run import TinyRun
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PROGRAM = [sys.executable, "-m", "paceline.testing.vllm_server"]
 
 
@@ -66,3 +71,30 @@ def test_the_command_for_a_server_of_the_users_is_printed(tiny_model: Path, tmp_
     refused = plain.run([*arguments[:-1], "vllm", arguments[-1]])
     assert refused.returncode == 2
     assert "engine: {name: vllm, url: " in refused.stderr
+    refused = plain.run([*arguments[:-1], "transformers", arguments[-1]])
+    assert refused.returncode == 2
+    assert "has no server of its own" in refused.stderr
+    assert "url" not in refused.stderr
+
+
+def test_the_command_is_printed_for_a_target_of_the_hub_and_for_a_runs_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server gets the folder in the hub's cache, with the commit that the run is bound to."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = tmp_path / "hub" / "models--wind--tiny-llama"
+    snapshot = make_tiny_folder(model / "snapshots" / COMMIT)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(COMMIT)
+    run = TinyRun(
+        tmp_path / "a", Path("wind/tiny-llama"), engine={"name": "vllm", "url": "http://[::1]:8123"}
+    )
+    arguments = run.arguments("engine")
+    printed = run.run([*arguments[:-1], "vllm", arguments[-1]])
+    assert printed.returncode == 0, printed.stderr
+    assert shlex.split(printed.stdout)[:3] == ["vllm", "serve", str(snapshot)]
+    ledger = run.ledger()
+    ledger.set_facts(None, {RUN_ID: "tiny", CONFIG: flat(load_run_config(run.run_file))})
+    ledger.close()
+    again = run.run([*arguments[:-1], "vllm", str(run.directory)])
+    assert again.stdout == printed.stdout, again.stderr

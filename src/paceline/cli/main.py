@@ -27,6 +27,7 @@ from paceline.config.run import RunConfig
 from paceline.data.opening import scan
 from paceline.data.settings import SourceSection
 from paceline.data.survey import survey
+from paceline.engines.table import ENGINES
 from paceline.errors import ConfigError, explained
 from paceline.exports.settings import ExportSection
 from paceline.regular_files import kind_of
@@ -161,18 +162,13 @@ def status(run: Run) -> None:
 @advises
 def engine(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The engine: vllm or sglang.")],
-    run_file: RunFile,
+    run: Run,
 ) -> None:
     """Print the command that starts the engine's server for a run, for: engine: {name: NAME, url: ...}"""
+    run_file = _run_file(run)
     config = load_run_config(run_file)
-    if config.engine.name != name or not hasattr(config.engine, "url"):
-        raise ConfigError(
-            f"The engine of {run_file} is {config.engine.name}, which has no server of its own."
-            if config.engine.name == name
-            else f"The engine of {run_file} is {config.engine.name}, not {name}.",
-            why="The command follows from the run's target, its method and its engine section.",
-            next=f"set engine: {{name: {name}, url: http://127.0.0.1:8000}} in the run file.",
-        )
+    _refuse_another_engine(name, run, config)
+    local_target(config.target)  # that process does not use the network
     command = [sys.executable, "-m", "paceline.roles.server_command", str(run_file)]
     os.execve(sys.executable, command, {**os.environ, **role_environment(1)})  # noqa: S606 (our own module)
 
@@ -307,6 +303,22 @@ def export_data(
         say(out, f"Stopped; nothing is written. Again with: paceline data export {run}")
         raise typer.Exit(INTERRUPTED)
     say(out, f"answers: {path}")
+
+
+def _refuse_another_engine(name: str, run: Path, config: RunConfig) -> None:
+    """Raise ConfigError unless `name` is the engine of the run, and has a server."""
+    if "url" not in ENGINES.find(name).model_fields:
+        raise ConfigError(
+            f"The engine {name} has no server of its own.",
+            why="It starts and ends with the run.",
+            next=f"paceline train {run}, or name an engine with a server: vllm or sglang.",
+        )
+    if config.engine.name != name:
+        raise ConfigError(
+            f"The engine of {run} is {config.engine.name}, not {name}.",
+            why="The command follows from the run's target, its method and its engine section.",
+            next=f"set engine: {{name: {name}, url: http://127.0.0.1:8000}} in the run file.",
+        )
 
 
 def _evaluate(run_file: Path, config: RunConfig) -> None:

@@ -17,6 +17,7 @@ from paceline.engines.vllm.server import DEVICES_VARIABLE, KEY_VARIABLE
 from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import explained
 from paceline.roles.feature_folder import engine_folder
+from paceline.target.hub import local_target
 from paceline.terminal import printable
 
 PORT = 8000
@@ -24,17 +25,15 @@ PORT = 8000
 
 def server_command(config: RunConfig) -> str:
     """The command as a shell reads it: variables, program, arguments. Raises ConfigError."""
-    section = config.engine
-    facts = served_facts(config.target, section.name)
+    section, target = config.engine, local_target(config.target)
+    facts = served_facts(target, section.name)
     features = config.method.build().features(facts)
     if isinstance(section, SglangSection):
-        return sglang_command(section, config.target.model, facts, features)
+        return sglang_command(section, target.model, facts, features)
     assert isinstance(section, VllmSection)
     layers = served_layers(features, facts.num_hidden_layers)
     folder = section.directory or engine_folder(config)
-    command = serve_command(
-        section, config.target.model, facts.dtype, layers, facts.num_hidden_layers, folder
-    )
+    command = serve_command(section, target.model, facts.dtype, layers, facts.num_hidden_layers, folder)
     port = (urlsplit(section.url).port if section.url else None) or PORT
     variables = []
     if section.devices:
