@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from paceline.cli import main
+from paceline.config.run import RunConfig
+from paceline.errors import EngineError
+from paceline.exports.settings import ExportSection
 from paceline.testing.tiny_run import TinyRun
 
 
@@ -74,6 +79,28 @@ def test_a_kept_checkpoint_is_exported_and_the_server_is_told_how_to_load_it(
     other = paceline(finished, "serve", "--folder", "no/such")
     assert other.returncode == 2
     assert "paceline export" in other.stderr
+
+
+def test_a_failed_evaluation_does_not_cancel_the_exports(
+    finished: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error comes afterwards, with its exit code: nothing measured is no reason to export nothing."""
+
+    def killed(*_: object) -> bool:
+        raise EngineError("The evaluation was killed (-9).")
+
+    exported: list[tuple[str, ...]] = []
+
+    def export(_: object, __: Path, ___: RunConfig, request: ExportSection) -> bool:
+        exported.append(request.formats)
+        return True
+
+    monkeypatch.setattr(main, "evaluate_run", killed)
+    monkeypatch.setattr(main, "export_checkpoint", export)
+    ended = CliRunner().invoke(main.app, ["train", str(finished.run_file)])
+    assert (ended.exit_code, exported) == (4, [("vllm", "speculators")])
+    assert "not measured: The evaluation was killed (-9). | 40 samples trained" in ended.output
+    assert "error The evaluation was killed (-9)." in ended.output
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from paceline.data.opening import scan
 from paceline.data.settings import SourceSection
 from paceline.data.survey import survey
 from paceline.engines.table import ENGINES
-from paceline.errors import ConfigError, explained
+from paceline.errors import ConfigError, PacelineError, explained
 from paceline.exports.settings import ExportSection
 from paceline.regular_files import kind_of
 from paceline.roles.child import RoleFailedError
@@ -126,12 +126,11 @@ def train(run_file: RunFile) -> None:
     if not completed:
         say(out, f"Stopped; nothing is lost. Go on with: paceline train {run_file}")
         raise typer.Exit(INTERRUPTED)
-    if plan.evaluation_obstacle:
-        _print_trained(plan, plan.evaluation_obstacle)
-    else:
-        _evaluate_if_possible(run_file, plan)
+    failure = _evaluate_if_possible(run_file, plan)
     if plan.config.export.formats:
         _export(run_file, plan.config, plan.config.export)
+    if failure is not None:
+        raise failure
 
 
 @app.command()
@@ -347,14 +346,22 @@ def _run_file(run: Path) -> Path:
     return run_file
 
 
-def _evaluate_if_possible(run_file: Path, plan: RunPlan) -> None:
-    """Evaluate; if it is impossible, say so, and fail only if the run file asks for that."""
+def _evaluate_if_possible(run_file: Path, plan: RunPlan) -> PacelineError | None:
+    """Evaluate, or say why the draft is not measured. Returns the error with which training is to end.
+
+    There is none if it is impossible, unless the run file asks for that. A draft that was not measured can
+    still be exported.
+    """
+    if plan.evaluation_obstacle:
+        _print_trained(plan, plan.evaluation_obstacle)
+        return None
     try:
         _evaluate(run_file, plan.config)
-    except RoleFailedError as error:
-        if error.exit_code != ConfigError.exit_code or plan.config.evaluation.unsupported == "refuse":
-            raise
+    except PacelineError as error:
         _print_trained(plan, error.what)
+        skips = error.exit_code == ConfigError.exit_code and plan.config.evaluation.unsupported == "skip"
+        return None if skips and isinstance(error, RoleFailedError) else error
+    return None
 
 
 def _run_role(role: str, run_file: Path) -> None:
