@@ -111,7 +111,7 @@ class Dataset:
         prompts, repeats = [], frozenset(block.repeats)
         records = self._from(number)
         for record, prompt in records:
-            if prompt is None or record.number in repeats:
+            if prompt is None or record.number < block.number or record.number in repeats:
                 continue
             if first := block.clashes.get(str(record.number)):
                 prompt = clash(self.records, record.number, first, prompt)
@@ -127,10 +127,13 @@ class Dataset:
         return prompts
 
     def _from(self, number: int) -> Reading:
-        """The records from a block on: of the reader that stands there, or of a new one."""
+        """The records from a block on: of the reader that stands there, or of a new one.
+
+        A stream's reader may stand before the block: a new one would begin at the start of the file.
+        """
         block, ahead = self.index.blocks[number], self._ahead
         self._ahead = None
-        if ahead is None or ahead[0] != number:
+        if ahead is None or ahead[0] > number or (ahead[0] < number and not self.records.is_stream):
             return self.source.read(block.offset, block.number)
         return ahead[1]
 

@@ -1,7 +1,7 @@
 """JSON lines from a file, plain or compressed with gzip or zstd, which are told apart by their first bytes.
 
 A compressed file is read as a stream, so nothing is unpacked to the disk and memory stays flat. The price: a
-read that does not go on where the last one ended begins at the start of the file.
+read that goes back begins at the start of the file.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ class Lines:
     @property
     def described(self) -> str:
         return f"JSON lines, {self.compression}" if self.compression else "JSON lines"
+
+    @property
+    def is_stream(self) -> bool:
+        return bool(self.compression)
 
     def identity(self) -> list[Any]:
         try:

@@ -25,6 +25,7 @@ from paceline.data.source import BLOCK, blocks_between, digest_of
 from paceline.ledger.records import SourceBlock
 
 BLOCKS_KNOWN = 8
+BLOCKS_HELD = 2  # a group may lie in two
 
 
 class Mixture:
@@ -39,6 +40,8 @@ class Mixture:
         self._counts = [max(1, round(w * s.size)) for s, w in zip(sources, weights, strict=True)]
         self._num_blocks = math.ceil(sum(self._counts) / BLOCK)
         self._order = lru_cache(BLOCKS_KNOWN)(self._shuffled)
+        self._held: dict[int, list[Prompt]] = {}
+        self._next = 0  # the ordinal after those that were read last
 
     @property
     def name(self) -> str:
@@ -71,14 +74,21 @@ class Mixture:
         return told
 
     def read(self, first: int, count: int) -> list[Prompt]:
-        """Raises ConfigError if a source has changed since it was scanned."""
+        """Raises ConfigError if a source has changed since it was scanned.
+
+        A sample that is looked up alone is read alone; anything else reads its whole blocks.
+        """
         found: list[Prompt] = []
         end = min(first + count, self.size)
+        is_lone, self._next = count == 1 and first != self._next, end
         while (ordinal := first + len(found)) < end:
             number = self._block_of(ordinal)
             place = ordinal - self._start(number)
-            turns = self._order(number)[place : place + end - ordinal]
-            found += [self._prompt(source, turn) for source, turn in turns]
+            part = slice(place, place + end - ordinal)
+            if is_lone and number not in self._held:
+                found += [self._prompt(*turn) for turn in self._order(number)[part]]
+            else:
+                found += self._block(number)[part]
         return found
 
     def digests(self, count: int) -> list[str]:  # noqa: ARG002 (a mixture is known as a whole)
@@ -135,6 +145,16 @@ class Mixture:
         size, count = self.sources[source].size, self._counts[source]
         turn = -(-place * min(size, count) // size)
         return turn if turn < count and self._place_of(source, turn) == (0, place) else None
+
+    def _block(self, number: int) -> list[Prompt]:
+        """The block's samples. Each source is read in its own order, so a record is parsed once."""
+        if number not in self._held:
+            if len(self._held) == BLOCKS_HELD:
+                del self._held[next(iter(self._held))]
+            order = self._order(number)
+            prompts = {turn: self._prompt(*turn) for turn in sorted(order)}
+            self._held[number] = [prompts[turn] for turn in order]
+        return self._held[number]
 
     def _prompt(self, source: int, turn: int) -> Prompt:
         time, place = self._place_of(source, turn)

@@ -38,6 +38,10 @@ class Records(Protocol):
     def described(self) -> str:
         """What the source is taken for, such as "JSON lines, gzip"."""
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether a read reads all that lies before its offset, too."""
+
     def identity(self) -> list[Any]:
         """JSON values that change when the content changes. Raises ConfigError if it cannot be read."""
 

@@ -24,6 +24,7 @@ STATE_BYTES_MAX = 16 << 20
 
 class Parquet:
     unit = "row"
+    is_stream = False
     described = "Parquet"
 
     def __init__(self, path: Path) -> None:
@@ -69,6 +70,7 @@ class HuggingFaceDataset:
     """A folder that `save_to_disk` wrote, or a data set of the hub, of which the library keeps a copy."""
 
     unit = "row"
+    is_stream = False
 
     def __init__(self, data: Any, name: str, described: str) -> None:
         """`data`: a `datasets.Dataset`, without its other columns."""

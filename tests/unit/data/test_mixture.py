@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ from paceline.data.mixture import Mixture
 from paceline.data.opening import open_data
 from paceline.data.prompts import Prompt
 from paceline.data.settings import SourceSection
-from paceline.data.source import RunPrompts
+from paceline.data.source import BLOCK, RunPrompts
 from paceline.errors import ConfigError
 
 
@@ -67,6 +68,45 @@ def test_the_order_follows_from_sizes_weights_and_seed(tmp_path: Path) -> None:
     other = ids(mixture(tmp_path, (1500, 1), (900, 1.5), seed=1).read(0, 9999))
     assert other != everything
     assert sorted(other) == sorted(everything)
+
+
+@pytest.mark.parametrize(("weight", "at_once"), [(0.1, 32), (0.1, 1), (0.25, 32), (2, 32)])
+def test_every_record_is_parsed_once_a_time_through_its_source(
+    tmp_path: Path, weight: float, at_once: int
+) -> None:
+    """However thin its samples lie, and in groups as a run reads them."""
+    mixed = mixture(tmp_path, (12_000, weight), (300, 1))
+    before = [source.source.num_read for source in mixed.sources]
+    for first in range(0, mixed.size, at_once):
+        mixed.read(first, at_once)
+    read = [s.source.num_read - n for s, n in zip(mixed.sources, before, strict=True)]
+    assert read == [12_000 * max(1, int(weight)), 300]
+
+
+def test_a_lone_sample_is_read_without_the_others_of_its_block(tmp_path: Path) -> None:
+    """The longest are looked up before a run starts, wherever they lie."""
+    mixed, whole = mixture(tmp_path, (12_000, 0.1)), mixture(tmp_path, (12_000, 0.1))
+    everything, [source] = whole.read(0, whole.size), mixed.sources
+    for ordinal in (700, 30, 1100):
+        before = source.source.num_read
+        assert mixed.read(ordinal, 1) == everything[ordinal : ordinal + 1]
+        assert source.source.num_read - before <= BLOCK
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.0004])
+def test_a_compressed_source_is_opened_once_a_time_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: float
+) -> None:
+    """Also if whole blocks of it hold no sample of the mixture."""
+    path = tmp_path / "s.gz"
+    path.write_bytes(gzip.compress(write(tmp_path / "s", 12_000).read_bytes()))
+    sections = [SourceSection(path=path, weight=weight), SourceSection(path=write(tmp_path / "t", 3000))]
+    mixed = open_data(sections)
+    opened, real = [], gzip.GzipFile
+    monkeypatch.setattr(gzip, "GzipFile", lambda **given: opened.append(1) or real(**given))
+    prompts = [prompt for first in range(0, mixed.size, 32) for prompt in mixed.read(first, 32)]
+    assert sum(prompt.prompt_id.startswith("1:") for prompt in prompts) == round(weight * 12_000)
+    assert len(opened) == 1
 
 
 def test_the_digests_tell_another_mixture(tmp_path: Path) -> None:
