@@ -49,9 +49,13 @@ class Wanted:
 
 
 class VllmServer(ThreadingHTTPServer):
-    """`misbehave(how)` makes the next answers wrong; `served` counts the requests for answers."""
+    """`misbehave(how)` makes the next answers wrong; `served` counts the requests for answers.
+
+    `tokenizer_end`: the token that ends answers besides those of the request, unless that has `ignore_eos`.
+    """
 
     daemon_threads = True
+    tokenizer_end: int | None = None
 
     def __init__(
         self,
@@ -98,11 +102,12 @@ class VllmServer(ThreadingHTTPServer):
             self._faults[how] += times
 
     def behave(self) -> None:
-        """Forget all faults that are left, the key, and every file."""
+        """Forget all faults that are left, the key, the tokenizer's end, and every file."""
         with self._lock:
             self._faults.clear()
         self.finish_writes()
         self.key = ""
+        self.tokenizer_end = None
         for path in self.folder.iterdir():
             path.unlink()
 
@@ -128,12 +133,12 @@ class VllmServer(ThreadingHTTPServer):
             [sample] = self._engine.capture(
                 [request], [Feature("tokens", Tokens(), dtype="int64"), *features]
             )
-        tokens = sample.tensors["tokens"]
         given = len(wanted.prompt)
+        tokens = self._up_to_an_end(sample.tensors["tokens"], wanted)
         written = tokens[given:].tolist()
         if self.takes("gibberish"):  # its states are right for the tokens that it wrote
             return self._gibberish(wanted, len(written))
-        logits = self._output(sample.tensors[f"{len(self.layers)}"][given - 1 :])
+        logits = self._output(sample.tensors[f"{len(self.layers)}"][given - 1 : len(tokens) - 1])
         states = torch.stack([sample.tensors[f"{n}"] for n in range(len(self.layers))], dim=1)
         count = len(tokens) - 1 if wanted.includes_outputs and not self.takes("old_version") else given
         path = self._write(tokens[:count], states[:count])
@@ -149,6 +154,14 @@ class VllmServer(ThreadingHTTPServer):
             "logprobs": {"token_logprobs": logprobs} if body.get("logprobs") else None,
         }
         return {"choices": [choice], "kv_transfer_params": {"hidden_states_path": path}}
+
+    def _up_to_an_end(self, tokens: torch.Tensor, wanted: Wanted) -> torch.Tensor:
+        """The tokens up to the first written one that the server's tokenizer names as the end."""
+        if self.tokenizer_end is None or wanted.body["ignore_eos"]:
+            return tokens
+        given = len(wanted.prompt)
+        ends = (tokens[given:] == self.tokenizer_end).nonzero()
+        return tokens[: given + int(ends[0]) + 1] if len(ends) else tokens
 
     def _gibberish(self, wanted: Wanted, count: int) -> dict[str, Any]:
         """Tokens drawn from nothing, with the states that they really have."""

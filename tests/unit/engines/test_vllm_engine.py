@@ -136,6 +136,16 @@ def test_it_captures_what_the_target_itself_gives_and_leaves_no_file(
     assert engine.facts.groups_in_flight_max > 1
 
 
+def test_an_end_that_only_the_servers_tokenizer_names_ends_no_answer(
+    engine: VllmEngine, server: VllmServer, tiny_model: Path
+) -> None:
+    """Answers end where the target's generation_config.json says, whichever engine runs it."""
+    asked = group(engine, 1)
+    alone = TransformersEngine(tiny_model, dtype="float32").capture(asked, FEATURES)
+    server.tokenizer_end = int(alone[0].tensors["tokens"][len(asked[0].token_ids)])
+    assert same(engine.capture(asked, FEATURES), alone)
+
+
 def test_several_groups_are_in_flight_at_once(make: Made, server: VllmServer) -> None:
     """Each thread gets its own group's samples."""
     engine = make(requests_in_flight=3)

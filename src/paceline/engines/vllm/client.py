@@ -66,7 +66,11 @@ class Client:
 
 
 def _request(model: str, wish: Wish) -> dict[str, Any]:
-    """Every setting of sampling is named, or the server would take defaults from the model's folder."""
+    """Every setting of sampling is named, or the server would take defaults from the model's folder.
+
+    The answer ends with one of `wish.ends` alone: `ignore_eos` leaves out the end that the server's tokenizer
+    names, which need not be among them.
+    """
     return {
         "model": model,
         "prompt": list(wish.token_ids),
@@ -82,7 +86,7 @@ def _request(model: str, wish: Wish) -> dict[str, Any]:
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "min_tokens": 0,
-        "ignore_eos": False,
+        "ignore_eos": True,
         "stop_token_ids": list(wish.ends),
         "return_token_ids": True,
         **({"logprobs": 1} if wish.logprobs else {}),
