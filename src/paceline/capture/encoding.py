@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.capture.settings import CaptureSettings
 from paceline.data.prompts import Chat, Prompt
-from paceline.data.source import PromptSource
+from paceline.data.source import HasLengths, PromptSource
 from paceline.engines.engine import TargetEngine
 from paceline.errors import ConfigError, EngineError
 from paceline.target.chat import Ids, Spans
@@ -141,31 +141,38 @@ class Encoding:
     def look_for_long(self, prompts: PromptSource) -> str:
         """A warning, before the first capture, about prompts that will fail for their length; "" if none.
 
-        Encodes the prompts with the longest texts until several in a row fit, so it costs little. Raises
-        ConfigError instead, if the run file says so.
+        Encodes the prompts with the longest texts until several in a row fit, so it costs little. The lengths
+        of kept answers are known, and all are counted. Raises ConfigError instead, if the run file says so.
         """
-        limit, fitting = self.limits.max_tokens, 0
+        limit = self.limits.max_tokens
         if limit is None or (self._settings.answers == "data" and self._settings.too_long == "truncate"):
             return ""
-        found: list[tuple[int, int, str]] = []  # ordinal, tokens, place
-        for ordinal in prompts.longest:
-            [prompt] = prompts.read(ordinal, 1)
-            num_tokens = self._num_tokens(prompt)
-            fitting = 0 if num_tokens > limit else fitting + 1
-            if num_tokens > limit:
-                found.append((ordinal, num_tokens, prompt.place or prompt.prompt_id))
-            elif fitting == FITTING_IN_A_ROW:
-                break
+        lengths = prompts.lengths if isinstance(prompts, HasLengths) else ()
+        known = {ordinal: length for ordinal, length in enumerate(lengths) if length > limit}
+        found = known or self._read_long(prompts, limit)
         if not found:
             return ""
-        most = max(num_tokens for _, num_tokens, _ in found)
+        first = [prompt for ordinal in sorted(found)[:NAMED] for prompt in prompts.read(ordinal, 1)]
+        many = f"{len(known)} of {len(lengths)} kept answers" if known else f"{len(found)} prompts"
         told = (
-            f"longer than the {limit} tokens of {self.limits.why} (the longest has {most}); the first: "
-            + "; ".join(place for _, _, place in sorted(found)[:NAMED])
+            f"longer than the {limit} tokens of {self.limits.why} (the longest has {max(found.values())}); "
+            "the first: " + "; ".join(prompt.place or prompt.prompt_id for prompt in first)
         )
         if self._settings.too_long == "refuse":
-            raise refused(f"{len(found)} prompts are {told}")
-        return f"{len(found)} prompts fail, {told}"
+            raise refused(f"{many} are {told}")
+        return f"{many} fail, {told}"
+
+    def _read_long(self, prompts: PromptSource, limit: int) -> dict[int, int]:
+        """The tokens of each prompt above the limit, by ordinal."""
+        found, fitting = {}, 0
+        for ordinal in prompts.longest:
+            num_tokens = self._num_tokens(*prompts.read(ordinal, 1))
+            fitting = 0 if num_tokens > limit else fitting + 1
+            if num_tokens > limit:
+                found[ordinal] = num_tokens
+            elif fitting == FITTING_IN_A_ROW:
+                break
+        return found
 
     def _num_tokens(self, prompt: Prompt) -> int:
         """The prompt's length, or a lower bound of it; 0 if it cannot be encoded."""

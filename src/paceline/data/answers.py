@@ -75,14 +75,14 @@ class AnswerFiles:
             for ordinal in sorted(found):
                 yield found[ordinal]
 
-    def digests(self) -> dict[int, bytes]:
-        """A digest of every answer, by ordinal. Raises StoreError."""
+    def digests(self) -> dict[int, tuple[bytes, int]]:
+        """A digest of every answer, and the tokens up to its end, by ordinal. Raises StoreError."""
         found = {}
         for path in self._folder.glob(f"*{SUFFIX}"):
             data = _content(path)
-            found.update(
-                {answer.ordinal: _digest(data[start:stop]) for answer, start, stop in _records(data)}
-            )
+            for answer, start, stop in _records(data):
+                end = answer.spans[-1][1] if answer.spans else len(answer.token_ids)
+                found[answer.ordinal] = _digest(data[start:stop]), end
         return found
 
     def keep(self, answers: Iterable[Answer]) -> None:

@@ -21,7 +21,7 @@ class KeptAnswers:
     """A PromptSource of token ids with spans. Samples that failed in the other run are not among them."""
 
     starts: Sequence[int] = (0,)
-    longest: Sequence[int] = ()
+    longest: Sequence[int] = ()  # `lengths` tells of all
     has_chats = True
     notes: Sequence[str] = ()
     sources: Sequence[Dataset] = ()
@@ -32,7 +32,8 @@ class KeptAnswers:
         self._files = AnswerFiles(run / "answers")
         found = self._files.digests()
         self._ordinals = sorted(found)
-        self._digests = [found[ordinal] for ordinal in self._ordinals]
+        self._digests = [found[ordinal][0] for ordinal in self._ordinals]
+        self.lengths: Sequence[int] = [found[ordinal][1] for ordinal in self._ordinals]
         if not found:
             raise ConfigError(
                 f"{run} keeps no answers.",

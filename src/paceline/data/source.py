@@ -63,6 +63,14 @@ class HasDigests(Protocol):
     def digests(self, count: int) -> list[str]: ...
 
 
+@runtime_checkable
+class HasLengths(Protocol):
+    """A source of kept answers that knows the tokens of each without a read; () if only a read can tell."""
+
+    @property
+    def lengths(self) -> Sequence[int]: ...
+
+
 def blocks_between(bounds: Iterable[int], size: int, digest: Callable[[int, int], str]) -> list[SourceBlock]:
     """Blocks that end at each of the bounds, and at the end of the source."""
     ends = sorted({*(bound for bound in bounds if 0 < bound < size), size})
@@ -158,8 +166,16 @@ class RunPrompts:
     @property
     def longest(self) -> Sequence[int]:
         """The longest prompts of the run's first start, in their first round."""
-        first_stretch = self._places[1] if len(self._places) > 1 else 0
-        return [ordinal for ordinal in self._prompts.longest if ordinal < first_stretch]
+        return [ordinal for ordinal in self._prompts.longest if ordinal < self._first_stretch]
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """The tokens of every prompt of the run's first start, if the set knows them."""
+        return self._prompts.lengths[: self._first_stretch] if isinstance(self._prompts, HasLengths) else ()
+
+    @property
+    def _first_stretch(self) -> int:
+        return self._places[1] if len(self._places) > 1 else 0
 
     def read(self, first: int, count: int) -> list[Prompt]:
         if self._prompts.size is None:

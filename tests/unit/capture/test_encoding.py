@@ -14,6 +14,8 @@ from paceline.capture.backpressure import Backpressure, Watermarks
 from paceline.capture.encoding import EncodedPrompt, Encoding, PromptLimits, rendering_of
 from paceline.capture.producer import Producer
 from paceline.capture.settings import CaptureSettings
+from paceline.data.answers import Answer, AnswerFiles
+from paceline.data.kept import KeptAnswers
 from paceline.data.opening import open_file
 from paceline.data.source import BLOCK, PromptList, RunPrompts
 from paceline.errors import ConfigError
@@ -241,6 +243,25 @@ def test_long_prompts_are_told_of_before_the_start(tmp_path: Path) -> None:
     )
     assert one.num_encoded < 100
     assert encoding(1000).look_for_long(file) == ""
+
+
+def test_kept_answers_that_do_not_fit_are_counted_before_the_start(tmp_path: Path) -> None:
+    """All of them; another run with greater limits kept them. None is read but those that are named."""
+    lengths = [30, 8, 21, 20, 90, 40]
+    AnswerFiles(tmp_path / "answers").keep(
+        Answer(ordinal, f"0/{ordinal}", tuple(range(length)), ((4, length),))
+        for ordinal, length in enumerate(lengths, start=3)
+    )
+    kept = RunPrompts(KeptAnswers(tmp_path), rounds=2)
+    one = encoding(12, answers="data", max_answer_tokens=8)
+    assert one.look_for_long(kept) == (
+        "4 of 6 kept answers fail, longer than the 20 tokens of data.max_prompt_tokens and "
+        "data.max_answer_tokens together (the longest has 90); the first: 0/0/3; 0/0/5; 0/0/7"
+    )
+    assert one.num_encoded == 0
+    with pytest.raises(ConfigError, match="4 of 6 kept answers are longer than the 20 "):
+        encoding(12, answers="data", max_answer_tokens=8, too_long="refuse").look_for_long(kept)
+    assert encoding(82, answers="data", max_answer_tokens=8).look_for_long(kept) == ""
 
 
 def test_a_start_among_a_hundred_thousand_prompts_costs_what_it_reads(tmp_path: Path) -> None:
