@@ -95,6 +95,10 @@ class PromptLimits:
     def admit(self, num_tokens: int) -> bool:
         return self.max_tokens is None or num_tokens <= self.max_tokens
 
+    def may_admit(self, num_characters: int) -> bool:
+        """Whether a text is short enough to be given to the tokenizer."""
+        return self.max_tokens is None or num_characters <= self.max_tokens * CHARACTERS_PER_TOKEN_MAX
+
 
 class TooLongError(ValueError):
     """A sample has more tokens than its limits admit."""
@@ -176,16 +180,19 @@ class Encoding:
 
     def _num_tokens(self, prompt: Prompt) -> int:
         """The prompt's length, or a lower bound of it; 0 if it cannot be encoded."""
-        if self._is_beyond_tokenizing(prompt):
-            return self._num_characters(prompt) // CHARACTERS_PER_TOKEN_MAX
         with suppress(*INPUT_FAILURES):
+            characters = self._num_characters(prompt)
+            if not self.limits.may_admit(characters):
+                return characters // CHARACTERS_PER_TOKEN_MAX
             return len(self._unlimited(EncodedPrompt(0, "", ()), prompt).token_ids)
         return 0
 
     def _encoded(self, encoded: EncodedPrompt, prompt: Prompt) -> EncodedPrompt:
-        if self._is_beyond_tokenizing(prompt):
-            characters, limit = self._num_characters(prompt), self.limits.max_tokens
-            raise TooLongError(f"its {characters} characters cannot be within {limit} tokens")
+        characters = self._num_characters(prompt)
+        if not self.limits.may_admit(characters):
+            raise TooLongError(
+                f"its {characters} characters cannot be within {self.limits.max_tokens} tokens"
+            )
         encoded = self._unlimited(encoded, prompt)
         ids, limits = encoded.token_ids, self.limits
         if not ids or not all(0 <= token < limits.vocab_size for token in ids):
@@ -246,23 +253,20 @@ class Encoding:
     def _answers(self, chat: Chat) -> list[int]:
         """The places of the given answers; of a chat that may be truncated, those that could fit."""
         places = [n for n, message in enumerate(chat.messages) if n and message.get("role") == "assistant"]
-        limit = self.limits.max_tokens
-        if limit is None or self._settings.too_long != "truncate":
+        if self.limits.max_tokens is None or self._settings.too_long != "truncate":
             return places
-        most, sizes = limit * CHARACTERS_PER_TOKEN_MAX, [_size(message) for message in chat.messages]
-        return [n for n in places if sum(sizes[: n + 1]) <= most] or places[:1]
+        fitting = [n for n in places if self.limits.may_admit(num_characters(chat.messages[: n + 1]))]
+        return fitting or places[:1]
 
     def _num_characters(self, prompt: Prompt) -> int:
         """Of the text that the tokenizer would be given."""
         if prompt.chat is None:
             return len(prompt.text)
-        answers = self._answers(prompt.chat) if self._settings.answers == "data" else []
-        messages = prompt.chat.messages[: answers[-1] + 1] if answers else prompt.chat.messages
-        return sum(_size(message) for message in messages)
-
-    def _is_beyond_tokenizing(self, prompt: Prompt) -> bool:
-        limit = self.limits.max_tokens
-        return limit is not None and self._num_characters(prompt) > limit * CHARACTERS_PER_TOKEN_MAX
+        messages = prompt.chat.messages
+        if self._settings.answers == "target":
+            return num_characters(messages[: places_to_write(prompt.chat)[0]])
+        answers = self._answers(prompt.chat)
+        return num_characters(messages[: answers[-1] + 1] if answers else messages)
 
 
 class _UnusableError(ValueError):
@@ -292,8 +296,8 @@ def _has_result(following: Sequence[Mapping[str, Any]]) -> bool:
     return bool(following) and following[0].get("role") == "tool"
 
 
-def _size(message: Mapping[str, Any]) -> int:
-    return len(str(message.get("content") or ""))
+def num_characters(messages: Iterable[Mapping[str, Any]]) -> int:
+    return sum(len(str(message.get("content") or "")) for message in messages)
 
 
 def refused(what: str) -> ConfigError:

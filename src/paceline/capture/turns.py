@@ -19,6 +19,7 @@ from paceline.capture.encoding import (
     EncodedPrompt,
     PromptLimits,
     TooLongError,
+    num_characters,
     places_to_write,
     refused,
 )
@@ -104,17 +105,27 @@ class TurnWriter:
         dialogue.written.append(Written(asked.token_ids + answer, len(asked.token_ids)))
         place = dialogue.places[turn]
         dialogue.messages[place : place + 1] = [message]
-        prompt = chats.prompt(dialogue.messages[: dialogue.places[turn + 1]], dialogue.chat.tools)
         turns = (*asked.turns, json.dumps(message, ensure_ascii=False))
-        if self._limits.admit(len(prompt)):
-            spans = exact_spans(dialogue.written, prompt)
-            dialogue.asked = replace(asked, token_ids=prompt, spans=spans, turns=turns, chat=None)
-        elif self._too_long == "truncate":
+        try:
+            prompt = self._next_prompt(dialogue)
+        except TooLongError:
+            if self._too_long != "truncate":
+                raise
             whole = dialogue.written[-1].ids
             spans = exact_spans(dialogue.written, whole)
             dialogue.asked = replace(asked, token_ids=whole, spans=spans, is_whole=True, chat=None)
         else:
-            raise TooLongError(
-                f"after {turn + 1} answers the prompt has {len(prompt)} tokens, more than the "
-                f"{self._limits.max_tokens} of {self._limits.why}"
-            )
+            spans = exact_spans(dialogue.written, prompt)
+            dialogue.asked = replace(asked, token_ids=prompt, spans=spans, turns=turns, chat=None)
+
+    def _next_prompt(self, dialogue: _Dialogue) -> Ids:
+        """The chat up to where the target writes next. Raises TooLongError."""
+        turn, limits = len(dialogue.written), self._limits
+        messages = dialogue.messages[: dialogue.places[turn]]
+        found = f"{num_characters(messages)} characters, which cannot be within {limits.max_tokens} tokens"
+        if limits.may_admit(num_characters(messages)):
+            prompt = self._chats().prompt(messages, dialogue.chat.tools)
+            if limits.admit(len(prompt)):
+                return prompt
+            found = f"{len(prompt)} tokens, more than the {limits.max_tokens} of {limits.why}"
+        raise TooLongError(f"after {turn} answers the prompt has {found}")

@@ -104,6 +104,14 @@ def test_a_text_of_ten_megabytes_is_not_given_to_the_tokenizer() -> None:
     assert one.num_encoded == 0
 
 
+def test_what_the_target_writes_anew_makes_no_chat_too_long() -> None:
+    """Nor do the turns behind its first place to write, whatever becomes of them later."""
+    one = encoding(10)
+    whole = encoded(one, chat("why", "so " * 9999), chat("why", "so", "and " * 9999, "thus"))
+    assert [(text_of(prompt), prompt.broken) for prompt in whole] == [("uwhy.a", ""), ("uwhy.a", "")]
+    assert "999 characters cannot be within 10" in broken(one, chat("x" * 999, "so"))[0]
+
+
 def test_a_tokenizer_or_template_that_raises_over_a_prompt_sets_it_aside(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -229,6 +229,20 @@ def test_a_chat_that_outgrows_its_limit(tmp_path: Path, too_long: str, answers: 
         assert len(found[0]["input_ids"]) == 21  # type: ignore[index]
 
 
+@pytest.mark.parametrize(("too_long", "answers"), [("truncate", 1), ("skip", 0)])
+def test_a_later_turn_of_megabytes_is_not_given_to_the_tokenizer(
+    tmp_path: Path, too_long: str, answers: int
+) -> None:
+    """The chat ends with the answer before, or fails alone with the number of its characters."""
+    run = Run(tmp_path, too_long=too_long)
+    run.prompts[2] = {"messages": [user("5"), {"role": "assistant", "content": "old"}, user("x" * 10**6)]}
+    run.producer()[1]()
+    found = run.samples().get(f"{RUN_ID}:2")
+    assert (len(targets(found)) // 6 if found else 0) == answers
+    if not answers:
+        assert "after 1 answers the prompt has 10000" in SQLiteLedger(run.db).failed()[2]
+
+
 def test_a_run_of_chats_ends_in_the_same_weights_after_a_crash(tmp_path: Path) -> None:
     """Producer and consumer die in the middle, features and all; the same bits come out."""
     plain = Run(tmp_path / "plain")
