@@ -38,6 +38,7 @@ class Wanted:
     """A request for an answer, as the server read it."""
 
     body: dict[str, Any]
+    request_id: str = ""
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -141,7 +142,7 @@ class VllmServer(ThreadingHTTPServer):
         logits = self._output(sample.tensors[f"{len(self.layers)}"][given - 1 : len(tokens) - 1])
         states = torch.stack([sample.tensors[f"{n}"] for n in range(len(self.layers))], dim=1)
         count = len(tokens) - 1 if wanted.includes_outputs and not self.takes("old_version") else given
-        path = self._write(tokens[:count], states[:count])
+        path = self._write(wanted.request_id, tokens[:count], states[:count])
         chosen = torch.log_softmax(logits, -1).gather(-1, torch.tensor(written)[:, None])
         logprobs = chosen[:, 0].tolist()
         if self.takes("other_prompt_ids"):
@@ -175,13 +176,13 @@ class VllmServer(ThreadingHTTPServer):
         with self._lock:
             [sample] = self._engine.capture([CaptureRequest("", tuple(tokens.tolist()))], features)
         states = torch.stack([sample.tensors[f"{n}"] for n in range(len(self.layers))], dim=1)
-        path = self._write(tokens[:-1], states)
+        path = self._write(wanted.request_id, tokens[:-1], states)
         choice = {"prompt_token_ids": list(wanted.prompt), "token_ids": answer.tolist()}
         return {"choices": [choice], "kv_transfer_params": {"hidden_states_path": path}}
 
-    def _write(self, tokens: torch.Tensor, states: torch.Tensor) -> str:
+    def _write(self, request_id: str, tokens: torch.Tensor, states: torch.Tensor) -> str:
         """Write the file as the real one does: by a thread, under a lock that is held before the answer."""
-        path = self.folder / f"cmpl-{uuid.uuid4().hex}-0.safetensors"
+        path = self.folder / f"cmpl-{request_id}-0-{uuid.uuid4().hex[:8]}.safetensors"
         tokens, states = self._harmed(tokens.clone(), states.clone().contiguous())
         data = save({"hidden_states": states, "token_ids": tokens})
         if self.takes("path_outside"):
@@ -246,6 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self._knows_key():
             return
+        wanted = Wanted(body, self.headers.get("X-Request-Id", uuid.uuid4().hex))
         if self.server.takes("die"):
             os._exit(1)
         if self.server.takes("http_500"):
@@ -257,11 +259,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.server.takes("hang"):
             time.sleep(HANG_S)
         elif self.server.takes("no_path"):
-            self._answer(200, {**self.server.complete(Wanted(body)), "kv_transfer_params": None})
+            self._answer(200, {**self.server.complete(wanted), "kv_transfer_params": None})
         elif self.server.takes("not_json"):
             self._answer(200, "<html>")
         else:
-            self._answer(200, self.server.complete(Wanted(body)))
+            self._answer(200, self.server.complete(wanted))
 
     def _knows_key(self) -> bool:
         told = self.headers.get("Authorization", "")

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from paceline.engines.engine import CaptureRequest
+from paceline.engines.served.own_files import own_prefix
 from paceline.engines.settings import EngineRun
 from paceline.engines.sglang import files
 from paceline.engines.sglang.engine import SglangEngine
@@ -449,16 +450,24 @@ def test_the_key_comes_from_its_variable_and_is_never_told(
 
 
 def test_files_that_nobody_waits_for_are_removed_by_age(plugged: Made) -> None:
-    """Those of a run that was killed; those of a live request stay."""
+    """The run's own, after a kill; those of a live request, of another run and of the user stay."""
     assert plugged.sink is not None
-    old, new = plugged.sink / "paceline-0.json", plugged.sink / ".paceline-1.json.new"
-    for path in (old, new):
+    own = own_prefix(plugged.folder / "run")
+    old, half = plugged.sink / f"{own}0.json", plugged.sink / f".{own}1.json.new"
+    new = plugged.sink / f".{own}2.json.new"
+    others = f"{own_prefix(plugged.folder / 'other')}0.safetensors"
+    foreign = [plugged.sink / name for name in ("config.json", "model.safetensors", others)]
+    for path in (old, half, new, *foreign):
         path.write_text("{}")
-    os.utime(old, (0, 0))
+    for path in (old, half, *foreign):
+        os.utime(path, (0, 0))
     engine = plugged()
     engine.capture(group(engine, 1), plugged.features)
-    assert not old.exists()
-    assert new.exists()
+    assert plugged.server.served[-1]["rid"].startswith(own)
+    left = sorted(plugged.sink.iterdir())
+    for path in left:
+        path.unlink()
+    assert left == sorted([new, *foreign])
 
 
 def test_a_stale_file_of_the_same_id_is_not_read(plugged: Made) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from paceline.engines.engine import CaptureRequest
 from paceline.engines.served import engine as engine_module
+from paceline.engines.served.own_files import own_prefix
 from paceline.engines.settings import EngineRun
 from paceline.engines.transformers import TransformersEngine
 from paceline.engines.vllm.engine import VllmEngine
@@ -358,8 +359,9 @@ def test_layers_that_the_server_does_not_write_are_refused(engine: VllmEngine) -
 
 
 def test_files_that_nobody_waits_for_are_removed_and_young_ones_stay(make: Made, server: VllmServer) -> None:
-    """A crash leaves files; a request of another producer may have left the young one."""
-    for name, age in (("old", 10_000), ("young", 0)):
+    """A crash leaves files; the young one may be that of a request in flight."""
+    own = f"cmpl-{own_prefix(make.folder / 'run')}-"
+    for name, age in ((f"{own}old", 10_000), (f"{own}young", 0)):
         for suffix in (".safetensors", ".safetensors.lock"):
             path = server.folder / f"{name}{suffix}"
             path.touch()
@@ -367,7 +369,21 @@ def test_files_that_nobody_waits_for_are_removed_and_young_ones_stay(make: Made,
             os.utime(path, (at, at))
     engine = make()
     engine.capture(group(engine, 1), FEATURES)
-    assert left_in(server.folder) == ["young.safetensors", "young.safetensors.lock"]
+    assert left_in(server.folder) == [f"{own}young.safetensors", f"{own}young.safetensors.lock"]
+    assert f"cmpl-{server.served[-1].request_id}".startswith(own)
+
+
+def test_a_sweep_leaves_what_is_not_the_runs_own(make: Made, server: VllmServer) -> None:
+    """A user's folder may hold a model; another run that shares it has files of its own in flight."""
+    others = f"cmpl-{own_prefix(make.folder / 'other')}-1-0.safetensors"
+    names = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors", "x.lock", others]
+    for name in names:
+        (server.folder / name).touch()
+        os.utime(server.folder / name, (0, 0))
+    engine = make()
+    engine.capture(group(engine, 1), FEATURES)
+    engine._files.sweep()
+    assert left_in(server.folder) == sorted(names)
 
 
 def test_the_key_is_read_from_the_environment_and_never_told(

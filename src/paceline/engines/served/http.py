@@ -68,12 +68,18 @@ class Http:
         body: Any,
         timeout_s: float,
         bytes_max: int = ANSWER_BYTES_MAX,
+        request_id: str = "",
     ) -> tuple[int, bytes]:
-        """Status and body of the answer. Raises NoAnswerError, and EngineError for a longer one."""
+        """Status and body of the answer. Raises NoAnswerError, and EngineError for a longer one.
+
+        `request_id`: how the server is to call the request.
+        """
         parts, deadline = self._parts, time.monotonic() + timeout_s
         kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         connection = kind(parts.hostname or "", parts.port, timeout=CONNECT_S)
         headers = {"Connection": "close", "Content-Type": "application/json"}
+        if request_id:
+            headers["X-Request-Id"] = request_id
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         try:

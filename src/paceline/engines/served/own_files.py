@@ -7,6 +7,7 @@ link, so that nothing that a server or another user puts there leads a reader el
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import time
@@ -73,12 +74,20 @@ def remove_own(folder: int, *names: str) -> None:
             os.unlink(each, dir_fd=folder)
 
 
-def sweep(folder: Path, suffixes: tuple[str, ...], older_than_s: float = 0.0) -> int:
-    """Remove this user's files with such names that nobody waits for any more; their number."""
+def own_prefix(run: Path) -> str:
+    """How the ids of a run's requests begin, and so the names of their files. `run`: its directory."""
+    return f"paceline-{hashlib.blake2b(str(run.absolute()).encode(), digest_size=6).hexdigest()}"
+
+
+def sweep(folder: Path, prefix: str, suffixes: tuple[str, ...], older_than_s: float = 0.0) -> int:
+    """Remove files of a run's requests that nobody waits for any more; their number.
+
+    The folder may be the user's own and hold anything else: only names with the run's `prefix` are removed.
+    """
     removed, before = 0, time.time() - older_than_s
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.name.endswith(suffixes):
+            if not (entry.name.startswith(prefix) and entry.name.endswith(suffixes)):
                 continue
             with suppress(FileNotFoundError):
                 facts = entry.stat(follow_symlinks=False)

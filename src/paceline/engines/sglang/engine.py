@@ -16,6 +16,7 @@ import torch
 from paceline.engines.engine import CaptureRequest
 from paceline.engines.served.engine import ServedEngine, served_facts
 from paceline.engines.served.http import Http, Wish, key_of
+from paceline.engines.served.own_files import own_prefix
 from paceline.engines.served.probe import Look, is_sound, why_no_reference
 from paceline.engines.settings import EngineRun
 from paceline.engines.sglang.command import aux_layers, layer_ids
@@ -49,6 +50,7 @@ class SglangEngine(ServedEngine):
                 why="Without the state after the last block only the model itself can prove the text.",
                 next="set engine.directory and start the server with Paceline's plug-in (docs/sglang.md).",
             )
+        self._prefix = own_prefix(run.directory)
         http = Http(section.url, key_of(section.api_key_variable), should_stop=self._stops)
         self._client = Client(http, timeout_s=section.timeout_s)
         self._info: ServerInfo | None = None
@@ -56,8 +58,9 @@ class SglangEngine(ServedEngine):
         if section.directory is not None:
             wait_s = min(section.timeout_s, FILE_WAIT_S)
             shape = (layers, facts.hidden_size, self._dtype)
-            self._files = SinkFiles(section.directory, *shape, wait_s=wait_s, should_stop=self._stops)
-        self._run_id = str(run.directory.absolute())
+            self._files = SinkFiles(
+                section.directory, *shape, prefix=self._prefix, wait_s=wait_s, should_stop=self._stops
+            )
 
     @classmethod
     def of_run(cls, section: SglangSection, target: TargetSection, run: EngineRun) -> SglangEngine:
@@ -107,8 +110,8 @@ class SglangEngine(ServedEngine):
 
     def _request_id(self, wish: Wish, sample_id: str) -> str:
         """The same for the same request of the same run, so that a repeated one overwrites its file."""
-        known = repr((self._run_id, sample_id, wish)).encode()
-        return f"paceline-{hashlib.blake2b(known, digest_size=16).hexdigest()}"
+        known = repr((sample_id, wish)).encode()
+        return self._prefix + hashlib.blake2b(known, digest_size=10).hexdigest()
 
     def _remove_files(self) -> None:
         if self._files is not None:

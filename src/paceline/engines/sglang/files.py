@@ -38,16 +38,17 @@ class SinkFiles:
         hidden_size: int,
         dtype: torch.dtype,
         *,
+        prefix: str,
         wait_s: float,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """`layers`: the blocks after which a row's states are, the last block included.
 
-        `wait_s`: how long a file may come after its answer.
+        `prefix`: of the run's requests. `wait_s`: how long a file may come after its answer.
         """
         self.folder = folder
         self._layers, self._hidden_size, self._dtype = list(layers), hidden_size, dtype
-        self._wait_s = wait_s
+        self._prefix, self._wait_s = prefix, wait_s
         self._should_stop = should_stop
 
     def clear(self, request_id: str) -> None:
@@ -74,8 +75,9 @@ class SinkFiles:
         return self._states(name, data, manifest, token_ids)
 
     def sweep(self, older_than_s: float) -> int:
-        """Remove files that nobody waits for any more; their number."""
-        return sweep(self.folder, (".json", ".safetensors", ".new"), older_than_s)
+        """Remove the run's files that nobody waits for any more; their number."""
+        whole = sweep(self.folder, self._prefix, (".json", ".safetensors"), older_than_s)
+        return whole + sweep(self.folder, f".{self._prefix}", (".new",), older_than_s)
 
     def _manifest(self, folder: int, name: str) -> Mapping[str, Any]:
         deadline = time.monotonic() + self._wait_s

@@ -58,9 +58,14 @@ class Client:
 
     # -- what it writes --------------------------------------------------------------------
 
-    def complete(self, model: str, wish: Wish) -> Completion:
-        """Raises NoAnswerError, TryAgainError, or EngineError for a request that the server refuses."""
-        status, body = self.http.exchange("POST", "/v1/completions", _request(model, wish), self._timeout_s)
+    def complete(self, model: str, wish: Wish, request_id: str) -> Completion:
+        """The server names its file by `request_id`, with a word of its own before it.
+
+        Raises NoAnswerError, TryAgainError, or EngineError for a request that the server refuses.
+        """
+        status, body = self.http.exchange(
+            "POST", "/v1/completions", _request(model, wish), self._timeout_s, request_id=request_id
+        )
         self.http.refuse_status(status, body)
         return _completion(parsed(body), wish)
 

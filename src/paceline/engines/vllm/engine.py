@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from dataclasses import replace
 
@@ -10,9 +11,10 @@ import torch
 from paceline.engines.engine import CaptureRequest
 from paceline.engines.served.engine import ServedEngine, served_facts
 from paceline.engines.served.http import Http, Wish, key_of
+from paceline.engines.served.own_files import own_prefix
 from paceline.engines.served.probe import Look, mismatch
 from paceline.engines.settings import EngineRun
-from paceline.engines.vllm.client import Client
+from paceline.engines.vllm.client import Client, Completion
 from paceline.engines.vllm.command import serve_command, served_layers
 from paceline.engines.vllm.files import Layout, StateFiles
 from paceline.engines.vllm.server import ManagedServer
@@ -33,7 +35,8 @@ class VllmEngine(ServedEngine):
         layout = Layout(len(layers), facts.hidden_size, self._dtype)
         wait_s = min(section.timeout_s, LOCK_WAIT_S)
         folder = section.directory or run.files()
-        self._files = StateFiles(folder, layout, wait_s=wait_s, should_stop=self._stops)
+        self._prefix = own_prefix(run.directory)
+        self._files = StateFiles(folder, layout, prefix=self._prefix, wait_s=wait_s, should_stop=self._stops)
         self._server = self._managed() if section.managed else None
         self._client = self._new_client()
         self._model = ""
@@ -54,7 +57,7 @@ class VllmEngine(ServedEngine):
         is read again by a second request."""
         if not request.max_new_tokens:
             return Look(request, request.token_ids, self._read(request.processed))
-        done = self._client.complete(self._model, self._wish(request, logprobs=logprobs))
+        done = self._complete(self._wish(request, logprobs=logprobs))
         tokens = self._all_tokens(request, done.token_ids)
         found = self._files.take(done.path, len(tokens))
         states = found.states
@@ -67,12 +70,16 @@ class VllmEngine(ServedEngine):
 
     def _read(self, token_ids: tuple[int, ...]) -> torch.Tensor:
         """The states of known tokens, [T, layers, H]."""
-        done = self._client.complete(self._model, Wish(token_ids, 1, outputs=False))
+        done = self._complete(Wish(token_ids, 1, outputs=False))
         found = self._files.take(done.path, len(token_ids) + 1)
         if found.token_ids != token_ids:
             raise mismatch("a file of states holds other tokens than were sent")
         self._answered()
         return found.states
+
+    def _complete(self, wish: Wish) -> Completion:
+        """A repeated request has another id: the server may still answer the first."""
+        return self._client.complete(self._model, wish, f"{self._prefix}-{secrets.token_hex(8)}")
 
     def _remove_files(self) -> None:
         self._files.sweep(older_than_s=2 * self._section.timeout_s + LOCK_WAIT_S)

@@ -27,6 +27,7 @@ from paceline.engines.served.probe import is_sound
 from paceline.errors import EngineError
 
 STATES, TOKENS = "hidden_states", "token_ids"
+SERVERS_WORD = "cmpl-"  # before the id of a request, in the name of its file
 SUFFIX, LOCK = ".safetensors", ".lock"
 HEADER_BYTES_MAX = 1 << 16
 LOOK_S = 0.01
@@ -59,13 +60,14 @@ class StateFiles:
         folder: Path,
         layout: Layout,
         *,
+        prefix: str,
         wait_s: float,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`wait_s`: how long the server may hold a file's lock."""
+        """`prefix`: of the run's requests. `wait_s`: how long the server may hold a file's lock."""
         self.folder = folder
         self.layout = layout
-        self._wait_s = wait_s
+        self._prefix, self._wait_s = prefix, wait_s
         self._should_stop = should_stop
 
     def take(self, named: str, tokens_max: int) -> Written:
@@ -84,8 +86,8 @@ class StateFiles:
         return self._content(name, data)
 
     def sweep(self, older_than_s: float = 0.0) -> int:
-        """Remove the server's files that nobody waits for any more; their number."""
-        return sweep(self.folder, (SUFFIX, SUFFIX + LOCK), older_than_s)
+        """Remove the files of the run's requests that nobody waits for any more; their number."""
+        return sweep(self.folder, SERVERS_WORD + self._prefix, (SUFFIX, SUFFIX + LOCK), older_than_s)
 
     def _own_name(self, named: str) -> str:
         """The file's name, if the path lies directly in the folder."""
