@@ -30,6 +30,15 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 50000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+UNTRUNCATED = {
+    **YARN,
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "truncate": False,
+}
+TWO_SCALES = {**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+OTHER_SCALES = {**YARN, "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.2}
 LINEAR = {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0}
 
 

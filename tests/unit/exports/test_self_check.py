@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from exports_case import LINEAR, LLAMA3, YARN, Case, make_case
+from exports_case import (
+    LINEAR,
+    LLAMA3,
+    OTHER_SCALES,
+    TWO_SCALES,
+    UNTRUNCATED,
+    YARN,
+    Case,
+    make_case,
+)
 from safetensors.torch import load_file, save_file
 
 from paceline.exports.table import EXPORTS
@@ -40,7 +49,17 @@ def test_what_is_exported_drafts_as_the_trainers_decoder(case: Case, name: str, 
     assert verdict.error < 1e-5
 
 
-@pytest.mark.parametrize("rope", [LLAMA3, YARN, LINEAR], ids=lambda rope: rope["rope_type"])
+ROPES = {
+    "linear": LINEAR,
+    "llama3": LLAMA3,
+    "yarn": YARN,
+    "yarn of gpt-oss": UNTRUNCATED,
+    "yarn of DeepSeek-V3": TWO_SCALES,
+    "yarn with two unequal scales": OTHER_SCALES,
+}
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 def test_a_scaled_rotary_embedding_is_the_targets(rope: dict[str, Any], tmp_path: Path) -> None:
     """The draft is trained with the target's scaling, and a server reads the same from either form."""
     case = make_case(tmp_path / "model", rope)

@@ -64,17 +64,32 @@ def _llama3(plain: torch.Tensor, rope: Mapping[str, Any], factor: float) -> torc
 def _yarn(
     plain: torch.Tensor, rope: Mapping[str, Any], factor: float, head_dim: int
 ) -> tuple[torch.Tensor, float]:
-    """As llama3, but mixed over the number of the frequency; attention becomes a little sharper."""
+    """As llama3, but mixed over the number of the frequency; attention becomes a little sharper.
+
+    The bounds of the mixture are whole numbers, unless `truncate` is false.
+    """
     length, base = rope["original_max_position_embeddings"], math.log(float(rope["rope_theta"]))
 
     def place(turns: float) -> float:
         return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * base)
 
-    first = max(math.floor(place(float(rope.get("beta_fast") or 32.0))), 0)
-    last = min(math.ceil(place(float(rope.get("beta_slow") or 1.0))), head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float64) - first) / max(last - first, 0.001)
+    first, last = place(float(rope.get("beta_fast") or 32.0)), place(float(rope.get("beta_slow") or 1.0))
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float64) - first) / ((last - first) or 0.001)
     stretched = ramp.clamp(0.0, 1.0)
-    sharper = rope.get("attention_factor")
-    return plain * (1.0 - stretched) + plain / factor * stretched, float(
-        sharper if sharper is not None else 0.1 * math.log(factor) + 1.0
-    )
+    return plain * (1.0 - stretched) + plain / factor * stretched, _sharper(rope, factor)
+
+
+def _sharper(rope: Mapping[str, Any], factor: float) -> float:
+    """Yarn's factor on cosine and sine: given, or a ratio of two, or of the factor alone."""
+
+    def of(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return of(float(rope["mscale"])) / of(float(rope["mscale_all_dim"]))
+    return of(1.0)
