@@ -22,7 +22,9 @@ def test_a_file_is_checked_with_the_target_and_its_time_measured(tiny_model: Pat
     turns = [{"role": "user", "content": "a wheel"}, {"role": "assistant", "content": "turns"}]
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"messages": turns}) + "\nbroken\n")
-    checked = command("data", "check", str(path), "--target", str(tiny_model), "--measure")
+    checked = command(
+        "data", "check", str(path), "--target", str(tiny_model), "--answers", "data", "--measure"
+    )
     assert checked.returncode == 0, checked.stderr
     assert "2 samples (1 messages)" in checked.stdout
     assert "<bos>a wheel<eos><bos>[[turns<eos>]]" in checked.stdout
@@ -31,6 +33,16 @@ def test_a_file_is_checked_with_the_target_and_its_time_measured(tiny_model: Pat
     assert refused.returncode == 2
     assert "no config.json" in refused.stderr
     assert command("data", "check", str(tmp_path / "none")).returncode == 2
+
+
+def test_a_run_file_is_checked_as_its_run_would_read_it(tiny_model: Path, tmp_path: Path) -> None:
+    """Its sources, its target and its limits, before it has started."""
+    run = TinyRun(tmp_path, tiny_model)
+    checked = command("data", "check", str(run.run_file))
+    assert checked.returncode == 0, checked.stderr
+    assert f"{tmp_path / 'train.jsonl'}: JSON lines, 20 samples" in checked.stdout
+    assert "the target writes up to 12 tokens" in checked.stdout
+    assert not run.directory.exists()
 
 
 def test_a_run_trains_on_a_mixture_of_chats_and_prompts(tiny_model: Path, tmp_path: Path) -> None:

@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from paceline.cli.plain import say
-from paceline.data.survey import Survey
-from paceline.roles.data_check import CheckRequest, CheckResult, ShownSample
+from paceline.config.load import load_run_config
+from paceline.data.opening import scan
+from paceline.data.settings import DataSection
+from paceline.data.survey import Survey, survey
+from paceline.errors import ConfigError
+from paceline.roles.data_check import CheckRequest, CheckResult, ShownSample, check_with_target
+from paceline.target.settings import TargetSection
 from paceline.terminal import printable
 
 TARGET_STYLE = "bold green"
 BARS = 40  # characters of the longest bar
+RUN_FILES = (".yaml", ".yml")
+
+
+def check(console: Console, path: Path, given: Mapping[str, Any], *, measure: bool) -> None:
+    """Tell of the sources of a run file, or of one file with the `given` options, by their names."""
+    is_run_file = path.suffix in RUN_FILES
+    data, request = of_run_file(path, given) if is_run_file else of_file(path, given)
+    for source in data.sources:
+        tell_survey(console, str(source.path or source.hub), survey(scan(source)))
+    if request is None:
+        say(console, "lengths, masks and costs: add --target MODEL, the target's folder")
+        return
+    request = request.model_copy(update={"measure": measure})
+    tell_target(console, request, check_with_target(request))
+
+
+def of_run_file(path: Path, given: Mapping[str, Any]) -> tuple[DataSection, CheckRequest]:
+    """What the run would read, with its target. Raises ConfigError, for options too: the file has all."""
+    if given:
+        name = next(iter(given))
+        raise ConfigError(
+            f"--{name.replace('_', '-')} is given beside the run file {path}.",
+            why="The check of a run file shows what that run would do.",
+            next=f"set it in {path}, or check a file of samples instead.",
+        )
+    config = load_run_config(path)
+    method = config.method.model_dump(mode="json")
+    request = CheckRequest(data=config.data, target=config.target, method=method, seed=config.run.seed)
+    return config.data, request
+
+
+def of_file(path: Path, given: Mapping[str, Any]) -> tuple[DataSection, CheckRequest | None]:
+    """One source, read with a run's defaults and what is given instead; no request without a target."""
+    data = DataSection.parse({"path": path, **{key: given[key] for key in given if key != "target"}})
+    if "target" not in given:
+        return data, None
+    return data, CheckRequest(data=data, target=TargetSection(model=given["target"]))
 
 
 def tell_survey(console: Console, name: str, found: Survey) -> None:
@@ -34,11 +78,12 @@ def tell_survey(console: Console, name: str, found: Survey) -> None:
             say(console, f"    {told}")
 
 
-def tell_target(console: Console, request: CheckRequest, found: CheckResult, usable: int) -> None:
-    """Lengths, samples with their masks, problems and costs, as the target sees the source."""
+def tell_target(console: Console, request: CheckRequest, found: CheckResult) -> None:
+    """Lengths, samples with their masks, problems and costs, as the target sees the sources."""
     looked_at = len(found.lengths) + sum(problem.count for problem in found.problems)
-    whose = "the target writes them" if found.answers == "target" else "those of the data"
-    say(console, f"answers, as checked here: {whose} (data.answers: {found.answers})")
+    answers = request.data.answers
+    whose = {"target": "the target writes them", "data": "those of the data"}.get(answers, "those of a run")
+    say(console, f"answers, as checked here: {whose} (data.answers: {answers})")
     for line in _histogram(found.lengths):
         say(console, line)
     for problem in found.problems:
@@ -46,8 +91,8 @@ def tell_target(console: Console, request: CheckRequest, found: CheckResult, usa
         for told in problem.first:
             say(console, f"    {told}")
     for sample in found.samples:
-        _show(console, sample, request.max_answer_tokens)
-    for line in _costs(request, found, usable, looked_at):
+        _show(console, sample, request.data.max_answer_tokens)
+    for line in _costs(request, found):
         say(console, line)
 
 
@@ -90,15 +135,15 @@ def _part(text: str, is_target: bool, coloured: bool) -> Text:
     return Text(text, TARGET_STYLE) if coloured else Text(f"[[{text}]]")
 
 
-def _costs(request: CheckRequest, found: CheckResult, usable: int, looked_at: int) -> Iterator[str]:
+def _costs(request: CheckRequest, found: CheckResult) -> Iterator[str]:
     if not found.lengths:
         return
-    samples = usable * len(found.lengths) // max(1, looked_at)
+    samples = found.num_samples
     size = samples * found.sample_bytes
     yield (
         f"capture: about {samples} samples a round, at most {_bytes(found.sample_bytes)} each on average "
-        f"with the features of eagle3 in {found.dtype}, {_bytes(size)} in all; shared memory holds "
-        "features.budget_mib of it at a time"
+        f"with the features of {request.method['name']} in {found.dtype}, {_bytes(size)} in all; shared "
+        "memory holds features.budget_mib of it at a time"
     )
     if found.group_samples:
         seconds = samples / found.group_samples * found.group_seconds
@@ -107,7 +152,7 @@ def _costs(request: CheckRequest, found: CheckResult, usable: int, looked_at: in
             f"{_clock(seconds)} on this machine"
         )
     else:
-        yield f"time: add --measure to load {request.model} and time a capture group"
+        yield f"time: add --measure to load {request.target.model} and time a capture group"
 
 
 def _bytes(size: float) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from paceline.cli.clean import clean_folder
-from paceline.cli.data import tell_survey, tell_target
+from paceline.cli.data import check
 from paceline.cli.export import HOST, export_checkpoint, export_request, serve_run, serving_command
 from paceline.cli.fsck import fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
@@ -24,15 +24,11 @@ from paceline.cli.plain import exit_code_of_lost_output, out, say, say_error, st
 from paceline.cli.progress import Progress, describe, evaluation_lines, final_line, trained
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
-from paceline.data.opening import scan
-from paceline.data.settings import SourceSection
-from paceline.data.survey import survey
 from paceline.engines.table import ENGINES
 from paceline.errors import ConfigError, PacelineError, explained
 from paceline.exports.settings import ExportSection
 from paceline.regular_files import kind_of
 from paceline.roles.child import RoleFailedError
-from paceline.roles.data_check import CheckRequest, check_with_target
 from paceline.roles.plan import RunPlan, plan_run, role_environment
 from paceline.roles.preflight import preflight
 from paceline.roles.process import DEBUG_VARIABLE
@@ -257,34 +253,30 @@ def inspect(
 @advises
 def check_data(
     path: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A file or folder of samples.", readable=False)
+        Path,
+        typer.Argument(metavar="FILE", help="A run file, or a file or folder of samples.", readable=False),
     ],
     target: Annotated[Path | None, typer.Option(help="The target's folder, for tokens and masks.")] = None,
-    format: Annotated[str, typer.Option(help="The format of its records; auto: any.")] = "auto",
-    split: Annotated[str, typer.Option(help="The split of a `datasets` folder.")] = "",
-    answers: Annotated[str, typer.Option(help="target or data, as in the run file.")] = "",
-    max_prompt_tokens: Annotated[int, typer.Option(help="As data.max_prompt_tokens.")] = 192,
-    max_answer_tokens: Annotated[int, typer.Option(help="As data.max_answer_tokens.")] = 128,
+    format: Annotated[str | None, typer.Option(help="The format of its records; auto: any.")] = None,
+    split: Annotated[str | None, typer.Option(help="The split of a `datasets` folder.")] = None,
+    answers: Annotated[str | None, typer.Option(help="As data.answers: target or data.")] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="As data.max_prompt_tokens.")] = None,
+    max_answer_tokens: Annotated[int | None, typer.Option(help="As data.max_answer_tokens.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Load the target and time it.")] = False,
 ) -> None:
-    """Show what a file is taken for, what in it cannot be used, and what the target sees of it."""
-    source = SourceSection.parse({"path": path, "format": format, "split": split})
-    found = survey(scan(source))
-    tell_survey(out, str(path), found)
-    if target is None:
-        say(out, "lengths, masks and costs: add --target MODEL, the target's folder")
-        return
-    request = CheckRequest.parse(
-        {
-            "source": source,
-            "model": target,
-            "answers": answers,
-            "max_prompt_tokens": max_prompt_tokens,
-            "max_answer_tokens": max_answer_tokens,
-            "measure": measure,
-        }
-    )
-    tell_target(out, request, check_with_target(request), found.usable)
+    """Show what a file is taken for, what in it cannot be used, and what the target sees of it.
+
+    Of a run file, as that run would: with its sources, target, answers and limits.
+    """
+    given = {
+        "target": target,
+        "format": format,
+        "split": split,
+        "answers": answers,
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_answer_tokens": max_answer_tokens,
+    }
+    check(out, path, {name: value for name, value in given.items() if value is not None}, measure=measure)
 
 
 @data_app.command("export")

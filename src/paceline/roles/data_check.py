@@ -6,16 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
-from paceline.data.settings import SourceSection
+from paceline.data.settings import DataSection
 from paceline.errors import PacelineError
 from paceline.roles.child import RoleFailedError
 from paceline.roles.plan import role_environment
-from paceline.section import Count, Section
+from paceline.section import Section
+from paceline.target.settings import TargetSection
 from paceline.terminal import one_line
 
 LOOKED_AT_MAX = 2000
@@ -23,13 +23,15 @@ SAMPLES_SHOWN = 3
 
 
 class CheckRequest(Section):
-    """`answers`: "" for those of the data where it has any. `measure`: time the target, too."""
+    """The sections of a run file that decide what is captured. `seed`: the run's, for the order of a mixture.
 
-    source: SourceSection
-    model: Path
-    answers: Literal["", "target", "data"] = ""
-    max_prompt_tokens: Count = 192
-    max_answer_tokens: Count = 128
+    `measure`: time the target, too.
+    """
+
+    data: DataSection
+    target: TargetSection
+    method: dict[str, Any] = {"name": "eagle3"}
+    seed: int = 0
     measure: bool = False
 
 
@@ -59,12 +61,13 @@ class Problem(Section):
 
 
 class CheckResult(Section):
-    """`lengths`: tokens of each sample that was looked at. `sample_bytes`: on average, of captured features.
+    """`lengths`: tokens of each sample that was looked at. `num_samples`: of a round, as far as these tell.
 
-    `group_seconds`, `group_samples`: of one capture group, if it was measured.
+    `sample_bytes`: on average, of captured features. `group_seconds`, `group_samples`: of one capture group,
+    if it was measured.
     """
 
-    answers: str
+    num_samples: int
     lengths: tuple[int, ...]
     num_targets: int
     samples: tuple[ShownSample, ...]

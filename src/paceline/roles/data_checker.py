@@ -1,6 +1,7 @@
 """The process of `paceline data check --target`: reads a CheckRequest, writes a CheckResult, both as JSON.
 
-It encodes samples exactly as a producer would, so the masks that it shows are those that would be trained.
+It encodes samples with the settings of the run, exactly as a producer would, so the masks that it shows are
+those that would be trained.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from time import monotonic
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from paceline.capture.encoding import EncodedPrompt, Encoding
-from paceline.capture.settings import CaptureSettings
+from paceline.capture.settings import CaptureSection, CaptureSettings
 from paceline.capture.sizing import largest_sample_bytes
-from paceline.data.opening import open_data
+from paceline.data.kept import KeptAnswers
+from paceline.data.opening import Data, open_data
 from paceline.data.prompts import Prompt
-from paceline.data.survey import has_answer
 from paceline.engines.engine import CaptureRequest, TargetEngine
 from paceline.engines.transformers import TransformersEngine
 from paceline.errors import explained
@@ -71,24 +72,23 @@ class Reading:
 
 
 def check(request: CheckRequest) -> CheckResult:
-    target = local_target(TargetSection(model=request.model))
+    target = local_target(request.target)
     reading = Reading(target)
-    features = METHODS.find("eagle3")().build().features(reading.facts)
-    prompts = list(_spread(request))
-    answers = request.answers or _usual(prompts)
-    settings = CaptureSettings(
-        features=features,
-        answers=answers,
-        max_prompt_tokens=request.max_prompt_tokens,
-        max_answer_tokens=request.max_answer_tokens,
-    )
+    method = METHODS.find(str(request.method.get("name"))).parse(request.method).build()
+    features = method.features(reading.facts)
+    settings = CaptureSettings.of(CaptureSection(), request.data, features=features)
     encoding = Encoding(cast(TargetEngine, reading), settings)
-    encoded = [encoding.prompt(ordinal, prompt) for ordinal, prompt in enumerate(prompts)]
+    data = _opened(request)
+    if settings.too_long == "refuse":
+        encoding.look_for_long(data)  # raises what the run's start would
+    prompts = list(_spread(data))
+    usable = (prompt for prompt in prompts if not prompt.broken)
+    encoded = [encoding.prompt(ordinal, prompt) for ordinal, prompt in enumerate(usable)]
     good = [prompt for prompt in encoded if not prompt.broken]
     seconds, measured = _measured(target, good, settings) if request.measure and good else (0.0, 0)
     sizes = [_sample_bytes(features, reading.facts, prompt, settings) for prompt in good]
     return CheckResult(
-        answers=answers,
+        num_samples=data.size * len(good) // max(1, len(prompts)),
         lengths=tuple(len(prompt.token_ids) for prompt in good),
         num_targets=sum(stop - start for prompt in good for start, stop in prompt.spans),
         samples=tuple(_shown(prompt, reading.encoder.tokenizer) for prompt in good[:SAMPLES_SHOWN]),
@@ -100,18 +100,17 @@ def check(request: CheckRequest) -> CheckResult:
     )
 
 
-def _spread(request: CheckRequest) -> Iterator[Prompt]:
-    """Usable prompts, spread evenly over the source if it has more than are looked at."""
-    data = open_data([request.source])
+def _opened(request: CheckRequest) -> Data | KeptAnswers:
+    if request.data.other_run is not None:
+        return KeptAnswers(request.data.other_run)
+    return open_data(request.data.sources, seed=request.seed)
+
+
+def _spread(data: Data | KeptAnswers) -> Iterator[Prompt]:
+    """The prompts of a round, or some spread evenly over it if there are more than are looked at."""
     step = max(1, data.size // LOOKED_AT_MAX)
     for ordinal in range(0, data.size, step):
-        [prompt] = data.read(ordinal, 1)
-        if not prompt.broken:
-            yield prompt
-
-
-def _usual(prompts: Sequence[Prompt]) -> Literal["target", "data"]:
-    return "data" if 2 * sum(map(has_answer, prompts)) > len(prompts) else "target"
+        yield from data.read(ordinal, 1)
 
 
 def _problems(encoded: Sequence[EncodedPrompt]) -> list[Problem]:

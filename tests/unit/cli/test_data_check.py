@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from paceline.cli.data import tell_survey, tell_target
+from paceline.cli.data import of_file, of_run_file, tell_survey, tell_target
 from paceline.data.opening import scan
-from paceline.data.settings import SourceSection
+from paceline.data.settings import DataSection, SourceSection
 from paceline.data.survey import survey
+from paceline.errors import ConfigError
 from paceline.roles.data_check import CheckRequest, CheckResult, Part, Problem, ShownSample
+from paceline.target.settings import TargetSection
 
 RECORDS = [
     {"prompt": "plain"},
@@ -62,7 +64,10 @@ def test_nothing_usable_is_told_and_not_an_error(tmp_path: Path) -> None:
     assert "a.csv: JSON lines, 2 samples (none usable)" in text.getvalue()
 
 
-REQUEST = CheckRequest(source=SourceSection(path=Path("x")), model=Path("models/m"), max_answer_tokens=50)
+REQUEST = CheckRequest(
+    data=DataSection.parse({"path": "x", "answers": "data", "max_answer_tokens": 50}),
+    target=TargetSection(model=Path("models/m")),
+)
 SAMPLE = ShownSample(
     name="s1",
     num_tokens=9,
@@ -70,7 +75,7 @@ SAMPLE = ShownSample(
     rest=4,
 )
 RESULT = CheckResult(
-    answers="data",
+    num_samples=4,
     lengths=(3, 5, 6, 70),
     num_targets=9,
     samples=(SAMPLE,),
@@ -83,7 +88,7 @@ RESULT = CheckResult(
 def test_targets_are_between_brackets_where_there_is_no_colour() -> None:
     """Text of the file is printed literally and obeyed by no terminal."""
     console, text = printed()
-    tell_target(console, REQUEST, RESULT, usable=5)
+    tell_target(console, REQUEST, RESULT)
     shown = text.getvalue()
     assert "    [b]hi\n    \\x1b[2J[[there]] ... 4 more tokens\n" in shown
     assert "tokens of 4 samples: 3 to 70, half of them up to 6, 95 of 100 up to 6\n" not in shown
@@ -95,10 +100,8 @@ def test_targets_are_between_brackets_where_there_is_no_colour() -> None:
 def test_targets_are_coloured_on_a_terminal() -> None:
     """And what the target would write is announced."""
     console, text = printed(colour=True)
-    opened = RESULT.model_copy(
-        update={"samples": (SAMPLE.model_copy(update={"is_open": True}),), "answers": "target"}
-    )
-    tell_target(console, REQUEST, opened, usable=5)
+    opened = RESULT.model_copy(update={"samples": (SAMPLE.model_copy(update={"is_open": True}),)})
+    tell_target(console, REQUEST, opened)
     assert "\x1b[1;32mthere\x1b[0m" in text.getvalue()
     assert "\x1b[2J" not in text.getvalue()
     assert "the target writes up to 50 tokens" in text.getvalue()
@@ -108,5 +111,49 @@ def test_a_measured_group_says_how_long_a_round_takes() -> None:
     """In proportion."""
     console, text = printed()
     measured = RESULT.model_copy(update={"group_seconds": 30.0, "group_samples": 2})
-    tell_target(console, REQUEST, measured, usable=5)
+    tell_target(console, REQUEST, measured)
     assert "2 samples took 30.0 s, a round about 1 min 00 s on this machine" in text.getvalue()
+
+
+RUN_FILE = """
+run: {name: a, directory: runs/a, seed: 7}
+target: {model: models/m, template: {enable_thinking: false}}
+data:
+  sources: [{path: one.jsonl}, {path: two.jsonl, weight: 2}]
+  answers: data
+  too_long: truncate
+  max_prompt_tokens: 31
+method: {ttt_steps: 2}
+evaluation: {prompts: heldout.jsonl}
+"""
+
+
+def test_the_check_of_a_run_file_has_the_settings_of_the_run(tmp_path: Path) -> None:
+    """All of them; an option beside it is refused, for it would show another run."""
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN_FILE)
+    data, request = of_run_file(path, {})
+    assert [source.weight for source in data.sources] == [1, 2]
+    assert (request.data.answers, request.data.too_long, request.data.max_prompt_tokens) == (
+        "data",
+        "truncate",
+        31,
+    )
+    assert request.target.template == {"enable_thinking": False}
+    assert (request.method["name"], request.seed) == ("eagle3", 7)
+    assert CheckRequest.model_validate_json(request.model_dump_json()) == request
+    with pytest.raises(ConfigError, match="--max-answer-tokens is given beside the run file"):
+        of_run_file(path, {"max_answer_tokens": 9})
+
+
+def test_a_file_is_checked_with_the_defaults_of_a_run_and_what_is_given_instead() -> None:
+    """The target writes the answers, however many the file has."""
+    _, request = of_file(Path("x"), {"target": Path("m")})
+    assert request is not None
+    assert request.data == DataSection.parse({"path": "x"})
+    given = {"answers": "data", "max_answer_tokens": 9, "split": "test"}
+    data, request = of_file(Path("x"), {"target": Path("m"), **given})
+    assert request is not None
+    assert request.data == data == DataSection.parse({"path": "x", **given})
+    with pytest.raises(ConfigError, match="max_answer_tokens"):
+        of_file(Path("x"), {"max_answer_tokens": 0})

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from paceline.data.settings import SourceSection
-from paceline.errors import PacelineError
+from paceline.data.answers import Answer, AnswerFiles
+from paceline.data.settings import DataSection
+from paceline.errors import ConfigError, PacelineError
 from paceline.roles import data_checker
 from paceline.roles.data_check import CheckRequest
 from paceline.roles.data_checker import check
-from paceline.testing.tiny_folder import make_tiny_folder
+from paceline.target.settings import TargetSection
+from paceline.testing.tiny_folder import TEMPLATE, make_tiny_folder, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def request_of(model: Path, path: Path, *records: dict[str, Any], **settings: Any) -> CheckRequest:
     path.write_text("\n".join(map(json.dumps, records)))
-    return CheckRequest(source=SourceSection(path=path), model=model, **settings)
+    data = DataSection.parse({"path": path, **settings})
+    return CheckRequest(data=data, target=TargetSection(model=model))
 
 
 def chat(answer: str) -> dict[str, Any]:
@@ -32,9 +35,9 @@ def chat(answer: str) -> dict[str, Any]:
 
 
 def test_the_masks_are_those_that_would_be_trained(model: Path, tmp_path: Path) -> None:
-    """Of given answers, if most samples have one; others cannot be captured then."""
-    found = check(request_of(model, tmp_path / "f", chat("turns"), chat("lets go"), {"prompt": "hi"}))
-    assert found.answers == "data"
+    """Of given answers; samples without one cannot be captured then."""
+    records = chat("turns"), chat("lets go"), {"prompt": "hi"}
+    found = check(request_of(model, tmp_path / "f", *records, answers="data"))
     assert [(part.text, part.is_target) for part in found.samples[0].parts] == [
         ("<bos>a wheel<eos><bos>", False),
         ("turns<eos>", True),
@@ -46,8 +49,8 @@ def test_the_masks_are_those_that_would_be_trained(model: Path, tmp_path: Path) 
 
 
 def test_answers_of_the_target_are_announced(model: Path, tmp_path: Path) -> None:
-    """The sample ends where the target begins to write."""
-    found = check(request_of(model, tmp_path / "f", chat("turns"), answers="target", max_answer_tokens=9))
+    """The sample ends where the target begins to write, unless the run says otherwise."""
+    found = check(request_of(model, tmp_path / "f", chat("turns"), max_answer_tokens=9))
     [sample] = found.samples
     assert sample.is_open
     assert [part.text for part in sample.parts] == ["<bos>a wheel<eos><bos>"]
@@ -59,8 +62,38 @@ def test_reasons_are_counted_without_their_particulars(model: Path, tmp_path: Pa
     prompts = [{"prompt": "x" * length} for length in (5, 90, 91)]
     found = check(request_of(model, tmp_path / "f", *prompts, max_prompt_tokens=40))
     [problem] = found.problems
-    assert (problem.count, len(problem.first), found.answers) == (2, 2, "target")
+    assert (problem.count, len(problem.first), found.num_samples) == (2, 2, 1)
     assert found.lengths == (8,)
+
+
+def test_what_is_too_long_becomes_what_the_run_would_make_of_it(model: Path, tmp_path: Path) -> None:
+    """A cut sample, or the error of the run's start."""
+    settings = {"answers": "data", "max_prompt_tokens": 20, "max_answer_tokens": 5}
+    long = chat("turns" * 9)
+    cut = check(request_of(model, tmp_path / "f", long, too_long="truncate", **settings))
+    assert cut.lengths == (25,)
+    with pytest.raises(ConfigError, match=r"1 prompts are longer than the 25 .* too_long is 'refuse'"):
+        check(request_of(model, tmp_path / "f", long, too_long="refuse", **settings))
+
+
+def test_the_template_has_the_variables_of_the_run(tmp_path: Path) -> None:
+    """Masks of another rendering would be another run's."""
+    model = make_tiny_folder(tmp_path / "model")
+    write_tokenizer(model, TEMPLATE + "{% if not brief is defined %} hm{% endif %}")
+    request = request_of(model, tmp_path / "f", {"prompt": "hi"})
+    brief = request.model_copy(update={"target": TargetSection(model=model, template={"brief": True})})
+    assert check(request).lengths[0] == check(brief).lengths[0] + 3
+
+
+def test_kept_answers_of_another_run_are_shown(model: Path, tmp_path: Path) -> None:
+    """They are the samples, and those that do not fit are told."""
+    AnswerFiles(tmp_path / "answers").keep(
+        Answer(n, f"0/{n}", tuple(range(4, 14 + 20 * n)), ((8, 14 + 20 * n),)) for n in range(2)
+    )
+    data = DataSection.parse({"answers": str(tmp_path), "max_prompt_tokens": 8, "max_answer_tokens": 8})
+    found = check(CheckRequest(data=data, target=TargetSection(model=model)))
+    assert (found.lengths, found.num_targets, found.num_samples) == ((10,), 6, 1)
+    assert found.problems[0].count == 1
 
 
 def test_of_a_large_source_samples_are_spread_over_it(
