@@ -18,10 +18,15 @@ from exports_case import (
     YARN,
     Case,
     make_case,
+    target_folder,
 )
 from safetensors.torch import load_file, save_file
 
+from paceline.errors import ConfigError
 from paceline.exports.table import EXPORTS
+from paceline.methods.eagle3.method import Eagle3Method
+from paceline.target.head import TargetHead
+from paceline.testing.tiny_target import captured_sample, tiny_target
 
 FORMATS = EXPORTS.names()
 Tensors = dict[str, torch.Tensor]
@@ -69,6 +74,28 @@ def test_a_scaled_rotary_embedding_is_the_targets(rope: dict[str, Any], tmp_path
     assert case.check("vllm", folder).problems == ()
     edit_config(folder, lambda config: config.update(rope_scaling=None))
     assert case.check("vllm", folder).problems
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, YARN, LINEAR], ids=lambda rope: rope["rope_type"])
+def test_a_draft_takes_over_what_its_scaling_reads(rope: dict[str, Any], tmp_path: Path) -> None:
+    """Of a target that turns a part of each head, or has entries of its own, only the scaling is taken."""
+    own = {"partial_rotary_factor": 0.5, "llama_4_scaling_beta": 0.1}
+    head = TargetHead.load(target_folder(tmp_path / "model", {**rope, **own}))
+    method = Eagle3Method({"draft_vocab_size": 48, "init": "random"})
+    method.check_target(head)
+    draft = method.build(head, [captured_sample(tiny_target(), 20, 4, seed=1)], seed=3)
+    plain = {name: value for name, value in rope.items() if name != "rope_theta"}
+    assert method.describe(draft)["rope_scaling"] == plain
+
+
+@pytest.mark.parametrize("change", [{"factor": None}, {"factor": 0.0}, {"factor": "four"}])
+def test_a_scaling_without_frequencies_is_refused_at_the_start(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    """By check_target, before anything is captured or trained."""
+    head = TargetHead.load(target_folder(tmp_path / "model", {**LINEAR, **change}))
+    with pytest.raises(ConfigError, match="rotary embedding"):
+        Eagle3Method({"draft_vocab_size": 48}).check_target(head)
 
 
 def test_a_whole_vocabulary_has_no_maps(tmp_path: Path) -> None:

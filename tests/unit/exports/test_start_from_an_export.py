@@ -89,6 +89,7 @@ REFUSED_FIELDS = {
     "hidden_act": "gelu",
     "architectures": ["LlamaForCausalLM"],
     "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    "partial_rotary_factor": 0.5,
     "vocab_size": 62,
     "target_hidden_size": 64,
     "eagle_config": {"use_aux_hidden_state": False},

@@ -2,7 +2,7 @@
 
 A scaling whose frequencies are fixed is taken over from the target, because servers give the draft the
 target's positions. One that changes with the length of the text (dynamic, longrope) is left out: the draft
-then has plain frequencies, and its export says so.
+then has plain frequencies, and the card of its export says so.
 """
 
 from __future__ import annotations
@@ -13,32 +13,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paceline.errors import ConfigError
+from paceline.target.rope import rope_kind, rope_parameters
+
 if TYPE_CHECKING:
     from paceline.methods.eagle3.model import Eagle3Config
 
-FIXED = ("linear", "llama3", "yarn")
+_CONTEXT = "original_max_position_embeddings"
+# What each kind of scaling reads. A target's other entries are not for the draft, which turns whole heads.
+READ = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _CONTEXT),
+    "yarn": (
+        *("factor", _CONTEXT, "beta_fast", "beta_slow", "truncate"),
+        *("attention_factor", "mscale", "mscale_all_dim"),
+    ),
+}
 
 
 def rope_scaling_of(target: Mapping[str, Any]) -> dict[str, Any] | None:
     """The scaling in a target's config.json, without its base; None if there is none that is fixed."""
     kind = rope_kind(target)
-    if kind not in FIXED:
+    if kind not in READ:
         return None
-    found = {name: value for name, value in _parameters(target).items() if name not in ("type", "rope_theta")}
-    found.setdefault("original_max_position_embeddings", target.get("max_position_embeddings"))
-    return {**found, "rope_type": kind}
-
-
-def rope_kind(config: Mapping[str, Any]) -> str:
-    """The kind of rotary embedding in a config.json, under its newer or its older name."""
-    nested = _parameters(config)
-    return str(nested.get("rope_type") or nested.get("type") or "default")
-
-
-def _parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    found: Mapping[str, Any] = nested.get("full_attention", nested)
-    return found
+    given = {_CONTEXT: target.get("max_position_embeddings"), **rope_parameters(target)}
+    return {"rope_type": kind, **{key: given[key] for key in READ[kind] if given.get(key) is not None}}
 
 
 @dataclass(frozen=True)
@@ -52,17 +51,25 @@ class Rope:
 
     @classmethod
     def of(cls, config: Eagle3Config) -> Rope:
+        """Raises ConfigError for a scaling that gives no frequencies."""
         if not config.rope_scaling:
             return cls(config.head_dim, config.rope_theta)
         from transformers import LlamaConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        library = LlamaConfig(
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-            rope_parameters={**config.rope_scaling, "rope_theta": config.rope_theta},
-        )
-        inverse, factor = ROPE_INIT_FUNCTIONS[config.rope_scaling["rope_type"]](library, torch.device("cpu"))
+        cpu, scaling = torch.device("cpu"), {**config.rope_scaling, "rope_theta": config.rope_theta}
+        try:
+            library = LlamaConfig(
+                head_dim=config.head_dim,
+                max_position_embeddings=config.max_position_embeddings,
+                rope_parameters=scaling,
+            )
+            with cpu:  # a draft on the meta device has real tables
+                inverse, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](library, cpu)
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+            raise _unusable(scaling, repr(error)) from error
+        if inverse.shape != (config.head_dim // 2,) or not bool(torch.isfinite(inverse).all()):
+            raise _unusable(scaling, f"they are {inverse.tolist()}")
         return cls(config.head_dim, config.rope_theta, inverse, float(factor))
 
     def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,3 +85,11 @@ class Rope:
             return self.inverse.to(device)
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
         return 1.0 / self.theta**exponents
+
+
+def _unusable(scaling: Mapping[str, Any], reason: str) -> ConfigError:
+    return ConfigError(
+        f"The rotary embedding {scaling} gives the draft no frequencies.",
+        why=f"The draft takes over its target's scaling: {reason}.",
+        next="correct rope_parameters (or rope_scaling) in the config.json that the draft follows.",
+    )

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from paceline.methods.eagle3.rope import rope_kind, rope_scaling_of
+from paceline.methods.eagle3.rope import rope_scaling_of
 from paceline.methods.eagle3.start_config import StartConfig, refused
 from paceline.methods.eagle3.vocab import vocab_maps
 from paceline.target.folder import TensorFiles
 from paceline.target.head import TargetHead
+from paceline.target.rope import rope_kind
 from paceline.target.version import model_version
 
 PREFIXES = (("model.", ""), ("layers.0.", "midlayer."))

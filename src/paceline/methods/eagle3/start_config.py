@@ -14,6 +14,7 @@ from typing import Any
 from paceline.errors import ConfigError
 from paceline.target.folder import read_json
 from paceline.target.layer_ids import EAGLE_IDS, LAYER_IDS
+from paceline.target.rope import rope_parameters
 
 ARCHITECTURES = frozenset(
     {"LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel"}
@@ -121,6 +122,8 @@ def _refuse_what_is_not_here(folder: Path, config: Mapping[str, Any], decoder: M
         raise refused(folder, "it reads only the target's last state", why)
     if int(decoder.get("num_hidden_layers", 1)) != 1:
         raise refused(folder, f"it has {decoder['num_hidden_layers']} layers, and a draft here has one", why)
+    if ({**decoder, **rope_parameters(decoder)}.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise refused(folder, "its rotary embedding is partial", why)
     if decoder.get("hidden_act", "silu") != "silu":
         raise refused(folder, f"its hidden_act is {decoder['hidden_act']!r}", why)
 
