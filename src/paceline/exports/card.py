@@ -8,6 +8,7 @@ from typing import Any
 
 from paceline.exports.export import ExportedDraft
 from paceline.exports.reader.replay import Verdict
+from paceline.target.rope import rope_kind
 
 
 def model_card(
@@ -44,10 +45,19 @@ def _facts(draft: ExportedDraft) -> list[str]:
         "target digest (tokenizer)": target.version.tokenizer,
         "reads the target's states after blocks": ", ".join(map(str, draft.sizes["aux_layer_ids"])),
         "draft vocabulary": f"{draft.sizes['draft_vocab_size']} of {draft.sizes['vocab_size']} tokens",
+        **_rope(draft),
         "dtype": draft.dtype,
         **{name.replace("_", " "): value for name, value in origin.items()},
     }
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
+
+
+def _rope(draft: ExportedDraft) -> dict[str, str]:
+    """Only where the target's scaling is none that the draft takes over."""
+    kind = rope_kind(draft.target.config)
+    if kind == "default" or draft.sizes["rope_scaling"]:
+        return {}
+    return {"rotary embedding": f"plain frequencies; the target's are of the kind {kind!r}"}
 
 
 def _measured(draft: ExportedDraft, evaluation: Mapping[str, Any]) -> list[str]:

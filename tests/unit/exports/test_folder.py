@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,20 @@ def test_the_card_tells_both_acceptance_lengths_and_how_they_were_measured(case:
         assert told in card
     assert case.draft.target.version.model in card
     assert "was not measured" in model_card(case.draft, lines, {}, Verdict((), 24, 3e-7), "rows")
+
+
+def test_the_card_tells_that_the_draft_has_not_the_targets_rotary_scaling(case: Case) -> None:
+    """One that changes with the length of the text cannot be taken over; a fixed one is, without a word."""
+
+    def card(kind: str, scaling: dict[str, Any] | None) -> str:
+        config = {**case.draft.target.config, "rope_parameters": {"rope_type": kind}}
+        target = replace(case.draft.target, config=config)
+        draft = replace(case.draft, target=target, sizes={**case.draft.sizes, "rope_scaling": scaling})
+        return model_card(draft, {}, {}, Verdict((), 24, 3e-7), "rows")
+
+    line = "| rotary embedding | plain frequencies; the target's are of the kind 'longrope' |"
+    assert line in card("longrope", None).splitlines()
+    assert "plain frequencies" not in card("default", None) + card("yarn", {"rope_type": "yarn"})
 
 
 def test_a_server_is_never_given_a_name_as_an_option() -> None:
