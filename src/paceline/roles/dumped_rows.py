@@ -8,8 +8,9 @@ import torch
 
 from paceline.config.run import RunConfig
 from paceline.engines.engine import CaptureRequest
+from paceline.engines.served.probe import why_no_reference
 from paceline.engines.transformers import TransformersEngine
-from paceline.errors import ConfigError, EngineError
+from paceline.errors import ConfigError, EngineError, is_want_of_memory
 from paceline.exports.reader.replay import Chain, Replay
 from paceline.methods.drafter import Drafter
 from paceline.roles.held_out import held_out_prompts
@@ -23,15 +24,12 @@ GUESSES = 3  # in a chain
 def dump(config: RunConfig, head: TargetHead, drafter: Drafter, date: str | None) -> tuple[list[Replay], str]:
     """(replays, what was dumped). Held-out prompts through the target; else seeded random states.
 
-    Random states serve where the engine cannot run the target here. States lie at the draft's layers and at
-    their neighbours, so that a reader whose layer ids are one off reads other states.
+    Random states serve where the target does not fit into memory or the engine cannot run it. States lie at
+    the draft's layers and at their neighbours, so that a reader whose layer ids are one off reads others.
     """
     layers = _neighbours(drafter.layers, head.num_hidden_layers)
-    try:
-        sequences = _captured(config, head, layers, date)
-        told = f"rows of {len(sequences)} held-out prompts and their answers by the target"
-    except (ConfigError, EngineError, MemoryError):
-        sequences = []
+    sequences = _captured_if_possible(config, head, layers, date)
+    told = f"rows of {len(sequences)} held-out prompts and their answers by the target"
     if not sequences:
         sequences, told = _random(head, layers), "rows of random states"
     return [_replay(drafter, tokens, states) for tokens, states in sequences], told
@@ -45,8 +43,27 @@ def _neighbours(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
 Sequences = list[tuple[torch.Tensor, Mapping[int, torch.Tensor]]]
 
 
+def _captured_if_possible(
+    config: RunConfig, head: TargetHead, layers: tuple[int, ...], date: str | None
+) -> Sequences:
+    """Empty if the target cannot be run here."""
+    try:
+        fits = not why_no_reference(config.target.model)
+        return _captured(config, head, layers, date) if fits else []
+    except Exception as error:
+        if isinstance(error, (ConfigError, EngineError)) or is_want_of_memory(error):
+            return []
+        raise
+
+
 def _captured(config: RunConfig, head: TargetHead, layers: tuple[int, ...], date: str | None) -> Sequences:
-    engine = TransformersEngine(config.target.model, dtype=config.target.dtype, date=date)
+    engine = TransformersEngine(
+        config.target.model,
+        dtype=config.target.dtype,
+        device=config.evaluation.device,
+        date=date,
+        template=config.target.template,
+    )
     positions = head.config.get("max_position_embeddings")
     prompts = held_out_prompts(config, engine.encode, head.vocab_size, positions).prompts
     short = sorted(prompts, key=len)[:PROMPTS]

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from paceline.errors import ConfigError, EngineError
+from paceline.errors import ConfigError, EngineError, is_want_of_memory
 from paceline.target.folder import read_config
 
 
@@ -85,20 +85,20 @@ def load_whole(
             ignore_mismatched_sizes=True,  # so that the loading report names them
             output_loading_info=True,
         )
-    except torch.OutOfMemoryError as error:
-        raise EngineError(
-            f"The target in {folder} does not fit into the memory of {device} ({_first(error)}).",
-            why="The engine holds the whole target.",
-            next="free memory, choose another device, or a smaller target.",
-        ) from error
+        loaded: PreTrainedModel = torch.nn.Module.to(model, device).eval()
     except Exception as error:
+        if is_want_of_memory(error):
+            raise EngineError(
+                f"The target in {folder} does not fit into the memory of {device} ({_first(error)}).",
+                why="The engine holds the whole target.",
+                next="free memory, choose another device, or a smaller target.",
+            ) from error
         raise unusable(folder, _first(error), again) from error
     # transformers fills such weights with noise that differs in every process.
     unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unfit:
         reason = f"{len(unfit)} weights are missing or of another shape, first: {unfit[0]}"
         raise unusable(folder, reason, again)
-    loaded: PreTrainedModel = torch.nn.Module.to(model, device).eval()
     return loaded
 
 

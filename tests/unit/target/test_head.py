@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, EngineError
 from paceline.precision import CPU
 from paceline.target.folder import eos_token_ids, read_config
 from paceline.target.head import TargetHead
@@ -56,6 +56,19 @@ def test_the_heads_logits_are_the_models_own(tmp_path: Path, family: str) -> Non
         rows = torch.tensor([5, 3, 40])
         torch.testing.assert_close(head.output()(kept[0]), own, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(head.output(rows)(kept[0]), own[..., rows], atol=1e-4, rtol=1e-4)
+
+
+def test_a_target_that_does_not_fit_on_its_device_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when memory ends while the weights move there; the folder is not called broken."""
+
+    def full(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(EngineError, match="does not fit into the memory of cpu"):
+        load_whole(family_folder(tmp_path / "model", "gemma2"), torch.float32, CPU, None)
 
 
 def test_a_head_is_tied_where_the_models_class_ties_it(tmp_path: Path) -> None:
