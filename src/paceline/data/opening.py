@@ -51,6 +51,18 @@ def open_file(
     return dataset
 
 
+def open_held_out(path: Path) -> Dataset:
+    """The file of evaluation.prompts, which holds plain prompts. Raises ConfigError as `open_data` does."""
+    try:
+        return open_file(path)
+    except ConfigError as error:
+        raise ConfigError(
+            error.what,
+            why=error.why,
+            next='set evaluation.prompts to a file with a JSON object in each line, such as {"prompt": ...}.',
+        ) from error
+
+
 def scan(section: SourceSection, *, heldout: Collection[str] = (), index_path: Path | None = None) -> Dataset:
     """One source of its own, even if nothing in it can be used. Raises ConfigError if it cannot be read."""
     source = Source(open_records(section), section.format)

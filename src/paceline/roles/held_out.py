@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from paceline.config.run import RunConfig
 from paceline.data.answers import AnswerFiles
-from paceline.data.opening import open_file
+from paceline.data.opening import open_held_out
 from paceline.errors import ConfigError
 from paceline.evaluation.heldout import HeldOut, Room, encode_held_out, refuse_nothing_to_measure
 
@@ -15,7 +15,7 @@ def held_out_prompts(
     config: RunConfig, encode: Callable[[str], Sequence[int]], vocab_size: int, positions: int | None
 ) -> HeldOut:
     """The prompts as token ids, without those that the target cannot decode."""
-    file = open_file(config.evaluation.prompts)
+    file = open_held_out(config.evaluation.prompts)
     prompts = [prompt for prompt in file.read(0, file.size) if not prompt.broken]
     chosen = [(prompt.prompt_id, prompt.text) for prompt in prompts[: config.evaluation.max_prompts]]
     room = Room(vocab_size, positions, config.data.max_prompt_tokens, config.evaluation.max_new_tokens)

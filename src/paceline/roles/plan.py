@@ -10,7 +10,7 @@ from pathlib import Path
 
 from paceline.config.run import RunConfig
 from paceline.data.kept import KeptAnswers
-from paceline.data.opening import Data, open_data, open_file
+from paceline.data.opening import Data, open_data, open_held_out
 from paceline.data.source import RunPrompts
 from paceline.errors import ConfigError
 from paceline.target.folder import quantisation, read_config
@@ -58,7 +58,7 @@ def plan_run(given: RunConfig) -> RunPlan:
     """Find the target, and check what can be checked before a process starts. Raises ConfigError."""
     config = given.model_copy(update={"target": local_target(given.target)})
     obstacle = _target_obstacle(config)
-    heldout = open_file(config.evaluation.prompts)
+    heldout = open_held_out(config.evaluation.prompts)
     texts = {prompt.text for prompt in heldout.read(0, heldout.size) if not prompt.broken}
     index_path = config.run.directory / "prompts.index.json"
     other, sources = config.data.other_run, config.data.sources

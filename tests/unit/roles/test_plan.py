@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 
 from paceline.config.load import parse_run_config
+from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.binding import bind_run
@@ -23,13 +24,17 @@ COMMIT, NEWER = "0" * 40, "1" * 40
 def plan(folder: Path, model: str, unsupported: str = "skip") -> RunPlan:
     for name in ("train", "heldout"):
         (folder / f"{name}.jsonl").write_text(json.dumps({"id": name, "prompt": name}))
+    return plan_run(run_config(folder, model, unsupported))
+
+
+def run_config(folder: Path, model: str, unsupported: str = "skip") -> RunConfig:
     sections = {
         "run": {"name": "r", "directory": str(folder / "run")},
         "target": {"model": model},
         "data": {"path": str(folder / "train.jsonl")},
         "evaluation": {"prompts": str(folder / "heldout.jsonl"), "unsupported": unsupported},
     }
-    return plan_run(parse_run_config(sections, source="run.yaml"))
+    return parse_run_config(sections, source="run.yaml")
 
 
 def test_a_quantised_target_is_trained_without_measuring_or_refused(tmp_path: Path) -> None:
@@ -40,6 +45,17 @@ def test_a_quantised_target_is_trained_without_measuring_or_refused(tmp_path: Pa
     assert "quantised (fp8)" in plan(tmp_path, str(tmp_path)).evaluation_obstacle
     with pytest.raises(ConfigError, match=r"evaluation cannot decode .*quantised .fp8"):
         plan(tmp_path, str(tmp_path), unsupported="refuse")
+
+
+def test_held_out_chats_are_refused_with_the_setting_that_names_them(tmp_path: Path) -> None:
+    """Held-out prompts are plain prompts; data.path is another file."""
+    plan(tmp_path, str(make_tiny_folder(tmp_path / "model")))
+    chat = {"id": "c", "messages": [{"role": "user", "content": "Who leads?"}]}
+    (tmp_path / "heldout.jsonl").write_text(json.dumps(chat))
+    with pytest.raises(ConfigError, match=r"heldout.jsonl holds no prompt") as caught:
+        plan_run(run_config(tmp_path, str(tmp_path / "model")))
+    assert "evaluation.prompts" in caught.value.next
+    assert "data.path" not in str(caught.value)
 
 
 def test_a_target_of_the_hub_is_one_folder_for_all_roles_and_bound_by_its_commit(
