@@ -14,14 +14,19 @@ from paceline.cli import main
 from paceline.config.run import RunConfig
 from paceline.errors import EngineError
 from paceline.exports.settings import ExportSection
+from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.testing.tiny_run import TinyRun
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    """Its run file asks for two formats."""
-    section = {"formats": ["vllm", "speculators"], "dtype": "float32", "target_name": "org/tiny"}
-    run = TinyRun(tmp_path_factory.mktemp("run"), tiny_model, export=section)
+def finished(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """Its run file asks for two formats; its target lies in a cache of the hub."""
+    section = {"formats": ["vllm", "speculators"], "dtype": "float32"}
+    cache = tmp_path_factory.mktemp("hub")
+    model = make_tiny_folder(cache / "models--org--tiny" / "snapshots" / COMMIT)
+    run = TinyRun(tmp_path_factory.mktemp("run"), model, export=section)
     result = run.command("train")
     assert result.returncode == 0, result.stderr
     assert "vllm: " in result.stdout
@@ -47,7 +52,10 @@ def test_training_ends_with_the_exports_that_the_run_file_names(finished: TinyRu
         assert note["self_check"]["guesses"] >= 12
         assert "held-out prompts" in note["self_check"]["rows"]
         assert note["origin"]["step"] == 10
-        assert "1 + kept guesses a cycle" in (folder / "README.md").read_text()
+        card = (folder / "README.md").read_text()
+        assert "1 + kept guesses a cycle" in card
+        assert "3 held-out prompts of heldout.jsonl, up to 16 tokens an answer" in card
+        assert f"vllm serve org/tiny --revision {COMMIT}" in card
         assert (load_file(folder / "model.safetensors")["fc.weight"] == weights["fc.weight"]).all()
 
 
@@ -56,7 +64,8 @@ def test_a_kept_checkpoint_is_exported_and_the_server_is_told_how_to_load_it(
 ) -> None:
     """The older step, in bfloat16, by the run's directory; it was not measured, which the card says."""
     kept = [record.step for record in finished.ledger().snapshot().checkpoints]
-    older = paceline(finished, "export", "--to", "sglang", str(tmp_path / "draft"), "--step", str(kept[0]))
+    asked = ["--to", "sglang", str(tmp_path / "draft"), "--step", str(kept[0]), "--target-name", "org/tiny"]
+    older = paceline(finished, "export", *asked)
     assert older.returncode == 0, older.stderr
     assert "was not measured" in (tmp_path / "draft" / "README.md").read_text()
     assert str(load_file(tmp_path / "draft" / "model.safetensors")["fc.weight"].dtype) == "torch.float32"

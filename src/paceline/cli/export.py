@@ -16,7 +16,7 @@ from paceline.errors import ConfigError
 from paceline.exports.serving import Served, commands
 from paceline.exports.settings import ExportSection
 from paceline.exports.table import EXPORTS
-from paceline.roles.export_request import read_notes
+from paceline.roles.export_request import note_path, read_notes
 from paceline.roles.supervisor import export_run
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -67,29 +67,41 @@ def export_checkpoint(console: Console, run_file: Path, config: RunConfig, reque
 def serving_command(directory: Path, server: str | None, folder: Path | None, host: str) -> list[str]:
     """The command that serves the run's newest export (of that server, in that folder).
 
-    Raises ConfigError if the run has none.
+    Raises ConfigError if the run has none, or if the note of it is of another version.
     """
-    for path, entry in reversed(read_notes(directory).items()):
-        wanted = folder is None or str(folder.absolute()) == path
-        lines = _commands(path, entry, host) if wanted and Path(path).is_dir() else {}
-        name = server or next(iter(lines), "")
-        if name in lines:
+    notes = read_notes(directory)
+    is_foreign = not notes and os.path.lexists(note_path(directory))
+    for path, entry in reversed(notes.items()):
+        if (folder is not None and str(folder.absolute()) != path) or not Path(path).is_dir():
+            continue
+        lines = _commands(path, entry, host)
+        is_foreign |= lines is None
+        name = server or next(iter(lines or {}), "")
+        if lines and name in lines:
             return lines[name]
+    again = f"paceline export {directory} --to {server or 'vllm'} DIR"
+    if is_foreign:
+        raise ConfigError(
+            f"{note_path(directory)} is not what this version of Paceline notes of an export.",
+            why="Another version wrote it, or it was changed; the exported folders themselves are untouched.",
+            next=f"export again: {again}",
+        )
     raise ConfigError(
         f"The run in {directory} has no export{f' for {server}' if server else ''}"
         f"{f' in {folder}' if folder else ''}.",
         why="A server loads an exported folder, not a checkpoint.",
-        next=f"paceline export {directory} --to {server or 'vllm'} DIR",
+        next=again,
     )
 
 
-def _commands(path: str, entry: dict[str, Any], host: str) -> dict[str, list[str]]:
-    """The commands of an entry; {} if it is not what an export noted."""
+def _commands(path: str, entry: dict[str, Any], host: str) -> dict[str, list[str]] | None:
+    """The commands of an entry; None if it is not what an export of this version noted."""
     try:
-        served = Served(str(entry["target"]), path, str(entry["method"]), int(entry["chain"]), host)
+        target, revision = str(entry["target"]), str(entry["revision"])
+        served = Served(target, path, str(entry["method"]), int(entry["chain"]), host, revision)
         name = str(entry["format"])
     except (KeyError, TypeError, ValueError):
-        return {}
+        return None
     return commands(name, served)
 
 

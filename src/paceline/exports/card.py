@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from paceline.exports.export import ExportedDraft
@@ -65,13 +66,15 @@ def _measured(draft: ExportedDraft, evaluation: Mapping[str, Any]) -> list[str]:
         return ["## Acceptance", "", f"The draft of step {draft.origin['step']} was not measured.", ""]
     e, ways = evaluation, [evaluation["chain"]]
     where = f"{str(e.get('dtype')).removeprefix('torch.')} on {e.get('device')}"
+    prompts = f"{e['prompts']} held-out prompts of {Path(str(e.get('prompts_file', 'an unknown file'))).name}"
     if evaluation["branching"] != 1:
         ways.append(evaluation)
     lines = [
         "## Acceptance",
         "",
-        f"Lossless decoding of {e['prompts']} held-out prompts in {where}: "
-        f"{e['identical']} answers are identical to plain decoding, token for token.",
+        f"Lossless decoding of {prompts}, up to {e.get('max_new_tokens', '?')} tokens an answer, in {where}: "
+        f"{e['identical']} answers are identical to plain decoding, token for token. The checkpoint's own "
+        f"weights were measured, before they were written here in {draft.dtype}.",
         "",
         "| guesses a cycle | emitted tokens a cycle | 1 + kept guesses a cycle | kept at depth 1, 2, ... |",
         "|---|---|---|---|",

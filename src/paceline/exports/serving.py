@@ -11,27 +11,36 @@ from paceline.errors import ConfigError
 
 @dataclass(frozen=True)
 class Served:
-    """A target (a hub id or a path), the folder of its draft, and how a server drafts with it."""
+    """A target (a hub id or a path), the folder of its draft, and how a server drafts with it.
+
+    `revision`: the commit of a hub's target; "" for a path, or if it is unknown.
+    """
 
     target: str
     folder: str
     method: str
     chain: int
     host: str = "127.0.0.1"
+    revision: str = ""
 
 
 def _vllm(served: Served) -> list[str]:
     speculation = {"model": served.folder, "method": served.method, "num_speculative_tokens": served.chain}
-    command = ["vllm", "serve", served.target, "--host", served.host]
+    command = ["vllm", "serve", served.target, *_at(served), "--host", served.host]
     return [*command, "--speculative-config", json.dumps(speculation)]
 
 
 def _sglang(served: Served) -> list[str]:
-    command = ["python", "-m", "sglang.launch_server", "--model-path", served.target, "--host", served.host]
+    command = ["python", "-m", "sglang.launch_server", "--model-path", served.target, *_at(served)]
+    command += ["--host", served.host]
     command += ["--speculative-algorithm", served.method.upper()]
     command += ["--speculative-draft-model-path", served.folder]
     command += ["--speculative-num-steps", str(served.chain), "--speculative-eagle-topk", "1"]
     return [*command, "--speculative-num-draft-tokens", str(served.chain + 1)]
+
+
+def _at(served: Served) -> list[str]:
+    return ["--revision", served.revision] if served.revision else []
 
 
 SERVERS: Mapping[str, Callable[[Served], list[str]]] = {"vllm": _vllm, "sglang": _sglang}
@@ -47,7 +56,7 @@ LOADED_BY: Mapping[str, tuple[str, ...]] = {
 def commands(format_name: str, served: Served) -> dict[str, list[str]]:
     """By the server's name; {} for a format of another package. Raises ConfigError for a target's name that a
     server would take for an option."""
-    if served.target.startswith("-") or served.folder.startswith("-"):
+    if any(text.startswith("-") for text in (served.target, served.folder, served.revision)):
         raise ConfigError(
             f"{served.target!r} is no name of a target.",
             why="A server would take it for an option.",

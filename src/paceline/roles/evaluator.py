@@ -68,6 +68,8 @@ def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -
         "checkpoint_step": checkpoint.step,
         "dtype": str(dtype),
         "device": device.type,
+        "prompts_file": str(section.prompts),
+        "max_new_tokens": section.max_new_tokens,
         **reports[0].to_dict(),
         "chain": reports[-1].to_dict(),
         "prompts_set_aside": dict(held_out.left_out),

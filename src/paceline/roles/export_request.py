@@ -15,8 +15,8 @@ from paceline.regular_files import read_regular
 NOTE_BYTES_MAX = 1 << 20
 
 
-def note_path(config_directory: Path) -> Path:
-    return config_directory / "exports.json"
+def note_path(directory: Path) -> Path:
+    return directory / "exports.json"
 
 
 def add_note(directory: Path, folder: Path, entry: dict[str, Any]) -> None:

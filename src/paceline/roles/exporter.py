@@ -47,6 +47,7 @@ class _Work:
     replays: list[Replay]
     replayed: str
     evaluation: Mapping[str, Any]
+    revision: str  # that servers fetch; "" for a path, and for a name that the user gave
 
 
 def export(
@@ -65,8 +66,8 @@ def export(
     for name, folder in folders.items():
         _write(work, adapters[name], name, folder)
         step, served = work.draft.origin["step"], _served(work, folder)
-        note = {"format": name, "step": step, "target": served.target, "method": served.method}
-        add_note(config.run.directory, folder, {**note, "chain": served.chain})
+        note = {"format": name, "step": step, "target": served.target, "revision": served.revision}
+        add_note(config.run.directory, folder, {**note, "method": served.method, "chain": served.chain})
         events.write("exported", format=name, folder=str(folder), step=step)
 
 
@@ -107,11 +108,13 @@ def _prepare(plan: RunPlan, section: ExportSection) -> _Work:
         replays=replays,
         replayed=replayed,
         evaluation=evaluation if evaluation.get("checkpoint_step") == checkpoint.step else {},
+        revision="" if section.target_name or origin.name.startswith("/") else origin.revision,
     )
 
 
 def _served(work: _Work, folder: Path) -> Served:
-    return Served(work.draft.target.name, str(folder), work.draft.method, work.draft.chain)
+    draft = work.draft
+    return Served(draft.target.name, str(folder), draft.method, draft.chain, revision=work.revision)
 
 
 def _write(work: _Work, adapter: Export, name: str, folder: Path) -> None:

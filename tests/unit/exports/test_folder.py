@@ -108,13 +108,27 @@ WAY = {
     "acceptance_length": 1.457,
     "acceptance_rate": [0.35, 0.1, 0.03],
 }
-EVALUATION = {**WAY, "prompts": 24, "identical": 24, "dtype": "float32", "device": "cpu", "chain": WAY}
+EVALUATION = {
+    **WAY,
+    "prompts": 24,
+    "identical": 24,
+    "dtype": "float32",
+    "device": "cpu",
+    "chain": WAY,
+    "prompts_file": "/data/heldout.jsonl",
+    "max_new_tokens": 96,
+}
 
 
 def test_the_card_tells_both_acceptance_lengths_and_how_they_were_measured(case: Case) -> None:
     """Emitted tokens per cycle, and vLLM's 1 + kept guesses per cycle; or that nothing was measured."""
     lines = commands("vllm", Served("org/target", "/there", "eagle3", 3))
     card = model_card(case.draft, lines, EVALUATION, Verdict((), 24, 3e-7), "rows of 3 prompts")
+    measured = (
+        "24 held-out prompts of heldout.jsonl, up to 96 tokens an answer, in float32 on cpu: 24 answers"
+    )
+    assert measured in card
+    assert "The checkpoint's own weights were measured, before they were written here in float32." in card
     for told in ("| 1.457 | 1.480 | 0.350, 0.100, 0.030 |", "24 held-out prompts", "vllm serve org/target"):
         assert told in card
     assert case.draft.target.version.model in card
@@ -139,4 +153,15 @@ def test_a_server_is_never_given_a_name_as_an_option() -> None:
     """The note of a run's exports is a file, and what it says may have been written by others."""
     with pytest.raises(ConfigError, match="no name of a target"):
         commands("vllm", Served("--trust-remote-code", "/there", "eagle3", 3))
+    with pytest.raises(ConfigError, match="no name of a target"):
+        commands("vllm", Served("org/target", "/there", "eagle3", 3, revision="--trust-remote-code"))
     assert commands("of another package", Served("org/target", "/there", "other", 3)) == {}
+
+
+def test_servers_are_told_the_revision_of_a_target_of_the_hub() -> None:
+    """A branch moves; the draft belongs to one commit. A path has none."""
+    served = Served("org/target", "/there", "eagle3", 3, revision="abc")
+    for command in commands("sglang", served).values():
+        assert command[command.index("org/target") + 1 :][:2] == ["--revision", "abc"]
+    for command in commands("sglang", replace(served, revision="")).values():
+        assert "--revision" not in command
