@@ -9,10 +9,7 @@ import hashlib
 import json
 import os
 import threading
-from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from safetensors.torch import load_file, save
 
 from paceline.engines.sglang.sink import FOLDER_VARIABLE, STATES, TOKENS
 from paceline.testing.sglang_stand_in import Misfit, Req, StandIn
+from paceline.testing.stand_in_server import StandInHandler, StandInServer
 
 VERSION = "0.0-test"
 FILE_FAULTS = (
@@ -28,7 +26,7 @@ FILE_FAULTS = (
 )
 
 
-class SglangServer(ThreadingHTTPServer):
+class SglangServer(StandInServer):
     """`misbehave(how)` makes the next answers wrong; `served` are the requests for answers."""
 
     daemon_threads = False  # `stop` waits for what is being answered
@@ -44,15 +42,12 @@ class SglangServer(ThreadingHTTPServer):
     ) -> None:
         self.stand_in = StandIn(model, blocks, misfit)
         self.stand_in.start()
-        self.key = key
         self.info = self.fresh_info()
         self.served: list[dict[str, Any]] = []
         self.aborted: list[str] = []
         self.released = threading.Event()  # ends what hangs
-        self._faults: Counter[str] = Counter()
-        self._lock = threading.Lock()
         self._answering: set[str] = set()
-        super().__init__(("127.0.0.1", port), _Handler)
+        super().__init__(_Handler, key=key, port=port)
 
     def fresh_info(self) -> dict[str, Any]:
         """What the server says of itself."""
@@ -64,29 +59,10 @@ class SglangServer(ThreadingHTTPServer):
             "return_aux_hidden_state_layer_ids": self.stand_in.layer_ids,
         }
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def start(self) -> SglangServer:
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
     def stop(self) -> None:
         self.released.set()
         self.shutdown()
         self.server_close()
-
-    def misbehave(self, how: str, times: int = 1) -> None:
-        """`how`: one of the names in this file; the next `times` answers are such."""
-        with self._lock:
-            self._faults[how] += times
-
-    def takes(self, how: str) -> bool:
-        with self._lock:
-            found = self._faults[how] > 0
-            self._faults[how] -= found
-        return found
 
     def generate(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Status and body of the answer."""
@@ -185,52 +161,26 @@ def _rewrite(how: str, data: Path, manifest: Path) -> None:
     manifest.write_text(json.dumps(told))
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(StandInHandler):
     server: SglangServer
-    protocol_version = "HTTP/1.1"
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+    def get(self) -> None:
+        if self.knows_key():
+            self.answer(200, self.server.info if self.path == "/server_info" else {})
 
-    def do_GET(self) -> None:
-        if self.path == "/health":
-            self._answer(503 if self.server.takes("sick") else 200, {})
-        elif self._knows_key():
-            self._answer(200, self.server.info if self.path == "/server_info" else {})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if not self._knows_key():
-            return
+    def post(self, body: Any) -> None:
         if self.path == "/abort_request":
             self.server.aborted.append(body["rid"])
-            self._answer(200, "")
+            self.answer(200, "")
         elif self.server.takes("http_500"):
-            self._answer(500, {"error": {"message": "Internal Server Error"}})
+            self.answer(500, {"error": {"message": "Internal Server Error"}})
         elif self.server.takes("http_400"):
-            self._answer(400, {"error": {"message": "The input is longer than the model's context length"}})
+            self.answer(400, {"error": {"message": "The input is longer than the model's context length"}})
         elif self.server.takes("reset"):
             self.connection.close()
         elif self.server.takes("hang"):
             self.server.released.wait()
         elif self.server.takes("not_json"):
-            self._answer(200, "<html>")
+            self.answer(200, "<html>")
         else:
-            self._answer(*self.server.generate(body))
-
-    def _knows_key(self) -> bool:
-        key = self.server.key
-        if key and self.headers.get("Authorization", "") != f"Bearer {key}":
-            self._answer(401, {"error": "Unauthorized"})
-            return False
-        return True
-
-    def _answer(self, status: int, body: Any) -> None:
-        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-        self.close_connection = True
-        with suppress(ConnectionError):  # the client may have given up
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("Connection", "close")
-            self.end_headers()
-            self.wfile.write(data)
+            self.answer(*self.server.generate(body))

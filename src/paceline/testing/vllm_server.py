@@ -14,9 +14,7 @@ import os
 import threading
 import time
 import uuid
-from collections import Counter
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from safetensors.torch import save
 from paceline.engines.engine import CaptureRequest
 from paceline.engines.transformers import TransformersEngine
 from paceline.target.head import TargetHead
+from paceline.testing.stand_in_server import StandInHandler, StandInServer
 from paceline.types import Feature, States, Tokens
 
 VERSION = "0.0-test"
@@ -49,7 +48,7 @@ class Wanted:
         return bool((self.body.get("kv_transfer_params") or {}).get("include_output_tokens"))
 
 
-class VllmServer(ThreadingHTTPServer):
+class VllmServer(StandInServer):
     """`misbehave(how)` makes the next answers wrong; `served` counts the requests for answers.
 
     `tokenizer_end`: the token that ends answers besides those of the request, unless that has `ignore_eos`.
@@ -68,24 +67,14 @@ class VllmServer(ThreadingHTTPServer):
         key: str = "",
         port: int = 0,
     ) -> None:
-        self.folder, self.layers, self.key = folder, layers, key
+        self.folder, self.layers = folder, layers
         self._engine = TransformersEngine(model, dtype=dtype)
         self._output = TargetHead.load(model).output()
         self.name = str(model)
         self.served: list[Wanted] = []
-        self._faults: Counter[str] = Counter()
-        self._lock = threading.Lock()
         self._writers: list[threading.Thread] = []
         folder.mkdir(parents=True, exist_ok=True)
-        super().__init__(("127.0.0.1", port), _Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def start(self) -> VllmServer:
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-        return self
+        super().__init__(_Handler, key=key, port=port)
 
     def stop(self) -> None:
         self.shutdown()
@@ -97,11 +86,6 @@ class VllmServer(ThreadingHTTPServer):
         while self._writers:
             self._writers.pop().join()
 
-    def misbehave(self, how: str, times: int = 1) -> None:
-        """`how`: one of the names in this file; the next `times` answers are such."""
-        with self._lock:
-            self._faults[how] += times
-
     def behave(self) -> None:
         """Forget all faults that are left, the key, the tokenizer's end, and every file."""
         with self._lock:
@@ -111,12 +95,6 @@ class VllmServer(ThreadingHTTPServer):
         self.tokenizer_end = None
         for path in self.folder.iterdir():
             path.unlink()
-
-    def takes(self, how: str) -> bool:
-        with self._lock:
-            found = self._faults[how] > 0
-            self._faults[how] -= found
-        return found
 
     # -- an answer -------------------------------------------------------------------------
 
@@ -228,58 +206,33 @@ class VllmServer(ThreadingHTTPServer):
         os.close(fd)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(StandInHandler):
     server: VllmServer
-    protocol_version = "HTTP/1.1"
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+    def get(self) -> None:
+        if self.path == "/version":
+            self.answer(200, {"version": VERSION})
+        elif self.knows_key():
+            self.answer(200, {"data": [{"id": self.server.name, "max_model_len": 256, "parent": None}]})
 
-    def do_GET(self) -> None:
-        if self.path == "/health":
-            self._answer(503 if self.server.takes("sick") else 200, {})
-        elif self.path == "/version":
-            self._answer(200, {"version": VERSION})
-        elif self._knows_key():
-            self._answer(200, {"data": [{"id": self.server.name, "max_model_len": 256, "parent": None}]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if not self._knows_key():
-            return
+    def post(self, body: Any) -> None:
         wanted = Wanted(body, self.headers.get("X-Request-Id", uuid.uuid4().hex))
         if self.server.takes("die"):
             os._exit(1)
         if self.server.takes("http_500"):
-            self._answer(500, {"error": "EngineCore encountered an issue"})
+            self.answer(500, {"error": "EngineCore encountered an issue"})
         elif self.server.takes("http_400"):
-            self._answer(400, {"error": "too long"})
+            self.answer(400, {"error": "too long"})
         elif self.server.takes("reset"):
             self.connection.close()
         elif self.server.takes("hang"):
             time.sleep(HANG_S)
         elif self.server.takes("no_path"):
-            self._answer(200, {**self.server.complete(wanted), "kv_transfer_params": None})
+            self.answer(200, {**self.server.complete(wanted), "kv_transfer_params": None})
         elif self.server.takes("not_json"):
-            self._answer(200, "<html>")
+            self.answer(200, "<html>")
         else:
-            self._answer(200, self.server.complete(wanted))
-
-    def _knows_key(self) -> bool:
-        told = self.headers.get("Authorization", "")
-        if self.server.key and told != f"Bearer {self.server.key}":
-            self._answer(401, {"error": "Unauthorized"})
-            return False
-        return True
-
-    def _answer(self, status: int, body: Any) -> None:
-        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(data)
-        self.close_connection = True
+            self.answer(200, self.server.complete(wanted))
 
 
 def main() -> None:

@@ -257,6 +257,13 @@ def test_a_server_without_the_plug_in_is_refused(tiny_model: Path, tmp_path: Pat
         made.close()
 
 
+def refuses_states(made: Made, misfit: Misfit, reason: str) -> None:
+    made.server.stand_in._misfit = misfit
+    made.server.stand_in.start()
+    with pytest.raises(EngineError, match=reason):
+        made.engine.capture(group(made.engine, 1), made.features)
+
+
 @pytest.mark.parametrize(
     ("misfit", "reason"),
     [
@@ -269,11 +276,7 @@ def test_a_server_without_the_plug_in_is_refused(tiny_model: Path, tmp_path: Pat
 )
 def test_states_of_another_kind_are_refused(plugged: Made, misfit: Misfit, reason: str) -> None:
     """Other blocks, no last state, cached prefixes, not finite, or zero."""
-    plugged.server.stand_in._misfit = misfit
-    plugged.server.stand_in.start()
-    engine = plugged.engine
-    with pytest.raises(EngineError, match=reason):
-        engine.capture(group(engine, 1), plugged.features)
+    refuses_states(plugged, misfit, reason)
 
 
 @pytest.mark.parametrize(
@@ -287,11 +290,7 @@ def test_states_of_another_kind_are_refused(plugged: Made, misfit: Misfit, reaso
 )
 def test_stock_states_of_another_kind_are_refused(stock: Made, misfit: Misfit, reason: str) -> None:
     """By their number and their content."""
-    stock.server.stand_in._misfit = misfit
-    stock.server.stand_in.start()
-    engine = stock.engine
-    with pytest.raises(EngineError, match=reason):
-        engine.capture(group(engine, 1), stock.features)
+    refuses_states(stock, misfit, reason)
 
 
 @pytest.mark.parametrize("way", ["stock", "plugged"])
