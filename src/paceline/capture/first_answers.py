@@ -73,12 +73,12 @@ class FirstAnswers:
         by_id = {prompt.task_id: prompt for prompt in wanted}
         new = []
         for one in captured:
-            asked, ids = one.prompt, token_ids(one.sample, self._settings.features)
-            given = len(asked.token_ids)
+            asked, answer = one.prompt, self._answer(by_id[one.prompt.task_id], one)
+            ids, given = answer.token_ids, len(asked.token_ids)
             if ids[:given] != asked.token_ids or (asked.is_whole and len(ids) > given):
                 raise _other_tokens(asked.task_id)
             if not asked.is_kept:
-                new.append(self._answer(by_id[asked.task_id], one))
+                new.append(answer)
         self._files.keep(new)
 
     def _answer(self, prompt: EncodedPrompt, captured: CapturedPrompt) -> Answer:

@@ -11,14 +11,15 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from paceline.engines.served.http import TryAgainError
+from paceline.engines.served.http import TryAgainError, stopped
 from paceline.errors import CaptureMismatchError
 
 OTHERS_MAY_WRITE = 0o022
+LOOK_S = 0.01
 
 
 @contextmanager
@@ -35,6 +36,17 @@ def opened(folder: Path) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def wait_until(is_done: Callable[[], bool], wait_s: float, should_stop: Callable[[], bool], why: str) -> None:
+    """Look again and again. Raises TryAgainError with `why` after `wait_s`; a stop is an error, too."""
+    deadline = time.monotonic() + wait_s
+    while not is_done():
+        if should_stop():
+            raise stopped()
+        if time.monotonic() > deadline:
+            raise TryAgainError(why)
+        time.sleep(LOOK_S)
 
 
 def open_own(folder: int, name: str) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,14 +18,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from paceline.engines.served.http import TryAgainError, stopped
-from paceline.engines.served.own_files import foreign, open_own, opened, read_own, remove_own, sweep
+from paceline.engines.served.http import TryAgainError
+from paceline.engines.served.own_files import (
+    foreign,
+    open_own,
+    opened,
+    read_own,
+    remove_own,
+    sweep,
+    wait_until,
+)
 from paceline.engines.sglang.sink import STATES, TOKENS, VERSION
 from paceline.errors import CaptureMismatchError, EngineError
 
 MANIFEST_BYTES_MAX = 4096
 HEADER_BYTES_MAX = 1 << 16
-LOOK_S = 0.01
 ABSENT = "the plug-in of the server wrote no file"
 
 
@@ -80,16 +86,14 @@ class SinkFiles:
         return whole + sweep(self.folder, f".{self._prefix}", (".new",), older_than_s)
 
     def _manifest(self, folder: int, name: str) -> Mapping[str, Any]:
-        deadline = time.monotonic() + self._wait_s
-        while True:
+        def is_there() -> bool:
             with suppress(FileNotFoundError):
                 os.close(open_own(folder, name))
-                break
-            if self._should_stop():
-                raise stopped()
-            if time.monotonic() > deadline:
-                raise TryAgainError(f"{ABSENT} into {self.folder} within {self._wait_s:g} s")
-            time.sleep(LOOK_S)
+                return True
+            return False
+
+        absent = f"{ABSENT} into {self.folder} within {self._wait_s:g} s"
+        wait_until(is_there, self._wait_s, self._should_stop, absent)
         try:
             manifest = json.loads(read_own(folder, name, MANIFEST_BYTES_MAX))
         except (ValueError, RecursionError) as error:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,8 +20,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from paceline.engines.served.http import TryAgainError, stopped
-from paceline.engines.served.own_files import foreign, open_own, opened, read_own, remove_own, sweep
+from paceline.engines.served.http import TryAgainError
+from paceline.engines.served.own_files import (
+    foreign,
+    open_own,
+    opened,
+    read_own,
+    remove_own,
+    sweep,
+    wait_until,
+)
 from paceline.engines.served.probe import is_sound
 from paceline.errors import EngineError
 
@@ -30,7 +37,6 @@ STATES, TOKENS = "hidden_states", "token_ids"
 SERVERS_WORD = "cmpl-"  # before the id of a request, in the name of its file
 SUFFIX, LOCK = ".safetensors", ".lock"
 HEADER_BYTES_MAX = 1 << 16
-LOOK_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -99,21 +105,20 @@ class StateFiles:
 
     def _wait_for_writer(self, folder: int, name: str) -> None:
         """Wait until the server has ended its write. Raises TryAgainError."""
-        deadline = time.monotonic() + self._wait_s
         try:
             lock = open_own(folder, name + LOCK)
         except FileNotFoundError as error:
             raise TryAgainError(f"{name} has no lock beside it") from error
+
+        def is_free() -> bool:
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return True
+            return False
+
+        held = f"the server holds the lock of {name} for {self._wait_s:g} s"
         try:
-            while True:
-                with suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    return
-                if self._should_stop():
-                    raise stopped()
-                if time.monotonic() > deadline:
-                    raise TryAgainError(f"the server holds the lock of {name} for {self._wait_s:g} s")
-                time.sleep(LOOK_S)
+            wait_until(is_free, self._wait_s, self._should_stop, held)
         finally:
             os.close(lock)
 
