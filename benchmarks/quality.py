@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality [--model FOLDER]
 
-About two minutes on two idle cores: the first prompts of recipes/smollm2-cpu.yaml are answered once and
+Two to four minutes on two idle cores: the first prompts of recipes/smollm2-cpu.yaml are answered once and
 trained in a few passes by the real command, and the draft is measured on held-out prompts. Fails if the
 acceptance length lies below the floor. The figures are those of the whole way from prompt to draft token,
 so whatever is wrong in between (a shifted mask, a lost term of the loss, a schedule that ends at once)
@@ -27,9 +27,9 @@ from benchmarks.record import commit, keep
 
 RECIPE = Path("recipes/smollm2-cpu.yaml")
 PROMPTS, HELD_OUT, NEW_TOKENS = 128, 12, 32
-# A draft that has learned nothing reaches 1.0; the whole recipe 1.71 and 1.46.
-# Cautious until a first result of this lies under results/: then a tenth below that.
-FLOORS = {"tree": 1.3, "chain": 1.15}
+# A draft that has learned nothing reaches 1.0; the whole recipe 1.75 and 1.47.
+# Recorded on 2026-11-28: 1.54 and 1.30. The floors take a quarter off what the draft adds to 1.0.
+FLOORS = {"tree": 1.4, "chain": 1.22}
 
 
 def shortened(recipe: dict[str, Any], folder: Path, model: str | None) -> dict[str, Any]:
