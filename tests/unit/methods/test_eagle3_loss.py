@@ -10,7 +10,6 @@ import torch
 from transformers import LlamaForCausalLM
 
 from paceline.methods.eagle3.batch import Eagle3Batch, Unrolling, collate
-from paceline.methods.eagle3.cross_entropy import soft_cross_entropy
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.methods.eagle3.targets import counted_rows
@@ -294,19 +293,3 @@ def test_every_tensor_of_the_loss_is_made_where_the_batch_lies(
         sums.loss_sum.backward()
     assert all(not value.is_meta for value in [sums.loss_sum, *sums.metrics.values()])
     assert all(p.grad is not None and not p.grad.is_meta for p in draft.midlayer.parameters())
-
-
-@pytest.mark.parametrize("rows", [1, 64, 65, 600])
-def test_soft_cross_entropy_equals_the_plain_formula(rows: int) -> None:
-    """Losses and gradient are those of log_softmax, whatever the number of blocks."""
-    generator = torch.Generator().manual_seed(rows)
-    logits = torch.randn(rows, 40, generator=generator, requires_grad=True)
-    wanted = torch.randn(rows, 40, generator=generator) * 2
-    picked, scale = torch.randperm(rows, generator=generator), torch.rand(rows, generator=generator)
-    loss, losses = soft_cross_entropy(logits, wanted, picked, scale)
-    (got,) = torch.autograd.grad(loss * 0.5, logits)
-    each = -(wanted[picked].softmax(-1) * logits.log_softmax(-1)).sum(-1)
-    (expected,) = torch.autograd.grad((each * scale).sum() * 0.5, logits)
-    torch.testing.assert_close(loss, (each * scale).sum())
-    torch.testing.assert_close(losses, each)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

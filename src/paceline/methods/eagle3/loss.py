@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from paceline.methods.eagle3.attention import KeyValue, Layout, attend
 from paceline.methods.eagle3.batch import Eagle3Batch
-from paceline.methods.eagle3.cross_entropy import soft_cross_entropy
+from paceline.methods.losses.distribution import distribution_loss
 from paceline.methods.method import LossSums
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def training_time_test(draft: Eagle3Draft, batch: Eagle3Batch, recompute: bool = False) -> LossSums:
-    """Sum over anchors and steps of `scale` (step_decay**k) times the cross entropy to the target.
+    """Sum over anchors and steps of `scale` (step_decay**k) times the draft's loss against the target.
 
     `num_tokens` counts the anchors. Metrics, per step k: `loss_k` summed over `count_k` predictions;
     `hits_k` of `judged_k` judged ones are the target's own choice; and `chain`, the summed number of
@@ -127,7 +127,8 @@ def _group_loss(
         wanted = draft.target_output(states)
     # Predictions that do not count pick an arbitrary row of the group and have weight 0.
     picked = picked.clamp(min=0).flatten()
-    total, losses = soft_cross_entropy(draft.logits(outputs.flatten(0, 1)), wanted, picked, scale.flatten())
+    logits = draft.logits(outputs.flatten(0, 1))
+    total, losses = distribution_loss(draft.loss, logits, wanted, picked, scale.flatten())
     return total, losses.view_as(scale)
 
 

@@ -100,7 +100,7 @@ class Eagle3Method:
         return draft
 
     def _empty(self, head: TargetHead) -> Eagle3Draft:
-        return Eagle3Draft(self._config(head), self.settings.recompute)
+        return Eagle3Draft(self._config(head), self.settings.recompute, self.settings.loss)
 
     def _config(self, head: TargetHead) -> Eagle3Config:
         if self._start is not None:

@@ -23,6 +23,7 @@ from paceline.methods.eagle3.batch import Eagle3Batch
 from paceline.methods.eagle3.loss import training_time_test
 from paceline.methods.eagle3.rope import Rope
 from paceline.methods.eagle3.vocab import draft_to_target
+from paceline.methods.losses.settings import LossSection
 from paceline.methods.method import LossSums
 from paceline.target.head import OutputLayer, TargetHead
 
@@ -150,9 +151,11 @@ class Eagle3Draft(nn.Module):
     target_choices: OutputLayer
     own_embedding: torch.Tensor | None
 
-    def __init__(self, config: Eagle3Config, recompute: bool = False) -> None:
+    def __init__(
+        self, config: Eagle3Config, recompute: bool = False, loss: LossSection | None = None
+    ) -> None:
         super().__init__()
-        self.config, self.recompute = config, recompute
+        self.config, self.recompute, self.loss = config, recompute, loss or LossSection()
         hidden, vocab, reduced = config.hidden_size, config.vocab_size, config.draft_vocab_size
         self.fc = nn.Linear(len(config.aux_layer_ids) * hidden, hidden, bias=False)
         self.midlayer = Midlayer(config)

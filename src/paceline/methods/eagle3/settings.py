@@ -7,12 +7,15 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from paceline.methods.losses.settings import LossSection
 from paceline.methods.settings import MethodSection
 from paceline.section import Count
 
 
 class Eagle3Section(MethodSection):
     """`first_samples`: how many samples choose the draft vocabulary and, by regression, the first weights.
+
+    `loss`: see `LossSection`.
 
     `init`: "regression" (closed form, from the run's first samples), "target" (weights of the target's
     last layer) or "random".
@@ -35,6 +38,7 @@ class Eagle3Section(MethodSection):
     draft_vocab_size: Count = 8192
     ttt_steps: Annotated[int, Field(ge=1, le=16)] = 4
     step_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    loss: LossSection = LossSection()
     init: Literal["regression", "target", "random"] = "regression"
     start_from: Path | None = None
     recompute: bool = False

@@ -1,0 +1,120 @@
+"""Losses between two distributions, with the gradient computed in the forward pass.
+
+Plain autograd keeps several [M, D] float32 tensors alive and reads each of them from main memory, which on a
+CPU costs as much as the matrix products. Here each block of rows is turned into its gradient while the CPU
+cache holds it, and only that gradient is kept, in the logits' own dtype.
+
+Legend: M rows, D draft vocabulary, b rows of a block; p the wanted distribution and q the draft's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from paceline.methods.losses.settings import LossSection
+
+# Draft's and wanted logits float32 [b, D] in; losses [b] and their gradient [b, D], a new tensor, out.
+Rule = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+# 64 rows of 8192 float32 logits are 2 MiB, which stay in a CPU's second-level cache.
+_CPU_BLOCK_ROWS = 64
+_BLOCK_ROWS = 512
+
+
+class DistributionLoss(torch.autograd.Function):
+    """Use `distribution_loss`; this class only carries the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rule: Rule,
+        logits: torch.Tensor,
+        wanted: torch.Tensor,
+        picked: torch.Tensor,
+        scale: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        size = _CPU_BLOCK_ROWS if logits.device.type == "cpu" else _BLOCK_ROWS
+        losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+        grad = torch.empty_like(logits)
+        for start in range(0, logits.shape[0], size):
+            block = slice(start, start + size)
+            losses[block], slope = rule(logits[block].float(), wanted[picked[block]].float())
+            grad[block] = slope.mul_(scale[block, None])
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(losses)
+        return torch.dot(losses.double(), scale.double()).float(), losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return None, grad * grads[0], None, None, None
+
+
+def distribution_loss(
+    section: LossSection,
+    logits: torch.Tensor,
+    wanted: torch.Tensor,
+    picked: torch.Tensor,
+    scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of `scale` times the loss float32 [], each row's loss float32 [M]) of `logits` [M, D].
+
+    The wanted distribution of row m is the softmax of `wanted[picked[m]]` (any float dtype [*, D]);
+    `scale` float32 [M]. Only the sum carries gradients. Softmax is float32, and every gradient is finite
+    for finite logits.
+    """
+    rule = partial(_lk_lambda, eta=section.eta) if section.name == "lk_lambda" else _RULES[section.name]
+    return DistributionLoss.apply(rule, logits, wanted, picked, scale)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _soft_cross_entropy(scores: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    target, probabilities = wanted.softmax(-1), scores.softmax(-1)
+    # The likeliest token's probability is exp(highest - log of the sum of exponentials).
+    log_total = scores.amax(-1) - probabilities.amax(-1).log()
+    return log_total - torch.linalg.vecdot(target, scores), probabilities.sub_(target)
+
+
+def _kl(scores: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    log_draft, log_target = scores.log_softmax(-1), wanted.log_softmax(-1)
+    target = log_target.exp()
+    return torch.linalg.vecdot(target, log_target - log_draft), log_draft.exp_().sub_(target)
+
+
+def _tv(scores: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    target, probabilities = wanted.softmax(-1), scores.softmax(-1)
+    # Raising q of a token helps where q < p. Logits move q and take from all others in proportion.
+    lacking = torch.where(probabilities < target, probabilities, 0.0)
+    share = lacking.sum(-1, keepdim=True)
+    losses = (target - probabilities).clamp_(min=0.0).sum(-1)
+    return losses, probabilities.mul_(share).sub_(lacking)
+
+
+def _lk_alpha(scores: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """In logarithms: where p and q hardly overlap, alpha is too small for a float32."""
+    log_draft, log_target = scores.log_softmax(-1), wanted.log_softmax(-1)
+    log_alpha = torch.minimum(log_draft, log_target).logsumexp(-1)
+    # Divided by alpha, the lacking share of q is at most 1.
+    lacking = torch.where(log_draft < log_target, (log_draft - log_alpha[:, None]).exp_(), 0.0)
+    share = lacking.sum(-1, keepdim=True)
+    return -log_alpha, log_draft.exp_().mul_(share).sub_(lacking)
+
+
+def _lk_lambda(scores: torch.Tensor, wanted: torch.Tensor, eta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight of the divergence is a constant for the gradient, as in the paper."""
+    divergence, slope = _kl(scores, wanted)
+    variation, other = _tv(scores, wanted)
+    weight = (-eta * (1.0 - variation)).exp_()
+    slope.mul_(weight[:, None]).add_(other.mul_(1.0 - weight[:, None]))
+    return weight * divergence + (1.0 - weight) * variation, slope
+
+
+_RULES: Mapping[str, Rule] = {
+    "soft_cross_entropy": _soft_cross_entropy,
+    "kl": _kl,
+    "tv": _tv,
+    "lk_alpha": _lk_alpha,
+}
