@@ -25,7 +25,12 @@ from paceline.roles.wire import (
 from paceline.testing.kill_points import pointed
 from paceline.testing.memory_features import InMemoryFeatureStore
 from paceline.testing.synthetic import SyntheticEngine, synthetic_head
-from paceline.training.settings import CheckpointSection, TrainerSettings, TrainingSection
+from paceline.training.settings import (
+    CheckpointSection,
+    OptimizerSection,
+    TrainerSettings,
+    TrainingSection,
+)
 from paceline.training.trainer import Trainer
 
 RUN_ID = "small"
@@ -48,6 +53,7 @@ class SmallRun:
         batch_size: int = 3,
         features: FeatureStore | None = None,
         quarantine_max_in_a_row: int = 8,
+        optimizer: str = "adamw",
         **capture: Any,
     ) -> None:
         """`capture`: further settings of the producer."""
@@ -57,6 +63,7 @@ class SmallRun:
         self.passes = passes
         self.batch_size = batch_size
         self.quarantine_max_in_a_row = quarantine_max_in_a_row
+        self.optimizer = optimizer
         self.capture = {"max_prompt_tokens": 32, **capture}
         self.features = features or InMemoryFeatureStore(budget_bytes=8 << 20)
         self.engine = SyntheticEngine()
@@ -99,6 +106,7 @@ class SmallRun:
             warmup_steps=1,
             max_steps=self.max_steps,
             quarantine_max_in_a_row=self.quarantine_max_in_a_row,
+            optimizer=OptimizerSection.model_validate(self.optimizer),
         )
         settings = TrainerSettings(
             total_steps=5,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,15 +13,44 @@ if TYPE_CHECKING:
     import torch
 
 
-class TrainingSection(Section):
-    """AdamW's knobs, and `batch_size` samples an optimizer step, in micro-batches of `micro_batch_size`.
+class OptimizerSection(Section):
+    """`training.optimizer: NAME`, or a mapping with `name`.
 
+    - `adamw`: for every parameter.
+    - `muon`: updates a matrix by its momentum made orthogonal, scaled to the size of AdamW's updates, so that
+      both take one `learning_rate` (arXiv 2502.16982, section 2.2). AdamW keeps all vectors, and the matrices
+      whose names contain one of `adamw_for`.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    adamw_for: tuple[str, ...] = ("lm_head", "embed_tokens")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _knobs_are_read(self) -> OptimizerSection:
+        chosen = self.model_dump(exclude_defaults=True, exclude={"name"})
+        if chosen and self.name == "adamw":  # a recorded run file names the defaults, too
+            raise ValueError(f"{next(iter(chosen))} belongs to muon; adamw does not read it")
+        return self
+
+
+class TrainingSection(Section):
+    """The optimizer's knobs, and `batch_size` samples a step of it, in micro-batches of `micro_batch_size`.
+
+    `beta1` and `beta2` are AdamW's; the rates, `weight_decay` (of matrices) and `grad_clip` are every
+    optimizer's.
     `passes`: how often each sample is trained on while its features are resident (loader/passes.py).
     `quarantine_max_in_a_row`: how many samples in a row may be quarantined. Then training stops, since the
     cause is hardly in the samples.
     """
 
     changeable: ClassVar[tuple[str, ...]] = ("device", "quarantine_max_in_a_row")
+    optimizer: OptimizerSection = OptimizerSection()
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
     final_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-5
     warmup_steps: Annotated[int, Field(ge=0)] = 10

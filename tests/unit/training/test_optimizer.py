@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from paceline.errors import ConfigError
 from paceline.training.optimizer import (
     build_optimizer,
     learning_rate_at,
@@ -16,7 +17,7 @@ from paceline.training.optimizer import (
     restore_optimizer,
     set_learning_rate,
 )
-from paceline.training.settings import TrainerSettings, TrainingSection
+from paceline.training.settings import OptimizerSection, TrainerSettings, TrainingSection
 
 
 def schedule(total_steps: int | None, *totals_before: int, **knobs: Any) -> TrainerSettings:
@@ -98,28 +99,64 @@ def _draft() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3))
 
 
-def test_a_restored_optimizer_takes_the_next_steps_bit_for_bit() -> None:
+ADAMWS, MUONS = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_restored_optimizer_takes_the_next_steps_bit_for_bit(name: str) -> None:
     """Moments and the count of steps come back: three steps, a restart and three steps make six."""
-    settings = TrainingSection(weight_decay=0.01)
+    settings = TrainingSection(weight_decay=0.01, optimizer=OptimizerSection.parse({"name": name}))
     whole = _draft()
     _train(whole, build_optimizer(whole, settings), range(1, 7))
 
     first = _draft()
     optimizer = build_optimizer(first, settings)
     _train(first, optimizer, range(1, 4))
-    written = {name: tensor.clone() for name, tensor in optimizer_tensors(first, optimizer).items()}
+    written = {key: tensor.clone() for key, tensor in optimizer_tensors(first, optimizer).items()}
     second = _draft()
     second.load_state_dict(first.state_dict())
     restored = build_optimizer(second, settings)
     restore_optimizer(second, restored, written)
     _train(second, restored, range(4, 7))
 
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, second.state_dict()[name]), name
-    names = {
-        f"{name}.{key}" for name, _ in whole.named_parameters() for key in ("step", "exp_avg", "exp_avg_sq")
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[key]), key
+    assert set(written) == {
+        f"{parameter}.{key}"
+        for parameter, weight in whole.named_parameters()
+        for key in (MUONS if name == "muon" and weight.dim() == 2 else ADAMWS)
     }
-    assert set(written) == names
+
+
+def test_muon_turns_matrices_and_leaves_the_rest_to_adamw() -> None:
+    """Vectors and named matrices move as AdamW moves them; a matrix moves by an orthogonal one, whose
+    elements have the size that arXiv 2502.16982 gives them, times rate and factor."""
+    settings = TrainingSection(
+        optimizer=OptimizerSection.parse({"name": "muon", "adamw_for": ["2."]}), weight_decay=0.1
+    )
+    turned, plain = _draft(), _draft()
+    before = {name: weight.detach().clone() for name, weight in turned.named_parameters()}
+    scales = {"0.weight": 0.5}
+    _train(turned, build_optimizer(turned, settings, scales), range(1, 2))
+    _train(plain, build_optimizer(plain, TrainingSection(weight_decay=0.1), scales), range(1, 2))
+    of_adamw = dict(plain.named_parameters())
+    same = {name for name, weight in turned.named_parameters() if torch.equal(weight, of_adamw[name])}
+    assert same == set(before) - {"0.weight"}
+    rate = 0.01 * 0.5
+    moved = turned.get_parameter("0.weight").detach() - before["0.weight"] * (1 - rate * 0.1)
+    singular = torch.linalg.svdvals(moved) / (rate * 0.2 * 8**0.5)
+    # Five samples give a gradient of rank 5.
+    assert float(singular[4]) > 0.5
+    assert float(singular[0]) < 1.5
+
+
+def test_an_optimizer_has_only_its_own_knobs() -> None:
+    """`optimizer: muon` is a mapping with that name, and a knob that would be ignored is refused."""
+    assert TrainingSection.parse({"optimizer": "muon"}).optimizer.name == "muon"
+    with pytest.raises(ConfigError, match="momentum belongs to muon"):
+        TrainingSection.parse({"optimizer": {"name": "adamw", "momentum": 0.9}})
+    with pytest.raises(ConfigError, match=r"optimizer\.momentun"):
+        TrainingSection.parse({"optimizer": {"name": "muon", "momentun": 0.9}})
 
 
 def test_restoring_takes_copies() -> None:

@@ -82,6 +82,22 @@ def test_a_consumer_that_vanishes_is_replayed_to_the_same_weights(
     assert SQLiteMetadataStore(run.db).durable_marker()["acked"] == {f"small:{n}" for n in range(14)}
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_muons_state_is_in_the_checkpoint(
+    tmp_path: Path, uninterrupted: dict[str, torch.Tensor], steps: int
+) -> None:
+    """A consumer that dies before its first checkpoint or after it is replayed to the same weights."""
+    plain = weights(SmallRun(tmp_path / "plain", optimizer="muon").run())
+    assert not same_bits(plain, uninterrupted), "the setting reaches the trainer"
+    run = SmallRun(tmp_path / "killed", optimizer="muon")
+    run.producer()[1]()
+    doomed, loader = run.consumer()
+    die_after(loader, steps)
+    with pytest.raises(Killed):
+        doomed.fit(loader)
+    assert same_bits(weights(run.run()), plain)
+
+
 class Killed(BaseException):
     """Stands for SIGKILL where one process plays both sides."""
 
