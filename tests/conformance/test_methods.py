@@ -20,6 +20,18 @@ class TestEagle3(MethodSuite):
         return Eagle3Method({"draft_vocab_size": 40, "ttt_steps": 3})
 
 
+class TestEagle31WithANormForEachState(MethodSuite):
+    def make(self) -> DraftMethod:
+        choices = {"fc_norm": True, "norm_output": True, "sliding_window": 17}
+        return Eagle3Method({"draft_vocab_size": 40, "ttt_steps": 3, "loss": "lk_lambda", **choices})
+
+
+class TestEagle31WithOneNorm(MethodSuite):
+    def make(self) -> DraftMethod:
+        choices = {"norm_before_fc": True, "recompute": True, "init": "target"}
+        return Eagle3Method({"draft_vocab_size": 40, "ttt_steps": 2, "loss": "lk_alpha", **choices})
+
+
 class TestEagle3FromTheTargetsLayer(MethodSuite):
     def make(self) -> DraftMethod:
         return Eagle3Method({"draft_vocab_size": 61, "ttt_steps": 2, "init": "target", "recompute": True})

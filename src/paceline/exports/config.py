@@ -14,14 +14,6 @@ from paceline.target.layer_ids import EAGLE_IDS, LAYER_IDS
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 SPECULATORS_VERSION = "0.9.0"
-# What the draft does not do; each is a field that some server reads.
-PLAIN_NORMS = {
-    "norm_before_residual": False,
-    "norm_before_fc": False,
-    "fc_norm": False,
-    "use_aux_norm": False,
-    "norm_output": False,
-}
 
 
 def flat_config(draft: ExportedDraft) -> dict[str, Any]:
@@ -32,7 +24,9 @@ def flat_config(draft: ExportedDraft) -> dict[str, Any]:
         "draft_vocab_size": draft.sizes["draft_vocab_size"],
         "target_hidden_size": draft.sizes["hidden_size"],
         **_layer_ids(draft),
-        **PLAIN_NORMS,
+        **_norms(draft),
+        "use_aux_norm": False,  # an older name of fc_norm
+        **_window(draft),
         "paceline": provenance(draft),
     }
 
@@ -53,7 +47,7 @@ def speculators_config(draft: ExportedDraft) -> dict[str, Any]:
         "draft_vocab_size": sizes["draft_vocab_size"],
         "target_hidden_size": None,  # the draft's hidden size is the target's
         EAGLE_IDS: _ids("speculators.eagle3", draft),
-        **{name: value for name, value in PLAIN_NORMS.items() if name != "use_aux_norm"},
+        **_norms(draft),
         "embed_requires_grad": False,
         "tie_word_embeddings": False,
         "dtype": draft.dtype,
@@ -76,6 +70,16 @@ def provenance(draft: ExportedDraft) -> dict[str, Any]:
     target = draft.target
     named = {"name": target.name, "revision": target.revision, **target.version.to_dict()}
     return {"method": draft.method, "target": named, **draft.origin}
+
+
+def _norms(draft: ExportedDraft) -> dict[str, bool]:
+    chosen = ("norm_before_fc", "fc_norm", "norm_output")
+    return {"norm_before_residual": False, **{name: bool(draft.sizes.get(name)) for name in chosen}}
+
+
+def _window(draft: ExportedDraft) -> dict[str, Any]:
+    window = draft.sizes.get("sliding_window")
+    return {"sliding_window": window, "layer_types": ["sliding_attention"]} if window else {}
 
 
 def _decoder(draft: ExportedDraft) -> dict[str, Any]:

@@ -28,6 +28,9 @@ MIDDLE: Shapes = {
     "mlp.up_proj.weight": ("I", "H"),
     "mlp.down_proj.weight": ("H", "I"),
 }
+# EAGLE-3.1: by the setting of that name. `fc_norm` has one tensor for each of the n fused states.
+INPUT_NORM: Shapes = {"input_norm.weight": ("F",)}
+FC_NORM = "fc_norm.{}.weight"
 # Only where the draft's vocabulary is smaller than the target's.
 VOCABULARY_MAPS: Shapes = {"d2t": ("D",), "t2d": ("V",)}
 EMBEDDING: Shapes = {"embed_tokens.weight": ("V", "H")}
@@ -37,6 +40,10 @@ def expected(sizes: Mapping[str, Any], layer: str, *, embedding: bool) -> dict[s
     """Shape by name. `layer`: the prefix of the one decoder layer; `embedding`: the folder carries it."""
     known = _lengths(sizes)
     table = {**TOP, **{f"{layer}{name}": shape for name, shape in MIDDLE.items()}}
+    table |= INPUT_NORM if sizes.get("norm_before_fc") else {}
+    table |= {
+        FC_NORM.format(n): ("H",) for n in range(len(sizes["aux_layer_ids"]) if sizes.get("fc_norm") else 0)
+    }
     table |= VOCABULARY_MAPS if known["D"] != known["V"] else {}
     table |= EMBEDDING if embedding else {}
     return {name: tuple(known[letter] for letter in shape) for name, shape in table.items()}

@@ -20,12 +20,14 @@ OURS = "midlayer."  # the prefix of the decoder layer in a checkpoint
 
 @dataclass(frozen=True)
 class Eagle3Export:
-    """`layer`: the prefix of the decoder layer; `embedding`: the folder carries the target's embedding."""
+    """`layer`: the prefix of the decoder layer; `embedding`: the folder carries the target's embedding;
+    `windowed`: every server of the format reads a sliding window of the draft's attention from it."""
 
     server: str
     config: Callable[[ExportedDraft], dict[str, Any]]
     layer: str = OURS
     embedding: bool = False
+    windowed: bool = False
 
     def build(self, draft: ExportedDraft) -> FolderContent:
         if draft.method != METHOD:
@@ -33,6 +35,12 @@ class Eagle3Export:
                 f"A draft of the method {draft.method!r} cannot be exported for {self.server}.",
                 why=f"This export writes the tensors of {METHOD}.",
                 next="choose another export, or install a package that offers one for this method.",
+            )
+        if draft.sizes.get("sliding_window") and not self.windowed:
+            raise ConfigError(
+                f"A draft with a sliding window cannot be exported for {self.server}.",
+                why="Its servers do not read the window from the folder, and would attend to all rows.",
+                next="export it for vllm, or train a draft without method.sliding_window.",
             )
         renamed = {
             self.layer + name.removeprefix(OURS) if name.startswith(OURS) else name: tensor.contiguous()
@@ -50,7 +58,7 @@ class Eagle3Export:
         return check_folder(folder, self.server, target, replays)
 
 
-VLLM = Eagle3Export("vllm", flat_config, layer="layers.0.")
+VLLM = Eagle3Export("vllm", flat_config, layer="layers.0.", windowed=True)
 SGLANG = Eagle3Export("sglang", flat_config)
 HF = Eagle3Export("hf", flat_config)
 SPECULATORS = Eagle3Export("speculators", speculators_config, layer="layers.0.", embedding=True)

@@ -71,9 +71,10 @@ def target_folder(folder: Path, rope: dict[str, Any]) -> Path:
     return folder
 
 
-def make_case(folder: Path, rope: dict[str, Any] = ROPE, vocab: int = 48) -> Case:
+def make_case(folder: Path, rope: dict[str, Any] = ROPE, vocab: int = 48, **settings: Any) -> Case:
+    """`settings`: further ones of the method."""
     head = TargetHead.load(target_folder(folder, rope))
-    method = Eagle3Method({"draft_vocab_size": vocab, "init": "random"})
+    method = Eagle3Method({"draft_vocab_size": vocab, "init": "random", **settings})
     draft = method.build(head, [captured_sample(tiny_target(), 20, 4, seed=1)], seed=3)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():

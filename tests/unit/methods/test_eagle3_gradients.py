@@ -31,7 +31,7 @@ def _same(
 
 
 def _plain_attention(
-    lengths: list[int], widths: list[int], places: torch.Tensor
+    lengths: list[int], widths: list[int], places: torch.Tensor, window: int | None
 ) -> Callable[..., torch.Tensor]:
     """Stock attention, one sample at a time, its anchors' own keys behind a mask that is a diagonal."""
 
@@ -42,6 +42,8 @@ def _plain_attention(
         own = [part.split(widths, 2) for part in pairs[2:]]
         for i, (length, width) in enumerate(zip(lengths, widths, strict=True)):
             seen = torch.arange(length) <= at[i][:, None]
+            if window is not None:  # counted from the place of the step, which lies after the anchor
+                seen &= torch.arange(length) > at[i][:, None] + len(own) // 2 - window
             diagonals = [torch.eye(width, dtype=torch.bool)] * (len(own) // 2)
             parts.append(
                 F.scaled_dot_product_attention(
@@ -57,17 +59,18 @@ def _plain_attention(
     return mix
 
 
+@pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("tile", [2, 256])
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_attention_equals_stock_attention_with_a_mask(
-    steps: int, tile: int, monkeypatch: pytest.MonkeyPatch
+    steps: int, tile: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values and the gradients of queries, keys, values and every step's own pairs, over packed samples."""
     monkeypatch.setattr(attention, "TILE_ANCHORS", tile)
     lengths, widths = [9, 4, 12], [5, 3, 1]
     places = torch.cat([torch.arange(n - w - 1, n - 1) for n, w in zip(lengths, widths, strict=True)])
     positions = torch.cat([torch.arange(n) for n in lengths])
-    layout = Layout(positions, places, tiles_of(places.split(widths), lengths))
+    layout = Layout(positions, places, tiles_of(places.split(widths), lengths, window), window)
     inputs = [_random(1, HEADS, sum(widths), SIZE)]
     inputs += [_random(1, KV_HEADS, sum(lengths), SIZE, seed=i) for i in range(2)]
     inputs += [_random(1, KV_HEADS, sum(widths), SIZE, seed=i) for i in range(2 * steps)]
@@ -77,7 +80,14 @@ def test_attention_equals_stock_attention_with_a_mask(
     ) -> torch.Tensor:
         return attend(query, (keys, values), list(zip(own[0::2], own[1::2], strict=True)), layout)
 
-    _same(ours, _plain_attention(lengths, widths, places), inputs)
+    _same(ours, _plain_attention(lengths, widths, places, window), inputs)
+
+
+def test_a_window_bounds_the_rows_of_a_tile() -> None:
+    """Anchors far into a sample read the window before them, not the whole beginning."""
+    anchors = [torch.arange(300, 600), torch.arange(5, 30)]
+    tiles = tiles_of(anchors, [700, 40], window=20)
+    assert [(tile.rows.start, tile.rows.stop) for tile in tiles] == [(281, 556), (537, 600), (700, 730)]
 
 
 def test_attention_keeps_no_score() -> None:

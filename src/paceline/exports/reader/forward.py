@@ -21,8 +21,7 @@ def chain_logits(draft: Draft, replay: Replay, rows: int, guesses: tuple[int, ..
 
     Every guess after the first follows the ones before it in `guesses`.
     """
-    fused = torch.cat([replay.states[layer][:rows].float() for layer in draft.layers], dim=-1)
-    features = fused @ draft.weights["fc.weight"].T
+    features = _fused(draft, replay, rows)
     tokens = replay.tokens[1 : rows + 1]
     logits = []
     for guess in guesses:
@@ -32,6 +31,16 @@ def chain_logits(draft: Draft, replay: Replay, rows: int, guesses: tuple[int, ..
         features = torch.cat((features, normed if draft.feedback_normed else output))
         tokens = torch.cat((tokens, torch.tensor([guess])))
     return torch.cat(logits)
+
+
+def _fused(draft: Draft, replay: Replay, rows: int) -> torch.Tensor:
+    states = [replay.states[layer][:rows].float() for layer in draft.layers]
+    if "fc_norm.0.weight" in draft.weights:
+        states = [_rms(draft, part, f"fc_norm.{n}.weight") for n, part in enumerate(states)]
+    together = torch.cat(states, dim=-1)
+    if "input_norm.weight" in draft.weights:
+        together = _rms(draft, together, "input_norm.weight")
+    return together @ draft.weights["fc.weight"].T
 
 
 def _rms(draft: Draft, states: torch.Tensor, name: str) -> torch.Tensor:
@@ -54,8 +63,10 @@ def _layer(draft: Draft, features: torch.Tensor, tokens: torch.Tensor) -> torch.
     groups = draft.heads // draft.kv_heads
     key, value = (part.repeat_interleave(groups, 0) for part in (key, heads("v", draft.kv_heads)))
     scores = query @ key.transpose(1, 2) / math.sqrt(draft.head_dim)
-    later = torch.ones(rows, rows, dtype=torch.bool).triu(1)
-    mixed = scores.masked_fill(later, float("-inf")).softmax(-1) @ value
+    unseen = torch.ones(rows, rows, dtype=torch.bool).triu(1)
+    if draft.window is not None:
+        unseen |= torch.ones(rows, rows, dtype=torch.bool).tril(-draft.window)
+    mixed = scores.masked_fill(unseen, float("-inf")).softmax(-1) @ value
     attended = mixed.transpose(0, 1).reshape(rows, -1) @ weights[f"{LAYER}self_attn.o_proj.weight"].T
     hidden = (normed if draft.residual_normed else features) + attended
     inner = _rms(draft, hidden, f"{LAYER}post_attention_layernorm.weight")

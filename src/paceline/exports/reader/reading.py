@@ -33,6 +33,7 @@ class Draft:
     sharpness: float
     residual_normed: bool
     feedback_normed: bool
+    window: int | None  # a row attends to itself and the `window` - 1 rows before it
     target_ids: torch.Tensor  # int64 [D]
 
 
@@ -64,6 +65,11 @@ def read_draft(folder: Path, rules: Rules, target: ServedTarget) -> Draft:
         "layers.0.mlp.up_proj.weight": (inner, hidden),
         "layers.0.mlp.down_proj.weight": (hidden, inner),
     }
+    joint, alone = _norms_before_fc(config)
+    if joint:
+        shapes["input_norm.weight"] = (len(ids) * target.hidden_size,)
+    for n in range(len(ids) if alone else 0):
+        shapes[f"fc_norm.{n}.weight"] = (target.hidden_size,)
     if size != vocab:
         shapes["d2t"] = (size,)
     if "embed_tokens.weight" in tensors:
@@ -87,6 +93,7 @@ def read_draft(folder: Path, rules: Rules, target: ServedTarget) -> Draft:
         residual_normed=bool(config.get("norm_before_residual", rules.residual_normed))
         and rules.residual_normed is not None,
         feedback_normed=bool(config.get("norm_output", False)),
+        window=_window(decoder, rules),
         target_ids=_target_ids(weights.get("d2t"), size, vocab),
     )
 
@@ -106,9 +113,6 @@ def _refuse_fields(
         raise ValueError(f"the field {missing[0]} is missing")
     if decoder.get("num_hidden_layers") != 1:
         raise ValueError(f"num_hidden_layers is {decoder.get('num_hidden_layers')}, and there is one layer")
-    for name in ("norm_before_fc", "fc_norm", "use_aux_norm"):
-        if config.get(name):
-            raise ValueError(f"{name} is set, and there is no tensor for it")
     if rules.biased and (decoder.get("attention_bias") or decoder.get("bias") or decoder.get("qkv_bias")):
         raise ValueError("the projections have biases by the config, and there is no tensor for them")
     if decoder.get("hidden_act", "silu") != "silu":
@@ -120,6 +124,24 @@ def _refuse_fields(
     positions = int(decoder.get("max_position_embeddings", 0))
     if target.max_positions is not None and positions < target.max_positions:
         raise ValueError(f"max_position_embeddings is {positions}, the target's is {target.max_positions}")
+
+
+def _norms_before_fc(config: Mapping[str, Any]) -> tuple[bool, bool]:
+    """(all fused states are normed as one, each of them alone)."""
+    nested = config.get("eagle_config") or {}
+    joint = bool(nested.get("norm_before_fc", config.get("norm_before_fc", False)))
+    # SGLang reads the older name, too, and vLLM does not.
+    if config.get("use_aux_norm") and not config.get("fc_norm"):
+        raise ValueError("use_aux_norm is set without fc_norm, which servers read differently")
+    return joint, bool(config.get("fc_norm"))
+
+
+def _window(decoder: Mapping[str, Any], rules: Rules) -> int | None:
+    if "sliding_attention" not in (decoder.get("layer_types") or []):
+        return None
+    if not rules.windowed:
+        raise ValueError("a sliding window is set, and the server would attend to all rows")
+    return int(decoder["sliding_window"])
 
 
 def _renamed(tensors: Mapping[str, torch.Tensor], rules: Rules) -> dict[str, torch.Tensor]:

@@ -56,6 +56,7 @@ class Rules:
     attributes: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
     biased: bool = True  # `attention_bias` is read
+    windowed: bool = True  # `sliding_window` is read where `layer_types` says so
 
 
 _VLLM = (
@@ -70,6 +71,7 @@ _SGLANG = Rules(
     attributes=("tie_word_embeddings", "draft_vocab_size"),
     architectures=("LlamaForCausalLMEagle3",),
     biased=False,
+    windowed=False,  # a flag of the server sets one
 )
 _SPECULATORS = ("Eagle3DraftModel", "Eagle3Speculator")
 _PACKAGE = (

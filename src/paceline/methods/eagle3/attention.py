@@ -1,11 +1,11 @@
 """Attention of an unrolled step that keeps no scores for backward.
 
 A query of step k attends to the keys from target features (rows up to its own, step 0) and to its own
-row's keys of steps 1..k. Plain autograd keeps the weights of every step, a x T per sample and head, several
-times over. This function keeps only queries, keys, values, the output and one log-sum-exp per query;
-backward computes the scores again, as FlashAttention does (arXiv 2205.14135, algorithm 4), tile by tile. A
-tile is some neighbouring anchors of one sample and the rows up to the last of them, so scores take memory of
-the order of T, not a x T, and no score outside the tile is computed.
+row's keys of steps 1..k; a window hides rows that lie further back. Plain autograd keeps the weights of every
+step, a x T per sample and head, several times over. This function keeps only queries, keys, values, the
+output and one log-sum-exp per query; backward computes the scores again, as FlashAttention does (arXiv
+2205.14135, algorithm 4), tile by tile. A tile is some neighbouring anchors of one sample and the rows that
+they can see, so scores take memory of the order of T, not a x T, and no score outside the tile is computed.
 
 Legend: R rows of all samples, A anchors of all samples, T and a rows and anchors of one tile, N query
 heads, N_kv key-value heads, G = N / N_kv, d head_dim.
@@ -26,7 +26,7 @@ TILE_ANCHORS = 256
 
 @dataclass(frozen=True)
 class Tile:
-    """Neighbouring anchors of one sample and the rows up to the last of them, as slices on the host."""
+    """Neighbouring anchors of one sample and the rows that they can see, as slices on the host."""
 
     anchors: slice  # of the A
     rows: slice  # of the R
@@ -39,19 +39,25 @@ class Layout:
     positions: torch.Tensor  # int64 [R]: of the row in its sample
     places: torch.Tensor  # int64 [A]: the same of the anchor's row
     tiles: tuple[Tile, ...]
+    window: int | None = None  # a row sees itself and the `window` - 1 rows before it
 
-    def hidden(self, tile: Tile) -> torch.Tensor:
-        """Bool [a, T], True where the row comes after the anchor."""
-        return self.positions[tile.rows] > self.places[tile.anchors, None]
+    def hidden(self, tile: Tile, step: int) -> torch.Tensor:
+        """Bool [a, T], True where the row comes after the anchor, or lies too far before its step `step`."""
+        rows, places = self.positions[tile.rows], self.places[tile.anchors, None]
+        later = rows > places
+        return later if self.window is None else later | (rows <= places + (step - self.window))
 
 
-def tiles_of(anchors: Sequence[torch.Tensor], lengths: Sequence[int]) -> tuple[Tile, ...]:
+def tiles_of(
+    anchors: Sequence[torch.Tensor], lengths: Sequence[int], window: int | None = None
+) -> tuple[Tile, ...]:
     """The tiles of samples with these `lengths`, whose anchors' rows int64 [a] ascend in each sample."""
     tiles, row, anchor = [], 0, 0
     for places, length in zip(anchors, lengths, strict=True):
         for part in places.split(TILE_ANCHORS) if places.numel() else ():
             last = anchor + part.numel()
-            tiles.append(Tile(slice(anchor, last), slice(row, row + int(part[-1]) + 1)))
+            first = 0 if window is None else max(0, int(part[0]) + 1 - window)
+            tiles.append(Tile(slice(anchor, last), slice(row + first, row + int(part[-1]) + 1)))
             anchor = last
         row += length
     return tuple(tiles)
@@ -75,7 +81,7 @@ class UnrolledAttention(torch.autograd.Function):
         mixed = _grouped(packed.transpose(0, 1)[None], keys)
         log_total = grouped.new_empty(grouped.shape[:3], dtype=torch.float32)
         for tile in layout.tiles:
-            scores = _scores(grouped, keys, tile, layout)
+            scores = _scores(grouped, keys, tile, layout, len(own) // 2)
             weights = scores.softmax(-1)
             # The likeliest row's weight is exp(highest score - log of the sum of exponentials).
             log_total[:, :, tile.anchors] = scores.amax(-1) - weights.amax(-1).log()
@@ -110,7 +116,7 @@ class UnrolledAttention(torch.autograd.Function):
         key_grad, value_grad = torch.zeros_like(keys), torch.zeros_like(values)
         for tile in ctx.layout.tiles:
             wanted, rows = grad[:, :, tile.anchors].flatten(1, 2), tile.rows
-            weights = _scores(grouped, keys, tile, ctx.layout)
+            weights = _scores(grouped, keys, tile, ctx.layout, len(own) // 2)
             weights = weights.sub_(log_total[:, :, tile.anchors, None]).exp_()
             value_grad[0, :, rows] += weights.to(values.dtype).flatten(1, 2).mT @ wanted
             score_grad = (wanted @ values[0, :, rows].mT).float().view_as(weights)
@@ -137,11 +143,13 @@ def _grouped(heads: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return heads[0].unflatten(0, (keys.shape[1], -1))  # type: ignore[no-any-return]
 
 
-def _scores(grouped: torch.Tensor, keys: torch.Tensor, tile: Tile, layout: Layout) -> torch.Tensor:
+def _scores(grouped: torch.Tensor, keys: torch.Tensor, tile: Tile, layout: Layout, step: int) -> torch.Tensor:
     """float32 [N_kv, G, a, T], -inf where the row is hidden."""
     queries = grouped[:, :, tile.anchors]
     scores = (queries.flatten(1, 2) @ keys[0, :, tile.rows].mT).float()
-    return scores.view(*queries.shape[:3], scores.shape[-1]).masked_fill_(layout.hidden(tile), float("-inf"))
+    return scores.view(*queries.shape[:3], scores.shape[-1]).masked_fill_(
+        layout.hidden(tile, step), float("-inf")
+    )
 
 
 def _own_scores(grouped: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

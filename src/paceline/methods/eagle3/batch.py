@@ -30,12 +30,14 @@ JUDGED_SHARE = 16
 @dataclass(frozen=True)
 class Unrolling:
     """How the method unrolls: `steps` S, the weight `step_decay` ** k of step k, how many anchors go
-    through lm_head at a time, and `judged_share`: one anchor in this many is judged for the estimate."""
+    through lm_head at a time, `judged_share`: one anchor in this many is judged for the estimate, and how
+    far a row sees (`window`)."""
 
     steps: int
     step_decay: float
     group_anchors: int = 1 << 30
     judged_share: int = JUDGED_SHARE
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Eagle3Batch:
     judged_picks: torch.Tensor  # int64 [S, J]: of the U rows
     tiles: tuple[Tile, ...]
     groups: tuple[Group, ...]
+    window: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -71,7 +74,7 @@ class Eagle3Batch:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.positions, self.places, self.tiles)
+        return Layout(self.positions, self.places, self.tiles, self.window)
 
     def to(self, device: torch.device) -> Eagle3Batch:
         """The batch on `device`; copies to a CUDA device overlap with its work."""
@@ -117,8 +120,9 @@ def collate(samples: Sequence[Mapping[str, torch.Tensor]], unrolling: Unrolling)
         judged=judged,
         judged_rows=judged_rows,
         judged_picks=judged_picks,
-        tiles=tiles_of(anchors_of, lengths),
+        tiles=tiles_of(anchors_of, lengths, unrolling.window),
         groups=_groups(picked, is_counted, unrolling.group_anchors),
+        window=unrolling.window,
     )
 
 

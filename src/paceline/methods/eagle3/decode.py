@@ -41,6 +41,8 @@ class Eagle3Decoder:
             copied(layer.hidden_norm.weight),
             copied(layer.post_attention_layernorm.weight),
         )
+        self.joint_norm = None if draft.input_norm is None else copied(draft.input_norm.weight)
+        self.own_norms = [copied(norm.get_parameter("weight")) for norm in draft.fc_norm]
         self.embed_tokens = draft.embed_tokens.to(dtype)
         self.target_ids = draft.target_ids()
         self.length = 0
@@ -51,6 +53,7 @@ class Eagle3Decoder:
         self.keys, self.values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         rows = torch.arange(capacity, device=self.device)
         self.cos, self.sin = self.rope.tables(rows)
+        self.places = rows.clone()  # the position of each row of the cache
         self.length = 0
 
     @torch.inference_mode()
@@ -63,7 +66,7 @@ class Eagle3Decoder:
         last one is the newest token of the sequence. Returns target token ids and, per token, its
         distribution over the draft vocabulary. The caller must leave enough capacity.
         """
-        feature = self._layer(F.linear(aux.to(self.dtype), self.fc), next_ids)[-1:]
+        feature = self._layer(self._fused(aux), next_ids)[-1:]
         real_rows = self.length
         tokens: list[int] = []
         distributions: list[torch.Tensor | None] = []
@@ -74,7 +77,7 @@ class Eagle3Decoder:
             if len(tokens) == count:
                 self.length = real_rows
                 return tokens, distributions
-            feature = self._layer(feature, self.target_ids[draft_id : draft_id + 1])
+            feature = self._layer(self._fed_back(feature), self.target_ids[draft_id : draft_id + 1])
 
     @torch.inference_mode()
     def propose_tree(
@@ -86,7 +89,7 @@ class Eagle3Decoder:
         the product of the draft's own probabilities along the path (EAGLE-2, arXiv 2406.16858). Row 0
         is the newest token, guess i is row i + 1; a parent comes before its children.
         """
-        features = self._layer(F.linear(aux.to(self.dtype), self.fc), next_ids)[-1:]
+        features = self._layer(self._fused(aux), next_ids)[-1:]
         real_rows = self.length
         guesses: list[tuple[float, int, int, int]] = []  # log-likelihood, draft id, parent guess, level
         lines: list[list[int]] = [[]]  # for each feature's row, the drafted rows that it may attend to
@@ -106,7 +109,7 @@ class Eagle3Decoder:
                 mask[i, [real_rows + row for row in line]] = True
             ids = self.target_ids[[guesses[g][1] for g in frontier]]
             position = torch.full((len(frontier),), real_rows + level, device=self.device)
-            features = self._layer(features[places], ids, position, mask)
+            features = self._layer(self._fed_back(features[places]), ids, position, mask)
             drafted += len(frontier)
         self.length = real_rows
         return self._best(guesses, num_tokens)
@@ -139,6 +142,19 @@ class Eagle3Decoder:
         tokens = tuple(int(self.target_ids[guesses[g][1]]) for g in chosen)
         return tokens, tuple(rows[guesses[g][2]] if guesses[g][2] >= 0 else 0 for g in chosen)
 
+    def _fused(self, aux: torch.Tensor) -> torch.Tensor:
+        """The features [n, H] of the target's states [n, 3H]."""
+        states = aux.to(self.dtype)
+        if self.joint_norm is not None:
+            states = self._rms(states, self.joint_norm)
+        if self.own_norms:
+            parts = zip(states.chunk(len(self.own_norms), dim=-1), self.own_norms, strict=True)
+            states = torch.cat([self._rms(part, weight) for part, weight in parts], dim=-1)
+        return F.linear(states, self.fc)
+
+    def _fed_back(self, output: torch.Tensor) -> torch.Tensor:
+        return self._rms(output, self.norm) if self.config.norm_output else output
+
     def _rms(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.config.rms_norm_eps)
 
@@ -166,8 +182,11 @@ class Eagle3Decoder:
         self.keys[:, rows] = rotated[0, self.heads :]
         self.values[:, rows] = qkv[0, self.heads + self.kv_heads :]
         self.length += new
-        if mask is None and new > 1:
+        if mask is None and (new > 1 or self.config.sliding_window):
             mask = torch.ones(new, self.length, dtype=torch.bool, device=self.device).tril(self.length - new)
+        if mask is not None and self.config.sliding_window:
+            self.places[rows] = turn
+            mask &= self.places[: self.length] > turn[:, None] - self.config.sliding_window
         mixed = F.scaled_dot_product_attention(
             rotated[:, : self.heads],
             self.keys[None, :, : self.length],

@@ -47,12 +47,14 @@ def training_time_test(draft: Eagle3Draft, batch: Eagle3Batch, recompute: bool =
     own: tuple[KeyValue, ...] = ()
     outputs: list[torch.Tensor] = []
     for step in range(batch.fed.shape[0]):
+        if step:
+            feature = draft.fed_back(outputs[-1])
         parts = draft, feature, batch.fed[step], batch.places + step, keys, own, layout, step
         if recompute:  # nothing in the layer draws random numbers
-            feature, own = checkpoint(_deeper, *parts, use_reentrant=False, preserve_rng_state=False)
+            output, own = checkpoint(_deeper, *parts, use_reentrant=False, preserve_rng_state=False)
         else:
-            feature, own = _deeper(*parts)
-        outputs.append(feature)
+            output, own = _deeper(*parts)
+        outputs.append(output)
     loss_sum, losses = _losses(draft, batch, outputs, recompute)
     counted = batch.scale > 0
     metrics = {

@@ -8,7 +8,7 @@ The same head, settings, seed and samples give the same bits.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -106,12 +106,22 @@ class Eagle3Method:
         if self._start is not None:
             layers = self._layers(head.num_hidden_layers)
             return Eagle3Config(**sizes_from(self._start, head), aux_layer_ids=layers)
-        size = min(self.settings.draft_vocab_size, head.vocab_size)  # at most the whole vocabulary
-        return draft_config(head, size)
+        chosen = self.settings
+        size = min(chosen.draft_vocab_size, head.vocab_size)  # at most the whole vocabulary
+        return replace(
+            draft_config(head, size),
+            norm_before_fc=chosen.norm_before_fc,
+            fc_norm=chosen.fc_norm,
+            norm_output=chosen.norm_output,
+            sliding_window=chosen.sliding_window,
+        )
 
     def learning_rate_scales(self) -> Mapping[str, float]:
-        is_regressed = self.settings.init == "regression" and self._start is None
-        return _REGRESSION_RATES if is_regressed else {}
+        chosen = self.settings
+        if chosen.init != "regression" or self._start is not None:
+            return {}
+        is_normed = chosen.norm_before_fc or chosen.fc_norm
+        return {**_REGRESSION_RATES, **({"fc.weight": 1.0} if is_normed else {})}
 
     def describe(self, draft: nn.Module) -> dict[str, Any]:
         assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type
@@ -122,9 +132,12 @@ class Eagle3Method:
 
     def collate(self, samples: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Eagle3Batch:
         chosen = self.settings
-        size = chosen.draft_vocab_size if self._start is None else self._start.sizes["draft_vocab_size"]
+        size, window = chosen.draft_vocab_size, chosen.sliding_window
+        if self._start is not None:
+            size, window = self._start.sizes["draft_vocab_size"], self._start.sizes["sliding_window"]
         group = max(1, _GROUP_LOGITS // (chosen.ttt_steps * size))
-        return collate(samples, Unrolling(chosen.ttt_steps, chosen.step_decay, group)).to(device)
+        unrolling = Unrolling(chosen.ttt_steps, chosen.step_decay, group, window=window)
+        return collate(samples, unrolling).to(device)
 
     def drafter(self, draft: nn.Module, dtype: torch.dtype) -> Eagle3Decoder:
         assert isinstance(draft, Eagle3Draft)

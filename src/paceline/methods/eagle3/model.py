@@ -44,6 +44,10 @@ class Eagle3Config:
     max_position_embeddings: int
     aux_layer_ids: tuple[int, ...]  # the target's states that are fused
     rope_scaling: Mapping[str, Any] | None = None  # see rope.py
+    norm_before_fc: bool = False  # these four: see Eagle3Section
+    fc_norm: bool = False
+    norm_output: bool = False
+    sliding_window: int | None = None
 
 
 class RMSNorm(nn.Module):
@@ -157,7 +161,11 @@ class Eagle3Draft(nn.Module):
         super().__init__()
         self.config, self.recompute, self.loss = config, recompute, loss or LossSection()
         hidden, vocab, reduced = config.hidden_size, config.vocab_size, config.draft_vocab_size
-        self.fc = nn.Linear(len(config.aux_layer_ids) * hidden, hidden, bias=False)
+        states = len(config.aux_layer_ids)
+        self.input_norm = RMSNorm(states * hidden, config.rms_norm_eps) if config.norm_before_fc else None
+        norms = (RMSNorm(hidden, config.rms_norm_eps) for _ in range(states if config.fc_norm else 0))
+        self.fc_norm = nn.ModuleList(norms)
+        self.fc = nn.Linear(states * hidden, hidden, bias=False)
         self.midlayer = Midlayer(config)
         self.norm = RMSNorm(hidden, config.rms_norm_eps)
         self.lm_head = nn.Linear(hidden, reduced, bias=False)
@@ -189,7 +197,20 @@ class Eagle3Draft(nn.Module):
         kind = states.device.type
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             states = states.to(self.fc.weight.dtype)
-        return self.fc(states)  # type: ignore[no-any-return]
+        return self.fc(self.normed(states))  # type: ignore[no-any-return]
+
+    def normed(self, states: torch.Tensor) -> torch.Tensor:
+        """What `fc` reads of auxiliary target states [..., 3H]."""
+        if self.input_norm is not None:
+            return self.input_norm(states)  # type: ignore[no-any-return]
+        if self.fc_norm:
+            parts = states.chunk(len(self.fc_norm), dim=-1)
+            return torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return states
+
+    def fed_back(self, output: torch.Tensor) -> torch.Tensor:
+        """The feature [..., H] of the step after the one with the layer's `output` [..., H]."""
+        return self.norm(output) if self.config.norm_output else output
 
     def target_ids(self) -> torch.Tensor:
         """Target token id of every draft token id, int64 [D]."""

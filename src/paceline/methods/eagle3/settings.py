@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from paceline.methods.losses.settings import LossSection
 from paceline.methods.settings import MethodSection
 from paceline.section import Count
+
+# A window is longer than any chain of guesses, so that a guess sees all guesses before it.
+WINDOW_MIN = 17
 
 
 class Eagle3Section(MethodSection):
@@ -21,8 +24,13 @@ class Eagle3Section(MethodSection):
     last layer) or "random".
 
     `start_from`: a public EAGLE-3 folder of the same target, from which weights, sizes, vocabulary maps and
-    fused layers come; `draft_vocab_size` and `init` are not used then. The folder must stay in its place, and
-    its content may not change.
+    fused layers come, and EAGLE-3.1's choices; the settings of these are not used then. The folder must stay
+    in its place, and its content may not change.
+
+    EAGLE-3.1's choices, each off by default; servers read them under the same names (docs/exports.md):
+    `norm_before_fc` norms the fused target states as one vector, `fc_norm` each of them alone; `norm_output`
+    feeds a step the output of the step before after the final norm, not before it; with `sliding_window` a
+    row attends to itself and the `sliding_window` - 1 rows before it.
 
     `recompute`: backward computes every unrolled step's layer and logits again, to the same bits. Without
     it, each further step keeps, between forward and backward, what autograd keeps of a decoder layer, and
@@ -41,7 +49,17 @@ class Eagle3Section(MethodSection):
     loss: LossSection = LossSection()
     init: Literal["regression", "target", "random"] = "regression"
     start_from: Path | None = None
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    sliding_window: Annotated[int, Field(ge=WINDOW_MIN)] | None = None
     recompute: bool = False
+
+    @model_validator(mode="after")
+    def _one_norm(self) -> Eagle3Section:
+        if self.norm_before_fc and self.fc_norm:
+            raise ValueError("norm_before_fc and fc_norm both norm what fc reads: choose one")
+        return self
 
     @property
     def folders(self) -> tuple[Path, ...]:

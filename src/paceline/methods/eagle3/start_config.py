@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.errors import ConfigError
+from paceline.methods.eagle3.settings import WINDOW_MIN
 from paceline.target.folder import read_json
 from paceline.target.layer_ids import EAGLE_IDS, LAYER_IDS
 from paceline.target.rope import rope_parameters
@@ -21,10 +22,6 @@ ARCHITECTURES = frozenset(
 )
 NOT_HERE = {
     "norm_before_residual": "the residual is the normed state",
-    "norm_before_fc": "the target's states are normed before fc",
-    "fc_norm": "each of the target's states is normed before fc",
-    "use_aux_norm": "each of the target's states is normed before fc",
-    "norm_output": "the draft reads its own normed output",
     "attention_bias": "its projections have biases",
     "qkv_bias": "its projections have biases",
     "bias": "fc has a bias",
@@ -85,6 +82,7 @@ def read_start_config(folder: Path) -> StartConfig:
             "draft_vocab_size": int(config.get("draft_vocab_size") or decoder["vocab_size"]),
             "rms_norm_eps": float(decoder["rms_norm_eps"]),
             "max_position_embeddings": int(decoder.get("max_position_embeddings", 2048)),
+            **_variant(config, decoder),
         }
         known = config.get("paceline", {}).get("target", {})
         verifier = config.get("speculators_config", {}).get("verifier", {})
@@ -101,6 +99,26 @@ def read_start_config(folder: Path) -> StartConfig:
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         reason = f"{error} is missing in its config.json" if isinstance(error, KeyError) else str(error)
         raise refused(folder, reason, "Its sizes are the draft's.") from error
+
+
+def _variant(config: Mapping[str, Any], decoder: Mapping[str, Any]) -> dict[str, Any]:
+    """EAGLE-3.1's choices, under the names of `Eagle3Config`. Raises ValueError for two that exclude each
+    other, and for a window that a chain of guesses may outgrow."""
+    nested = config.get("eagle_config") or {}
+    before = bool(nested.get("norm_before_fc", config.get("norm_before_fc", False)))
+    each = bool(config.get("fc_norm") or config.get("use_aux_norm"))
+    if before and each:
+        raise ValueError("it norms the target's states twice, as one and each alone")
+    is_windowed = "sliding_attention" in (decoder.get("layer_types") or [])
+    window = int(decoder["sliding_window"]) if is_windowed else None
+    if window is not None and window < WINDOW_MIN:
+        raise ValueError(f"its sliding window is {window}, less than {WINDOW_MIN}")
+    return {
+        "norm_before_fc": before,
+        "fc_norm": each,
+        "norm_output": bool(config.get("norm_output")),
+        "sliding_window": window,
+    }
 
 
 def _ids(value: Any) -> tuple[int, ...] | None:

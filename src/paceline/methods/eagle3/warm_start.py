@@ -32,14 +32,14 @@ def warm_start(
 ) -> None:
     """Overwrite the weights of `draft` in place. `samples` hold the tensors of EAGLE-3's features."""
     hidden = draft.config.hidden_size
-    regression = _regress(head, samples)
-    state_part, embedding_part = regression[:-hidden], regression[-hidden:]
     generator = torch.Generator().manual_seed(seed)
     layer, attention = draft.midlayer, draft.midlayer.self_attn
     with torch.no_grad():
         for parameter in draft.parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
+        regression = _regress(draft, head, samples)
+        state_part, embedding_part = regression[:-hidden], regression[-hidden:]
         for linear in (attention.q_proj, attention.k_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
             linear.weight.normal_(0.0, 0.02, generator=generator)
         for linear in (attention.v_proj, attention.o_proj, layer.mlp.down_proj):
@@ -50,8 +50,10 @@ def warm_start(
         _write_embedding_part(draft, embedding_part, generator)
 
 
-def _regress(head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
-    """Ridge map [4H, H] (or as many auxiliary states as there are) from raw inputs to directions."""
+def _regress(
+    draft: Eagle3Draft, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]]
+) -> torch.Tensor:
+    """Ridge map [4H, H] (or as many auxiliary states as there are) from what `draft` reads to directions."""
     width = int(samples[0]["aux_hidden_states"].shape[1]) + head.hidden_size
     gram, moment = torch.zeros(width, width), torch.zeros(width, head.hidden_size)
     num_rows = 0
@@ -61,7 +63,7 @@ def _regress(head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]]) ->
         counted = counted_rows(sample["loss_mask"])
         rows, wanted = counted[1:].nonzero().squeeze(1), sample["last_hidden_states"][int(counted[0]) :]
         embedding = _direction(head.embed_tokens[ids[rows + 1]].float())
-        inputs = torch.cat((sample["aux_hidden_states"][rows].float(), embedding), dim=-1)
+        inputs = torch.cat((draft.normed(sample["aux_hidden_states"][rows].float()), embedding), dim=-1)
         gram.addmm_(inputs.T, inputs)
         moment.addmm_(inputs.T, _direction(wanted.float()))
         num_rows += int(rows.numel())
