@@ -15,7 +15,7 @@ gives, by the target's choice in its whole vocabulary (a test holds this equal t
 processor's. The standard error of a chain is about 0.012, that of a difference on the same tokens less.
 
 `--noise X` adds Gaussian noise of X times a state's size to the features; `--ema X` measures the average of
-the weights that forgets as X per step, beside the last weights.
+the weights that forgets as X per step, beside the last weights; `--rate NAME=X` scales a parameter's rate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,23 @@ def _kept(path: Path) -> list[Sample]:
     return [samples[n] for n in range(len(samples))]
 
 
-def train(folder: Path, config: RunConfig, num_tokens: int, noise: float, ema: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Trial:
+    """What the run file has no setting for."""
+
+    tokens: int
+    noise: float
+    ema: float
+    rates: Mapping[str, float]
+
+
+def train(folder: Path, config: RunConfig, trial: Trial) -> dict[str, Any]:
     method, head = config.method.build(), TargetHead.load(config.target.model)
     samples: list[Sample] = []
     for path in sorted(folder.glob("group-*.safetensors")):
         samples += _kept(path)
     size, batches, tokens = config.training.batch_size, list[list[Sample]](), 0
-    while tokens < num_tokens and len(samples) >= size:
+    while tokens < trial.tokens and len(samples) >= size:
         batches.append(samples[:size])
         tokens += method.num_tokens(batches[-1])
         samples = samples[size:]
@@ -125,16 +136,20 @@ def train(folder: Path, config: RunConfig, num_tokens: int, noise: float, ema: f
         seed=config.run.seed,
         autocast_dtype=dtype if dtype is torch.bfloat16 else None,
     )
+    scales = {**method.learning_rate_scales(), **trial.rates}
+    method.learning_rate_scales = lambda: scales  # type: ignore[method-assign]
     learner = TorchLearner(method, head, settings)
     learner.build(first)
     assert isinstance(learner.draft, Eagle3Draft)
     average = {name: weight.detach().clone() for name, weight in learner.draft.named_parameters()}
     generator, began = torch.Generator().manual_seed(0), time.process_time()
     for step, batch in enumerate(batches, 1):
-        learner.step(step, [_noisy(sample, noise, generator) for sample in batch] if noise else batch)
-        if ema:
+        learner.step(
+            step, [_noisy(sample, trial.noise, generator) for sample in batch] if trial.noise else batch
+        )
+        if trial.ema:
             for name, weight in learner.draft.named_parameters():
-                average[name].lerp_(weight.detach(), 1.0 - min(ema, step / (step + 10)))
+                average[name].lerp_(weight.detach(), 1.0 - min(trial.ema, step / (step + 10)))
     seconds = time.process_time() - began
     held_out = _kept(folder / HELD_OUT)
     found = {
@@ -143,7 +158,7 @@ def train(folder: Path, config: RunConfig, num_tokens: int, noise: float, ema: f
         "seconds": round(seconds, 1),
         **score(learner.draft, held_out),
     }
-    if ema:
+    if trial.ema:
         learner.draft.load_state_dict(average, strict=False)
         found["averaged"] = score(learner.draft, held_out)
     return found
@@ -184,15 +199,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--noise", type=float, default=0.0)
     parser.add_argument("--ema", type=float, default=0.0)
+    parser.add_argument("--rate", action="append", default=[], metavar="NAME=X")
     given = parser.parse_args()
     config = configured(given.model, given.changes)
     compute_deterministically(1)
     if given.verb == "capture":
         capture(given.folder, config, given.groups)
         return
-    found = train(given.folder, config, given.tokens, given.noise, given.ema)
-    changes = [*given.changes, *(f"{k} {getattr(given, k)}" for k in ("noise", "ema") if getattr(given, k))]
-    print(json.dumps({"changes": changes, **found}))
+    rates = {name: float(rate) for name, _, rate in (text.partition("=") for text in given.rate)}
+    found = train(given.folder, config, Trial(given.tokens, given.noise, given.ema, rates))
+    tried = [f"{name} {value}" for name in ("noise", "ema") if (value := getattr(given, name))]
+    print(json.dumps({"changes": [*given.changes, *given.rate, *tried], **found}))
 
 
 if __name__ == "__main__":
