@@ -9,6 +9,7 @@ from paceline.exports.eagle3 import SGLANG
 from paceline.exports.export import ExportedDraft, TargetOfDraft
 from paceline.exports.folder import write_folder
 from paceline.methods.eagle3.method import Eagle3Method
+from paceline.methods.eagle3.parallel import PEagleMethod
 from paceline.methods.method import DraftMethod
 from paceline.target.version import TargetVersion
 from paceline.testing.method_suite import MethodSuite
@@ -30,6 +31,17 @@ class TestEagle31WithOneNorm(MethodSuite):
     def make(self) -> DraftMethod:
         choices = {"norm_before_fc": True, "recompute": True, "init": "target"}
         return Eagle3Method({"draft_vocab_size": 40, "ttt_steps": 2, "loss": "lk_alpha", **choices})
+
+
+class TestPEagle(MethodSuite):
+    def make(self) -> DraftMethod:
+        return PEagleMethod({"draft_vocab_size": 40, "ttt_steps": 3})
+
+
+class TestPEagleWithAWindow(MethodSuite):
+    def make(self) -> DraftMethod:
+        choices = {"norm_before_fc": True, "sliding_window": 17, "recompute": True, "mask_token_id": 5}
+        return PEagleMethod({"draft_vocab_size": 61, "ttt_steps": 2, "init": "target", **choices})
 
 
 class TestEagle3FromTheTargetsLayer(MethodSuite):

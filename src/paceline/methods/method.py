@@ -1,7 +1,7 @@
 """The contract of a draft method: it names the features to capture, and its draft turns them into a loss.
 
 A method declares its features, which the producer captures, and builds batches and a draft for the trainer;
-neither knows which method it uses. A new method (P-EAGLE, DFlash, Domino, DSpark) is one folder beside
+neither knows which method it uses. A new method (DFlash, Domino, DSpark) is one folder beside
 `eagle3` that satisfies `DraftMethod`. A call of the draft with a batch gives its loss, and training uses its
 submodules in no other way, so DDP, FSDP2 and torch.compile can wrap it.
 

@@ -9,5 +9,6 @@ METHODS = Table(
     "paceline.methods",
     {
         "eagle3": "paceline.methods.eagle3.settings:Eagle3Section",
+        "p-eagle": "paceline.methods.eagle3.settings:PEagleSection",
     },
 )

@@ -24,7 +24,7 @@ class OptimizerSection(Section):
 
     name: Literal["adamw", "muon"] = "adamw"
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
-    adamw_for: tuple[str, ...] = ("lm_head", "embed_tokens")
+    adamw_for: tuple[str, ...] = ("lm_head", "embed_tokens", "mask_hidden")
 
     @model_validator(mode="before")
     @classmethod

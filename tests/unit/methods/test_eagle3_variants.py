@@ -12,6 +12,7 @@ from torch import nn
 from paceline.errors import ConfigError
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Eagle3Draft
+from paceline.methods.eagle3.parallel import ParallelDecoder, PEagleMethod
 from paceline.target.head import TargetHead
 from paceline.testing.tiny_target import HIDDEN, VOCAB, captured_sample, save_target, tiny_target
 
@@ -22,6 +23,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a norm for each state": {"fc_norm": True},
     "the normed output is fed back": {"norm_output": True},
     "a window": {"sliding_window": 17},
+    "parallel": {"name": "p-eagle"},
+    "parallel, a norm and a window": {"name": "p-eagle", "norm_before_fc": True, "sliding_window": 18},
     "all": {"fc_norm": True, "norm_output": True, "sliding_window": 20},
 }
 
@@ -39,7 +42,8 @@ def sample() -> dict[str, torch.Tensor]:
 def _built(
     head: TargetHead, sample: dict[str, torch.Tensor], choices: dict[str, Any]
 ) -> tuple[Eagle3Method, Eagle3Draft]:
-    method = Eagle3Method({"draft_vocab_size": VOCAB, "ttt_steps": STEPS, "init": "random", **choices})
+    kind = PEagleMethod if choices.get("name") == "p-eagle" else Eagle3Method
+    method = kind({"draft_vocab_size": VOCAB, "ttt_steps": STEPS, "init": "random", **choices})
     draft = method.build(head, [sample], seed=3)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
@@ -137,3 +141,86 @@ def test_choices_that_exclude_each_other_are_refused(choices: dict[str, Any], re
     """Two norms of the same states; a window that a chain of guesses could outgrow."""
     with pytest.raises(ConfigError, match=reason):
         Eagle3Method(choices)
+
+
+def _mask_rows_by_brute_force(
+    draft: Eagle3Draft, sample: dict[str, torch.Tensor], anchor: int, steps: int
+) -> torch.Tensor:
+    """Logits [steps, D] of one pass over the text's rows up to `anchor` and the mask rows after them, by
+    plain causal attention over the whole sequence."""
+    assert draft.mask_hidden is not None
+    aux, tokens = sample["aux_hidden_states"][: anchor + 1], sample["input_ids"].long()
+    states = torch.cat([aux, draft.mask_hidden.expand(steps - 1, -1)])
+    ids = torch.cat([tokens[1 : anchor + 2], torch.full((steps - 1,), draft.config.mask_token_id)])
+    layer, attention = draft.midlayer, draft.midlayer.self_attn
+    feature = draft.fc(states)
+    inputs = layer.inputs(draft.embed(ids), feature)[None]
+    positions = torch.arange(anchor + steps)[None]
+    keys, values = attention.key_value(inputs, positions)
+    query = attention.query(inputs, positions)
+    mixed = nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=True)
+    return draft.logits(layer.finish(feature[None], mixed)[0])[-steps:]
+
+
+@torch.no_grad()
+def test_a_parallel_drafts_rows_see_what_one_causal_pass_would_show_them(
+    head: TargetHead, sample: dict[str, torch.Tensor]
+) -> None:
+    """For every anchor: the text up to it, and its own mask rows in order; no other anchor's."""
+    method, draft = _built(head, sample, {"name": "p-eagle", "mask_token_id": 7})
+    anchors, trained = _trained_logits(method, draft, sample)
+    for place, anchor in enumerate(anchors):
+        expected = _mask_rows_by_brute_force(draft, sample, anchor, STEPS)
+        torch.testing.assert_close(trained[:, place], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_parallel_tree_holds_the_likeliest_paths(head: TargetHead, sample: dict[str, torch.Tensor]) -> None:
+    """A path's likelihood is the product of its places' probabilities; parents come before children."""
+    method, draft = _built(head, sample, {"name": "p-eagle"})
+    decoder = method.drafter(draft, torch.float32)
+    assert isinstance(decoder, ParallelDecoder)
+    aux, ids = sample["aux_hidden_states"][:9], sample["input_ids"][1:10].long()
+    seen: list[torch.Tensor] = []
+
+    def choose(logits: torch.Tensor) -> tuple[int, None]:
+        seen.append(logits.log_softmax(-1))
+        return int(logits.argmax()), None
+
+    decoder.start(64)
+    chain, _ = decoder.propose(aux, ids, 3, choose)
+    decoder.start(64)
+    tokens, parents = decoder.propose_tree(aux, ids, num_tokens=6, branching=3, depth=3)
+    paths = [(int(d),) for d in seen[0].topk(3).indices]
+    every = list(paths)
+    for level in (1, 2):
+        paths = [(*path, int(d)) for path in paths for d in seen[level].topk(3).indices]
+        every += paths
+    score = {path: sum(float(seen[k][d]) for k, d in enumerate(path)) for path in every}
+    wanted = sorted(every, key=lambda path: -score[path])[:6]
+    of_row: list[tuple[int, ...]] = [()]
+    for token, parent in zip(tokens, parents, strict=True):
+        assert parent < len(of_row), "a parent comes before its children"
+        of_row.append((*of_row[parent], token))
+    assert sorted(of_row[1:]) == sorted(wanted)
+    assert tuple(chain) in score
+
+
+@pytest.mark.parametrize(
+    ("choices", "reason"),
+    [
+        ({"norm_output": True}, "norm_output does not go"),
+        ({"fc_norm": True}, "fc_norm does not go"),
+        ({"start_from": "draft"}, "start_from does not go"),
+        ({"ttt_steps": 1}, "greater than or equal to 2"),
+    ],
+)
+def test_what_a_parallel_draft_lacks_is_refused(choices: dict[str, Any], reason: str) -> None:
+    """Nothing is fed back; servers would drop a norm of each state; a single step is no parallel draft."""
+    with pytest.raises(ConfigError, match=reason):
+        PEagleMethod(choices)
+
+
+def test_a_mask_token_beyond_the_vocabulary_is_refused(head: TargetHead) -> None:
+    """Before anything is captured, with the largest id that there is."""
+    with pytest.raises(ConfigError, match=f"{VOCAB} tokens"):
+        PEagleMethod({"mask_token_id": VOCAB, "draft_vocab_size": 24}).check_target(head)

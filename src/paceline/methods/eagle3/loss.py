@@ -3,7 +3,8 @@
 Step k of an anchor (see batch.py) is fed the embedding of token i+1+k; its feature is the
 fused target state at k = 0 and the output of step k-1 afterwards. Queries of step k attend to the keys
 from target features (rows <= i, step 0) and to row i's own keys of steps 1..k, which is exactly what a
-decoder sees after it has drafted k tokens after token i+1.
+decoder sees after it has drafted k tokens after token i+1. A parallel draft (parallel.py) reads one learned
+row instead at every k > 0.
 
 Only anchors have queries: prompts cost keys and values and nothing else. Nothing is padded: the rows of all
 samples are concatenated, and only attention treats samples one by one. No operation here makes the host wait
@@ -47,9 +48,10 @@ def training_time_test(draft: Eagle3Draft, batch: Eagle3Batch, recompute: bool =
     own: tuple[KeyValue, ...] = ()
     outputs: list[torch.Tensor] = []
     for step in range(batch.fed.shape[0]):
+        token_ids = batch.fed[step]
         if step:
-            feature = draft.fed_back(outputs[-1])
-        parts = draft, feature, batch.fed[step], batch.places + step, keys, own, layout, step
+            feature, token_ids = draft.deeper_inputs(outputs[-1], token_ids)
+        parts = draft, feature, token_ids, batch.places + step, keys, own, layout, step
         if recompute:  # nothing in the layer draws random numbers
             output, own = checkpoint(_deeper, *parts, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -78,12 +80,14 @@ def _deeper(
 ) -> tuple[torch.Tensor, tuple[KeyValue, ...]]:
     """Step `step` of the anchors: output [A, H], and `own` with the step's pair appended (except at step 0).
 
-    `feature` is [A, H], `token_ids` and `positions` int64 [A]; the others are as in `attend`.
+    `feature` is [A, H], `token_ids` and `positions` int64 [A]; the first two may be one row for all anchors.
+    The others are as in `attend`.
     """
     layer = draft.midlayer
     inputs = layer.inputs(draft.embed(token_ids), feature)[None]
     if step:
-        own = (*own, layer.self_attn.key_value(inputs, positions[None]))
+        key, value = layer.self_attn.key_value(inputs, positions[None])
+        own = (*own, (key, value.expand_as(key)))
     mixed = attend(layer.self_attn.query(inputs, positions[None]), keys, own, layout)
     return layer.finish(feature[None], mixed)[0], own
 

@@ -48,6 +48,7 @@ class Eagle3Config:
     fc_norm: bool = False
     norm_output: bool = False
     sliding_window: int | None = None
+    mask_token_id: int | None = None  # of P-EAGLE (parallel.py): the token that deeper steps are fed
 
 
 class RMSNorm(nn.Module):
@@ -154,6 +155,7 @@ class Eagle3Draft(nn.Module):
     target_output: OutputLayer
     target_choices: OutputLayer
     own_embedding: torch.Tensor | None
+    mask_ids: torch.Tensor  # int64 [1]
 
     def __init__(
         self, config: Eagle3Config, recompute: bool = False, loss: LossSection | None = None
@@ -166,12 +168,15 @@ class Eagle3Draft(nn.Module):
         norms = (RMSNorm(hidden, config.rms_norm_eps) for _ in range(states if config.fc_norm else 0))
         self.fc_norm = nn.ModuleList(norms)
         self.fc = nn.Linear(states * hidden, hidden, bias=False)
+        is_parallel = config.mask_token_id is not None
+        self.mask_hidden = nn.Parameter(torch.zeros(1, states * hidden)) if is_parallel else None
         self.midlayer = Midlayer(config)
         self.norm = RMSNorm(hidden, config.rms_norm_eps)
         self.lm_head = nn.Linear(hidden, reduced, bias=False)
         self.register_buffer("d2t", torch.zeros(reduced, dtype=torch.int64))
         self.register_buffer("t2d", torch.zeros(vocab, dtype=torch.bool))
         self.register_buffer("own_embedding", None, persistent=False)
+        self.register_buffer("mask_ids", torch.tensor([config.mask_token_id or 0]), persistent=False)
 
     def forward(self, batch: Eagle3Batch) -> LossSums:
         """The training loss, unrolled over the draft's own outputs."""
@@ -208,9 +213,14 @@ class Eagle3Draft(nn.Module):
             return torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return states
 
-    def fed_back(self, output: torch.Tensor) -> torch.Tensor:
-        """The feature [..., H] of the step after the one with the layer's `output` [..., H]."""
-        return self.norm(output) if self.config.norm_output else output
+    def deeper_inputs(
+        self, output: torch.Tensor, token_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the next step reads: a feature and a token, by the step's `output` [A, H] and the tokens that
+        follow, int64 [A]; or, in parallel, one row that is the same for all anchors, [1, H] and [1]."""
+        if self.mask_hidden is not None:
+            return self.fuse(self.mask_hidden), self.mask_ids
+        return self.norm(output) if self.config.norm_output else output, token_ids
 
     def target_ids(self) -> torch.Tensor:
         """Target token id of every draft token id, int64 [D]."""

@@ -64,3 +64,25 @@ class Eagle3Section(MethodSection):
     @property
     def folders(self) -> tuple[Path, ...]:
         return () if self.start_from is None else (self.start_from,)
+
+
+class PEagleSection(Eagle3Section):
+    """P-EAGLE (arXiv 2602.01469): an EAGLE-3 draft that guesses all its tokens in one pass.
+
+    Its steps after the first read one learned row in place of the guesses before them: the token
+    `mask_token_id` (by default the target's first end-of-text token) and `mask_hidden`, which stands for the
+    target's states. vLLM serves it; SGLang does not. It starts from no folder, feeds nothing back
+    (`norm_output`), and servers know `norm_before_fc` of it alone.
+    """
+
+    component: ClassVar[str] = "paceline.methods.eagle3.parallel:PEagleMethod"
+    name: Literal["p-eagle"] = "p-eagle"  # type: ignore[assignment]
+    ttt_steps: Annotated[int, Field(ge=2, le=16)] = 4
+    mask_token_id: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _what_parallel_drafts_lack(self) -> PEagleSection:
+        for name in ("start_from", "fc_norm", "norm_output"):
+            if getattr(self, name):
+                raise ValueError(f"{name} does not go with p-eagle")
+        return self
