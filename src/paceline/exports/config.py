@@ -27,6 +27,7 @@ def flat_config(draft: ExportedDraft) -> dict[str, Any]:
         **_norms(draft),
         "use_aux_norm": False,  # an older name of fc_norm
         **_window(draft),
+        **_parallel(draft),
         "paceline": provenance(draft),
     }
 
@@ -34,6 +35,8 @@ def flat_config(draft: ExportedDraft) -> dict[str, Any]:
 def speculators_config(draft: ExportedDraft) -> dict[str, Any]:
     """The layout of the speculators package, which vLLM loads too."""
     sizes, target = draft.sizes, draft.target
+    mask = sizes.get("mask_token_id")
+    kind = "eagle3" if mask is None else "peagle"
     proposal = {
         "proposal_type": "greedy",
         "speculative_tokens": draft.chain,
@@ -41,19 +44,20 @@ def speculators_config(draft: ExportedDraft) -> dict[str, Any]:
         "accept_tolerance": 0.0,
     }
     return {
-        "architectures": ["Eagle3DraftModel"],
-        "speculators_model_type": "eagle3",
+        "architectures": ["Eagle3DraftModel" if mask is None else "PEagleDraftModel"],
+        "speculators_model_type": kind,
         "speculators_version": SPECULATORS_VERSION,
         "draft_vocab_size": sizes["draft_vocab_size"],
         "target_hidden_size": None,  # the draft's hidden size is the target's
         EAGLE_IDS: _ids("speculators.eagle3", draft),
         **_norms(draft),
+        **({} if mask is None else {"mask_token_id": mask}),
         "embed_requires_grad": False,
         "tie_word_embeddings": False,
         "dtype": draft.dtype,
         "transformer_layer_config": {**_decoder(draft), "architectures": ["LlamaForCausalLM"]},
         "speculators_config": {
-            "algorithm": "eagle3",
+            "algorithm": kind,
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal],
             "verifier": {
@@ -80,6 +84,12 @@ def _norms(draft: ExportedDraft) -> dict[str, bool]:
 def _window(draft: ExportedDraft) -> dict[str, Any]:
     window = draft.sizes.get("sliding_window")
     return {"sliding_window": window, "layer_types": ["sliding_attention"]} if window else {}
+
+
+def _parallel(draft: ExportedDraft) -> dict[str, Any]:
+    """P-EAGLE's mask token, under the two names that vLLM's versions read, and a mark for other readers."""
+    mask = draft.sizes.get("mask_token_id")
+    return {} if mask is None else {"mask_token_id": mask, "pard_token": mask, "parallel_drafting": True}
 
 
 def _decoder(draft: ExportedDraft) -> dict[str, Any]:

@@ -31,6 +31,8 @@ MIDDLE: Shapes = {
 # EAGLE-3.1: by the setting of that name. `fc_norm` has one tensor for each of the n fused states.
 INPUT_NORM: Shapes = {"input_norm.weight": ("F",)}
 FC_NORM = "fc_norm.{}.weight"
+# Of P-EAGLE; the speculators package has one more dimension.
+MASK, MASK_OF_PACKAGE = ("1", "F"), ("1", "1", "F")
 # Only where the draft's vocabulary is smaller than the target's.
 VOCABULARY_MAPS: Shapes = {"d2t": ("D",), "t2d": ("V",)}
 EMBEDDING: Shapes = {"embed_tokens.weight": ("V", "H")}
@@ -44,6 +46,8 @@ def expected(sizes: Mapping[str, Any], layer: str, *, embedding: bool) -> dict[s
     table |= {
         FC_NORM.format(n): ("H",) for n in range(len(sizes["aux_layer_ids"]) if sizes.get("fc_norm") else 0)
     }
+    if sizes.get("mask_token_id") is not None:
+        table["mask_hidden"] = MASK_OF_PACKAGE if embedding else MASK
     table |= VOCABULARY_MAPS if known["D"] != known["V"] else {}
     table |= EMBEDDING if embedding else {}
     return {name: tuple(known[letter] for letter in shape) for name, shape in table.items()}
@@ -52,6 +56,7 @@ def expected(sizes: Mapping[str, Any], layer: str, *, embedding: bool) -> dict[s
 def _lengths(sizes: Mapping[str, Any]) -> dict[str, int]:
     hidden, head_dim = sizes["hidden_size"], sizes["head_dim"]
     return {
+        "1": 1,
         "H": hidden,
         "2H": 2 * hidden,
         "F": len(sizes["aux_layer_ids"]) * hidden,

@@ -14,26 +14,29 @@ from paceline.exports.export import ExportedDraft, FolderContent
 from paceline.exports.reader.check import check_folder
 from paceline.exports.reader.replay import Replay, ServedTarget, Verdict
 
-METHOD = "eagle3"
+METHOD, PARALLEL = "eagle3", "p-eagle"
 OURS = "midlayer."  # the prefix of the decoder layer in a checkpoint
 
 
 @dataclass(frozen=True)
 class Eagle3Export:
     """`layer`: the prefix of the decoder layer; `embedding`: the folder carries the target's embedding;
-    `windowed`: every server of the format reads a sliding window of the draft's attention from it."""
+    `windowed`: every server of the format reads a sliding window of the draft's attention from it;
+    `parallel`: every one drafts in parallel with P-EAGLE."""
 
     server: str
     config: Callable[[ExportedDraft], dict[str, Any]]
     layer: str = OURS
     embedding: bool = False
     windowed: bool = False
+    parallel: bool = False
 
     def build(self, draft: ExportedDraft) -> FolderContent:
-        if draft.method != METHOD:
+        loaded = (METHOD, PARALLEL) if self.parallel else (METHOD,)
+        if draft.method not in loaded:
             raise ConfigError(
                 f"A draft of the method {draft.method!r} cannot be exported for {self.server}.",
-                why=f"This export writes the tensors of {METHOD}.",
+                why=f"Its servers load drafts of {' and '.join(loaded)}.",
                 next="choose another export, or install a package that offers one for this method.",
             )
         if draft.sizes.get("sliding_window") and not self.windowed:
@@ -51,6 +54,8 @@ class Eagle3Export:
             renamed = {name: tensor for name, tensor in renamed.items() if name not in ("d2t", "t2d")}
         if self.embedding:
             renamed["embed_tokens.weight"] = draft.target.embed_tokens.contiguous()
+            if "mask_hidden" in renamed:
+                renamed["mask_hidden"] = renamed["mask_hidden"].unsqueeze(0)
         refuse_others(self.server, renamed, expected(draft.sizes, layer=self.layer, embedding=self.embedding))
         return FolderContent(self.config(draft), renamed)
 
@@ -58,7 +63,9 @@ class Eagle3Export:
         return check_folder(folder, self.server, target, replays)
 
 
-VLLM = Eagle3Export("vllm", flat_config, layer="layers.0.", windowed=True)
+VLLM = Eagle3Export("vllm", flat_config, layer="layers.0.", windowed=True, parallel=True)
 SGLANG = Eagle3Export("sglang", flat_config)
 HF = Eagle3Export("hf", flat_config)
-SPECULATORS = Eagle3Export("speculators", speculators_config, layer="layers.0.", embedding=True)
+SPECULATORS = Eagle3Export(
+    "speculators", speculators_config, layer="layers.0.", embedding=True, parallel=True
+)

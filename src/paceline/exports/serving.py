@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from paceline.errors import ConfigError
 
@@ -25,7 +26,13 @@ class Served:
 
 
 def _vllm(served: Served) -> list[str]:
-    speculation = {"model": served.folder, "method": served.method, "num_speculative_tokens": served.chain}
+    speculation: dict[str, Any] = {
+        "model": served.folder,
+        "method": served.method,
+        "num_speculative_tokens": served.chain,
+    }
+    if served.method == "p-eagle":  # vLLM's method of the same draft model, told to draft in parallel
+        speculation |= {"method": "eagle3", "parallel_drafting": True}
     command = ["vllm", "serve", served.target, *_at(served), "--host", served.host]
     return [*command, "--speculative-config", json.dumps(speculation)]
 

@@ -15,6 +15,7 @@ from paceline.exports.folder import write_folder
 from paceline.exports.reader.replay import Replay, ServedTarget, Verdict
 from paceline.exports.table import EXPORTS
 from paceline.methods.eagle3.method import Eagle3Method
+from paceline.methods.eagle3.parallel import PEagleMethod
 from paceline.roles.dumped_rows import _neighbours, _random, _replay
 from paceline.target.head import TargetHead
 from paceline.target.version import TargetVersion
@@ -74,7 +75,8 @@ def target_folder(folder: Path, rope: dict[str, Any]) -> Path:
 def make_case(folder: Path, rope: dict[str, Any] = ROPE, vocab: int = 48, **settings: Any) -> Case:
     """`settings`: further ones of the method."""
     head = TargetHead.load(target_folder(folder, rope))
-    method = Eagle3Method({"draft_vocab_size": vocab, "init": "random", **settings})
+    kind = PEagleMethod if settings.get("name") == "p-eagle" else Eagle3Method
+    method = kind({"draft_vocab_size": vocab, "init": "random", **settings})
     draft = method.build(head, [captured_sample(tiny_target(), 20, 4, seed=1)], seed=3)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
@@ -87,7 +89,7 @@ def make_case(folder: Path, rope: dict[str, Any] = ROPE, vocab: int = 48, **sett
     return Case(
         folder=folder,
         draft=ExportedDraft(
-            method="eagle3",
+            method=method.name,
             tensors={name: tensor.clone() for name, tensor in draft.state_dict().items()},
             sizes=method.describe(draft),
             dtype="float32",

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from exports_case import Case, make_case
+from safetensors.torch import load_file
 
 from paceline.errors import ConfigError
+from paceline.exports.serving import Served, commands
 from paceline.exports.table import EXPORTS
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.target.head import TargetHead
@@ -19,6 +21,7 @@ WINDOW = 18
 VARIANTS: dict[str, dict[str, Any]] = {
     "fc_norm": {"fc_norm": True, "norm_output": True},
     "norm_before_fc": {"norm_before_fc": True},
+    "parallel": {"name": "p-eagle", "norm_before_fc": True, "mask_token_id": 9},
     "sliding_window": {"norm_output": True, "sliding_window": WINDOW},
 }
 
@@ -54,6 +57,39 @@ def test_a_lost_norm_of_the_output_is_found(cases: dict[str, Case], tmp_path: Pa
     assert "logits" in cases["fc_norm"].check("vllm", _edited(folder, norm_output=False)).problems[0]
 
 
+@pytest.mark.parametrize("server", ["vllm", "speculators"])
+def test_a_parallel_draft_is_for_the_servers_that_guess_in_parallel(
+    cases: dict[str, Case], server: str, tmp_path: Path
+) -> None:
+    """With the mask token that the trainer's decoder read; with another one the guesses are others."""
+    case = cases["parallel"]
+    folder = case.export(server, tmp_path / "draft")
+    assert case.check(server, folder).problems == ()
+    mask = load_file(folder / "model.safetensors")["mask_hidden"]
+    assert torch.equal(mask.view(1, -1), case.draft.tensors["mask_hidden"])
+    assert case.check(server, _edited(folder, mask_token_id=8)).problems
+    lost = json.loads((folder / "config.json").read_text())
+    lost = {key: value for key, value in lost.items() if key not in ("mask_token_id", "pard_token")}
+    (folder / "config.json").write_text(json.dumps(lost))
+    assert "mask_token_id" in case.check(server, folder).problems[0]
+
+
+@pytest.mark.parametrize("server", ["sglang", "hf"])
+def test_a_parallel_draft_is_refused_for_servers_that_guess_one_by_one(
+    cases: dict[str, Case], server: str, tmp_path: Path
+) -> None:
+    """SGLang would ignore `mask_hidden` and feed the draft its own outputs, without a word."""
+    with pytest.raises(ConfigError, match="p-eagle"):
+        cases["parallel"].export(server, tmp_path / "draft")
+
+
+def test_the_command_of_a_parallel_draft_says_so() -> None:
+    """vLLM's method is EAGLE-3's, and a flag makes it draft in parallel."""
+    command = commands("vllm", Served("org/target", "/there", "p-eagle", 4))["vllm"]
+    speculation = json.loads(command[command.index("--speculative-config") + 1])
+    assert (speculation["method"], speculation["parallel_drafting"]) == ("eagle3", True)
+
+
 def test_a_window_is_in_the_config_of_the_server_that_reads_it(
     cases: dict[str, Case], tmp_path: Path
 ) -> None:
@@ -71,7 +107,7 @@ def test_a_window_is_in_the_config_of_the_server_that_reads_it(
                 case.export(server, tmp_path / server)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "parallel"])
 def test_a_draft_starts_from_its_export_with_the_same_choices(
     cases: dict[str, Case], name: str, tmp_path: Path
 ) -> None:

@@ -1,6 +1,6 @@
 """The arithmetic of a served EAGLE-3 draft, from what the reader found, in float32.
 
-Legend: n rows, H hidden size, N heads, d head_dim.
+Legend: n rows, F width of the fused target states, H hidden size, N heads, d head_dim.
 """
 
 from __future__ import annotations
@@ -19,28 +19,32 @@ LAYER = "layers.0."
 def chain_logits(draft: Draft, replay: Replay, rows: int, guesses: tuple[int, ...]) -> torch.Tensor:
     """Logits [len(guesses), D] of the guesses after the first `rows` rows.
 
-    Every guess after the first follows the ones before it in `guesses`.
+    Every guess after the first follows the ones before it in `guesses`, or, in parallel, mask rows.
     """
-    features = _fused(draft, replay, rows)
+    states = [replay.states[layer][:rows].float() for layer in draft.layers]
+    features = _fused(draft, torch.cat(states, dim=-1))
     tokens = replay.tokens[1 : rows + 1]
     logits = []
     for guess in guesses:
         output = _layer(draft, features, tokens)[-1:]
         normed = _rms(draft, output, "norm.weight")
         logits.append(normed @ draft.weights["lm_head.weight"].T)
-        features = torch.cat((features, normed if draft.feedback_normed else output))
-        tokens = torch.cat((tokens, torch.tensor([guess])))
+        following, read = normed if draft.feedback_normed else output, guess
+        if draft.mask is not None:
+            following, read = _fused(draft, draft.weights["mask_hidden"].view(1, -1)), draft.mask
+        features = torch.cat((features, following))
+        tokens = torch.cat((tokens, torch.tensor([read])))
     return torch.cat(logits)
 
 
-def _fused(draft: Draft, replay: Replay, rows: int) -> torch.Tensor:
-    states = [replay.states[layer][:rows].float() for layer in draft.layers]
+def _fused(draft: Draft, states: torch.Tensor) -> torch.Tensor:
+    """Features [n, H] of the fused target states [n, F]."""
     if "fc_norm.0.weight" in draft.weights:
-        states = [_rms(draft, part, f"fc_norm.{n}.weight") for n, part in enumerate(states)]
-    together = torch.cat(states, dim=-1)
+        parts = enumerate(states.chunk(len(draft.layers), dim=-1))
+        states = torch.cat([_rms(draft, part, f"fc_norm.{n}.weight") for n, part in parts], dim=-1)
     if "input_norm.weight" in draft.weights:
-        together = _rms(draft, together, "input_norm.weight")
-    return together @ draft.weights["fc.weight"].T
+        states = _rms(draft, states, "input_norm.weight")
+    return states @ draft.weights["fc.weight"].T
 
 
 def _rms(draft: Draft, states: torch.Tensor, name: str) -> torch.Tensor:

@@ -33,6 +33,7 @@ class Draft:
     sharpness: float
     residual_normed: bool
     feedback_normed: bool
+    mask: int | None  # P-EAGLE: the token that the guesses after the first read
     window: int | None  # a row attends to itself and the `window` - 1 rows before it
     target_ids: torch.Tensor  # int64 [D]
 
@@ -65,6 +66,9 @@ def read_draft(folder: Path, rules: Rules, target: ServedTarget) -> Draft:
         "layers.0.mlp.up_proj.weight": (inner, hidden),
         "layers.0.mlp.down_proj.weight": (hidden, inner),
     }
+    mask = _mask_token(config, rules)
+    if mask is not None:
+        shapes["mask_hidden"] = (*((1, 1) if rules.nested else (1,)), len(ids) * target.hidden_size)
     joint, alone = _norms_before_fc(config)
     if joint:
         shapes["input_norm.weight"] = (len(ids) * target.hidden_size,)
@@ -93,6 +97,7 @@ def read_draft(folder: Path, rules: Rules, target: ServedTarget) -> Draft:
         residual_normed=bool(config.get("norm_before_residual", rules.residual_normed))
         and rules.residual_normed is not None,
         feedback_normed=bool(config.get("norm_output", False)),
+        mask=mask,
         window=_window(decoder, rules),
         target_ids=_target_ids(weights.get("d2t"), size, vocab),
     )
@@ -104,7 +109,7 @@ def _refuse_fields(
     names = config.get("architectures") or []
     if not set(names) & set(rules.architectures):
         raise ValueError(f"the architecture {names} is none of {list(rules.architectures)}")
-    if rules.nested and config.get("speculators_model_type") != "eagle3":
+    if rules.nested and config.get("speculators_model_type") not in ("eagle3", "peagle"):
         raise ValueError(f"speculators_model_type is {config.get('speculators_model_type')!r}")
     if decoder.get("model_type") != "llama":
         raise ValueError(f"model_type is {decoder.get('model_type')!r}, not 'llama'")
@@ -134,6 +139,21 @@ def _norms_before_fc(config: Mapping[str, Any]) -> tuple[bool, bool]:
     if config.get("use_aux_norm") and not config.get("fc_norm"):
         raise ValueError("use_aux_norm is set without fc_norm, which servers read differently")
     return joint, bool(config.get("fc_norm"))
+
+
+def _mask_token(config: Mapping[str, Any], rules: Rules) -> int | None:
+    """The token that all guesses but the first read; None: each reads the guess before it."""
+    found = config.get("mask_token_id", config.get("pard_token"))
+    if found is None:
+        if config.get("parallel_drafting") or config.get("speculators_model_type") == "peagle":
+            raise ValueError("the draft guesses in parallel, and mask_token_id is missing")
+        return None
+    if not rules.parallel:
+        raise ValueError("the draft guesses in parallel, which the server does not")
+    for name in ("fc_norm", "norm_output"):
+        if config.get(name):
+            raise ValueError(f"{name} is set, which a server drops of a draft that guesses in parallel")
+    return int(found)
 
 
 def _window(decoder: Mapping[str, Any], rules: Rules) -> int | None:

@@ -56,6 +56,7 @@ class Rules:
     attributes: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
     biased: bool = True  # `attention_bias` is read
+    parallel: bool = True  # it drafts in parallel, with P-EAGLE
     windowed: bool = True  # `sliding_window` is read where `layer_types` says so
 
 
@@ -71,9 +72,10 @@ _SGLANG = Rules(
     attributes=("tie_word_embeddings", "draft_vocab_size"),
     architectures=("LlamaForCausalLMEagle3",),
     biased=False,
+    parallel=False,
     windowed=False,  # a flag of the server sets one
 )
-_SPECULATORS = ("Eagle3DraftModel", "Eagle3Speculator")
+_SPECULATORS = ("Eagle3DraftModel", "Eagle3Speculator", "PEagleDraftModel")
 _PACKAGE = (
     Rules("vLLM", vllm_ids, residual_normed=True, nested=True, renames=(), architectures=_SPECULATORS),
     Rules(
