@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from paceline.errors import ConfigError
 from paceline.target.folder import TensorFiles
@@ -94,6 +92,9 @@ def layout_by_library(folder: Path) -> HeadLayout:
 
 def _stored_names(model: Any, files: TensorFiles) -> dict[str, str]:
     """The folder's name of each of the model's tensors outside the repeated layers, by the model's name."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
     changes, tensors = get_model_conversion_mapping(model), model.state_dict()
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     converters = [change for change in changes if isinstance(change, WeightConverter)]

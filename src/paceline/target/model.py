@@ -1,26 +1,27 @@
-"""Builds the library's model of a folder without weights, or loads it whole; every failure is our error."""
+"""Builds the library's model of a folder without weights, or loads it whole; every failure is our error.
+
+The functions import the library where they use it: its model classes take two seconds to import, and the
+consumer of a target with a known layout (layout.py) needs none of them.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
-    PreTrainedModel,
-)
-from transformers.utils import logging as transformers_logging
 
 from paceline.errors import ConfigError, EngineError, is_want_of_memory
 from paceline.target.folder import read_config
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def library_config(folder: Path) -> Any:
     """The folder's configuration as the library reads it. Raises ConfigError."""
+    from transformers import AutoConfig
+
     read_config(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -46,6 +47,8 @@ def text_config(config: Any) -> Any:
 
 def _class_of(config: Any) -> Any:
     """The library's class for a text model; else the one for a model with a text decoder in it."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
+
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
 
 
@@ -71,6 +74,8 @@ def load_whole(
 
     `attention`: None lets the library choose what suits the family.
     """
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()
     again = "move the folder away and fetch the model again (`make model` for the recipe's target)"
     config = library_config(folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,16 @@ def test_the_library_confirms_the_families_that_are_known(tmp_path: Path, family
     for tied in (False, True):
         edit(folder / "config.json", tie_word_embeddings=tied)
         assert head_layout(folder, read_config(folder)) == layout_by_library(folder)
+
+
+def test_a_consumer_of_a_known_layout_does_not_import_the_library(tmp_path: Path) -> None:
+    """Its model classes would add two seconds to every start of the role."""
+    code = (
+        "import sys; import paceline.roles.consumer; from paceline.target.head import TargetHead; "
+        "TargetHead.load(sys.argv[1]); sys.exit('transformers' in sys.modules)"
+    )
+    folder = family_folder(tmp_path / "model", "llama")
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
