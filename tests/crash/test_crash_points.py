@@ -7,8 +7,7 @@ checkpoints and the kills are real.
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,22 +15,28 @@ import torch
 from safetensors.torch import load_file
 
 from paceline import SQLiteMetadataStore
+from paceline.testing.forked_starts import ForkedStarts
 from paceline.testing.small_run import SmallRun, same_bits, weights
 
 RUN = """
-import sys
 from pathlib import Path
+import torch._dynamo  # the optimizer would import it in every start
 from safetensors.torch import save_file
 from paceline.features.stores.shm import SharedMemoryFeatureStore
+from paceline.testing.forked_starts import serve
 from paceline.testing.kill_points import arm
 from paceline.testing.small_run import SmallRun, weights
-folder = Path(sys.argv[1])
-arm(sys.argv[2])
-features = SharedMemoryFeatureStore(folder / "features", budget_bytes=8 << 20, owner=True)
-run = SmallRun(folder, features=features, passes=2)
-trainer = run.run()
-assert features.usage().resident_samples == 0, "nothing may stay behind"
-save_file(weights(trainer), folder / "final.safetensors")
+
+def start(name, crash_at):
+    folder = Path(name)
+    arm(crash_at)
+    features = SharedMemoryFeatureStore(folder / "features", budget_bytes=8 << 20, owner=True)
+    run = SmallRun(folder, features=features, passes=2)
+    trainer = run.run()
+    assert features.usage().resident_samples == 0, "nothing may stay behind"
+    save_file(weights(trainer), folder / "final.safetensors")
+
+serve(start)
 """
 
 POINTS = [
@@ -54,9 +59,10 @@ POINTS = [
 KILLS = 2
 
 
-def run_once(folder: Path, crash_at: str = "") -> int:
-    """Start the run, to be killed at a point or not; its exit code."""
-    return subprocess.run([sys.executable, "-c", RUN, str(folder), crash_at], check=False).returncode
+@pytest.fixture(scope="module")
+def starts() -> Iterator[ForkedStarts]:
+    with ForkedStarts(RUN) as forked:
+        yield forked
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +72,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.T
 
 @pytest.mark.parametrize("point", POINTS)
 def test_repeated_kills_end_in_the_same_weights(
-    tmp_path: Path, uninterrupted: dict[str, torch.Tensor], point: str
+    tmp_path: Path, uninterrupted: dict[str, torch.Tensor], starts: ForkedStarts, point: str
 ) -> None:
     """Nothing is lost, nothing is trained twice, and no slot or folder is left behind."""
-    deaths = [run_once(tmp_path, point) for _ in range(KILLS)]
+    deaths = [starts.start(str(tmp_path), point) for _ in range(KILLS)]
     assert deaths[0] == -9, "the point was never reached"
     assert set(deaths) <= {-9, 0}
-    assert run_once(tmp_path) == 0
+    assert starts.start(str(tmp_path), "") == 0
     assert same_bits(load_file(tmp_path / "final.safetensors"), uninterrupted)
     store = SQLiteMetadataStore(tmp_path / "ledger.db")
     assert store.all_committed_ids() == [f"small:{n}" for n in range(14)]
