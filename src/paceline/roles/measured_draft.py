@@ -1,0 +1,111 @@
+"""Builds what a measurement decodes with, a checkpoint's draft and its target, and measures it.
+
+The evaluator measures at a run's end and for `paceline evaluate`; a measurement during training uses the same
+two functions: `build_measured_draft`, then `measure_held_out` (or `measure_acceptance` with other prompts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from paceline.config.run import RunConfig
+from paceline.evaluation.acceptance import measure_acceptance
+from paceline.evaluation.heldout import HeldOut, refuse_nothing_to_measure
+from paceline.evaluation.library_target import LibraryTarget
+from paceline.evaluation.settings import EvaluationSection
+from paceline.evaluation.speculative import Decoding
+from paceline.evaluation.target import LlamaTarget
+from paceline.evaluation.tree import Drafting
+from paceline.evaluation.verifier import Verifier
+from paceline.methods.drafter import Drafter
+from paceline.precision import resolve_device, torch_dtype
+from paceline.roles.held_out import held_out_prompts
+from paceline.target.head import TargetHead
+from paceline.target.plain_llama import why_not_plain_llama
+from paceline.target.tokenizer import PromptEncoder
+from paceline.training.checkpoint import Checkpoint
+from paceline.training.torch_learner import restore_draft
+
+
+@dataclass(frozen=True)
+class MeasuredDraft:
+    """A draft and its target on one device, ready to decode. `step`: of the draft's checkpoint."""
+
+    step: int
+    drafter: Drafter
+    target: Verifier
+    head: TargetHead
+    encoder: PromptEncoder
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions the target has; None without a limit."""
+        limit = self.head.config.get("max_position_embeddings")
+        return None if limit is None else int(limit)
+
+
+def build_measured_draft(config: RunConfig, checkpoint: Checkpoint, date: str | None) -> MeasuredDraft:
+    """`checkpoint` must have been read with its draft; `date`: of the run's fact RENDERING_DATE.
+
+    Raises ConfigError or EngineError for a target that cannot be decoded with.
+    """
+    device = resolve_device(config.evaluation.device)
+    method, head = config.method.build(), TargetHead.load(config.target.model)
+    dtype = _dtype(config.evaluation.dtype, head, device)
+    drafter: Drafter = method.drafter(restore_draft(method, head, checkpoint.files).to(device), dtype)
+    target: Verifier
+    if why_not_plain_llama(head.config):
+        target = LibraryTarget(config.target.model, drafter.layers, dtype, device)
+    else:
+        target = LlamaTarget(head, drafter.layers, dtype, device)
+    encoder = PromptEncoder.of(config.target, date=date)
+    return MeasuredDraft(checkpoint.step, drafter, target, head, encoder, dtype, device)
+
+
+def held_out_of(config: RunConfig, measured: MeasuredDraft) -> HeldOut:
+    """The run's held-out prompts. Raises ConfigError if none of them can be decoded."""
+    held_out = held_out_prompts(config, measured.encoder.encode, measured.head.vocab_size, measured.positions)
+    refuse_nothing_to_measure(held_out)
+    return held_out
+
+
+def measure_held_out(config: RunConfig, measured: MeasuredDraft, held_out: HeldOut) -> dict[str, Any]:
+    """The report of greedy decoding as JSON values, the content of evaluation.json.
+
+    The figures of the tree (of the chain, if the run file asks for no tree) stand at the top, those of the
+    chain under "chain".
+    """
+    section = config.evaluation
+    decoding = Decoding(max_new_tokens=section.max_new_tokens, eos_token_ids=measured.head.eos_token_ids)
+    reports = measure_acceptance(
+        measured.target, measured.drafter, held_out.prompts, decoding, ways_of_drafting(section)
+    )
+    return {
+        "checkpoint_step": measured.step,
+        "dtype": str(measured.dtype),
+        "device": measured.device.type,
+        "prompts_file": str(section.prompts),
+        "max_new_tokens": section.max_new_tokens,
+        **reports[0].to_dict(),
+        "chain": reports[-1].to_dict(),
+        "prompts_set_aside": dict(held_out.left_out),
+    }
+
+
+def ways_of_drafting(section: EvaluationSection) -> list[Drafting]:
+    """The run file's tree and a chain; the chain alone if `branching` is 1."""
+    chain = Drafting(min(3, section.draft_tokens))
+    tree = Drafting(section.draft_tokens, section.branching, min(section.depth, section.draft_tokens))
+    return [chain] if section.branching == 1 else [tree, chain]
+
+
+def _dtype(name: str, head: TargetHead, device: torch.device) -> torch.dtype:
+    """The library's sums depend, in bfloat16, on the number of rows: "auto" is float32 there."""
+    if name == "auto" and why_not_plain_llama(head.config):
+        return torch.float32
+    return torch_dtype(name, device)
