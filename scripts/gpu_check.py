@@ -125,7 +125,7 @@ def check_run(folder: Path, model: Path, device: str, vocabulary: int) -> None:
     tau = evaluation["acceptance_length"]
     expect(
         evaluation["identical"] > 0 and tau >= 1.0,
-        f"its draft is evaluated on {device}: {tau:.2f} tokens a cycle",
+        f"its draft is evaluated on {device}: acceptance length {tau:.2f}",
     )
     finite = all(
         bool(torch.isfinite(w).all()) for w in whole.final_weights().values() if w.is_floating_point()

@@ -182,7 +182,7 @@ def evaluation_lines(s: RunSnapshot) -> list[str]:
     for way in [e["chain"]] if e["branching"] == 1 else [e["chain"], e]:
         lines.append(
             f"{_shape(way)}: acceptance length {way['acceptance_length']:.2f} "
-            f"(1 + accepted a cycle: {way['mean_acceptance_length']:.2f}), "
+            f"({way['emitted_per_cycle']:.2f} emitted tokens a cycle), "
             f"{way['speculative_tokens_per_s']:.1f} against {way['plain_tokens_per_s']:.1f} tokens/s"
         )
     if set_aside := e.get("prompts_set_aside"):
@@ -200,7 +200,7 @@ def _shape(evaluation: dict[str, Any]) -> str:
 def final_line(s: RunSnapshot) -> str:
     e = s.evaluation
     return (
-        f"acceptance length {e['acceptance_length']:.2f} | "
+        f"acceptance length {e['acceptance_length']:.2f} (1 + accepted / cycles) | "
         f"speed-up {e['speed_up']:.2f}x over plain decoding | {trained(s)}"
     )
 

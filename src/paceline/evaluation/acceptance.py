@@ -20,13 +20,12 @@ from paceline.methods.drafter import Drafter
 
 @dataclass(frozen=True)
 class AcceptanceReport:
-    """`acceptance_length` (tau) is emitted tokens per target cycle, the target's own token included.
+    """`acceptance_length` is 1 + accepted draft tokens / cycles, as vLLM's counters give it.
 
-    It and tokens/s leave out every answer's first token, which comes from the prefill, and what an answer's
-    end cuts off. `mean_acceptance_length`, as vLLM defines it, counts what was cut off: 1 + accepted draft
-    tokens per cycle. `acceptance_rate[j]` is the share of cycles that kept a draft token at depth j + 1;
-    `branching` 1 is a chain. `identical` counts prompts whose speculative output equals plain decoding token
-    for token.
+    `emitted_per_cycle` is smaller: it leaves out the draft tokens that were accepted beyond an answer's end.
+    It and tokens/s leave out every answer's first token, which comes from the prefill. `acceptance_rate[j]`
+    is the share of cycles that kept a draft token at depth j + 1; `branching` 1 is a chain. `identical`
+    counts prompts whose speculative output equals plain decoding token for token.
     """
 
     prompts: int
@@ -36,7 +35,7 @@ class AcceptanceReport:
     tokens: int
     cycles: int
     acceptance_length: float
-    mean_acceptance_length: float
+    emitted_per_cycle: float
     acceptance_rate: tuple[float, ...]
     plain_tokens_per_s: float
     speculative_tokens_per_s: float
@@ -99,8 +98,8 @@ def summarise(pairs: Sequence[tuple[Decoded, Decoded]], drafting: Drafting) -> A
         branching=drafting.branching,
         tokens=tokens,
         cycles=cycles,
-        acceptance_length=tokens / max(1, cycles),
-        mean_acceptance_length=1 + sum(accepted) / max(1, cycles),
+        acceptance_length=1 + sum(accepted) / max(1, cycles),
+        emitted_per_cycle=tokens / max(1, cycles),
         acceptance_rate=tuple(
             sum(kept > j for kept in accepted) / max(1, cycles) for j in range(drafting.max_depth)
         ),

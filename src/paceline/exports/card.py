@@ -76,17 +76,21 @@ def _measured(draft: ExportedDraft, evaluation: Mapping[str, Any]) -> list[str]:
         f"{e['identical']} answers are identical to plain decoding, token for token. The checkpoint's own "
         f"weights were measured, before they were written here in {draft.dtype}.",
         "",
-        "| guesses a cycle | emitted tokens a cycle | 1 + kept guesses a cycle | kept at depth 1, 2, ... |",
+        "| guesses a cycle | acceptance length | emitted tokens a cycle | kept at depth 1, 2, ... |",
         "|---|---|---|---|",
     ]
     for way in ways:
         kept = [float(share) for share in way["acceptance_rate"]]
         shape = "a chain" if way["branching"] == 1 else "a tree"
         lines.append(
-            f"| {shape} of {way['num_draft_tokens']} | {way['acceptance_length']:.3f} | {1 + sum(kept):.3f} "
+            f"| {shape} of {way['num_draft_tokens']} | {way['acceptance_length']:.3f} "
+            f"| {way['emitted_per_cycle']:.3f} "
             f"| {', '.join(f'{share:.3f}' for share in kept)} |"
         )
-    told = "The first definition leaves out guesses beyond an answer's end; vLLM's counters give the second."
+    told = (
+        "The acceptance length is 1 + accepted guesses / cycles, as vLLM's counters give it. Emitted tokens "
+        "leave out what was accepted beyond an answer's end."
+    )
     return [*lines, "", told, ""]
 
 

@@ -29,7 +29,7 @@ ESTIMATE, STEPS_OF_ESTIMATE = "acceptance_length_estimate", 100
 # The figures shown for each way of decoding that was measured.
 MEASURED = (
     *("prompts", "identical", "num_draft_tokens", "branching"),
-    *("acceptance_length", "mean_acceptance_length"),
+    *("acceptance_length", "emitted_per_cycle"),
     *("plain_tokens_per_s", "speculative_tokens_per_s", "speed_up"),
 )
 

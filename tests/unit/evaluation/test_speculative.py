@@ -276,8 +276,8 @@ def test_report_counts_tokens_per_cycle() -> None:
     drafted = Decoded([1, 2, 3, 4, 5, 6], decode_s=2.5, prefill_s=1.0, accepted=(2, 0, 1))
     other = Decoded([1, 2, 9], decode_s=0.5, prefill_s=1.0, accepted=(1,))
     report = summarise([(plain, drafted), (Decoded([1, 2, 3], 1.0, 1.0), other)], drafting=Drafting(2))
-    assert report.acceptance_length == 7 / 4
-    assert report.mean_acceptance_length == 1 + 4 / 4
+    assert report.acceptance_length == 1 + 4 / 4
+    assert report.emitted_per_cycle == 7 / 4
     assert report.acceptance_rate == (0.75, 0.25)
     assert (report.identical, report.prompts, report.cycles) == (1, 2, 4)
     assert report.speed_up == pytest.approx((7 / 3.0) / (7 / 6.0))
