@@ -18,19 +18,28 @@ from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.testing.tiny_run import TinyRun
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REFUSAL = "vLLM 0.32 refuses this target with a draft (MixtralForCausalLM: "
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    """Its run file asks for two formats; its target lies in a cache of the hub."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, str]:
+    """A run and what its training printed. Its run file asks for two formats; its target lies in a cache of
+    the hub, and names a class that vLLM is known to refuse."""
     section = {"formats": ["vllm", "speculators"], "dtype": "float32"}
     cache = tmp_path_factory.mktemp("hub")
     model = make_tiny_folder(cache / "models--org--tiny" / "snapshots" / COMMIT)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "architectures": ["MixtralForCausalLM"]}))
     run = TinyRun(tmp_path_factory.mktemp("run"), model, export=section)
     result = run.command("train")
     assert result.returncode == 0, result.stderr
     assert "vllm: " in result.stdout
-    return run
+    return run, result.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(trained: tuple[TinyRun, str]) -> TinyRun:
+    return trained[0]
 
 
 def paceline(run: TinyRun, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -57,6 +66,17 @@ def test_training_ends_with_the_exports_that_the_run_file_names(finished: TinyRu
         assert "3 held-out prompts of heldout.jsonl, up to 16 tokens an answer" in card
         assert f"vllm serve org/tiny --revision {COMMIT}" in card
         assert (load_file(folder / "model.safetensors")["fc.weight"] == weights["fc.weight"]).all()
+
+
+def test_a_server_that_refuses_the_target_is_told_before_training_with_the_export_and_in_its_card(
+    trained: tuple[TinyRun, str],
+) -> None:
+    """The export is written all the same: another release may take the target."""
+    run, printed = trained
+    words = " ".join(printed.split())
+    first, last = words.index(f"note: {REFUSAL}"), words.rindex(f"note: {REFUSAL}")
+    assert first < words.index("captured") < words.index("exporting for") < last
+    assert REFUSAL in (run.directory / "export" / "vllm" / "README.md").read_text()
 
 
 def test_a_kept_checkpoint_is_exported_and_the_server_is_told_how_to_load_it(

@@ -60,7 +60,10 @@ def export_checkpoint(console: Console, run_file: Path, config: RunConfig, reque
         return False
     notes = read_notes(config.run.directory)
     for name, folder in request.folders(config.run.directory).items():
-        say(console, f"{name}: {folder}, step {notes.get(str(folder), {}).get('step', '?')}")
+        note = notes.get(str(folder), {})
+        say(console, f"{name}: {folder}, step {note.get('step', '?')}")
+        for told in note.get("refusals", []):
+            say(console, f"note: {told}")
     return True
 
 

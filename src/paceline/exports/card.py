@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ def model_card(
     evaluation: Mapping[str, Any],
     verdict: Verdict,
     replayed: str,
+    refusals: Sequence[str] = (),
 ) -> str:
-    """Markdown. `evaluation`: the run's report, {} if this step was not measured; `replayed`: the rows."""
+    """Markdown. `evaluation`: the run's report, {} if this step was not measured; `replayed`: the rows.
+
+    `refusals`: what is known of servers that do not draft for the target, a sentence each.
+    """
     name = draft.target.name
     front = ["---", "tags:", "- speculative-decoding", f"- {draft.method}"]
     front += [f"base_model: {name}"] if not name.startswith("/") else []
@@ -30,6 +34,7 @@ def model_card(
         _measured(draft, evaluation),
         _checked(verdict, replayed),
         ["## Serving", ""],
+        *([told, ""] for told in refusals),
     ]
     for server, command in commands.items():
         parts.append([f"{server}:", "", "```sh", shlex.join(command), "```", ""])

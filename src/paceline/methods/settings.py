@@ -28,6 +28,11 @@ class MethodSection(Section):
         """Model folders besides the target's that decide the draft; a run is bound to their content."""
         return ()
 
+    @property
+    def notes(self) -> list[tuple[str, str]]:
+        """What a user should know of these settings before a run starts, each with what to do about it."""
+        return []
+
     def build(self) -> DraftMethod:
         method: DraftMethod = resolve(self.component)(self)
         return method

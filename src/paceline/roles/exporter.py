@@ -17,6 +17,7 @@ import torch
 
 from paceline.errors import ExportError
 from paceline.exports.card import model_card
+from paceline.exports.drafted_targets import architectures_of, refusals
 from paceline.exports.export import Export, ExportedDraft, TargetOfDraft
 from paceline.exports.folder import refuse_foreign, write_folder
 from paceline.exports.reader.replay import Replay, ServedTarget
@@ -48,6 +49,7 @@ class _Work:
     replayed: str
     evaluation: Mapping[str, Any]
     revision: str  # that servers fetch; "" for a path, and for a name that the user gave
+    classes: tuple[str, ...]  # of the target, as its folder names them
 
 
 def export(
@@ -67,7 +69,8 @@ def export(
         _write(work, adapters[name], name, folder)
         step, served = work.draft.origin["step"], _served(work, folder)
         note = {"format": name, "step": step, "target": served.target, "revision": served.revision}
-        add_note(config.run.directory, folder, {**note, "method": served.method, "chain": served.chain})
+        note |= {"method": served.method, "chain": served.chain, "refusals": _refusals(work, name)}
+        add_note(config.run.directory, folder, note)
         events.write("exported", format=name, folder=str(folder), step=step)
 
 
@@ -109,12 +112,17 @@ def _prepare(plan: RunPlan, section: ExportSection) -> _Work:
         replayed=replayed,
         evaluation=evaluation if evaluation.get("checkpoint_step") == checkpoint.step else {},
         revision="" if section.target_name or origin.name.startswith("/") else origin.revision,
+        classes=architectures_of(config.target.model),
     )
 
 
 def _served(work: _Work, folder: Path) -> Served:
     draft = work.draft
     return Served(draft.target.name, str(folder), draft.method, draft.chain, revision=work.revision)
+
+
+def _refusals(work: _Work, name: str) -> list[str]:
+    return refusals(name, work.draft.method, work.classes)
 
 
 def _write(work: _Work, adapter: Export, name: str, folder: Path) -> None:
@@ -127,7 +135,8 @@ def _write(work: _Work, adapter: Export, name: str, folder: Path) -> None:
                 next="report this, with the run's method and target.",
             )
         lines = commands(name, _served(work, folder))
-        card = model_card(work.draft, lines, work.evaluation, verdict, work.replayed)
+        told = _refusals(work, name)
+        card = model_card(work.draft, lines, work.evaluation, verdict, work.replayed, told)
         values = {
             "format": name,
             "self_check": {"guesses": verdict.guesses, "logits_error": verdict.error, "rows": work.replayed},

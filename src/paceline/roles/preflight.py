@@ -16,6 +16,7 @@ from paceline.config.run import RunConfig
 from paceline.engines.served.settings import ServedSection
 from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import ConfigError
+from paceline.exports.drafted_targets import RELEASES, SAYS, architectures_of, refusals, refused_class
 from paceline.features.ownership import bytes_of
 from paceline.roles.plan import RunPlan
 from paceline.target.folder import read_config
@@ -124,6 +125,32 @@ def states_on_their_way_find_room(plan: RunPlan) -> Iterator[Finding]:
         )
 
 
+def servers_draft_for_the_target(plan: RunPlan) -> Iterator[Finding]:
+    """Look whether the servers of the exports that end the run are known to refuse the target."""
+    config = plan.config
+    classes = architectures_of(config.target.model)
+    told = [note for name in config.export.formats for note in refusals(name, config.method.name, classes)]
+    for note in dict.fromkeys(told):
+        yield Finding(note, "The export is written and checked all the same.")
+
+
+def the_server_gives_states_of_the_target(plan: RunPlan) -> Iterator[Finding]:
+    """Look whether vLLM is known to give no states of the target's inner layers."""
+    config = plan.config
+    name = refused_class("vllm", config.method.name, architectures_of(config.target.model))
+    if isinstance(config.engine, VllmSection) and name:
+        yield Finding(
+            f"{RELEASES['vllm']} gives no states of {name}: its server ends at once ({SAYS['vllm']!r}).",
+            "Set engine: {name: transformers}, or use a release that gives them.",
+        )
+
+
+def the_method_knows_where_it_starts(plan: RunPlan) -> Iterator[Finding]:
+    """Pass on what the method's section says of the folders that it names."""
+    for what, advice in plan.config.method.notes:
+        yield Finding(what, advice)
+
+
 def _bytes_on_their_way(config: RunConfig, engine: ServedSection) -> int:
     target = read_config(config.target.model)
     capture, data = config.capture, config.data
@@ -137,4 +164,7 @@ CHECKS: list[Check] = [
     enough_files_can_be_open,
     a_server_can_be_started,
     states_on_their_way_find_room,
+    servers_draft_for_the_target,
+    the_server_gives_states_of_the_target,
+    the_method_knows_where_it_starts,
 ]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from paceline.errors import ConfigError
 from paceline.methods.eagle3.method import Eagle3Method
+from paceline.methods.eagle3.settings import Eagle3Section
 from paceline.target.head import TargetHead
 from paceline.types import States
 
@@ -116,8 +117,18 @@ def test_a_draft_of_another_target_is_refused_by_digest_or_by_name(case: Case, t
         start(case, named)
     (tmp_path / "target").symlink_to(case.folder)
     start(replace(case, folder=tmp_path / "target"), named)
+
+
+def test_a_folder_that_names_no_target_is_taken_and_told(case: Case, tmp_path: Path) -> None:
+    """Before the run starts: a draft of a relative has the same sizes, and nothing here can tell it apart."""
     unnamed = edited(case, tmp_path / "c", lambda c: c.pop("paceline"))
     start(case, unnamed)
+    [(what, advice)] = Eagle3Section(start_from=unnamed).notes
+    assert "does not say for which target it was trained" in what
+    assert "model card" in advice
+    for named in (case.export("sglang", tmp_path / "a"), case.export("speculators", tmp_path / "b")):
+        assert Eagle3Section(start_from=named).notes == []
+    assert Eagle3Section().notes == []
 
 
 BROKEN: dict[str, Callable[[Tensors], object]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 from collections.abc import Iterator
@@ -20,8 +21,11 @@ from paceline.roles.preflight import (
     a_server_can_be_started,
     enough_files_can_be_open,
     preflight,
+    servers_draft_for_the_target,
     shared_memory_holds_the_budget,
     states_on_their_way_find_room,
+    the_method_knows_where_it_starts,
+    the_server_gives_states_of_the_target,
 )
 
 
@@ -99,3 +103,36 @@ def test_room_for_states_on_their_way_is_counted_beside_the_budget(tmp_path: Pat
     [finding] = states_on_their_way_find_room(plan_of_vllm(tmp_path, tmp_path, free_mib, url="http://h:1"))
     assert "may need 3 MiB beside features.budget_mib" in finding.what
     assert not finding.refuses
+
+
+def plan_of_class(folder: Path, name: str, **sections: Any) -> Any:
+    (folder / "config.json").write_text(json.dumps({"model_type": "x", "architectures": [name]}))
+    export = SimpleNamespace(formats=sections.get("formats", ()))
+    method = SimpleNamespace(name="eagle3", notes=sections.get("notes", []))
+    engine = VllmSection.parse({"url": "http://127.0.0.1:1"})
+    target = SimpleNamespace(model=folder)
+    return SimpleNamespace(config=SimpleNamespace(export=export, method=method, engine=engine, target=target))
+
+
+def test_a_server_that_refuses_the_target_is_noted_once_before_the_start(tmp_path: Path) -> None:
+    """For the exports that end the run, and for the engine; neither refuses, other releases may differ."""
+    plan = plan_of_class(tmp_path, "Gemma3ForCausalLM", formats=("vllm", "speculators", "sglang"))
+    [export] = servers_draft_for_the_target(plan)
+    [engine] = the_server_gives_states_of_the_target(plan)
+    assert "vLLM 0.32 refuses this target with a draft (Gemma3ForCausalLM" in export.what
+    assert "engine: {name: transformers}" in engine.next
+    assert not export.refuses
+    assert not engine.refuses
+    plan.config.engine = SimpleNamespace(name="transformers")
+    plan.config.export.formats = ()
+    assert not list(servers_draft_for_the_target(plan))
+    assert not list(the_server_gives_states_of_the_target(plan))
+    plan = plan_of_class(tmp_path, "LlamaForCausalLM", formats=("vllm", "sglang"))
+    assert not list(servers_draft_for_the_target(plan))
+    assert not list(the_server_gives_states_of_the_target(plan))
+
+
+def test_what_the_method_says_of_its_folders_is_noted(tmp_path: Path) -> None:
+    """And refuses nothing."""
+    plan = plan_of_class(tmp_path, "LlamaForCausalLM", notes=[("It names no target.", "See its card.")])
+    assert list(the_method_knows_where_it_starts(plan)) == [Finding("It names no target.", "See its card.")]

@@ -7,12 +7,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from paceline.methods.eagle3.start_config import WINDOW_MIN, read_start_config
 from paceline.methods.losses.settings import LossSection
 from paceline.methods.settings import MethodSection
 from paceline.section import Count
-
-# A window is longer than any chain of guesses, so that a guess sees all guesses before it.
-WINDOW_MIN = 17
 
 
 class Eagle3Section(MethodSection):
@@ -64,6 +62,20 @@ class Eagle3Section(MethodSection):
     @property
     def folders(self) -> tuple[Path, ...]:
         return () if self.start_from is None else (self.start_from,)
+
+    @property
+    def notes(self) -> list[tuple[str, str]]:
+        """Raises ConfigError for a folder of `start_from` that no run can start from."""
+        if self.start_from is None or read_start_config(self.start_from).names_its_target:
+            return []
+        return [
+            (
+                f"{self.start_from} (method.start_from) does not say for which target it was trained: only "
+                "its sizes, its vocabulary and, where it has one, its embedding are compared.",
+                "See on its model card that it drafts for this very target, not for its base model, another "
+                "fine-tuning or release: it would start from worse guesses, without an error.",
+            )
+        ]
 
 
 class PEagleSection(Eagle3Section):

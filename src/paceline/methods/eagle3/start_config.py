@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from paceline.errors import ConfigError
-from paceline.methods.eagle3.settings import WINDOW_MIN
 from paceline.target.folder import read_json
 from paceline.target.layer_ids import EAGLE_IDS, LAYER_IDS
 from paceline.target.rope import rope_parameters
 
+# A window is longer than any chain of guesses, so that a guess sees all guesses before it.
+WINDOW_MIN = 17
 ARCHITECTURES = frozenset(
     {"LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel"}
 )
@@ -42,6 +43,10 @@ class StartConfig:
     target_version: str  # "" if the folder does not say
     block_ids: tuple[int, ...] | None  # counted in blocks
     layer_ids: tuple[int, ...] | None  # of blocks, counted from 0
+
+    @property
+    def names_its_target(self) -> bool:
+        return bool(self.target_name or self.target_version)
 
     def layers(self, num_hidden_layers: int) -> tuple[int, ...] | None:
         """The layers that are fused, as numbers of blocks; None: the default ones.
