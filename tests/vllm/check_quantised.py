@@ -1,6 +1,6 @@
 """Proves by a real vLLM that a quantised target can be trained for: states, text, run and served draft.
 
-    python tests/vllm/check_quantised.py --vllm .venv-vllm/bin/python [--model FOLDER] [--record FILE.json]
+    PYTHONPATH=. python tests/vllm/check_quantised.py --vllm VENV/bin/python [--model FOLDER] [--record FILE]
 
 The target's projections are quantised to int8 (W8A8, compressed-tensors). The transformers engine must refuse
 it by name; the server's states are compared with the same rounded numbers as plain weights, which differ by
@@ -24,6 +24,7 @@ import torch
 import yaml
 from check_exports import by_vllm, encoded_prompts, equal_answers, figures, length
 
+from benchmarks.record import commit
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
 from paceline.durable_files import replace_file
@@ -35,12 +36,9 @@ from paceline.roles.snapshot import open_run, take_snapshot
 from paceline.target.head import TargetHead
 from paceline.telemetry import read_events
 from paceline.types import Feature, States, Tokens
+from scripts.quantise_target import quantise
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from quantise_target import quantise  # noqa: E402
-
 RECIPE = ROOT / "recipes" / "smollm2-vllm-cpu.yaml"
 PROMPTS, TEXTS, TOKENS, SERVED = 32, 8, 24, 12
 FLOOR = 1.05  # acceptance length; a draft that has learned nothing reaches 1.0
@@ -157,8 +155,9 @@ def main() -> int:
             "run": trained(run_file),
         }
         results["draft served in float32"] = served(config, given.vllm, encoded_prompts(config)[:SERVED])
-        text = json.dumps({"date": date.today().isoformat(), "target": "W8A8 int8", **results}, indent=1)
-    sys.stdout.write(text.replace(str(given.model.absolute()), given.model.name) + "\n")
+        about = {"date": date.today().isoformat(), "commit": commit(), "target": f"{given.model.name}, W8A8"}
+        text = json.dumps({**about, **results}, indent=1)
+    sys.stdout.write(text + "\n")
     if given.record:
         replace_file(given.record, (text + "\n").encode())
     return 0 if all(result["passed"] for result in results.values()) else 1

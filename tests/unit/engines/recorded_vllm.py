@@ -38,8 +38,8 @@ def make_recorded_target(folder: Path) -> Path:
     """The target that was served: a random Llama of four layers in bfloat16, of a head size that vLLM has."""
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
+        hidden_size=32,
+        intermediate_size=64,
         num_hidden_layers=4,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -58,7 +58,7 @@ def make_recorded_target(folder: Path) -> Path:
             if weight.dim() == 1:
                 weight.copy_(0.5 + torch.rand(weight.shape, generator=draw))
             else:
-                weight.copy_(torch.randn(weight.shape, generator=draw) * (0.5 if "lm_head" in name else 0.12))
+                weight.copy_(torch.randn(weight.shape, generator=draw) * (0.4 if "lm_head" in name else 0.3))
     model.to(torch.bfloat16).save_pretrained(folder)
     return write_tokenizer(folder)
 
