@@ -33,6 +33,7 @@ from paceline.errors import PacelineError
 from paceline.evaluation.speculative import Decoding, speculative_generate
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
+from paceline.exports.serving import Served, commands
 from paceline.ledger.facts import RENDERING_DATE
 from paceline.ledger.stores.sqlite.view import LedgerView
 from paceline.roles.draft import newest_checkpoint
@@ -47,6 +48,7 @@ from paceline.training.torch_learner import DRAFT
 HERE = Path(__file__).parent
 CHAIN, TOKENS = 3, 64
 EXACT, MANY = 12, 48  # prompts
+EXACTLY: dict[str, Any] = {"dtype": "float32", "rows": 1}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AL_MAX = 0.02
 Result = dict[str, Any]
@@ -70,9 +72,23 @@ def own(config: RunConfig, dtype: str, prompts: Sequence[tuple[int, ...]]) -> Re
     }
 
 
-def by_vllm(python: str, model: Path, prompts: Sequence[tuple[int, ...]], **request: Any) -> Result:
-    asked = {"model": str(model.absolute()), "prompts": [list(ids) for ids in prompts], "chain": CHAIN}
-    return other_python(python, "decode_with_vllm.py", {**asked, "max_tokens": TOKENS, **request})
+def by_vllm(
+    python: str,
+    model: Path,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    draft: Path | None,
+    method: str = "eagle3",
+    **request: Any,
+) -> Result:
+    """Answers and counters of vLLM, told to draft as `paceline serve` tells it; None: plain decoding."""
+    asked: Result = {"model": str(model.absolute()), "prompts": [list(ids) for ids in prompts]}
+    speculation = None
+    if draft is not None:
+        [command] = commands("vllm", Served(asked["model"], str(draft), method, CHAIN)).values()
+        speculation = json.loads(command[command.index("--speculative-config") + 1])
+    asked |= {"speculation": speculation, "max_tokens": TOKENS}
+    return other_python(python, "decode_with_vllm.py", {**asked, **request})
 
 
 def other_python(python: str, script: str, request: Result | str, path: str = "") -> Result:
@@ -109,8 +125,9 @@ def exactly(config: RunConfig, python: str, folders: dict[str, Path], prompts: A
     chosen = prompts[:EXACT]
     ours = own(config, "float32", chosen)
     found: Result = {"prompts": len(chosen), "paceline": figures(ours)}
+    method = config.method.name
     for name, folder in folders.items():
-        theirs = by_vllm(python, config.target.model, chosen, draft=str(folder), dtype="float32", rows=1)
+        theirs = by_vllm(python, config.target.model, chosen, draft=folder, method=method, **EXACTLY)
         found[name] = {**figures(theirs), "equal_answers": equal_answers(ours, theirs)}
         same = found[name]["cycles"] == ours["cycles"] and found[name]["kept"] == ours["kept"]
         found[name]["passed"] = same and found[name]["equal_answers"] == len(chosen)
@@ -121,7 +138,8 @@ def nearly(config: RunConfig, python: str, folder: Path, prompts: Any) -> Result
     chosen = prompts[:MANY]
     ours = own(config, "bfloat16", chosen)
     shared: Result = {"dtype": "bfloat16", "rows": len(chosen)}
-    theirs = by_vllm(python, config.target.model, chosen, draft=str(folder), **shared)
+    method = config.method.name
+    theirs = by_vllm(python, config.target.model, chosen, draft=folder, method=method, **shared)
     plain = by_vllm(python, config.target.model, chosen, draft=None, **shared)
     lossless = equal_answers(theirs, plain)
     return {
@@ -184,7 +202,8 @@ def main() -> int:
             path = given.speculators
             results["speculators"] = by_speculators(given.vllm, folders["speculators"], path)
     samples = open_run(config.run.directory).snapshot().samples_trained
-    about = {"commit": commit(), "run": config.run.name, "samples_trained": samples}
+    about = {"commit": commit(), "run": config.run.name, "method": config.method.name}
+    about["samples_trained"] = samples
     record = {"date": date.today().isoformat(), **about, **results}
     text = json.dumps(record, indent=1) + "\n"
     sys.stdout.write(text)

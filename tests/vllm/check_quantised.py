@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import yaml
-from check_exports import by_vllm, encoded_prompts, equal_answers, figures, length
+from check_exports import EXACTLY, by_vllm, encoded_prompts, equal_answers, figures, length
 
 from benchmarks.record import commit
 from paceline.config.load import load_run_config
@@ -129,9 +129,8 @@ def trained(run_file: Path) -> dict[str, Any]:
 def served(config: RunConfig, python: str, prompts: Any) -> dict[str, Any]:
     """The exported draft in a server of the quantised target, beside plain decoding of that server."""
     folder = config.run.directory / "export" / "vllm"
-    asked = {"dtype": "float32", "rows": 1}
-    theirs = by_vllm(python, config.target.model, prompts, draft=str(folder), **asked)
-    plain = by_vllm(python, config.target.model, prompts, draft=None, **asked)
+    theirs = by_vllm(python, config.target.model, prompts, draft=folder, **EXACTLY)
+    plain = by_vllm(python, config.target.model, prompts, draft=None, **EXACTLY)
     same = equal_answers(theirs, plain)
     passed = same == len(prompts) and length(theirs) >= FLOOR
     return {**figures(theirs), "prompts": len(prompts), "equal_to_plain_vllm": same, "passed": passed}

@@ -2,8 +2,8 @@
 
     python decode_with_vllm.py REQUEST.json
 
-The request: model, draft (a folder, or null for plain decoding), prompts (token ids), max_tokens, dtype, rows
-(how many prompts at a time).
+The request: model, speculation (vLLM's own setting, or null for plain decoding), prompts (token ids),
+max_tokens, dtype, rows (how many prompts at a time).
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ os.environ.update(
 def main(request: dict) -> dict:
     from vllm import LLM, SamplingParams
 
-    draft = request["draft"]
-    chain = {"model": draft, "method": "eagle3", "num_speculative_tokens": request["chain"]}
+    speculation = request["speculation"]
     engine = LLM(
         model=request["model"],
         dtype=request["dtype"],
@@ -41,7 +40,7 @@ def main(request: dict) -> dict:
         enable_prefix_caching=False,
         disable_log_stats=False,
         seed=0,
-        **({"speculative_config": chain} if draft else {}),
+        **({"speculative_config": speculation} if speculation else {}),
     )
     greedy = SamplingParams(temperature=0.0, max_tokens=request["max_tokens"])
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
