@@ -50,6 +50,7 @@ EVENTS = {
     "rolled_forward": "a complete checkpoint that the ledger did not know is head",
     # evaluator
     "evaluated": "the acceptance lengths",
+    "evaluated_suites": "a report on suites is written",
     # exporter
     "answers_exported": "the kept answers of the run are written to a file",
     "exported": "a folder for inference servers is written and has passed its self-check",

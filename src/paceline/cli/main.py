@@ -17,6 +17,7 @@ import typer
 
 from paceline.cli.clean import clean_folder
 from paceline.cli.data import check
+from paceline.cli.evaluate import evaluation_request, show_report
 from paceline.cli.export import HOST, export_checkpoint, export_request, serve_run, serving_command
 from paceline.cli.fsck import fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
@@ -26,6 +27,7 @@ from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
 from paceline.engines.table import ENGINES
 from paceline.errors import ConfigError, PacelineError, explained
+from paceline.evaluation.settings import EvaluationRequest
 from paceline.exports.settings import ExportSection
 from paceline.regular_files import kind_of
 from paceline.roles.child import RoleFailedError
@@ -170,10 +172,26 @@ def engine(
 
 @app.command()
 @advises
-def evaluate(run: Run) -> None:
-    """Measure acceptance length and speed-up of the newest checkpoint by lossless decoding."""
+def evaluate(
+    run: Run,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="heldout, humaneval or a file of prompts; repeatable.")
+    ] = None,
+    temperature: Annotated[list[str] | None, typer.Option(help="0 (the default), or 0,1.")] = None,
+    max_prompts: Annotated[int | None, typer.Option(help="Of each suite.", min=1)] = None,
+    step: Annotated[int | None, typer.Option(help="A kept checkpoint's step; the newest.", min=1)] = None,
+    report: Annotated[
+        Path | None, typer.Option("--json", help="The report; evaluation-suites.json of the run.")
+    ] = None,
+) -> None:
+    """Measure acceptance length and speed-up of a checkpoint by lossless decoding, beside prompt lookup.
+
+    Without options: the newest checkpoint on the run's held-out prompts, as at the end of training.
+    """
     run_file = _run_file(run)
-    _evaluate(run_file, load_run_config(run_file))
+    config = load_run_config(run_file)
+    request = evaluation_request(config, suite or [], temperature or [], max_prompts, step, report)
+    _evaluate(run_file, config, request)
 
 
 @app.command()
@@ -312,13 +330,17 @@ def _refuse_another_engine(name: str, run: Path, config: RunConfig) -> None:
         )
 
 
-def _evaluate(run_file: Path, config: RunConfig) -> None:
+def _evaluate(run_file: Path, config: RunConfig, request: EvaluationRequest | None = None) -> None:
     local_target(config.target)  # the evaluator's process does not use the network
-    say(out, "measuring on held-out prompts, by lossless decoding ...")
-    if not evaluate_run(run_file, config):
-        say(out, f"Stopped; nothing is lost. Measure again with: paceline evaluate {run_file}")
+    what = "held-out prompts" if request is None else ", ".join(request.suites)
+    say(out, f"measuring on {what}, by lossless decoding ...")
+    if not evaluate_run(run_file, config, request):
+        say(out, "Stopped; nothing is lost. The same command measures the prompts that are left.")
         raise typer.Exit(INTERRUPTED)
-    _print_evaluation(config)
+    if request is None:
+        _print_evaluation(config)
+    else:
+        show_report(out, request.report)
 
 
 def _export(run_file: Path, config: RunConfig, request: ExportSection) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from paceline.cli.evaluate import verdict, with_interval
 from paceline.cli.plain import plain, say
 from paceline.ledger.facts import ENGINE
 from paceline.ledger.records import PromptCounts
@@ -180,16 +181,33 @@ def evaluation_lines(s: RunSnapshot) -> list[str]:
     e = s.evaluation
     lines = [f"{e['identical']} of {e['prompts']} prompts identical to plain decoding, token for token"]
     for way in [e["chain"]] if e["branching"] == 1 else [e["chain"], e]:
-        lines.append(
-            f"{_shape(way)}: acceptance length {way['acceptance_length']:.2f} "
-            f"({way['emitted_per_cycle']:.2f} emitted tokens a cycle), "
-            f"{way['speculative_tokens_per_s']:.1f} against {way['plain_tokens_per_s']:.1f} tokens/s"
-        )
+        lines.append(f"{_shape(way)}: {_way_text(way)}")
+    lines += _lookup_lines(e)
     if set_aside := e.get("prompts_set_aside"):
         name, reason = next(iter(set_aside.items()))
         count = f"{len(set_aside)} of {len(set_aside) + e['prompts']}"
         lines.append(f"{count} held-out prompts are left out, the first: {name}: {reason}")
     return lines
+
+
+def _way_text(way: dict[str, Any]) -> str:
+    return (
+        f"acceptance length {with_interval(way, 'acceptance_length')} "
+        f"({way['emitted_per_cycle']:.2f} emitted tokens a cycle), "
+        f"{way['speculative_tokens_per_s']:.1f} against {way['plain_tokens_per_s']:.1f} tokens/s"
+    )
+
+
+def _lookup_lines(e: dict[str, Any]) -> list[str]:
+    """The baseline beside the draft; none if it was not measured."""
+    if "lookup" not in e:
+        return []
+    name = "chain" if e["branching"] == 1 else "tree"
+    lookup = e["lookup"]
+    return [
+        f"prompt lookup of {lookup['num_draft_tokens']} tokens, no draft: {_way_text(lookup)}",
+        verdict("held-out prompts", name, e["against_lookup"][name]),
+    ]
 
 
 def _shape(evaluation: dict[str, Any]) -> str:

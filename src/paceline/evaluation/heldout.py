@@ -1,20 +1,36 @@
-"""Held-out prompts as token ids; prompts that cannot be decoded are left out, with the reason."""
+"""Prompts to measure on, as token ids; those that cannot be decoded are left out, with the reason."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from paceline.data.prompts import Prompt
 from paceline.errors import ConfigError, PacelineError
 from paceline.evaluation.speculative import MAX_DRAFT_TOKENS
+from paceline.evaluation.suites import SuitePrompt
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt as the target reads it."""
+
+    prompt_id: str
+    token_ids: tuple[int, ...]
+    category: str = ""
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """`left_out`: the reason for each prompt that cannot be decoded, by prompt id."""
 
-    prompts: tuple[tuple[int, ...], ...]
+    asked: tuple[Asked, ...]
     left_out: Mapping[str, str]
+
+    @property
+    def prompts(self) -> tuple[tuple[int, ...], ...]:
+        """The token ids of each."""
+        return tuple(asked.token_ids for asked in self.asked)
 
     @property
     def note(self) -> str:
@@ -22,35 +38,39 @@ class HeldOut:
         if not self.left_out:
             return ""
         name, reason = next(iter(self.left_out.items()))
-        total = len(self.left_out) + len(self.prompts)
+        total = len(self.left_out) + len(self.asked)
         return f"{len(self.left_out)} of {total} held-out prompts are left out, the first: {name}: {reason}"
 
 
 @dataclass(frozen=True)
 class Room:
-    """The limits on a held-out prompt and its answer. `positions`: None if the target has no limit."""
+    """The limits on a prompt and its answer. `positions`: None if the target has no limit.
+
+    `prompt_tokens`: of data.max_prompt_tokens; None for prompts that this setting does not bind.
+    """
 
     vocab_size: int
     positions: int | None
-    prompt_tokens: int
+    prompt_tokens: int | None
     answer_tokens: int
 
 
 def encode_held_out(
-    prompts: Sequence[tuple[str, str]], encode: Callable[[str], Sequence[int]], room: Room
+    prompts: Sequence[SuitePrompt], encode: Callable[[Prompt], Sequence[int]], room: Room
 ) -> HeldOut:
-    """Encode the (id, text) pairs with `encode`."""
+    """The prompts as token ids; `encode` may raise PacelineError."""
     usable, left_out = [], {}
-    for name, text in prompts:
+    for asked in prompts:
+        name = asked.prompt.prompt_id
         try:
-            ids = tuple(encode(text))
+            ids = tuple(encode(asked.prompt))
         except PacelineError as error:
             left_out[name] = error.what
             continue
         if reason := _why_not(ids, room):
             left_out[name] = reason
         else:
-            usable.append(ids)
+            usable.append(Asked(name, ids, asked.category))
     return HeldOut(tuple(usable), left_out)
 
 
@@ -61,7 +81,7 @@ def _why_not(ids: Sequence[int], room: Room) -> str:
         return "it has no token"
     if foreign is not None:
         return f"it has the token {foreign}, and the target has {room.vocab_size} tokens"
-    if len(ids) > room.prompt_tokens:
+    if room.prompt_tokens is not None and len(ids) > room.prompt_tokens:
         return f"it has {len(ids)} tokens, more than the {room.prompt_tokens} of data.max_prompt_tokens"
     if room.positions is not None and length > room.positions:
         return f"with its answer it takes {length} positions, and the target has {room.positions}"
@@ -69,9 +89,11 @@ def _why_not(ids: Sequence[int], room: Room) -> str:
 
 
 def refuse_nothing_to_measure(held_out: HeldOut) -> None:
-    if not held_out.prompts:
+    """Raise ConfigError if no prompt can be decoded."""
+    if not held_out.asked:
         raise ConfigError(
             f"No held-out prompt can be decoded: {held_out.note}.",
             why="Without one there is nothing to measure the draft on; the trained draft is untouched.",
-            next="change evaluation.prompts or evaluation.max_new_tokens, then run the same command again.",
+            next="change evaluation.prompts (or --suite) or evaluation.max_new_tokens, then run the same "
+            "command again.",
         )

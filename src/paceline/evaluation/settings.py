@@ -1,4 +1,4 @@
-"""The run file's `evaluation` section: how the draft is measured."""
+"""How a draft is measured: the run file's `evaluation` section, and what `paceline evaluate` is asked for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from paceline.section import Count, Device, Dtype, Section
+
+Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
 
 
 class EvaluationSection(Section):
@@ -27,3 +29,17 @@ class EvaluationSection(Section):
     unsupported: Literal["skip", "refuse"] = "skip"
     dtype: Dtype = "auto"
     device: Device = "auto"
+
+
+class EvaluationRequest(Section):
+    """What `paceline evaluate` is asked for beside the run file.
+
+    `suites`: names or files (suites.py). `step`: of a kept checkpoint; None: the newest. `report`: the JSON
+    file to write; its picture lies beside it.
+    """
+
+    suites: Annotated[tuple[str, ...], Field(min_length=1)] = ("heldout",)
+    temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (0.0,)
+    max_prompts: Count | None = None
+    step: Count | None = None
+    report: Path

@@ -44,12 +44,15 @@ class Decoded:
 
     `accepted` has one entry per target cycle: how many draft tokens were kept. The first token comes
     from the prefill, the others from the cycles; the end of the text may cut the last cycle short.
+    Of `decode_s`, guessing took `draft_s`, and the target's passes up to its choices took `target_s`.
     """
 
     tokens: list[int]
     decode_s: float
     prefill_s: float
     accepted: tuple[int, ...] = ()
+    draft_s: float = 0.0
+    target_s: float = 0.0
 
 
 def plain_generate(target: Verifier, prompt_ids: tuple[int, ...], decoding: Decoding) -> Decoded:
@@ -91,15 +94,33 @@ def speculative_generate(
     aux, next_ids = step.aux, [*prompt_ids[1:], tokens[0]]
     accepted: list[int] = []
     use_tree = not drafting.is_chain and decoding.temperature <= 0
+    clock = _Clock()
     while not _finished(tokens, decoding):
         if use_tree and isinstance(drafter, TreeDrafter):
-            aux, next_ids = _tree_cycle(target, drafter, aux, next_ids, drafting)
+            aux, next_ids = _tree_cycle(target, drafter, aux, next_ids, drafting, clock)
         else:
-            aux, next_ids = _chain_cycle(target, drafter, aux, next_ids, drafting, choose)
+            aux, next_ids = _chain_cycle(target, drafter, aux, next_ids, drafting, choose, clock)
         accepted.append(len(next_ids) - 1)
         _extend(tokens, next_ids, decoding)
     seconds = time.perf_counter() - prefilled
-    return Decoded(tokens, seconds, prefilled - began, tuple(accepted))
+    return Decoded(tokens, seconds, prefilled - began, tuple(accepted), clock.draft_s, clock.target_s)
+
+
+class _Clock:
+    """Sums the seconds of guessing and of the target. Both end with tokens on the host, on a GPU, too."""
+
+    def __init__(self) -> None:
+        self.draft_s = self.target_s = 0.0
+
+    def begin(self) -> None:
+        self._began = time.perf_counter()
+
+    def drafted(self) -> None:
+        self._drafted = time.perf_counter()
+        self.draft_s += self._drafted - self._began
+
+    def verified(self) -> None:
+        self.target_s += time.perf_counter() - self._drafted
 
 
 def _chain_cycle(
@@ -109,14 +130,18 @@ def _chain_cycle(
     next_ids: list[int],
     drafting: Drafting,
     choose: _Chooser,
+    clock: _Clock,
 ) -> tuple[torch.Tensor, list[int]]:
     """Run one cycle. Returns the states of the rows that were kept, and the token after each of them."""
+    clock.begin()
     chain, proposals = drafter.propose(aux, _ids(next_ids, target), drafting.num_tokens, choose)
+    clock.drafted()
     step = target.verify(DraftTree.chain([next_ids[-1], *chain]))
     if choose.temperature > 0:
         kept, own = _verify_sampled(step.logits, chain, proposals, drafter.target_ids, choose)
     else:
         kept, own = _verify_greedy(step.logits, chain)
+    clock.verified()
     target.accept(list(range(kept + 1)))
     return step.aux[: kept + 1], [*chain[:kept], own]
 
@@ -127,13 +152,17 @@ def _tree_cycle(
     aux: torch.Tensor,
     next_ids: list[int],
     drafting: Drafting,
+    clock: _Clock,
 ) -> tuple[torch.Tensor, list[int]]:
+    clock.begin()
     tokens, parents = drafter.propose_tree(
         aux, _ids(next_ids, target), drafting.num_tokens, drafting.branching, drafting.max_depth
     )
+    clock.drafted()
     tree = DraftTree((next_ids[-1], *tokens), (-1, *parents))
     step = target.verify(tree)
     wanted: list[int] = step.logits.argmax(-1).tolist()
+    clock.verified()
     path = tree.follow(wanted)
     target.accept(path)
     return step.aux[path], [wanted[row] for row in path]
@@ -197,12 +226,16 @@ def _verify_sampled(
     """As `_verify_greedy`, by rejection: keep x with probability min(1, p(x) / q(x)).
 
     After a rejection the next token comes from max(p - q, 0), normalised, where q is the draft's
-    distribution spread over the target vocabulary with zero for what it cannot propose.
+    distribution spread over the target vocabulary with zero for what it cannot propose. A guess without a
+    distribution was certain: q is 1 for it.
     """
     wanted = chooser.probabilities(logits)
     for kept, (token, proposal) in enumerate(zip(chain, proposals, strict=True)):
-        assert proposal is not None  # a sampled chain carries its distributions
-        spread = torch.zeros_like(wanted[kept]).index_copy_(0, target_ids, proposal)
+        spread = torch.zeros_like(wanted[kept])
+        if proposal is None:
+            spread[token] = 1.0
+        else:
+            spread.index_copy_(0, target_ids, proposal)
         if not chooser.accepts(float(wanted[kept, token] / spread[token])):
             return kept, chooser.draw(_remainder(wanted[kept], spread))
     return len(chain), chooser.draw(wanted[len(chain)])

@@ -15,7 +15,10 @@ Choose = Callable[[torch.Tensor], tuple[int, torch.Tensor | None]]
 
 
 class Drafter(Protocol):
-    """One sequence at a time, on the device of the draft's weights. Adapters: eagle3/decode.py."""
+    """One sequence at a time, on the device of the draft's weights.
+
+    Adapters: eagle3/decode.py, evaluation/lookup.py.
+    """
 
     target_ids: torch.Tensor  # int64 [D]: the target's id of every token that the draft can guess
     layers: tuple[int, ...]  # of the target, whose states `propose` reads side by side
@@ -26,10 +29,11 @@ class Drafter(Protocol):
     def propose(
         self, aux: torch.Tensor, next_ids: torch.Tensor, count: int, choose: Choose
     ) -> tuple[list[int], list[torch.Tensor | None]]:
-        """A chain of `count` guesses (target ids), and each one's distribution over the draft's tokens.
+        """A chain of up to `count` guesses (target ids), and each one's distribution over the draft's tokens.
 
         `aux` [n, len(layers) * H] are the states of the rows that the target has newly processed,
         `next_ids` int64 [n] the token after each; the last one is the newest token of the sequence.
+        A guess that was not drawn from a distribution has None. Without a guess, the cycle is a plain step.
         """
 
 

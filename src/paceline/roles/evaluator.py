@@ -1,36 +1,89 @@
-"""The evaluator process: `python -m paceline.roles.evaluator RUN.yaml`. It writes evaluation.json."""
+"""The evaluator process: `python -m paceline.roles.evaluator RUN.yaml [REQUEST]`.
+
+Without a request (an EvaluationRequest as JSON) it measures the newest checkpoint on the run's held-out
+prompts and writes evaluation.json. With one it writes the report that is asked for, and its picture.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from paceline.config.run import RunConfig
 from paceline.durable_files import replace_file
+from paceline.evaluation.picture import picture_of
+from paceline.evaluation.settings import EvaluationRequest
+from paceline.evaluation.unfinished import Unfinished
 from paceline.ledger.facts import RENDERING_DATE
 from paceline.ledger.stores.sqlite.view import LedgerView
-from paceline.roles.draft import newest_checkpoint
+from paceline.roles.draft import checkpoint_of_step
 from paceline.roles.measured_draft import build_measured_draft, held_out_of, measure_held_out
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
+from paceline.roles.suite_report import DEFINITION, INTERVALS, measure_suites, read_suites
 from paceline.roles.target_binding import refuse_other_target
 from paceline.telemetry import EventLog
 from paceline.training.torch_learner import DRAFT
 
 
-def evaluate(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -> None:  # noqa: ARG001
-    """Decode held-out prompts plainly and speculatively with the newest checkpoint's draft."""
+def evaluate(
+    plan: RunPlan,
+    events: EventLog,
+    should_stop: Callable[[], bool],  # noqa: ARG001 (what is measured is kept, prompt by prompt)
+    request: str | None = None,
+) -> None:
+    """Decode prompts plainly and speculatively with a checkpoint's draft."""
     config = plan.config
     view = LedgerView(config.ledger_path)
     refuse_other_target(view, config)
-    checkpoint = newest_checkpoint(config, view, only=(DRAFT,))
+    if request is not None:
+        _evaluate_suites(config, view, events, EvaluationRequest.model_validate_json(request))
+        return
+    checkpoint, _ = checkpoint_of_step(config, view, None, only=(DRAFT,))
     measured = build_measured_draft(config, checkpoint, view.facts().get(RENDERING_DATE))
-    result = measure_held_out(config, measured, held_out_of(config, measured))
-    path = config.run.directory / "evaluation.json"
-    replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
-    events.write("evaluated", **result)
+    result = measure_held_out(config, measured, held_out_of(config, measured), with_lookup=True)
+    _write(config.run.directory / "evaluation.json", result)
+    told = {name: value for name, value in result.items() if name != "figures_of_prompts"}
+    events.write("evaluated", **told)
+
+
+def _evaluate_suites(
+    config: RunConfig, view: LedgerView, events: EventLog, request: EvaluationRequest
+) -> None:
+    suites = read_suites(config, request)
+    checkpoint, record = checkpoint_of_step(config, view, request.step, only=(DRAFT,))
+    measured = build_measured_draft(config, checkpoint, view.facts().get(RENDERING_DATE))
+    facts = {
+        "run": config.run.name,
+        "checkpoint_step": checkpoint.step,
+        "checkpoint": record.manifest_digest,
+        "dtype": str(measured.dtype),
+        "device": measured.device.type,
+        "threads": torch.get_num_threads(),
+        "max_new_tokens": config.evaluation.max_new_tokens,
+        "acceptance_length_is": DEFINITION,
+        "intervals_are": INTERVALS,
+    }
+    # Figures of another tree or target would not be those of this evaluation.
+    identity = {**facts, "evaluation": config.evaluation.model_dump(mode="json")}
+    with Unfinished(config.run.directory / "evaluation-unfinished.jsonl", identity) as unfinished:
+        parts = measure_suites(config, measured, suites, request.temperatures, unfinished)
+        report = {**facts, "suites": parts}
+        _write(request.report, report)
+        replace_file(request.report.with_suffix(".svg"), picture_of(report).encode())
+    events.write("evaluated_suites", step=checkpoint.step, report=str(request.report))
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    replace_file(path, (json.dumps(report, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
-    sys.exit(run_role("evaluator", Path(sys.argv[1]), evaluate, stops_itself=False))
+    work = partial(evaluate, request=sys.argv[2] if len(sys.argv) > 2 else None)
+    sys.exit(run_role("evaluator", Path(sys.argv[1]), work, stops_itself=False))

@@ -6,20 +6,19 @@ from collections.abc import Callable, Sequence
 
 from paceline.config.run import RunConfig
 from paceline.data.answers import AnswerFiles
-from paceline.data.opening import open_held_out
 from paceline.errors import ConfigError
 from paceline.evaluation.heldout import HeldOut, Room, encode_held_out, refuse_nothing_to_measure
+from paceline.evaluation.suites import HELD_OUT, Suite, read_suite
 
 
 def held_out_prompts(
     config: RunConfig, encode: Callable[[str], Sequence[int]], vocab_size: int, positions: int | None
 ) -> HeldOut:
     """The prompts as token ids, without those that the target cannot decode."""
-    file = open_held_out(config.evaluation.prompts)
-    prompts = [prompt for prompt in file.read(0, file.size) if not prompt.broken]
-    chosen = [(prompt.prompt_id, prompt.text) for prompt in prompts[: config.evaluation.max_prompts]]
-    room = Room(vocab_size, positions, config.data.max_prompt_tokens, config.evaluation.max_new_tokens)
-    return encode_held_out(chosen, encode, room)
+    section = config.evaluation
+    chosen, _ = read_suite(Suite(HELD_OUT, section.prompts), section.max_prompts)
+    room = Room(vocab_size, positions, config.data.max_prompt_tokens, section.max_new_tokens)
+    return encode_held_out(chosen, lambda prompt: encode(prompt.text), room)
 
 
 def look_at_held_out(

@@ -1,20 +1,22 @@
 """Builds what a measurement decodes with, a checkpoint's draft and its target, and measures it.
 
 The evaluator measures at a run's end and for `paceline evaluate`; a measurement during training uses the same
-two functions: `build_measured_draft`, then `measure_held_out` (or `measure_acceptance` with other prompts).
+two functions: `build_measured_draft`, then `measure_held_out`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from paceline.config.run import RunConfig
-from paceline.evaluation.acceptance import measure_acceptance
+from paceline.evaluation.acceptance import Way, compare, decode_prompts, summarise
 from paceline.evaluation.heldout import HeldOut, refuse_nothing_to_measure
 from paceline.evaluation.library_target import LibraryTarget
+from paceline.evaluation.lookup import LookupDrafter
 from paceline.evaluation.settings import EvaluationSection
 from paceline.evaluation.speculative import Decoding
 from paceline.evaluation.target import LlamaTarget
@@ -28,6 +30,8 @@ from paceline.target.plain_llama import why_not_plain_llama
 from paceline.target.tokenizer import PromptEncoder
 from paceline.training.checkpoint import Checkpoint
 from paceline.training.torch_learner import restore_draft
+
+LOOKUP = "lookup"  # the name of the baseline's way
 
 
 @dataclass(frozen=True)
@@ -74,25 +78,47 @@ def held_out_of(config: RunConfig, measured: MeasuredDraft) -> HeldOut:
     return held_out
 
 
-def measure_held_out(config: RunConfig, measured: MeasuredDraft, held_out: HeldOut) -> dict[str, Any]:
-    """The report of greedy decoding as JSON values, the content of evaluation.json.
+def measure_held_out(
+    config: RunConfig,
+    measured: MeasuredDraft,
+    held_out: HeldOut,
+    *,
+    with_plain: bool = True,
+    with_lookup: bool = False,
+) -> dict[str, Any]:
+    """The report of greedy decoding as JSON values (see `report_of`), the content of evaluation.json.
 
-    The figures of the tree (of the chain, if the run file asks for no tree) stand at the top, those of the
-    chain under "chain".
+    Without plain decoding it is faster, and tells acceptance alone. With the lookup, the figures of the
+    baseline stand under "lookup" and the comparison with it under "against_lookup".
     """
-    section = config.evaluation
-    decoding = Decoding(max_new_tokens=section.max_new_tokens, eos_token_ids=measured.head.eos_token_ids)
-    reports = measure_acceptance(
-        measured.target, measured.drafter, held_out.prompts, decoding, ways_of_drafting(section)
-    )
+    section, drafts = config.evaluation, draft_ways(config, measured)
+    ways = [*drafts, lookup_way(config, measured)] if with_lookup else drafts
+    decoding = Decoding(section.max_new_tokens, measured.head.eos_token_ids)
+    figures = list(decode_prompts(measured.target, ways, held_out.asked, decoding, with_plain=with_plain))
+    reports = {way.name: summarise(figures, way.name, way.drafting).to_dict() for way in ways}
+    report = report_of(config, measured, held_out, [reports[way.name] for way in drafts])
+    if with_lookup:
+        gains = {way.name: asdict(compare(figures, way.name, LOOKUP)) for way in drafts}
+        report |= {LOOKUP: reports[LOOKUP], "against_lookup": gains}
+    return {**report, "figures_of_prompts": [asdict(each) for each in figures]}
+
+
+def report_of(
+    config: RunConfig, measured: MeasuredDraft, held_out: HeldOut, ways: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The figures of each way to draft, the chain's last, with what was measured and how.
+
+    Those of the tree (of the chain, if the run file asks for no tree) stand at the top, the chain's under
+    "chain".
+    """
     return {
         "checkpoint_step": measured.step,
         "dtype": str(measured.dtype),
         "device": measured.device.type,
-        "prompts_file": str(section.prompts),
-        "max_new_tokens": section.max_new_tokens,
-        **reports[0].to_dict(),
-        "chain": reports[-1].to_dict(),
+        "prompts_file": str(config.evaluation.prompts),
+        "max_new_tokens": config.evaluation.max_new_tokens,
+        **ways[0],
+        "chain": ways[-1],
         "prompts_set_aside": dict(held_out.left_out),
     }
 
@@ -102,6 +128,19 @@ def ways_of_drafting(section: EvaluationSection) -> list[Drafting]:
     chain = Drafting(min(3, section.draft_tokens))
     tree = Drafting(section.draft_tokens, section.branching, min(section.depth, section.draft_tokens))
     return [chain] if section.branching == 1 else [tree, chain]
+
+
+def draft_ways(config: RunConfig, measured: MeasuredDraft) -> list[Way]:
+    """The same with the draft: "tree" and "chain", or "chain"."""
+    draftings = ways_of_drafting(config.evaluation)
+    names = ["tree", "chain"][-len(draftings) :]
+    return [Way(name, measured.drafter, drafting) for name, drafting in zip(names, draftings, strict=True)]
+
+
+def lookup_way(config: RunConfig, measured: MeasuredDraft) -> Way:
+    """The baseline guesses as many tokens a cycle as the draft's tree: guesses cost it nothing."""
+    drafter = LookupDrafter(measured.head.vocab_size, measured.device)
+    return Way(LOOKUP, drafter, Drafting(config.evaluation.draft_tokens))
 
 
 def _dtype(name: str, head: TargetHead, device: torch.device) -> torch.dtype:

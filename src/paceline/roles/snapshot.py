@@ -168,6 +168,11 @@ def read_evaluation(directory: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_regular(directory / "evaluation.json", EVALUATION_BYTES_MAX))
         ways = [found, found["chain"]]
+        if "lookup" in found:
+            ways.append(found["lookup"])
+            against = found["against_lookup"]["chain" if found["branching"] == 1 else "tree"]
+            if not _numbers(against).keys() >= {"gain", "speed_ratio"}:
+                return {}
         return found if all(_numbers(way).keys() >= set(MEASURED) for way in ways) else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}

@@ -18,6 +18,7 @@ from typing import Any
 
 from paceline.config.run import RunConfig
 from paceline.errors import LedgerError, PacelineError
+from paceline.evaluation.settings import EvaluationRequest
 from paceline.exports.settings import ExportSection
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.locks import RoleLock
@@ -217,14 +218,14 @@ class Supervisor:
             child.end(now + GRACE_S[role])
 
 
-def evaluate_run(run_file: Path, config: RunConfig) -> bool:
-    """Measure the newest checkpoint in a process of its own; returns False if the user stopped it.
+def evaluate_run(run_file: Path, config: RunConfig, request: EvaluationRequest | None = None) -> bool:
+    """Measure a checkpoint in a process of its own; returns False if the user stopped it.
 
-    Raises the evaluator's error.
+    `request`: None for the newest checkpoint on the run's held-out prompts. Raises the evaluator's error.
     """
-    return _run_alone(
-        "evaluator", "evaluation", f"paceline evaluate {config.run.directory}", run_file, config
-    )
+    again = f"paceline evaluate {config.run.directory}"
+    asked = [] if request is None else [request.model_dump_json()]
+    return _run_alone("evaluator", "evaluation", again, run_file, config, *asked)
 
 
 def export_run(run_file: Path, config: RunConfig, request: ExportSection) -> bool:

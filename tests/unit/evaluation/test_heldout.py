@@ -5,23 +5,29 @@ from __future__ import annotations
 import pytest
 import torch
 
+from paceline.data.prompts import Prompt
 from paceline.errors import ConfigError, EngineError
 from paceline.evaluation.heldout import Room, encode_held_out, refuse_nothing_to_measure
 from paceline.evaluation.speculative import MAX_DRAFT_TOKENS, _remainder
+from paceline.evaluation.suites import SuitePrompt
 
 
 class LengthEncoder:
     """As many tokens as the text has letters; "!" is a token beyond the target's, "?" is refused."""
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        if "?" in text:
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        if "?" in prompt.text:
             raise EngineError("the template refuses it")
-        return tuple(99 if letter == "!" else 5 for letter in text)
+        return tuple(99 if letter == "!" else 5 for letter in prompt.text)
+
+
+def asked(*texts: tuple[str, str]) -> list[SuitePrompt]:
+    return [SuitePrompt(Prompt(name, text)) for name, text in texts]
 
 
 def test_each_reason_is_told_and_the_others_are_measured() -> None:
     """Too long for the target's positions, a token that it has no row for, no token, refused."""
-    texts = [("good", "aaa"), ("long", "a" * 30), ("foreign", "a!"), ("empty", ""), ("refused", "?")]
+    texts = asked(("good", "aaa"), ("long", "a" * 30), ("foreign", "a!"), ("empty", ""), ("refused", "?"))
     positions = 3 + 10 + MAX_DRAFT_TOKENS
     encoder = LengthEncoder()
     room = Room(vocab_size=61, positions=positions, prompt_tokens=40, answer_tokens=10)
@@ -30,7 +36,7 @@ def test_each_reason_is_told_and_the_others_are_measured() -> None:
     assert {name: word in held.left_out[name] for name, word in _WORDS.items()} == dict.fromkeys(_WORDS, True)
     assert held.note.startswith("4 of 5 held-out prompts are left out, the first: long: ")
     assert encode_held_out(texts[:1], encoder.encode, Room(61, None, 40, 10)).note == ""
-    short = encode_held_out([("long", "a" * 41)], encoder.encode, Room(61, None, 40, 10))
+    short = encode_held_out(asked(("long", "a" * 41)), encoder.encode, Room(61, None, 40, 10))
     assert "more than the 40 of data.max_prompt_tokens" in short.left_out["long"]
     with pytest.raises(ConfigError, match="No held-out prompt can be decoded: 1 of 1"):
         refuse_nothing_to_measure(short)

@@ -9,10 +9,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from paceline.errors import ConfigError
-from paceline.evaluation.acceptance import measure_acceptance, summarise
-from paceline.evaluation.speculative import Decoded, Decoding, plain_generate, speculative_generate
+from paceline.evaluation.acceptance import measure_acceptance
+from paceline.evaluation.lookup import LookupDrafter
+from paceline.evaluation.speculative import Decoding, plain_generate, speculative_generate
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting, DraftTree
+from paceline.methods.drafter import Drafter
 from paceline.methods.eagle3.decode import Eagle3Decoder
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Eagle3Draft
@@ -121,6 +123,15 @@ def test_greedy_output_of_a_tree_equals_plain_decoding(
         assert tree.acceptance_length > chain.acceptance_length, "more guesses hit more often"
 
 
+def test_greedy_output_of_prompt_lookup_equals_plain_decoding(target: LlamaTarget) -> None:
+    """With no guess in some cycles and several in others."""
+    prompt = (5, 9, 12, 5, 9, 12, 5, 9)
+    [report] = measure_acceptance(target, LookupDrafter(VOCAB), [prompt, *PROMPTS], NEVER_ENDS, [Drafting(4)])
+    assert report.identical == len(PROMPTS) + 1
+    assert report.acceptance_length > 1.0
+    assert report.cycles > 0
+
+
 def test_every_tensor_of_decoding_is_made_where_the_target_lies(
     target: LlamaTarget, trained_draft: Eagle3Draft
 ) -> None:
@@ -223,14 +234,18 @@ def test_training_predicts_real_acceptance(target: LlamaTarget, trained_draft: E
     assert sum(kept == 3 for kept in accepted) > 0.8 * len(accepted)
 
 
-@pytest.mark.parametrize("which", ["random_draft", "trained_draft"])
+@pytest.mark.parametrize("which", ["random_draft", "trained_draft", "lookup"])
 def test_sampled_output_has_the_targets_distribution(
     request: pytest.FixtureRequest, target: LlamaTarget, which: str
 ) -> None:
     """Pairs of tokens drawn speculatively fit the target's exact pair probabilities (chi-square)."""
-    drafter = Eagle3Decoder(request.getfixturevalue(which), torch.float32)
-    prompt, draws, temperature = PROMPTS[1], 1500, 0.6
-    target.start(32)
+    if which == "lookup":  # its guesses have no distribution; every token occurred, so there is always one
+        drafter: Drafter = LookupDrafter(VOCAB)
+        prompt: tuple[int, ...] = (1, *range(VOCAB), 12, 30)
+    else:
+        drafter, prompt = Eagle3Decoder(request.getfixturevalue(which), torch.float32), PROMPTS[1]
+    draws, temperature = 1500, 0.6
+    target.start(128)
     after_prompt = target.forward(torch.tensor(prompt), last_only=True).logits[0]
     first = int(after_prompt.argmax())
     target.forward(torch.tensor([first]))
@@ -254,7 +269,7 @@ def test_sampled_output_has_the_targets_distribution(
 def _pair_probabilities(target: LlamaTarget, prompt: tuple[int, ...], temperature: float) -> torch.Tensor:
     """Exact probability [V, V] of the second and third new token, summed over the first."""
     pairs = torch.zeros(VOCAB, VOCAB)
-    target.start(32)
+    target.start(128)
     first = (target.forward(torch.tensor(prompt), last_only=True).logits[0] / temperature).softmax(-1)
     for a in range(VOCAB):
         target.truncate(len(prompt))
@@ -268,19 +283,6 @@ def _pair_probabilities(target: LlamaTarget, prompt: tuple[int, ...], temperatur
             third = (target.forward(torch.tensor([b])).logits[0] / temperature).softmax(-1)
             pairs[b] += first[a] * second[b] * third
     return pairs
-
-
-def test_report_counts_tokens_per_cycle() -> None:
-    """Both acceptance lengths leave out the prefill's token and count the target's own one."""
-    plain = Decoded([1, 2, 3, 4, 5, 6], decode_s=5.0, prefill_s=1.0)
-    drafted = Decoded([1, 2, 3, 4, 5, 6], decode_s=2.5, prefill_s=1.0, accepted=(2, 0, 1))
-    other = Decoded([1, 2, 9], decode_s=0.5, prefill_s=1.0, accepted=(1,))
-    report = summarise([(plain, drafted), (Decoded([1, 2, 3], 1.0, 1.0), other)], drafting=Drafting(2))
-    assert report.acceptance_length == 1 + 4 / 4
-    assert report.emitted_per_cycle == 7 / 4
-    assert report.acceptance_rate == (0.75, 0.25)
-    assert (report.identical, report.prompts, report.cycles) == (1, 2, 4)
-    assert report.speed_up == pytest.approx((7 / 3.0) / (7 / 6.0))
 
 
 @pytest.mark.parametrize("prompt", [(), (1, 2)])

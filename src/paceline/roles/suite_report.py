@@ -1,0 +1,163 @@
+"""Measures a draft on suites of prompts, and writes down what was found as one report.
+
+A part of the report is a suite at a temperature. Greedy parts measure the run file's tree and a chain,
+sampled ones the chain alone, which rejection sampling verifies; all measure prompt lookup, the baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from paceline.capture.encoding import places_to_write
+from paceline.config.run import RunConfig
+from paceline.data.opening import scan
+from paceline.data.prompts import Prompt, user_texts
+from paceline.errors import ConfigError
+from paceline.evaluation.acceptance import PromptFigures, Way, compare, decode_prompts, summarise
+from paceline.evaluation.heldout import Asked, HeldOut, Room, encode_held_out
+from paceline.evaluation.settings import EvaluationRequest
+from paceline.evaluation.speculative import Decoding
+from paceline.evaluation.suites import HELD_OUT, Suite, SuitePrompt, find_suite, read_suite
+from paceline.evaluation.unfinished import Unfinished
+from paceline.roles.measured_draft import LOOKUP, MeasuredDraft, draft_ways, lookup_way
+from paceline.target.chat_encoder import ChatEncoder
+
+DEFINITION = "1 + accepted draft tokens / cycles"
+INTERVALS = "95 %, bootstrap over prompts, percentiles of 2000 draws, seed 0"
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class ReadSuite:
+    """`broken`: why records of the suite cannot be used. `also_trained`: how many of the run's training
+    prompts are among the suite's; None if that is unknown."""
+
+    suite: Suite
+    prompts: list[SuitePrompt]
+    broken: dict[str, str]
+    also_trained: int | None
+
+
+def read_suites(config: RunConfig, request: EvaluationRequest) -> list[ReadSuite]:
+    """Raises ConfigError for a suite that does not exist or holds no prompt."""
+    most, found = request.max_prompts or config.evaluation.max_prompts, []
+    for suite in [find_suite(name, config.evaluation.prompts) for name in request.suites]:
+        prompts, broken = read_suite(suite, most)
+        # The held-out prompts were compared when the run was planned.
+        shared = 0 if suite.name == HELD_OUT else _also_trained(config, prompts)
+        found.append(ReadSuite(suite, prompts, broken, shared))
+    return found
+
+
+def measure_suites(
+    config: RunConfig,
+    measured: MeasuredDraft,
+    suites: Sequence[ReadSuite],
+    temperatures: Sequence[float],
+    unfinished: Unfinished,
+) -> list[dict[str, Any]]:
+    """A part of the report for each suite and temperature, as JSON values.
+
+    Raises ConfigError if no prompt of a suite can be decoded.
+    """
+    encode, answer = _encoding(config, measured), config.evaluation.max_new_tokens
+    parts = []
+    for read in suites:
+        room = Room(measured.head.vocab_size, measured.positions, None, answer)
+        held_out = encode_held_out(read.prompts, encode, room)
+        _refuse_none(read.suite, held_out)
+        for temperature in temperatures:
+            decoding = Decoding(answer, measured.head.eos_token_ids, temperature)
+            ways = [
+                way for way in draft_ways(config, measured) if temperature <= 0 or way.drafting.is_chain
+            ] + [lookup_way(config, measured)]
+            name = f"{read.suite.path} {temperature:g}"
+            figures = _measured(measured, ways, held_out.asked, decoding, name, unfinished)
+            parts.append(
+                {
+                    "suite": read.suite.name,
+                    "file": str(read.suite.path),
+                    "temperature": temperature,
+                    "also_trained": read.also_trained,
+                    "left_out": {**read.broken, **held_out.left_out},
+                    "groups": groups_of(figures, ways),
+                    "prompts": [asdict(each) for each in figures],
+                }
+            )
+    return parts
+
+
+def groups_of(figures: Sequence[PromptFigures], ways: Sequence[Way]) -> list[dict[str, Any]]:
+    """All prompts, then each category if there are several: the report of every way, and each draft's
+    comparison with the lookup."""
+    categories = sorted({each.category for each in figures})
+    members = {ALL: list(figures)}
+    if len(categories) > 1:
+        members |= {name: [each for each in figures if each.category == name] for name in categories}
+    return [
+        {
+            "category": name,
+            "prompts": len(group),
+            "ways": {way.name: summarise(group, way.name, way.drafting).to_dict() for way in ways},
+            "against_lookup": {
+                way.name: asdict(compare(group, way.name, LOOKUP)) for way in ways if way.name != LOOKUP
+            },
+        }
+        for name, group in members.items()
+    ]
+
+
+def _measured(
+    measured: MeasuredDraft,
+    ways: Sequence[Way],
+    asked: Sequence[Asked],
+    decoding: Decoding,
+    part: str,
+    unfinished: Unfinished,
+) -> list[PromptFigures]:
+    """The figures of every prompt; those that an earlier, killed evaluation has are taken from there."""
+    found = {prompt: unfinished.find(part, prompt) for prompt in asked}
+    left = [prompt for prompt, figures in found.items() if figures is None]
+    if left:
+        for prompt, figures in zip(left, decode_prompts(measured.target, ways, left, decoding), strict=True):
+            unfinished.add(part, prompt, figures)
+            found[prompt] = figures
+    return [figures for figures in found.values() if figures is not None]
+
+
+def _encoding(config: RunConfig, measured: MeasuredDraft) -> Callable[[Prompt], Sequence[int]]:
+    """What the target reads before the last answer of a prompt, a chat or token ids."""
+    chats = ChatEncoder(measured.encoder, config.target.model)
+
+    def encode(prompt: Prompt) -> Sequence[int]:
+        if prompt.token_ids is not None:
+            return prompt.token_ids[: prompt.spans[-1][0] if prompt.spans else None]
+        if prompt.chat is None:
+            return measured.encoder.encode(prompt.text)
+        try:
+            place = places_to_write(prompt.chat)[-1]
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return chats.prompt(prompt.chat.messages[:place], prompt.chat.tools)
+
+    return encode
+
+
+def _also_trained(config: RunConfig, prompts: Sequence[SuitePrompt]) -> int | None:
+    sections = config.data.sources
+    if not sections or any(section.path is None for section in sections):
+        return None  # kept answers, or a data set of the hub
+    texts = {text for each in prompts for text in user_texts(each.prompt)[:1] if text}
+    return sum(scan(section, heldout=texts).index.shared for section in sections)
+
+
+def _refuse_none(suite: Suite, held_out: HeldOut) -> None:
+    if not held_out.asked:
+        name, reason = next(iter(held_out.left_out.items()))
+        raise ConfigError(
+            f"No prompt of the suite {suite.name} can be decoded; the first, {name}: {reason}.",
+            why="Without one there is nothing to measure the draft on.",
+            next="choose shorter prompts, or lower evaluation.max_new_tokens.",
+        )
