@@ -32,8 +32,9 @@ train: install model ## train a draft model online, then measure it (about 15 mi
 evaluate: install model ## measure the newest checkpoint of the run again
 	$(BIN)/paceline evaluate $(RUN)
 
+# In the order of the folders, long files come first, and both processes end together.
 test: install ## the whole fast suite, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install ## ruff
 	$(BIN)/ruff check .
