@@ -5,9 +5,9 @@
 
 `capture` writes the samples that recipes/smollm2-cpu.yaml would capture, group by group (it goes on where it
 was killed), and the target's greedy answers to the held-out prompts. `train` trains a draft on the first N
-tokens of them, in the recipe's order and by its settings, changed by keys of the run file such as
-`method.loss=kl`, and prints one line of JSON. Nothing but the setting differs between two lines: samples,
-their order and the held-out text are the same.
+tokens of them (from the start again if they do not suffice), in the recipe's order and by its settings,
+changed by keys of the run file such as `method.loss=kl`, and prints one line of JSON. Nothing but the setting
+differs between two lines: samples, their order and the held-out text are the same.
 
 Figures, over every token of the held-out answers: `chain`, the tokens that a cycle of a greedy chain of three
 gives, by the target's choice in its whole vocabulary (a test holds this equal to decoding from each token);
@@ -21,6 +21,7 @@ the weights that forgets as X per step, beside the last weights; `--rate NAME=X`
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -123,11 +124,11 @@ def train(folder: Path, config: RunConfig, trial: Trial) -> dict[str, Any]:
     for path in sorted(folder.glob("group-*.safetensors")):
         samples += _kept(path)
     size, batches, tokens = config.training.batch_size, list[list[Sample]](), 0
-    while tokens < trial.tokens and len(samples) >= size:
-        batches.append(samples[:size])
+    again = itertools.cycle(samples)
+    while tokens < trial.tokens:
+        batches.append(list(itertools.islice(again, size)))
         tokens += method.num_tokens(batches[-1])
-        samples = samples[size:]
-    first = [sample for batch in batches for sample in batch][: config.method.first_samples]
+    first = samples[: config.method.first_samples]
     dtype = torch_dtype(config.method.dtype, CPU)
     settings = TrainerSettings(
         total_steps=len(batches),
