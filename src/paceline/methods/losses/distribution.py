@@ -73,24 +73,19 @@ def distribution_loss(
 
 def _soft_cross_entropy(scores: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     target, probabilities = wanted.softmax(-1), scores.softmax(-1)
-    # The likeliest token's probability is exp(highest - log of the sum of exponentials).
-    log_total = scores.amax(-1) - probabilities.amax(-1).log()
-    return log_total - torch.linalg.vecdot(target, scores), probabilities.sub_(target)
+    losses = _log_total(scores, probabilities) - torch.linalg.vecdot(target, scores)
+    return losses, probabilities.sub_(target)
 
 
 def _kl(scores: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    log_draft, log_target = scores.log_softmax(-1), wanted.log_softmax(-1)
-    target = log_target.exp()
-    return torch.linalg.vecdot(target, log_target - log_draft), log_draft.exp_().sub_(target)
+    target, probabilities = wanted.softmax(-1), scores.softmax(-1)
+    return _divergence(scores, wanted, probabilities, target), probabilities.sub_(target)
 
 
 def _tv(scores: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     target, probabilities = wanted.softmax(-1), scores.softmax(-1)
-    # Raising q of a token helps where q < p. Logits move q and take from all others in proportion.
-    lacking = torch.where(probabilities < target, probabilities, 0.0)
-    share = lacking.sum(-1, keepdim=True)
-    losses = (target - probabilities).clamp_(min=0.0).sum(-1)
-    return losses, probabilities.mul_(share).sub_(lacking)
+    variation, pull = _variation(probabilities, target)
+    return variation, probabilities.mul_(pull)
 
 
 def _lk_alpha(scores: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,11 +100,37 @@ def _lk_alpha(scores: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor,
 
 def _lk_lambda(scores: torch.Tensor, wanted: torch.Tensor, eta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight of the divergence is a constant for the gradient, as in the paper."""
-    divergence, slope = _kl(scores, wanted)
-    variation, other = _tv(scores, wanted)
+    target, probabilities = wanted.softmax(-1), scores.softmax(-1)
+    divergence = _divergence(scores, wanted, probabilities, target)
+    variation, pull = _variation(probabilities, target)
     weight = (-eta * (1.0 - variation)).exp_()
-    slope.mul_(weight[:, None]).add_(other.mul_(1.0 - weight[:, None]))
-    return weight * divergence + (1.0 - weight) * variation, slope
+    losses = weight * divergence + (1.0 - weight) * variation
+    pull.mul_(1.0 - weight[:, None]).add_(weight[:, None])
+    return losses, probabilities.mul_(pull).sub_(target.mul_(weight[:, None]))
+
+
+def _log_total(scores: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """Logarithm [b] of the sum of exponentials: the likeliest token's probability is exp(highest - it)."""
+    return scores.amax(-1) - probabilities.amax(-1).log()
+
+
+def _divergence(
+    scores: torch.Tensor, wanted: torch.Tensor, probabilities: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
+    """The forward divergence [b] of q from p, for their logits and themselves."""
+    totals = _log_total(scores, probabilities) - _log_total(wanted, target)
+    return totals.add_(torch.linalg.vecdot(target, wanted - scores))
+
+
+def _variation(probabilities: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(total variation [b], what multiplied by q is its gradient by the logits [b, D]).
+
+    More of a token helps where q < p; a logit that rises takes from all other tokens in proportion.
+    """
+    lacking = (probabilities < target).to(probabilities.dtype)
+    share = torch.linalg.vecdot(probabilities, lacking)
+    variation = torch.linalg.vecdot(target, lacking) - share
+    return variation, lacking.neg_().add_(share[:, None])
 
 
 _RULES: Mapping[str, Rule] = {
