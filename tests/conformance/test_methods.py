@@ -33,6 +33,11 @@ class TestEagle31WithOneNorm(MethodSuite):
         return Eagle3Method({"draft_vocab_size": 40, "ttt_steps": 2, "loss": "lk_alpha", **choices})
 
 
+class TestEagle3WithAFrozenHead(MethodSuite):
+    def make(self) -> DraftMethod:
+        return Eagle3Method({"draft_vocab_size": 40, "ttt_steps": 2, "train_lm_head": False})
+
+
 class TestPEagle(MethodSuite):
     def make(self) -> DraftMethod:
         return PEagleMethod({"draft_vocab_size": 40, "ttt_steps": 3})

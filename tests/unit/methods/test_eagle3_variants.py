@@ -119,6 +119,25 @@ def test_norms_before_fc_have_the_servers_names_and_shapes(
     assert each["fc_norm.0.weight"].shape == (HIDDEN,)
 
 
+@pytest.mark.parametrize("init", ["regression", "random"])
+def test_a_frozen_head_is_the_targets_and_stays(
+    head: TargetHead, sample: dict[str, torch.Tensor], init: str
+) -> None:
+    """It is in the state dict, no optimizer sees it, and every other gradient is that of a trained one."""
+    settings = {"draft_vocab_size": 30, "ttt_steps": STEPS, "init": init}
+    method = Eagle3Method({**settings, "train_lm_head": False})
+    draft = method.build(head, [sample], seed=3)
+    assert torch.equal(draft.state_dict()["lm_head.weight"], head.lm_head[draft.target_ids()].float())
+    assert "lm_head.weight" not in dict(draft.named_parameters())
+    other = Eagle3Method(settings).restore(head, draft.state_dict())
+    grads = []
+    for each in (draft, other):
+        each(method.collate([sample], torch.device("cpu"))).loss_sum.backward()
+        grads.append({name: weight.grad for name, weight in each.named_parameters()})
+    assert grads[1].keys() - grads[0].keys() == {"lm_head.weight"}
+    assert all(torch.equal(grad, grads[1][name]) for name, grad in grads[0].items())
+
+
 @pytest.mark.parametrize("choices", [{"norm_before_fc": True}, {"fc_norm": True}])
 def test_a_regressed_start_predicts_through_its_norms(head: TargetHead, choices: dict[str, Any]) -> None:
     """The regression is of what fc reads: without a step the draft beats a random one on unseen samples."""

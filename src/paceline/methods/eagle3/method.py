@@ -88,6 +88,8 @@ class Eagle3Method:
             warm_start(draft, head, samples, seed)
             return draft
         _initialise_random(draft, seed)
+        if not self.settings.train_lm_head:
+            draft.lm_head.weight.copy_(draft.target_output.rows)
         if self.settings.init == "target":
             _initialise_head(draft, head)
             _initialise_layer(draft, head)
@@ -100,7 +102,8 @@ class Eagle3Method:
         return draft
 
     def _empty(self, head: TargetHead) -> Eagle3Draft:
-        return Eagle3Draft(self._config(head), self.settings.recompute, self.settings.loss)
+        chosen = self.settings
+        return Eagle3Draft(self._config(head), chosen.recompute, chosen.loss, chosen.train_lm_head)
 
     def _config(self, head: TargetHead) -> Eagle3Config:
         if self._start is not None:
@@ -121,7 +124,10 @@ class Eagle3Method:
         if chosen.init != "regression" or self._start is not None:
             return {}
         is_normed = chosen.norm_before_fc or chosen.fc_norm
-        return {**_REGRESSION_RATES, **({"fc.weight": 1.0} if is_normed else {})}
+        rates = {**_REGRESSION_RATES, **({"fc.weight": 1.0} if is_normed else {})}
+        return {
+            name: rate for name, rate in rates.items() if chosen.train_lm_head or name != "lm_head.weight"
+        }
 
     def describe(self, draft: nn.Module) -> dict[str, Any]:
         assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type

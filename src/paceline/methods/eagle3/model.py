@@ -118,6 +118,19 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))  # type: ignore[no-any-return]
 
 
+class FrozenLinear(nn.Module):
+    """A linear map that is in the state dict and is not trained: no gradient of it is computed."""
+
+    weight: torch.Tensor
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(outputs, inputs))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return F.linear(states, self.weight)
+
+
 class Midlayer(nn.Module):
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
@@ -158,7 +171,11 @@ class Eagle3Draft(nn.Module):
     mask_ids: torch.Tensor  # int64 [1]
 
     def __init__(
-        self, config: Eagle3Config, recompute: bool = False, loss: LossSection | None = None
+        self,
+        config: Eagle3Config,
+        recompute: bool = False,
+        loss: LossSection | None = None,
+        train_lm_head: bool = True,
     ) -> None:
         super().__init__()
         self.config, self.recompute, self.loss = config, recompute, loss or LossSection()
@@ -172,7 +189,9 @@ class Eagle3Draft(nn.Module):
         self.mask_hidden = nn.Parameter(torch.zeros(1, states * hidden)) if is_parallel else None
         self.midlayer = Midlayer(config)
         self.norm = RMSNorm(hidden, config.rms_norm_eps)
-        self.lm_head = nn.Linear(hidden, reduced, bias=False)
+        self.lm_head = (
+            nn.Linear(hidden, reduced, bias=False) if train_lm_head else FrozenLinear(hidden, reduced)
+        )
         self.register_buffer("d2t", torch.zeros(reduced, dtype=torch.int64))
         self.register_buffer("t2d", torch.zeros(vocab, dtype=torch.bool))
         self.register_buffer("own_embedding", None, persistent=False)

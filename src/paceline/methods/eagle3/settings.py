@@ -21,6 +21,8 @@ class Eagle3Section(MethodSection):
     `init`: "regression" (closed form, from the run's first samples), "target" (weights of the target's
     last layer) or "random".
 
+    `train_lm_head`: false keeps the target's rows (or the folder's), and costs an eighth less time.
+
     `start_from`: a public EAGLE-3 folder of the same target, from which weights, sizes, vocabulary maps and
     fused layers come, and EAGLE-3.1's choices; the settings of these are not used then. The folder must stay
     in its place, and its content may not change.
@@ -46,6 +48,7 @@ class Eagle3Section(MethodSection):
     step_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     loss: LossSection = LossSection()
     init: Literal["regression", "target", "random"] = "regression"
+    train_lm_head: bool = True
     start_from: Path | None = None
     norm_before_fc: bool = False
     fc_norm: bool = False
