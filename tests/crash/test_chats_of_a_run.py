@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from paceline.config.load import load_run_config
 from paceline.data.answers import AnswerFiles
 from paceline.data.opening import open_file
 from paceline.errors import ConfigError
 from paceline.roles.consumer import consume
-from paceline.roles.plan import RunPlan, events_path, plan_run
+from paceline.roles.plan import RunPlan, plan_run
 from paceline.roles.producer import produce
-from paceline.telemetry import EventLog
 from paceline.testing.small_run import same_bits
 from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.testing.tiny_run import WORDS, TinyRun
@@ -50,22 +48,6 @@ def plan(run: TinyRun) -> RunPlan:
     return plan_run(load_run_config(run.run_file))
 
 
-def work(run: TinyRun, role: Any, stop_after: int | None = None) -> None:
-    """The role's work in this process, up to `stop_after` looks at whether to stop."""
-    planned, looks = plan(run), iter(range(stop_after or 10**9))
-    role(planned, EventLog(events_path(planned.config, "test")), lambda: next(looks, None) is None)
-
-
-def train(run: TinyRun) -> dict[str, torch.Tensor]:
-    threads = torch.get_num_threads()
-    try:
-        work(run, produce)
-        work(run, consume)
-    finally:
-        torch.set_num_threads(threads)
-    return run.final_weights()
-
-
 def kill_the_producer(run: TinyRun) -> None:
     """SIGKILL as soon as a group is committed and others are not."""
     command = [sys.executable, "-m", "paceline.roles.producer", str(run.run_file)]
@@ -84,12 +66,12 @@ def test_a_killed_run_of_chats_ends_in_the_same_weights(
 ) -> None:
     """The producer is killed between two groups, the consumer stops between two steps."""
     undisturbed = make_run(tmp_path / "plain", tiny_model, answers=answers)
-    expected = train(undisturbed)
+    expected = undisturbed.train_here()
     run = make_run(tmp_path / "killed", tiny_model, answers=answers)
     kill_the_producer(run)
-    work(run, produce)
-    work(run, consume, stop_after=3)
-    assert same_bits(train(run), expected)
+    run.work_here(produce)
+    run.work_here(consume, looks=3)
+    assert same_bits(run.train_here(), expected)
     assert run.command("fsck").returncode == 0
     kept = [list(AnswerFiles(each.directory / "answers").all()) for each in (undisturbed, run)]
     assert kept[0] == kept[1]
@@ -100,7 +82,7 @@ def test_a_killed_run_of_chats_ends_in_the_same_weights(
 def test_answers_are_exported_as_chats_that_a_run_can_read(tiny_model: Path, tmp_path: Path) -> None:
     """Token ids with the places of the answers, and the chat with what the target said in each turn."""
     run = make_run(tmp_path / "first", tiny_model)
-    work(run, produce)
+    run.work_here(produce)
     out = tmp_path / "answers.jsonl"
     *python, _, run_file = run.arguments("data")
     command = [*python, "data", "export", run_file, "--to", str(out)]
@@ -125,10 +107,10 @@ def test_answers_are_exported_as_chats_that_a_run_can_read(tiny_model: Path, tmp
 def test_another_run_trains_on_kept_answers_by_prefill_alone(tiny_model: Path, tmp_path: Path) -> None:
     """The same tokens and the same targets; not for a target that has not written them."""
     first = make_run(tmp_path / "first", tiny_model)
-    work(first, produce)
+    first.work_here(produce)
     kept = list(AnswerFiles(first.directory / "answers").all())
     second = make_run(tmp_path / "second", tiny_model, answers=str(first.directory))
-    assert train(second)
+    assert second.train_here()
     again = list(AnswerFiles(second.directory / "answers").all())
     assert [(a.token_ids, a.spans) for a in again] == [(a.token_ids, a.spans) for a in kept]
     shared = make_run(tmp_path / "shared", tiny_model, answers=str(first.directory))
@@ -138,11 +120,11 @@ def test_another_run_trains_on_kept_answers_by_prefill_alone(tiny_model: Path, t
     alone = next(messages[0]["content"] for messages in questions if messages[0]["role"] == "user")
     (tmp_path / "shared" / "heldout.jsonl").write_text(json.dumps({"prompt": alone}))
     with pytest.raises(ConfigError, match=r"2 prompts of .* were answered by the run"):
-        work(shared, produce)
+        shared.work_here(produce)
     other = make_tiny_folder(tmp_path / "other", seed=1)
     third = make_run(tmp_path / "third", other, answers=str(first.directory))
     with pytest.raises(ConfigError, match="were written by another target"):
-        work(third, produce)
+        third.work_here(produce)
     fourth = make_run(tmp_path / "fourth", tiny_model, answers=str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="keeps no answers"):
         plan(fourth)

@@ -27,10 +27,7 @@ NUM_SAMPLES = 120
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    run = make_run(tmp_path_factory.mktemp("plain"), tiny_model)
-    result = run.command("train")
-    assert result.returncode == 0, result.stderr
-    return run.final_weights()
+    return make_run(tmp_path_factory.mktemp("plain"), tiny_model).train_here()
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:

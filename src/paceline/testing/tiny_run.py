@@ -14,7 +14,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from paceline.config.load import load_run_config
 from paceline.ledger.stores.sqlite import SQLiteLedger
+from paceline.roles.consumer import consume
+from paceline.roles.plan import events_path, plan_run
+from paceline.roles.process import Work
+from paceline.roles.producer import produce
+from paceline.telemetry import EventLog
 
 WORDS = [
     "the",
@@ -96,6 +102,21 @@ class TinyRun:
 
     def ledger(self) -> SQLiteLedger:
         return SQLiteLedger(self.directory / "ledger.db")
+
+    def work_here(self, work: Work, looks: int | None = None) -> None:
+        """A role's work in this process, to its end or to its `looks`-th look at whether to stop."""
+        plan, left = plan_run(load_run_config(self.run_file)), iter(range(looks or 10**9))
+        threads = torch.get_num_threads()
+        try:
+            work(plan, EventLog(events_path(plan.config, "test")), lambda: next(left, None) is None)
+        finally:
+            torch.set_num_threads(threads)
+
+    def train_here(self) -> dict[str, torch.Tensor]:
+        """Both roles' work in this process, one after the other; the final weights."""
+        self.work_here(produce)
+        self.work_here(consume)
+        return self.final_weights()
 
     def final_weights(self) -> dict[str, torch.Tensor]:
         head = self.ledger().snapshot().head
