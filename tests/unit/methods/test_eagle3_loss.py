@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from paceline.methods.eagle3.batch import Eagle3Batch, Unrolling, collate
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Eagle3Draft
-from paceline.methods.eagle3.targets import counted_rows
+from paceline.methods.targets import counted_rows
 from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
 from paceline.testing.tiny_target import VOCAB, captured_sample, save_target, tiny_target

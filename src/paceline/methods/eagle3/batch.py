@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from paceline.methods.eagle3.attention import Layout, Tile, tiles_of
-from paceline.methods.eagle3.targets import counted_rows
+from paceline.methods.targets import counted_rows
 
 # The acceptance estimate needs the target's argmax over its whole vocabulary, which costs several times the
 # draft's own logits. So only one anchor in this many is judged; neighbours, because their rows overlap.

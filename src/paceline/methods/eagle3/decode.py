@@ -11,7 +11,9 @@ import torch
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
 
 from paceline.methods.drafter import Choose
-from paceline.methods.eagle3.model import Eagle3Draft, rotate
+from paceline.methods.eagle3.model import Eagle3Draft
+from paceline.methods.guesses import ROOT, Guesses
+from paceline.methods.layers import rotate
 
 
 class Eagle3Decoder:
@@ -91,15 +93,15 @@ class Eagle3Decoder:
         """
         features = self._layer(self._fused(aux), next_ids)[-1:]
         real_rows = self.length
-        guesses: list[tuple[float, int, int, int]] = []  # log-likelihood, draft id, parent guess, level
+        guesses = Guesses()
         lines: list[list[int]] = [[]]  # for each feature's row, the drafted rows that it may attend to
-        frontier, drafted = [-1], 0  # guess -1 stands for the newest token
+        frontier, drafted = [ROOT], 0
         for level in range(depth):
-            grown = self._grow(features, frontier, guesses, branching, level)
+            logits = F.linear(self._rms(features, self.norm), self.lm_head).float()
+            likeliest = guesses.grow(logits, frontier, branching, level)
             if level == depth - 1:
                 break
-            likeliest = sorted(grown, key=lambda g: -guesses[g][0])[:branching]
-            places = [frontier.index(guesses[g][2]) for g in likeliest]
+            places = [frontier.index(parent) for parent in guesses.parents(likeliest)]
             frontier = likeliest
             lines = [[*lines[place], drafted + i] for i, place in enumerate(places)]
             size = len(frontier), real_rows + drafted + len(frontier)
@@ -107,40 +109,13 @@ class Eagle3Decoder:
             mask[:, :real_rows] = True
             for i, line in enumerate(lines):
                 mask[i, [real_rows + row for row in line]] = True
-            ids = self.target_ids[[guesses[g][1] for g in frontier]]
+            ids = self.target_ids[guesses.draft_ids(frontier)]
             position = torch.full((len(frontier),), real_rows + level, device=self.device)
             features = self._layer(self._fed_back(features[places]), ids, position, mask)
             drafted += len(frontier)
         self.length = real_rows
-        return self._best(guesses, num_tokens)
-
-    def _grow(
-        self,
-        features: torch.Tensor,
-        frontier: list[int],
-        guesses: list[tuple[float, int, int, int]],
-        branching: int,
-        level: int,
-    ) -> list[int]:
-        """Append the likeliest guesses after each of `frontier`; their numbers."""
-        logits = F.linear(self._rms(features, self.norm), self.lm_head).float()
-        best = logits.log_softmax(-1).topk(min(branching, logits.shape[-1]), dim=-1)
-        first = len(guesses)
-        for row, parent in enumerate(frontier):
-            so_far = guesses[parent][0] if parent >= 0 else 0.0
-            for value, draft_id in zip(best.values[row].tolist(), best.indices[row].tolist(), strict=True):
-                guesses.append((so_far + value, draft_id, parent, level))
-        return list(range(first, len(guesses)))
-
-    def _best(
-        self, guesses: list[tuple[float, int, int, int]], num_tokens: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The likeliest guesses, parents first. A parent is never less likely than its child."""
-        chosen = sorted(range(len(guesses)), key=lambda g: (-guesses[g][0], guesses[g][3]))[:num_tokens]
-        chosen.sort(key=lambda g: guesses[g][3])
-        rows = {guess: row for row, guess in enumerate(chosen, start=1)}
-        tokens = tuple(int(self.target_ids[guesses[g][1]]) for g in chosen)
-        return tokens, tuple(rows[guesses[g][2]] if guesses[g][2] >= 0 else 0 for g in chosen)
+        draft_ids, parents = guesses.best(num_tokens)
+        return tuple(self.target_ids[draft_ids].tolist()), parents
 
     def _fused(self, aux: torch.Tensor) -> torch.Tensor:
         """The features [n, H] of the target's states [n, 3H]."""

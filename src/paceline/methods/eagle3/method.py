@@ -18,13 +18,14 @@ from paceline.errors import ConfigError
 from paceline.methods.eagle3.batch import Eagle3Batch, Unrolling, collate
 from paceline.methods.eagle3.decode import Eagle3Decoder
 from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft, Midlayer
-from paceline.methods.eagle3.rope import rope_scaling_of
 from paceline.methods.eagle3.settings import Eagle3Section
 from paceline.methods.eagle3.start import refuse_other_target, refuse_unfit, sizes_from, start_tensors
 from paceline.methods.eagle3.start_config import read_start_config
-from paceline.methods.eagle3.targets import counted_rows
 from paceline.methods.eagle3.vocab import answer_token_weights, choose_draft_vocab, vocab_maps
 from paceline.methods.eagle3.warm_start import warm_start
+from paceline.methods.layers import initialise_random
+from paceline.methods.sizes import sizes_of_target
+from paceline.methods.targets import counted_rows
 from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
 from paceline.types import Feature, Rows, States, Targets, Tokens
@@ -87,7 +88,7 @@ class Eagle3Method:
         if self.settings.init == "regression":
             warm_start(draft, head, samples, seed)
             return draft
-        _initialise_random(draft, seed)
+        initialise_random(draft, seed)
         if not self.settings.train_lm_head:
             draft.lm_head.weight.copy_(draft.target_output.rows)
         if self.settings.init == "target":
@@ -174,29 +175,11 @@ def aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
 
 def draft_config(head: TargetHead, draft_vocab_size: int) -> Eagle3Config:
     """Sizes of the draft of `head`'s target: the target's own, one layer deep."""
-    config, heads = head.config, int(head.config["num_attention_heads"])
     return Eagle3Config(
-        hidden_size=head.hidden_size,
-        intermediate_size=int(config["intermediate_size"]),
-        num_attention_heads=heads,
-        num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or head.hidden_size // heads),
-        vocab_size=head.vocab_size,
+        **sizes_of_target(head),
         draft_vocab_size=draft_vocab_size,
-        rms_norm_eps=head.rms_norm_eps,
-        rope_theta=head.rope_theta,
-        max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
         aux_layer_ids=aux_layer_ids(head.num_hidden_layers),
-        rope_scaling=rope_scaling_of(config),
     )
-
-
-def _initialise_random(draft: Eagle3Draft, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0.0, 0.02, generator=generator)
 
 
 def _initialise_head(draft: Eagle3Draft, head: TargetHead) -> None:

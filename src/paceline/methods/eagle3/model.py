@@ -21,10 +21,11 @@ from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own docu
 
 from paceline.methods.eagle3.batch import Eagle3Batch
 from paceline.methods.eagle3.loss import training_time_test
-from paceline.methods.eagle3.rope import Rope
 from paceline.methods.eagle3.vocab import draft_to_target
+from paceline.methods.layers import MLP, RMSNorm, rotate
 from paceline.methods.losses.settings import LossSection
 from paceline.methods.method import LossSums
+from paceline.methods.rope import Rope
 from paceline.target.head import OutputLayer, TargetHead
 
 
@@ -49,29 +50,6 @@ class Eagle3Config:
     norm_output: bool = False
     sliding_window: int | None = None
     mask_token_id: int | None = None  # of P-EAGLE (parallel.py): the token that deeper steps are fed
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, hidden: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Computed in float32 and returned in `dtype`, by default that of `hidden`."""
-        return rms_norm(hidden, self.weight, self.eps).to(dtype or hidden.dtype)
-
-
-def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """float32 [..., H]."""
-    return F.rms_norm(hidden.float(), weight.shape, weight.float(), eps)
-
-
-def rotate(states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Apply the tables of a `Rope` [B, L, d] to `states` [B, N, L, d]."""
-    cos, sin = (table.unsqueeze(1).to(states.dtype) for table in tables)
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class Attention(nn.Module):
@@ -107,17 +85,6 @@ class Attention(nn.Module):
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-class MLP(nn.Module):
-    def __init__(self, config: Eagle3Config) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))  # type: ignore[no-any-return]
-
-
 class FrozenLinear(nn.Module):
     """A linear map that is in the state dict and is not trained: no gradient of it is computed."""
 
@@ -138,7 +105,7 @@ class Midlayer(nn.Module):
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def inputs(self, embedding: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
         """[B, L, 2H]: what the attention reads. The embedding comes first, as in every checkpoint.

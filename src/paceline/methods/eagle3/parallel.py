@@ -26,6 +26,7 @@ from paceline.methods.eagle3.decode import Eagle3Decoder
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft
 from paceline.methods.eagle3.settings import PEagleSection
+from paceline.methods.guesses import ROOT, Guesses
 from paceline.target.head import TargetHead
 
 # `mask_hidden` begins as the mean of states, whose elements are far larger than Adam's equal steps.
@@ -96,13 +97,12 @@ class ParallelDecoder(Eagle3Decoder):
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """See `TreeDrafter`. All guesses of a level are followed by the same ones of the next."""
         outputs = self._outputs(aux, next_ids, depth)
-        guesses: list[tuple[float, int, int, int]] = []
-        frontier = [-1]
+        logits = F.linear(self._rms(outputs, self.norm), self.lm_head).float()
+        guesses, frontier = Guesses(), [ROOT]
         for level in range(depth):
-            rows = outputs[level].expand(len(frontier), -1)
-            grown = self._grow(rows, frontier, guesses, branching, level)
-            frontier = sorted(grown, key=lambda g: -guesses[g][0])[:branching]
-        return self._best(guesses, num_tokens)
+            frontier = guesses.grow(logits[level].expand(len(frontier), -1), frontier, branching, level)
+        draft_ids, parents = guesses.best(num_tokens)
+        return tuple(self.target_ids[draft_ids].tolist()), parents
 
     def _outputs(self, aux: torch.Tensor, next_ids: torch.Tensor, count: int) -> torch.Tensor:
         """Outputs [count, H] of the newest row and the mask rows after it; the cache keeps the new rows."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from paceline.methods.eagle3.rope import rope_scaling_of
 from paceline.methods.eagle3.start_config import StartConfig, refused
 from paceline.methods.eagle3.vocab import vocab_maps
+from paceline.methods.rope import rope_scaling_of
 from paceline.target.folder import TensorFiles
 from paceline.target.head import TargetHead
 from paceline.target.rope import rope_kind

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from paceline.errors import ConfigError
-from paceline.methods.eagle3.targets import counted_rows
+from paceline.methods.targets import counted_rows
 from paceline.target.head import TargetHead
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from paceline.methods.eagle3.model import Eagle3Draft
-from paceline.methods.eagle3.targets import counted_rows
+from paceline.methods.targets import counted_rows
 from paceline.target.head import TargetHead
 
 _RIDGE = 300.0

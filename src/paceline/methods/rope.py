@@ -9,15 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from paceline.errors import ConfigError
 from paceline.target.rope import rope_kind, rope_parameters
 
-if TYPE_CHECKING:
-    from paceline.methods.eagle3.model import Eagle3Config
+
+class RopeSizes(Protocol):
+    """What decides the tables; a draft's config has it."""
+
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def rope_theta(self) -> float: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def rope_scaling(self) -> Mapping[str, Any] | None: ...
+
 
 _CONTEXT = "original_max_position_embeddings"
 # What each kind of scaling reads. A target's other entries are not for the draft, which turns whole heads.
@@ -50,7 +61,7 @@ class Rope:
     factor: float = 1.0
 
     @classmethod
-    def of(cls, config: Eagle3Config) -> Rope:
+    def of(cls, config: RopeSizes) -> Rope:
         """Raises ConfigError for a scaling that gives no frequencies."""
         if not config.rope_scaling:
             return cls(config.head_dim, config.rope_theta)
