@@ -15,11 +15,12 @@ captured, H hidden, J judged anchors (those in the acceptance estimate), U rows 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
 from paceline.methods.eagle3.attention import Layout, Tile, tiles_of
+from paceline.methods.packed import Group, groups_of, on_device
 from paceline.methods.targets import counted_rows
 
 # The acceptance estimate needs the target's argmax over its whole vocabulary, which costs several times the
@@ -38,14 +39,6 @@ class Unrolling:
     group_anchors: int = 1 << 30
     judged_share: int = JUDGED_SHARE
     window: int | None = None
-
-
-@dataclass(frozen=True)
-class Group:
-    """Neighbouring anchors, and the range of the M target rows that their steps predict."""
-
-    anchors: slice
-    targets: slice
 
 
 @dataclass(frozen=True)
@@ -78,12 +71,7 @@ class Eagle3Batch:
 
     def to(self, device: torch.device) -> Eagle3Batch:
         """The batch on `device`; copies to a CUDA device overlap with its work."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-        if device.type == "cuda":
-            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        return Eagle3Batch(**{**values, **moved})
+        return on_device(self, device)
 
 
 def collate(samples: Sequence[Mapping[str, torch.Tensor]], unrolling: Unrolling) -> Eagle3Batch:
@@ -121,7 +109,7 @@ def collate(samples: Sequence[Mapping[str, torch.Tensor]], unrolling: Unrolling)
         judged_rows=judged_rows,
         judged_picks=judged_picks,
         tiles=tiles_of(anchors_of, lengths, unrolling.window),
-        groups=_groups(picked, is_counted, unrolling.group_anchors),
+        groups=groups_of(picked, is_counted, unrolling.group_anchors),
         window=unrolling.window,
     )
 
@@ -142,12 +130,3 @@ def _judged(
         parts.append(start + asked[first : first + count])
         start += places.numel()
     return torch.cat(parts)
-
-
-def _groups(picked: torch.Tensor, is_counted: torch.Tensor, size: int) -> tuple[Group, ...]:
-    groups = []
-    for start in range(0, picked.shape[1], size):
-        anchors = slice(start, min(start + size, picked.shape[1]))
-        rows = picked[:, anchors][is_counted[:, anchors]]
-        groups.append(Group(anchors, slice(int(rows.min()), int(rows.max()) + 1)))
-    return tuple(groups)

@@ -25,6 +25,7 @@ from paceline.methods.eagle3.attention import KeyValue, Layout, attend
 from paceline.methods.eagle3.batch import Eagle3Batch
 from paceline.methods.losses.distribution import distribution_loss
 from paceline.methods.method import LossSums
+from paceline.methods.packed import by_depth
 
 if TYPE_CHECKING:
     from paceline.methods.eagle3.model import Eagle3Draft
@@ -60,8 +61,8 @@ def training_time_test(draft: Eagle3Draft, batch: Eagle3Batch, recompute: bool =
     loss_sum, losses = _losses(draft, batch, outputs, recompute)
     counted = batch.scale > 0
     metrics = {
-        **_by_step("loss", (losses * counted).sum(1)),
-        **_by_step("count", counted.sum(1)),
+        **by_depth("loss", (losses * counted).sum(1)),
+        **by_depth("count", counted.sum(1)),
         # After the loss, because autocast caches the first cast of a weight, here one with gradients.
         **_acceptance(draft, batch, outputs),
     }
@@ -153,11 +154,7 @@ def _acceptance(
     counted = batch.scale[:, batch.judged] > 0
     hits = (guesses == choices[batch.judged_picks]) & counted
     return {
-        **_by_step("hits", hits.sum(1)),
-        **_by_step("judged", counted.sum(1)),
+        **by_depth("hits", hits.sum(1)),
+        **by_depth("judged", counted.sum(1)),
         "chain": hits.cumprod(0).sum(),
     }
-
-
-def _by_step(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {f"{name}_{step}": value for step, value in enumerate(values.unbind())}

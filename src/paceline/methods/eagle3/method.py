@@ -24,6 +24,7 @@ from paceline.methods.eagle3.start_config import read_start_config
 from paceline.methods.eagle3.vocab import answer_token_weights, choose_draft_vocab, vocab_maps
 from paceline.methods.eagle3.warm_start import warm_start
 from paceline.methods.layers import initialise_random
+from paceline.methods.packed import mean_metrics
 from paceline.methods.sizes import sizes_of_target
 from paceline.methods.targets import counted_rows
 from paceline.target.facts import TargetFacts
@@ -151,11 +152,7 @@ class Eagle3Method:
         return Eagle3Decoder(draft, dtype)
 
     def mean_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        means = {"acceptance_length_estimate": 1.0 + metrics["chain"] / max(1.0, metrics["judged_0"])}
-        for step in range(self.settings.ttt_steps):
-            means[f"loss_{step}"] = metrics[f"loss_{step}"] / max(1.0, metrics[f"count_{step}"])
-            means[f"accuracy_{step}"] = metrics[f"hits_{step}"] / max(1.0, metrics[f"judged_{step}"])
-        return means
+        return mean_metrics(metrics, self.settings.ttt_steps)
 
 
 def aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
