@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from paceline.exports.eagle3 import SGLANG
 from paceline.exports.export import ExportedDraft, TargetOfDraft
 from paceline.exports.folder import write_folder
+from paceline.methods.dflash.method import DFlashMethod
+from paceline.methods.dflash.settings import BlockSection, DFlashSection
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.parallel import PEagleMethod
 from paceline.methods.method import DraftMethod
 from paceline.target.version import TargetVersion
 from paceline.testing.method_suite import MethodSuite
 from paceline.testing.tiny_target import captured_sample, tiny_target
+
+
+def block_method(section: type[BlockSection], **knobs: Any) -> DraftMethod:
+    """Small enough for the suite's target, and with fewer anchors than its samples have."""
+    values = {"block_size": 4, "layers": 1, "target_states": 3, "anchors_max": 8, **knobs}
+    return DFlashMethod(section.parse(values))
+
+
+class TestDFlash(MethodSuite):
+    def make(self) -> DraftMethod:
+        return block_method(DFlashSection)
+
+
+class TestDFlashOfManyGroups(MethodSuite):
+    def make(self) -> DraftMethod:
+        return block_method(
+            DFlashSection, layers=2, causal=True, weighting="dpace", loss="tv", recompute=True
+        )
 
 
 class TestEagle3(MethodSuite):

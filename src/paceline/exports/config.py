@@ -1,4 +1,5 @@
-"""config.json of an exported EAGLE-3 draft, in the flat form and in that of the speculators package.
+"""config.json of an exported EAGLE-3 draft, in the flat form and in that of the speculators package; and what
+the configs of all drafts share.
 
 The flat one carries the ids of the fused layers in the two meanings of its servers. No default of a server is
 relied on where another server's is different.
@@ -20,7 +21,7 @@ def flat_config(draft: ExportedDraft) -> dict[str, Any]:
     """The layout that vLLM and SGLang load."""
     return {
         "architectures": [ARCHITECTURE],
-        **_decoder(draft),
+        **decoder_config(draft, "llama", 1),
         "draft_vocab_size": draft.sizes["draft_vocab_size"],
         "target_hidden_size": draft.sizes["hidden_size"],
         **_layer_ids(draft),
@@ -55,7 +56,10 @@ def speculators_config(draft: ExportedDraft) -> dict[str, Any]:
         "embed_requires_grad": False,
         "tie_word_embeddings": False,
         "dtype": draft.dtype,
-        "transformer_layer_config": {**_decoder(draft), "architectures": ["LlamaForCausalLM"]},
+        "transformer_layer_config": {
+            **decoder_config(draft, "llama", 1),
+            "architectures": ["LlamaForCausalLM"],
+        },
         "speculators_config": {
             "algorithm": kind,
             "default_proposal_method": "greedy",
@@ -92,14 +96,15 @@ def _parallel(draft: ExportedDraft) -> dict[str, Any]:
     return {} if mask is None else {"mask_token_id": mask, "pard_token": mask, "parallel_drafting": True}
 
 
-def _decoder(draft: ExportedDraft) -> dict[str, Any]:
+def decoder_config(draft: ExportedDraft, model_type: str, layers: int) -> dict[str, Any]:
+    """Sizes, norm, rotary embedding and tokens of a draft of `layers` decoder layers."""
     sizes, target = draft.sizes, draft.target.config
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {
-        "model_type": "llama",
+        "model_type": model_type,
         "hidden_size": sizes["hidden_size"],
         "intermediate_size": sizes["intermediate_size"],
-        "num_hidden_layers": 1,
+        "num_hidden_layers": layers,
         "num_attention_heads": sizes["num_attention_heads"],
         "num_key_value_heads": sizes["num_key_value_heads"],
         "head_dim": sizes["head_dim"],

@@ -1,7 +1,8 @@
-"""The tensors that a server loads of an EAGLE-3 draft: names and shapes, as data.
+"""The tensors that a server loads of an EAGLE-3 draft: names and shapes, as data; and the comparison with
+them.
 
 Legend: H hidden size of draft and target, F width of the fused target states, Q and K widths of queries and
-keys, I inner size of the MLP, D draft vocabulary, V target vocabulary.
+keys, d head_dim, I inner size of the MLP, D draft vocabulary, V target vocabulary.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ EMBEDDING: Shapes = {"embed_tokens.weight": ("V", "H")}
 
 def expected(sizes: Mapping[str, Any], layer: str, *, embedding: bool) -> dict[str, tuple[int, ...]]:
     """Shape by name. `layer`: the prefix of the one decoder layer; `embedding`: the folder carries it."""
-    known = _lengths(sizes)
+    known = lengths_of(sizes)
     table = {**TOP, **{f"{layer}{name}": shape for name, shape in MIDDLE.items()}}
     table |= INPUT_NORM if sizes.get("norm_before_fc") else {}
     table |= {
@@ -53,13 +54,15 @@ def expected(sizes: Mapping[str, Any], layer: str, *, embedding: bool) -> dict[s
     return {name: tuple(known[letter] for letter in shape) for name, shape in table.items()}
 
 
-def _lengths(sizes: Mapping[str, Any]) -> dict[str, int]:
+def lengths_of(sizes: Mapping[str, Any]) -> dict[str, int]:
+    """Every letter of the legend, as a number."""
     hidden, head_dim = sizes["hidden_size"], sizes["head_dim"]
     return {
         "1": 1,
         "H": hidden,
         "2H": 2 * hidden,
         "F": len(sizes["aux_layer_ids"]) * hidden,
+        "d": head_dim,
         "Q": sizes["num_attention_heads"] * head_dim,
         "K": sizes["num_key_value_heads"] * head_dim,
         "I": sizes["intermediate_size"],

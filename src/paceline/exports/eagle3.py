@@ -12,33 +12,24 @@ from paceline.exports.config import flat_config, speculators_config
 from paceline.exports.contract import expected, refuse_others
 from paceline.exports.export import ExportedDraft, FolderContent
 from paceline.exports.reader.check import check_folder
+from paceline.exports.reader.forward import readers
 from paceline.exports.reader.replay import Replay, ServedTarget, Verdict
 
-METHOD, PARALLEL = "eagle3", "p-eagle"
 OURS = "midlayer."  # the prefix of the decoder layer in a checkpoint
 
 
 @dataclass(frozen=True)
 class Eagle3Export:
     """`layer`: the prefix of the decoder layer; `embedding`: the folder carries the target's embedding;
-    `windowed`: every server of the format reads a sliding window of the draft's attention from it;
-    `parallel`: every one drafts in parallel with P-EAGLE."""
+    `windowed`: every server of the format reads a sliding window of the draft's attention from it."""
 
     server: str
     config: Callable[[ExportedDraft], dict[str, Any]]
     layer: str = OURS
     embedding: bool = False
     windowed: bool = False
-    parallel: bool = False
 
     def build(self, draft: ExportedDraft) -> FolderContent:
-        loaded = (METHOD, PARALLEL) if self.parallel else (METHOD,)
-        if draft.method not in loaded:
-            raise ConfigError(
-                f"A draft of the method {draft.method!r} cannot be exported for {self.server}.",
-                why=f"Its servers load drafts of {' and '.join(loaded)}.",
-                next="choose another export, or install a package that offers one for this method.",
-            )
         if draft.sizes.get("sliding_window") and not self.windowed:
             raise ConfigError(
                 f"A draft with a sliding window cannot be exported for {self.server}.",
@@ -60,12 +51,10 @@ class Eagle3Export:
         return FolderContent(self.config(draft), renamed)
 
     def check(self, folder: Path, target: ServedTarget, replays: Sequence[Replay]) -> Verdict:
-        return check_folder(folder, self.server, target, replays)
+        return check_folder(folder, readers(self.server), target, replays)
 
 
-VLLM = Eagle3Export("vllm", flat_config, layer="layers.0.", windowed=True, parallel=True)
+VLLM = Eagle3Export("vllm", flat_config, layer="layers.0.", windowed=True)
 SGLANG = Eagle3Export("sglang", flat_config)
 HF = Eagle3Export("hf", flat_config)
-SPECULATORS = Eagle3Export(
-    "speculators", speculators_config, layer="layers.0.", embedding=True, parallel=True
-)
+SPECULATORS = Eagle3Export("speculators", speculators_config, layer="layers.0.", embedding=True)

@@ -55,7 +55,7 @@ class FolderContent:
 
 
 class Export(Protocol):
-    """Adapters: eagle3.py; `paceline.exports.table` names them."""
+    """Adapters: servers.py, with a layout for each method; `paceline.exports.table` names them."""
 
     def build(self, draft: ExportedDraft) -> FolderContent:
         """Raises ConfigError for missing or surplus tensors, with the names, and for other methods."""

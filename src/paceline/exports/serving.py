@@ -25,14 +25,19 @@ class Served:
     revision: str = ""
 
 
+# Methods whose drafts a server loads by another method's name, from their config.
+BY_ANOTHER_NAME = {"domino": "dflash", "dflash2": "dflash", "p-eagle": "eagle3"}
+
+
 def _vllm(served: Served) -> list[str]:
+    method = BY_ANOTHER_NAME.get(served.method, served.method)
     speculation: dict[str, Any] = {
         "model": served.folder,
-        "method": served.method,
+        "method": method,
         "num_speculative_tokens": served.chain,
     }
-    if served.method == "p-eagle":  # vLLM's method of the same draft model, told to draft in parallel
-        speculation |= {"method": "eagle3", "parallel_drafting": True}
+    if served.method == "p-eagle":
+        speculation["parallel_drafting"] = True
     command = ["vllm", "serve", served.target, *_at(served), "--host", served.host]
     return [*command, "--speculative-config", json.dumps(speculation)]
 
@@ -40,8 +45,11 @@ def _vllm(served: Served) -> list[str]:
 def _sglang(served: Served) -> list[str]:
     command = ["python", "-m", "sglang.launch_server", "--model-path", served.target, *_at(served)]
     command += ["--host", served.host]
-    command += ["--speculative-algorithm", served.method.upper()]
+    method = BY_ANOTHER_NAME.get(served.method, served.method)
+    command += ["--speculative-algorithm", method.upper()]
     command += ["--speculative-draft-model-path", served.folder]
+    if method != "eagle3":  # a block's size is read from the config
+        return command
     command += ["--speculative-num-steps", str(served.chain), "--speculative-eagle-topk", "1"]
     return [*command, "--speculative-num-draft-tokens", str(served.chain + 1)]
 

@@ -8,9 +8,9 @@ EXPORTS = Table(
     "export",
     "paceline.exports",
     {
-        "vllm": "paceline.exports.eagle3:VLLM",
-        "sglang": "paceline.exports.eagle3:SGLANG",
-        "speculators": "paceline.exports.eagle3:SPECULATORS",
-        "hf": "paceline.exports.eagle3:HF",
+        "vllm": "paceline.exports.servers:VLLM",
+        "sglang": "paceline.exports.servers:SGLANG",
+        "speculators": "paceline.exports.servers:SPECULATORS",
+        "hf": "paceline.exports.servers:HF",
     },
 )

@@ -1,7 +1,7 @@
 """The contract of a draft method: it names the features to capture, and its draft turns them into a loss.
 
 A method declares its features, which the producer captures, and builds batches and a draft for the trainer;
-neither knows which method it uses. A new method (DFlash, Domino, DSpark) is one folder beside
+neither knows which method it uses. A new method is one folder beside
 `eagle3` that satisfies `DraftMethod`. A call of the draft with a batch gives its loss, and training uses its
 submodules in no other way, so DDP, FSDP2 and torch.compile can wrap it.
 
@@ -37,7 +37,7 @@ class LossSums(NamedTuple):
 
 
 class DraftMethod(Protocol):
-    """Built from its section of the run file. Adapters: eagle3/method.py."""
+    """Built from its section of the run file. Adapters: eagle3/method.py, dflash/method.py."""
 
     @property
     def name(self) -> str:
@@ -82,6 +82,10 @@ class DraftMethod(Protocol):
 
     def drafter(self, draft: nn.Module, dtype: torch.dtype) -> Any:
         """The draft as a `Drafter` (drafter.py) for lossless decoding, with weights in `dtype`."""
+
+    def chain_length(self, wanted: int) -> int:
+        """How many guesses, at most 16, a cycle without branches drafts where `wanted` guesses are asked
+        for."""
 
     def mean_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Readable figures (losses, accuracies, estimated acceptance length) from summed metrics."""

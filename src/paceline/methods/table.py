@@ -10,5 +10,6 @@ METHODS = Table(
     {
         "eagle3": "paceline.methods.eagle3.settings:Eagle3Section",
         "p-eagle": "paceline.methods.eagle3.settings:PEagleSection",
+        "dflash": "paceline.methods.dflash.settings:DFlashSection",
     },
 )

@@ -36,9 +36,11 @@ LOOKUP = "lookup"  # the name of the baseline's way
 
 @dataclass(frozen=True)
 class MeasuredDraft:
-    """A draft and its target on one device, ready to decode. `step`: of the draft's checkpoint."""
+    """A draft and its target on one device, ready to decode. `step`: of the draft's checkpoint; `chain`: how many
+    guesses its method makes in a chain."""
 
     step: int
+    chain: int
     drafter: Drafter
     target: Verifier
     head: TargetHead
@@ -68,7 +70,8 @@ def build_measured_draft(config: RunConfig, checkpoint: Checkpoint, date: str | 
     else:
         target = LlamaTarget(head, drafter.layers, dtype, device)
     encoder = PromptEncoder.of(config.target, date=date)
-    return MeasuredDraft(checkpoint.step, drafter, target, head, encoder, dtype, device)
+    chain = method.chain_length(config.evaluation.draft_tokens)
+    return MeasuredDraft(checkpoint.step, chain, drafter, target, head, encoder, dtype, device)
 
 
 def held_out_of(config: RunConfig, measured: MeasuredDraft) -> HeldOut:
@@ -123,16 +126,16 @@ def report_of(
     }
 
 
-def ways_of_drafting(section: EvaluationSection) -> list[Drafting]:
-    """The run file's tree and a chain; the chain alone if `branching` is 1."""
-    chain = Drafting(min(3, section.draft_tokens))
+def ways_of_drafting(section: EvaluationSection, guesses: int) -> list[Drafting]:
+    """The run file's tree and a chain of so many `guesses`; the chain alone if `branching` is 1."""
+    chain = Drafting(guesses)
     tree = Drafting(section.draft_tokens, section.branching, min(section.depth, section.draft_tokens))
     return [chain] if section.branching == 1 else [tree, chain]
 
 
 def draft_ways(config: RunConfig, measured: MeasuredDraft) -> list[Way]:
     """The same with the draft: "tree" and "chain", or "chain"."""
-    draftings = ways_of_drafting(config.evaluation)
+    draftings = ways_of_drafting(config.evaluation, measured.chain)
     names = ["tree", "chain"][-len(draftings) :]
     return [Way(name, measured.drafter, drafting) for name, drafting in zip(names, draftings, strict=True)]
 

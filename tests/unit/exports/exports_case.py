@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from paceline.exports.eagle3 import Eagle3Export
-from paceline.exports.export import ExportedDraft, TargetOfDraft
+from paceline.exports.export import Export, ExportedDraft, TargetOfDraft
 from paceline.exports.folder import write_folder
 from paceline.exports.reader.replay import Replay, ServedTarget, Verdict
 from paceline.exports.table import EXPORTS
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.parallel import PEagleMethod
+from paceline.methods.method import DraftMethod
 from paceline.roles.dumped_rows import _neighbours, _random, _replay
 from paceline.target.head import TargetHead
 from paceline.target.version import TargetVersion
@@ -60,8 +60,8 @@ class Case:
         return adapter(name).check(folder, self.target, self.replays)
 
 
-def adapter(name: str) -> Eagle3Export:
-    found: Eagle3Export = EXPORTS.find(name)
+def adapter(name: str) -> Export:
+    found: Export = EXPORTS.find(name)
     return found
 
 
@@ -74,9 +74,14 @@ def target_folder(folder: Path, rope: dict[str, Any]) -> Path:
 
 def make_case(folder: Path, rope: dict[str, Any] = ROPE, vocab: int = 48, **settings: Any) -> Case:
     """`settings`: further ones of the method."""
-    head = TargetHead.load(target_folder(folder, rope))
     kind = PEagleMethod if settings.get("name") == "p-eagle" else Eagle3Method
     method = kind({"draft_vocab_size": vocab, "init": "random", **settings})
+    return case_of(method, target_folder(folder, rope))
+
+
+def case_of(method: DraftMethod, folder: Path) -> Case:
+    """A draft without a weight that could hide a mistake by being zero or one."""
+    head = TargetHead.load(folder)
     draft = method.build(head, [captured_sample(tiny_target(), 20, 4, seed=1)], seed=3)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
@@ -96,7 +101,7 @@ def make_case(folder: Path, rope: dict[str, Any] = ROPE, vocab: int = 48, **sett
             target=TargetOfDraft("org/target", "", version, head.config, head.embed_tokens),
             origin={"run": "tiny", "step": 7, "checkpoint": "0" * 64},
         ),
-        target=ServedTarget(head.hidden_size, head.num_hidden_layers, 256, head.embed_tokens),
+        target=ServedTarget(head.hidden_size, head.num_hidden_layers, 256, head.embed_tokens, head.lm_head),
         replays=replays,
     )
 

@@ -67,6 +67,9 @@ class OneLayerGuess:
     def drafter(self, draft: nn.Module, dtype: torch.dtype) -> Any:
         raise NotImplementedError
 
+    def chain_length(self, wanted: int) -> int:
+        return wanted
+
     def mean_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return {}
 

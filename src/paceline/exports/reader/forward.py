@@ -6,14 +6,23 @@ Legend: n rows, F width of the fused target states, H hidden size, N heads, d he
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
 
-from paceline.exports.reader.reading import Draft
+from paceline.exports.reader.check import Reader
+from paceline.exports.reader.reading import Draft, read_draft
 from paceline.exports.reader.replay import Replay
+from paceline.exports.reader.rope import turned
+from paceline.exports.reader.rules import RULES
 
 LAYER = "layers.0."
+
+
+def readers(server: str) -> list[Reader]:
+    """Those that load the EAGLE-3 folders of `server`, a key of RULES."""
+    return [Reader(rules.reader, partial(read_draft, rules=rules), chain_logits) for rules in RULES[server]]
 
 
 def chain_logits(draft: Draft, replay: Replay, rows: int, guesses: tuple[int, ...]) -> torch.Tensor:
@@ -63,7 +72,10 @@ def _layer(draft: Draft, features: torch.Tensor, tokens: torch.Tensor) -> torch.
         projected = both @ weights[f"{LAYER}self_attn.{name}_proj.weight"].T
         return projected.view(rows, count, draft.head_dim).transpose(0, 1)
 
-    query, key = _turned(draft, heads("q", draft.heads)), _turned(draft, heads("k", draft.kv_heads))
+    query, key = (
+        turned(heads(name, count), draft.angles, draft.sharpness)
+        for name, count in (("q", draft.heads), ("k", draft.kv_heads))
+    )
     groups = draft.heads // draft.kv_heads
     key, value = (part.repeat_interleave(groups, 0) for part in (key, heads("v", draft.kv_heads)))
     scores = query @ key.transpose(1, 2) / math.sqrt(draft.head_dim)
@@ -77,11 +89,3 @@ def _layer(draft: Draft, features: torch.Tensor, tokens: torch.Tensor) -> torch.
     gate = F.silu(inner @ weights[f"{LAYER}mlp.gate_proj.weight"].T)
     up = inner @ weights[f"{LAYER}mlp.up_proj.weight"].T
     return hidden + (gate * up) @ weights[f"{LAYER}mlp.down_proj.weight"].T
-
-
-def _turned(draft: Draft, states: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of `states` [N, n, d]: a pair is one element of each half."""
-    angles = torch.outer(torch.arange(states.shape[1]).float(), draft.angles.float())
-    cosine, sine = (draft.sharpness * part for part in (angles.cos(), angles.sin()))
-    first, second = states.chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)

@@ -38,7 +38,7 @@ class Draft:
     target_ids: torch.Tensor  # int64 [D]
 
 
-def read_draft(folder: Path, rules: Rules, target: ServedTarget) -> Draft:
+def read_draft(folder: Path, target: ServedTarget, rules: Rules) -> Draft:
     """Raises ValueError with the reason for a folder that the server would refuse or get wrong."""
     config = json.loads((folder / "config.json").read_text())
     decoder = config["transformer_layer_config"] if rules.nested else config
@@ -78,7 +78,7 @@ def read_draft(folder: Path, rules: Rules, target: ServedTarget) -> Draft:
         shapes["d2t"] = (size,)
     if "embed_tokens.weight" in tensors:
         shapes["embed_tokens.weight"] = (vocab, hidden)
-    weights = _taken(tensors, shapes)
+    weights = taken(tensors, shapes)
     embedding = weights.setdefault("embed_tokens.weight", target.embed_tokens)
     if tuple(embedding.shape) != (vocab, hidden):
         raise ValueError(
@@ -174,7 +174,7 @@ def _renamed(tensors: Mapping[str, torch.Tensor], rules: Rules) -> dict[str, tor
     return renamed
 
 
-def _taken(
+def taken(
     tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, torch.Tensor]:
     """The tensors that the server takes; missing and unknown ones are refused, whatever the server does."""

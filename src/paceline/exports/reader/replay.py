@@ -10,12 +10,13 @@ import torch
 
 @dataclass(frozen=True)
 class ServedTarget:
-    """The facts and the tensor of the target that a server has at hand when it loads a draft."""
+    """The facts and the tensors of the target that a server has at hand when it loads a draft."""
 
     hidden_size: int
     num_hidden_layers: int
     max_positions: int | None
     embed_tokens: torch.Tensor  # [V, H]
+    lm_head: torch.Tensor  # [V, H]
 
 
 @dataclass(frozen=True)

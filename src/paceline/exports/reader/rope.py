@@ -53,6 +53,15 @@ def frequencies(rope: Mapping[str, Any], head_dim: int) -> tuple[torch.Tensor, f
     raise ValueError(f"no server reads a fixed rotary embedding of the kind {kind!r}")
 
 
+def turned(states: torch.Tensor, angles: torch.Tensor, sharpness: float, first: int = 0) -> torch.Tensor:
+    """`states` [N, L, d] of the positions from `first` on: a pair is one element of each half."""
+    positions = torch.arange(first, first + states.shape[1]).float()
+    turns = torch.outer(positions, angles.float())
+    cosine, sine = (sharpness * part for part in (turns.cos(), turns.sin()))
+    one, other = states.chunk(2, dim=-1)
+    return torch.cat((one * cosine - other * sine, other * cosine + one * sine), dim=-1)
+
+
 def _llama3(plain: torch.Tensor, rope: Mapping[str, Any], factor: float) -> torch.Tensor:
     """Long waves are stretched, short ones kept, and those between mixed."""
     turns = float(rope["original_max_position_embeddings"]) * plain / (2 * math.pi)

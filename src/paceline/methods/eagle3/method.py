@@ -33,6 +33,7 @@ from paceline.types import Feature, Rows, States, Targets, Tokens
 
 # How many logits of the draft vocabulary one group of anchors keeps for backward: 256 MiB of bfloat16.
 _GROUP_LOGITS = 1 << 27
+_CHAIN = 3  # guesses beyond these are hardly ever kept, and each costs a pass of the draft
 # Regressed fc weights read states of root mean square 20 and more, and are small for that reason: Adam's
 # equal steps would be too large for them. lm_head starts as the target's own.
 _REGRESSION_RATES = {"fc.weight": 0.02, "lm_head.weight": 0.1}
@@ -150,6 +151,9 @@ class Eagle3Method:
     def drafter(self, draft: nn.Module, dtype: torch.dtype) -> Eagle3Decoder:
         assert isinstance(draft, Eagle3Draft)
         return Eagle3Decoder(draft, dtype)
+
+    def chain_length(self, wanted: int) -> int:
+        return min(_CHAIN, wanted)
 
     def mean_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return mean_metrics(metrics, self.settings.ttt_steps)

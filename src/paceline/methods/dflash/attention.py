@@ -1,0 +1,134 @@
+"""Attention of blocks: a place sees the target's features before its block's anchor, and its own block.
+
+The features are keys and values of the context; a block holds its anchor's token and mask tokens. Blocks of
+one sample overlap in the text but never see each other. On a CPU neighbouring blocks of a sample are computed
+together, as tiles, against the rows before the last of them. On CUDA one FlexAttention kernel takes the whole
+batch, with the same rule as its mask; tests compare both on the CPU (the kernel itself has not run on a GPU).
+
+Legend: R rows of all samples, A blocks of all samples, B places of a block, N query heads, N_kv key-value
+heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+# Queries [1, N, A * B, d], the context's keys and values [1, N_kv, R, d], the blocks' own [1, N_kv, A * B,
+# d].
+Attend = Callable[[torch.Tensor, KeyValue, KeyValue], torch.Tensor]
+
+TILE_BLOCKS = 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Neighbouring blocks of one sample and the rows before the last of them, as slices on the host."""
+
+    blocks: slice  # of the A
+    rows: slice  # of the R
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rows each block sees: those of its sample before its anchor's place."""
+
+    block_size: int
+    causal: bool
+    positions: torch.Tensor  # int64 [R]: of the row in its sample
+    samples: torch.Tensor  # int64 [R]: the number of the row's sample
+    places: torch.Tensor  # int64 [A]: of the anchor's token in its sample
+    owners: torch.Tensor  # int64 [A]: the number of the block's sample
+    tiles: tuple[Tile, ...]
+
+
+def tiles_of(places: Sequence[torch.Tensor], lengths: Sequence[int]) -> tuple[Tile, ...]:
+    """The tiles of samples with `lengths` rows, whose anchors' places int64 [a] ascend in each sample."""
+    tiles, row, block = [], 0, 0
+    for own, length in zip(places, lengths, strict=True):
+        for part in own.split(TILE_BLOCKS) if own.numel() else ():
+            last = block + part.numel()
+            tiles.append(Tile(slice(block, last), slice(row, row + int(part[-1]))))
+            block = last
+        row += length
+    return tuple(tiles)
+
+
+def attention_over(layout: Layout) -> Attend:
+    """The attention of one batch; build it once and call it in every layer. The result is [1, N, A * B,
+    d]."""
+    if layout.positions.is_cuda:
+        return _flex(layout, _compiled_flex_attention())
+    return _tiled(layout)
+
+
+def _tiled(layout: Layout) -> Attend:
+    masks = [_mask(layout, tile) for tile in layout.tiles]
+
+    def attend(query: torch.Tensor, context: KeyValue, own: KeyValue) -> torch.Tensor:
+        parts = []
+        for tile, mask in zip(layout.tiles, masks, strict=True):
+            slots = slice(tile.blocks.start * layout.block_size, tile.blocks.stop * layout.block_size)
+            keys, values = (
+                torch.cat((before[:, :, tile.rows], block[:, :, slots]), dim=2)
+                for before, block in zip(context, own, strict=True)
+            )
+            parts.append(
+                F.scaled_dot_product_attention(
+                    query[:, :, slots], keys, values, attn_mask=mask, enable_gqa=True
+                )
+            )
+        return torch.cat(parts, dim=2) if parts else query
+
+    return attend
+
+
+def _mask(layout: Layout, tile: Tile) -> torch.Tensor:
+    """Bool [a * B, T + a * B] of a tile of a blocks and T rows: True where a place sees a key."""
+    places, size = layout.places[tile.blocks], layout.block_size
+    before = layout.positions[tile.rows] < places[:, None]
+    block = torch.ones(size, size, dtype=torch.bool, device=places.device)
+    block = block.tril() if layout.causal else block
+    same = torch.eye(places.numel(), dtype=torch.bool, device=places.device)
+    own = (same[:, None, :, None] & block[None, :, None, :]).reshape(places.numel() * size, -1)
+    return torch.cat((before.repeat_interleave(size, 0), own), dim=1)
+
+
+def _flex(layout: Layout, flex_attention: Any) -> Attend:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows, size = layout.positions.numel(), layout.block_size
+    slots = layout.places.numel() * size
+    if not slots:
+        return _tiled(layout)
+
+    def sees(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        block, row, slot = query // size, key.clamp(max=rows - 1), (key - rows).clamp(min=0)
+        before = layout.positions[row] < layout.places[block]
+        before = before & (layout.samples[row] == layout.owners[block])
+        own = slot // size == block
+        own = own & (slot <= query) if layout.causal else own
+        return torch.where(key < rows, before, own)
+
+    device = str(layout.positions.device)
+    block_mask = create_block_mask(sees, None, None, slots, rows + slots, device=device)
+
+    def attend(query: torch.Tensor, context: KeyValue, own: KeyValue) -> torch.Tensor:
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(context, own, strict=True))
+        mixed: torch.Tensor = flex_attention(query, keys, values, block_mask=block_mask, enable_gqa=True)
+        return mixed
+
+    return attend
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)

@@ -1,0 +1,139 @@
+"""The block methods as a `DraftMethod`: one backbone, and the head that the section names.
+
+Matrices start random, from the seed alone; the final norm is the target's own. The same head, settings and
+seed give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from paceline.errors import ConfigError
+from paceline.methods.dflash.batch import Blocks, DFlashBatch, anchors_of, collate
+from paceline.methods.dflash.config import DFlashConfig
+from paceline.methods.dflash.decode import DFlashDecoder
+from paceline.methods.dflash.heads.head import Head
+from paceline.methods.dflash.model import DFlashDraft
+from paceline.methods.dflash.settings import BlockSection
+from paceline.methods.layers import initialise_random
+from paceline.methods.packed import mean_metrics
+from paceline.methods.sizes import sizes_of_target
+from paceline.table import resolve
+from paceline.target.facts import TargetFacts
+from paceline.target.head import TargetHead
+from paceline.types import Feature, Rows, States, Targets, Tokens
+
+# How many guesses go through the output layer at a time: 300 MB of bfloat16 logits of 150,000 tokens.
+_GROUP_GUESSES = 1 << 10
+
+
+class DFlashMethod:
+    """DFlash and the methods that add a head to it. `DraftMethod` documents each member."""
+
+    def __init__(self, settings: BlockSection) -> None:
+        self.settings, self.name = settings, settings.name
+
+    def features(self, target: TargetFacts) -> tuple[Feature, ...]:
+        last = target.num_hidden_layers
+        layers = spread_layers(last, self.settings.target_states)
+        return (
+            Feature("input_ids", Tokens(), dtype="int32"),
+            Feature("loss_mask", Targets(), dtype="uint8"),
+            Feature("aux_hidden_states", States(layers), dtype=target.dtype),
+            Feature("last_hidden_states", States((last,)), Rows.PREDICTED, dtype=target.dtype),
+        )
+
+    def check_target(self, head: TargetHead) -> None:
+        with torch.device("meta"):
+            self._empty(head)
+
+    def build(
+        self,
+        head: TargetHead,
+        samples: Sequence[Mapping[str, torch.Tensor]],  # noqa: ARG002 (nothing is chosen by them)
+        seed: int,
+    ) -> DFlashDraft:
+        draft = self._empty(head)
+        initialise_random(draft, seed)
+        with torch.no_grad():
+            draft.norm.weight.copy_(head.norm_weight)
+            draft.head.initialise()
+        draft.attach_target(head)
+        return draft
+
+    def restore(self, head: TargetHead, tensors: Mapping[str, torch.Tensor]) -> DFlashDraft:
+        draft = self._empty(head)
+        draft.load_state_dict(dict(tensors))
+        draft.attach_target(head)
+        return draft
+
+    def _empty(self, head: TargetHead) -> DFlashDraft:
+        config, made = self._config(head), resolve(self.settings.head)
+        added: Head = made(self.settings, config)
+        return DFlashDraft(config, added, self.settings)
+
+    def _config(self, head: TargetHead) -> DFlashConfig:
+        chosen = self.settings
+        mask = head.vocab_size - 1 if chosen.mask_token_id is None else chosen.mask_token_id
+        if mask >= head.vocab_size:
+            raise ConfigError(
+                f"method.mask_token_id={mask} is no token of a target of {head.vocab_size} tokens.",
+                why="The embedding of that token stands for the tokens that a block has to guess.",
+                next="leave method.mask_token_id out, or name a token that texts hardly contain.",
+            )
+        return DFlashConfig(
+            **sizes_of_target(head),
+            num_hidden_layers=chosen.layers,
+            aux_layer_ids=spread_layers(head.num_hidden_layers, chosen.target_states),
+            block_size=chosen.block_size,
+            mask_token_id=mask,
+            causal=chosen.causal,
+            sample_from_anchor=chosen.from_anchor,
+        )
+
+    def learning_rate_scales(self) -> Mapping[str, float]:
+        return {}
+
+    def describe(self, draft: nn.Module) -> dict[str, Any]:
+        assert isinstance(draft, DFlashDraft)  # narrows the protocol's type
+        config = draft.config
+        return {**asdict(config), "draft_vocab_size": config.vocab_size, **draft.head.describe()}
+
+    def num_tokens(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> int:
+        return sum(anchors_of(sample, self.settings.anchors_max).numel() for sample in samples)
+
+    def collate(self, samples: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> DFlashBatch:
+        chosen = self.settings
+        blocks = Blocks(chosen.block_size, chosen.depths, chosen.causal, chosen.anchors_max, _GROUP_GUESSES)
+        return collate(samples, blocks).to(device)
+
+    def drafter(self, draft: nn.Module, dtype: torch.dtype) -> DFlashDecoder:
+        assert isinstance(draft, DFlashDraft)
+        return DFlashDecoder(draft, dtype)
+
+    def chain_length(self, wanted: int) -> int:  # noqa: ARG002 (a block is guessed whole)
+        return min(self.settings.depths, 16)
+
+    def mean_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return mean_metrics(metrics, self.settings.depths)
+
+
+def spread_layers(num_hidden_layers: int, count: int) -> tuple[int, ...]:
+    """`count` states spread evenly from that after 2 blocks to that after N - 2 (arXiv 2602.06036).
+
+    Raises ConfigError for a target that has fewer states there.
+    """
+    first, last = 2, num_hidden_layers - 2
+    if last - first + 1 < count:
+        raise ConfigError(
+            f"The target has {num_hidden_layers} layers, and method.target_states is {count}.",
+            why=f"The states are distinct ones after {first} to {last} blocks.",
+            next=f"set method.target_states to at most {max(1, last - first + 1)}.",
+        )
+    steps = max(1, count - 1)
+    return tuple(first + round(step * (last - first) / steps) for step in range(count))

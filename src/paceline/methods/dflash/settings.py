@@ -1,0 +1,81 @@
+"""The sections of the block methods: one backbone (DFlash), and a head by the method's name. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from paceline.methods.losses.settings import LossSection
+from paceline.methods.settings import MethodSection
+from paceline.section import Count, Fraction, Section
+
+
+class WeightingSection(Section):
+    """`method.weighting: NAME`, or a mapping with `name`: how much each depth k = 1, 2, ... counts in the
+    loss.
+
+    - `decay`: exp(-(k - 1) / `gamma`) (arXiv 2602.06036).
+    - `dpace`: the expected number of guesses that are kept from depth k on, where a guess is kept with the
+      draft's probability q of the target's likeliest token, smoothed to (1 - `alpha`) q + `alpha`
+      (arXiv 2605.18810). The weights follow the draft as it learns and carry no gradient.
+    """
+
+    name: Literal["decay", "dpace"] = "decay"
+    gamma: Annotated[float, Field(gt=0.0)] = 4.0
+    alpha: Fraction = 0.5
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _what_is_set_is_read(self) -> WeightingSection:
+        other, owner = ("alpha", "dpace") if self.name == "decay" else ("gamma", "decay")
+        if other in self.model_fields_set:
+            raise ValueError(f"{other} belongs to the weighting {owner}; {self.name} does not read it")
+        return self
+
+
+class BlockSection(MethodSection):
+    """What the block methods share; a subclass names its head as "module:class" in `head`.
+
+    `block_size`: tokens of a block, the newest token of the text included. `layers` decoder layers read
+    `target_states` of the target's states, spread over its depth. `mask_token_id`: the token whose embedding
+    stands for an unknown one, by default the vocabulary's last. `causal`: a place of a block attends to none
+    after it. `anchors_max`: of a sample with more possible blocks this many are trained, chosen by its tokens
+    alone, so by the same sample always the same.
+
+    `recompute`: backward computes the logits again, to the same bits, instead of keeping them.
+    """
+
+    component: ClassVar[str] = "paceline.methods.dflash.method:DFlashMethod"
+    head: ClassVar[str]
+    changeable: ClassVar[tuple[str, ...]] = ("recompute",)
+    block_size: Annotated[int, Field(ge=2, le=32)] = 8
+    layers: Count = 2
+    target_states: Count = 5
+    mask_token_id: Annotated[int, Field(ge=0)] | None = None
+    causal: bool = False
+    anchors_max: Count = 64
+    loss: LossSection = LossSection()
+    weighting: WeightingSection = WeightingSection()
+    recompute: bool = False
+
+    @property
+    def from_anchor(self) -> bool:
+        """Whether the block's first place, which holds the newest token, guesses the token after it."""
+        return False
+
+    @property
+    def depths(self) -> int:
+        """How many tokens a block guesses."""
+        return self.block_size if self.from_anchor else self.block_size - 1
+
+
+class DFlashSection(BlockSection):
+    """DFlash (arXiv 2602.06036): the guesses of a block do not depend on each other."""
+
+    head: ClassVar[str] = "paceline.methods.dflash.heads.head:Head"
+    name: Literal["dflash"] = "dflash"

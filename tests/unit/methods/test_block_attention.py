@@ -1,0 +1,101 @@
+"""Attention of blocks against a loop that asks for every key whether it is seen."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from paceline.methods.dflash import attention
+from paceline.methods.dflash.attention import KeyValue, Layout, tiles_of
+
+HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, 8, 3
+LENGTHS = [7, 5, 6]
+PLACES = [torch.tensor([1, 2, 4, 5, 7]), torch.tensor([], dtype=torch.int64), torch.tensor([3, 6])]
+
+
+def _layout(causal: bool) -> Layout:
+    owners = torch.tensor([n for n, places in enumerate(PLACES) for _ in places])
+    samples = torch.tensor([n for n, length in enumerate(LENGTHS) for _ in range(length)])
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    return Layout(BLOCK, causal, positions, samples, torch.cat(PLACES), owners, tiles_of(PLACES, LENGTHS))
+
+
+def _tensors() -> tuple[torch.Tensor, KeyValue, KeyValue]:
+    generator = torch.Generator().manual_seed(1)
+
+    def random(heads: int, length: int) -> torch.Tensor:
+        return torch.randn(1, heads, length, SIZE, generator=generator, requires_grad=True)
+
+    slots, rows = BLOCK * 7, sum(LENGTHS)
+    context, own = ((random(KV_HEADS, n), random(KV_HEADS, n)) for n in (rows, slots))
+    return random(HEADS, slots), context, own
+
+
+def _by_loop(layout: Layout, query: torch.Tensor, context: KeyValue, own: KeyValue) -> torch.Tensor:
+    """float64 [1, N, slots, d]: a slot sees the rows of its sample before its anchor, and its own block."""
+    result = torch.zeros(query.shape, dtype=torch.float64)
+    rows = layout.positions.numel()
+    for slot in range(query.shape[2]):
+        block = slot // BLOCK
+        seen = [
+            row
+            for row in range(rows)
+            if layout.samples[row] == layout.owners[block] and layout.positions[row] < layout.places[block]
+        ]
+        last = slot if layout.causal else block * BLOCK + BLOCK - 1
+        mine = list(range(block * BLOCK, last + 1))
+        for head in range(HEADS):
+            shared = head // (HEADS // KV_HEADS)
+            keys, values = (
+                torch.cat((of[0][0, shared, seen], of[1][0, shared, mine])).double()
+                for of in ((context[0], own[0]), (context[1], own[1]))
+            )
+            scores = keys @ query[0, head, slot].double() / math.sqrt(SIZE)
+            result[0, head, slot] = scores.softmax(0) @ values
+    return result
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tile", [2, 16])
+def test_a_slot_sees_the_rows_before_its_anchor_and_its_block(
+    causal: bool, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients, whatever the tiles; a sample without blocks takes no part."""
+    monkeypatch.setattr(attention, "TILE_BLOCKS", tile)
+    layout, (query, context, own) = _layout(causal), _tensors()
+    inputs = [query, *context, *own]
+    wanted = _by_loop(layout, query, context, own)
+    found = attention.attention_over(layout)(query, context, own)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    for one, other in zip(
+        torch.autograd.grad((found * found).sum(), inputs),
+        torch.autograd.grad((wanted * wanted).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_mask_of_the_cuda_kernel_is_the_same_rule(causal: bool) -> None:
+    """FlexAttention without compilation computes on the CPU what its kernel does on CUDA."""
+    layout, (query, context, own) = _layout(causal), _tensors()
+    with torch.no_grad():
+        found = attention._flex(layout, flex_attention)(query, context, own)
+    torch.testing.assert_close(
+        found.double(), _by_loop(layout, query, context, own).detach(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_batch_without_blocks_has_no_output() -> None:
+    """And runs backward."""
+    _, context, own = _tensors()
+    empty = torch.zeros(1, HEADS, 0, SIZE, requires_grad=True)
+    none = torch.tensor([], dtype=torch.int64)
+    layout = Layout(BLOCK, False, torch.arange(7), torch.zeros(7, dtype=torch.int64), none, none, ())
+    found = attention.attention_over(layout)(empty, context, tuple(part[:, :, :0] for part in own))
+    assert found.shape == empty.shape
+    found.sum().backward()
