@@ -10,7 +10,13 @@ from paceline.exports.eagle3 import SGLANG
 from paceline.exports.export import ExportedDraft, TargetOfDraft
 from paceline.exports.folder import write_folder
 from paceline.methods.dflash.method import DFlashMethod
-from paceline.methods.dflash.settings import BlockSection, DFlashSection
+from paceline.methods.dflash.settings import (
+    BlockSection,
+    DFlash2Section,
+    DFlashSection,
+    DominoSection,
+    DSparkSection,
+)
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.parallel import PEagleMethod
 from paceline.methods.method import DraftMethod
@@ -35,6 +41,26 @@ class TestDFlashOfManyGroups(MethodSuite):
         return block_method(
             DFlashSection, layers=2, causal=True, weighting="dpace", loss="tv", recompute=True
         )
+
+
+class TestDSpark(MethodSuite):
+    def make(self) -> DraftMethod:
+        return block_method(DSparkSection, markov_rank=6)
+
+
+class TestDSparkAfterTheAnchor(MethodSuite):
+    def make(self) -> DraftMethod:
+        return block_method(DSparkSection, sample_from_anchor=False, confidence_weight=0.0)
+
+
+class TestDomino(MethodSuite):
+    def make(self) -> DraftMethod:
+        return block_method(DominoSection, gru_hidden_dim=12, emb_dim=8)
+
+
+class TestDFlash2(MethodSuite):
+    def make(self) -> DraftMethod:
+        return block_method(DFlash2Section, selector_rank=6, selector_top_k=8, conv_kernel_size=3)
 
 
 class TestEagle3(MethodSuite):

@@ -41,7 +41,31 @@ class Added:
     layer: Shapes
 
 
-ADDED: Mapping[str, Added] = {"dflash": Added(("vllm", "sglang", "hf"), {}, {})}
+MARKOV: Shapes = {"markov_head.markov_w1.weight": ("V", "r"), "markov_head.markov_w2.weight": ("V", "r")}
+CONFIDENCE: Shapes = {"confidence_head.proj.weight": ("1", "H+r"), "confidence_head.proj.bias": ("1",)}
+RECURRENT: Shapes = {
+    "prefix_gru.weight_ih_l0": ("3G", "H"),
+    "prefix_gru.weight_hh_l0": ("3G", "G"),
+    "embed_proj.0.weight": ("E", "H+G"),
+    "embed_proj.2.weight": ("V", "E"),
+}
+SELECTOR: Shapes = {
+    "candidate_selector.predecessor_codebook": ("V", "r"),
+    "candidate_selector.successor_codebook": ("V", "r"),
+    "candidate_selector.hidden_projection.weight": ("r", "H"),
+}
+CONVOLUTIONS: Shapes = {
+    f"{name}.{part}": shape
+    for name in ("attention_conv", "mlp_conv")
+    for part, shape in {"base_kernel": ("2", "t", "H"), "kernel_projection.weight": ("2tg", "H")}.items()
+}
+BOTH = ("vllm", "sglang", "hf")
+ADDED: Mapping[str, Added] = {
+    "dflash": Added(BOTH, {}, {}),
+    "dspark": Added(BOTH, {**MARKOV, **CONFIDENCE}, {}),
+    "domino": Added(("sglang", "hf"), RECURRENT, {}),
+    "dflash2": Added(BOTH, SELECTOR, CONVOLUTIONS),
+}
 
 
 @dataclass(frozen=True)
@@ -66,11 +90,32 @@ class BlockExport:
 
 def expected(method: str, sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shape by name of every tensor that the servers load of a draft of `method`."""
-    known, added = lengths_of(sizes), ADDED[method]
+    known, added = {**lengths_of(sizes), **_head_lengths(sizes)}, ADDED[method]
     table = {**TOP, **added.top}
+    if not sizes.get("enable_confidence_head"):
+        table = {name: shape for name, shape in table.items() if name not in CONFIDENCE}
     for layer in range(sizes["num_hidden_layers"]):
         table |= {f"layers.{layer}.{name}": shape for name, shape in {**LAYER, **added.layer}.items()}
     return {name: tuple(known[letter] for letter in shape) for name, shape in table.items()}
+
+
+def _head_lengths(sizes: Mapping[str, Any]) -> dict[str, int]:
+    """r rank, G size of the recurrent state, E size before its last matrix, t taps, g groups of channels."""
+    hidden, taps = sizes["hidden_size"], sizes.get("conv_kernel_size", 0)
+    rank = sizes.get("markov_rank", 0) or sizes.get("selector_rank", 0)
+    state = sizes.get("gru_hidden_dim", 0)
+    return {
+        "1": 1,
+        "2": 2,
+        "r": rank,
+        "H+r": hidden + rank,
+        "G": state,
+        "3G": 3 * state,
+        "H+G": hidden + state,
+        "E": sizes.get("emb_dim", 0),
+        "t": taps,
+        "2tg": 2 * taps * (hidden // sizes.get("conv_group_size", hidden)),
+    }
 
 
 def layouts(server: str) -> dict[str, Export]:

@@ -12,9 +12,19 @@ from paceline.exports.config import decoder_config, provenance
 from paceline.exports.export import ExportedDraft
 from paceline.target.layer_ids import LAYER_IDS
 
-ARCHITECTURES = {"dflash": "DFlashDraftModel"}
+ARCHITECTURES = {
+    "dflash": "DFlashDraftModel",
+    "dspark": "Qwen3DSparkModel",
+    "domino": "DFlashDraftModel",  # with its `projector_type`
+    "dflash2": "DFlash2DraftModel",
+}
 # What a head adds, by the servers' names.
-HEAD_FIELDS: dict[str, tuple[str, ...]] = {"dflash": ()}
+HEAD_FIELDS: dict[str, tuple[str, ...]] = {
+    "dflash": (),
+    "dspark": ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov"),
+    "domino": ("projector_type", "gru_hidden_dim", "emb_dim", "pure_draft_prefix_len", "shift_label"),
+    "dflash2": ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"),
+}
 
 
 def block_config(draft: ExportedDraft) -> dict[str, Any]:

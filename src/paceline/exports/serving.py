@@ -66,6 +66,7 @@ LOADED_BY: Mapping[str, tuple[str, ...]] = {
     "sglang": ("sglang", "vllm"),
     "hf": ("sglang", "vllm"),
 }
+NOT_LOADED = {("vllm", "domino")}
 
 
 def commands(format_name: str, served: Served) -> dict[str, list[str]]:
@@ -77,4 +78,5 @@ def commands(format_name: str, served: Served) -> dict[str, list[str]]:
             why="A server would take it for an option.",
             next="export again, with --target-name set to a hub id or a path.",
         )
-    return {server: SERVERS[server](served) for server in LOADED_BY.get(format_name, ())}
+    servers = (s for s in LOADED_BY.get(format_name, ()) if (s, served.method) not in NOT_LOADED)
+    return {server: SERVERS[server](served) for server in servers}

@@ -11,5 +11,8 @@ METHODS = Table(
         "eagle3": "paceline.methods.eagle3.settings:Eagle3Section",
         "p-eagle": "paceline.methods.eagle3.settings:PEagleSection",
         "dflash": "paceline.methods.dflash.settings:DFlashSection",
+        "dspark": "paceline.methods.dflash.settings:DSparkSection",
+        "domino": "paceline.methods.dflash.settings:DominoSection",
+        "dflash2": "paceline.methods.dflash.settings:DFlash2Section",
     },
 )

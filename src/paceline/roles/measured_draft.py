@@ -36,8 +36,8 @@ LOOKUP = "lookup"  # the name of the baseline's way
 
 @dataclass(frozen=True)
 class MeasuredDraft:
-    """A draft and its target on one device, ready to decode. `step`: of the draft's checkpoint; `chain`: how many
-    guesses its method makes in a chain."""
+    """A draft and its target on one device, ready to decode. `step`: of the draft's checkpoint; `chain`:
+    how many guesses its method makes in a chain."""
 
     step: int
     chain: int

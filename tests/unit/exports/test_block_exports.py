@@ -19,8 +19,13 @@ from paceline.exports.serving import Served, commands
 from paceline.methods.table import METHODS
 
 SIZES = {"block_size": 4, "layers": 2, "target_states": 3}
-KNOBS: dict[str, dict[str, Any]] = {"dflash": {}}
-LOADED = [(method, name) for method in KNOBS for name in ("vllm", "sglang", "hf")]
+KNOBS: dict[str, dict[str, Any]] = {
+    "dflash": {},
+    "dspark": {"markov_rank": 6},
+    "domino": {"gru_hidden_dim": 12, "emb_dim": 5},
+    "dflash2": {"selector_rank": 6, "selector_top_k": 5, "conv_group_size": 8, "conv_kernel_size": 3},
+}
+LOADED = [(m, name) for m in KNOBS for name in ("vllm", "sglang", "hf") if (m, name) != ("domino", "vllm")]
 
 
 def made(folder: Path, method: str, **knobs: Any) -> Case:
@@ -57,7 +62,7 @@ def test_the_config_says_in_both_places_what_servers_look_for(
     cases: dict[str, Case], method: str, tmp_path: Path
 ) -> None:
     """vLLM and SGLang count layers from 0 here; no default of a loader is relied on."""
-    config = json.loads((cases[method].export("vllm", tmp_path / "draft") / "config.json").read_text())
+    config = json.loads((cases[method].export("hf", tmp_path / "draft") / "config.json").read_text())
     for part in (config, config["dflash_config"]):
         assert part["target_layer_ids"] == [1, 3, 5]
         assert (part["block_size"], part["mask_token_id"]) == (4, 60)
@@ -127,16 +132,56 @@ def test_a_missing_and_an_unknown_tensor_are_found(
     assert "no parameter takes extra" in cases[method].check(name, folder).problems[0]
 
 
+def test_a_dspark_draft_without_a_confidence_head_says_so(tmp_path: Path) -> None:
+    """SGLang takes a missing field for a head that is there."""
+    case = made(tmp_path / "model", "dspark", confidence_weight=0.0, sample_from_anchor=False)
+    folder = case.export("hf", tmp_path / "draft")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["enable_confidence_head"], config["sample_from_anchor"]) == (False, False)
+    assert not [name for name in load_file(folder / "model.safetensors") if "confidence" in name]
+    assert case.check("hf", folder).problems == ()
+
+
+HEAD_MISTAKES: list[tuple[str, str, Any]] = [
+    ("dspark", "sample_from_anchor", False),
+    ("dspark", "markov_head_type", "gated"),
+    ("dspark", "enable_confidence_head", False),
+    ("domino", "projector_type", "dflash"),
+    ("domino", "pure_draft_prefix_len", 0),
+    ("domino", "shift_label", True),
+    ("dflash2", "selector_top_k", 4),
+    ("dflash2", "conv_group_size", 16),
+    ("dflash2", "sample_from_anchor", True),
+]
+
+
+@pytest.mark.parametrize(("method", "key", "value"), HEAD_MISTAKES)
+def test_a_mistake_about_the_head_is_found(
+    cases: dict[str, Case], method: str, key: str, value: Any, tmp_path: Path
+) -> None:
+    """A server would leave the head out, or read it otherwise."""
+    folder = cases[method].export("sglang", tmp_path / "draft")
+    edit(folder, set_to(key, value))
+    assert cases[method].check("sglang", folder).problems
+
+
 def test_a_server_that_does_not_load_the_method_is_named(cases: dict[str, Case], tmp_path: Path) -> None:
     """With the methods that it does load."""
     with pytest.raises(ConfigError, match=r"'dflash' cannot be exported for speculators.*eagle3"):
         cases["dflash"].export("speculators", tmp_path / "draft")
+    with pytest.raises(ConfigError, match=r"'domino' cannot be exported for vllm.*dspark"):
+        cases["domino"].export("vllm", tmp_path / "draft")
 
 
 def test_commands_ask_for_a_whole_block() -> None:
     """vLLM is told how many tokens to guess; SGLang reads the block's size from the config."""
     [vllm] = commands("vllm", Served("org/target", "draft", "dflash", 7)).values()
     assert json.loads(vllm[-1]) == {"model": "draft", "method": "dflash", "num_speculative_tokens": 7}
+    [other] = commands("vllm", Served("org/target", "draft", "dflash2", 7)).values()
+    assert json.loads(other[-1])["method"] == "dflash", "the architecture in the config says the rest"
     told = shlex.join(commands("sglang", Served("org/target", "draft", "dflash", 7))["sglang"])
     assert "--speculative-algorithm DFLASH" in told
     assert "num-steps" not in told
+    assert list(commands("hf", Served("org/target", "draft", "domino", 7))) == ["sglang"], (
+        "vLLM has no loader"
+    )

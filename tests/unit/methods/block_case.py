@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from paceline.target.head import TargetHead
 from paceline.testing.tiny_target import captured_sample, save_target, tiny_target
 
 Sample = dict[str, torch.Tensor]
-HEADS: dict[str, dict[str, Any]] = {"dflash": {}}
+HEADS: dict[str, dict[str, Any]] = {
+    "dflash": {},
+    "dspark": {"markov_rank": 6},
+    "domino": {"gru_hidden_dim": 12, "emb_dim": 5},
+    "dflash2": {"selector_rank": 6, "selector_top_k": 5, "conv_group_size": 8, "conv_kernel_size": 3},
+}
 SIZES = {"block_size": 4, "layers": 2, "target_states": 3}
 
 
@@ -57,21 +63,37 @@ def draft_of(method: DFlashMethod) -> DFlashDraft:
     return draft
 
 
-def decoded_logits(draft: DFlashDraft, sample: Sample, place: int) -> torch.Tensor:
-    """float64 [D, V]: a decoder's logits after the token at `place`, if each guess is the sample's own
-    token."""
+@dataclass(frozen=True)
+class Decoded:
+    """float64: logits [D, V] that a guess is chosen by, the backbone's own [D, V], states [D, H]."""
+
+    logits: torch.Tensor
+    base: torch.Tensor
+    hidden: torch.Tensor
+
+
+def decoded(draft: DFlashDraft, sample: Sample, place: int) -> Decoded:
+    """What a decoder has after the token at `place`, if each guess is the sample's own token."""
     tokens = sample["input_ids"].long()
     decoder = DFlashDecoder(draft, torch.float32)
     decoder.start(len(tokens))
     seen: list[torch.Tensor] = []
+    blocks: list[tuple[torch.Tensor, torch.Tensor]] = []
+    block = decoder._block
+
+    def keeping(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks.append(block(*inputs))
+        return blocks[-1]
 
     def choose(logits: torch.Tensor) -> tuple[int, None]:
         seen.append(logits.double())
         return int(tokens[min(place + len(seen), len(tokens) - 1)]), None
 
+    decoder._block = keeping  # type: ignore[method-assign]
     aux = sample["aux_hidden_states"]
     half = place // 2
     if half:  # a decoder reads the rows in several cycles
         decoder.propose(aux[:half], tokens[1 : half + 1], 1, lambda logits: (0, None))
     decoder.propose(aux[half:place], tokens[half + 1 : place + 1], draft.config.depths, choose)
-    return torch.stack(seen)
+    hidden, base = (part.double() for part in blocks[-1])
+    return Decoded(torch.stack(seen), base, hidden)

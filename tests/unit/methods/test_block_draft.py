@@ -30,7 +30,32 @@ BACKBONE = {"fc.weight": (32, 96), "hidden_norm.weight": (32,), "norm.weight": (
         "mlp.down_proj": (32, 48),
     }.items()
 }
-ADDED: dict[str, dict[str, tuple[int, ...]]] = {"dflash": {}}
+ADDED: dict[str, dict[str, tuple[int, ...]]] = {
+    "dflash": {},
+    "dspark": {
+        "markov_head.markov_w1.weight": (61, 6),
+        "markov_head.markov_w2.weight": (61, 6),
+        "confidence_head.proj.weight": (1, 38),
+        "confidence_head.proj.bias": (1,),
+    },
+    "domino": {
+        "prefix_gru.weight_ih_l0": (36, 32),
+        "prefix_gru.weight_hh_l0": (36, 12),
+        "embed_proj.0.weight": (5, 44),
+        "embed_proj.2.weight": (61, 5),
+    },
+    "dflash2": {
+        "candidate_selector.predecessor_codebook": (61, 6),
+        "candidate_selector.successor_codebook": (61, 6),
+        "candidate_selector.hidden_projection.weight": (6, 32),
+        **{
+            f"layers.{layer}.{name}.{part}": shape
+            for layer in (0, 1)
+            for name in ("attention_conv", "mlp_conv")
+            for part, shape in (("base_kernel", (2, 3, 32)), ("kernel_projection.weight", (24, 32)))
+        },
+    },
+}
 
 
 @pytest.mark.parametrize("name", HEADS)

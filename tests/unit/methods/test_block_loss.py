@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from block_case import HEADS, Sample, decoded_logits, draft_of, head, method_of, samples
+from block_case import HEADS, Sample, decoded, draft_of, head, method_of, samples
 
 from paceline.methods.dflash.batch import anchors_of
 from paceline.methods.dflash.loss import dpace_weights
@@ -30,25 +30,67 @@ def wanted_logits(sample: Sample, token: int) -> torch.Tensor | None:
     return head().output()(sample["last_hidden_states"][row]).double()
 
 
-def reference(draft: DFlashDraft, decay: Any) -> tuple[float, dict[str, float]]:
-    """(loss sum, metrics) in float64, anchor by anchor. `decay`: the weights of a block's guesses from their
-    logits, or the draft's own extra terms."""
+def cross_entropy(logits: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float(-(wanted.softmax(-1) * logits.log_softmax(-1)).sum())
+
+
+def of_confidence(
+    draft: DFlashDraft, hidden: torch.Tensor, base: torch.Tensor, before: int, wanted: torch.Tensor
+) -> float:
+    """How far the predicted rate of acceptance is from the one that rejection sampling has."""
+    markov = draft.get_submodule("markov_head").state_dict()
+    latent = markov["markov_w1.weight"][before].double()
+    logits = base + markov["markov_w2.weight"].double() @ latent
+    rate = float(torch.minimum(logits.softmax(-1), wanted.softmax(-1)).sum())
+    proj = draft.get_submodule("confidence_head").state_dict()
+    weight = proj["proj.weight"][0].double()
+    predicted = float(torch.sigmoid(weight @ torch.cat((hidden, latent)) + proj["proj.bias"][0].double()))
+    return -(rate * math.log(predicted) + (1 - rate) * math.log(1 - predicted))
+
+
+def of_the_backbone(
+    draft: DFlashDraft, hidden: torch.Tensor, base: torch.Tensor, before: int, wanted: torch.Tensor
+) -> float:
+    return 0.5 * cross_entropy(base, wanted)
+
+
+def of_the_selector(
+    draft: DFlashDraft, hidden: torch.Tensor, base: torch.Tensor, before: int, wanted: torch.Tensor
+) -> float:
+    """Among the five likeliest tokens; the target's own takes the fifth's place if it is none of them."""
+    tokens, own = base.argsort(descending=True)[:5].tolist(), int(wanted.argmax())
+    tokens = tokens if own in tokens else [*tokens[:4], own]
+    selector = {
+        name: t.double() for name, t in draft.get_submodule("candidate_selector").state_dict().items()
+    }
+    gate = selector["predecessor_codebook"][before] * (selector["hidden_projection.weight"] @ hidden)
+    return cross_entropy(base[tokens] + selector["successor_codebook"][tokens] @ gate, wanted[tokens])
+
+
+FURTHER = {"dspark": of_confidence, "domino": of_the_backbone, "dflash2": of_the_selector}
+
+
+def reference(name: str, draft: DFlashDraft, decay: Any) -> tuple[float, dict[str, float]]:
+    """(loss sum, metrics) in float64, anchor by anchor. `decay`: the weights of a block's guesses."""
     total, metrics = 0.0, {"chain": 0.0}
     for sample in samples():
         for place in places_of(sample):
-            logits = decoded_logits(draft, sample, place)
-            wanted = [wanted_logits(sample, place + 1 + k) for k in range(len(logits))]
-            weights, leading = decay(logits, wanted), True
-            for k, (mine, theirs) in enumerate(zip(logits, wanted, strict=True)):
+            block, tokens = decoded(draft, sample, place), sample["input_ids"].tolist()
+            trained = block.base if name == "dflash2" else block.logits
+            wanted = [wanted_logits(sample, place + 1 + k) for k in range(len(trained))]
+            weights, leading = decay(trained, wanted), True
+            for k, theirs in enumerate(wanted):
                 if theirs is None:
                     leading = False
                     continue
-                loss = float(-(theirs.softmax(-1) * mine.log_softmax(-1)).sum())
-                hit = int(mine.argmax()) == int(theirs.argmax())
+                loss = cross_entropy(trained[k], theirs)
+                hit = int(block.logits[k].argmax()) == int(theirs.argmax())
                 leading = leading and hit
-                total += weights[k] * loss
-                for name, value in (("loss", loss), ("count", 1.0), ("hits", float(hit)), ("judged", 1.0)):
-                    metrics[f"{name}_{k}"] = metrics.get(f"{name}_{k}", 0.0) + value
+                further = FURTHER.get(name, lambda *inputs: 0.0)
+                more = further(draft, block.hidden[k], block.base[k], tokens[place + k], theirs)
+                total += weights[k] * (loss + more)
+                for key, value in (("loss", loss), ("count", 1.0), ("hits", float(hit)), ("judged", 1.0)):
+                    metrics[f"{key}_{k}"] = metrics.get(f"{key}_{k}", 0.0) + value
                 metrics["chain"] += float(leading)
     return total, metrics
 
@@ -78,14 +120,15 @@ WEIGHTINGS: list[tuple[Any, Any]] = [
 
 
 @pytest.mark.parametrize(("weighting", "decay"), WEIGHTINGS, ids=["decay", "dpace"])
-@pytest.mark.parametrize("causal", [False, True])
-def test_training_sees_what_a_decoder_sees(weighting: Any, decay: Any, causal: bool) -> None:
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("name", HEADS)
+def test_training_sees_what_a_decoder_sees(name: str, causal: bool, weighting: Any, decay: Any) -> None:
     """Loss and metrics of packed samples are those of decoding, one block at a time, from a cache."""
-    method = method_of("dflash", weighting=weighting, causal=causal)
+    method = method_of(name, weighting=weighting, causal=causal)
     draft = draft_of(method)
     sums = draft(method.collate(samples(), CPU))
-    total, metrics = reference(draft, decay)
-    torch.testing.assert_close(float(sums.loss_sum), total, rtol=1e-4, atol=1e-4)
+    total, metrics = reference(name, draft, decay)
+    torch.testing.assert_close(float(sums.loss_sum.detach()), total, rtol=1e-4, atol=1e-4)
     assert sums.num_tokens == sum(len(places_of(sample)) for sample in samples())
     found = {name: float(value) for name, value in sums.metrics.items()}
     assert found.keys() == metrics.keys()

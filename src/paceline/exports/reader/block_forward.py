@@ -6,19 +6,29 @@ Legend: n rows of the context, B places of a block, H hidden size, N heads, d he
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
 
+from paceline.exports.reader.block_heads import HEADS, convolved
 from paceline.exports.reader.block_reading import BlockDraft, BlockRules, read_block_draft
 from paceline.exports.reader.check import Reader
 from paceline.exports.reader.replay import Replay
 from paceline.exports.reader.rope import turned
 
-_VLLM = BlockRules("vLLM", {"dflash": "DFlashDraftModel"}, causal_field=True, block_size_nested_first=False)
+_VLLM = BlockRules(
+    "vLLM",
+    {"dflash": "DFlashDraftModel", "dspark": "Qwen3DSparkModel", "dflash2": "DFlash2DraftModel"},
+    causal_field=True,
+    block_size_nested_first=False,
+)
 _SGLANG = BlockRules(
-    "SGLang", {"dflash": "DFlashDraftModel"}, causal_field=False, block_size_nested_first=True
+    "SGLang",
+    {**_VLLM.architectures, "domino": "DFlashDraftModel"},
+    causal_field=False,
+    block_size_nested_first=True,
 )
 BLOCK_RULES = {"vllm": (_VLLM,), "sglang": (_SGLANG,), "hf": (_SGLANG, _VLLM)}
 
@@ -33,16 +43,22 @@ def block_readers(server: str, method: str) -> list[Reader]:
 
 
 def chain_logits(draft: BlockDraft, replay: Replay, rows: int, guesses: tuple[int, ...]) -> torch.Tensor:
-    """Logits [len(guesses), V] of the guesses after the first `rows` rows, from one pass over the block."""
+    """Logits [len(guesses), V] of the guesses after the first `rows` rows, from one pass over the block.
+
+    Fewer, if the block has not as many places.
+    """
+    first = 0 if draft.from_anchor else 1
+    guesses = guesses[: draft.block_size - first]
     fused = torch.cat([replay.states[layer][:rows].float() for layer in draft.layers], dim=-1)
     context = _rms(draft, fused @ draft.weights["fc.weight"].T, "hidden_norm.weight")
     tokens = torch.tensor([int(replay.tokens[rows])] + [draft.mask_token_id] * (draft.block_size - 1))
     hidden = draft.target.embed_tokens[tokens].float()
     for number in range(draft.num_layers):
         hidden = _layer(draft, f"layers.{number}.", hidden, context)
-    first = 0 if draft.from_anchor else 1
     states = _rms(draft, hidden, "norm.weight")[first : first + len(guesses)]
-    return states @ draft.target.lm_head.float().T
+    base = states @ draft.target.lm_head.float().T
+    before = torch.tensor([int(replay.tokens[rows]), *guesses[:-1]])
+    return HEADS[draft.method](draft, states, base, before) if draft.method in HEADS else base
 
 
 def _rms(draft: BlockDraft, states: torch.Tensor, name: str) -> torch.Tensor:
@@ -53,11 +69,26 @@ def _rms(draft: BlockDraft, states: torch.Tensor, name: str) -> torch.Tensor:
 def _layer(draft: BlockDraft, layer: str, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
     """Output [B, H] of the block's places after `context` [n, H]."""
     weights = draft.weights
-    hidden = hidden + _attention(draft, layer, _rms(draft, hidden, f"{layer}input_layernorm.weight"), context)
-    inner = _rms(draft, hidden, f"{layer}post_attention_layernorm.weight")
-    gate = F.silu(inner @ weights[f"{layer}mlp.gate_proj.weight"].T)
-    up = inner @ weights[f"{layer}mlp.up_proj.weight"].T
-    return hidden + (gate * up) @ weights[f"{layer}mlp.down_proj.weight"].T
+
+    def mlp(inputs: torch.Tensor) -> torch.Tensor:
+        gate = F.silu(inputs @ weights[f"{layer}mlp.gate_proj.weight"].T)
+        up = inputs @ weights[f"{layer}mlp.up_proj.weight"].T
+        return (gate * up) @ weights[f"{layer}mlp.down_proj.weight"].T
+
+    def around(
+        name: str, inputs: torch.Tensor, sublayer: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        if draft.method != "dflash2":
+            return sublayer(inputs)
+        mixed = convolved(draft, f"{layer}{name}.", inputs, made_of=inputs, side=0)
+        return convolved(draft, f"{layer}{name}.", sublayer(mixed), made_of=inputs, side=1)
+
+    normed = _rms(draft, hidden, f"{layer}input_layernorm.weight")
+    hidden = hidden + around(
+        "attention_conv", normed, lambda inputs: _attention(draft, layer, inputs, context)
+    )
+    normed = _rms(draft, hidden, f"{layer}post_attention_layernorm.weight")
+    return hidden + around("mlp_conv", normed, mlp)
 
 
 def _attention(draft: BlockDraft, layer: str, block: torch.Tensor, context: torch.Tensor) -> torch.Tensor:

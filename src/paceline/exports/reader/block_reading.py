@@ -166,4 +166,51 @@ def _shapes(draft: BlockDraft, hidden: int) -> dict[str, tuple[int, ...]]:
             f"{layer}mlp.up_proj.weight": (inner, hidden),
             f"{layer}mlp.down_proj.weight": (hidden, inner),
         }
+    return shapes | _head_shapes(draft, hidden)
+
+
+def _head_shapes(draft: BlockDraft, hidden: int) -> dict[str, tuple[int, ...]]:
+    config, inner, vocab = draft.config, draft.nested, draft.target.lm_head.shape[0]
+    if draft.method == "dspark":
+        rank = int(config["markov_rank"])
+        if rank < 1 or config["markov_head_type"] != "vanilla":
+            raise ValueError(f"markov_rank is {rank} and markov_head_type {config['markov_head_type']!r}")
+        shapes: dict[str, tuple[int, ...]] = {
+            f"markov_head.markov_{name}.weight": (vocab, rank) for name in ("w1", "w2")
+        }
+        # vLLM takes a missing field for off, SGLang for on.
+        if config["enable_confidence_head"]:
+            width = hidden + (rank if config["confidence_head_with_markov"] else 0)
+            shapes |= {"confidence_head.proj.weight": (1, width), "confidence_head.proj.bias": (1,)}
+        return shapes
+    if draft.method == "domino":
+        if inner.get("projector_type") != "domino":
+            raise ValueError(f"projector_type is {inner.get('projector_type')!r}, so the head is not loaded")
+        if inner["shift_label"] or inner["pure_draft_prefix_len"] != 1:
+            raise ValueError("the server corrects the second guess first, at the place that holds it")
+        size, width = int(inner["gru_hidden_dim"]), int(inner["emb_dim"])
+        return {
+            "prefix_gru.weight_ih_l0": (3 * size, hidden),
+            "prefix_gru.weight_hh_l0": (3 * size, size),
+            "embed_proj.0.weight": (width, hidden + size),
+            "embed_proj.2.weight": (vocab, width),
+        }
+    return _selector_shapes(draft, hidden, vocab) if draft.method == "dflash2" else {}
+
+
+def _selector_shapes(draft: BlockDraft, hidden: int, vocab: int) -> dict[str, tuple[int, ...]]:
+    inner = draft.nested
+    rank, taps, group = (int(inner[key]) for key in ("selector_rank", "conv_kernel_size", "conv_group_size"))
+    if hidden % group:
+        raise ValueError(f"conv_group_size {group} does not divide the hidden size {hidden}")
+    shapes: dict[str, tuple[int, ...]] = {
+        "candidate_selector.predecessor_codebook": (vocab, rank),
+        "candidate_selector.successor_codebook": (vocab, rank),
+        "candidate_selector.hidden_projection.weight": (rank, hidden),
+    }
+    for number in range(draft.num_layers):
+        for name in ("attention_conv", "mlp_conv"):
+            prefix = f"layers.{number}.{name}."
+            shapes[f"{prefix}base_kernel"] = (2, taps, hidden)
+            shapes[f"{prefix}kernel_projection.weight"] = (2 * taps * (hidden // group), hidden)
     return shapes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,12 +77,19 @@ def _replayed(reader: Reader, draft: ReadDraft, replays: Sequence[Replay]) -> tu
                 logits = reader.logits(draft, replay, chain.rows, chain.guesses)
                 compared += len(chain.guesses)
                 worst = max(worst, _error(logits, chain))
-                wrong += int((draft.target_ids[logits.argmax(-1)] != torch.tensor(chain.guesses)).sum())
+                found = draft.target_ids[logits.argmax(-1)].tolist()
+                wrong += sum(one != other for one, other in zip_longest(found, chain.guesses))
     return compared, worst, wrong
 
 
 def _error(logits: torch.Tensor, chain: Chain) -> float:
-    if logits.shape != chain.logits.shape or not bool(torch.isfinite(logits).all()):
+    """Infinite unless both leave out the same tokens, and all other logits are finite."""
+    if logits.shape != chain.logits.shape:
         return float("inf")
-    wanted = chain.logits.double()
-    return float(((logits.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
+    found, wanted, left_out = logits.double(), chain.logits.double(), torch.isneginf(chain.logits)
+    if not torch.equal(torch.isneginf(logits), left_out):
+        return float("inf")
+    found, wanted = found.masked_fill(left_out, 0.0), wanted.masked_fill(left_out, 0.0)
+    if not bool(torch.isfinite(found).all()):
+        return float("inf")
+    return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())

@@ -11,6 +11,7 @@ import copy
 import torch
 
 from paceline.methods.dflash.attention import Layout, Tile, attention_over
+from paceline.methods.dflash.heads.head import Places
 from paceline.methods.dflash.model import DFlashDraft
 from paceline.methods.drafter import Choose
 from paceline.methods.guesses import ROOT, Guesses
@@ -105,7 +106,7 @@ class DFlashDecoder:
         """Logits [n, V] of one depth after each of `previous` int64 [n], from `hidden` [1, H] and `base`
         [V]."""
         count, draft = previous.shape[0], self.draft
-        states = hidden.expand(count, 1, -1)
-        latents, state = draft.head.latents(states, previous[:, None], draft.embed, state)
+        places = Places(hidden.expand(count, 1, -1), previous[:, None], draft.embed, state)
+        latents, state = draft.head.latents(places)
         latents = None if latents is None else latents[:, 0]
         return draft.head.logits(base.expand(count, -1), latents), state

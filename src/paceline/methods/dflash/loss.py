@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from paceline.methods.dflash.attention import attention_over
 from paceline.methods.dflash.batch import DFlashBatch
-from paceline.methods.dflash.heads.head import Rows
+from paceline.methods.dflash.heads.head import Places, Rows
 from paceline.methods.dflash.settings import WeightingSection
 from paceline.methods.losses.distribution import distribution_loss
 from paceline.methods.method import LossSums
@@ -32,7 +32,7 @@ def block_loss(draft: DFlashDraft, batch: DFlashBatch) -> LossSums:
     """
     context = draft.context(batch.aux_hidden_states, batch.positions)
     hidden = draft.places(batch.tokens, batch.places, context, attention_over(batch.layout))
-    latents, _ = draft.head.latents(hidden, batch.previous.T, draft.embed, None)
+    latents, _ = draft.head.latents(Places(hidden, batch.previous.T, draft.embed))
     sums: list[torch.Tensor] = []
     losses: list[torch.Tensor] = []
     hits: list[torch.Tensor] = []

@@ -79,3 +79,48 @@ class DFlashSection(BlockSection):
 
     head: ClassVar[str] = "paceline.methods.dflash.heads.head:Head"
     name: Literal["dflash"] = "dflash"
+
+
+class DSparkSection(BlockSection):
+    """DSpark (arXiv 2607.05147): a guess knows the token before it. See heads/dspark.py.
+
+    `confidence_weight`: of the confidence head's term in the loss; 0: the draft has no confidence head.
+    """
+
+    head: ClassVar[str] = "paceline.methods.dflash.heads.dspark:DSparkHead"
+    name: Literal["dspark"] = "dspark"
+    sample_from_anchor: bool = True
+    markov_rank: Count = 64
+    confidence_weight: Annotated[float, Field(ge=0.0)] = 1.0
+
+    @property
+    def from_anchor(self) -> bool:
+        return self.sample_from_anchor
+
+
+class DominoSection(BlockSection):
+    """Domino (arXiv 2605.29707): a recurrent layer reads the tokens before a guess. See heads/domino.py.
+
+    `base_weight`: of the loss of the backbone's own logits, beside that of the corrected ones.
+    """
+
+    head: ClassVar[str] = "paceline.methods.dflash.heads.domino:DominoHead"
+    name: Literal["domino"] = "domino"
+    gru_hidden_dim: Count = 256
+    emb_dim: Count = 64
+    base_weight: Annotated[float, Field(ge=0.0)] = 0.5
+
+
+class DFlash2Section(BlockSection):
+    """DFlash 2: convolutions over a block, and a selector among likely tokens. See heads/dflash2.py.
+
+    `selector_weight`: of the selector's term in the loss.
+    """
+
+    head: ClassVar[str] = "paceline.methods.dflash.heads.dflash2:DFlash2Head"
+    name: Literal["dflash2"] = "dflash2"
+    conv_kernel_size: Annotated[int, Field(ge=1, le=8)] = 2
+    conv_group_size: Count = 16
+    selector_rank: Count = 64
+    selector_top_k: Annotated[int, Field(ge=2)] = 16
+    selector_weight: Annotated[float, Field(gt=0.0)] = 1.0

@@ -27,6 +27,17 @@ Embed = Callable[
 
 
 @dataclass(frozen=True)
+class Places:
+    """Places that guess, each after the token `previous`. `state`: what the places before these left; None at
+    a block's first guess."""
+
+    hidden: torch.Tensor  # [A, D, H], normed
+    previous: torch.Tensor  # int64 [A, D]
+    embed: Embed
+    state: torch.Tensor | None = None  # [A, *]
+
+
+@dataclass(frozen=True)
 class Rows:
     """Guesses of a group in training. `wanted` are the target's logits; guess i is compared with row
     `picked[i]` of them and weighs `scale[i]`, 0 where it does not count."""
@@ -59,18 +70,8 @@ class Head:
         """The head's sizes as JSON values, by the servers' names."""
         return {}
 
-    def latents(
-        self,
-        hidden: torch.Tensor,  # noqa: ARG002 (heads with tensors read all of them)
-        previous: torch.Tensor,  # noqa: ARG002
-        embed: Embed,  # noqa: ARG002
-        state: torch.Tensor | None,  # noqa: ARG002
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(latents [A, D, r], state [A, *]) of places with `hidden` [A, D, H], each after `previous` int64
-        [A, D].
-
-        `state`: what the places before these left; None at a block's first guess, and where there is none.
-        """
+    def latents(self, places: Places) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # noqa: ARG002
+        """(latents [A, D, r], the state [A, *] that these places leave); None where there is none."""
         return None, None
 
     def rows(self) -> torch.Tensor | None:
