@@ -16,20 +16,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Group:
-    """Neighbouring anchors, and the range of the target rows that their guesses are compared with."""
+    """Neighbouring anchors, and the part of the target rows that their guesses are compared with."""
 
     anchors: slice
     targets: slice
-
-
-def groups_of(picked: torch.Tensor, is_counted: torch.Tensor, size: int) -> tuple[Group, ...]:
-    """Groups of `size` anchors, from the target row int64 [S, A] of each guess and whether it counts."""
-    groups = []
-    for start in range(0, picked.shape[1], size):
-        anchors = slice(start, min(start + size, picked.shape[1]))
-        rows = picked[:, anchors][is_counted[:, anchors]]
-        groups.append(Group(anchors, slice(int(rows.min()), int(rows.max()) + 1)))
-    return tuple(groups)
 
 
 def on_device(batch: T, device: torch.device) -> T:

@@ -10,7 +10,7 @@ row p + j - 1. It sees the features of the rows before p: the target has not pro
 decoder drafts after it.
 
 Legend: R rows of all samples, A anchors of all samples, B places of a block, D guesses of a block, M rows
-whose distributions are captured, H hidden.
+whose distributions are captured, U of them that guesses of a group are compared with, H hidden.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from paceline.methods.dflash.attention import Layout, Tile, tiles_of
-from paceline.methods.packed import Group, groups_of, on_device
+from paceline.methods.packed import Group, on_device
 from paceline.methods.targets import counted_rows
 
 
@@ -49,7 +49,8 @@ class DFlashBatch:
     owners: torch.Tensor  # int64 [A]: the number of the anchor's sample
     tokens: torch.Tensor  # int64 [A]: the anchors' token ids
     previous: torch.Tensor  # int64 [D, A]: the token before each guessed one
-    picked: torch.Tensor  # int64 [D, A]: of the M rows; 0 where nothing is counted
+    rows: torch.Tensor  # int64 [U]: of the M rows, group by group, those that its guesses are compared with
+    picked: torch.Tensor  # int64 [D, A]: of the group's part of `rows`; 0 where nothing is counted
     counted: torch.Tensor  # float32 [D, A]: 1 for a guess that counts, else 0
     tiles: tuple[Tile, ...]
     groups: tuple[Group, ...]
@@ -94,11 +95,11 @@ def collate(samples: Sequence[Mapping[str, torch.Tensor]], blocks: Blocks) -> DF
     starts, final = (ends - torch.tensor(lengths))[owners], ends[owners] - 1
 
     depths = torch.arange(blocks.depths)[:, None]  # depth j less 1
-    rows = starts + places + depths  # [D, A]: the row whose next token is guessed, if it is in the sample
-    inside = torch.minimum(rows, final)
-    is_counted = (rows <= final) & counted[inside]
+    ahead = starts + places + depths  # [D, A]: the row whose next token is guessed, if it is in the sample
+    inside = torch.minimum(ahead, final)
+    is_counted = (ahead <= final) & counted[inside]
     tokens = torch.cat([sample["input_ids"][:-1] for sample in samples]).long()
-    picked = (counted.cumsum(0) - 1)[inside] * is_counted
+    rows, picked, groups = _compared((counted.cumsum(0) - 1)[inside], is_counted, blocks)
     return DFlashBatch(
         aux_hidden_states=torch.cat([sample["aux_hidden_states"] for sample in samples]),
         last_hidden_states=torch.cat([sample["last_hidden_states"] for sample in samples]),
@@ -108,9 +109,30 @@ def collate(samples: Sequence[Mapping[str, torch.Tensor]], blocks: Blocks) -> DF
         owners=owners,
         tokens=tokens[starts + places],
         previous=tokens[inside],
+        rows=rows,
         picked=picked,
         counted=is_counted.float(),
         tiles=tiles_of(anchors, lengths),
-        groups=groups_of(picked, is_counted, max(1, blocks.group_guesses // blocks.depths)),
+        groups=groups,
         blocks=blocks,
     )
+
+
+def _compared(
+    wanted: torch.Tensor, is_counted: torch.Tensor, blocks: Blocks
+) -> tuple[torch.Tensor, torch.Tensor, tuple[Group, ...]]:
+    """(rows, picked, groups) of a batch, from the target row `wanted` int64 [D, A] of each guess.
+
+    A group holds the distributions of the rows that it needs, however far apart its anchors lie.
+    """
+    parts: list[torch.Tensor] = []
+    groups, picked, first = [], torch.zeros_like(wanted), 0
+    size = max(1, blocks.group_guesses // blocks.depths)
+    for start in range(0, wanted.shape[1], size):
+        anchors = slice(start, min(start + size, wanted.shape[1]))
+        own, places = wanted[:, anchors][is_counted[:, anchors]].unique(return_inverse=True)
+        picked[:, anchors][is_counted[:, anchors]] = places
+        groups.append(Group(anchors, slice(first, first + own.numel())))
+        parts.append(own)
+        first += own.numel()
+    return torch.cat(parts) if parts else wanted.new_zeros(0), picked, tuple(groups)

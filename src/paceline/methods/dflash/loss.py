@@ -41,8 +41,8 @@ def block_loss(draft: DFlashDraft, batch: DFlashBatch) -> LossSums:
             draft,
             hidden[group.anchors].transpose(0, 1),
             None if latents is None else latents[group.anchors].transpose(0, 1),
-            batch.last_hidden_states[group.targets],
-            batch.picked[:, group.anchors] - group.targets.start,
+            batch.last_hidden_states[batch.rows[group.targets]],
+            batch.picked[:, group.anchors],
             batch.counted[:, group.anchors],
         )
         if draft.section.recompute or len(batch.groups) > 1:
@@ -79,8 +79,7 @@ def _group_loss(
     head, depths = draft.head, hidden.shape[0]
     with torch.no_grad():
         wanted = draft.target_output(states)
-    # Guesses that do not count pick an arbitrary row of the group and have weight 0.
-    picked, hidden = picked.clamp(min=0).flatten(), hidden.flatten(0, 1)
+    picked, hidden = picked.flatten(), hidden.flatten(0, 1)
     latents = None if latents is None else latents.flatten(0, 1)
     base = draft.base_logits(hidden)
     logits = head.trained(base, latents)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from paceline.methods.eagle3.attention import Layout, Tile, tiles_of
-from paceline.methods.packed import Group, groups_of, on_device
+from paceline.methods.packed import Group, on_device
 from paceline.methods.targets import counted_rows
 
 # The acceptance estimate needs the target's argmax over its whole vocabulary, which costs several times the
@@ -109,7 +109,7 @@ def collate(samples: Sequence[Mapping[str, torch.Tensor]], unrolling: Unrolling)
         judged_rows=judged_rows,
         judged_picks=judged_picks,
         tiles=tiles_of(anchors_of, lengths, unrolling.window),
-        groups=groups_of(picked, is_counted, unrolling.group_anchors),
+        groups=_groups(picked, is_counted, unrolling.group_anchors),
         window=unrolling.window,
     )
 
@@ -130,3 +130,12 @@ def _judged(
         parts.append(start + asked[first : first + count])
         start += places.numel()
     return torch.cat(parts)
+
+
+def _groups(picked: torch.Tensor, is_counted: torch.Tensor, size: int) -> tuple[Group, ...]:
+    groups = []
+    for start in range(0, picked.shape[1], size):
+        anchors = slice(start, min(start + size, picked.shape[1]))
+        rows = picked[:, anchors][is_counted[:, anchors]]
+        groups.append(Group(anchors, slice(int(rows.min()), int(rows.max()) + 1)))
+    return tuple(groups)
