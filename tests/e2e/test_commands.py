@@ -90,14 +90,6 @@ def test_evaluation_is_lossless(finished: TinyRun) -> None:
     assert len(report["acceptance_rate"]) == 2
 
 
-def test_a_finished_run_is_not_trained_again(finished: TinyRun) -> None:
-    """The same command again measures, and changes no weight and no count."""
-    weights = (finished.directory / "checkpoints").stat().st_mtime_ns
-    result = finished.command("train")
-    assert "40 samples trained | 0 restarts" in result.stdout
-    assert (finished.directory / "checkpoints").stat().st_mtime_ns == weights
-
-
 def test_status_and_evaluate_take_the_run_file_or_the_directory(finished: TinyRun) -> None:
     """A run can be named by either."""
     by_file = finished.command("status")
@@ -230,23 +222,29 @@ def test_odd_surroundings_change_no_bit_and_a_second_start_is_refused(
     assert all(torch.equal(tensor, weights[name]) for name, tensor in odd.final_weights().items())
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_an_end_of_the_command_while_it_measures_does_not_keep_the_next_one_out(
-    finished: TinyRun, number: signal.Signals
-) -> None:
-    """The evaluator ends with its supervisor; the same command again measures from the start."""
+def test_an_end_of_the_command_while_it_measures_does_not_keep_the_next_one_out(finished: TinyRun) -> None:
+    """The evaluator ends with its supervisor; the same command again measures from the start.
+
+    The finished run is not trained again: no weight and no count changes.
+    """
+    weights = (finished.directory / "checkpoints").stat().st_mtime_ns
     events = finished.directory / "events" / "evaluator.jsonl"
-    events.unlink(missing_ok=True)
-    with finished.start("train") as command:
-        _wait_until(lambda: any(event["event"] == "role_started" for event in read_events(events)))
-        [pid] = [event["pid"] for event in read_events(events) if event["event"] == "role_started"]
-        command.send_signal(number)
-        command.communicate()
-    assert command.returncode == (-9 if number == signal.SIGKILL else 130)
+    pids = []
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 130)):
+        events.unlink(missing_ok=True)
+        with finished.start("train") as command:
+            _wait_until(lambda: any(event["event"] == "role_started" for event in read_events(events)))
+            pids += [event["pid"] for event in read_events(events) if event["event"] == "role_started"]
+            command.send_signal(number)
+            command.communicate()
+        assert command.returncode == code
     again = finished.command("train")
     assert again.returncode == 0, again.stderr
+    assert "40 samples trained | 0 restarts" in again.stdout
     assert live_holder(finished.directory, "evaluator") is None
-    assert not Path(f"/proc/{pid}").exists()
+    assert len(pids) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert (finished.directory / "checkpoints").stat().st_mtime_ns == weights
 
 
 def test_full_shared_memory_loses_nothing(tiny_model: Path, tmp_path: Path) -> None:
