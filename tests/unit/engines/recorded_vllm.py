@@ -91,7 +91,7 @@ class Exchange:
 
 
 def exchanges(record: Path = RECORD) -> list[Exchange]:
-    return [Exchange(**each) for each in json.loads((record / "exchanges.json").read_text())["exchanges"]]
+    return [Exchange(**each) for each in json.loads((record / "exchanges.json").read_text())]
 
 
 class RecordedServer(StandInServer):
