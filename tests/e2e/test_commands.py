@@ -101,6 +101,25 @@ def test_status_and_evaluate_take_the_run_file_or_the_directory(finished: TinyRu
     assert evaluated.stdout.strip().splitlines()[-1].startswith("acceptance length")
 
 
+def test_evaluate_measures_a_suite_beside_prompt_lookup(finished: TinyRun, tmp_path: Path) -> None:
+    """Table and verdict on the screen; the report, every prompt in it, and its picture as files."""
+    suite, report = tmp_path / "suite.jsonl", tmp_path / "report.json"
+    lines = [{"id": c + n, "prompt": f"go {n} go {n}", "category": c} for c in "ab" for n in "xy"]
+    suite.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = (finished.directory / "evaluation.json").read_bytes()
+    options = ["--suite", str(suite), "--temperature", "0,1", "--json", str(report)]
+    result = finished.run([*finished.arguments("evaluate"), *options])
+    assert result.returncode == 0, result.stderr
+    greedy, sampled = json.loads(report.read_text())["suites"]
+    assert [group["category"] for group in greedy["groups"]] == ["all", "a", "b"]
+    assert [each["prompt_id"] for each in sampled["prompts"]] == ["ax", "ay", "bx", "by"]
+    assert greedy["groups"][0]["ways"]["tree"]["identical"] == 4
+    assert "prompt lookup" in result.stdout
+    assert report.with_suffix(".svg").read_text().startswith("<svg")
+    assert (finished.directory / "evaluation.json").read_bytes() == before
+    assert not (finished.directory / "evaluation-unfinished.jsonl").exists()
+
+
 def test_a_changed_setting_is_refused_with_a_diff(finished: TinyRun, tmp_path: Path) -> None:
     """The run is untouched, and the message names both values."""
     changed = TinyRun(

@@ -161,7 +161,7 @@ def _tree_cycle(
     clock.drafted()
     tree = DraftTree((next_ids[-1], *tokens), (-1, *parents))
     step = target.verify(tree)
-    wanted: list[int] = step.logits.argmax(-1).tolist()
+    wanted = _likeliest(step.logits)
     clock.verified()
     path = tree.follow(wanted)
     target.accept(path)
@@ -198,7 +198,7 @@ class _Chooser:
 
     def __call__(self, logits: torch.Tensor) -> tuple[int, torch.Tensor | None]:
         if self.temperature <= 0:
-            return int(logits.argmax(-1)), None
+            return _likeliest(logits[None])[0], None
         probabilities = self.probabilities(logits)
         return self.draw(probabilities), probabilities
 
@@ -207,9 +207,15 @@ class _Chooser:
         return float(draw) < probability
 
 
+def _likeliest(logits: torch.Tensor) -> list[int]:
+    """Each row's choice; the first of equal ones. (`argmax` takes three times as long on a CPU.)"""
+    choices: list[int] = logits.max(-1).indices.tolist()
+    return choices
+
+
 def _verify_greedy(logits: torch.Tensor, chain: list[int]) -> tuple[int, int]:
     """(kept draft tokens, the target's own next token) from logits [n, V] of the newest token and chain."""
-    wanted: list[int] = logits.argmax(-1).tolist()
+    wanted = _likeliest(logits)
     kept = 0
     while kept < len(chain) and chain[kept] == wanted[kept]:
         kept += 1

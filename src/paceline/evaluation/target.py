@@ -5,10 +5,9 @@ rows, which hides the gain of speculation. This one reads the same weights, fuse
 and keeps a cache of fixed capacity. Plain and speculative decoding both run on it.
 
 Row invariance: attention reads the whole, masked cache, so no shape depends on how much is cached.
-A single row enters a long bfloat16 product as two equal rows, because oneDNN sums a single row in
-another order (measured: inner sizes above 1024). Plain and speculative decoding then agree bit for
-bit where the library's products do; the report counts the prompts for which they did. float32 agrees
-to rounding.
+A `Weight` gives a row the same bits alone as among others. Plain and speculative decoding then agree
+bit for bit where the library's products do; the report counts the prompts for which they did. float32
+agrees to rounding.
 Raises ConfigError for a target this forward does not compute exactly.
 
 Legend: n new tokens, C capacity, H hidden, N heads, K key-value heads, G = N / K, d head_dim.
@@ -26,16 +25,17 @@ from paceline.errors import ConfigError
 from paceline.evaluation.tree import DraftTree
 from paceline.evaluation.verifier import TargetStep, refuse_too_long
 from paceline.precision import CPU
+from paceline.product import Weight
 from paceline.target.head import TargetHead
 from paceline.target.plain_llama import why_not_plain_llama
 
 
 @dataclass(frozen=True)
 class _Layer:
-    qkv: torch.Tensor
-    out: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    qkv: Weight
+    out: Weight
+    gate_up: Weight
+    down: Weight
     input_norm: torch.Tensor
     post_norm: torch.Tensor
 
@@ -58,7 +58,7 @@ class LlamaTarget:
         self.head_dim = int(config.get("head_dim") or head.hidden_size // self.heads)
         self.embed_tokens = head.embed_tokens.to(device, dtype)
         is_tied = head.lm_head is head.embed_tokens
-        self.lm_head = self.embed_tokens if is_tied else head.lm_head.to(device, dtype)
+        self.lm_head = Weight(self.embed_tokens if is_tied else head.lm_head.to(device, dtype))
         self.norm = head.norm_weight.to(device, dtype)
         self.layers = [self._read_layer(index) for index in range(head.num_hidden_layers)]
         self.length = 0
@@ -83,7 +83,7 @@ class LlamaTarget:
         self.cos = torch.cat((angles.cos(), angles.cos()), -1).to(self.dtype).unsqueeze(1)  # [C, 1, d]
         self.sin = torch.cat((-angles.sin(), angles.sin()), -1).to(self.dtype).unsqueeze(1)
         self.mask = torch.where(rows[None] > rows[:, None], float("-inf"), 0.0).to(self.dtype)  # [C, C]
-        self.length = 0
+        self.length, self.tree_rows = 0, 0
 
     def truncate(self, length: int) -> None:
         """Forget every token from `length` on. Their cache rows are masked, and overwritten later."""
@@ -104,9 +104,7 @@ class LlamaTarget:
         if tree.is_chain:
             return self.forward(token_ids)
         paths = tree.paths().to(self.device)
-        count = paths.shape[0]
-        shape = (len(self.layers), count, self.kv_heads, self.head_dim)
-        self.tree_keys, self.tree_values = torch.empty(2, *shape, dtype=self.dtype, device=self.device)
+        self._reserve_for_tree(paths.shape[0])
         return self._run(token_ids, self.length + tree.depths().to(self.device), paths, False)
 
     def accept(self, path: list[int]) -> None:
@@ -126,6 +124,8 @@ class LlamaTarget:
         cos, sin, mask = self.cos[rows], self.sin[rows], self.mask[rows]
         if paths is None:
             mask = mask.repeat(self.heads // self.kv_heads, 1)  # [G * n, C]
+        else:
+            mask = mask.repeat_interleave(self.kv_heads, 0).unsqueeze(1)  # [n * K, 1, C]
         hidden = F.embedding(token_ids, self.embed_tokens)
         aux: dict[int, torch.Tensor] = {}
         for index, layer in enumerate(self.layers):
@@ -133,7 +133,7 @@ class LlamaTarget:
             if index + 1 in self.aux_layer_ids:
                 aux[index + 1] = hidden
         last = hidden[-1:] if last_only else hidden
-        logits = F.linear(self._rms(last, self.norm), self.lm_head)
+        logits = self.lm_head(self._rms(last, self.norm))
         return TargetStep(logits, torch.cat([aux[k] for k in self.aux_layer_ids], dim=-1))
 
     def _rms(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,7 @@ class LlamaTarget:
         paths: torch.Tensor | None,
     ) -> torch.Tensor:
         new, groups = hidden.shape[0], self.heads // self.kv_heads
-        qkv = F.linear(self._rms(hidden, layer.input_norm), layer.qkv).view(new, -1, self.head_dim)
+        qkv = layer.qkv(self._rms(hidden, layer.input_norm)).view(new, -1, self.head_dim)
         rotated = qkv[:, : self.heads + self.kv_heads]
         rotated = rotated * cos + rotated.roll(self.head_dim // 2, -1) * sin
         new_keys, new_values = rotated[:, self.heads :], qkv[:, self.heads + self.kv_heads :]
@@ -165,29 +165,41 @@ class LlamaTarget:
         else:
             self.tree_keys[index], self.tree_values[index] = new_keys, new_values
             query = query.reshape(new * self.kv_heads, groups, self.head_dim)
-            keys = self._along_paths(self.keys[index], new_keys, paths)
-            values = self._along_paths(self.values[index], new_values, paths)
-            mask = mask.repeat_interleave(self.kv_heads, 0).unsqueeze(1)  # [n * K, 1, C]
+            keys = self._along_paths(self.path_keys, self.keys[index], new_keys, paths)
+            values = self._along_paths(self.path_values, self.values[index], new_values, paths)
             mixed = self._attend(query, keys, values, mask)
-        hidden = hidden + F.linear(mixed.reshape(new, -1), layer.out)
-        gate, up = F.linear(self._rms(hidden, layer.post_norm), layer.gate_up).chunk(2, dim=-1)
-        return hidden + _product(F.silu(gate) * up, layer.down)
+        hidden = hidden + layer.out(mixed.reshape(new, -1))
+        gate, up = layer.gate_up(self._rms(hidden, layer.post_norm)).chunk(2, dim=-1)
+        return hidden + layer.down(F.silu(gate) * up)
 
     def _attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """Over the whole, masked cache: [b, m, d] from query [b, m, d], keys and values [b, C, d]."""
-        scores = torch.bmm(query, keys.transpose(1, 2)) * self.head_dim**-0.5 + mask
-        return torch.bmm(scores.softmax(-1, dtype=torch.float32).to(self.dtype), values)
+        products = torch.bmm(query, keys.transpose(1, 2))
+        scores = torch.add(mask, products, alpha=self.head_dim**-0.5)
+        return torch.bmm(scores.softmax(-1), values)  # which sums in float32
 
-    def _along_paths(self, cached: torch.Tensor, new: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
-        """A separate cache for every row of a tree [n * K, C, d]: the cached tokens, then the row's path.
+    def _reserve_for_tree(self, count: int) -> None:
+        """Room for the rows of a tree in all layers, and for the caches along their paths in one."""
+        if count == self.tree_rows:
+            return
+        self.tree_rows = count
+        rows = (2, len(self.layers), count, self.kv_heads, self.head_dim)
+        along = (2, count, self.kv_heads, self.capacity, self.head_dim)
+        self.tree_keys, self.tree_values = torch.empty(rows, dtype=self.dtype, device=self.device)
+        self.path_keys, self.path_values = torch.empty(along, dtype=self.dtype, device=self.device)
+
+    def _along_paths(
+        self, own: torch.Tensor, cached: torch.Tensor, new: torch.Tensor, paths: torch.Tensor
+    ) -> torch.Tensor:
+        """Fill `own` [n, K, C, d], a cache for every row of a tree: the cached tokens, then its path.
 
         Every token lies where plain decoding would put it, so that sums run in the same order. The mask
         hides the repeated rows after the end of a path.
         """
         count, depth = paths.shape
-        own = cached.unsqueeze(0).repeat(count, 1, 1, 1)
+        own.copy_(cached)
         own[:, :, self.length : self.length + depth] = new[paths].transpose(1, 2)
         return own.view(count * self.kv_heads, self.capacity, self.head_dim)
 
@@ -195,20 +207,13 @@ class LlamaTarget:
         tensors = self.head.layer_tensors(index)
         raw = {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
         return _Layer(
-            qkv=torch.cat([raw[f"self_attn.{name}_proj.weight"] for name in "qkv"]),
-            out=raw["self_attn.o_proj.weight"],
-            gate_up=torch.cat([raw["mlp.gate_proj.weight"], raw["mlp.up_proj.weight"]]),
-            down=raw["mlp.down_proj.weight"],
+            qkv=Weight(torch.cat([raw[f"self_attn.{name}_proj.weight"] for name in "qkv"])),
+            out=Weight(raw["self_attn.o_proj.weight"]),
+            gate_up=Weight(torch.cat([raw["mlp.gate_proj.weight"], raw["mlp.up_proj.weight"]])),
+            down=Weight(raw["mlp.down_proj.weight"]),
             input_norm=raw["input_layernorm.weight"],
             post_norm=raw["post_attention_layernorm.weight"],
         )
-
-
-def _product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`rows @ weight.T` [n, out] with sums in the same order for one row as for several."""
-    if rows.shape[0] == 1 and rows.dtype == torch.bfloat16:
-        return F.linear(rows.expand(2, -1), weight)[:1]
-    return F.linear(rows, weight)
 
 
 def _require_plain_llama(head: TargetHead) -> None:

@@ -14,6 +14,7 @@ from paceline.methods.drafter import Choose
 from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.methods.guesses import ROOT, Guesses
 from paceline.methods.layers import rotate
+from paceline.product import Weight
 
 
 class Eagle3Decoder:
@@ -29,15 +30,12 @@ class Eagle3Decoder:
         def copied(*parts: torch.Tensor) -> torch.Tensor:
             return torch.cat([part.detach() for part in parts]).to(dtype)
 
-        self.fc, self.lm_head, self.norm = (
-            copied(draft.fc.weight),
-            copied(draft.lm_head.weight),
-            copied(draft.norm.weight),
-        )
-        self.qkv = copied(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-        self.out = copied(attention.o_proj.weight)
-        self.gate_up = copied(layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight)
-        self.down = copied(layer.mlp.down_proj.weight)
+        self.fc, self.lm_head = Weight(copied(draft.fc.weight)), Weight(copied(draft.lm_head.weight))
+        self.norm = copied(draft.norm.weight)
+        self.qkv = Weight(copied(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
+        self.out = Weight(copied(attention.o_proj.weight))
+        self.gate_up = Weight(copied(layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight))
+        self.down = Weight(copied(layer.mlp.down_proj.weight))
         self.embedding_norm, self.feature_norm, self.post_norm = (
             copied(layer.input_layernorm.weight),
             copied(layer.hidden_norm.weight),
@@ -73,7 +71,7 @@ class Eagle3Decoder:
         tokens: list[int] = []
         distributions: list[torch.Tensor | None] = []
         while True:
-            draft_id, distribution = choose(F.linear(self._rms(feature, self.norm), self.lm_head)[0])
+            draft_id, distribution = choose(self.lm_head(self._rms(feature, self.norm))[0])
             tokens.append(int(self.target_ids[draft_id]))
             distributions.append(distribution)
             if len(tokens) == count:
@@ -97,7 +95,7 @@ class Eagle3Decoder:
         lines: list[list[int]] = [[]]  # for each feature's row, the drafted rows that it may attend to
         frontier, drafted = [ROOT], 0
         for level in range(depth):
-            logits = F.linear(self._rms(features, self.norm), self.lm_head).float()
+            logits = self.lm_head(self._rms(features, self.norm)).float()
             likeliest = guesses.grow(logits, frontier, branching, level)
             if level == depth - 1:
                 break
@@ -125,7 +123,7 @@ class Eagle3Decoder:
         if self.own_norms:
             parts = zip(states.chunk(len(self.own_norms), dim=-1), self.own_norms, strict=True)
             states = torch.cat([self._rms(part, weight) for part, weight in parts], dim=-1)
-        return F.linear(states, self.fc)
+        return self.fc(states)
 
     def _fed_back(self, output: torch.Tensor) -> torch.Tensor:
         return self._rms(output, self.norm) if self.config.norm_output else output
@@ -152,7 +150,7 @@ class Eagle3Decoder:
         inputs = torch.cat(
             (self._rms(embedding, self.embedding_norm), self._rms(feature, self.feature_norm)), dim=-1
         )
-        qkv = F.linear(inputs, self.qkv).view(new, -1, self.head_dim).transpose(0, 1).unsqueeze(0)
+        qkv = self.qkv(inputs).view(new, -1, self.head_dim).transpose(0, 1).unsqueeze(0)
         rotated = rotate(qkv[:, : self.heads + self.kv_heads], (self.cos[None, turn], self.sin[None, turn]))
         self.keys[:, rows] = rotated[0, self.heads :]
         self.values[:, rows] = qkv[0, self.heads + self.kv_heads :]
@@ -169,6 +167,6 @@ class Eagle3Decoder:
             attn_mask=mask,
             enable_gqa=True,
         )
-        hidden = feature + F.linear(mixed[0].transpose(0, 1).reshape(new, -1), self.out)
-        gate, up = F.linear(self._rms(hidden, self.post_norm), self.gate_up).chunk(2, dim=-1)
-        return hidden + F.linear(F.silu(gate) * up, self.down)
+        hidden = feature + self.out(mixed[0].transpose(0, 1).reshape(new, -1))
+        gate, up = self.gate_up(self._rms(hidden, self.post_norm)).chunk(2, dim=-1)
+        return hidden + self.down(F.silu(gate) * up)

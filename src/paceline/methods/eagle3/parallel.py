@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
 
 from paceline.errors import ConfigError
 from paceline.methods.drafter import Choose
@@ -87,7 +86,7 @@ class ParallelDecoder(Eagle3Decoder):
     ) -> tuple[list[int], list[torch.Tensor | None]]:
         """See `Drafter`. A guess's distribution is that of its place, whatever the guesses before it are."""
         outputs = self._outputs(aux, next_ids, count)
-        logits = F.linear(self._rms(outputs, self.norm), self.lm_head)
+        logits = self.lm_head(self._rms(outputs, self.norm))
         chosen = [choose(row) for row in logits]
         return self.target_ids[[draft_id for draft_id, _ in chosen]].tolist(), [q for _, q in chosen]
 
@@ -97,7 +96,7 @@ class ParallelDecoder(Eagle3Decoder):
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """See `TreeDrafter`. All guesses of a level are followed by the same ones of the next."""
         outputs = self._outputs(aux, next_ids, depth)
-        logits = F.linear(self._rms(outputs, self.norm), self.lm_head).float()
+        logits = self.lm_head(self._rms(outputs, self.norm)).float()
         guesses, frontier = Guesses(), [ROOT]
         for level in range(depth):
             frontier = guesses.grow(logits[level].expand(len(frontier), -1), frontier, branching, level)
