@@ -77,6 +77,7 @@ def _table(report: Mapping[str, Any]) -> Table:
     table.add_column("acceptance length:\n1 + accepted / cycles")
     table.add_column("kept at depth 1, 2, ...")
     table.add_column("speed-up over\nplain decoding")
+    table.add_column("ms a cycle:\ndraft, target, rest")
     for part in report["suites"]:
         for group in part["groups"]:
             category = "" if group["category"] == "all" else f", {group['category']}"
@@ -93,6 +94,7 @@ def _figures(found: Mapping[str, Any]) -> list[str]:
         with_interval(found, "acceptance_length"),
         ", ".join(f"{share:.2f}" for share in found["acceptance_rate"]),
         "-" if found["speed_up"] is None else with_interval(found, "speed_up"),
+        ", ".join(f"{found['cycle_ms'][part]:.1f}" for part in ("draft", "target", "rest")),
     ]
 
 
