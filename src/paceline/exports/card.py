@@ -69,11 +69,13 @@ def _rope(draft: ExportedDraft) -> dict[str, str]:
 def _measured(draft: ExportedDraft, evaluation: Mapping[str, Any]) -> list[str]:
     if not evaluation:
         return ["## Acceptance", "", f"The draft of step {draft.origin['step']} was not measured.", ""]
-    e, ways = evaluation, [evaluation["chain"]]
+    e, ways = evaluation, {"a chain": evaluation["chain"]}
     where = f"{str(e.get('dtype')).removeprefix('torch.')} on {e.get('device')}"
     prompts = f"{e['prompts']} held-out prompts of {Path(str(e.get('prompts_file', 'an unknown file'))).name}"
     if evaluation["branching"] != 1:
-        ways.append(evaluation)
+        ways["a tree"] = evaluation
+    if "lookup" in evaluation:
+        ways["no draft, prompt lookup"] = evaluation["lookup"]
     lines = [
         "## Acceptance",
         "",
@@ -84,17 +86,18 @@ def _measured(draft: ExportedDraft, evaluation: Mapping[str, Any]) -> list[str]:
         "| guesses a cycle | acceptance length | emitted tokens a cycle | kept at depth 1, 2, ... |",
         "|---|---|---|---|",
     ]
-    for way in ways:
-        kept = [float(share) for share in way["acceptance_rate"]]
-        shape = "a chain" if way["branching"] == 1 else "a tree"
+    for shape, way in ways.items():
+        kept = ", ".join(f"{share:.3f}" for share in way["acceptance_rate"])
+        bounds = way.get("acceptance_length_interval")
+        is_known = isinstance(bounds, list) and [type(bound) for bound in bounds] == [float, float]
+        interval = f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if is_known else ""
         lines.append(
-            f"| {shape} of {way['num_draft_tokens']} | {way['acceptance_length']:.3f} "
-            f"| {way['emitted_per_cycle']:.3f} "
-            f"| {', '.join(f'{share:.3f}' for share in kept)} |"
+            f"| {shape} of {way['num_draft_tokens']} | {way['acceptance_length']:.3f}{interval} "
+            f"| {way['emitted_per_cycle']:.3f} | {kept} |"
         )
     told = (
         "The acceptance length is 1 + accepted guesses / cycles, as vLLM's counters give it. Emitted tokens "
-        "leave out what was accepted beyond an answer's end."
+        "leave out what was accepted beyond an answer's end. In brackets: 95 % over prompts."
     )
     return [*lines, "", told, ""]
 

@@ -115,7 +115,8 @@ EVALUATION = {
     "identical": 24,
     "dtype": "float32",
     "device": "cpu",
-    "chain": WAY,
+    "chain": {**WAY, "acceptance_length_interval": [1.4, 1.56]},
+    "lookup": {**WAY, "num_draft_tokens": 7, "acceptance_length": 1.2, "emitted_per_cycle": 1.19},
     "prompts_file": "/data/heldout.jsonl",
     "max_new_tokens": 96,
 }
@@ -130,7 +131,12 @@ def test_the_card_tells_both_acceptance_lengths_and_how_they_were_measured(case:
     )
     assert measured in card
     assert "The checkpoint's own weights were measured, before they were written here in float32." in card
-    for told in ("| 1.480 | 1.457 | 0.350, 0.100, 0.030 |", "24 held-out prompts", "vllm serve org/target"):
+    for told in (
+        "a chain of 3 | 1.480 [1.400, 1.560] | 1.457 | 0.350, 0.100, 0.030 |",
+        "prompt lookup of 7 | 1.200 | 1.190",
+        "24 held-out prompts",
+        "vllm serve org/target",
+    ):
         assert told in card
     assert case.draft.target.version.model in card
     assert "was not measured" in model_card(case.draft, lines, {}, Verdict((), 24, 3e-7), "rows")
