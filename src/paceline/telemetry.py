@@ -49,6 +49,7 @@ EVENTS = {
     "fall_back": "an older checkpoint is head; samples that the producer captures again",
     "rolled_forward": "a complete checkpoint that the ledger did not know is head",
     # evaluator
+    "measured": "a prompt is measured: how many are, of how many, and of what",
     "evaluated": "the acceptance lengths",
     "evaluated_suites": "a report on suites is written",
     # exporter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from paceline.errors import ConfigError
 from paceline.evaluation.settings import EvaluationRequest
 from paceline.evaluation.suites import HELD_OUT, find_suite
 from paceline.regular_files import kind_of
+from paceline.roles.plan import events_path
+from paceline.telemetry import read_events
 
 REPORT = "evaluation-suites.json"
+TELL_EVERY_S = 15.0
 
 
 def evaluation_request(
@@ -56,6 +60,24 @@ def evaluation_request(
     for name in request.suites:
         find_suite(name, config.evaluation.prompts)  # raises the error before anything is loaded
     return request
+
+
+class MeasuringProgress:
+    """Tells at intervals how many prompts the evaluator has measured."""
+
+    def __init__(self, console: Console, config: RunConfig) -> None:
+        self._console, self._path = console, events_path(config, "evaluator")
+        self._began = round(time.time(), 3)  # as events have it
+        self._next = time.monotonic() + TELL_EVERY_S
+
+    def look(self) -> None:
+        if time.monotonic() < self._next:
+            return
+        self._next += TELL_EVERY_S
+        events = [event for event in read_events(self._path) if event.get("event") == "measured"]
+        if events and events[-1].get("time", 0) >= self._began:
+            newest = events[-1]
+            say(self._console, f"measured {newest['prompts']} of {newest['of']} prompts: {newest['what']}")
 
 
 def show_report(console: Console, path: Path) -> None:

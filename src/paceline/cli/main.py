@@ -17,7 +17,7 @@ import typer
 
 from paceline.cli.clean import clean_folder
 from paceline.cli.data import check
-from paceline.cli.evaluate import evaluation_request, show_report
+from paceline.cli.evaluate import MeasuringProgress, evaluation_request, show_report
 from paceline.cli.export import HOST, export_checkpoint, export_request, serve_run, serving_command
 from paceline.cli.fsck import fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
@@ -334,7 +334,7 @@ def _evaluate(run_file: Path, config: RunConfig, request: EvaluationRequest | No
     local_target(config.target)  # the evaluator's process does not use the network
     what = "held-out prompts" if request is None else ", ".join(request.suites)
     say(out, f"measuring on {what}, by lossless decoding ...")
-    if not evaluate_run(run_file, config, request):
+    if not evaluate_run(run_file, config, request, MeasuringProgress(out, config).look):
         say(out, "Stopped; nothing is lost. The same command measures the prompts that are left.")
         raise typer.Exit(INTERRUPTED)
     if request is None:

@@ -47,7 +47,9 @@ def evaluate(
         return
     checkpoint, _ = checkpoint_of_step(config, view, None, only=(DRAFT,))
     measured = build_measured_draft(config, checkpoint, view.facts().get(RENDERING_DATE))
-    result = measure_held_out(config, measured, held_out_of(config, measured), with_lookup=True)
+    result = measure_held_out(
+        config, measured, held_out_of(config, measured), with_lookup=True, report=events.write
+    )
     _write(config.run.directory / "evaluation.json", result)
     told = {name: value for name, value in result.items() if name != "figures_of_prompts"}
     events.write("evaluated", **told)
@@ -73,7 +75,7 @@ def _evaluate_suites(
     # Figures of another tree or target would not be those of this evaluation.
     identity = {**facts, "evaluation": config.evaluation.model_dump(mode="json")}
     with Unfinished(config.run.directory / "evaluation-unfinished.jsonl", identity) as unfinished:
-        parts = measure_suites(config, measured, suites, request.temperatures, unfinished)
+        parts = measure_suites(config, measured, suites, request.temperatures, unfinished, events.write)
         report = {**facts, "suites": parts}
         _write(request.report, report)
         replace_file(request.report.with_suffix(".svg"), picture_of(report).encode())

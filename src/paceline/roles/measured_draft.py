@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from paceline.config.run import RunConfig
-from paceline.evaluation.acceptance import Way, compare, decode_prompts, summarise
+from paceline.evaluation.acceptance import PromptFigures, Way, compare, decode_prompts, summarise
 from paceline.evaluation.heldout import HeldOut, refuse_nothing_to_measure
 from paceline.evaluation.library_target import LibraryTarget
 from paceline.evaluation.lookup import LookupDrafter
@@ -25,6 +25,7 @@ from paceline.evaluation.verifier import Verifier
 from paceline.methods.drafter import Drafter
 from paceline.precision import resolve_device, torch_dtype
 from paceline.roles.held_out import held_out_prompts
+from paceline.roles.wire import Report, no_report
 from paceline.target.head import TargetHead
 from paceline.target.plain_llama import why_not_plain_llama
 from paceline.target.tokenizer import PromptEncoder
@@ -88,22 +89,27 @@ def measure_held_out(
     *,
     with_plain: bool = True,
     with_lookup: bool = False,
+    report: Report = no_report,
 ) -> dict[str, Any]:
     """The report of greedy decoding as JSON values (see `report_of`), the content of evaluation.json.
 
     Without plain decoding it is faster, and tells acceptance alone. With the lookup, the figures of the
-    baseline stand under "lookup" and the comparison with it under "against_lookup".
+    baseline stand under "lookup" and the comparison with it under "against_lookup". `report` hears of each
+    prompt.
     """
     section, drafts = config.evaluation, draft_ways(config, measured)
     ways = [*drafts, lookup_way(config, measured)] if with_lookup else drafts
     decoding = Decoding(section.max_new_tokens, measured.head.eos_token_ids)
-    figures = list(decode_prompts(measured.target, ways, held_out.asked, decoding, with_plain=with_plain))
+    figures: list[PromptFigures] = []
+    for each in decode_prompts(measured.target, ways, held_out.asked, decoding, with_plain=with_plain):
+        figures.append(each)
+        report("measured", prompts=len(figures), of=len(held_out.asked), what="held-out prompts")
     reports = {way.name: summarise(figures, way.name, way.drafting).to_dict() for way in ways}
-    report = report_of(config, measured, held_out, [reports[way.name] for way in drafts])
+    whole = report_of(config, measured, held_out, [reports[way.name] for way in drafts])
     if with_lookup:
         gains = {way.name: asdict(compare(figures, way.name, LOOKUP)) for way in drafts}
-        report |= {LOOKUP: reports[LOOKUP], "against_lookup": gains}
-    return {**report, "figures_of_prompts": [asdict(each) for each in figures]}
+        whole |= {LOOKUP: reports[LOOKUP], "against_lookup": gains}
+    return {**whole, "figures_of_prompts": [asdict(each) for each in figures]}
 
 
 def report_of(

@@ -22,6 +22,7 @@ from paceline.evaluation.speculative import Decoding
 from paceline.evaluation.suites import HELD_OUT, Suite, SuitePrompt, find_suite, read_suite
 from paceline.evaluation.unfinished import Unfinished
 from paceline.roles.measured_draft import LOOKUP, MeasuredDraft, draft_ways, lookup_way
+from paceline.roles.wire import Report, no_report
 from paceline.target.chat_encoder import ChatEncoder
 
 DEFINITION = "1 + accepted draft tokens / cycles"
@@ -57,8 +58,9 @@ def measure_suites(
     suites: Sequence[ReadSuite],
     temperatures: Sequence[float],
     unfinished: Unfinished,
+    report: Report = no_report,
 ) -> list[dict[str, Any]]:
-    """A part of the report for each suite and temperature, as JSON values.
+    """A part of the report for each suite and temperature, as JSON values. `report` hears of each prompt.
 
     Raises ConfigError if no prompt of a suite can be decoded.
     """
@@ -73,8 +75,8 @@ def measure_suites(
             ways = [
                 way for way in draft_ways(config, measured) if temperature <= 0 or way.drafting.is_chain
             ] + [lookup_way(config, measured)]
-            name = f"{read.suite.path} {temperature:g}"
-            figures = _measured(measured, ways, held_out.asked, decoding, name, unfinished)
+            part = _Part(f"{read.suite.path}, temperature {temperature:g}", ways, held_out.asked, decoding)
+            figures = _measured(measured, part, unfinished, report)
             parts.append(
                 {
                     "suite": read.suite.name,
@@ -109,21 +111,29 @@ def groups_of(figures: Sequence[PromptFigures], ways: Sequence[Way]) -> list[dic
     ]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A suite at a temperature."""
+
+    name: str
+    ways: Sequence[Way]
+    asked: Sequence[Asked]
+    decoding: Decoding
+
+
 def _measured(
-    measured: MeasuredDraft,
-    ways: Sequence[Way],
-    asked: Sequence[Asked],
-    decoding: Decoding,
-    part: str,
-    unfinished: Unfinished,
+    measured: MeasuredDraft, part: _Part, unfinished: Unfinished, report: Report
 ) -> list[PromptFigures]:
     """The figures of every prompt; those that an earlier, killed evaluation has are taken from there."""
-    found = {prompt: unfinished.find(part, prompt) for prompt in asked}
+    found = {prompt: unfinished.find(part.name, prompt) for prompt in part.asked}
     left = [prompt for prompt, figures in found.items() if figures is None]
     if left:
-        for prompt, figures in zip(left, decode_prompts(measured.target, ways, left, decoding), strict=True):
-            unfinished.add(part, prompt, figures)
+        decoded = decode_prompts(measured.target, part.ways, left, part.decoding)
+        for place, (prompt, figures) in enumerate(zip(left, decoded, strict=True)):
+            unfinished.add(part.name, prompt, figures)
             found[prompt] = figures
+            done = len(found) - len(left) + place + 1
+            report("measured", prompts=done, of=len(found), what=part.name)
     return [figures for figures in found.values() if figures is not None]
 
 

@@ -218,14 +218,21 @@ class Supervisor:
             child.end(now + GRACE_S[role])
 
 
-def evaluate_run(run_file: Path, config: RunConfig, request: EvaluationRequest | None = None) -> bool:
+def evaluate_run(
+    run_file: Path,
+    config: RunConfig,
+    request: EvaluationRequest | None = None,
+    look: Callable[[], None] = lambda: None,
+) -> bool:
     """Measure a checkpoint in a process of its own; returns False if the user stopped it.
 
-    `request`: None for the newest checkpoint on the run's held-out prompts. Raises the evaluator's error.
+    `request`: None for the newest checkpoint on the run's held-out prompts. `look` is called now and then.
+    Raises the evaluator's error.
     """
-    again = f"paceline evaluate {config.run.directory}"
-    asked = [] if request is None else [request.model_dump_json()]
-    return _run_alone("evaluator", "evaluation", again, run_file, config, *asked)
+    again, asked = f"paceline evaluate {config.run.directory}", []
+    if request is not None:
+        again, asked = "the same command goes on after the last prompt", [request.model_dump_json()]
+    return _run_alone("evaluator", "evaluation", again, run_file, config, *asked, look=look)
 
 
 def export_run(run_file: Path, config: RunConfig, request: ExportSection) -> bool:
@@ -248,7 +255,15 @@ def export_answers_of(run_file: Path, config: RunConfig, path: Path) -> bool:
     )
 
 
-def _run_alone(role: str, work: str, again: str, run_file: Path, config: RunConfig, *arguments: str) -> bool:
+def _run_alone(
+    role: str,
+    work: str,
+    again: str,
+    run_file: Path,
+    config: RunConfig,
+    *arguments: str,
+    look: Callable[[], None] = lambda: None,
+) -> bool:
     children: list[Child] = []
     with StopSignals(lambda: children) as signals:
         end_orphan(config.run.directory, role, lambda: signals.count > 0)
@@ -256,6 +271,7 @@ def _run_alone(role: str, work: str, again: str, run_file: Path, config: RunConf
         [child] = children
         try:
             while not child.wait(LOOK_S):
+                look()
                 if signals.count:
                     return False
             code, error = child.poll(), child.error()

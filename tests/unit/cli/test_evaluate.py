@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from paceline.cli.evaluate import evaluation_request, verdict
+from paceline.cli.evaluate import MeasuringProgress, evaluation_request, verdict
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
+from paceline.roles.plan import events_path
+from paceline.telemetry import EventLog
 from paceline.testing.tiny_run import TinyRun
 
 
@@ -67,3 +71,21 @@ def test_the_screen_says_plainly_whether_the_draft_beats_the_lookup(
 ) -> None:
     told = {"gain": gain, "gain_interval": interval, "speed_ratio": 1.5, "speed_ratio_interval": None}
     assert words in verdict("heldout", "tree", told)
+
+
+def test_progress_is_told_at_intervals_and_only_of_this_evaluation(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation takes minutes; what an earlier one has told is not its progress."""
+    events = EventLog(events_path(config, "evaluator"))
+    monkeypatch.setattr("paceline.telemetry.time.time", lambda: 1.0)
+    events.write("measured", prompts=9, of=9, what="an earlier one")
+    monkeypatch.undo()
+    monkeypatch.setattr("paceline.cli.evaluate.TELL_EVERY_S", 0.0)
+    console = Console(file=StringIO(), width=100)
+    progress = MeasuringProgress(console, config)
+    progress.look()
+    assert console.file.getvalue() == ""
+    events.write("measured", prompts=3, of=10, what="heldout, temperature 0")
+    progress.look()
+    assert console.file.getvalue() == "measured 3 of 10 prompts: heldout, temperature 0\n"

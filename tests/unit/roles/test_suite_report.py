@@ -46,7 +46,7 @@ def measured(config: RunConfig) -> MeasuredDraft:
     drafter = Eagle3Decoder(method.build(head, [captured_sample(tiny_target(), 40, 2, 1)], 1), torch.float32)
     target = LlamaTarget(head, AUX_LAYER_IDS, torch.float32)
     encoder = PromptEncoder(config.target.model)
-    return MeasuredDraft(7, drafter, target, head, encoder, torch.float32, torch.device("cpu"))
+    return MeasuredDraft(7, 3, drafter, target, head, encoder, torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture
