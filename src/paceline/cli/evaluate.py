@@ -76,7 +76,7 @@ class MeasuringProgress:
         self._next += TELL_EVERY_S
         events = [event for event in read_events(self._path) if event.get("event") == "measured"]
         if events and events[-1].get("time", 0) >= self._began:
-            newest = events[-1]
+            newest, self._began = events[-1], events[-1]["time"] + 0.001  # each is told once
             say(self._console, f"measured {newest['prompts']} of {newest['of']} prompts: {newest['what']}")
 
 
@@ -168,5 +168,6 @@ def verdict(place: str, way: str, against: Mapping[str, Any]) -> str:
         verb = "is not shown to beat prompt lookup, which needs no training"
     else:
         verb = "DOES NOT BEAT prompt lookup, which needs no training"
-    speed = f"it is {against['speed_ratio']:.2f} times as fast{_bounds(against, 'speed_ratio', '.2f')}"
+    slower = "it is" if against["speed_ratio"] >= 1 else "it is SLOWER,"
+    speed = f"{slower} {against['speed_ratio']:.2f} times as fast{_bounds(against, 'speed_ratio', '.2f')}"
     return f"{place}: the draft's {way} {verb} ({told}; {speed})"

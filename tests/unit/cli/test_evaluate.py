@@ -71,6 +71,8 @@ def test_the_screen_says_plainly_whether_the_draft_beats_the_lookup(
 ) -> None:
     told = {"gain": gain, "gain_interval": interval, "speed_ratio": 1.5, "speed_ratio_interval": None}
     assert words in verdict("heldout", "tree", told)
+    assert "it is 1.50 times as fast" in verdict("heldout", "tree", told)
+    assert "it is SLOWER, 0.90 times as fast" in verdict("heldout", "tree", {**told, "speed_ratio": 0.9})
 
 
 def test_progress_is_told_at_intervals_and_only_of_this_evaluation(
@@ -88,4 +90,5 @@ def test_progress_is_told_at_intervals_and_only_of_this_evaluation(
     assert console.file.getvalue() == ""
     events.write("measured", prompts=3, of=10, what="heldout, temperature 0")
     progress.look()
+    progress.look()  # nothing new
     assert console.file.getvalue() == "measured 3 of 10 prompts: heldout, temperature 0\n"
