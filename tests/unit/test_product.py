@@ -27,9 +27,10 @@ def test_the_product_is_that_of_the_matrix(rows: int, columns: int, dtype: torch
 
 
 @pytest.mark.parametrize("columns", [576, 1152, 1536])
-def test_a_row_alone_has_the_bits_that_it_has_among_others(columns: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_alone_has_the_bits_that_it_has_among_others(columns: int, dtype: torch.dtype) -> None:
     """Plain decoding reads one row and verification several: their outputs must be the same bits."""
-    weight, inputs = Weight(matrix(512, columns, torch.bfloat16)), matrix(17, columns, torch.bfloat16)
+    weight, inputs = Weight(matrix(512, columns, dtype)), matrix(17, columns, dtype)
     together = weight(inputs)
     for count in (1, 2, 4, 8):
         assert torch.equal(weight(inputs[:count]), together[:count]), count
@@ -47,5 +48,6 @@ def test_without_the_operators_or_with_wrong_ones_the_plain_product_is_used(
         return torch.zeros(rows.shape[0], 64, dtype=rows.dtype)
 
     monkeypatch.setattr(product, "_multiply", other)
-    plain, inputs = matrix(64, 32, torch.bfloat16), matrix(3, 32, torch.bfloat16)
-    assert torch.equal(Weight(plain)(inputs), F.linear(inputs, plain))
+    for dtype in (torch.bfloat16, torch.float32):
+        plain, inputs = matrix(64, 32, dtype), matrix(3, 32, dtype)
+        assert torch.equal(Weight(plain)(inputs), F.linear(inputs, plain))
