@@ -147,20 +147,6 @@ def decode_prompts(
         )
 
 
-def measure_acceptance(
-    target: Verifier,
-    drafter: Drafter,
-    prompts: Sequence[tuple[int, ...]],
-    decoding: Decoding,
-    draftings: Sequence[Drafting],
-) -> list[AcceptanceReport]:
-    """One report for each kind of drafting with one draft. Raises ConfigError without prompts."""
-    ways = [Way(str(place), drafter, drafting) for place, drafting in enumerate(draftings)]
-    asked = [Asked(str(place), ids) for place, ids in enumerate(prompts)]
-    figures = list(decode_prompts(target, ways, asked, decoding))
-    return [summarise(figures, way.name, way.drafting) for way in ways]
-
-
 def summarise(figures: Sequence[PromptFigures], name: str, drafting: Drafting) -> AcceptanceReport:
     """The report of the way `name`, which guessed as `drafting` says."""
     answers, resampling = [each.ways[name] for each in figures], Resampling(len(figures))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from paceline.errors import ConfigError
-from paceline.evaluation.acceptance import measure_acceptance
+from paceline.evaluation.acceptance import AcceptanceReport, Way, decode_prompts, summarise
+from paceline.evaluation.heldout import Asked
 from paceline.evaluation.lookup import LookupDrafter
 from paceline.evaluation.speculative import Decoding, plain_generate, speculative_generate
 from paceline.evaluation.target import LlamaTarget
@@ -67,6 +69,20 @@ def trained_draft(folder: Path, model: LlamaForCausalLM) -> Eagle3Draft:
     return draft
 
 
+def measured(
+    target: LlamaTarget,
+    drafter: Drafter,
+    prompts: Sequence[tuple[int, ...]],
+    decoding: Decoding,
+    draftings: Sequence[Drafting],
+) -> list[AcceptanceReport]:
+    """One report for each kind of drafting."""
+    ways = [Way(str(place), drafter, drafting) for place, drafting in enumerate(draftings)]
+    asked = [Asked(str(place), ids) for place, ids in enumerate(prompts)]
+    figures = list(decode_prompts(target, ways, asked, decoding))
+    return [summarise(figures, way.name, way.drafting) for way in ways]
+
+
 def test_target_forward_equals_hugging_face(target: LlamaTarget, model: LlamaForCausalLM) -> None:
     """Logits, auxiliary states and the cache agree with transformers, in one call or token by token."""
     sample = captured_sample(model, 12, 4, seed=5)
@@ -98,7 +114,7 @@ def test_greedy_output_equals_plain_decoding(
 ) -> None:
     """Token for token, whether the draft is always wrong or nearly always right."""
     drafter = Eagle3Decoder(request.getfixturevalue(which), torch.float32)
-    [report] = measure_acceptance(target, drafter, PROMPTS, NEVER_ENDS, [Drafting(num_draft_tokens)])
+    [report] = measured(target, drafter, PROMPTS, NEVER_ENDS, [Drafting(num_draft_tokens)])
     assert report.identical == len(PROMPTS)
     if which == "trained_draft":
         assert report.acceptance_length > 1.0 + 0.5 * num_draft_tokens
@@ -115,9 +131,7 @@ def test_greedy_output_of_a_tree_equals_plain_decoding(
 ) -> None:
     """Several guesses verified in one pass change the speed and nothing else."""
     drafter = Eagle3Decoder(request.getfixturevalue(which), torch.float32)
-    tree, chain = measure_acceptance(
-        target, drafter, PROMPTS, NEVER_ENDS, [drafting, Drafting(drafting.max_depth)]
-    )
+    tree, chain = measured(target, drafter, PROMPTS, NEVER_ENDS, [drafting, Drafting(drafting.max_depth)])
     assert tree.identical == chain.identical == len(PROMPTS)
     if drafting.branching == 8 and which == "random_draft":
         assert tree.acceptance_length > chain.acceptance_length, "more guesses hit more often"
@@ -126,7 +140,7 @@ def test_greedy_output_of_a_tree_equals_plain_decoding(
 def test_greedy_output_of_prompt_lookup_equals_plain_decoding(target: LlamaTarget) -> None:
     """With no guess in some cycles and several in others."""
     prompt = (5, 9, 12, 5, 9, 12, 5, 9)
-    [report] = measure_acceptance(target, LookupDrafter(VOCAB), [prompt, *PROMPTS], NEVER_ENDS, [Drafting(4)])
+    [report] = measured(target, LookupDrafter(VOCAB), [prompt, *PROMPTS], NEVER_ENDS, [Drafting(4)])
     assert report.identical == len(PROMPTS) + 1
     assert report.acceptance_length > 1.0
     assert report.cycles > 0
@@ -140,7 +154,7 @@ def test_every_tensor_of_decoding_is_made_where_the_target_lies(
     sampled = Decoding(max_new_tokens=8, temperature=0.7)
     with torch.device("meta"):  # whatever names no device lies elsewhere
         assert torch.zeros(()).is_meta
-        tree, _ = measure_acceptance(target, drafter, PROMPTS, NEVER_ENDS, [Drafting(7, 3, 4), Drafting(3)])
+        tree, _ = measured(target, drafter, PROMPTS, NEVER_ENDS, [Drafting(7, 3, 4), Drafting(3)])
         speculative_generate(target, drafter, PROMPTS[0], sampled, Drafting(3))
     assert tree.identical == len(PROMPTS)
 
