@@ -85,11 +85,12 @@ def acceptance(rows: Rows) -> torch.Tensor:
     """float32 [n]: how much of the draft's and the target's distributions is common, which is the rate at
     which rejection sampling keeps a guess (arXiv 2211.17192, section 3)."""
     kept = torch.empty_like(rows.scale)
-    for start in range(0, rows.scale.shape[0], _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
+    size = max(1, _BLOCK_LOGITS // rows.logits.shape[1])
+    for start in range(0, rows.scale.shape[0], size):
+        block = slice(start, start + size)
         draft, target = rows.logits[block].float().softmax(-1), rows.wanted[rows.picked[block]].softmax(-1)
         kept[block] = torch.minimum(draft, target).sum(-1)
     return kept.clamp(0.0, 1.0)
 
 
-_BLOCK_ROWS = 64  # whose logits stay in a cache
+_BLOCK_LOGITS = 1 << 19  # 2 MiB of float32, which stay in a cache
