@@ -91,6 +91,10 @@ class Rope:
             return angles.cos(), angles.sin()
         return angles.cos() * self.factor, angles.sin() * self.factor
 
+    def frequencies(self) -> torch.Tensor:
+        """The angle per position, float32 [d/2] on the CPU."""
+        return self._inverse(torch.device("cpu"))
+
     def _inverse(self, device: torch.device) -> torch.Tensor:
         if self.inverse is not None:
             return self.inverse.to(device)

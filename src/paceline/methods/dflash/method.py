@@ -1,7 +1,7 @@
 """The block methods as a `DraftMethod`: one backbone, and the head that the section names.
 
-Matrices start random, from the seed alone; the final norm is the target's own. The same head, settings and
-seed give the same bits.
+A draft starts from a regression on the run's first samples (warm_start.py), or from noise with the target's
+final norm. The same head, settings, seed and samples give the same bits.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from paceline.methods.dflash.decode import DFlashDecoder
 from paceline.methods.dflash.heads.head import Head
 from paceline.methods.dflash.model import DFlashDraft
 from paceline.methods.dflash.settings import BlockSection
+from paceline.methods.dflash.warm_start import warm_start
 from paceline.methods.layers import initialise_random
 from paceline.methods.packed import mean_metrics
 from paceline.methods.sizes import sizes_of_target
@@ -53,10 +54,7 @@ class DFlashMethod:
             self._empty(head)
 
     def build(
-        self,
-        head: TargetHead,
-        samples: Sequence[Mapping[str, torch.Tensor]],  # noqa: ARG002 (nothing is chosen by them)
-        seed: int,
+        self, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]], seed: int
     ) -> DFlashDraft:
         draft = self._empty(head)
         initialise_random(draft, seed)
@@ -64,6 +62,8 @@ class DFlashMethod:
             draft.norm.weight.copy_(head.norm_weight)
             draft.head.initialise()
         draft.attach_target(head)
+        if self.settings.init == "regression":
+            warm_start(draft, head, samples)
         return draft
 
     def restore(self, head: TargetHead, tensors: Mapping[str, torch.Tensor]) -> DFlashDraft:

@@ -47,6 +47,8 @@ class BlockSection(MethodSection):
     after it. `anchors_max`: of a sample with more possible blocks this many are trained, chosen by its tokens
     alone, so by the same sample always the same.
 
+    `init`: "regression" (closed form, from the run's first samples; see warm_start.py) or "random".
+
     `recompute`: backward computes the logits again, to the same bits, instead of keeping them.
     """
 
@@ -61,6 +63,7 @@ class BlockSection(MethodSection):
     anchors_max: Count = 64
     loss: LossSection = LossSection()
     weighting: WeightingSection = WeightingSection()
+    init: Literal["regression", "random"] = "regression"
     recompute: bool = False
 
     @property
