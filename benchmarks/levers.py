@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.0)
     parser.add_argument("--ema", type=float, default=0.0)
     parser.add_argument("--rate", action="append", default=[], metavar="NAME=X")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     config = configured(given.model, given.changes)
     compute_deterministically(1)
     if given.verb == "capture":
