@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from paceline.capture.settings import CaptureSettings
@@ -24,7 +25,7 @@ from paceline.data.prompts import Chat, Prompt
 from paceline.data.source import HasLengths, PromptSource
 from paceline.engines.engine import TargetEngine
 from paceline.errors import ConfigError, EngineError
-from paceline.target.chat import Ids, Spans
+from paceline.target.chat import Ids, Spans, is_answer
 
 if TYPE_CHECKING:
     from paceline.target.chat_encoder import ChatEncoder
@@ -252,7 +253,7 @@ class Encoding:
 
     def _answers(self, chat: Chat) -> list[int]:
         """The places of the given answers; of a chat that may be truncated, those that could fit."""
-        places = [n for n, message in enumerate(chat.messages) if n and message.get("role") == "assistant"]
+        places = [n for n, message in enumerate(chat.messages) if n and is_answer(message)]
         if self.limits.max_tokens is None or self._settings.too_long != "truncate":
             return places
         fitting = [n for n in places if self.limits.may_admit(num_characters(chat.messages[: n + 1]))]
@@ -276,16 +277,18 @@ class _UnusableError(ValueError):
 def places_to_write(chat: Chat) -> list[int]:
     """The places of the messages that the target writes; the last may lie one behind the chat.
 
-    The first message is always given, and so is a call of a tool whose result follows. Raises ValueError if
-    there is no place.
+    The first message is always given, and so are a call of a tool whose result follows, and an answer of
+    weight 0. Raises ValueError if there is no place.
     """
     messages = chat.messages
     places = [
         place
         for place, message in enumerate(messages)
-        if place and message.get("role") == "assistant" and not _has_result(messages[place + 1 : place + 2])
+        if place and is_answer(message) and not _has_result(messages[place + 1 : place + 2])
     ]
-    if messages and messages[-1].get("role") != "assistant":
+    roles = [message.get("role") for message in messages]
+    unanswered = takewhile(lambda role: role != "assistant", reversed(roles))
+    if any(role in ("user", "tool") for role in unanswered):
         places.append(len(messages))
     if not places:
         raise _UnusableError("it is a chat in which nobody asks")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from paceline.data.dataset import Dataset
 from paceline.data.formats import CHATS
 from paceline.data.prompts import Prompt
+from paceline.target.chat import is_answer
 
 PLACES_NAMED = 3
 
@@ -63,7 +64,7 @@ class Survey:
 def has_answer(prompt: Prompt) -> bool:
     """Whether the prompt's record holds an answer."""
     if prompt.kind in CHATS and prompt.chat is not None:
-        return any(message["role"] == "assistant" for message in prompt.chat.messages)
+        return any(map(is_answer, prompt.chat.messages))
     return bool(prompt.spans)
 
 

@@ -34,6 +34,11 @@ class EncodedChat:
     spans: Spans
 
 
+def is_answer(message: Message) -> bool:
+    """Whether the message is one that the draft learns; with weight 0 (as OpenAI has it) it is context."""
+    return message.get("role") == "assistant" and message.get("weight") != 0
+
+
 def exact_spans(answers: Iterable[Written], whole: Sequence[int]) -> Spans:
     """The answers' tokens in the `whole` chat."""
     found = ((answer.start, common(answer.ids, whole)) for answer in answers)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, JsonValue
 
 from paceline.section import Dtype, Section
 
@@ -28,4 +28,4 @@ class TargetSection(Section):
     model: Path
     revision: Annotated[str, AfterValidator(_revision)] | None = None
     dtype: Dtype = "auto"
-    template: dict[str, Any] = {}
+    template: dict[str, JsonValue] = {}

@@ -177,6 +177,26 @@ def test_the_first_message_and_a_call_with_its_result_are_given() -> None:
     assert text_of(greeted) == "ahi.uwhy.a"
     assert "nobody asks" in broken(encoding(), {"messages": [greeting]})[0]
     assert "nobody asks" in broken(encoding(), {"messages": []})[0]
+    system = {"role": "system", "content": "be brief"}
+    assert "nobody asks" in broken(encoding(), {"messages": [system]})[0]
+    [ended] = encoded(encoding(), {"messages": [*chat("why", "so")["messages"], system]})
+    assert (text_of(ended), ended.chat) == ("uwhy.a", None), "nothing is asked after the answer"
+
+
+def test_an_answer_of_weight_0_is_given() -> None:
+    """It is context, whoever writes the others; a chat ends with one that is learnt."""
+    messages = chat("why", "so", "and", "thus")["messages"]
+    first, last = (
+        [dict(m, weight=0) if n == place else m for n, m in enumerate(messages)] for place in (1, 3)
+    )
+    [prompt, other] = encoded(encoding(), {"messages": first}, {"messages": last})
+    assert (text_of(prompt), prompt.chat) == ("uwhy.aso.uand.a", None)
+    assert (text_of(other), other.chat) == ("uwhy.a", None)
+    one = encoding(answers="data")
+    assert [text_of(p)[-5:] for p in encoded(one, {"messages": first}, {"messages": last})] == [
+        "thus.",
+        ".aso.",
+    ]
 
 
 def test_given_answers_are_read_up_to_the_end_of_the_last_one() -> None:

@@ -14,6 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from paceline.errors import EngineError
 from paceline.target import template_worker
+from paceline.target.chat import Written, exact_spans
 from paceline.target.chat_encoder import ChatEncoder
 from paceline.target.template import ChatTemplate, TemplateError
 from paceline.target.tokenizer import PromptEncoder
@@ -186,6 +187,31 @@ def test_a_template_that_marks_its_answers_is_believed(make: Make, family: str) 
     assert make(family, f"{family}_training").answered(CHAT) == found
 
 
+@pytest.mark.parametrize("is_rewritten", [False, True])
+@pytest.mark.parametrize("last", [CHAT[3], {"role": "assistant", "content": ""}])
+def test_a_chat_whose_last_answer_is_not_marked_does_not_end_with_an_earlier_one(
+    make: Make, tmp_path: Path, last: dict[str, Any], is_rewritten: bool
+) -> None:
+    """Also if the template renders the question otherwise where an answer follows it."""
+    make("smollm2")
+    question = "m.content | upper if loop.last else m.content" if is_rewritten else "m.content"
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ QUESTION }}{% elif MARKED %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    ).replace("QUESTION", question)
+
+    def with_marks(which: str) -> ChatEncoder:
+        (tmp_path / "chat_template.jinja").write_text(template.replace("MARKED", which))
+        return ChatEncoder(PromptEncoder(tmp_path), tmp_path)
+
+    for which in ("not loop.last", *(["true"] if not last["content"] else [])):
+        with pytest.raises(EngineError, match="marks no token of the last answer"):
+            with_marks(which).answered([*CHAT[:3], last])
+    assert targets(with_marks("true"), CHAT) == [CHAT[1]["content"], CHAT[3]["content"]]
+    assert targets(with_marks("loop.last"), CHAT) == [CHAT[3]["content"]]
+
+
 @pytest.mark.parametrize("merges", [["ĊĊ"], ["ĊĊ", "tĊ"]])
 def test_an_answer_that_merges_with_its_prompt_is_a_target_from_its_next_token_on(
     make: Make, tmp_path: Path, merges: list[str]
@@ -266,6 +292,39 @@ def test_a_written_answer_becomes_the_message_that_renders_to_it(make: Make, fam
     message = chats.message(encoded.ids[start:stop], encoded.ids[:start])
     assert message == CHAT[1]
     assert chats.prompt([CHAT[0], message, CHAT[2]])[:stop] == encoded.ids
+
+
+def test_an_answer_in_channels_becomes_the_message_that_its_template_takes(make: Make) -> None:
+    """gpt-oss: the final message, whose thoughts the next turn drops; one without a final message is none."""
+    chats = make("gptoss")
+    prompt = chats.prompt(CHAT[:1])
+    final = "<|channel|>final<|message|>a wheel<|return|>"
+    thought = chats._encoder.ids(f"<|channel|>analysis<|message|>let me see<|end|><|start|>assistant{final}")
+    message = chats.message(thought, prompt)
+    assert message == {"role": "assistant", "content": "a wheel", "thinking": "let me see"}
+    plain = chats.message(chats._encoder.ids(final), prompt)
+    assert plain == {"role": "assistant", "content": "a wheel"}
+    following = chats.prompt([CHAT[0], message, CHAT[2]])
+    assert following == chats.prompt([CHAT[0], plain, CHAT[2]])
+    assert "let me see" not in chats._tokenizer.decode(following)
+    written = Written((*prompt, *chats._encoder.ids(final)), len(prompt))
+    [(start, stop)] = exact_spans([written], following)
+    assert chats._tokenizer.decode(following[start:stop]) == final.removesuffix("<|return|>")
+    [(start, stop)] = exact_spans([Written((*prompt, *thought), len(prompt))], following)
+    assert chats._tokenizer.decode(following[start:stop]) == "<|channel|>"
+    call = "<|channel|>commentary to=functions.look <|constrain|>json<|message|>{}<|call|>"
+    for text in (call, "<|channel|>analysis<|message|>let me"):
+        with pytest.raises(ValueError, match="no final message"):
+            chats.message(chats._encoder.ids(text), prompt)
+
+
+@pytest.mark.parametrize("template", ["", "llama3_training"])
+def test_an_answer_of_weight_0_is_context(make: Make, template: str) -> None:
+    """As in OpenAI's files; the others are learnt."""
+    chats = make("llama3", template)
+    weighted = [CHAT[0], {**CHAT[1], "weight": 0}, CHAT[2], {**CHAT[3], "weight": 1}]
+    assert targets(chats, weighted) == ["until one lets go<|eot_id|>"]
+    assert chats.answered(weighted).ids == chats.answered(CHAT).ids
 
 
 def test_a_chat_has_the_tokens_of_the_runs_own_date(
