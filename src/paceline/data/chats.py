@@ -46,12 +46,13 @@ def sharegpt(record: Mapping[str, Any]) -> Chat:
 def alpaca(record: Mapping[str, Any]) -> Chat:
     """{"instruction", "input", "output", "system", "history"}; all but the first are optional.
 
-    Raises BrokenRecordError. `history`: pairs of earlier instructions and outputs.
+    Raises BrokenRecordError. `history`: pairs of earlier instructions and outputs. Dolly's names for input
+    and output are "context" and "response".
     """
     asked = _text(record, "instruction")
     if not asked.strip():
         raise BrokenRecordError('its "instruction" is empty')
-    if more := _text(record, "input").strip():
+    if more := (_text(record, "input") or _text(record, "context")).strip():
         asked = f"{asked}\n\n{more}"
     messages = [*_system(record)]
     for pair in record.get("history") or ():
@@ -59,7 +60,7 @@ def alpaca(record: Mapping[str, Any]) -> Chat:
             raise BrokenRecordError('its "history" is not a list of pairs of texts')
         messages += [_said("user", pair[0]), _said("assistant", pair[1])]
     messages.append(_said("user", asked))
-    if output := _text(record, "output"):
+    if output := _text(record, "output") or _text(record, "response"):
         messages.append(_said("assistant", output))
     return Chat(tuple(messages))
 
@@ -94,6 +95,8 @@ def _message(given: Mapping[str, Any]) -> Mapping[str, Any]:
     role = given.get("role")
     if role not in ROLES:
         raise BrokenRecordError("a message has an unknown role", f" ({role!r}); known: {', '.join(ROLES)}")
+    if given.get("weight") not in (None, 0, 1):
+        raise BrokenRecordError("the weight of a message is neither 0 nor 1", f" ({given['weight']!r})")
     message = {key: value for key, value in given.items() if value is not None}
     if calls := message.pop("tool_calls", None):
         message["tool_calls"] = _calls(calls)
@@ -141,7 +144,7 @@ def _turn(given: Mapping[str, Any]) -> Mapping[str, Any]:
     if "from" not in given:
         return _message(given)
     speaker, value = given["from"], given.get("value")
-    if speaker not in SPEAKERS:
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise BrokenRecordError("a turn has an unknown speaker", f" ({speaker!r})")
     if not isinstance(value, str):
         raise BrokenRecordError('the "value" of a turn is not a text')

@@ -52,7 +52,7 @@ FORMATS: dict[str, Kind] = {
 CHATS = ("messages", "sharegpt", "alpaca")
 KEYS = frozenset(
     (
-        *("id", "tools", "system", "history", "input", "output"),
+        *("id", "tools", "system", "history", "input", "output", "context", "response"),
         *("spans", "loss_mask", "assistant_masks", "labels"),
         *(key for kind in FORMATS.values() for key in kind.keys),
     )
@@ -98,7 +98,7 @@ def _refuse_other_formats(record: Record) -> None:
 
 
 def _id_of(given: object) -> str:
-    if isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given):
+    if type(given) is int or (isinstance(given, float) and math.isfinite(given)):
         given = json.dumps(given)
     if not isinstance(given, str):
         raise BrokenRecordError('its "id" is neither a string nor a number')

@@ -92,6 +92,8 @@ def test_the_fields_of_alpaca_are_a_chat() -> None:
         "system": "be brief",
         "history": [["Hi", "Ho"]],
     }
+    dolly = {"instruction": "Add.", "context": "2, 2", "response": "4", "category": "sums"}
+    assert chat_of(dolly) == chat_of({"instruction": "Add.", "input": "2, 2", "output": "4"})
     said = [(message["role"], message["content"]) for message in chat_of(record).messages]
     assert said == [("system", "be brief"), ("user", "Hi"), ("assistant", "Ho"), ("user", "And?")]
 
@@ -138,6 +140,13 @@ def test_the_id_of_a_record_without_one_is_a_digest_of_it() -> None:
     assert one.prompt_id != parse_record({"messages": [ASKED]}).prompt_id
 
 
+def test_any_number_can_be_an_id() -> None:
+    """Also one that no float holds; one that is none is refused."""
+    assert parse_record({"id": 10**400, "prompt": "p"}).prompt_id == str(10**400)
+    with pytest.raises(BrokenRecordError, match="neither a string nor a number"):
+        parse_record({"id": float("inf"), "prompt": "p"})
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
@@ -153,6 +162,8 @@ def test_the_id_of_a_record_without_one_is_a_digest_of_it() -> None:
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "cannot be encoded"),
         ({"messages": [{**ASKED, "when": object()}]}, "holds what JSON cannot"),
         ({"conversations": [{"from": "x", "value": "y"}]}, "unknown speaker"),
+        ({"conversations": [{"from": ["gpt"], "value": "y"}]}, "unknown speaker"),
+        ({"messages": [ASKED, {**ANSWERED, "weight": 0.5}]}, "neither 0 nor 1"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "is not a text"),
         ({"conversations": [{"from": "function_call", "value": "add"}]}, "a function call is not JSON"),
         ({"instruction": " "}, 'its "instruction" is empty'),
