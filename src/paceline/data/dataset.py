@@ -155,10 +155,10 @@ def refuse_empty(dataset: Dataset) -> None:
     if index.num_prompts > index.broken:
         return
     first, unit = "".join(index.first_broken[:1]), dataset.records.unit
-    array = " A file that is one JSON array becomes such lines with: jq -c '.[]' FILE > FILE.jsonl"
+    many = " Records that go over several lines become such lines with: jq -c . FILE > FILE.jsonl"
     raise ConfigError(
         f"{dataset.name} holds no prompt.",
         why=f"No {unit} can be used; the first: {first}." if first else "It is empty.",
         next='set data.path to a file with a JSON object in each line, such as {"prompt": ...} or '
-        '{"messages": [...]}; `paceline data check FILE` shows what is found.' + array * ("JSON" in first),
+        '{"messages": [...]}; `paceline data check FILE` shows what is found.' + many * ("JSON" in first),
     )

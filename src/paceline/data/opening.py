@@ -6,9 +6,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from paceline.data.dataset import Dataset, refuse_empty
+from paceline.data.elements import Elements, after_bracket
 from paceline.data.index import indexed
-from paceline.data.lines import Lines, first_bytes, unreadable
+from paceline.data.lines import Lines
 from paceline.data.mixture import Mixture
+from paceline.data.packed import first_bytes, unreadable
 from paceline.data.records import Records, Source
 from paceline.data.settings import Format, SourceSection
 from paceline.data.tables import Parquet, from_folder, from_hub
@@ -27,8 +29,8 @@ def open_data(
 ) -> Data:
     """The samples of all sources. One source of weight 1 is read in its own order.
 
-    `heldout`: texts that must not be among the prompts. `index_path`: where the index is kept. Raises
-    ConfigError if a source cannot be read or holds no prompt.
+    `heldout`: keys of questions that must not be among the prompts' (`asked`). `index_path`: where the index
+    is kept. Raises ConfigError if a source cannot be read or holds no prompt.
     """
     if not sections:
         raise ConfigError("There is nothing to read.", next="name a source: data.path, or data.sources.")
@@ -52,14 +54,15 @@ def open_file(
 
 
 def open_held_out(path: Path) -> Dataset:
-    """The file of evaluation.prompts, which holds plain prompts. Raises ConfigError as `open_data` does."""
+    """The file of evaluation.prompts, of any formats. Raises ConfigError as `open_data` does."""
     try:
-        return open_file(path)
+        return open_file(path, format="auto")
     except ConfigError as error:
         raise ConfigError(
             error.what,
             why=error.why,
-            next='set evaluation.prompts to a file with a JSON object in each line, such as {"prompt": ...}.',
+            next="set evaluation.prompts to a file with a JSON object in each line, such as "
+            '{"prompt": ...} or {"messages": [...]}; `paceline data check FILE` shows what is found.',
         ) from error
 
 
@@ -80,4 +83,8 @@ def open_records(section: SourceSection) -> Records:
         raise unreadable(section.path, error) from error
     if kind == "folder":
         return from_folder(section.path, section.split)
-    return Parquet(section.path) if first_bytes(section.path) == b"PAR1" else Lines(section.path)
+    if first_bytes(section.path) == b"PAR1":
+        return Parquet(section.path)
+    lines = Lines(section.path)
+    with lines.opened() as stream:
+        return Elements(section.path) if after_bracket(stream) else lines

@@ -1,4 +1,4 @@
-"""Where records come from: the lines of a file, or the rows of a table; and how one becomes a prompt."""
+"""Where records come from (lines or elements of a file, rows of a table), and how one becomes a prompt."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from paceline.data.prompts import BrokenRecordError, Prompt, broken_prompt
 
 @dataclass(frozen=True)
 class Record:
-    """`number`: of the line or row, from 1 on. `offset`: where a later read can begin.
+    """`number`: of the line, element or row, from 1 on. `offset`: where a later read can begin.
 
-    `content`: a line as bytes, a row as a mapping, or the reason why there is neither.
+    `content`: a line or element as bytes, a row as a mapping, or the reason why there is neither.
     """
 
     number: int
@@ -24,7 +24,7 @@ class Record:
 
 
 class Records(Protocol):
-    """Adapters: Lines (lines.py), Parquet and HuggingFaceDataset (tables.py)."""
+    """Adapters: Lines (lines.py), Elements (elements.py), Parquet and HuggingFaceDataset (tables.py)."""
 
     @property
     def name(self) -> str:
@@ -32,7 +32,7 @@ class Records(Protocol):
 
     @property
     def unit(self) -> str:
-        """ "line" or "row"."""
+        """ "line", "element" or "row"."""
 
     @property
     def described(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from paceline.data.extra import needs_extra
 from paceline.data.formats import KEYS
-from paceline.data.lines import unreadable
+from paceline.data.packed import unreadable
 from paceline.data.records import Record
 from paceline.errors import ConfigError
 from paceline.regular_files import kind_of, open_regular, read_regular

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from paceline.data import lines, tables
+from paceline.data import elements, lines, tables
 from paceline.data.dataset import Dataset
 from paceline.data.opening import open_data, open_file, open_records
 from paceline.data.settings import SourceSection
@@ -49,6 +49,16 @@ def as_zstd(path: Path) -> Path:
     return path
 
 
+def as_array(path: Path) -> Path:
+    path.write_text(json.dumps(RECORDS, indent=1))
+    return path
+
+
+def as_packed_array(path: Path) -> Path:
+    path.write_bytes(gzip.compress(json.dumps(RECORDS).encode()))
+    return path
+
+
 def as_parquet(path: Path) -> Path:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path, row_group_size=700)
@@ -61,7 +71,7 @@ def as_folder(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("write", [as_gzip, as_zstd, as_parquet, as_folder])
+@pytest.mark.parametrize("write", [as_gzip, as_zstd, as_array, as_packed_array, as_parquet, as_folder])
 def test_the_same_records_are_the_same_prompts_however_they_are_kept(
     write: Callable[[Path], Path], tmp_path: Path
 ) -> None:
@@ -78,7 +88,7 @@ def test_the_same_records_are_the_same_prompts_however_they_are_kept(
     assert prompt.place.endswith(f"{other.records.unit} 2")
 
 
-@pytest.mark.parametrize("write", [as_plain, as_gzip, as_parquet, as_folder])
+@pytest.mark.parametrize("write", [as_plain, as_gzip, as_array, as_packed_array, as_parquet, as_folder])
 def test_blocks_in_a_row_are_read_in_one_go(write: Callable[[Path], Path], tmp_path: Path) -> None:
     """A stream is not begun anew for each."""
     path = write(tmp_path / "file")
@@ -95,13 +105,15 @@ def test_a_file_is_known_by_its_first_bytes(tmp_path: Path) -> None:
     assert open_records(SourceSection(path=as_plain(tmp_path / "a.gz"))).described == "JSON lines"
     assert open_records(SourceSection(path=as_gzip(tmp_path / "a.jsonl"))).described == "JSON lines, gzip"
     assert open_records(SourceSection(path=as_parquet(tmp_path / "a"))).described == "Parquet"
+    assert open_records(SourceSection(path=as_array(tmp_path / "b"))).described == "JSON array"
+    assert open_records(SourceSection(path=as_packed_array(tmp_path / "c"))).described == "JSON array, gzip"
 
 
 def test_a_line_that_no_memory_should_hold_fails_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also one of a small file that unpacks to a large one; its content is known by a digest."""
-    monkeypatch.setattr(lines, "LINE_BYTES_MAX", 1000)
+    monkeypatch.setattr(lines, "RECORD_BYTES_MAX", 1000)
     found = []
     for letter in b"xy":
         path = tmp_path / chr(letter)
@@ -115,7 +127,7 @@ def test_a_line_that_no_memory_should_hold_fails_alone(
     assert found[0] != found[1]
 
 
-@pytest.mark.parametrize("write", [as_gzip, as_zstd, as_parquet])
+@pytest.mark.parametrize("write", [as_gzip, as_zstd, as_array, as_parquet])
 @pytest.mark.parametrize("harm", ["cut", "flip"])
 def test_a_damaged_file_is_refused(write: Callable[[Path], Path], harm: str, tmp_path: Path) -> None:
     """Half of it would be another data set."""
@@ -195,10 +207,56 @@ def test_what_is_not_a_file_is_refused_at_once(tmp_path: Path) -> None:
             open_data([SourceSection(path=path)])
 
 
-def test_an_array_of_records_is_told_how_to_become_lines(tmp_path: Path) -> None:
-    """It is how some chats are published."""
-    (tmp_path / "a.json").write_text(json.dumps(RECORDS[:3]))
-    with pytest.raises(ConfigError, match=r"not a JSON object.*jq -c '.\[\]'"):
+def test_elements_of_an_array_are_found_wherever_its_file_is_read_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Brackets, commas and quotes within texts end nothing; a broken element fails alone, with its number."""
+    monkeypatch.setattr(elements, "RECORD_BYTES_MAX", 200)
+    parts = [
+        r'{"id": 1, "prompt": "a ] b, } c \" d \\"}',
+        '{"id": 2, "prompt": [{"x": "deep"}]}',
+        '{"id": 3 "prompt": "no colon"}',
+        '{"id": 4, "prompt": "' + "x" * 500 + '"}',
+        '"a text"',
+        '{"id": 6, "prompt": "\u00e9\u4e16"}',
+    ]
+    path = tmp_path / "a.json"
+    path.write_bytes("\ufeff\n [".encode() + " ,\r\n".join(parts).encode() + b" ] \n")
+    found = []
+    for size in (8, 9, 11, 13, 64, 1 << 20):
+        monkeypatch.setattr(elements, "PIECE", size)
+        dataset = open_file(path, format="auto")
+        prompts = dataset.read(0, 9)
+        found.append((prompts, dataset.digests(6)))
+        records = list(dataset.records.read())
+        assert all(next(iter(dataset.records.read(r.offset, r.number))) == r for r in records[:3])
+    assert all(other == found[0] for other in found)
+    prompts = found[0][0]
+    assert (prompts[0].text, prompts[5].text) == ('a ] b, } c " d \\', "\u00e9\u4e16")
+    reasons = [prompt.broken.removeprefix(f"{path}, ") for prompt in prompts]
+    assert reasons[1:5] == [
+        'element 2: it has no text under "prompt"',
+        "element 3: it is not JSON (Expecting ',' delimiter: line 1 column 10 (char 9))",
+        "element 4: it is too long: 526 bytes, more than 200",
+        "element 5: it is not a JSON object",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'[{"prompt": "a"}, {"prompt": "b"', "it ends within its JSON array"),
+        (b'[{"prompt": "a"}', "it ends within its JSON array"),
+        (b'[{"prompt": "a"}] {"prompt": "b"}', "something follows its JSON array"),
+        (b'[{"prompt": "a"}]\n[{"prompt": "b"}]', "something follows its JSON array"),
+        (b'[{"prompt": "a"}, {"prompt": "b}]', "it ends within its JSON array"),
+        (b"[]", "holds no prompt"),
+    ],
+)
+def test_an_array_that_is_not_whole_is_refused(content: bytes, reason: str, tmp_path: Path) -> None:
+    """Half of it would be another data set."""
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=reason):
         open_file(tmp_path / "a.json", format="auto")
 
 
