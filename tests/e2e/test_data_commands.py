@@ -23,7 +23,8 @@ def test_a_file_is_checked_with_the_target_and_its_time_measured(tiny_model: Pat
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"messages": turns}) + "\nbroken\n")
     checked = command(
-        "data", "check", str(path), "--target", str(tiny_model), "--answers", "data", "--measure"
+        *("data", "check", str(path), "--target", str(tiny_model), "--answers", "data", "--measure"),
+        *("--template", "brief=true", "--too-long", "truncate"),
     )
     assert checked.returncode == 0, checked.stderr
     assert "2 samples (1 messages)" in checked.stdout

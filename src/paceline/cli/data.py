@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.text import Text
 
@@ -19,6 +20,17 @@ from paceline.roles.data_check import CheckRequest, CheckResult, ShownSample, ch
 from paceline.target.settings import TargetSection
 from paceline.terminal import printable
 
+# The options of a file: the type and the help of each.
+OPTIONS: dict[str, tuple[Any, str]] = {
+    "target": (Path, "The target's folder, for tokens and masks."),
+    "template": (list[str], "NAME=VALUE of target.template, a variable of the target's chat template."),
+    "format": (str, "The format of its records; auto: any."),
+    "split": (str, "The split of a `datasets` folder."),
+    "answers": (str, "As data.answers: target or data."),
+    "max_prompt_tokens": (int, "As data.max_prompt_tokens."),
+    "max_answer_tokens": (int, "As data.max_answer_tokens."),
+    "too_long": (str, "As data.too_long: truncate, skip or refuse."),
+}
 TARGET_STYLE = "bold green"
 BARS = 40  # characters of the longest bar
 RUN_FILES = (".yaml", ".yml")
@@ -54,10 +66,40 @@ def of_run_file(path: Path, given: Mapping[str, Any]) -> tuple[DataSection, Chec
 
 def of_file(path: Path, given: Mapping[str, Any]) -> tuple[DataSection, CheckRequest | None]:
     """One source, read with a run's defaults and what is given instead; no request without a target."""
-    data = DataSection.parse({"path": path, **{key: given[key] for key in given if key != "target"}})
+    rest = {key: value for key, value in given.items() if key not in ("target", "template")}
+    data = DataSection.parse({"path": path, **rest})
+    variables = template_variables(given.get("template", ()))
     if "target" not in given:
+        if variables:
+            raise ConfigError(
+                "--template is given without --target.",
+                why="The variables are those of the target's own chat template.",
+                next="add --target MODEL, the target's folder.",
+            )
         return data, None
-    return data, CheckRequest(data=data, target=TargetSection(model=given["target"]))
+    return data, CheckRequest(data=data, target=TargetSection(model=given["target"], template=variables))
+
+
+def template_variables(given: Sequence[str]) -> dict[str, Any]:
+    """The variables of `NAME=VALUE` texts, each value read as YAML, as in a run file. Raises ConfigError."""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, sign, value = text.partition("=")
+        try:
+            found[name] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            raise _no_variable(text, f"its value is not YAML: {error}") from error
+        if not sign or not name.isidentifier():
+            raise _no_variable(text, "a template's variable is NAME=VALUE")
+    return found
+
+
+def _no_variable(text: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"--template {text}: {reason}.",
+        why="The masks that are shown would be those of another rendering.",
+        next="name each variable as in target.template of a run file: --template enable_thinking=false.",
+    )
 
 
 def tell_survey(console: Console, name: str, found: Survey) -> None:

@@ -11,16 +11,17 @@ import traceback
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 import typer
 
 from paceline.cli.clean import clean_folder
-from paceline.cli.data import check
+from paceline.cli.data import OPTIONS, check
 from paceline.cli.evaluate import MeasuringProgress, evaluation_request, show_report
 from paceline.cli.export import HOST, export_checkpoint, export_request, serve_run, serving_command
 from paceline.cli.fsck import fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
+from paceline.cli.options import takes
 from paceline.cli.plain import exit_code_of_lost_output, out, say, say_error, stderr
 from paceline.cli.progress import Progress, describe, evaluation_lines, final_line, trained
 from paceline.config.load import load_run_config, recorded_config
@@ -269,32 +270,22 @@ def inspect(
 
 @data_app.command("check")
 @advises
+@takes(OPTIONS)
 def check_data(
     path: Annotated[
         Path,
         typer.Argument(metavar="FILE", help="A run file, or a file or folder of samples.", readable=False),
     ],
-    target: Annotated[Path | None, typer.Option(help="The target's folder, for tokens and masks.")] = None,
-    format: Annotated[str | None, typer.Option(help="The format of its records; auto: any.")] = None,
-    split: Annotated[str | None, typer.Option(help="The split of a `datasets` folder.")] = None,
-    answers: Annotated[str | None, typer.Option(help="As data.answers: target or data.")] = None,
-    max_prompt_tokens: Annotated[int | None, typer.Option(help="As data.max_prompt_tokens.")] = None,
-    max_answer_tokens: Annotated[int | None, typer.Option(help="As data.max_answer_tokens.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Load the target and time it.")] = False,
+    **given: Any,
 ) -> None:
     """Show what a file is taken for, what in it cannot be used, and what the target sees of it.
 
     Of a run file, as that run would: with its sources, target, answers and limits.
     """
-    given = {
-        "target": target,
-        "format": format,
-        "split": split,
-        "answers": answers,
-        "max_prompt_tokens": max_prompt_tokens,
-        "max_answer_tokens": max_answer_tokens,
-    }
-    check(out, path, {name: value for name, value in given.items() if value is not None}, measure=measure)
+    check(
+        out, path, {name: value for name, value in given.items() if value not in (None, [])}, measure=measure
+    )
 
 
 @data_app.command("export")

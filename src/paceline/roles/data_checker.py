@@ -14,8 +14,10 @@ from time import monotonic
 from typing import Any, cast
 
 from paceline.capture.encoding import EncodedPrompt, Encoding
+from paceline.capture.first_answers import token_ids
 from paceline.capture.settings import CaptureSection, CaptureSettings
 from paceline.capture.sizing import largest_sample_bytes
+from paceline.capture.turns import TurnError, TurnWriter
 from paceline.data.kept import KeptAnswers
 from paceline.data.opening import Data, open_data
 from paceline.data.prompts import Prompt
@@ -33,13 +35,14 @@ from paceline.roles.data_check import (
     Problem,
     ShownSample,
 )
+from paceline.target.chat import Ids
 from paceline.target.chat_encoder import ChatEncoder
 from paceline.target.facts import TargetFacts
 from paceline.target.hub import local_target
 from paceline.target.model import library_config, text_config
 from paceline.target.settings import TargetSection
 from paceline.target.tokenizer import PromptEncoder
-from paceline.types import Feature
+from paceline.types import Feature, Tokens
 
 TOKENS_SHOWN = 400
 PLACES_NAMED = 3
@@ -85,7 +88,7 @@ def check(request: CheckRequest) -> CheckResult:
     usable = (prompt for prompt in prompts if not prompt.broken)
     encoded = [encoding.prompt(ordinal, prompt) for ordinal, prompt in enumerate(usable)]
     good = [prompt for prompt in encoded if not prompt.broken]
-    seconds, measured = _measured(target, good, settings) if request.measure and good else (0.0, 0)
+    seconds, measured = _measured(target, good, encoding, settings) if request.measure and good else (0.0, 0)
     sizes = [_sample_bytes(features, reading.facts, prompt, settings) for prompt in good]
     return CheckResult(
         num_samples=data.size * len(good) // max(1, len(prompts)),
@@ -159,24 +162,38 @@ def _sample_bytes(
 
 
 def _measured(
-    target: TargetSection, prompts: Sequence[EncodedPrompt], settings: CaptureSettings
+    target: TargetSection, prompts: Sequence[EncodedPrompt], encoding: Encoding, settings: CaptureSettings
 ) -> tuple[float, int]:
-    """Seconds that the target takes for a group of samples spread over these, and their number."""
+    """Seconds that the target takes for a group of samples spread over these, and their number.
+
+    The answers of chats are written turn by turn, as in a run. Chats that cannot go on so are not measured.
+    """
     engine = TransformersEngine(target.model, dtype=target.dtype, template=target.template)
-    chosen = prompts[:: max(1, len(prompts) // GROUP_SIZE)][:GROUP_SIZE]
-    requests = [
-        CaptureRequest(
-            str(prompt.ordinal),
-            prompt.token_ids,
-            prompt.spans,
-            max_new_tokens=0 if prompt.is_whole else settings.max_answer_tokens,
-        )
-        for prompt in chosen
-    ]
-    engine.capture(requests[:1], settings.features)  # the first call of a process is slower
-    began_at = monotonic()
-    engine.capture(requests, settings.features)
-    return monotonic() - began_at, len(requests)
+    tokens = [feature for feature in settings.features if isinstance(feature.source, Tokens)]
+
+    def ask(asked: Sequence[EncodedPrompt], turn: int) -> list[Ids]:  # noqa: ARG001 (a greedy answer needs no seed)
+        captured = engine.capture([_request(prompt, settings) for prompt in asked], tokens)
+        whole = [token_ids(sample, tokens) for sample in captured]
+        return [ids[len(prompt.token_ids) :] for ids, prompt in zip(whole, asked, strict=True)]
+
+    writer = TurnWriter(lambda: engine.chats, encoding.limits, ask, settings.too_long)
+    chosen = list(prompts[:: max(1, len(prompts) // GROUP_SIZE)][:GROUP_SIZE])
+    engine.capture([_request(chosen[0], settings)], settings.features)  # a process's first call is slower
+    while chosen:
+        began_at = monotonic()
+        try:
+            asked = writer.write(chosen)
+        except TurnError as error:
+            chosen = [prompt for prompt in chosen if prompt.task_id not in error.reasons]
+            continue
+        engine.capture([_request(prompt, settings) for prompt in asked], settings.features)
+        return monotonic() - began_at, len(asked)
+    return 0.0, 0
+
+
+def _request(prompt: EncodedPrompt, settings: CaptureSettings) -> CaptureRequest:
+    most = 0 if prompt.is_whole else settings.max_answer_tokens
+    return CaptureRequest(prompt.task_id, prompt.token_ids, prompt.spans, max_new_tokens=most)
 
 
 def main() -> int:

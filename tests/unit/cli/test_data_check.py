@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -157,3 +158,29 @@ def test_a_file_is_checked_with_the_defaults_of_a_run_and_what_is_given_instead(
     assert request.data == data == DataSection.parse({"path": "x", **given})
     with pytest.raises(ConfigError, match="max_answer_tokens"):
         of_file(Path("x"), {"max_answer_tokens": 0})
+
+
+def test_a_file_is_checked_with_what_decides_masks_and_lengths_in_a_run_file() -> None:
+    """The variables of the template are YAML, as they are there."""
+    given = {"target": Path("m"), "template": ["enable_thinking=false", "effort=low"], "too_long": "truncate"}
+    data, request = of_file(Path("x"), given)
+    assert request is not None
+    assert request.target.template == {"enable_thinking": False, "effort": "low"}
+    assert request.data.too_long == data.too_long == "truncate"
+    with pytest.raises(ConfigError, match="too_long"):
+        of_file(Path("x"), {"too_long": "cut"})
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"template": ["a=1"]}, "without --target"),
+        ({"target": Path("m"), "template": ["enable_thinking"]}, "NAME=VALUE"),
+        ({"target": Path("m"), "template": ["=1"]}, "NAME=VALUE"),
+        ({"target": Path("m"), "template": ["a={"]}, "not YAML"),
+    ],
+)
+def test_a_variable_that_cannot_be_set_is_refused(given: dict[str, Any], reason: str) -> None:
+    """Other masks than the user's would be shown."""
+    with pytest.raises(ConfigError, match=reason):
+        of_file(Path("x"), given)

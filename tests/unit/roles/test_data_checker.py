@@ -48,6 +48,24 @@ def test_the_masks_are_those_that_would_be_trained(model: Path, tmp_path: Path) 
     assert (problem.count, "it has no answer" in problem.reason) == (1, True)
 
 
+def test_a_chat_is_measured_with_every_answer_that_the_target_writes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turn by turn, as in a run: the last turn alone would promise a cheaper round."""
+    real, most = data_checker.TransformersEngine.capture, []
+
+    def capture(self: Any, group: Any, features: Any) -> Any:
+        most.append([request.max_new_tokens for request in group])
+        return real(self, group, features)
+
+    monkeypatch.setattr(data_checker.TransformersEngine, "capture", capture)
+    turns = [{"role": ("user", "assistant")[n % 2], "content": "ab"} for n in range(6)]
+    request = request_of(model, tmp_path / "f", {"messages": turns}, {"prompt": "hi"}, max_answer_tokens=3)
+    found = check(request.model_copy(update={"measure": True}))
+    assert most == [[3], [3], [3], [3, 3]], "one to begin with, two turns of the chat, and the group"
+    assert (found.group_samples, found.group_seconds > 0) == (2, True)
+
+
 def test_answers_of_the_target_are_announced(model: Path, tmp_path: Path) -> None:
     """The sample ends where the target begins to write, unless the run says otherwise."""
     found = check(request_of(model, tmp_path / "f", chat("turns"), max_answer_tokens=9))
