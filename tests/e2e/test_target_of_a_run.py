@@ -144,7 +144,7 @@ def test_a_broken_target_ends_the_command_at_once(
 
 
 def test_held_out_prompts_that_cannot_be_decoded_are_left_out(tiny_model: Path, tmp_path: Path) -> None:
-    """Too long, or refused by the template: the others are measured, and the report names them."""
+    """Too long, refused by the template or no JSON: the others are measured, and the report names them."""
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     template = (model / "chat_template.jinja").read_text()
     refuses = "{% if 'Zz' in messages[0].content %}{{ raise_exception('no Zz') }}{% endif %}"
@@ -153,12 +153,15 @@ def test_held_out_prompts_that_cannot_be_decoded_are_left_out(tiny_model: Path, 
     with (run.folder / "heldout.jsonl").open("a") as file:
         file.write(json.dumps({"id": "long", "prompt": "wind " * 80}) + "\n")
         file.write(json.dumps({"id": "refused", "prompt": "Zz"}) + "\n")
+        turns = [("user", "who leads"), ("assistant", "a rider"), ("user", "until when"), ("assistant", "x")]
+        chat = [{"role": role, "content": content} for role, content in turns]
+        file.write(json.dumps({"id": "chat", "messages": chat}) + "\nbroken\n")
     result = run.command("train")
     assert result.returncode == 0, result.stderr
     report = json.loads((run.directory / "evaluation.json").read_text())
-    assert report["prompts"] == report["identical"] == 3
-    assert list(report["prompts_set_aside"]) == ["long", "refused"]
-    assert "2 of 5 held-out prompts are left out, the first: long: " in result.stdout
+    assert report["prompts"] == report["identical"] == 4
+    assert list(report["prompts_set_aside"]) == ["long", "refused", "unreadable-line-7"]
+    assert "3 of 7 held-out prompts are left out, the first: long: " in result.stdout
 
 
 def test_held_out_prompts_of_which_none_can_be_decoded(tiny_model: Path, tmp_path: Path) -> None:

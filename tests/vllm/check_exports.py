@@ -37,7 +37,7 @@ from paceline.exports.serving import Served, commands
 from paceline.ledger.facts import RENDERING_DATE
 from paceline.ledger.stores.sqlite.view import LedgerView
 from paceline.roles.draft import newest_checkpoint
-from paceline.roles.held_out import held_out_prompts
+from paceline.roles.held_out import TemplateOnly, held_out_prompts
 from paceline.roles.snapshot import open_run
 from paceline.roles.supervisor import export_run
 from paceline.target.head import TargetHead
@@ -179,9 +179,10 @@ def encoded_prompts(config: RunConfig) -> tuple[tuple[int, ...], ...]:
     config = config.model_copy(update={"evaluation": wide})
     head = TargetHead.load(config.target.model)
     view = LedgerView(config.ledger_path)
-    encoder = PromptEncoder(config.target.model, date=view.facts().get(RENDERING_DATE))
+    encoder = PromptEncoder.of(config.target, date=view.facts().get(RENDERING_DATE))
+    target = TemplateOnly(encoder, config.target.model)
     positions = head.config.get("max_position_embeddings")
-    return held_out_prompts(config, encoder.encode, head.vocab_size, positions).prompts
+    return held_out_prompts(config, target, head.vocab_size, positions).prompts
 
 
 def main() -> int:

@@ -183,10 +183,8 @@ def evaluation_lines(s: RunSnapshot) -> list[str]:
     for way in [e["chain"]] if e["branching"] == 1 else [e["chain"], e]:
         lines.append(f"{_shape(way)}: {_way_text(way)}")
     lines += _lookup_lines(e)
-    if set_aside := e.get("prompts_set_aside"):
-        name, reason = next(iter(set_aside.items()))
-        count = f"{len(set_aside)} of {len(set_aside) + e['prompts']}"
-        lines.append(f"{count} held-out prompts are left out, the first: {name}: {reason}")
+    if told := e.get("prompts_not_measured"):
+        lines.append(told)
     return lines
 
 

@@ -24,10 +24,10 @@ from typing import Any
 from paceline.data.prompts import (
     BrokenRecordError,
     Prompt,
+    asked,
     broken_prompt,
     content_of,
     length_of,
-    user_texts,
 )
 from paceline.data.records import Records, Source
 from paceline.data.source import BLOCK, digest_of
@@ -77,7 +77,8 @@ class Index:
 def indexed(sources: Sequence[Source], heldout: Collection[str], path: Path | None) -> list[Index]:
     """The index of each source: from `path` if it is of exactly these sources, else from a scan of them.
 
-    `heldout`: texts that must not be among the prompts. Raises ConfigError if a source cannot be read.
+    `heldout`: keys of questions that must not be among the prompts' (`asked`). Raises ConfigError if a source
+    cannot be read.
     """
     heldout = frozenset(heldout)
     texts = hashlib.sha256(json.dumps(sorted(heldout)).encode()).hexdigest()
@@ -167,7 +168,7 @@ class _Scan:
             self._count("broken", self._broken, prompt.broken)
             return
         self._kinds[prompt.kind] += 1
-        if shared := [text for text in user_texts(prompt) if text in self._heldout]:
+        if shared := [words for key, words in asked(prompt) if key in self._heldout]:
             self._count("shared", self._shared, shared[0])
         entry = length_of(prompt), ordinal
         if len(self._longest) < LONGEST_KEPT:

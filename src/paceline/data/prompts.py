@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
 from typing import Any
 
 RESERVED = "unreadable-line-"  # prefix of the ids of broken records
@@ -67,8 +70,28 @@ def length_of(prompt: Prompt) -> int:
     return len(prompt.text)
 
 
-def user_texts(prompt: Prompt) -> list[str]:
-    """What the user says in the prompt."""
+def asked(prompt: Prompt) -> list[tuple[str, str]]:
+    """Every question of the prompt that gets an answer, as (key, words), the last one last.
+
+    Questions with the same key are the same. A user's text in any turn is a question by itself; from the
+    second turn on, so is all that the user has said up to there. Of token ids, those up to each answer are.
+    """
+    if prompt.token_ids is not None:
+        ends = [start for start, _ in prompt.spans] or [len(prompt.token_ids)]
+        words = f"the token ids of {prompt.prompt_id}"
+        return [(_key("ids", repr(prompt.token_ids[:end])), words) for end in ends]
     if prompt.chat is None:
-        return [prompt.text]
-    return [str(message.get("content")) for message in prompt.chat.messages if message["role"] == "user"]
+        return [(prompt.text, prompt.text)]
+    texts = [str(message.get("content")) for message in prompt.chat.messages if message["role"] == "user"]
+    keys = accumulate(texts, lambda earlier, text: _key("turns", earlier, text))
+    return [*((text, text) for text in texts), *islice(zip(keys, texts, strict=True), 1, None)]
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def up_to_last_question(chat: Chat) -> Chat:
+    """The chat up to the user's last turn; without messages if the user says nothing."""
+    places = [place for place, message in enumerate(chat.messages, start=1) if message["role"] == "user"]
+    return replace(chat, messages=chat.messages[: max(places, default=0)])

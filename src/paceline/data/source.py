@@ -20,6 +20,9 @@ from paceline.ledger.records import SourceBlock
 from paceline.types import PromptTask
 
 BLOCK = 1024  # prompts under one digest
+Stretch = (
+    int | Sequence[int]
+)  # how much a source has, as a run records it: of a mixture, the size of each part
 
 
 class PromptSource(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from paceline.data.prompts import Prompt
@@ -22,10 +22,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """`left_out`: the reason for each prompt that cannot be decoded, by prompt id."""
+    """`left_out`: the reason for each prompt that cannot be decoded, by prompt id. `repeated`: records that
+    repeat an earlier one. `beyond`: prompts after the first evaluation.max_prompts.
+    """
 
     asked: tuple[Asked, ...]
     left_out: Mapping[str, str]
+    repeated: int = 0
+    beyond: int = 0
 
     @property
     def prompts(self) -> tuple[tuple[int, ...], ...]:
@@ -34,12 +38,17 @@ class HeldOut:
 
     @property
     def note(self) -> str:
-        """One sentence for people; empty if every prompt can be decoded."""
-        if not self.left_out:
-            return ""
-        name, reason = next(iter(self.left_out.items()))
-        total = len(self.left_out) + len(self.asked)
-        return f"{len(self.left_out)} of {total} held-out prompts are left out, the first: {name}: {reason}"
+        """What is not measured, for people; empty if everything is."""
+        told = []
+        if self.left_out:
+            name, reason = next(iter(self.left_out.items()))
+            count = f"{len(self.left_out)} of {len(self.left_out) + len(self.prompts)}"
+            told.append(f"{count} held-out prompts are left out, the first: {name}: {reason}")
+        if self.beyond:
+            told.append(f"{self.beyond} held-out prompts are beyond evaluation.max_prompts")
+        if self.repeated:
+            told.append(f"{self.repeated} held-out prompts repeat an earlier one and are measured once")
+        return "; ".join(told)
 
 
 @dataclass(frozen=True)
@@ -56,18 +65,18 @@ class Room:
 
 
 def encode_held_out(
-    prompts: Sequence[SuitePrompt], encode: Callable[[Prompt], Sequence[int]], room: Room
+    prompts: Iterable[SuitePrompt], encode: Callable[[Prompt], Sequence[int]], room: Room
 ) -> HeldOut:
-    """The prompts as token ids; `encode` may raise PacelineError."""
+    """Encode the prompts; broken ones, and those for which `encode` raises PacelineError, are left out."""
     usable, left_out = [], {}
     for asked in prompts:
-        name = asked.prompt.prompt_id
+        name, broken = asked.prompt.prompt_id, asked.prompt.broken
         try:
-            ids = tuple(encode(asked.prompt))
+            ids = () if broken else tuple(encode(asked.prompt))
         except PacelineError as error:
             left_out[name] = error.what
             continue
-        if reason := _why_not(ids, room):
+        if reason := broken or _why_not(ids, room):
             left_out[name] = reason
         else:
             usable.append(Asked(name, ids, asked.category))

@@ -66,8 +66,9 @@ def read_suite(suite: Suite, max_prompts: int) -> tuple[list[SuitePrompt], dict[
     """
     if suite.name == HELD_OUT:
         file = open_held_out(suite.path)
-        first = [prompt for prompt in file.read(0, file.size) if not prompt.broken][:max_prompts]
-        return [SuitePrompt(prompt) for prompt in first], {}
+        prompts = file.read(0, file.size)
+        first = [prompt for prompt in prompts if not prompt.broken][:max_prompts]
+        return [SuitePrompt(prompt) for prompt in first], {p.prompt_id: p.broken for p in prompts if p.broken}
     section = SourceSection(path=suite.path)
     found: list[SuitePrompt] = []
     broken: dict[str, str] = {}

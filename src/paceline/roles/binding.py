@@ -2,7 +2,7 @@
 
 The first start records settings and prompts. They bind once a sample was captured or a prompt has failed
 under them. Until then a later start may replace them if no other role is live, so that the user can follow
-advice on settings. Later, a longer prompt file with the same beginning extends a complete run.
+advice on settings. Later, longer sources with the same beginnings extend a complete run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from paceline.config.load import flat, refuse_changes
 from paceline.config.run import RunConfig
+from paceline.data.source import Stretch
 from paceline.errors import ConfigError, RunBusyError
 from paceline.ledger.facts import COMPLETED_STEP, CONFIG, PROMPTS, RENDERING_DATE
 from paceline.ledger.ledger import Ledger
@@ -23,25 +24,21 @@ from paceline.roles.plan import RunPlan
 ROLES = ("producer", "consumer")
 
 
-def bind_run(plan: RunPlan, ledger: Ledger, *, role: str | None = None) -> tuple[int, ...]:
+def bind_run(plan: RunPlan, ledger: Ledger, *, role: str | None = None) -> tuple[Stretch, ...]:
     """Bind the run, or raise ConfigError if settings or prompts differ from what it is bound to.
 
     Returns the stretches of its prompts (data/source.py). `role`: the role whose lock the caller holds.
     """
     facts = ledger.facts()
     if CONFIG not in facts:  # another process may settle it at the same time
-        sizes = [plan.prompts.size]
-        facts = ledger.set_facts(
-            None, {CONFIG: flat(plan.given), PROMPTS: _prompts(plan, sizes)}, settle=True
-        )
+        first = {CONFIG: flat(plan.given), PROMPTS: _prompts(plan, [plan.stretch])}
+        facts = ledger.set_facts(None, first, settle=True)
     if facts[CONFIG] != flat(plan.given) and not _settings_bind(ledger):
         facts = _rebind(plan, ledger, role)
     refuse_changes(facts[CONFIG], plan.given)
     stretches = facts[PROMPTS]["stretches"]
-    is_longer, has_same_beginning = (
-        plan.prompts.size > stretches[-1],
-        facts[PROMPTS] == _prompts(plan, stretches),
-    )
+    *_, before, now = plan.ordered([*stretches, plan.stretch])[1]
+    is_longer, has_same_beginning = now > before, facts[PROMPTS] == _prompts(plan, stretches)
     if has_same_beginning and not is_longer:
         return tuple(stretches)
     if not _prompts_bind(ledger):
@@ -51,8 +48,9 @@ def bind_run(plan: RunPlan, ledger: Ledger, *, role: str | None = None) -> tuple
     raise _other_prompts(plan, facts[PROMPTS])
 
 
-def _prompts(plan: RunPlan, stretches: Sequence[int]) -> dict[str, Any]:
-    return {"stretches": list(stretches), "digests": plan.prompts.digests(stretches[-1])}
+def _prompts(plan: RunPlan, stretches: Sequence[Stretch]) -> dict[str, Any]:
+    prompts, sizes = plan.ordered(stretches)
+    return {"stretches": list(stretches), "digests": prompts.digests(sizes[-1])}
 
 
 def _settings_bind(ledger: Ledger) -> bool:
@@ -71,24 +69,26 @@ def _rebind(plan: RunPlan, ledger: Ledger, role: str | None) -> dict[str, Any]:
         if alone and not _settings_bind(ledger):
             facts = {CONFIG: flat(plan.given)}
             if not _prompts_bind(ledger):
-                facts[PROMPTS] = _prompts(plan, [plan.prompts.size])
+                facts[PROMPTS] = _prompts(plan, [plan.stretch])
             ledger.set_facts(None, facts)
     return ledger.facts()
 
 
-def _extend(plan: RunPlan, ledger: Ledger, role: str | None, stretches: Sequence[int]) -> tuple[int, ...]:
-    """The prompt file is longer than before: extend the run by the added prompts, if it is complete.
+def _extend(
+    plan: RunPlan, ledger: Ledger, role: str | None, stretches: Sequence[Stretch]
+) -> tuple[Stretch, ...]:
+    """The sources are longer than before: extend the run by the added prompts, if it is complete.
 
     An incomplete run is refused, because weights must not depend on when prompts were added.
     """
+    longer = [*stretches, plan.stretch]
+    *_, before, now = plan.ordered(longer)[1]
     if ledger.facts().get(COMPLETED_STEP) is None:
         raise ConfigError(
-            f"{plan.prompts.name} now has {plan.prompts.size} prompts, and this run of {stretches[-1]} "
-            "is not complete.",
+            f"{plan.prompts.name} now has {now} prompts, and this run of {before} is not complete.",
             why="A run can be extended only when everything that it has was trained.",
-            next="put the file back until the run is complete, or set a new run.name and run.directory.",
+            next="put the data back until the run is complete, or set a new run.name and run.directory.",
         )
-    longer = [*stretches, plan.prompts.size]
     with others_kept_out(plan.config, role) as alone:
         if alone:
             ledger.set_facts(None, {PROMPTS: _prompts(plan, longer), COMPLETED_STEP: None})
@@ -119,12 +119,13 @@ def others_kept_out(config: RunConfig, role: str | None) -> Iterator[bool]:
 
 
 def _other_prompts(plan: RunPlan, recorded: dict[str, Any]) -> ConfigError:
-    where = plan.prompts.difference(recorded["digests"], recorded["stretches"][-1])
+    prompts, sizes = plan.ordered(recorded["stretches"])
+    where = prompts.difference(recorded["digests"], sizes[-1])
     return ConfigError(
         f"The prompts in {plan.prompts.name} are not those that this run was started with: {where}.",
         why="Samples are identified by their place among the prompts; the run is untouched.",
-        next="restore what was read (prompts may be added at the end of a file that is the only source), or "
-        "set a new run.name and run.directory.",
+        next="restore what was read (prompts may be added at the end of any source, and sources at the end "
+        "of a mixture), or set a new run.name and run.directory.",
     )
 
 

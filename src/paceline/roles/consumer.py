@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from paceline.data.source import Stretch
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.precision import resolve_device, torch_dtype
@@ -24,7 +25,7 @@ from paceline.training.determinism import compute_deterministically
 from paceline.training.settings import TrainerSettings
 
 
-def trainer_settings(plan: RunPlan, stretches: Sequence[int]) -> TrainerSettings:
+def trainer_settings(plan: RunPlan, stretches: Sequence[Stretch]) -> TrainerSettings:
     config, training = plan.config, plan.config.training
     dtype = torch_dtype(config.method.dtype, resolve_device(training.device))
     *before, total_steps = plan.num_steps(stretches)

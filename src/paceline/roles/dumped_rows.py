@@ -65,7 +65,7 @@ def _captured(config: RunConfig, head: TargetHead, layers: tuple[int, ...], date
         template=config.target.template,
     )
     positions = head.config.get("max_position_embeddings")
-    prompts = held_out_prompts(config, engine.encode, head.vocab_size, positions).prompts
+    prompts = held_out_prompts(config, engine, head.vocab_size, positions).prompts
     short = sorted(prompts, key=len)[:PROMPTS]
     dtype = engine.facts.dtype
     wanted = [Feature("tokens", Tokens(), dtype="int32"), Feature("states", States(layers), dtype=dtype)]

@@ -24,7 +24,7 @@ from paceline.evaluation.tree import Drafting
 from paceline.evaluation.verifier import Verifier
 from paceline.methods.drafter import Drafter
 from paceline.precision import resolve_device, torch_dtype
-from paceline.roles.held_out import held_out_prompts
+from paceline.roles.held_out import TemplateOnly, held_out_prompts
 from paceline.roles.wire import Report, no_report
 from paceline.target.head import TargetHead
 from paceline.target.plain_llama import why_not_plain_llama
@@ -77,7 +77,8 @@ def build_measured_draft(config: RunConfig, checkpoint: Checkpoint, date: str | 
 
 def held_out_of(config: RunConfig, measured: MeasuredDraft) -> HeldOut:
     """The run's held-out prompts. Raises ConfigError if none of them can be decoded."""
-    held_out = held_out_prompts(config, measured.encoder.encode, measured.head.vocab_size, measured.positions)
+    target = TemplateOnly(measured.encoder, config.target.model)
+    held_out = held_out_prompts(config, target, measured.head.vocab_size, measured.positions)
     refuse_nothing_to_measure(held_out)
     return held_out
 
@@ -129,6 +130,9 @@ def report_of(
         **ways[0],
         "chain": ways[-1],
         "prompts_set_aside": dict(held_out.left_out),
+        "prompts_repeated": held_out.repeated,
+        "prompts_beyond_max": held_out.beyond,
+        "prompts_not_measured": held_out.note,
     }
 
 

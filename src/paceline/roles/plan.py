@@ -10,8 +10,10 @@ from pathlib import Path
 
 from paceline.config.run import RunConfig
 from paceline.data.kept import KeptAnswers
+from paceline.data.mixture import Mixture
 from paceline.data.opening import Data, open_data, open_held_out
-from paceline.data.source import RunPrompts
+from paceline.data.prompts import asked
+from paceline.data.source import RunPrompts, Stretch
 from paceline.errors import ConfigError
 from paceline.target.folder import quantisation, read_config
 from paceline.target.hub import local_target
@@ -39,14 +41,27 @@ class RunPlan:
         measured = [f"the draft will not be measured: {self.evaluation_obstacle}"]
         return [*self.prompts.notes, *(measured if self.evaluation_obstacle else [])]
 
-    def source(self, stretches: Sequence[int] = ()) -> RunPrompts:
-        """Every prompt of every round, in run order, with its task id `round/prompt`; see `bind_run`."""
-        return RunPrompts(self.prompts, self.config.data.rounds, stretches)
+    @property
+    def stretch(self) -> Stretch:
+        """How much the sources have now."""
+        return self.prompts.stretch if isinstance(self.prompts, Mixture) else self.prompts.size
 
-    def num_steps(self, stretches: Sequence[int]) -> list[int]:
+    def ordered(self, stretches: Sequence[Stretch]) -> tuple[Data | KeptAnswers, list[int]]:
+        """The prompts in the order of a run that has grown so, and how many there are after each stretch."""
+        if isinstance(self.prompts, Mixture) and stretches:
+            grown = self.prompts.grown(stretches)
+            return grown, grown.ends
+        return self.prompts, [size if isinstance(size, int) else sum(size) for size in stretches]
+
+    def source(self, stretches: Sequence[Stretch] = ()) -> RunPrompts:
+        """Every prompt of every round, in run order, with its task id `round/prompt`; see `bind_run`."""
+        prompts, sizes = self.ordered(stretches)
+        return RunPrompts(prompts, self.config.data.rounds, sizes)
+
+    def num_steps(self, stretches: Sequence[Stretch]) -> list[int]:
         """The optimizer steps of the whole run: as it began, and after each extension."""
         training, totals, before = self.config.training, [0], 0
-        for size in stretches:
+        for size in self.ordered(stretches)[1]:
             visits = (size - before) * self.config.data.rounds * training.passes
             totals.append(totals[-1] + math.ceil(visits / training.batch_size))
             before = size
@@ -58,12 +73,14 @@ def plan_run(given: RunConfig) -> RunPlan:
     """Find the target, and check what can be checked before a process starts. Raises ConfigError."""
     config = given.model_copy(update={"target": local_target(given.target)})
     obstacle = _target_obstacle(config)
-    heldout = open_held_out(config.evaluation.prompts)
-    texts = {prompt.text for prompt in heldout.read(0, heldout.size) if not prompt.broken}
+    file = open_held_out(config.evaluation.prompts)
+    heldout = {
+        key for prompt in file.read(0, file.size) for key, _ in asked(prompt)[-1:] if not prompt.broken
+    }
     index_path = config.run.directory / "prompts.index.json"
     other, sources = config.data.other_run, config.data.sources
     prompts = (
-        open_data(sources, seed=config.run.seed, heldout=texts, index_path=index_path)
+        open_data(sources, seed=config.run.seed, heldout=heldout, index_path=index_path)
         if other is None
         else KeptAnswers(other)
     )

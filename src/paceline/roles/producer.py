@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from paceline.capture.settings import CaptureSettings
+from paceline.data.source import Stretch
 from paceline.engines.engine import TargetEngine
 from paceline.engines.settings import EngineRun
 from paceline.errors import ServerUnavailableError, StoreError
@@ -68,13 +69,13 @@ def _note_held_out(plan: RunPlan, engine: TargetEngine, events: EventLog) -> Non
     facts = engine.facts
     if plan.evaluation_obstacle:
         return
-    if note := look_at_held_out(plan.config, engine.encode, facts.vocab_size, facts.max_positions):
+    if note := look_at_held_out(plan.config, engine, facts.vocab_size, facts.max_positions):
         events.write("note", message=note)
 
 
 def _producer(
     plan: RunPlan,
-    stretches: Sequence[int],
+    stretches: Sequence[Stretch],
     ledger: SQLiteLedger,
     features: FeatureStore,
     engine: TargetEngine,

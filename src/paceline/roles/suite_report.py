@@ -6,14 +6,13 @@ sampled ones the chain alone, which rejection sampling verifies; all measure pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from paceline.capture.encoding import places_to_write
 from paceline.config.run import RunConfig
 from paceline.data.opening import scan
-from paceline.data.prompts import Prompt, user_texts
+from paceline.data.prompts import asked
 from paceline.errors import ConfigError
 from paceline.evaluation.acceptance import PromptFigures, Way, compare, decode_prompts, summarise
 from paceline.evaluation.heldout import Asked, HeldOut, Room, encode_held_out
@@ -21,9 +20,9 @@ from paceline.evaluation.settings import EvaluationRequest
 from paceline.evaluation.speculative import Decoding
 from paceline.evaluation.suites import HELD_OUT, Suite, SuitePrompt, find_suite, read_suite
 from paceline.evaluation.unfinished import Unfinished
+from paceline.roles.held_out import TemplateOnly, question
 from paceline.roles.measured_draft import LOOKUP, MeasuredDraft, draft_ways, lookup_way
 from paceline.roles.wire import Report, no_report
-from paceline.target.chat_encoder import ChatEncoder
 
 DEFINITION = "1 + accepted draft tokens / cycles"
 INTERVALS = "95 %, bootstrap over prompts, percentiles of 2000 draws, seed 0"
@@ -64,11 +63,12 @@ def measure_suites(
 
     Raises ConfigError if no prompt of a suite can be decoded.
     """
-    encode, answer = _encoding(config, measured), config.evaluation.max_new_tokens
+    target = TemplateOnly(measured.encoder, config.target.model)
+    answer = config.evaluation.max_new_tokens
     parts = []
     for read in suites:
         room = Room(measured.head.vocab_size, measured.positions, None, answer)
-        held_out = encode_held_out(read.prompts, encode, room)
+        held_out = encode_held_out(read.prompts, lambda prompt: question(prompt, target), room)
         _refuse_none(read.suite, held_out)
         for temperature in temperatures:
             decoding = Decoding(answer, measured.head.eos_token_ids, temperature)
@@ -137,30 +137,12 @@ def _measured(
     return [figures for figures in found.values() if figures is not None]
 
 
-def _encoding(config: RunConfig, measured: MeasuredDraft) -> Callable[[Prompt], Sequence[int]]:
-    """What the target reads before the last answer of a prompt, a chat or token ids."""
-    chats = ChatEncoder(measured.encoder, config.target.model)
-
-    def encode(prompt: Prompt) -> Sequence[int]:
-        if prompt.token_ids is not None:
-            return prompt.token_ids[: prompt.spans[-1][0] if prompt.spans else None]
-        if prompt.chat is None:
-            return measured.encoder.encode(prompt.text)
-        try:
-            place = places_to_write(prompt.chat)[-1]
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        return chats.prompt(prompt.chat.messages[:place], prompt.chat.tools)
-
-    return encode
-
-
 def _also_trained(config: RunConfig, prompts: Sequence[SuitePrompt]) -> int | None:
     sections = config.data.sources
     if not sections or any(section.path is None for section in sections):
         return None  # kept answers, or a data set of the hub
-    texts = {text for each in prompts for text in user_texts(each.prompt)[:1] if text}
-    return sum(scan(section, heldout=texts).index.shared for section in sections)
+    keys = {key for each in prompts for key, _ in asked(each.prompt)[-1:]}
+    return sum(scan(section, heldout=keys).index.shared for section in sections)
 
 
 def _refuse_none(suite: Suite, held_out: HeldOut) -> None:

@@ -116,11 +116,37 @@ def test_the_digests_tell_another_mixture(tmp_path: Path) -> None:
     assert mixture(tmp_path, (5, 1), (7, 1)).digests(12) == known
     for parts, seed in (([(5, 1), (8, 1)], 0), ([(5, 1), (7, 2)], 0), ([(5, 1), (7, 1)], 1), ([(5, 2)], 0)):
         other = mixture(tmp_path, *parts, seed=seed)
-        assert other.digests(12) != known
-        assert "sizes or weights" in other.difference(known, 12)
+        assert other.digests(other.size) != known
+        assert "sizes or weights" in other.difference(known, other.size)
     write(tmp_path / "s2", 7, "another")
     edited = open_data([SourceSection(path=tmp_path / name) for name in ("s1", "s2")])
     assert edited.difference(known, 12) == f"the content of {tmp_path / 's2'} is another"
+
+
+def test_samples_that_are_added_come_after_all_others(tmp_path: Path) -> None:
+    """In an order of their own, of a new source too; what was there keeps its place and its digest."""
+    first = mixture(tmp_path, (1500, 1), (900, 1.5))
+    everything, known = first.read(0, first.size), first.digests(first.size)
+    longer = mixture(tmp_path, (1500, 1), (980, 1.5), (70, 1))
+    grown = longer.grown([[1500, 900], [1500, 980, 70]])
+    assert grown.size == longer.size == grown.ends[-1]
+    assert grown.read(0, first.size) == everything
+    assert grown.digests(first.size) == known
+    added = grown.read(first.size, 999)
+    assert Counter(name.partition(":")[0] for name in ids(added)) == {"2": 80, "2.1": 40, "3": 70}
+    assert len({*ids(everything), *ids(added)}) == grown.size
+    assert ids(added) != sorted(ids(added))
+    places = first.size + 5, 30, first.size + 90, first.size - 1
+    assert [grown.read(place, 1)[0] for place in places] == [[*everything, *added][place] for place in places]
+    assert ids(longer.read(0, first.size)) != ids(everything), "the order of one start is another"
+
+
+def test_a_mixture_that_grows_takes_what_one_of_its_size_takes(tmp_path: Path) -> None:
+    """Every fourth sample stays every fourth, however few are added at a time."""
+    mixed = mixture(tmp_path, (23, 0.25), (9, 2.5))
+    grown = mixed.grown([[n, 3 + n // 4] for n in range(1, 24)] + [[23, 9]])
+    assert grown.size == mixed.size
+    assert len(set(ids(grown.read(0, grown.size)))) == grown.size
 
 
 def test_a_prompt_of_two_sources_is_taken_once(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from paceline.data.prompts import Prompt
 from paceline.errors import ConfigError, EngineError
-from paceline.evaluation.heldout import Room, encode_held_out, refuse_nothing_to_measure
+from paceline.evaluation.heldout import Asked, HeldOut, Room, encode_held_out, refuse_nothing_to_measure
 from paceline.evaluation.speculative import MAX_DRAFT_TOKENS, _remainder
 from paceline.evaluation.suites import SuitePrompt
 
@@ -26,15 +26,18 @@ def asked(*texts: tuple[str, str]) -> list[SuitePrompt]:
 
 
 def test_each_reason_is_told_and_the_others_are_measured() -> None:
-    """Too long for the target's positions, a token that it has no row for, no token, refused."""
-    texts = asked(("good", "aaa"), ("long", "a" * 30), ("foreign", "a!"), ("empty", ""), ("refused", "?"))
+    """Too long for the target's positions, a token that it has no row for, no token, refused, no prompt."""
+    texts = [
+        *asked(("good", "aaa"), ("long", "a" * 30), ("foreign", "a!"), ("empty", ""), ("refused", "?")),
+        SuitePrompt(Prompt("unread", "x", broken="line 6: it is not JSON")),
+    ]
     positions = 3 + 10 + MAX_DRAFT_TOKENS
     encoder = LengthEncoder()
     room = Room(vocab_size=61, positions=positions, prompt_tokens=40, answer_tokens=10)
     held = encode_held_out(texts, encoder.encode, room)
     assert held.prompts == ((5, 5, 5),)
     assert {name: word in held.left_out[name] for name, word in _WORDS.items()} == dict.fromkeys(_WORDS, True)
-    assert held.note.startswith("4 of 5 held-out prompts are left out, the first: long: ")
+    assert held.note.startswith("5 of 6 held-out prompts are left out, the first: long: ")
     assert encode_held_out(texts[:1], encoder.encode, Room(61, None, 40, 10)).note == ""
     short = encode_held_out(asked(("long", "a" * 41)), encoder.encode, Room(61, None, 40, 10))
     assert "more than the 40 of data.max_prompt_tokens" in short.left_out["long"]
@@ -42,7 +45,22 @@ def test_each_reason_is_told_and_the_others_are_measured() -> None:
         refuse_nothing_to_measure(short)
 
 
-_WORDS = {"long": "positions", "foreign": "token 99", "empty": "no token", "refused": "template"}
+_WORDS = {
+    "long": "positions",
+    "foreign": "token 99",
+    "empty": "no token",
+    "refused": "template",
+    "unread": "line 6: it is not JSON",
+}
+
+
+def test_everything_that_is_not_measured_is_told() -> None:
+    """Also what the run file leaves out, and what stands twice."""
+    held = HeldOut((Asked("a", (5,)), Asked("b", (6,))), {"x": "too long"}, repeated=2, beyond=7)
+    assert held.note == (
+        "1 of 3 held-out prompts are left out, the first: x: too long; 7 held-out prompts are beyond "
+        "evaluation.max_prompts; 2 held-out prompts repeat an earlier one and are measured once"
+    )
 
 
 @pytest.mark.parametrize("off", [0.0, 1e-9])

@@ -96,6 +96,39 @@ def test_a_longer_file_with_the_same_beginning_extends_a_run_that_was_complete(r
     assert [p.prompt_id for p in plan.source((6, 9)).read(11, 2)] == ["1/5", "0/6"]
 
 
+def test_longer_sources_extend_a_mixture_that_was_complete(run: Run) -> None:
+    """Each at its end, and by another source; what was captured keeps its ordinal. No more may change."""
+    del run.sections["prompts"]
+    paths = [run.folder / name for name in ("train.jsonl", "more.jsonl", "last.jsonl")]
+    run.write("more.jsonl", 100, 4)
+    sources = [{"path": str(path), "weight": weight} for path, weight in zip(paths, (1, 2, 1), strict=True)]
+
+    def planned(count: int) -> RunPlan:
+        return run.plan(data={"sources": sources[:count]})
+
+    assert bind_run(planned(2), run.ledger) == ([6, 4],)
+    run.capture_one()
+    before = planned(2).source(([6, 4],)).read(0, 99)
+    run.write("more.jsonl", 100, 5)
+    run.write("last.jsonl", 200, 2)
+    with pytest.raises(ConfigError, match="has 18 prompts, and this run of 14 is not complete"):
+        bind_run(planned(3), run.ledger)
+    run.ledger.set_facts(None, {COMPLETED_STEP: 3})
+    stretches = ([6, 4], [6, 5, 2])
+    assert bind_run(planned(3), run.ledger) == bind_run(planned(3), run.ledger) == stretches
+    source = planned(3).source(stretches)
+    assert source.read(0, 14) == before
+    assert sorted(p.prompt_id for p in source.read(14, 9)) == ["0/2.1:104", "0/2:104", "0/3:200", "0/3:201"]
+    assert planned(3).num_steps(stretches)[0] < planned(3).num_steps(stretches)[1]
+    run.write("more.jsonl", 101, 5)
+    with pytest.raises(ConfigError, match=r"the content of .*more\.jsonl is another"):
+        bind_run(planned(3), run.ledger)
+    run.write("more.jsonl", 100, 5)
+    sources[0]["weight"] = 3
+    with pytest.raises(ConfigError, match="sizes or weights of the sources"):
+        bind_run(planned(3), run.ledger)
+
+
 @pytest.mark.parametrize(("first", "count"), [(1, 9), (0, 5)])
 def test_another_beginning_is_refused_naming_where_it_differs(run: Run, first: int, count: int) -> None:
     """A sample is its prompt's place in the file."""

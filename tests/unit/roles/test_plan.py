@@ -47,11 +47,10 @@ def test_a_quantised_target_is_trained_without_measuring_or_refused(tmp_path: Pa
         plan(tmp_path, str(tmp_path), unsupported="refuse")
 
 
-def test_held_out_chats_are_refused_with_the_setting_that_names_them(tmp_path: Path) -> None:
-    """Held-out prompts are plain prompts; data.path is another file."""
+def test_a_held_out_file_without_prompts_is_refused_with_the_setting_that_names_it(tmp_path: Path) -> None:
+    """data.path is another file."""
     plan(tmp_path, str(make_tiny_folder(tmp_path / "model")))
-    chat = {"id": "c", "messages": [{"role": "user", "content": "Who leads?"}]}
-    (tmp_path / "heldout.jsonl").write_text(json.dumps(chat))
+    (tmp_path / "heldout.jsonl").write_text("no JSON")
     with pytest.raises(ConfigError, match=r"heldout.jsonl holds no prompt") as caught:
         plan_run(run_config(tmp_path, str(tmp_path / "model")))
     assert "evaluation.prompts" in caught.value.next
