@@ -16,6 +16,7 @@ from paceline.config.load import (
     refuse_changes,
 )
 from paceline.errors import ConfigError
+from paceline.methods.table import METHODS
 
 MINIMAL: dict[str, Any] = {
     "run": {"name": "r", "directory": "runs/r"},
@@ -133,6 +134,14 @@ def test_the_recorded_configuration_is_a_run_file(tmp_path: Path) -> None:
     assert again.model_copy(update={"run": config.run}) == config
     with pytest.raises(ConfigError, match="no configuration"):
         recorded_config({}, tmp_path)
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_the_recorded_configuration_of_every_method_is_a_run_file(tmp_path: Path, name: str) -> None:
+    """It names all settings, also those that belong to a choice that was not made."""
+    config = parse_run_config({**MINIMAL, "method": {"name": name}}, source="test")
+    again = parse_run_config(yaml.safe_load(recorded_config(flat(config), tmp_path)), source="recorded")
+    assert again.method == config.method
 
 
 DEEP = "[" * 5000

@@ -79,7 +79,7 @@ def test_what_does_not_fit_the_target_is_refused_before_training() -> None:
     for knobs, word in (({"target_states": 6}, "target_states"), ({"mask_token_id": 61}, "mask_token_id")):
         with pytest.raises(ConfigError, match=word):
             method_of("dflash", **knobs).check_target(head())
-    for wrong in ({"name": "decay", "alpha": 0.5}, {"name": "dpace", "gamma": 2.0}):
+    for wrong in ({"name": "decay", "alpha": 0.25}, {"name": "dpace", "gamma": 2.0}):
         with pytest.raises(ConfigError, match="does not read it"):
             method_of("dflash", weighting=wrong)
 

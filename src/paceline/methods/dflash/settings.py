@@ -33,7 +33,8 @@ class WeightingSection(Section):
     @model_validator(mode="after")
     def _what_is_set_is_read(self) -> WeightingSection:
         other, owner = ("alpha", "dpace") if self.name == "decay" else ("gamma", "decay")
-        if other in self.model_fields_set:
+        # A recorded run file names the defaults, too.
+        if getattr(self, other) != type(self).model_fields[other].default:
             raise ValueError(f"{other} belongs to the weighting {owner}; {self.name} does not read it")
         return self
 
