@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from paceline.errors import FeatureCorruptError
 from paceline.features.store import FeatureStore
+from paceline.features.stores.files import FileFeatureStore
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.features.stores.slots import HEADER_BYTES
-from paceline.testing.feature_store_suite import MIB, FeatureStoreSuite
+from paceline.testing.feature_store_suite import MIB, FeatureStoreSuite, assert_same, feature_ref, features
 from paceline.testing.memory_features import InMemoryFeatureStore
 from paceline.types import SampleRef
 
@@ -47,3 +49,45 @@ class TestSharedMemoryFeatureStore(FeatureStoreSuite):
             byte = file.read(1)[0]
             file.seek(HEADER_BYTES)
             file.write(bytes([byte ^ 1]))
+
+
+class TestFileFeatureStore(FeatureStoreSuite):
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path: Path) -> None:
+        self.folder, self.made = tmp_path, 0
+
+    def make(self, budget_bytes: int = 8 * MIB) -> FeatureStore:
+        self.made += 1
+        return FileFeatureStore(self.folder / f"store-{self.made}", budget_bytes=budget_bytes)
+
+    def flip_bit(self, store: FeatureStore, ref: SampleRef) -> None:
+        assert isinstance(store, FileFeatureStore)
+        path = store._held[ref.sample_id].path
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+    def test_another_store_of_the_folder_reads_what_was_put(self) -> None:
+        """Also under another name of the folder; what a kill has left half-written is swept away."""
+        store = self.make()
+        ref = feature_ref("a", store.put("a", features(1), generation=4))
+        moved = self.folder / "moved"
+        (self.folder / "store-1").rename(moved)
+        (moved / "x.part").write_bytes(b"half")
+        again = FileFeatureStore(moved, budget_bytes=8 * MIB)
+        assert_same(again.get(ref), features(1))
+        assert again.written() == [("a", 4)]
+        assert list(moved.glob("*.part")) == []
+        assert again.put("b", features(2)).keys["input_ids"].startswith("5/")
+
+    def test_a_torn_file_is_not_listed(self) -> None:
+        """So the ledger learns that its sample is lost."""
+        store = self.make()
+        ref = feature_ref("a", store.put("a", features(1), generation=4))
+        path = next((self.folder / "store-1").glob("*.safetensors"))
+        path.write_bytes(path.read_bytes()[:-1])
+        again = FileFeatureStore(self.folder / "store-1", budget_bytes=8 * MIB)
+        assert again.written() == []
+        with pytest.raises(FeatureCorruptError):
+            again.get(ref)
+        assert_same(again.get(feature_ref("a", again.put("a", features(1), generation=5))), features(1))

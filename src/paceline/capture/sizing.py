@@ -16,9 +16,15 @@ def largest_sample_bytes(
 
     `num_targets`: at most how many of those tokens the draft learns to predict.
     """
+    payload = payload_bytes(features, hidden_size, num_tokens=num_tokens, num_targets=num_targets)
+    return int(payload * 1.3) + 16_384
+
+
+def payload_bytes(features: Sequence[Feature], hidden_size: int, *, num_tokens: int, num_targets: int) -> int:
+    """The bytes of the tensors of a sample of that many tokens, `num_targets` of them to be predicted."""
     payload = 0
     for feature in features:
         rows = num_targets if feature.rows == Rows.PREDICTED else num_tokens
         width = len(feature.source.layers) * hidden_size if isinstance(feature.source, States) else 1
         payload += rows * width * ITEM_BYTES[feature.dtype]
-    return int(payload * 1.3) + 16_384
+    return payload
