@@ -78,6 +78,7 @@ class DraftMethod(Protocol):
         """A batch on `device` from samples that carry the tensors of `features`.
 
         Build indices that depend on lengths or masks here, on the CPU, so that the loss never waits for them.
+        Metrics may be of a part of the tokens while gradients are enabled; without gradients, of all of them.
         """
 
     def drafter(self, draft: nn.Module, dtype: torch.dtype) -> Any:

@@ -130,3 +130,16 @@ def test_one_anchor_in_sixteen_is_judged_the_same_ones_in_any_batch(model: Llama
         alone += [start + row for row in _judged(collate([sample], Unrolling(STEPS, 0.8)))]
         start += int(sample["aux_hidden_states"].shape[0])
     assert _judged(packed) == alone
+
+
+def test_every_anchor_is_judged_where_nothing_is_trained(
+    greedy: list[dict[str, torch.Tensor]],
+) -> None:
+    """A measurement on held-out answers must not depend on which anchors were picked."""
+    method = Eagle3Method({"draft_vocab_size": 40, "ttt_steps": STEPS})
+    with torch.no_grad():
+        batch = method.collate(greedy, torch.device("cpu"))
+    assert _judged(batch) == _judged(collate(greedy, Unrolling(STEPS, 0.8, judged_share=1)))
+    trained = method.collate(greedy, torch.device("cpu"))
+    assert _judged(trained) == _judged(collate(greedy, Unrolling(STEPS, 0.8)))
+    assert len(_judged(trained)) * 8 < len(_judged(batch))

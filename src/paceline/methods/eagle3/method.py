@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from paceline.errors import ConfigError
-from paceline.methods.eagle3.batch import Eagle3Batch, Unrolling, collate
+from paceline.methods.eagle3.batch import JUDGED_SHARE, Eagle3Batch, Unrolling, collate
 from paceline.methods.eagle3.decode import Eagle3Decoder
 from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft, Midlayer
 from paceline.methods.eagle3.settings import Eagle3Section
@@ -145,7 +145,8 @@ class Eagle3Method:
         if self._start is not None:
             size, window = self._start.sizes["draft_vocab_size"], self._start.sizes["sliding_window"]
         group = max(1, _GROUP_LOGITS // (chosen.ttt_steps * size))
-        unrolling = Unrolling(chosen.ttt_steps, chosen.step_decay, group, window=window)
+        share = JUDGED_SHARE if torch.is_grad_enabled() else 1
+        unrolling = Unrolling(chosen.ttt_steps, chosen.step_decay, group, share, window)
         return collate(samples, unrolling).to(device)
 
     def drafter(self, draft: nn.Module, dtype: torch.dtype) -> Eagle3Decoder:
