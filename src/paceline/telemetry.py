@@ -52,6 +52,9 @@ EVENTS = {
     "measured": "a prompt is measured: how many are, of how many, and of what",
     "evaluated": "the acceptance lengths",
     "evaluated_suites": "a report on suites is written",
+    # comparer
+    "replayed": "so many steps of a variant are trained on kept samples",
+    "measuring": "a variant is trained and is measured now",
     # exporter
     "answers_exported": "the kept answers of the run are written to a file",
     "exported": "a folder for inference servers is written and has passed its self-check",
@@ -155,8 +158,12 @@ def _readable(event: str, fields: dict[str, Any]) -> str:
 
 def read_events(path: Path, *, tail_bytes: int = READ_BYTES) -> list[dict[str, Any]]:
     """The newest events of a file, oldest first. Lines that are not events are left out."""
+    return _events_of(read_tail(path, tail_bytes))
+
+
+def _events_of(data: bytes) -> list[dict[str, Any]]:
     events = []
-    for line in read_tail(path, tail_bytes).split(b"\n"):
+    for line in data.split(b"\n"):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -164,6 +171,26 @@ def read_events(path: Path, *, tail_bytes: int = READ_BYTES) -> list[dict[str, A
         if isinstance(record, dict):
             events.append(record)
     return events
+
+
+class NewEvents:
+    """The events that are appended to a file from now on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._at = path.stat().st_size if path.exists() else 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Those since the last call; none if the file cannot be read, or was shortened meanwhile."""
+        data = b""
+        with suppress(OSError), open_regular(self._path) as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(min(self._at, size))
+            data = file.read(READ_BYTES)
+            whole = data.rpartition(b"\n")[0]
+            self._at = min(self._at, size) + len(whole) + bool(whole)
+            return _events_of(whole)
+        return []
 
 
 def read_tail(path: Path, num_bytes: int) -> bytes:

@@ -16,13 +16,14 @@ from typing import Annotated, Any, ParamSpec
 import typer
 
 from paceline.cli.clean import clean_folder
+from paceline.cli.compare import compare, sweep
 from paceline.cli.data import OPTIONS, check
 from paceline.cli.evaluate import MeasuringProgress, evaluation_request, show_report
 from paceline.cli.export import HOST, export_checkpoint, export_request, serve_run, serving_command
 from paceline.cli.fsck import fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
 from paceline.cli.options import takes
-from paceline.cli.plain import exit_code_of_lost_output, out, say, say_error, stderr
+from paceline.cli.plain import INTERRUPTED, exit_code_of_lost_output, out, say, say_error, stderr
 from paceline.cli.progress import Progress, describe, evaluation_lines, final_line, trained
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
@@ -39,8 +40,6 @@ from paceline.roles.snapshot import making_sense, open_run, take_snapshot
 from paceline.roles.supervisor import Supervisor, evaluate_run, export_answers_of
 from paceline.target.hub import local_target
 from paceline.terminal import open_standard_streams, printable
-
-INTERRUPTED = 130  # exit code
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -193,6 +192,10 @@ def evaluate(
     config = load_run_config(run_file)
     request = evaluation_request(config, suite or [], temperature or [], max_prompts, step, report)
     _evaluate(run_file, config, request)
+
+
+app.command()(advises(compare))
+app.command()(advises(sweep))
 
 
 @app.command()

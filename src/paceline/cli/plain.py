@@ -15,6 +15,7 @@ from rich.text import Text
 from paceline.errors import PacelineError
 from paceline.terminal import Output, one_line, printable
 
+INTERRUPTED = 130  # exit code
 READER_GONE = 141  # exit code, as of a process that SIGPIPE ends
 
 

@@ -32,6 +32,11 @@ VALUES_MAX = 10_000
 
 def load_run_config(path: Path) -> RunConfig:
     """Raises ConfigError naming the file, the key and what to write instead."""
+    return parse_run_config(read_sections(path), source=str(path))
+
+
+def read_sections(path: Path) -> dict[str, Any]:
+    """The sections of a run file, or of a part of one, as they stand there. Raises ConfigError."""
     try:
         text = read_regular(path, FILE_BYTES_MAX).decode()
     except (OSError, UnicodeDecodeError) as error:
@@ -56,7 +61,12 @@ def load_run_config(path: Path) -> RunConfig:
                 f"{path}: {key} contains NUL, which no path or name may.",
                 next=f"mend {path} and run it again.",
             )
-    return parse_run_config(data, source=str(path))
+    return data
+
+
+def given_sections(config: RunConfig) -> dict[str, Any]:
+    """What the run file says, without the defaults of what it does not say, as JSON values."""
+    return config.model_dump(mode="json", exclude_unset=True)
 
 
 def _texts(value: object, name: str) -> Iterator[tuple[str, str]]:

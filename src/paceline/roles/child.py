@@ -27,8 +27,9 @@ GRACE_S = {  # the consumer writes a checkpoint
     "evaluator": 5.0,
     "exporter": 5.0,
     "answers_exporter": 5.0,
+    "comparer": 5.0,
 }
-WITHOUT_SAFE_POINT = ("evaluator", "exporter", "answers_exporter")
+WITHOUT_SAFE_POINT = ("evaluator", "exporter", "answers_exporter", "comparer")
 REPORT_BYTES_MAX = 1 << 16
 
 

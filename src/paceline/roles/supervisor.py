@@ -255,6 +255,15 @@ def export_answers_of(run_file: Path, config: RunConfig, path: Path) -> bool:
     )
 
 
+def run_comparer(run_file: Path, config: RunConfig, look: Callable[[], None], *arguments: str) -> bool:
+    """A stage of a comparison in a process of its own; `look` is called now and then meanwhile.
+
+    Returns False if the user stopped it. Raises that process's error.
+    """
+    again = "the same command again, which goes on where it was"
+    return _run_alone("comparer", "comparison", again, run_file, config, *arguments, look=look)
+
+
 def _run_alone(
     role: str,
     work: str,
