@@ -43,7 +43,7 @@ from paceline.roles.supervisor import export_run
 from paceline.target.head import TargetHead
 from paceline.target.tokenizer import PromptEncoder
 from paceline.training import tensor_files
-from paceline.training.torch_learner import DRAFT
+from paceline.training.learner import DRAFT
 
 HERE = Path(__file__).parent
 CHAIN, TOKENS = 3, 64

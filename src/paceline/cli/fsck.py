@@ -74,6 +74,11 @@ def _advice(directory: Path, report: Report) -> str:
             "The ledger is sound: restore the checkpoints named above from a backup, or run the same "
             "`paceline train` again, which goes on from the newest checkpoint that is whole."
         )
+    if all(error.startswith("C10 ") for error in report.errors):
+        return (
+            "The run is sound: remove the folders named above from checkpoints/best. Training goes on "
+            "without them, and an export then takes the best draft that is left, or the newest."
+        )
     return (
         f"Keep a copy of {directory} before you go on; restore ledger and checkpoints from one backup, "
         "or start a new run."

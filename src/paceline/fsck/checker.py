@@ -16,6 +16,7 @@ from typing import Any
 import apsw
 
 from paceline.fsck.artefacts import SCHEMA, Ledger, Sample, Slot, sha256, slots_in_use
+from paceline.fsck.best import check_best
 from paceline.fsck.files import refuse_what_is_no_database
 from paceline.fsck.lineage import check_folders, check_lineage
 from paceline.fsck.report import Report
@@ -71,6 +72,7 @@ def _check_all(
     steps = check_lineage(ledger, passes, report)
     _check_states(ledger, report)
     check_folders(ledger, directory / "checkpoints", report)
+    check_best(ledger, directory, report)
     _check_bytes(ledger, features or _feature_folder(ledger.facts, directory), report)
     samples = ledger.samples.values()
     report.counts |= {

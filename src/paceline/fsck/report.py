@@ -14,6 +14,7 @@ RULES = {
     "C5": "checkpoints on disk are the ones recorded, byte for byte",
     "C8": "counters, prompts and archived history agree",
     "C9": "bytes have one owner, and no generation is used twice",
+    "C10": "drafts that are held beyond their checkpoints, such as the best one, are as they were written",
 }
 SHOWN = 5  # ids in one line
 

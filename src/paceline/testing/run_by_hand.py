@@ -27,6 +27,7 @@ class RunByHand:
         self.folder = folder
         self.checkpoints = CheckpointFolder(folder / "checkpoints", RUN_ID)
         self.since_head: list[TrainedStep] = []
+        self.weights = b"weights" * 50
         self._prompts = prompts
         self.open()
         if "config" not in self.ledger.facts():
@@ -79,7 +80,7 @@ class RunByHand:
         written = Checkpoint(
             now.trained_step,
             max(places, default=-1) + 1,
-            {"weights.bin": b"weights" * 50},
+            {"weights.bin": self.weights},
             {},
             tuple(self.since_head),
             now.head.name if now.head else "",

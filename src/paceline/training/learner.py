@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from paceline.durable_files import FileContent
 
+DRAFT = "draft.safetensors"  # the draft's file in a checkpoint
 Sample = Mapping[str, Any]  # tensors by name, as the feature store returned them
 
 

@@ -21,11 +21,12 @@ from paceline.target.agreement import refuse_disagreement
 from paceline.target.head import TargetHead
 from paceline.target.origin import origin_of
 from paceline.training import tensor_files
+from paceline.training.learner import DRAFT
 from paceline.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from paceline.training.settings import TrainerSettings
 from paceline.training.step import accumulate_gradients, train_step
 
-DRAFT, OPTIMIZER, RNG = "draft.safetensors", "optimizer.safetensors", "rng.safetensors"
+OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
 
 
 class TorchLearner:
