@@ -61,7 +61,7 @@ def export_checkpoint(console: Console, run_file: Path, config: RunConfig, reque
     notes = read_notes(config.run.directory)
     for name, folder in request.folders(config.run.directory).items():
         note = notes.get(str(folder), {})
-        say(console, f"{name}: {folder}, step {note.get('step', '?')}")
+        say(console, f"{name}: {folder}, step {note.get('step', '?')} ({note.get('why', 'unknown why')})")
         for told in note.get("refusals", []):
             say(console, f"note: {told}")
     return True

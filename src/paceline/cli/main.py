@@ -24,7 +24,7 @@ from paceline.cli.fsck import fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
 from paceline.cli.options import takes
 from paceline.cli.plain import INTERRUPTED, exit_code_of_lost_output, out, say, say_error, stderr
-from paceline.cli.progress import Progress, describe, evaluation_lines, final_line, trained
+from paceline.cli.progress import Progress, best_lines, describe, evaluation_lines, final_line, trained
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
 from paceline.engines.table import ENGINES
@@ -207,7 +207,7 @@ def export(
         typer.Argument(metavar="[DIR]", help="Where to; for several formats, a folder each.", readable=False),
     ] = None,
     to: Annotated[list[str] | None, typer.Option(help="vllm, sglang, speculators or hf; repeatable.")] = None,
-    step: Annotated[int | None, typer.Option(help="A kept checkpoint's step; the newest.", min=1)] = None,
+    step: Annotated[int | None, typer.Option(help="A kept checkpoint's step; the best.", min=1)] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 (the default) or fp32.")] = None,
     target_name: Annotated[str | None, typer.Option(help="The target's hub id or path for servers.")] = None,
 ) -> None:
@@ -391,7 +391,7 @@ def _print_evaluation(config: RunConfig) -> None:
             why="It was changed since; the run itself is untouched.",
             next=f"paceline evaluate {config.run.directory}",
         )
-    for line in [*evaluation_lines(snapshot), final_line(snapshot)]:
+    for line in [*evaluation_lines(snapshot), *best_lines(snapshot), final_line(snapshot)]:
         say(out, line)
 
 

@@ -18,6 +18,7 @@ from paceline.roles.plan import RunPlan
 from paceline.roles.snapshot import RunSnapshot
 
 LINE_EVERY_S = 15.0
+POINTS_SHOWN = 8  # of the curve
 
 
 class Progress:
@@ -70,6 +71,8 @@ def _line(s: RunSnapshot, plan: RunPlan, elapsed: float) -> str:
     ]
     if s.last_step:
         parts.append(_step_text(s))
+    if s.best is not None:
+        parts.append(f"best acceptance length {s.best.acceptance_length:.2f}, step {s.best.step}")
     if s.ledger.restarts:
         parts.append(f"restarts {s.ledger.restarts}")
     return " | ".join(parts)
@@ -154,6 +157,7 @@ def describe(console: Console, s: RunSnapshot) -> None:
         f"{s.ledger.usage.resident_bytes / 2**20:.1f} MiB resident",
         "checkpoint": f"step {s.checkpoint_step}" if s.checkpoint_step is not None else "none yet",
         "last step": _step_text(s) if s.last_step else "none yet",
+        **_measured(s),
         "blocked": f"producer {s.blocked_s['producer']:.1f} s for room, "
         f"consumer {s.blocked_s['consumer']:.1f} s for samples (each since its last start)",
         "restarts": str(s.ledger.restarts),
@@ -174,6 +178,30 @@ def describe(console: Console, s: RunSnapshot) -> None:
     if s.evaluation:
         for line in [*evaluation_lines(s), final_line(s)]:
             say(console, line)
+
+
+def _measured(s: RunSnapshot) -> dict[str, str]:
+    """The rows about the measured checkpoints: the best, the curve, and an early end."""
+    rows = {}
+    if s.best is not None:
+        rows["best draft"] = f"step {s.best.step}: acceptance length {s.best.told}, exported by default"
+    if len(s.curve.points) > 1:
+        newest = [
+            f"{point.acceptance_length:.2f} at {point.step}" for point in s.curve.points[-POINTS_SHOWN:]
+        ]
+        rows["curve"] = f"{len(s.curve.points)} evaluations, the last: {', '.join(newest)}"
+    if s.stopped_flat:
+        rows["early stop"] = s.stopped_flat
+    return rows
+
+
+def best_lines(s: RunSnapshot) -> list[str]:
+    """What was measured before and is better than the newest, if anything was."""
+    best, last = s.best, s.curve.last
+    if best is None or last is None or best.step == last.step:
+        return []
+    told = f"step {best.step}, acceptance length {best.told}"
+    return [f"the best of {len(s.curve.points)} evaluations is kept: {told}"]
 
 
 def evaluation_lines(s: RunSnapshot) -> list[str]:

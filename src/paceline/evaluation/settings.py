@@ -17,6 +17,9 @@ class EvaluationSection(Section):
 
     `unsupported`: what happens with a target that the evaluation cannot decode. "skip" trains without
     measuring, and says so before and after; "refuse" stops before training.
+
+    `every_steps`: measure also while training goes on, at the first checkpoint of every so many steps, in a
+    process of the lowest priority; 0: only at the end.
     """
 
     changeable: ClassVar[tuple[str, ...]] = ("*",)
@@ -27,6 +30,7 @@ class EvaluationSection(Section):
     branching: Annotated[int, Field(ge=1, le=16)] = 4
     depth: Annotated[int, Field(ge=1, le=16)] = 3
     unsupported: Literal["skip", "refuse"] = "skip"
+    every_steps: Annotated[int, Field(ge=0)] = 0
     dtype: Dtype = "auto"
     device: Device = "auto"
 

@@ -80,7 +80,7 @@ def _measured(draft: ExportedDraft, evaluation: Mapping[str, Any]) -> list[str]:
         "## Acceptance",
         "",
         f"Lossless decoding of {prompts}, up to {e.get('max_new_tokens', '?')} tokens an answer, in {where}: "
-        f"{e['identical']} answers are identical to plain decoding, token for token. The checkpoint's own "
+        f"{_compared(e)} The checkpoint's own "
         f"weights were measured, before they were written here in {draft.dtype}.",
         "",
         "| guesses a cycle | acceptance length | emitted tokens a cycle | kept at depth 1, 2, ... |",
@@ -100,6 +100,12 @@ def _measured(draft: ExportedDraft, evaluation: Mapping[str, Any]) -> list[str]:
         "leave out what was accepted beyond an answer's end. In brackets: 95 % over prompts."
     )
     return [*lines, "", told, ""]
+
+
+def _compared(evaluation: Mapping[str, Any]) -> str:
+    if "identical" in evaluation:
+        return f"{evaluation['identical']} answers are identical to plain decoding, token for token."
+    return "It was measured while training went on, without plain decoding beside it."
 
 
 def _checked(verdict: Verdict, replayed: str) -> list[str]:

@@ -15,8 +15,8 @@ class ExportSection(Section):
 
     `directory`: one format is written to it, several to folders of their names in it. By default every
     format has its folder in `export` in the run's directory. `step`: of a kept checkpoint, by default
-    the newest. `target_name`: how servers and readers find the target (a hub id or a path), by default the
-    id that its folder was fetched under, or else its absolute path.
+    the best that was measured, or else the newest. `target_name`: how servers and readers find the target (a
+    hub id or a path), by default the id that its folder was fetched under, or else its absolute path.
     """
 
     changeable: ClassVar[tuple[str, ...]] = ("*",)

@@ -16,7 +16,14 @@ from paceline.config.load import flat, refuse_changes
 from paceline.config.run import RunConfig
 from paceline.data.source import Stretch
 from paceline.errors import ConfigError, RunBusyError
-from paceline.ledger.facts import COMPLETED_STEP, CONFIG, PROMPTS, RENDERING_DATE
+from paceline.ledger.facts import (
+    COMPLETED_STEP,
+    CONFIG,
+    FLAT_AFTER,
+    PROMPTS,
+    RENDERING_DATE,
+    STOPPED_FLAT,
+)
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import RoleLock
 from paceline.roles.plan import RunPlan
@@ -91,7 +98,7 @@ def _extend(
         )
     with others_kept_out(plan.config, role) as alone:
         if alone:
-            ledger.set_facts(None, {PROMPTS: _prompts(plan, longer), COMPLETED_STEP: None})
+            ledger.set_facts(None, {PROMPTS: _prompts(plan, longer), **_going_on(ledger)})
             ledger.end_stream(None, False)
             return tuple(longer)
     raise ConfigError(
@@ -99,6 +106,24 @@ def _extend(
         why="Both roles must know the same prompts.",
         next="stop the run first, then run the same command again.",
     )
+
+
+def _going_on(ledger: Ledger) -> dict[str, Any]:
+    """The facts of a complete run that goes on: it stops early only for what is measured from now on."""
+    facts = ledger.facts()
+    flat = {FLAT_AFTER: facts[COMPLETED_STEP], STOPPED_FLAT: None} if facts.get(STOPPED_FLAT) else {}
+    return {COMPLETED_STEP: None, **flat}
+
+
+def go_on_if_flat_no_more(config: RunConfig, ledger: Ledger) -> None:
+    """Reopen a run that stopped early, if its run file asks for that no more (training.stop_when_flat)."""
+    facts = ledger.facts()
+    if facts.get(STOPPED_FLAT) is None or config.training.stop_when_flat is not None:
+        return
+    with others_kept_out(config, None) as alone:
+        if alone:
+            going_on = _going_on(ledger) if facts.get(COMPLETED_STEP) is not None else {}
+            ledger.set_facts(None, {STOPPED_FLAT: None, **going_on})
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,19 @@ class Child:
         if self._pipe >= 0:
             os.close(self._pipe)
             self._pipe = -1
+
+    def run_in_the_background(self, processors: Collection[int]) -> None:
+        """Let it compute only while nothing else wants to; on `processors` alone, if there are any."""
+        pid = self._process.pid
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, pid, 19)
+        with suppress(OSError):
+            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+        with suppress(OSError):  # where the kernel shares processors among sessions, not processes
+            Path(f"/proc/{pid}/autogroup").write_text("19")
+        if processors:
+            with suppress(OSError):
+                os.sched_setaffinity(pid, processors)
 
     def keep_log_short(self) -> None:
         with suppress(OSError):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from paceline.data.source import Stretch
-from paceline.ledger.facts import COMPLETED_STEP
+from paceline.ledger.facts import COMPLETED_STEP, STOPPED_FLAT
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.precision import resolve_device, torch_dtype
 from paceline.roles.binding import bind_run
@@ -55,6 +55,10 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     method, head = config.method.build(), TargetHead.load(config.target.model)
     method.check_target(head)
     settings = trainer_settings(plan, stretches)
+
+    def stops_early() -> bool:
+        return config.training.stop_when_flat is not None and ledger.facts().get(STOPPED_FLAT) is not None
+
     dtype = "float32" if settings.autocast_dtype is None else "bfloat16"
     numerics = {"dtype": dtype, "device": resolve_device(config.training.device).type}
     bind_numerics(ledger, config, "consumer", DRAFT_NUMERICS, numerics)
@@ -74,13 +78,13 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
             ),
             metadata_store=ledger,
             resume=True,
-            should_stop=should_stop,
+            should_stop=lambda: should_stop() or stops_early(),
             executor=executor,
             report=events.write,
         )
         step = trainer.fit(loader)
     everything_trained = loader.exhausted and ledger.snapshot().usage.waiting_samples == 0
-    if everything_trained or step == config.training.max_steps:
+    if everything_trained or step == config.training.max_steps or (step and stops_early()):
         trainer.session.set_facts({COMPLETED_STEP: step})
         features.destroy()
     ledger.close()

@@ -1,7 +1,8 @@
-"""The evaluator process: `python -m paceline.roles.evaluator RUN.yaml [REQUEST]`.
+"""The evaluator process: `python -m paceline.roles.evaluator RUN.yaml [REQUEST | beside]`.
 
 Without a request (an EvaluationRequest as JSON) it measures the newest checkpoint on the run's held-out
-prompts and writes evaluation.json. With one it writes the report that is asked for, and its picture.
+prompts, writes evaluation.json and adds a point to the run's curve; `beside` training it adds a point alone.
+With a request it writes the report that is asked for, and its picture.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from paceline.evaluation.settings import EvaluationRequest
 from paceline.evaluation.unfinished import Unfinished
 from paceline.ledger.facts import RENDERING_DATE
 from paceline.ledger.stores.sqlite.view import LedgerView
-from paceline.roles.draft import checkpoint_of_step
+from paceline.roles.curve_recorder import measure_beside, point_of, record_in_curve
+from paceline.roles.draft import checkpoint_of_step, hold_newest
+from paceline.roles.evaluation_schedule import BESIDE
 from paceline.roles.measured_draft import build_measured_draft, held_out_of, measure_held_out
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
 from paceline.roles.suite_report import DEFINITION, INTERVALS, measure_suites, read_suites
 from paceline.roles.target_binding import refuse_other_target
 from paceline.telemetry import EventLog
-from paceline.training.torch_learner import DRAFT
+from paceline.training.learner import DRAFT
 
 
 def evaluate(
@@ -45,14 +48,22 @@ def evaluate(
     if request is not None:
         _evaluate_suites(config, view, events, EvaluationRequest.model_validate_json(request))
         return
-    checkpoint, _ = checkpoint_of_step(config, view, None, only=(DRAFT,))
-    measured = build_measured_draft(config, checkpoint, view.facts().get(RENDERING_DATE))
-    result = measure_held_out(
-        config, measured, held_out_of(config, measured), with_lookup=True, report=events.write
-    )
+    checkpoint, record = hold_newest(config, view, (DRAFT,))
+    facts = view.facts()
+    measured = build_measured_draft(config, checkpoint, facts.get(RENDERING_DATE))
+    held_out = held_out_of(config, measured)
+    result = measure_held_out(config, measured, held_out, with_lookup=True, report=events.write)
     _write(config.run.directory / "evaluation.json", result)
     told = {name: value for name, value in result.items() if name != "figures_of_prompts"}
     events.write("evaluated", **told)
+    record_in_curve(config, facts, point_of((checkpoint, record), config, facts, measured, held_out, result))
+
+
+def evaluate_beside(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -> None:  # noqa: ARG001
+    """Measure the newest checkpoint while training goes on."""
+    view = LedgerView(plan.config.ledger_path)
+    refuse_other_target(view, plan.config)
+    events.write("evaluated", **measure_beside(plan.config, view).report)
 
 
 def _evaluate_suites(
@@ -87,5 +98,6 @@ def _write(path: Path, report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    work = partial(evaluate, request=sys.argv[2] if len(sys.argv) > 2 else None)
+    asked = sys.argv[2] if len(sys.argv) > 2 else None
+    work = evaluate_beside if asked == BESIDE else partial(evaluate, request=asked)
     sys.exit(run_role("evaluator", Path(sys.argv[1]), work, stops_itself=False))

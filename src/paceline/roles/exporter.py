@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from paceline.config.run import RunConfig
 from paceline.errors import ExportError
 from paceline.exports.card import model_card
 from paceline.exports.drafted_targets import architectures_of, refusals
@@ -27,7 +28,8 @@ from paceline.exports.table import EXPORTS
 from paceline.ledger.facts import RENDERING_DATE
 from paceline.ledger.stores.sqlite.view import LedgerView
 from paceline.precision import CPU
-from paceline.roles.draft import checkpoint_of_step
+from paceline.roles.best_draft import Choice
+from paceline.roles.draft import draft_to_give
 from paceline.roles.dumped_rows import dump
 from paceline.roles.export_request import add_note, requested
 from paceline.roles.plan import RunPlan
@@ -38,7 +40,7 @@ from paceline.target.head import TargetHead
 from paceline.target.origin import origin_of
 from paceline.telemetry import EventLog
 from paceline.training import tensor_files
-from paceline.training.torch_learner import DRAFT
+from paceline.training.learner import DRAFT
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class _Work:
     replays: list[Replay]
     replayed: str
     evaluation: Mapping[str, Any]
+    why: str  # this checkpoint and no other
     revision: str  # that servers fetch; "" for a path, and for a name that the user gave
     classes: tuple[str, ...]  # of the target, as its folder names them
 
@@ -68,17 +71,17 @@ def export(
     for name, folder in folders.items():
         _write(work, adapters[name], name, folder)
         step, served = work.draft.origin["step"], _served(work, folder)
-        note = {"format": name, "step": step, "target": served.target, "revision": served.revision}
-        note |= {"method": served.method, "chain": served.chain, "refusals": _refusals(work, name)}
-        add_note(config.run.directory, folder, note)
-        events.write("exported", format=name, folder=str(folder), step=step)
+        note = {"format": name, "step": step, "why": work.why, "target": served.target}
+        note |= {"revision": served.revision, "method": served.method, "chain": served.chain}
+        add_note(config.run.directory, folder, {**note, "refusals": _refusals(work, name)})
+        events.write("exported", format=name, folder=str(folder), step=step, why=work.why)
 
 
 def _prepare(plan: RunPlan, section: ExportSection) -> _Work:
     config = plan.config
     view = LedgerView(config.ledger_path)
     version = refuse_other_target(view, config)
-    checkpoint, record = checkpoint_of_step(config, view, section.step, only=(DRAFT,))
+    checkpoint, choice = draft_to_give(config, view, section.step, only=(DRAFT,))
     method, head = config.method.build(), TargetHead.load(config.target.model)
     dtype = getattr(torch, section.dtype)
     stored = tensor_files.from_bytes(DRAFT, checkpoint.files[DRAFT])
@@ -91,7 +94,6 @@ def _prepare(plan: RunPlan, section: ExportSection) -> _Work:
     target = TargetOfDraft(
         section.target_name or origin.name, origin.revision, version, head.config, head.embed_tokens
     )
-    evaluation = read_evaluation(config.run.directory)
     return _Work(
         draft=ExportedDraft(
             method=method.name,
@@ -99,7 +101,11 @@ def _prepare(plan: RunPlan, section: ExportSection) -> _Work:
             sizes=method.describe(draft),
             dtype=section.dtype,
             target=target,
-            origin={"run": config.run.name, "step": checkpoint.step, "checkpoint": record.manifest_digest},
+            origin={
+                "run": config.run.name,
+                "step": checkpoint.step,
+                "checkpoint": choice.record.manifest_digest,
+            },
             chain=method.chain_length(config.evaluation.draft_tokens),
         ),
         target=ServedTarget(
@@ -111,10 +117,19 @@ def _prepare(plan: RunPlan, section: ExportSection) -> _Work:
         ),
         replays=replays,
         replayed=replayed,
-        evaluation=evaluation if evaluation.get("checkpoint_step") == checkpoint.step else {},
+        evaluation=_measured(config, choice),
+        why=choice.why,
         revision="" if section.target_name or origin.name.startswith("/") else origin.revision,
         classes=architectures_of(config.target.model),
     )
+
+
+def _measured(config: RunConfig, choice: Choice) -> Mapping[str, Any]:
+    """The report of this checkpoint; {} if it was not measured."""
+    evaluation = read_evaluation(config.run.directory)
+    if evaluation.get("checkpoint_step") == choice.record.step:
+        return evaluation
+    return choice.point.report if choice.point is not None else {}
 
 
 def _served(work: _Work, folder: Path) -> Served:

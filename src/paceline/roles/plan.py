@@ -155,6 +155,12 @@ def processors_of_roles(config: RunConfig) -> dict[str, list[int]]:
     return {"producer": available[:producer], "consumer": available[producer : producer + consumer]}
 
 
+def spare_processors(config: RunConfig) -> list[int]:
+    """Processors that neither role uses: for a measurement beside training."""
+    of_roles = processors_of_roles(config)
+    return sorted(os.sched_getaffinity(0) - {*of_roles["producer"], *of_roles["consumer"]})
+
+
 def role_environment(threads: int) -> dict[str, str]:
     """The environment of a role's process: threads, model libraries offline, deterministic CUDA products."""
     return {

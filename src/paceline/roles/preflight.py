@@ -50,6 +50,23 @@ def preflight(plan: RunPlan) -> list[str]:
     return [f"note: {finding.what} {finding.next}" for finding in found]
 
 
+def an_early_stop_is_measured(plan: RunPlan) -> Iterator[Finding]:
+    """Compare training.stop_when_flat with what is measured beside training."""
+    config = plan.config
+    if config.training.stop_when_flat is not None and not config.evaluation.every_steps:
+        yield Finding(
+            "training.stop_when_flat needs measurements beside training, and evaluation.every_steps is 0.",
+            "Set evaluation.every_steps to some multiple of checkpoint.interval_steps, or remove "
+            "training.stop_when_flat.",
+            refuses=True,
+        )
+    if config.evaluation.every_steps and plan.evaluation_obstacle:
+        yield Finding(
+            "evaluation.every_steps has no effect: the evaluation cannot decode with this target.",
+            "The newest checkpoint counts as the best.",
+        )
+
+
 def shared_memory_holds_the_budget(plan: RunPlan) -> Iterator[Finding]:
     """Compare the budget with the space: a container's /dev/shm has 64 MiB by default."""
     features = plan.config.features
@@ -160,6 +177,7 @@ def _bytes_on_their_way(config: RunConfig, engine: ServedSection) -> int:
 
 
 CHECKS: list[Check] = [
+    an_early_stop_is_measured,
     shared_memory_holds_the_budget,
     enough_files_can_be_open,
     a_server_can_be_started,

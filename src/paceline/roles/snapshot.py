@@ -10,18 +10,20 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from paceline.errors import ConfigError, LedgerError, PacelineError
-from paceline.ledger.facts import COMPLETED_STEP, RUN_ID
+from paceline.evaluation.curve import Curve, Point, read_curve
+from paceline.ledger.facts import COMPLETED_STEP, RUN_ID, STOPPED_FLAT
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import live_holder
 from paceline.ledger.records import Snapshot, State
 from paceline.ledger.stores.sqlite.view import LedgerView
 from paceline.regular_files import kind_of, read_regular
 from paceline.telemetry import read_events
+from paceline.training.held_drafts import held_names
 
 ROLES = ("producer", "consumer")
 EVALUATION_BYTES_MAX = 1 << 20
@@ -50,6 +52,8 @@ class RunSnapshot:
     blocked_s: dict[str, float]
     evaluation: dict[str, Any]
     newer_checkpoints: list[str]  # later than the ledger's head
+    curve: Curve = field(default_factory=Curve)
+    best: Point | None = None  # of the curve, among those whose drafts are kept
     notes: tuple[str, ...] = ()
 
     @property
@@ -63,6 +67,11 @@ class RunSnapshot:
     @property
     def is_complete(self) -> bool:
         return self.ledger.facts.get(COMPLETED_STEP) is not None
+
+    @property
+    def stopped_flat(self) -> str:
+        """Why training ended early; "" if it did not."""
+        return str(self.ledger.facts.get(STOPPED_FLAT) or "")
 
     @property
     def is_live(self) -> bool:
@@ -109,6 +118,7 @@ def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
     recent = {role: _since_start(events[role]) for role in ROLES}
     notes = [str(event.get("message")) for event in recent["producer"] if event.get("event") == "note"]
     now = ledger.snapshot()
+    curve = read_curve(directory, now.facts)
     return RunSnapshot(
         ledger=now,
         quarantined={
@@ -121,8 +131,17 @@ def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
         blocked_s={role: _blocked_s(recent[role]) for role in ROLES},
         evaluation=read_evaluation(directory),
         newer_checkpoints=_newer(directory / "checkpoints", -1 if now.head is None else now.head.step),
+        curve=curve,
+        best=_best(directory, curve),
         notes=tuple(notes),
     )
+
+
+def _best(directory: Path, curve: Curve) -> Point | None:
+    try:
+        return curve.best(held_names(directory / "checkpoints"))
+    except OSError:
+        return None
 
 
 def _since_start(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 It decides nothing about samples: a restarted role finds its place in the ledger. It restarts a role after a
 signal, a crash or an early end, up to a limit of restarts without progress. It does not restart a role after
-a PacelineError, or after the same error twice without progress.
+a PacelineError, or after the same error twice without progress. Beside them it has the newest checkpoint
+measured now and then (evaluation_schedule.py), which no role waits for.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from paceline.config.run import RunConfig
 from paceline.errors import LedgerError, PacelineError
 from paceline.evaluation.settings import EvaluationRequest
 from paceline.exports.settings import ExportSection
-from paceline.ledger.facts import COMPLETED_STEP
+from paceline.ledger.facts import COMPLETED_STEP, STOPPED_FLAT
 from paceline.ledger.locks import RoleLock
+from paceline.ledger.records import CheckpointRecord
 from paceline.ledger.stores.sqlite import SQLiteLedger
-from paceline.roles.binding import bind_run
+from paceline.roles.binding import bind_run, go_on_if_flat_no_more
 from paceline.roles.child import GRACE_S, Child, RoleFailedError, end_orphan
+from paceline.roles.evaluation_schedule import BESIDE, EVALUATOR, EvaluationSchedule
 from paceline.roles.feature_folder import folder_of, take_folder
-from paceline.roles.plan import RunPlan, log_path
+from paceline.roles.plan import RunPlan, log_path, spare_processors
 from paceline.roles.process import stop_signals
 from paceline.roles.snapshot import RunSnapshot, take_snapshot
 from paceline.roles.target_binding import bind_target
@@ -95,13 +98,21 @@ class Supervisor:
             held.callback(RoleLock(self._config.run.directory, "supervisor").release)
             held.enter_context(self._signals)
             try:
-                for role in ("producer", "consumer"):
+                for role in ("producer", "consumer", EVALUATOR):
                     end_orphan(self._config.run.directory, role, lambda: self._signals.count > 0)
                 bind_run(self._plan, self._store)
+                go_on_if_flat_no_more(self._config, self._store)
                 bind_target(self._store, self._config)
                 if self._is_complete() and not folder_of(self._config, self._store).exists():
                     return True
                 take_folder(self._config, self._store)
+                self._schedule = EvaluationSchedule(
+                    self._config,
+                    self._store.facts,
+                    self._tell,
+                    can_measure=not self._plan.evaluation_obstacle,
+                )
+                self._stop_early(self._schedule.stop_reason())
                 self._start("producer")
                 self._start("consumer")
                 return self._watch()
@@ -110,19 +121,56 @@ class Supervisor:
 
     def _watch(self) -> bool:
         while True:
-            self._show(take_snapshot(self._config.run.directory, self._store))
+            now = take_snapshot(self._config.run.directory, self._store)
+            self._show(now)
             if self._signals.count:
                 self._tell("stopping at the next safe point; Ctrl-C again ends it at once")
                 return False
             self._refuse_another_ledger()
+            self._measure(now.ledger.head)
             for role, child in list(self._children.items()):
                 child.keep_log_short()
-                if child.poll() is not None:
+                if child.poll() is not None and role != EVALUATOR:
                     self._look_after(role)
             if self._is_complete() and self._children["consumer"].poll() == 0:
+                self._end_measuring()
                 return True
             if self._children["consumer"].wait(LOOK_S):
                 time.sleep(0.05)  # an ended consumer makes wait() return at once
+
+    # -- the evaluation beside training ----------------------------------------------------
+
+    def _measure(self, head: CheckpointRecord | None) -> None:
+        """Look after the evaluator, and start it if the head is due and none is running."""
+        evaluator = self._children.get(EVALUATOR)
+        if evaluator is not None:
+            code = evaluator.poll()
+            if code is None:
+                return
+            reason = self._schedule.ended(code, evaluator.error())
+            evaluator.end(time.monotonic())
+            del self._children[EVALUATOR]
+            self._stop_early(reason)
+        if head is not None and self._schedule.is_due(head) and not self._is_complete():
+            self._schedule.begun(head)
+            spare = spare_processors(self._config)
+            evaluator = Child(EVALUATOR, self._run_file, self._config, len(spare) or 1, BESIDE)
+            evaluator.run_in_the_background(spare)
+            self._children[EVALUATOR] = evaluator
+
+    def _end_measuring(self) -> None:
+        """Training is complete, and its end will be measured: a measurement still going on is left out."""
+        self._measure(None)
+        if EVALUATOR in self._children:
+            self._tell("training is complete; the measurement that was going on beside it is left out")
+
+    def _stop_early(self, reason: str) -> None:
+        """Have the consumer end training at a checkpoint, as at the end of the stream."""
+        if reason and not self._is_complete() and self._store.facts().get(STOPPED_FLAT) is None:
+            self._store.set_facts(None, {STOPPED_FLAT: reason})
+            self._tell(f"{reason}: training stops early (training.stop_when_flat)")
+
+    # -- the roles -------------------------------------------------------------------------
 
     def _refuse_another_ledger(self) -> None:
         if _identity(self._config.ledger_path) != self._ledger:

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     import torch
 
 
+class FlatSection(Section):
+    """The curve is flat if none of the last `evaluations` points is above all before by more than `gain`."""
+
+    evaluations: Count = 3
+    gain: Annotated[float, Field(ge=0.0)] = 0.01
+
+
 class OptimizerSection(Section):
     """`training.optimizer: NAME`, or a mapping with `name`.
 
@@ -46,10 +53,11 @@ class TrainingSection(Section):
     optimizer's.
     `passes`: how often each sample is trained on while its features are resident (loader/passes.py).
     `quarantine_max_in_a_row`: how many samples in a row may be quarantined. Then training stops, since the
-    cause is hardly in the samples.
+    cause is hardly in the samples. `stop_when_flat`: end training early, once the acceptance lengths that are
+    measured beside it (evaluation.every_steps) rise no more.
     """
 
-    changeable: ClassVar[tuple[str, ...]] = ("device", "quarantine_max_in_a_row")
+    changeable: ClassVar[tuple[str, ...]] = ("device", "quarantine_max_in_a_row", "stop_when_flat")
     optimizer: OptimizerSection = OptimizerSection()
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
     final_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-5
@@ -64,6 +72,7 @@ class TrainingSection(Section):
     max_steps: Count | None = None
     quarantine_max_in_a_row: Annotated[int, Field(ge=0)] = 8
     device: Device = "auto"
+    stop_when_flat: FlatSection | None = None
 
     @model_validator(mode="after")
     def _micro_batches_fit(self) -> TrainingSection:

@@ -311,3 +311,15 @@ def test_another_users_slots_are_not_looked_at(run: Path, tmp_path: Path) -> Non
     if os.geteuid() == 0:
         os.chown(folder, 65534, 65534)
         assert any("belongs to another user" in note for note in check(run, features=folder).notes)
+
+
+@pytest.mark.parametrize("name", ["evaluations.jsonl", "checkpoints/best"])
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_curve_or_held_drafts_that_are_none_are_left_out(
+    run: Path, harm: Callable[[Path], None], name: str
+) -> None:
+    """They lie beside the run; nothing waits for what is in their place."""
+    (run / name).touch()
+    harm(run / name)
+    for verb in VERBS:
+        assert told(verb, run)[0] == 0

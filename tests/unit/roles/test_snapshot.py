@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from paceline.cli.progress import Progress, describe
+from paceline.cli.progress import Progress, best_lines, describe
+from paceline.evaluation.curve import Point, record_point
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.snapshot import RunSnapshot, take_snapshot
 from paceline.telemetry import EventLog
@@ -82,3 +83,33 @@ def test_what_the_producer_says_of_the_prompts_is_shown_once(tmp_path: Path) -> 
         progress.show(snapshot)
     assert logged.get().count("2 prompts fail") == 1
     assert "old" not in logged.get()
+
+
+def test_the_best_draft_the_curve_and_an_early_stop_are_shown(tmp_path: Path) -> None:
+    """In status and in a line of a log; of what was measured, only what is still held can be the best."""
+    ledger = SQLiteLedger(tmp_path / "ledger.db")
+    ledger.set_facts(None, {"rendering_date": "today", "stopped_flat": "it rises no more"})
+    ledger.close()
+    for step, length in ((100, 1.4), (200, 1.7), (300, 1.6), (400, 1.5)):
+        way = {"prompts": 3, "num_draft_tokens": 3, "branching": 1, "acceptance_rate": [0.5]}
+        way |= {"acceptance_length": length, "emitted_per_cycle": length}
+        name = f"step-{step:08d}-000001-abc"
+        record_point(tmp_path, Point(step, "today", name, "m", "d", "c", {**way, "chain": way}, 100))
+    (tmp_path / "checkpoints" / "best" / "step-00000300-000001-abc").mkdir(parents=True)
+    snapshot = snapshot_of(tmp_path)
+    plan: Any = SimpleNamespace(num_samples=1, config=SimpleNamespace(run=SimpleNamespace(name="r")))
+    status, log = (Console(width=200) for _ in range(2))
+    with log.capture() as logged:
+        Progress(log, plan).show(snapshot)
+    with status.capture() as described:
+        describe(status, snapshot)
+    assert "best acceptance length 1.60, step 300" in logged.get()
+    for told in (
+        "step 300: acceptance length 1.60 (chain of 3), exported by default",
+        "4 evaluations, the last: 1.40 at 100, 1.70 at 200, 1.60 at 300, 1.50 at 400",
+        "it rises no more",
+    ):
+        assert told in described.get()
+    assert best_lines(snapshot) == [
+        "the best of 4 evaluations is kept: step 300, acceptance length 1.60 (chain of 3)"
+    ]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
 from paceline.errors import LedgerError, PacelineError
 from paceline.ledger.isolation import Isolation
+from paceline.ledger.records import CheckpointRecord
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.child import RoleFailedError
 from paceline.roles.supervisor import Supervisor, _identity
@@ -126,3 +128,96 @@ def test_a_ledger_that_is_removed_or_replaced_stops_the_run(supervisor: Supervis
     ledger.touch()
     with pytest.raises(LedgerError, match="removed or replaced"):
         supervisor._refuse_another_ledger()
+
+
+class Measuring:
+    """An evaluator that runs until the test ends it."""
+
+    started: ClassVar[list[Measuring]] = []
+
+    def __init__(self, role: str, _: Path, __: object, threads: int, *arguments: str) -> None:
+        self.what = (role, threads, *arguments)
+        self.code: int | None = None
+        self.yields = False
+        self.started.append(self)
+
+    def run_in_the_background(self, _: object) -> None:
+        self.yields = True
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def error(self) -> None:
+        """It said nothing."""
+
+    def end(self, _: float) -> None:
+        assert self.code is not None
+
+
+class Schedule:
+    """Every other checkpoint is due; a measurement stops training if the test says so."""
+
+    reason = ""
+
+    def is_due(self, head: CheckpointRecord) -> bool:
+        return head.step % 2 == 0
+
+    def begun(self, _: object) -> None:
+        """The supervisor counts for itself."""
+
+    def ended(self, _: int, __: object) -> str:
+        return self.reason
+
+
+def head(step: int) -> CheckpointRecord:
+    return CheckpointRecord(step, f"step-{step}", "")
+
+
+@pytest.fixture
+def measuring(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
+    Measuring.started.clear()
+    monkeypatch.setattr("paceline.roles.supervisor.Child", Measuring)
+    monkeypatch.setattr("paceline.roles.supervisor.spare_processors", lambda _: [2, 3])
+    supervisor._run_file = Path("run.yaml")
+    supervisor._schedule = Schedule()  # type: ignore[assignment]
+    supervisor._signals = SimpleNamespace(count=0)  # type: ignore[assignment]
+    supervisor._tell = lambda _: None
+    return supervisor
+
+
+def test_one_measurement_at_a_time_runs_beside_training(measuring: Supervisor) -> None:
+    """On the processors that the roles leave, yielding to everything."""
+    for step in (1, 2, 4):
+        measuring._measure(head(step))
+    [first] = Measuring.started
+    assert first.what == ("evaluator", 2, "beside")
+    assert first.yields
+    first.code = 0
+    measuring._measure(head(5))
+    assert "evaluator" not in measuring._children
+    measuring._measure(head(6))
+    assert len(Measuring.started) == 2
+
+
+def test_a_measurement_that_the_end_overtakes_is_left_out(measuring: Supervisor) -> None:
+    """It may have had no processor to itself for long; the end is measured by itself."""
+    told: list[str] = []
+    measuring._tell = told.append
+    measuring._measure(head(2))
+    measuring._store.set_facts(None, {"completed_step": 4})
+    measuring._end_measuring()
+    assert told == ["training is complete; the measurement that was going on beside it is left out"]
+    Measuring.started[0].code = 0
+    measuring._end_measuring()
+    measuring._measure(head(4))
+    assert (len(told), len(Measuring.started)) == (1, 1)
+
+
+def test_a_flat_curve_becomes_a_fact_that_the_trainer_reads(measuring: Supervisor) -> None:
+    """Once: the reason on record is the one that ended training."""
+    for reason in ("flat", "flatter"):
+        measuring._schedule.reason = reason  # type: ignore[attr-defined]
+        measuring._measure(head(2))
+        Measuring.started[-1].code = 0
+        measuring._measure(None)
+    assert measuring._store.facts()["stopped_flat"] == "flat"
