@@ -62,7 +62,7 @@ def test_training_ends_with_the_exports_that_the_run_file_names(finished: TinyRu
         assert "held-out prompts" in note["self_check"]["rows"]
         assert note["origin"]["step"] == 10
         card = (folder / "README.md").read_text()
-        assert "1 + kept guesses a cycle" in card
+        assert "The acceptance length is 1 + accepted guesses / cycles" in card
         assert "3 held-out prompts of heldout.jsonl, up to 16 tokens an answer" in card
         assert f"vllm serve org/tiny --revision {COMMIT}" in card
         assert (load_file(folder / "model.safetensors")["fc.weight"] == weights["fc.weight"]).all()

@@ -11,10 +11,10 @@ import pytest
 
 from paceline.config.load import parse_run_config
 from paceline.errors import ConfigError
-from paceline.ledger.facts import COMPLETED_STEP
+from paceline.ledger.facts import COMPLETED_STEP, FLAT_AFTER, STOPPED_FLAT
 from paceline.ledger.locks import RoleLock
 from paceline.ledger.stores.sqlite import SQLiteLedger
-from paceline.roles.binding import bind_run
+from paceline.roles.binding import bind_run, go_on_if_flat_no_more
 from paceline.roles.plan import RunPlan, plan_run
 from paceline.testing.ledger_calls import capture, producer_of
 
@@ -166,3 +166,32 @@ def test_a_number_of_rounds_that_no_run_can_have_is_refused(run: Run) -> None:
     with pytest.raises(ConfigError, match="less than or equal to 10000"):
         run.plan(prompts={"rounds": 10**12})
     assert replace(run.plan(prompts={"rounds": 10_000})).num_samples == 60_000
+
+
+def flat_facts(run: Run) -> list[Any]:
+    facts = run.ledger.facts()
+    return [facts.get(name) for name in (STOPPED_FLAT, COMPLETED_STEP, FLAT_AFTER)]
+
+
+def test_a_run_that_stopped_early_stays_as_it_is_until_its_run_file_says_otherwise(run: Run) -> None:
+    """Then it goes on, and what was measured before does not stop it again."""
+    bind_run(run.plan(), run.ledger)
+    run.capture_one()
+    run.ledger.set_facts(None, {STOPPED_FLAT: "it rises no more", COMPLETED_STEP: 3})
+    ruled = run.plan(training={"stop_when_flat": {"evaluations": 2}})
+    bind_run(ruled, run.ledger)
+    go_on_if_flat_no_more(ruled.config, run.ledger)
+    assert flat_facts(run) == ["it rises no more", 3, None]
+    go_on_if_flat_no_more(run.plan().config, run.ledger)
+    assert flat_facts(run) == [None, None, 3]
+
+
+def test_a_run_that_stopped_early_and_gets_more_prompts_goes_on(run: Run) -> None:
+    """More data is a reason to measure anew."""
+    ruled = {"stop_when_flat": {"evaluations": 2}}
+    bind_run(run.plan(training=ruled), run.ledger)
+    run.capture_one()
+    run.ledger.set_facts(None, {STOPPED_FLAT: "it rises no more", COMPLETED_STEP: 3})
+    run.write("train.jsonl", 0, 9)
+    assert bind_run(run.plan(training=ruled), run.ledger) == (6, 9)
+    assert flat_facts(run) == [None, None, 3]
