@@ -35,6 +35,7 @@ from paceline.target.tokenizer import PromptEncoder
 from paceline.telemetry import EventLog
 from paceline.training.checkpoint import Checkpoint
 from paceline.training.determinism import compute_deterministically
+from paceline.training.learner import DRAFT
 from paceline.training.replay import (
     Batch,
     KeptSample,
@@ -45,7 +46,7 @@ from paceline.training.replay import (
     steps_within,
     train,
 )
-from paceline.training.torch_learner import DRAFT, TorchLearner, restore_draft
+from paceline.training.torch_learner import TorchLearner, restore_draft
 from paceline.types import Feature
 
 

@@ -21,7 +21,7 @@ from paceline.roles.comparison import PREPARED, RESULT, TRAINED, Comparison, Var
 from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.testing.tiny_run import TinyRun
 from paceline.training import replay
-from paceline.training.torch_learner import DRAFT
+from paceline.training.learner import DRAFT
 
 SAME = Variant(name="same", sections={})
 DFLASH = {"name": "dflash", "block_size": 3, "layers": 1, "target_states": 3, "dtype": "float32"}
