@@ -21,6 +21,7 @@ from paceline.durable_files import make_folder, replace_file
 from paceline.engines.engine import TargetEngine
 from paceline.engines.settings import EngineRun
 from paceline.errors import ConfigError, FeatureMissingError, StoreError
+from paceline.evaluation.heldout import HeldOut
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.binding import bind_date
 from paceline.roles.comparison import digest_of
@@ -117,6 +118,7 @@ def _capture(directory: Path, asked: Asked, kept: KeptFeatures | None, events: E
             report=events.write,
         )
         drive()
+        _keep_held_out(opened, asked, asked.held_out(engine), engine)
     return KeptFeatures(folder)
 
 
@@ -178,14 +180,15 @@ def _refuse_no_room(folder: Path, most: int, there: int, events: EventLog) -> No
 
 
 def _capture_held_out(kept: KeptFeatures, asked: Asked, events: EventLog) -> None:
-    """Keep the features of the target's answers to the held-out prompts, unless they are kept."""
+    """Keep the features of the target's answers to other held-out prompts than those of the capture."""
     config = asked.plan.config
     encoder = PromptEncoder.of(config.target, date=kept.date)
-    held_out, num_tokens = (
-        asked.held_out(TemplateOnly(encoder, config.target.model)),
-        config.evaluation.max_new_tokens,
-    )
-    if not held_out.asked or kept.held_out(held_out, num_tokens) is not None:
-        return
-    with _engine(asked.plan, kept.folder, kept.date or "", lambda _: kept.features, events) as engine:
-        kept.keep_held_out(held_out, num_tokens, engine, config.capture.group_size)
+    held_out = asked.held_out(TemplateOnly(encoder, config.target.model))
+    if held_out.asked and kept.held_out(held_out, config.evaluation.max_new_tokens) is None:
+        with _engine(asked.plan, kept.folder, kept.date or "", lambda _: kept.features, events) as engine:
+            _keep_held_out(kept, asked, held_out, engine)
+
+
+def _keep_held_out(kept: KeptFeatures, asked: Asked, held_out: HeldOut, engine: TargetEngine) -> None:
+    config = asked.plan.config
+    kept.keep_held_out(held_out, config.evaluation.max_new_tokens, engine, config.capture.group_size)
