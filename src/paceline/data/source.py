@@ -26,7 +26,7 @@ Stretch = (
 
 
 class PromptSource(Protocol):
-    """Adapters: Dataset (dataset.py), Mixture (mixture.py), PromptList and RunPrompts (here)."""
+    """Adapters: Dataset (dataset.py), Mixture (mixture.py), PromptList, Beginning and RunPrompts (here)."""
 
     @property
     def size(self) -> int | None:
@@ -137,6 +137,33 @@ def _payload(given: PromptTask | Mapping[str, Any] | str) -> Mapping[str, Any]:
         given.payload if isinstance(given, PromptTask) else given.get("payload", given)
     )
     return payload
+
+
+class Beginning:
+    """The first `size` prompts of a source that has at least so many, as a source of their own."""
+
+    starts: Sequence[int] = (0,)
+
+    def __init__(self, prompts: PromptSource, size: int) -> None:
+        self._prompts, self._size = prompts, size
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def longest(self) -> Sequence[int]:
+        return [ordinal for ordinal in self._prompts.longest if ordinal < self._size]
+
+    @property
+    def has_chats(self) -> bool:
+        return self._prompts.has_chats
+
+    def read(self, first: int, count: int) -> list[Prompt]:
+        return self._prompts.read(first, max(0, min(count, self._size - first)))
+
+    def blocks(self, bounds: Sequence[int] = ()) -> list[SourceBlock]:
+        return blocks_between(bounds, self._size, lambda first, count: digest_of(self.read(first, count)))
 
 
 class RunPrompts:

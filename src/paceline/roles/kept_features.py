@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from paceline.data.source import RunPrompts
+from paceline.data.source import Beginning, RunPrompts
 from paceline.durable_files import replace_file
 from paceline.engines.engine import CaptureRequest, TargetEngine
 from paceline.errors import FeatureMissingError, StoreError
@@ -53,7 +53,7 @@ class Asked:
         plan, size = self.plan, self.plan.prompts.size
         if self.num_prompts == size:
             return plan.source([plan.stretch])
-        return RunPrompts(plan.prompts, plan.config.data.rounds, [self.num_prompts])
+        return RunPrompts(Beginning(plan.prompts, self.num_prompts), plan.config.data.rounds)
 
     def held_out(self, target: Encodes) -> HeldOut:
         positions = self.head.config.get("max_position_embeddings")
@@ -71,7 +71,7 @@ class Asked:
             "template": config.target.model_dump(mode="json", exclude={"model", "revision"}),
             "engine": engine.model_dump(mode="json", exclude=set(engine.changeable)),
             "data": config.data.model_dump(mode="json", exclude=set(config.data.changeable)),
-            "prompts": [self.num_prompts, *self.plan.prompts.digests(self.num_prompts)],
+            "prompts": [[block.first, block.count, block.digest] for block in self.source.blocks()],
             "group_size": config.capture.group_size,
             "seed": config.run.seed,
             "threads": config.machine.producer_threads,

@@ -18,6 +18,9 @@ from paceline.features.stores.files import FileFeatureStore
 from paceline.roles import comparer, kept_capture
 from paceline.roles.comparer import compare
 from paceline.roles.comparison import PREPARED, RESULT, TRAINED, Comparison, Variant, prepared
+from paceline.roles.kept_features import Asked
+from paceline.roles.plan import plan_run
+from paceline.target.head import TargetHead
 from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.testing.tiny_run import TinyRun
 from paceline.training import replay
@@ -226,3 +229,19 @@ def test_fewer_prompts_are_the_first_ones_in_every_round(run: TinyRun) -> None:
     assert [sample[0].partition(":")[2] for sample in told["samples"]] == [
         f"{round_}/t{n}" for round_ in range(2) for n in range(8)
     ]
+
+
+def test_of_a_mixture_too_the_first_prompts_are_those_of_a_run(run: TinyRun, tmp_path: Path) -> None:
+    """In the run's own order, each in every round; their number is part of what the features are bound to."""
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"prompt": f"other {n}"}) + "\n" for n in range(9)))
+    sources = [{"path": str(run.folder / "train.jsonl")}, {"path": str(other), "weight": 2}]
+    mixed = TinyRun(tmp_path, run.folder / "model", data={"sources": sources, "rounds": 2})
+    plan, head = plan_run(load_run_config(mixed.run_file)), TargetHead.load(run.folder / "model")
+    whole, few = (Asked(plan, size, (), head) for size in (plan.prompts.size, 7))
+    order = [prompt.prompt_id.partition("/")[2] for prompt in whole.source.read(0, 7)]
+    assert [prompt.prompt_id for prompt in few.source.read(0, 20)] == [
+        f"{round_}/{name}" for round_ in range(2) for name in order
+    ]
+    assert (whole.source.size, few.source.size) == (76, 14)  # one source counts twice
+    assert few.identity()["prompts"] != whole.identity()["prompts"]
