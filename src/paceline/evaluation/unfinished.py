@@ -27,6 +27,7 @@ class Unfinished:
         self.path = path
         first = json.dumps(identity, sort_keys=True).encode()
         self._found = _read(path, first)
+        self._has_figures = bool(self._found)
         self._file = path.open("wb" if self._found is None else "ab")
         # A line that a crash has torn ends here.
         self._file.write(first + b"\n" if self._found is None else b"\n")
@@ -37,9 +38,9 @@ class Unfinished:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """The file stays if the evaluation did not end well."""
+        """The file stays if the evaluation did not end well and has measured something."""
         self.close()
-        if error is None:
+        if error is None or not self._has_figures:
             self.path.unlink()
 
     def close(self) -> None:
@@ -53,6 +54,7 @@ class Unfinished:
         """Raises OSError."""
         self._file.write(msgspec.json.encode([_key(part, asked), figures]) + b"\n")
         self._file.flush()
+        self._has_figures = True
 
 
 def _key(part: str, asked: Asked) -> str:

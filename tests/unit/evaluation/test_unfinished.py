@@ -51,6 +51,13 @@ def test_another_evaluation_finds_nothing(path: Path) -> None:
         assert other.find("suite 0", ASKED[0]) is None
 
 
+def test_an_error_before_the_first_prompt_leaves_no_file(tmp_path: Path) -> None:
+    file = tmp_path / "unfinished.jsonl"
+    with pytest.raises(ZeroDivisionError), Unfinished(file, {"step": 7}):
+        _ = 1 / 0
+    assert not file.exists()
+
+
 def test_an_error_leaves_the_file(path: Path) -> None:
     unfinished = Unfinished(path, {"step": 7})
     unfinished.add("suite 0", ASKED[2], FIGURES[2])
