@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from paceline.cli.options import takes
 from paceline.cli.plain import INTERRUPTED, out, plain, say
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
@@ -30,43 +30,16 @@ WARNING = (
 )
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line says beside the variants."""
-
-    directory: Path | None
-    prompts: int | None
-    tokens: int | None
-    minutes: float | None
-    reports: tuple[Path, ...]
-
-    def comparison(self, config: RunConfig, variants: Sequence[Variant]) -> Comparison:
-        """Raises ConfigError for options or variants that do not fit."""
-        for path in self.reports:
-            if path.suffix not in (".json", ".md"):
-                raise ConfigError(
-                    f"The report {path} ends neither in .json nor in .md.",
-                    why="The ending says whether all figures or the table are written.",
-                    next=f"--json {path}.json, or --markdown {path}.md",
-                )
-            if kind_of(path.absolute().parent) != "folder":
-                raise ConfigError(
-                    f"The report cannot be written to {path}: there is no folder {path.absolute().parent}.",
-                    why="Nothing was captured or trained.",
-                    next="make the folder, or name another file.",
-                )
-        comparison = Comparison.parse(
-            {
-                "directory": (self.directory or config.run.directory / "comparison").absolute(),
-                "variants": [variant.model_dump() for variant in variants],
-                "prompts": self.prompts,
-                "tokens": self.tokens,
-                "minutes": self.minutes,
-            }
-        )
-        for number in range(len(variants)):
-            comparison.config_of(config, number)  # raises the error before anything is loaded
-        return comparison
+# The options of both commands: the type and the help of each.
+OPTIONS: dict[str, tuple[Any, str]] = {
+    "directory": (Path, "Where features and drafts are kept."),
+    "prompts": (int, "Only the first N prompts of the data."),
+    "tokens": (int, "Train each variant on so many tokens."),
+    "minutes": (float, "Train each variant for so long."),
+    "json": (Path, "Write all figures to this file."),
+    "markdown": (Path, "Write the table to this file."),
+}
+FILES = ("json", "markdown")
 
 
 # -- figures -----------------------------------------------------------------------------------
@@ -108,27 +81,16 @@ def _number(value: float | None) -> float:
 # -- commands ------------------------------------------------------------------------------------
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", readable=False)]
-Directory = Annotated[Path | None, typer.Option(help="Where features and drafts are kept.")]
-Prompts = Annotated[int | None, typer.Option(help="Only the first N prompts of the data.", min=1)]
-Tokens = Annotated[int | None, typer.Option(help="Train each variant on so many tokens.", min=1)]
-Minutes = Annotated[float | None, typer.Option(help="Train each variant for so long.")]
-Reports = Annotated[
-    list[Path] | None,
-    typer.Option("--json", "--markdown", help="All figures as FILE.json, or the table as FILE.md."),
-]
 
 
+@takes(OPTIONS)
 def compare(
     run_file: RunFile,
     variants: Annotated[
         list[Path] | None,
         typer.Argument(metavar="VARIANT.yaml", help="Overrides of method and training; or a run file."),
     ] = None,
-    directory: Directory = None,
-    prompts: Prompts = None,
-    tokens: Tokens = None,
-    minutes: Minutes = None,
-    reports: Reports = None,
+    **given: Any,
 ) -> None:
     """Train several methods or settings on the same features, captured once, and measure each.
 
@@ -137,35 +99,51 @@ def compare(
     config = load_run_config(run_file)
     for note in foreign_parts(config, variants or []):
         say(out, f"note: {note}")
-    options = Options(directory, prompts, tokens, minutes, tuple(reports or ()))
     found = variants_of_files(config, run_file, variants or [])
-    _run(run_file, config, options, options.comparison(config, found))
+    _run(run_file, config, _comparison(config, found, given), given)
 
 
+@takes(OPTIONS)
 def sweep(
     run_file: RunFile,
     settings: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE,...", help="A setting's values; repeatable.")
     ],
     metric: Annotated[str, typer.Option(help="What the table is sorted by.")] = "acceptance",
-    directory: Directory = None,
-    prompts: Prompts = None,
-    tokens: Tokens = None,
-    minutes: Minutes = None,
-    reports: Reports = None,
+    **given: Any,
 ) -> None:
     """Compare every combination of some settings' values, the best first."""
     config = load_run_config(run_file)
-    options = Options(directory, prompts, tokens, minutes, tuple(reports or ()))
-    comparison = options.comparison(config, swept(config, settings))
-    _run(run_file, config, options, comparison, metric_of(metric))
+    comparison = _comparison(config, swept(config, settings), given)
+    _run(run_file, config, comparison, given, metric_of(metric))
+
+
+def _comparison(config: RunConfig, variants: Sequence[Variant], given: Mapping[str, Any]) -> Comparison:
+    """What is asked for. Raises ConfigError for options or variants that do not fit."""
+    for path in (given.get(name) for name in FILES):
+        if path is not None and kind_of(path.absolute().parent) != "folder":
+            raise ConfigError(
+                f"The report cannot be written to {path}: there is no folder {path.absolute().parent}.",
+                why="Nothing was captured or trained.",
+                next="make the folder, or name another file.",
+            )
+    comparison = Comparison.parse(
+        {
+            **{name: given.get(name) for name in ("prompts", "tokens", "minutes")},
+            "directory": (given.get("directory") or config.run.directory / "comparison").absolute(),
+            "variants": [variant.model_dump() for variant in variants],
+        }
+    )
+    for number in range(len(variants)):
+        comparison.config_of(config, number)  # raises the error before anything is loaded
+    return comparison
 
 
 def _run(
     run_file: Path,
     config: RunConfig,
-    options: Options,
     comparison: Comparison,
+    given: Mapping[str, Any],
     key: Figure | None = None,
 ) -> None:
     local_target(config.target)  # the comparer's process does not use the network
@@ -176,15 +154,14 @@ def _run(
         raise typer.Exit(INTERRUPTED) from stopped
     if key is not None:
         found.sort(key=lambda outcome: -_number(None if outcome.found is None else key(outcome.found)))
-    show(out, comparison, found, options)
+    show(out, comparison, found)
+    write_reports(comparison, found, given)
 
 
-def show(console: Console, comparison: Comparison, found: Sequence[Outcome], options: Options) -> None:
-    """Print the table in the given order, and write the files that are asked for."""
-    rows = [(outcome, _cells(outcome)) for outcome in found]
-    console.print(_table(rows))
-    told = f"{_budget(comparison)}; {DEFINITION}. "
-    say(console, told + WARNING)
+def show(console: Console, comparison: Comparison, found: Sequence[Outcome]) -> None:
+    """Print the table in the given order, and what cannot be read in it."""
+    console.print(_table(found))
+    say(console, _told(comparison))
     obstacles = {outcome.found["obstacle"] for outcome in found if outcome.found} - {""}
     for obstacle in obstacles:
         say(console, f"only simulated, not decoded: {obstacle}")
@@ -192,14 +169,29 @@ def show(console: Console, comparison: Comparison, found: Sequence[Outcome], opt
     for note in {each.get("prompts_not_measured", "") for each in evaluated} - {""}:
         say(console, f"note: {note}")
     for outcome in found:
-        if outcome.failed:
-            say(console, f"{outcome.name} failed: {outcome.failed} The same command tries it again.")
-    for path in options.reports:
-        if path.suffix == ".json":
-            replace_file(path, (json.dumps(_report(comparison, found), indent=1) + "\n").encode())
-        else:
-            replace_file(path, _markdown([cells for _, cells in rows], told + WARNING).encode())
-        say(console, f"report: {path}")
+        for remark in _remarks(outcome):
+            say(console, f"{outcome.name} {remark}")
+
+
+def _remarks(outcome: Outcome) -> list[str]:
+    if outcome.found is None:
+        return [f"failed: {outcome.failed} The same command tries it again."]
+    evaluation = outcome.found["evaluation"] or {"identical": 0, "prompts": 0}
+    different = evaluation["prompts"] - evaluation["identical"]
+    told = f"gave {different} of {evaluation['prompts']} answers that differ from plain decoding"
+    return [f"{told}: this type's sums depend on the number of rows here"] if different else []
+
+
+def write_reports(comparison: Comparison, found: Sequence[Outcome], given: Mapping[str, Any]) -> None:
+    """Write the files that are asked for. Raises OSError."""
+    contents = {
+        "json": json.dumps(_report(comparison, found), indent=1) + "\n",
+        "markdown": _markdown(found, _told(comparison)),
+    }
+    for path, content in ((given.get(name), contents[name]) for name in FILES):
+        if path is not None:
+            replace_file(path, content.encode())
+            say(out, f"report: {path}")
 
 
 def _report(comparison: Comparison, found: Sequence[Outcome]) -> dict[str, Any]:
@@ -257,24 +249,25 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _table(rows: Sequence[tuple[Outcome, list[str]]]) -> Table:
+def _table(found: Sequence[Outcome]) -> Table:
     table = Table()
     for number, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if number in (0, 2) else "right")
-    for _, cells in rows:
-        table.add_row(*(plain(cell) for cell in cells))
+    for outcome in found:
+        table.add_row(*(plain(cell) for cell in _cells(outcome)))
     return table
 
 
-def _markdown(rows: Sequence[Sequence[str]], told: str) -> str:
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+def _markdown(found: Sequence[Outcome], told: str) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(_cells, found)]
     escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped) + f"\n{told}\n"
 
 
-def _budget(comparison: Comparison) -> str:
+def _told(comparison: Comparison) -> str:
+    how_long = "as long as a run does"
     if comparison.tokens is not None:
-        return f"Each variant trained on {comparison.tokens:,} tokens"
+        how_long = f"on {comparison.tokens:,} tokens"
     if comparison.minutes is not None:
-        return f"Each variant trained for {comparison.minutes:g} minutes"
-    return "Each variant trained as long as a run does"
+        how_long = f"for {comparison.minutes:g} minutes"
+    return f"Each variant trained {how_long}; {DEFINITION}. {WARNING}"

@@ -29,6 +29,7 @@ from paceline.testing.tiny_run import TinyRun
 
 def figures(acceptance: float, speed_up: float) -> dict[str, Any]:
     way = {"acceptance_length": acceptance, "acceptance_rate": [0.5, 0.25], "speed_up": speed_up}
+    way |= {"prompts": 3, "identical": 3}
     trained = {"steps": 7, "samples": 9, "tokens": 1234, "seconds": 5.0, "step_ms": 12.34}
     return {
         **trained,
@@ -95,7 +96,7 @@ def test_variants_are_compared_one_after_the_other(
     processes = Processes([figures(1.25, 1.0), figures(1.75, 0.9)])
     monkeypatch.setattr(comparison_runs, "run_comparer", processes)
     report, markdown = run.folder / "r.json", run.folder / "t.md"
-    compare(run.run_file, [variant(run, "fast", 0.1)], tokens=1000, reports=[report, markdown])
+    compare(run.run_file, [variant(run, "fast", 0.1)], tokens=1000, json=report, markdown=markdown)
     assert processes.stages == [None, 0, 1]
     text = screen.export_text()
     assert "note: the features take at most 5 MB" in text
@@ -138,11 +139,21 @@ def test_a_variant_whose_training_fails_leaves_the_others(
     processes = Processes([failed, figures(1.75, 0.9)])
     monkeypatch.setattr(comparison_runs, "run_comparer", processes)
     report = run.folder / "r.json"
-    compare(run.run_file, [variant(run, "fast", 0.1)], reports=[report])
+    compare(run.run_file, [variant(run, "fast", 0.1)], json=report)
     assert "run failed: Step 3 has loss nan." in screen.export_text()
     [first, second] = json.loads(report.read_text())["variants"]
     assert (first["failed"], "evaluation" in first) == ("Step 3 has loss nan.", False)
     assert second["failed"] == ""
+
+
+def test_answers_that_differ_from_plain_decoding_are_told(
+    run: TinyRun, screen: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = figures(1.25, 1.0)
+    found["evaluation"]["identical"] = 2
+    monkeypatch.setattr(comparison_runs, "run_comparer", Processes([found]))
+    compare(run.run_file)
+    assert "run gave 1 of 3 answers that differ from plain decoding" in screen.export_text()
 
 
 def test_another_error_ends_the_comparison(
@@ -160,10 +171,10 @@ def test_a_sweep_shows_the_best_first(run: TinyRun, screen: Console, monkeypatch
     processes = Processes([failed, figures(1.25, 1.5), figures(1.75, 0.9)])
     monkeypatch.setattr(comparison_runs, "run_comparer", processes)
     report, settings = run.folder / "r.json", ["training.learning_rate=0.1,0.2,0.3"]
-    sweep(run.run_file, settings, reports=[report])
+    sweep(run.run_file, settings, json=report)
     rates = [each["name"] for each in json.loads(report.read_text())["variants"]]
     assert rates == [f"learning_rate={rate}" for rate in (0.3, 0.2, 0.1)]
-    sweep(run.run_file, settings, "speed-up", reports=[report])
+    sweep(run.run_file, settings, "speed-up", json=report)
     rates = [each["name"] for each in json.loads(report.read_text())["variants"]]
     assert rates == [f"learning_rate={rate}" for rate in (0.2, 0.3, 0.1)]
 
@@ -175,9 +186,7 @@ def test_mistakes_are_told_before_a_process_starts(
     with pytest.raises(ConfigError, match=r"no metric 'speed'.*speed-up"):
         sweep(run.run_file, ["training.passes=1,2"], "speed")
     with pytest.raises(ConfigError, match="there is no folder"):
-        compare(run.run_file, reports=[run.folder / "nowhere" / "r.json"])
-    with pytest.raises(ConfigError, match="ends neither in"):
-        compare(run.run_file, reports=[run.folder / "r.txt"])
+        compare(run.run_file, json=run.folder / "nowhere" / "r.json")
     with pytest.raises(ConfigError, match="learning_rat"):
         sweep(run.run_file, ["training.learning_rat=1"])
     with pytest.raises(ConfigError, match="choose one"):
