@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from paceline import telemetry
-from paceline.telemetry import EventLog, read_events
+from paceline.telemetry import EventLog, NewEvents, read_events
 
 
 def test_events_come_back_and_torn_lines_do_not(tmp_path: Path) -> None:
@@ -75,6 +75,24 @@ def test_what_is_no_event_is_left_out(tmp_path: Path) -> None:
     lines = [b"\xff\x00", b"[" * 100_000, b"[1]", b'{"event": ' + b"9" * 5000 + b"}", b'{"event": "step"}']
     path.write_bytes(b"\n".join(lines))
     assert read_events(path, tail_bytes=1 << 20) == [{"event": "step"}]
+
+
+def test_new_events_are_read_once_and_whole(tmp_path: Path) -> None:
+    """From the first look on; a line that is half written is read when it is whole."""
+    path = tmp_path / "e.jsonl"
+    log = EventLog(path)
+    log.write("step", step=1)
+    news = NewEvents(path)
+    assert news.read() == []
+    log.write("step", step=2)
+    with path.open("ab") as file:
+        file.write(b'{"event": "no')
+    assert [event["step"] for event in news.read()] == [2]
+    assert news.read() == []
+    with path.open("ab") as file:
+        file.write(b'te"}\n')
+    assert news.read() == [{"event": "note"}]
+    assert NewEvents(tmp_path / "missing").read() == []
 
 
 def test_an_echoed_event_cannot_command_the_terminal(tmp_path: Path) -> None:
