@@ -73,6 +73,14 @@ class Ledger(ABC):
         """
 
     @abstractmethod
+    def forget_prompts(self, fence: Fence | None, /) -> bool:
+        """Forget the prompts and what was tried with them, so that others can be registered in their place.
+
+        Nothing may hang on them: False, without a change, if a sample was committed, a prompt is leased or
+        has failed, an intent stands, or a step is planned or covered by a checkpoint.
+        """
+
+    @abstractmethod
     def lease(self, fence: Fence | None, /, limit: int, group_size: int | None = None) -> list[Lease]:
         """Lease the pending prompts of lowest ordinal, at most `limit`.
 

@@ -2,7 +2,7 @@
 
 The first start records settings and prompts. They bind once a sample was captured or a prompt has failed
 under them. Until then a later start may replace them if no other role is live, so that the user can follow
-advice on settings. Later, longer sources with the same beginnings extend a complete run.
+advice. Later, a longer prompt file with the same beginning extends a complete run.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from paceline.ledger.facts import (
 )
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import RoleLock
+from paceline.ledger.producer_session import WORKER
+from paceline.ledger.records import producer_role
 from paceline.roles.plan import RunPlan
-
-ROLES = ("producer", "consumer")
+from paceline.roles.snapshot import ROLES
 
 
 def bind_run(plan: RunPlan, ledger: Ledger, *, role: str | None = None) -> tuple[Stretch, ...]:
@@ -38,21 +39,21 @@ def bind_run(plan: RunPlan, ledger: Ledger, *, role: str | None = None) -> tuple
     """
     facts = ledger.facts()
     if CONFIG not in facts:  # another process may settle it at the same time
-        first = {CONFIG: flat(plan.given), PROMPTS: _prompts(plan, [plan.stretch])}
-        facts = ledger.set_facts(None, first, settle=True)
-    if facts[CONFIG] != flat(plan.given) and not _settings_bind(ledger):
+        facts = ledger.set_facts(None, _now(plan), settle=True)
+    if not _is_bound(plan, ledger) and facts != facts | _now(plan):
         facts = _rebind(plan, ledger, role)
     refuse_changes(facts[CONFIG], plan.given)
     stretches = facts[PROMPTS]["stretches"]
+    if facts[PROMPTS] != _prompts(plan, stretches):
+        raise _other_prompts(plan, facts[PROMPTS])
     *_, before, now = plan.ordered([*stretches, plan.stretch])[1]
-    is_longer, has_same_beginning = now > before, facts[PROMPTS] == _prompts(plan, stretches)
-    if has_same_beginning and not is_longer:
-        return tuple(stretches)
-    if not _prompts_bind(ledger):
-        return tuple(_rebind(plan, ledger, role)[PROMPTS]["stretches"])
-    if has_same_beginning:
+    if now > before:
         return _extend(plan, ledger, role, stretches)
-    raise _other_prompts(plan, facts[PROMPTS])
+    return tuple(stretches)
+
+
+def _now(plan: RunPlan) -> dict[str, Any]:
+    return {CONFIG: flat(plan.given), PROMPTS: _prompts(plan, [plan.stretch])}
 
 
 def _prompts(plan: RunPlan, stretches: Sequence[Stretch]) -> dict[str, Any]:
@@ -60,24 +61,28 @@ def _prompts(plan: RunPlan, stretches: Sequence[Stretch]) -> dict[str, Any]:
     return {"stretches": list(stretches), "digests": prompts.digests(sizes[-1])}
 
 
-def _settings_bind(ledger: Ledger) -> bool:
-    """Whether a sample was captured, or a prompt has failed, under the settings."""
+def _is_bound(plan: RunPlan, ledger: Ledger) -> bool:
+    """Whether a sample was captured, a prompt has failed, or a checkpoint was written.
+
+    A ledger that lost its newest changes may know less than the checkpoints' folder does.
+    """
     now = ledger.snapshot()
-    return now.committed > 0 or now.prompts.failed > 0
-
-
-def _prompts_bind(ledger: Ledger) -> bool:
-    return ledger.snapshot().prompts.known > 0
+    written = (path for path in plan.config.checkpoint_folder.glob("step-*") if path.suffix != ".new")
+    return now.committed > 0 or now.prompts.failed > 0 or any(written)
 
 
 def _rebind(plan: RunPlan, ledger: Ledger, role: str | None) -> dict[str, Any]:
-    """Record new settings or prompts, unless the old ones bind or another role is live."""
+    """Record new settings and prompts, unless the old ones bind or another role is live; what is recorded.
+
+    The prompts that an earlier start registered are forgotten first, and the search among them for one that
+    kills the engine. If this start is killed in between, the next one does all of it again.
+    """
     with others_kept_out(plan.config, role) as alone:
-        if alone and not _settings_bind(ledger):
-            facts = {CONFIG: flat(plan.given)}
-            if not _prompts_bind(ledger):
-                facts[PROMPTS] = _prompts(plan, [plan.stretch])
-            ledger.set_facts(None, facts)
+        if alone and not _is_bound(plan, ledger):
+            ledger.acquire(producer_role(WORKER), "a start with other settings")  # ends a dead one's leases
+            if ledger.forget_prompts(None):
+                searches = dict.fromkeys(key for key in ledger.facts() if key.startswith("isolation."))
+                ledger.set_facts(None, {**searches, **_now(plan)})
     return ledger.facts()
 
 

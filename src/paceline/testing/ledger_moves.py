@@ -135,6 +135,9 @@ class LedgerMoves:
             blocks = [SourceBlock(picks.below(NUMBERS), 2, "another")]
         self._call("extend", self._producer(picks), blocks)
 
+    def forget_prompts(self, picks: Picks) -> None:
+        self._call("forget_prompts", self._producer(picks))
+
     def lease(self, picks: Picks) -> None:
         fence = self._producer(picks)
         leases = self._call("lease", fence, 1 + picks.below(4), picks.one([None, None, 2, 3]))
@@ -455,4 +458,5 @@ WEIGHTS: dict[str, int] = {
     "begin": 5, "leave": 1, "ack": 5, "checkpoint": 3, "adopt_again": 2, "adopt_new": 2, "retire": 2,
     "fall_back": 2, "quarantine": 1, "release": 2, "set_facts": 1, "settle_facts": 1,
     "repeat": 2, "arrive_late": 1, "reopen": 1, "save": 1, "restore": 1,
+    "forget_prompts": 0,  # possible before the first commit only: for short runs
 }  # fmt: skip

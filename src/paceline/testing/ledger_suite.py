@@ -54,6 +54,54 @@ class LedgerSuite(LedgerBytesSuite):
         assert producer.source_blocks(5) == [second, SourceBlock(6, 1, "one")]
         assert producer.source_blocks(0, 1) == [first]
 
+    def test_prompts_on_which_nothing_hangs_can_be_forgotten(self) -> None:
+        """Those that a dead producer leased, too: its successor ends its leases first. Others may follow."""
+        ledger = self.make()
+        dead = producer_of(ledger, prompts=4)
+        dead.lease(2)
+        [reserved] = refs_of(dead, 1)
+        before = ledger.lsn()
+        assert not ledger.forget_prompts(None)
+        assert ledger.lsn() == before
+        ledger.acquire(producer_role("0"), "its successor")
+        assert ledger.forget_prompts(None)
+        assert ledger.snapshot().prompts == PromptCounts()
+        assert ledger.source_blocks() == []
+        producer = producer_of(ledger, prompts=3)
+        assert producer.lease(1) == [Lease(0)]
+        assert producer.revoked() == [(reserved.sample_id, reserved.generation)]
+        assert refs_of(producer, 0)[0].generation > reserved.generation
+
+    def test_an_ended_stream_is_open_again_when_its_prompts_are_forgotten(self) -> None:
+        """A source without prompts ends at once."""
+        ledger = self.make()
+        assert producer_of(ledger, prompts=0).end_stream()
+        assert ledger.forget_prompts(None)
+        assert not ledger.snapshot().closed
+
+    @pytest.mark.parametrize("what", ["leased", "reserved", "failed", "committed", "planned", "covered"])
+    def test_prompts_that_something_hangs_on_stay(self, what: str) -> None:
+        """Their ordinals are those of samples, failures, plans or work that is going on."""
+        ledger = self.make()
+        producer, consumer = producer_of(ledger), consumer_of(ledger)
+        if what in ("leased", "failed"):
+            producer.lease(1)
+        if what == "failed":
+            producer.fail([0], "no", retryable=False)
+        if what == "reserved":
+            refs_of(producer, 0)
+        if what == "committed":
+            capture(producer, 0)
+        if what in ("planned", "covered"):
+            consumer.plan(plan_of(1))
+        if what == "covered":
+            consumer.ack(1, 0, [])
+            consumer.write_ack()
+            consumer.head(checkpoint_of([trained_step(1)]))
+        known, before = ledger.source_blocks(), ledger.lsn()
+        assert ledger.forget_prompts(None) is False
+        assert (ledger.source_blocks(), ledger.lsn()) == (known, before)
+
     def test_prompts_are_leased_once_in_order(self) -> None:
         """No two workers hold the same prompt."""
         ledger = self.make()
@@ -248,7 +296,7 @@ class LedgerSuite(LedgerBytesSuite):
         capture(b, 2)
         assert b.end_stream() is True
         assert ledger.read(0, 9).closed
-        a.reopen_stream()
+        assert ledger.end_stream(None, False) is False
         assert not ledger.read(0, 9).closed
         assert a.end_stream() is True
         assert a.extend([SourceBlock(3, 1, "one more")]) == 1
@@ -311,6 +359,7 @@ class LedgerSuite(LedgerBytesSuite):
         before = ledger.lsn()
         attempts: list[Callable[[], object]] = [
             lambda: ledger.extend(p.call(9), [SourceBlock(6, 1, "x")]),
+            lambda: ledger.forget_prompts(p.call(9)),
             lambda: ledger.lease(p.call(9), 1),
             lambda: ledger.give_back(p.call(9), [0]),
             lambda: ledger.give_back(p.call(9), [0], failure="no"),

@@ -231,6 +231,16 @@ class SpecificationOfPrompts(Ledger):
             return [b for b in self.rows.source if b.first + b.count > first][:limit]
 
     @change
+    def forget_prompts(self) -> bool:
+        rows = self.rows
+        is_held = any(prompt.state != "pending" for prompt in rows.prompts.values())
+        is_promised = any(not intent.revoked for intent in rows.intents.values())
+        if rows.committed or is_held or is_promised or rows.plans or rows.checkpoints:
+            return self._unchanged(False)
+        rows.source, rows.prompts, rows.next_ordinal, rows.closed = [], {}, 0, False
+        return True
+
+    @change
     def lease(self, limit: int, group_size: int | None = None) -> list[Lease]:
         rows, size = self.rows, group_size or 1
         pending = [n for n, prompt in rows.prompts.items() if prompt.state == "pending"]

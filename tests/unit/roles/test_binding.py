@@ -13,10 +13,12 @@ from paceline.config.load import parse_run_config
 from paceline.errors import ConfigError
 from paceline.ledger.facts import COMPLETED_STEP, FLAT_AFTER, STOPPED_FLAT
 from paceline.ledger.locks import RoleLock
+from paceline.ledger.producer_session import ProducerSession
+from paceline.ledger.records import Lease, Order
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.binding import bind_run, go_on_if_flat_no_more
 from paceline.roles.plan import RunPlan, plan_run
-from paceline.testing.ledger_calls import capture, producer_of
+from paceline.testing.ledger_calls import capture, producer_of, refs_of
 
 
 class Run:
@@ -41,6 +43,14 @@ class Run:
     def plan(self, **sections: dict[str, Any]) -> RunPlan:
         data = {name: {**values, **sections.pop(name, {})} for name, values in self.sections.items()}
         return plan_run(parse_run_config({**data, **sections}, source="run.yaml"))
+
+    def registered(self, plan: RunPlan) -> ProducerSession:
+        """A producer that has registered the plan's prompts."""
+        stretches = bind_run(plan, self.ledger)
+        producer = ProducerSession(self.ledger, "r", order=Order.ORDINAL)
+        producer.acquire()
+        producer.extend(plan.source(stretches).blocks())
+        return producer
 
     def capture_one(self) -> None:
         capture(producer_of(self.ledger), 0)
@@ -127,6 +137,56 @@ def test_longer_sources_extend_a_mixture_that_was_complete(run: Run) -> None:
     sources[0]["weight"] = 3
     with pytest.raises(ConfigError, match="sizes or weights of the sources"):
         bind_run(planned(3), run.ledger)
+
+
+@pytest.mark.parametrize(("first", "count"), [(20, 3), (0, 9), (0, 2)])
+def test_prompts_may_change_until_something_was_captured_of_them(run: Run, first: int, count: int) -> None:
+    """A producer that was killed before its first capture has registered and leased them."""
+    plan = run.plan()
+    producer = run.registered(plan)
+    producer.lease(2)
+    refs_of(producer, 0, 1)
+    run.ledger.set_facts(None, {"isolation.capture.0": {"guilty": ["0/0"]}})
+    run.write("train.jsonl", first, count)
+    plan = run.plan()
+    assert bind_run(plan, run.ledger) == (count,)
+    assert run.ledger.source_blocks() == []
+    assert not run.ledger.facts()["isolation.capture.0"]
+    producer = run.registered(plan)
+    assert producer.snapshot().prompts.pending == 2 * count
+    assert producer.lease(1) == [Lease(0)]
+
+
+def test_fewer_rounds_are_fewer_prompts(run: Run) -> None:
+    """A setting that may still change decides how many there are."""
+    assert run.registered(run.plan()).snapshot().prompts.known == 12
+    assert run.registered(run.plan(prompts={"rounds": 1})).snapshot().prompts.known == 6
+
+
+def test_prompts_do_not_change_under_a_role_that_is_live(run: Run) -> None:
+    """It would train the old ones under the new ones' ids."""
+    bind_run(run.plan(), run.ledger)
+    consumer = RoleLock(run.folder / "run", "consumer")
+    run.write("train.jsonl", 20, 3)
+    with pytest.raises(ConfigError, match="not those that this run was started with"):
+        bind_run(run.plan(), run.ledger, role="producer")
+    consumer.release()
+    assert bind_run(run.plan(), run.ledger, role="producer") == (3,)
+
+
+@pytest.mark.parametrize("what", ["a failed prompt", "a checkpoint"])
+def test_prompts_bind_with_what_was_done_to_them(run: Run, what: str) -> None:
+    """A ledger that lost its newest changes may know less than the folder of checkpoints."""
+    bind_run(run.plan(), run.ledger)
+    if what == "a checkpoint":
+        (run.folder / "run" / "checkpoints" / "step-00000001-000001-0").mkdir(parents=True)
+    else:
+        producer = producer_of(run.ledger)
+        producer.lease(1)
+        producer.fail([0], "too long", retryable=False)
+    run.write("train.jsonl", 20, 6)
+    with pytest.raises(ConfigError, match="not those that this run was started with"):
+        bind_run(run.plan(), run.ledger)
 
 
 @pytest.mark.parametrize(("first", "count"), [(1, 9), (0, 5)])

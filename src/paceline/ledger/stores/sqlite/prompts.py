@@ -34,6 +34,20 @@ class PromptTable(Database):
         )
         return [SourceBlock(*row) for row in rows]
 
+    @change()
+    def forget_prompts(self) -> bool:
+        bound = self._value(
+            "SELECT 1 FROM prompt WHERE state != 'pending' UNION ALL SELECT 1 FROM intent WHERE NOT revoked "
+            "UNION ALL SELECT 1 FROM plan UNION ALL SELECT 1 FROM checkpoint LIMIT 1"
+        )
+        run = self._run()
+        if bound or run.committed:
+            return self._unchanged(False)
+        self._change("DELETE FROM source")
+        self._change("DELETE FROM prompt")
+        run.num_prompts = run.next_ordinal = run.closed = 0
+        return True
+
     # -- leases ----------------------------------------------------------------------------
 
     @change()
