@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from paceline.config.load import load_run_config
-from paceline.data.answers import AnswerFiles
+from paceline.data.answers import Answer, AnswerFiles
 from paceline.data.opening import open_file
 from paceline.errors import ConfigError
 from paceline.roles.consumer import consume
@@ -60,6 +60,12 @@ def kill_the_producer(run: TinyRun) -> None:
     assert 0 < run.ledger().snapshot().committed < CHATS
 
 
+def keep_one_more(run: TinyRun, answer: Answer) -> None:
+    """As a producer does that is killed before the commit."""
+    more = Answer(CHATS, f"0/{CHATS}", answer.token_ids, answer.spans)
+    AnswerFiles(run.directory / "answers").keep([more])
+
+
 @pytest.mark.parametrize("answers", ["target", "data"])
 def test_a_killed_run_of_chats_ends_in_the_same_weights(
     tiny_model: Path, tmp_path: Path, answers: str
@@ -80,9 +86,12 @@ def test_a_killed_run_of_chats_ends_in_the_same_weights(
 
 
 def test_answers_are_exported_as_chats_that_a_run_can_read(tiny_model: Path, tmp_path: Path) -> None:
-    """Token ids with the places of the answers, and the chat with what the target said in each turn."""
+    """Token ids with the places of the answers, and the chat with what the target said in each turn, of
+    committed samples."""
     run = make_run(tmp_path / "first", tiny_model)
     run.work_here(produce)
+    kept = list(AnswerFiles(run.directory / "answers").all())
+    keep_one_more(run, kept[1])
     out = tmp_path / "answers.jsonl"
     *python, _, run_file = run.arguments("data")
     command = [*python, "data", "export", run_file, "--to", str(out)]
@@ -99,16 +108,17 @@ def test_answers_are_exported_as_chats_that_a_run_can_read(tiny_model: Path, tmp
         assert row["messages"][-1] != messages[-1]
     assert [row["id"] for row in rows] == [f"0/{n}" for n in range(CHATS)]
     exact, chats = (list(open_file(out, format=name).read(0, CHATS)) for name in ("tokens", "messages"))
-    kept = list(AnswerFiles(run.directory / "answers").all())
     assert [(prompt.token_ids, prompt.spans) for prompt in exact] == [(a.token_ids, a.spans) for a in kept]
     assert not any(prompt.broken for prompt in chats)
 
 
 def test_another_run_trains_on_kept_answers_by_prefill_alone(tiny_model: Path, tmp_path: Path) -> None:
-    """The same tokens and the same targets; not for a target that has not written them."""
+    """The same tokens and the same targets, of committed samples only; not for a target that has not
+    written them."""
     first = make_run(tmp_path / "first", tiny_model)
     first.work_here(produce)
     kept = list(AnswerFiles(first.directory / "answers").all())
+    keep_one_more(first, kept[1])
     second = make_run(tmp_path / "second", tiny_model, answers=str(first.directory))
     assert second.train_here()
     again = list(AnswerFiles(second.directory / "answers").all())
@@ -126,5 +136,5 @@ def test_another_run_trains_on_kept_answers_by_prefill_alone(tiny_model: Path, t
     with pytest.raises(ConfigError, match="were written by another target"):
         third.work_here(produce)
     fourth = make_run(tmp_path / "fourth", tiny_model, answers=str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match="keeps no answers"):
+    with pytest.raises(ConfigError, match="keeps no answer of a committed sample"):
         plan(fourth)

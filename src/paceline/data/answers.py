@@ -4,9 +4,11 @@ The producer writes every sample's tokens, and which of them are answers, before
 engine that does not repeat its bits captures a lost sample again by prefilling exactly these tokens, and any
 other engine does so if the sample came back with others. Another run may train on them (`KeptAnswers`).
 
-Each file is append-only and covers a range of ordinals. A record is its length, one answer (MessagePack), and
+Each file covers a range of ordinals and is appended to. A record is its length, one answer (MessagePack), and
 a digest of both. The last whole record of an ordinal counts. A crash may leave a torn record at the end; its
-sample was not committed, and the next writer cuts it off.
+sample was not committed, and the next writer cuts it off. If most of a file is records that count no more,
+the next writer writes it anew without them. Answers of samples that were never committed are there, too: who
+reads another run's answers asks its ledger which samples were.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
-from paceline.durable_files import make_folder, sync_folder, write_whole
+from paceline.durable_files import make_folder, replace_file, sync_folder, write_whole
 from paceline.errors import StoreError
 
 ORDINALS_PER_FILE = 4096
@@ -52,37 +54,45 @@ _DECODER = msgspec.msgpack.Decoder(Answer)
 class AnswerFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # By file number, of the newest file and one older: where each ordinal's record is (offset, size).
+        # By file number, of the newest file and one older: where each ordinal's record begins and ends.
         self._known: dict[int, dict[int, tuple[int, int]]] = {}
         self._whole: dict[int, int] = {}  # files that this process knows to end with a whole record: the end
 
     def get(self, ordinal: int) -> Answer | None:
         """The answer that is kept for the prompt; None if there is none. Raises StoreError."""
         number = ordinal // ORDINALS_PER_FILE
-        place = self._file(number).get(ordinal)
-        if place is None:
-            return None
-        try:
-            with self._path(number).open("rb") as file:
-                return _DECODER.decode(os.pread(file.fileno(), place[1], place[0]))
-        except (OSError, msgspec.DecodeError) as error:
-            raise _unreadable(self._path(number), error) from error
+        for _ in range(2):
+            place = self._file(number).get(ordinal)
+            if place is None:
+                return None
+            try:
+                with self._path(number).open("rb") as file:
+                    record = os.pread(file.fileno(), place[1] - place[0], place[0])
+            except OSError as error:
+                raise _unreadable(self._path(number), error) from error
+            for answer, _, _ in _records(record):
+                if answer.ordinal == ordinal:
+                    return answer
+            del self._known[number]  # another process, the run's own, may have written the file anew
+        raise _unreadable(self._path(number), f"the record of prompt {ordinal} is damaged")
 
-    def all(self) -> Iterator[Answer]:
-        """Every answer, by ordinal. Raises StoreError."""
+    def all(self, is_wanted: Callable[[int], bool] = lambda _: True) -> Iterator[Answer]:
+        """The answers of these ordinals, in their order. Raises StoreError."""
         for path in sorted(self._folder.glob(f"*{SUFFIX}")):
             found = {answer.ordinal: answer for answer, _, _ in _records(_content(path))}
-            for ordinal in sorted(found):
+            for ordinal in sorted(filter(is_wanted, found)):
                 yield found[ordinal]
 
-    def digests(self) -> dict[int, tuple[bytes, int]]:
-        """A digest of every answer, and the tokens up to its end, by ordinal. Raises StoreError."""
+    def digests(self, is_wanted: Callable[[int], bool]) -> dict[int, tuple[bytes, int]]:
+        """A digest of each of these answers, and the tokens up to its end, by ordinal. Raises StoreError."""
         found = {}
         for path in self._folder.glob(f"*{SUFFIX}"):
             data = _content(path)
             for answer, start, stop in _records(data):
-                end = answer.spans[-1][1] if answer.spans else len(answer.token_ids)
-                found[answer.ordinal] = _digest(data[start:stop]), end
+                if is_wanted(answer.ordinal):
+                    end = answer.spans[-1][1] if answer.spans else len(answer.token_ids)
+                    body = data[start + _LENGTH.size : stop - _DIGEST_BYTES]
+                    found[answer.ordinal] = _digest(body), end
         return found
 
     def keep(self, answers: Iterable[Answer]) -> None:
@@ -108,37 +118,46 @@ class AnswerFiles:
         if number not in self._known:
             while len(self._known) > 1:  # beside the newest, one older file for a sample captured again
                 del self._known[min(self._known)]
-            self._known[number] = {
-                answer.ordinal: (start, stop - start)
-                for answer, start, stop in _records(_content(self._path(number)))
-            }
+            records = _records(_content(self._path(number)))
+            self._known[number] = {answer.ordinal: (start, stop) for answer, start, stop in records}
         return self._known[number]
 
     def _append(self, number: int, answers: list[Answer]) -> None:
         if number not in self._whole:
-            self._cut_off_torn_end(number)
+            self._mend(number)
+        known = self._file(number)
         at, data, places = self._whole.pop(number), b"", {}  # known again when the write has succeeded
         for answer in answers:
             body = _ENCODER.encode(answer)
-            head = _LENGTH.pack(len(body))
-            places[answer.ordinal] = at + len(data) + len(head), len(body)
-            data += head + body + _digest(head + body)
+            record = _LENGTH.pack(len(body)) + body
+            record += _digest(record)
+            places[answer.ordinal] = at + len(data), at + len(data) + len(record)
+            data += record
         fd = os.open(self._path(number), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:
             write_whole(fd, data)
         finally:
             os.close(fd)
         self._whole[number] = at + len(data)
-        self._known[number].update(places)
+        known.update(places)
 
-    def _cut_off_torn_end(self, number: int) -> None:
+    def _mend(self, number: int) -> None:
+        """Cut a torn record off, or write the file anew if less than half of it counts."""
         path = self._path(number)
         if not path.exists():
             make_folder(self._folder)
             path.touch(mode=0o600)
             sync_folder(self._folder)
-        end = max((stop + _DIGEST_BYTES for _, _, stop in _records(_content(path))), default=0)
-        os.truncate(path, end)
+        data = _content(path)
+        records = list(_records(data))
+        places = sorted({answer.ordinal: (start, stop) for answer, start, stop in records}.values())
+        end, size = max((stop for _, _, stop in records), default=0), sum(b - a for a, b in places)
+        if 2 * size < end:
+            replace_file(path, b"".join(data[start:stop] for start, stop in places))
+            self._known.pop(number, None)
+            end = size
+        else:
+            os.truncate(path, end)
         self._whole[number] = end
 
 
@@ -152,14 +171,14 @@ def _content(path: Path) -> bytes:
 
 
 def _records(data: bytes) -> Iterator[tuple[Answer, int, int]]:
-    """Each whole record, and where its answer begins and ends; damaged records are skipped."""
+    """Each whole record, and where it begins and ends; damaged records are skipped."""
     at = 0
     while len(data) - at >= _LENGTH.size:
-        start = at + _LENGTH.size
-        stop = start + _LENGTH.unpack_from(data, at)[0]
+        body = at + _LENGTH.size
+        stop = body + _LENGTH.unpack_from(data, at)[0]
         end = stop + _DIGEST_BYTES
         if end <= len(data) and _digest(data[at:stop]) == data[stop:end]:
-            yield _DECODER.decode(data[start:stop]), start, stop
+            yield _DECODER.decode(data[body:stop]), at, end
         at = end
 
 
@@ -167,7 +186,7 @@ def _digest(body: bytes) -> bytes:
     return hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest()
 
 
-def _unreadable(path: Path, error: Exception) -> StoreError:
+def _unreadable(path: Path, error: object) -> StoreError:
     return StoreError(
         f"The answers in {path} cannot be read ({error}).",
         why="A lost sample must be captured again with the tokens that were written first.",

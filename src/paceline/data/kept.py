@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class KeptAnswers:
-    """A PromptSource of token ids with spans. Samples that failed in the other run are not among them."""
+    """A PromptSource of token ids with spans: those of the samples that the other run has committed."""
 
     starts: Sequence[int] = (0,)
     longest: Sequence[int] = ()  # `lengths` tells of all
@@ -26,17 +26,17 @@ class KeptAnswers:
     notes: Sequence[str] = ()
     sources: Sequence[Dataset] = ()
 
-    def __init__(self, run: Path) -> None:
-        """Raises ConfigError if the run's directory keeps no answers."""
+    def __init__(self, run: Path, is_committed: Callable[[int], bool]) -> None:
+        """`is_committed`: of a sample of that run, by ordinal. Raises ConfigError if none is kept."""
         self.name = str(run)
         self._files = AnswerFiles(run / "answers")
-        found = self._files.digests()
+        found = self._files.digests(is_committed)
         self._ordinals = sorted(found)
         self._digests = [found[ordinal][0] for ordinal in self._ordinals]
         self.lengths: Sequence[int] = [found[ordinal][1] for ordinal in self._ordinals]
         if not found:
             raise ConfigError(
-                f"{run} keeps no answers.",
+                f"{run} keeps no answer of a committed sample.",
                 why="data.answers names it as a run whose answers are trained on.",
                 next="set data.answers to the directory of a run that has captured something.",
             )

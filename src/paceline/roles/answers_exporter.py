@@ -20,6 +20,7 @@ from paceline.durable_files import replace_file
 from paceline.errors import ConfigError
 from paceline.ledger.facts import PROMPTS, RENDERING_DATE
 from paceline.ledger.stores.sqlite.view import LedgerView
+from paceline.roles.committed import committed_in
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
 from paceline.roles.target_binding import refuse_other_target
@@ -43,7 +44,7 @@ def export_answers(
     rows = list(answer_rows(plan, view, ChatEncoder(encoder, config.target.model)))
     if not rows:
         raise ConfigError(
-            f"The run in {config.run.directory} keeps no answers.",
+            f"The run in {config.run.directory} keeps no answer of a committed sample.",
             why="It has captured nothing yet.",
             next=f"paceline produce, or paceline train, with the run file of {config.run.name}",
         )
@@ -57,7 +58,8 @@ def answer_rows(plan: RunPlan, view: LedgerView, chats: ChatEncoder) -> Iterator
     Raises ConfigError if a prompt is another one than the sample was captured from.
     """
     source = plan.source(view.facts()[PROMPTS]["stretches"])
-    for answer in AnswerFiles(plan.config.run.directory / "answers").all():
+    run = plan.config.run.directory
+    for answer in AnswerFiles(run / "answers").all(committed_in(run)):
         [prompt] = source.read(answer.ordinal, 1) or [Prompt("")]
         if prompt.prompt_id != answer.task_id:
             raise ConfigError(

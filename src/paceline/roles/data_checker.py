@@ -26,6 +26,7 @@ from paceline.engines.transformers import TransformersEngine
 from paceline.errors import explained
 from paceline.methods.table import METHODS
 from paceline.precision import resolve_device, torch_dtype
+from paceline.roles.committed import committed_in
 from paceline.roles.data_check import (
     LOOKED_AT_MAX,
     SAMPLES_SHOWN,
@@ -105,7 +106,7 @@ def check(request: CheckRequest) -> CheckResult:
 
 def _opened(request: CheckRequest) -> Data | KeptAnswers:
     if request.data.other_run is not None:
-        return KeptAnswers(request.data.other_run)
+        return KeptAnswers(request.data.other_run, committed_in(request.data.other_run))
     return open_data(request.data.sources, seed=request.seed)
 
 

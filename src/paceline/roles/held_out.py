@@ -15,6 +15,7 @@ from paceline.data.prompts import Prompt, up_to_last_question
 from paceline.errors import ConfigError, EngineError
 from paceline.evaluation.heldout import HeldOut, Room, encode_held_out, refuse_nothing_to_measure
 from paceline.evaluation.suites import SuitePrompt
+from paceline.roles.committed import committed_in
 from paceline.target.chat_encoder import ChatEncoder
 from paceline.target.tokenizer import PromptEncoder
 
@@ -85,7 +86,7 @@ def _refuse_shared_answers(config: RunConfig, held_out: HeldOut) -> None:
         return
     shared = [
         answer.task_id
-        for answer in AnswerFiles(other / "answers").all()
+        for answer in AnswerFiles(other / "answers").all(committed_in(other))
         if any(answer.token_ids[:start] in questions for start, _ in answer.spans)
     ]
     if shared:

@@ -15,6 +15,7 @@ from paceline.data.opening import Data, open_data, open_held_out
 from paceline.data.prompts import asked
 from paceline.data.source import RunPrompts, Stretch
 from paceline.errors import ConfigError
+from paceline.roles.committed import committed_in
 from paceline.target.folder import quantisation, read_config
 from paceline.target.hub import local_target
 
@@ -82,7 +83,7 @@ def plan_run(given: RunConfig) -> RunPlan:
     prompts = (
         open_data(sources, seed=config.run.seed, heldout=heldout, index_path=index_path)
         if other is None
-        else KeptAnswers(other)
+        else KeptAnswers(other, committed_in(other))
     )
     _refuse_shared(config, prompts)
     _refuse_repeats(config, prompts)

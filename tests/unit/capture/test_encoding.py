@@ -280,7 +280,7 @@ def test_kept_answers_that_do_not_fit_are_counted_before_the_start(tmp_path: Pat
         Answer(ordinal, f"0/{ordinal}", tuple(range(length)), ((4, length),))
         for ordinal, length in enumerate(lengths, start=3)
     )
-    kept = RunPrompts(KeptAnswers(tmp_path), rounds=2)
+    kept = RunPrompts(KeptAnswers(tmp_path, lambda ordinal: ordinal < 9), rounds=2)
     one = encoding(12, answers="data", max_answer_tokens=8)
     assert one.look_for_long(kept) == (
         "4 of 6 kept answers fail, longer than the 20 tokens of data.max_prompt_tokens and "

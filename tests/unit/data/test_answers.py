@@ -37,6 +37,35 @@ def test_an_answer_is_written_once(tmp_path: Path) -> None:
     assert files.get(3) == AnswerFiles(tmp_path).get(3) == other
 
 
+def test_superseded_answers_take_no_more_room_than_those_that_count(tmp_path: Path) -> None:
+    """However many starts write another answer to the same prompt, which is then not committed."""
+    AnswerFiles(tmp_path).keep([THREE])
+    [path] = tmp_path.iterdir()
+    reader = AnswerFiles(tmp_path)  # of another process, that knows where the records were
+    sizes = set()
+    for start in range(40):
+        assert reader.get(4) == THREE
+        files = AnswerFiles(tmp_path)
+        files.keep([Answer(3, "0/a", (5, 6, start), ((2, 3),))])
+        assert files.get(3) == AnswerFiles(tmp_path).get(3) == Answer(3, "0/a", (5, 6, start), ((2, 3),))
+        assert files.get(4) == THREE
+        sizes.add(path.stat().st_size)
+    assert len(sizes) < 5
+    assert [answer.ordinal for answer in reader.all()] == [3, 4]
+
+
+def test_an_answer_that_was_damaged_since_it_was_found_is_not_taken(tmp_path: Path) -> None:
+    """Its tokens would be others."""
+    AnswerFiles(tmp_path).keep([ONE])
+    [path] = tmp_path.iterdir()
+    files = AnswerFiles(tmp_path)
+    assert files.get(3) == ONE
+    data = bytearray(path.read_bytes())
+    data[data.index(7)] ^= 1
+    path.write_bytes(data)
+    assert files.get(3) is None
+
+
 def test_a_record_that_a_crash_tore_is_cut_off(tmp_path: Path) -> None:
     """It was never answered for; what stands before it, and what is written after it, is whole."""
     AnswerFiles(tmp_path).keep([ONE])

@@ -11,10 +11,12 @@ import pytest
 from paceline.data.answers import Answer, AnswerFiles
 from paceline.data.settings import DataSection
 from paceline.errors import ConfigError, PacelineError
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles import data_checker
 from paceline.roles.data_check import CheckRequest
 from paceline.roles.data_checker import check
 from paceline.target.settings import TargetSection
+from paceline.testing.ledger_calls import capture, producer_of
 from paceline.testing.tiny_folder import TEMPLATE, make_tiny_folder, write_tokenizer
 
 
@@ -106,8 +108,9 @@ def test_the_template_has_the_variables_of_the_run(tmp_path: Path) -> None:
 def test_kept_answers_of_another_run_are_shown(model: Path, tmp_path: Path) -> None:
     """They are the samples, and those that do not fit are told."""
     AnswerFiles(tmp_path / "answers").keep(
-        Answer(n, f"0/{n}", tuple(range(4, 14 + 20 * n)), ((8, 14 + 20 * n),)) for n in range(2)
+        Answer(n, f"0/{n}", tuple(range(4, 14 + 20 * n)), ((8, 14 + 20 * n),)) for n in range(3)
     )
+    capture(producer_of(SQLiteLedger(tmp_path / "ledger.db")), 0, 1)  # and the third was never committed
     data = DataSection.parse({"answers": str(tmp_path), "max_prompt_tokens": 8, "max_answer_tokens": 8})
     found = check(CheckRequest(data=data, target=TargetSection(model=model)))
     assert (found.lengths, found.num_targets, found.num_samples) == ((10,), 6, 1)
