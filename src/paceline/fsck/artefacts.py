@@ -1,8 +1,8 @@
 """The checker's own decoders of ledger, archived steps and slots.
 
 Formats: ledger/stores/sqlite/schema.sql, features/stores/slots.py. The ledger is opened read-only and read
-in one transaction, so it may belong to a live run; damage is reported, not raised. The archive is read one
-chunk at a time.
+in one transaction, so it may belong to a live run; damage is reported, not raised. Samples and plans are read
+row by row and the archive one chunk at a time, so a long history needs no more memory than a short one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import lzma
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,35 @@ class Sample:
         return self.step if self.acked else None
 
 
+class Samples:
+    """The committed samples that have rows, by place; read anew whenever they are asked for."""
+
+    _SELECT = (
+        "SELECT place, sample_id, ordinal, state, resident, bytes, generation, acked, step, reason, ref "
+        "FROM sample "
+    )
+
+    def __init__(self, db: apsw.Connection) -> None:
+        self._db = db
+
+    def __len__(self) -> int:
+        [(count,)] = self._db.execute("SELECT count(*) FROM sample")
+        return int(count)
+
+    def get(self, sample_id: str) -> Sample | None:
+        rows = self._db.execute(f"{self._SELECT}WHERE sample_id = ?", (sample_id,))
+        return next(map(_sample, rows), None)
+
+    def values(self) -> Iterator[Sample]:
+        return map(_sample, self._db.execute(f"{self._SELECT}ORDER BY place"))
+
+
+def _sample(row: Any) -> Sample:
+    sample = Sample(*row)
+    sample.resident = bool(sample.resident)
+    return sample
+
+
 @dataclass(slots=True)
 class Visit:
     """One sample in a step; `finished`: this is its last visit, according to the ledger."""
@@ -91,10 +121,8 @@ class Ledger:
         self.owner = path.stat().st_uid
         # Without a log beside it no process has it open, and reading must not create a log.
         self.at_rest = not path.with_name(path.name + "-wal").exists()
-        uri = f"file:{quote(str(path.resolve()))}?mode=ro{'&immutable=1' if self.at_rest else ''}"
-        flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
-        self._db = apsw.Connection(uri, flags=flags, vfs="unix")
-        self._db.set_busy_timeout(60_000)
+        self._uri = f"file:{quote(str(path.resolve()))}?mode=ro{'&immutable=1' if self.at_rest else ''}"
+        self._db = self._connect()
         self._db.execute("BEGIN")
         [(application,)], [(self.version,)] = (
             self._rows(f"PRAGMA {name}") for name in ("application_id", "user_version")
@@ -130,27 +158,34 @@ class Ledger:
             "SELECT step, name, manifest_digest, chain, first_place FROM checkpoint ORDER BY step"
         )
         self.head: int = self.checkpoints[-1][0] if self.checkpoints else 0
-        self.samples: dict[str, Sample] = {
-            row[1]: Sample(row[0], row[1], row[2], row[3], bool(row[4]), *row[5:])
-            for row in self._rows(
-                "SELECT place, sample_id, ordinal, state, resident, bytes, generation, acked, step, reason, "
-                "ref FROM sample ORDER BY place"
-            )
-        }
+        self.samples = Samples(self._db)
         self.blocks = self._rows("SELECT first, last, finished FROM archive ORDER BY first")
 
     @property
     def in_ordinal_order(self) -> bool:
         return bool(self.run["place_order"] != "arrival")
 
+    def _connect(self) -> apsw.Connection:
+        flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
+        db = apsw.Connection(self._uri, flags=flags, vfs="unix")
+        db.set_busy_timeout(60_000)
+        return db
+
     def _rows(self, sql: str, *values: Any) -> list[Any]:
         return list(self._db.execute(sql, values))
 
     def now(self, sql: str) -> set[Any]:
         """The first column as it is now, after the moment of the check, in case a live run changed it."""
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
-        return {row[0] for row in self._rows(sql)}
+        with closing(self._connect()) as db:
+            return {row[0] for row in db.execute(sql)}
+
+    def shared_generations(self) -> list[tuple[int, list[str]]]:
+        """Generations that several samples have, and those samples."""
+        rows = self._rows(
+            "SELECT generation, json_group_array(sample_id) FROM sample WHERE generation != 0 "
+            "GROUP BY generation HAVING count(*) > 1"
+        )
+        return [(generation, json.loads(ids)) for generation, ids in rows]
 
     def close(self) -> None:
         self._db.close()
@@ -172,10 +207,8 @@ class Ledger:
         return found[0] if found else None
 
     def _planned(self, where: str, *values: Any) -> Iterator[Step]:
-        for number, rev, ids in self._rows(
-            f"SELECT step, rev, sample_ids FROM plan WHERE {where} ORDER BY step",  # noqa: S608 (ours)
-            *values,
-        ):
+        plans = f"SELECT step, rev, sample_ids FROM plan WHERE {where} ORDER BY step"  # noqa: S608 (ours)
+        for number, rev, ids in self._db.execute(plans, values):
             visits, names = [], json.loads(ids)
             last_visits = {
                 sample_id: visit for visit, sample_id in enumerate(names)

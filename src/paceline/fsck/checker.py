@@ -9,7 +9,7 @@ the moment of the check. The rules are in report.py.
 from __future__ import annotations
 
 import json
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,13 @@ def _check_all(
     check_folders(ledger, directory / "checkpoints", report)
     check_best(ledger, directory, report)
     _check_bytes(ledger, features or _feature_folder(ledger.facts, directory), report)
-    samples = ledger.samples.values()
     report.counts |= {
         "samples": ledger.run["committed"],
         "steps": steps,
         "checkpoints": len(ledger.checkpoints),
         "head_step": ledger.head,
         "archived_samples": ledger.run["archived"],
-        "quarantined": sum(sample.state == "quarantined" for sample in samples),
+        "quarantined": sum(s.state == "quarantined" for s in ledger.samples.values()),
         "failed_prompts": sum(state == "failed" for state, *_ in ledger.prompts.values()),
     }
 
@@ -90,32 +89,32 @@ def _check_all(
 
 
 def _check_counters(ledger: Ledger, report: Report) -> None:
-    run, samples = ledger.run, ledger.samples.values()
+    run, samples = ledger.run, ledger.samples
     if len(samples) + run["archived"] != run["committed"]:
         what = f"{run['committed']} samples were committed; {len(samples)} have rows, {run['archived']} are"
         report.error("C8", f"{what} archived")
     finished = sum(block[2] for block in ledger.blocks)
     last = max((block[1] for block in ledger.blocks), default=0)
-    with_rows = sum(s.durable and s.step is not None and s.step <= last for s in samples)
+    with_rows = sum(s.durable and s.step is not None and s.step <= last for s in samples.values())
     if finished - with_rows != run["archived"]:
         what = f"{run['archived']} samples are archived; the archive finishes {finished}, {with_rows} of them"
         report.error("C8", f"{what} have rows")
-    odd = [s.sample_id for s in samples if s.place < run["archived_place"] and _may_be_read(s)]
+    odd = [s.sample_id for s in samples.values() if s.place < run["archived_place"] and _may_be_read(s)]
     if odd:
         report.error("C1", f"before place {run['archived_place']}, where no consumer reads any more", odd)
     oldest = min((step for step, *_ in ledger.checkpoints), default=0)
     if not last <= run["archived_step"] <= oldest:
         archived = f"steps are archived up to {last}, the counter says {run['archived_step']}"
         report.error("C8", f"{archived}, the oldest checkpoint is that of step {oldest}")
-    used = max([*ledger.intents, *(s.generation for s in samples)], default=0)
+    used = max(chain(ledger.intents, (s.generation for s in samples.values())), default=0)
     if used >= run["next_generation"]:
         report.error("C9", f"generation {used} is in use, but {run['next_generation']} is the next")
     if run["lsn"] < ledger.starts:
         report.error("C8", f"the log number is {run['lsn']}, but roles were taken {ledger.starts} times")
     if not ledger.in_ordinal_order:
-        places = sorted(s.place for s in samples)
-        if places and (places[0] < 0 or places[-1] >= run["committed"]):
-            report.error("C8", f"{run['committed']} samples arrived, and one has place {places[-1]}")
+        outside = [s.place for s in samples.values() if not 0 <= s.place < run["committed"]]
+        if outside:
+            report.error("C8", f"{run['committed']} samples arrived, and one has place {outside[-1]}")
 
 
 def _may_be_read(sample: Sample) -> bool:
@@ -200,14 +199,11 @@ def _is_open(ledger: Ledger, ordinal: int) -> bool:
 
 
 def _check_bytes(ledger: Ledger, folder: Path | None, report: Report) -> None:
-    owners: dict[int, str] = {}
+    for generation, ids in ledger.shared_generations():
+        report.error("C9", f"generation {generation} has two owners", ids)
     for s in ledger.samples.values():
         if s.generation and not ledger.intents.get(s.generation, ("", True))[1]:
             report.error("C9", f"generation {s.generation} is committed and still promised", [s.sample_id])
-        if s.generation and owners.setdefault(s.generation, s.sample_id) != s.sample_id:
-            report.error(
-                "C9", f"generation {s.generation} has two owners", [owners[s.generation], s.sample_id]
-            )
         ref = json.loads(s.ref)
         told = (ref["sample_id"], ref.get("generation", 0), ref["estimated_bytes"])
         if told != (s.sample_id, s.generation, s.num_bytes):

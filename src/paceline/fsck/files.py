@@ -24,9 +24,10 @@ def open_file(path: Path, flags: int = 0) -> FileIO:
 def read_file(path: Path, limit: int = MANIFEST_BYTES_MAX) -> bytes:
     """The content of a regular file. Raises OSError, also if it has more than `limit` bytes."""
     with open_file(path) as file:
-        if os.fstat(file.fileno()).st_size > limit:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
             raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
-        return file.read(limit)
+        return file.read(size)  # it allocates as much as is asked for
 
 
 def size_of(path: Path) -> int:

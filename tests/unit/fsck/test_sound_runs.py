@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -81,6 +82,22 @@ def test_quarantine_revisions_and_failed_prompts_are_sound(by_hand: RunByHand, t
     notes = passes_as_live_and_as_crashed(by_hand, tmp_path / "crashed")
     assert "quarantined: run0:s1: loss is nan" in notes
     assert "failed prompt task-4: no text" in notes
+
+
+def test_a_longer_history_takes_no_more_memory(tmp_path: Path) -> None:
+    """Also where hardly anything of it is archived."""
+    peaks = []
+    for count in (2, 12):
+        run = RunByHand(tmp_path / str(count), prompts=100 * count)
+        for _ in range(count):
+            run.train(run.capture(100))
+            run.checkpoint(keep=99)
+        tracemalloc.start()
+        report = check(run.folder)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert report.errors == []
+    assert peaks[1] < peaks[0] + 200_000, peaks
 
 
 def test_a_run_that_fell_back_is_sound(by_hand: RunByHand, tmp_path: Path) -> None:
