@@ -22,6 +22,7 @@ from paceline.regular_files import open_regular
 
 OWNER_FILE = "owner.json"
 IDENTITY = "identity"
+WRITER_LOCK = "writer.lock"
 SLOT_NAME = re.compile(r"slot-\d{8,}")
 ENGINES_FILE = re.compile(r"[\w.-]+\.safetensors(\.lock)?")  # what an engine's server leaves
 HALF_MADE = re.compile(rf"({IDENTITY}|{OWNER_FILE}|slot-\d{{8,}})\.new")
@@ -111,12 +112,9 @@ def owner_of(folder: Path) -> Owner | None:
 class FolderLock:
     """A lock that is held until `close`, or until the object or the process ends."""
 
-    def __init__(self, folder: Path, how: int) -> None:
-        """Raises OSError if the folder is not signed, BlockingIOError if it is locked."""
-        self._fd = -1
-        with open_regular(folder / OWNER_FILE, os.O_NOFOLLOW) as file:
-            fcntl.flock(file, how)
-            self._fd = os.dup(file.fileno())  # both descriptors share the open file, and so its lock
+    def __init__(self, fd: int) -> None:
+        """`fd`: of the locked file; it is closed with the lock."""
+        self._fd = fd
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -135,18 +133,38 @@ class FolderLock:
 
 def hold(folder: Path) -> FolderLock | None:
     """A shared lock: the folder counts as used while it is held. None if it was never signed."""
-    try:
-        return FolderLock(folder, fcntl.LOCK_SH)
-    except OSError:
-        return None
+    return _locked(folder, fcntl.LOCK_SH)
 
 
 def take(folder: Path) -> FolderLock | None:
     """An exclusive lock; None if a process uses the folder, or if it was never signed."""
+    return _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _locked(folder: Path, how: int) -> FolderLock | None:
+    with suppress(OSError), open_regular(folder / OWNER_FILE, os.O_NOFOLLOW) as file:
+        fcntl.flock(file, how)
+        return FolderLock(os.dup(file.fileno()))  # both descriptors share the open file, and so its lock
+    return None
+
+
+def write_alone(folder: Path) -> FolderLock:
+    """Keep other processes from writing to the store while the lock is held.
+
+    A record lock of the whole process, so that a process may open its own store anew. Raises StoreError.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(folder / WRITER_LOCK, flags, 0o600)
     try:
-        return FolderLock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return None
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        os.close(fd)
+        raise StoreError(
+            f"Another process writes to the feature store in {folder}.",
+            why="A second writer would free what the first has half-written. Nothing was changed.",
+            next="end the other producer, or give this one another features.directory.",
+        ) from error
+    return FolderLock(fd)
 
 
 def remove(folder: Path) -> None:
@@ -157,7 +175,7 @@ def remove(folder: Path) -> None:
         names = [path.name for path in folder.iterdir()]
         ours = (SLOT_NAME, HALF_MADE, ENGINES_FILE)
         slots = [name for name in names if any(kind.fullmatch(name) for kind in ours)]
-        for name in (*slots, IDENTITY, OWNER_FILE):  # last those that identify the rest
+        for name in (*slots, WRITER_LOCK, IDENTITY, OWNER_FILE):  # last those that identify the rest
             (folder / name).unlink(missing_ok=True)
     try:
         folder.rmdir()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
 
 from paceline.errors import FeatureCorruptError, FeatureMissingError, StoreError
 from paceline.features import codec
+from paceline.features.ownership import WRITER_LOCK
 from paceline.features.stores import arena as arena_module
 from paceline.features.stores.slots import Slot
 from paceline.testing.feature_store_suite import MIB, assert_same, bulk, feature_ref, features
@@ -118,8 +122,30 @@ def test_half_made_files_are_removed(directory: Path) -> None:
     (directory / "slot-00000009").write_bytes(bytes(8192))
     assert reader_of(directory).usage().resident_samples == 1
     owner = owner_of(directory)
-    assert sorted(path.name for path in directory.iterdir()) == ["identity", "slot-00000001"]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "identity",
+        "slot-00000001",
+        "writer.lock",
+    ]
     assert_same(owner.get(ref), features(1))
+
+
+def test_a_second_process_does_not_become_the_owner_while_the_first_lives(directory: Path) -> None:
+    """It would free what the first one is writing."""
+    directory.mkdir(mode=0o700)
+    other = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
+    first = subprocess.Popen(
+        [sys.executable, "-c", other, str(directory / WRITER_LOCK)], stdin=PIPE, stdout=PIPE, text=True
+    )
+    assert first.stdout is not None
+    first.stdout.readline()
+    (directory / "slot-00000001.new").write_bytes(b"half-written")
+    with pytest.raises(StoreError, match="Another process writes to the feature store"):
+        owner_of(directory)
+    assert (directory / "slot-00000001.new").exists()
+    first.kill()
+    first.communicate()
+    put(owner_of(directory), 1)
 
 
 def test_a_directory_without_identity_yet_is_completed(directory: Path) -> None:

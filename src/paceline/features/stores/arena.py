@@ -24,9 +24,12 @@ from paceline.features.ownership import (
     IDENTITY,
     OWNER_FILE,
     SLOT_NAME,
+    WRITER_LOCK,
+    FolderLock,
     hold,
     is_private,
     make_private,
+    write_alone,
 )
 from paceline.features.store import Written
 from paceline.features.stores.refusals import missing
@@ -50,6 +53,7 @@ class Arena:
         self.uri = f"shm://{directory.name}/{bytes(header[_UUID]).decode(errors='replace')}"
         self.slots: dict[str, Slot] = {}
         self._held = hold(directory)  # as long as this object lives
+        self._alone: FolderLock | None = None  # the owner's, as long
         self._directory = directory
         self._identity = directory / IDENTITY
         self._words = header.cast("Q")
@@ -62,9 +66,13 @@ class Arena:
 
     @classmethod
     def own(cls, directory: Path, budget_bytes: int) -> Arena:
-        """Become the only writer: create the store, or take it over and reclaim what a dead owner left."""
+        """Become the only writer: create the store, or take it over and reclaim what a dead owner left.
+
+        Raises StoreError if another process is its writer.
+        """
         try:
             make_private(directory)
+            alone = write_alone(directory)
         except OSError as error:
             raise _no_room(directory, PAGE_BYTES, error) from error
         identity = _open_identity(directory)
@@ -77,6 +85,7 @@ class Arena:
             if HALF_MADE.fullmatch(path.name):
                 path.unlink()
         arena = cls(directory, identity, _inode(directory / IDENTITY), budget_bytes)
+        arena._alone = alone
         arena._take_over()
         return arena
 
@@ -249,7 +258,7 @@ def _open_identity(directory: Path) -> torch.Tensor | None:
     try:
         identity = map_file(directory / IDENTITY, PAGE_BYTES)
     except FileNotFoundError:
-        names = {path.name for path in directory.iterdir()} - {OWNER_FILE}
+        names = {path.name for path in directory.iterdir()} - {OWNER_FILE, WRITER_LOCK}
         foreign = [name for name in sorted(names) if not HALF_MADE.fullmatch(name)]
         if foreign:
             raise _other_format(directory, f"it holds {foreign[0]!r} but no identity file") from None

@@ -2,9 +2,10 @@
 
 Both map files in a private directory, e.g. under /dev/shm. Invariants: a sealed sample's bytes never
 change before it is freed; a ref whose sample was freed is FeatureMissing even if another sample has its
-slot by now; `get` returns bytes that match the ref's digest, or raises. The caller ensures that there is
-one owner (by a role lock); within a process any thread may call. A crash of either process leaves sealed
-samples, and slots that the next owner reclaims; after a crash of the machine all features are missing.
+slot by now; `get` returns bytes that match the ref's digest, or raises. There is one owner, since a new one
+frees what is half-written: another process that opens the store as its owner is refused. Within a process any
+thread may call. A crash of either process leaves sealed samples, and slots that the next owner reclaims;
+after a crash of the machine all features are missing.
 
 `get` copies once and digests the copy while it is in the CPU cache. A slot knows its header and payload, the
 arena knows which slot lies where, and this file orders their calls.
@@ -33,7 +34,7 @@ class SharedMemoryFeatureStore:
         """`budget_bytes` bounds the slot files, free ones included; only the owner's counts.
 
         A reader may open the store before the owner has created it, and finds nothing. Raises StoreError
-        if the directory is another user's or holds something else.
+        if the directory is another user's, holds something else, or has another process as its owner.
         """
         self._directory = directory
         self._budget_bytes = budget_bytes
