@@ -22,8 +22,6 @@ from paceline.ledger import isolation
 from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION
 from paceline.ledger.producer_session import ProducerSession
 
-FAILURES_IN_A_ROW_MAX = 16
-
 
 class CaptureFailedError(Exception):
     """A group was not captured. `is_of_machine`: memory ran out, which is no prompt's fault. `culprits`: why
@@ -48,7 +46,7 @@ class Isolation:
         probe: Callable[[], None],
         captured_before: Callable[[], EncodedPrompt | None],
         report: Callable[..., None],
-        in_a_row_max: int = FAILURES_IN_A_ROW_MAX,
+        in_a_row_max: int,
     ) -> None:
         """`answer` captures prompts or raises CaptureFailedError; `probe` raises if the engine is broken.
 

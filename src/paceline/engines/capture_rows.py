@@ -117,7 +117,7 @@ class CaptureRows:
         for row, request in enumerate(self._group):
             tokens = [*request.token_ids, *self._answers[row]]
             states = {name: kept.of_row(row, self._lengths[row]) for name, kept in self._kept.items()}
-            if not all(_is_sound(state) for state in states.values()):
+            if not all(is_sound(state) for state in states.values()):
                 bad.append(request.sample_id)
             captured.append(
                 Captured(request.sample_id, sample_tensors(request, self._features, tokens, states))
@@ -202,8 +202,8 @@ class _Kept:
         return self._states[row, : self._counts[row] + length - self._known[row]]
 
 
-def _is_sound(states: torch.Tensor) -> bool:
-    """Whether every row is finite and none is all zeros, which no layer of a sound target gives."""
+def is_sound(states: torch.Tensor) -> bool:
+    """Whether every row of states [..., H] is finite and none is all zeros, which no sound layer gives."""
     least, greatest = torch.aminmax(states, dim=-1) if states.numel() else (states, states)
     # An infinite value is the maximum or the minimum; a NaN is both.
     finite = torch.isfinite(least).all() & torch.isfinite(greatest).all()

@@ -35,7 +35,7 @@ from paceline.target.model import text_config
 from paceline.target.settings import TargetSection
 from paceline.target.tokenizer import PromptEncoder
 from paceline.target.version import TargetVersion
-from paceline.types import Feature, States, Tokens
+from paceline.types import Feature, States, Tokens, layers_of
 
 PREFILL_ROWS = 8
 # One common beginning, which capture may read once for all, and ends of different lengths.
@@ -123,9 +123,7 @@ class TransformersEngine:
 
     def _layers_of(self, features: Sequence[Feature]) -> set[int]:
         """Every layer whose state is requested. Raises EngineError for a layer that the target lacks."""
-        asked = {
-            k for feature in features if isinstance(feature.source, States) for k in feature.source.layers
-        }
+        asked = layers_of(features)
         wrong = sorted(k for k in asked if not 0 <= k <= self._facts.num_hidden_layers)
         if wrong:
             raise EngineError(

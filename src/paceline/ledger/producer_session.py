@@ -70,10 +70,6 @@ class ProducerSession(Session):
         """End the stream, unless a prompt is pending or leased; returns whether it is ended."""
         return self._change(self.ledger.end_stream, True)
 
-    def reopen_stream(self) -> None:
-        """More samples will follow after all."""
-        self._change(self.ledger.end_stream, False)
-
     # -- bytes and samples -----------------------------------------------------------------
 
     def reserve(self, wanted: Sequence[Wanted], budget: Budget | None = None) -> list[int] | None:

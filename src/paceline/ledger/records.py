@@ -242,7 +242,6 @@ class Usage:
     resident_samples: int = 0
     resident_bytes: int = 0
     provisional_samples: int = 0
-    provisional_bytes: int = 0
     waiting_samples: int = 0
     reserved_samples: int = 0
     reserved_bytes: int = 0

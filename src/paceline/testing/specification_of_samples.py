@@ -209,10 +209,10 @@ class SpecificationOfSamples(SpecificationOfPrompts):
     def _usage(self) -> Usage:
         samples, intents = self.rows.samples.values(), self.rows.intents.values()
         resident = [s.ref.estimated_bytes for s in samples if s.resident]
-        provisional = [s.ref.estimated_bytes for s in samples if s.resident and s.acked == 1]
-        waiting = [s for s in samples if s.acked == 0 and s.state in (State.PRESENT, State.LOST)]
-        sizes = (len(resident), sum(resident), len(provisional), sum(provisional))
-        return Usage(*sizes, len(waiting), len(intents), sum(i.num_bytes for i in intents))
+        provisional = sum(s.resident and s.acked == 1 for s in samples)
+        waiting = sum(s.acked == 0 and s.state in (State.PRESENT, State.LOST) for s in samples)
+        promised = sum(i.num_bytes for i in intents)
+        return Usage(len(resident), sum(resident), provisional, waiting, len(intents), promised)
 
     def _prompt_counts(self) -> PromptCounts:
         rows = self.rows

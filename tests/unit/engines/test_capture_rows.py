@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paceline.engines.capture_rows import _is_sound
+from paceline.engines.capture_rows import is_sound
 
 SOUND = [[1.0, 0.0, -2.0], [0.0, 3.0, 0.0]]
 
@@ -25,9 +25,9 @@ def test_a_row_that_is_not_finite_or_all_zero_is_found(
     rows: list[list[float]], expected: bool, dtype: torch.dtype
 ) -> None:
     """Each row by itself: one among many sound ones is enough."""
-    assert _is_sound(torch.tensor(rows, dtype=dtype)) is expected
+    assert is_sound(torch.tensor(rows, dtype=dtype)) is expected
 
 
-def test_a_sample_without_rows_is_sound() -> None:
+def test_a_sample_without_rowsis_sound() -> None:
     """A method may keep none of a sample's rows."""
-    assert _is_sound(torch.empty(0, 4))
+    assert is_sound(torch.empty(0, 4))

@@ -137,15 +137,6 @@ def why_no_reference(folder: Path, memory: Path = MEMORY) -> str:
     return ""
 
 
-def is_sound(states: torch.Tensor) -> bool:
-    """Whether every row of states [T, layers, H] is finite and none is all zeros, which no layer gives."""
-    if not states.numel():
-        return False
-    least, greatest = torch.aminmax(states, dim=-1)
-    finite = torch.isfinite(least).all() & torch.isfinite(greatest).all()
-    return bool(finite & ((least != 0) | (greatest != 0)).all())
-
-
 def mismatch(reason: str) -> CaptureMismatchError:
     return CaptureMismatchError(
         f"The server does not compute the run's target: {reason}.",

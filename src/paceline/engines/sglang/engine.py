@@ -13,11 +13,12 @@ from functools import cached_property
 
 import torch
 
+from paceline.engines.capture_rows import is_sound
 from paceline.engines.engine import CaptureRequest
 from paceline.engines.served.engine import ServedEngine, served_facts
 from paceline.engines.served.http import Http, Wish, key_of
 from paceline.engines.served.own_files import own_prefix
-from paceline.engines.served.probe import Look, is_sound, why_no_reference
+from paceline.engines.served.probe import Look, why_no_reference
 from paceline.engines.settings import EngineRun
 from paceline.engines.sglang.command import aux_layers, layer_ids
 from paceline.engines.sglang.files import SinkFiles

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from paceline.engines.capture_rows import is_sound
 from paceline.engines.served.http import TryAgainError
 from paceline.engines.served.own_files import (
     foreign,
@@ -30,7 +31,6 @@ from paceline.engines.served.own_files import (
     sweep,
     wait_until,
 )
-from paceline.engines.served.probe import is_sound
 from paceline.errors import EngineError
 
 STATES, TOKENS = "hidden_states", "token_ids"

@@ -197,14 +197,13 @@ class SampleTable(Archive):
             return Ownership(dict(present), dict(promised), dict(revoked), self._run().next_generation)
 
     def _usage(self) -> Usage:
-        [(count, size, provisional, provisional_size, waiting)] = self._rows(
+        [(count, size, provisional, waiting)] = self._rows(
             "SELECT count(*), coalesce(sum(bytes), 0), coalesce(sum(acked = 1), 0), "
-            "coalesce(sum(iif(acked = 1, bytes, 0)), 0), coalesce(sum(acked = 0 AND state = 'present'), 0) "
-            "FROM sample WHERE resident"
+            "coalesce(sum(acked = 0 AND state = 'present'), 0) FROM sample WHERE resident"
         )
         lost = self._value("SELECT count(*) FROM sample WHERE state = 'lost' AND acked = 0")
         [(promised, promised_size)] = self._rows("SELECT count(*), coalesce(sum(bytes), 0) FROM intent")
-        return Usage(count, size, provisional, provisional_size, waiting + lost, promised, promised_size)
+        return Usage(count, size, provisional, waiting + lost, promised, promised_size)
 
     # -- features --------------------------------------------------------------------------
 
