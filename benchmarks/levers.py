@@ -100,7 +100,7 @@ def _keep(path: Path, samples: Sequence[Sample]) -> None:
     aside.rename(path)
 
 
-def _kept(path: Path) -> list[Sample]:
+def kept(path: Path) -> list[Sample]:
     samples: dict[int, Sample] = {}
     for key, tensor in load_file(path).items():
         number, _, name = key.partition(".")
@@ -122,7 +122,7 @@ def train(folder: Path, config: RunConfig, trial: Trial) -> dict[str, Any]:
     method, head = config.method.build(), TargetHead.load(config.target.model)
     samples: list[Sample] = []
     for path in sorted(folder.glob("group-*.safetensors")):
-        samples += _kept(path)
+        samples += kept(path)
     size, batches, tokens = config.training.batch_size, list[list[Sample]](), 0
     again = itertools.cycle(samples)
     while tokens < trial.tokens:
@@ -152,7 +152,7 @@ def train(folder: Path, config: RunConfig, trial: Trial) -> dict[str, Any]:
             for name, weight in learner.draft.named_parameters():
                 average[name].lerp_(weight.detach(), 1.0 - min(trial.ema, step / (step + 10)))
     seconds = time.process_time() - began
-    held_out = _kept(folder / HELD_OUT)
+    held_out = kept(folder / HELD_OUT)
     found = {
         "tokens": tokens,
         "steps": len(batches),
