@@ -31,6 +31,11 @@ from paceline.types import Feature, Rows, States, Targets, Tokens
 
 # How many guesses go through the output layer at a time: 300 MB of bfloat16 logits of 150,000 tokens.
 _GROUP_GUESSES = 1 << 10
+# Adam's equal steps would undo what a regression found before the rest of the draft knows anything.
+_REGRESSION_RATES = {
+    "fc.weight": 0.1,
+    **{f"layers.0.self_attn.{name}_proj.weight": 0.1 for name in "qkvo"},
+}
 
 
 class DFlashMethod:
@@ -97,7 +102,7 @@ class DFlashMethod:
         )
 
     def learning_rate_scales(self) -> Mapping[str, float]:
-        return {}
+        return _REGRESSION_RATES if self.settings.init == "regression" else {}
 
     def describe(self, draft: nn.Module) -> dict[str, Any]:
         assert isinstance(draft, DFlashDraft)  # narrows the protocol's type
