@@ -1,12 +1,13 @@
 """Proves exported drafts by real vLLM: its counters are those of our own decoder.
 
-    PYTHONPATH=. python tests/vllm/check_exports.py RUN --vllm VENV/bin/python [--speculators PATH]
-        [--record FILE.json]
+    PYTHONPATH=. python tests/vllm/check_exports.py RUN [RUN ...] --vllm VENV/bin/python
+        [--dtypes float32 bfloat16] [--speculators PATH] [--record FILE.json]
 
-In float32, twelve held-out prompts, one at a time: the same answers and the same integers by depth. In
-bfloat16, 48 prompts at once: within 0.02 of our acceptance length, and every answer that of plain decoding
-in batches as wide. The run must be finished, with its target and prompts in place. Exits with 1 if a
-comparison fails.
+In float32, twelve held-out prompts, one at a time: the same answers and the same integers by depth, from
+every format that vLLM loads of the run's method. In bfloat16, 48 prompts at once: within 0.02 of our
+acceptance length, and every answer that of plain decoding in batches as wide. The runs must be finished, with
+their targets and prompts in place. The record has one entry a run; those of other runs stay. Exits with 1 if
+a comparison fails.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import date
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from paceline.errors import PacelineError
 from paceline.evaluation.speculative import Decoding, speculative_generate
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
+from paceline.exports.servers import SPECULATORS, VLLM
 from paceline.exports.serving import Served, commands
 from paceline.ledger.facts import RENDERING_DATE
 from paceline.ledger.stores.sqlite.view import LedgerView
@@ -46,10 +48,11 @@ from paceline.training import tensor_files
 from paceline.training.learner import DRAFT
 
 HERE = Path(__file__).parent
-CHAIN, TOKENS = 3, 64
+CHAIN, TOKENS = 3, 64  # a block is guessed whole, however long it is
 EXACT, MANY = 12, 48  # prompts
 EXACTLY: dict[str, Any] = {"dtype": "float32", "rows": 1}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LOADED = {"vllm": VLLM, "speculators": SPECULATORS}  # by vLLM
 AL_MAX = 0.02
 Result = dict[str, Any]
 
@@ -63,12 +66,13 @@ def own(config: RunConfig, dtype: str, prompts: Sequence[tuple[int, ...]]) -> Re
     drafter = method.drafter(method.restore(head, stored), DTYPES[dtype])
     target = LlamaTarget(head, drafter.layers, DTYPES[dtype])
     decoding = Decoding(max_new_tokens=TOKENS, eos_token_ids=head.eos_token_ids)
-    decoded = [speculative_generate(target, drafter, ids, decoding, Drafting(CHAIN)) for ids in prompts]
+    chain = method.chain_length(CHAIN)
+    decoded = [speculative_generate(target, drafter, ids, decoding, Drafting(chain)) for ids in prompts]
     kept = [count for answer in decoded for count in answer.accepted]
     return {
         "answers": [answer.tokens for answer in decoded],
         "cycles": len(kept),
-        "kept": [sum(count > depth for count in kept) for depth in range(CHAIN)],
+        "kept": [sum(count > depth for count in kept) for depth in range(chain)],
     }
 
 
@@ -77,15 +81,14 @@ def by_vllm(
     model: Path,
     prompts: Sequence[tuple[int, ...]],
     *,
-    draft: Path | None,
-    method: str = "eagle3",
+    draft: Served | None,
     **request: Any,
 ) -> Result:
     """Answers and counters of vLLM, told to draft as `paceline serve` tells it; None: plain decoding."""
     asked: Result = {"model": str(model.absolute()), "prompts": [list(ids) for ids in prompts]}
     speculation = None
     if draft is not None:
-        [command] = commands("vllm", Served(asked["model"], str(draft), method, CHAIN)).values()
+        [command] = commands("vllm", draft).values()
         speculation = json.loads(command[command.index("--speculative-config") + 1])
     asked |= {"speculation": speculation, "max_tokens": TOKENS}
     return other_python(python, "decode_with_vllm.py", {**asked, **request})
@@ -121,25 +124,30 @@ def equal_answers(one: Result, other: Result) -> int:
     return sum(a == b for a, b in zip(one["answers"], other["answers"], strict=True))
 
 
+def served(config: RunConfig, folder: Path) -> Served:
+    """The run's draft in that folder, as `paceline export` notes it."""
+    method = config.method.build()
+    return Served(str(config.target.model), str(folder), method.name, method.chain_length(CHAIN))
+
+
 def exactly(config: RunConfig, python: str, folders: dict[str, Path], prompts: Any) -> Result:
     chosen = prompts[:EXACT]
     ours = own(config, "float32", chosen)
     found: Result = {"prompts": len(chosen), "paceline": figures(ours)}
-    method = config.method.name
     for name, folder in folders.items():
-        theirs = by_vllm(python, config.target.model, chosen, draft=folder, method=method, **EXACTLY)
+        theirs = by_vllm(python, config.target.model, chosen, draft=served(config, folder), **EXACTLY)
         found[name] = {**figures(theirs), "equal_answers": equal_answers(ours, theirs)}
         same = found[name]["cycles"] == ours["cycles"] and found[name]["kept"] == ours["kept"]
         found[name]["passed"] = same and found[name]["equal_answers"] == len(chosen)
-    return found
+        found["versions"] = theirs["versions"]
+    return {**found, "passed": all(found[name]["passed"] for name in folders)}
 
 
 def nearly(config: RunConfig, python: str, folder: Path, prompts: Any) -> Result:
     chosen = prompts[:MANY]
     ours = own(config, "bfloat16", chosen)
     shared: Result = {"dtype": "bfloat16", "rows": len(chosen)}
-    method = config.method.name
-    theirs = by_vllm(python, config.target.model, chosen, draft=folder, method=method, **shared)
+    theirs = by_vllm(python, config.target.model, chosen, draft=served(config, folder), **shared)
     plain = by_vllm(python, config.target.model, chosen, draft=None, **shared)
     lossless = equal_answers(theirs, plain)
     return {
@@ -185,37 +193,44 @@ def encoded_prompts(config: RunConfig) -> tuple[tuple[int, ...], ...]:
     return held_out_prompts(config, target, head.vocab_size, positions).prompts
 
 
+def compared(given: argparse.Namespace, directory: Path, scratch: Path) -> Result:
+    """Every comparison of one run's draft that was asked for."""
+    run_file, config = run_config(directory, scratch)
+    formats = [name for name, server in LOADED.items() if config.method.name in server.layouts]
+    prompts = encoded_prompts(config)
+    found: Result = {"date": datetime.now(UTC).date().isoformat(), "commit": commit()}
+    found["method"] = config.method.name
+    found["samples_trained"] = open_run(config.run.directory).snapshot().samples_trained
+    if "float32" in given.dtypes:
+        folders = export(run_file, config, formats, scratch / "fp32", "fp32")
+        found["float32"] = exactly(config, given.vllm, folders, prompts)
+        if given.speculators is not None and "speculators" in folders:
+            found["speculators"] = by_speculators(given.vllm, folders["speculators"], given.speculators)
+    if "bfloat16" in given.dtypes:
+        flat = export(run_file, config, ["vllm"], scratch / "bf16", "bf16")["vllm"]
+        found["bfloat16"] = nearly(config, given.vllm, flat, prompts)
+    return {config.run.name: found}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="the directory of a finished run")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the directory of a finished run")
     parser.add_argument("--vllm", required=True, help="a Python in which vLLM is installed")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--speculators", help="a folder to add to its path, with the speculators package")
     parser.add_argument("--record", type=Path, help="write the figures here")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        run_file, config = run_config(given.run, Path(scratch))
-        prompts = encoded_prompts(config)
-        folders = export(run_file, config, ["vllm", "speculators"], Path(scratch, "fp32"), "fp32")
-        flat = export(run_file, config, ["vllm"], Path(scratch, "bf16"), "bf16")["vllm"]
-        results = {"float32": exactly(config, given.vllm, folders, prompts)}
-        results["bfloat16"] = nearly(config, given.vllm, flat, prompts)
-        if given.speculators is not None:
-            path = given.speculators
-            results["speculators"] = by_speculators(given.vllm, folders["speculators"], path)
-    samples = open_run(config.run.directory).snapshot().samples_trained
-    about = {"commit": commit(), "run": config.run.name, "method": config.method.name}
-    about["samples_trained"] = samples
-    record = {"date": date.today().isoformat(), **about, **results}
-    text = json.dumps(record, indent=1) + "\n"
-    sys.stdout.write(text)
-    if given.record:
-        replace_file(given.record, text.encode())
-    verdicts = [
-        results["bfloat16"],
-        *(value for value in results["float32"].values() if isinstance(value, dict)),
-    ]
-    verdicts += [results["speculators"]] if "speculators" in results else []
-    return 0 if all(verdict.get("passed", True) for verdict in verdicts) else 1
+    failed = False
+    for directory in given.runs:
+        with tempfile.TemporaryDirectory() as scratch:
+            entry = compared(given, directory, Path(scratch))
+        sys.stdout.write(json.dumps(entry, indent=1) + "\n")
+        if given.record:
+            kept = json.loads(given.record.read_text()) if given.record.exists() else {}
+            replace_file(given.record, (json.dumps({**kept, **entry}, indent=1) + "\n").encode())
+        [found] = entry.values()
+        failed |= not all(part["passed"] for part in found.values() if isinstance(part, dict))
+    return int(failed)
 
 
 if __name__ == "__main__":

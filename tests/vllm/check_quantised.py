@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import yaml
 from check_exports import EXACTLY, by_vllm, encoded_prompts, equal_answers, figures, length
+from check_exports import served as served_of
 
 from benchmarks.record import commit
 from paceline.config.load import load_run_config
@@ -58,6 +59,7 @@ def run_file_of(folder: Path, target: Path, python: str, engine: dict[str, Any] 
     recipe["target"]["model"] = str(target)
     recipe["engine"] = engine or {**recipe["engine"], "program": [python, "scripts/vllm_cpu/serve.py"]}
     recipe["export"] = {"formats": ["vllm"], "dtype": "float32"}
+    recipe["features"]["directory"] = str(folder)  # gone with the rest, whatever a run leaves there
     (folder / "run.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "run.yaml"
 
@@ -132,7 +134,7 @@ def trained(run_file: Path) -> dict[str, Any]:
 def served(config: RunConfig, python: str, prompts: Any) -> dict[str, Any]:
     """The exported draft in a server of the quantised target, beside plain decoding of that server."""
     folder = config.run.directory / "export" / "vllm"
-    theirs = by_vllm(python, config.target.model, prompts, draft=folder, **EXACTLY)
+    theirs = by_vllm(python, config.target.model, prompts, draft=served_of(config, folder), **EXACTLY)
     plain = by_vllm(python, config.target.model, prompts, draft=None, **EXACTLY)
     same = equal_answers(theirs, plain)
     passed = same == len(prompts) and length(theirs) >= FLOOR
