@@ -23,6 +23,7 @@ from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
 from paceline.methods.table import METHODS
 from paceline.section import Count, Section, nearest
+from paceline.target.version import files_version
 
 VARIED = ("method", "training")  # sections
 PREPARED, RESULT, TRAINED = "features.json", "result.json", "training.json"
@@ -72,6 +73,7 @@ class Comparison(Section):
             "version": version("paceline"),
             "features": features,
             "method": own.method.model_dump(mode="json"),
+            "starts": [files_version(folder) for folder in own.method.folders],
             "training": own.training.model_dump(mode="json"),
             "evaluation": own.evaluation.model_dump(mode="json"),
             "seed": own.run.seed,

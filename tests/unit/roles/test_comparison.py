@@ -186,3 +186,15 @@ def test_what_decides_a_result_names_its_folder(config: RunConfig) -> None:
         folder(config.model_copy(update={"run": config.run.model_copy(update={"seed": 3})}), variants[0]),
     ]
     assert len({first, *others}) == 8
+
+
+def test_a_result_is_another_where_the_draft_that_it_starts_from_has_changed(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    """Its path alone does not say which draft lies there."""
+    variant = Variant(name="a", sections={"method": {"start_from": str(tmp_path)}})
+    comparison, folders = Comparison(directory=Path("c"), variants=(variant,)), set()
+    for content in ("one", "other"):
+        (tmp_path / "config.json").write_text(content)
+        folders.add(comparison.folder_of(config, 0, "f"))
+    assert len(folders) == 2
