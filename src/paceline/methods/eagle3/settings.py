@@ -21,7 +21,7 @@ class Eagle3Section(MethodSection):
     `init`: "regression" (closed form, from the run's first samples), "target" (weights of the target's
     last layer) or "random".
 
-    `train_lm_head`: false keeps the target's rows (or the folder's), and costs an eighth less time.
+    `train_lm_head`: false keeps the target's rows (or the folder's), whose gradient is then not computed.
 
     `start_from`: a public EAGLE-3 folder of the same target, from which weights, sizes, vocabulary maps and
     fused layers come, and EAGLE-3.1's choices; the settings of these are not used then. The folder must stay
