@@ -51,6 +51,8 @@ def run_role(role: str, run_file: Path, work: Work, *, stops_itself: bool = True
     try:
         config = load_run_config(run_file)
         plan = plan_run(config)
+        if stop.is_set():  # asked to end before it began; its successor may be starting already
+            return 0
         lock = RoleLock(config.run.directory, role)
         # Under a supervisor, the supervisor shows progress; a role that runs alone prints its own events.
         echo = None if SUPERVISOR_VARIABLE in os.environ or not stops_itself else sys.stderr.write

@@ -136,6 +136,16 @@ def test_a_hang_up_is_a_wish_to_stop(run_file: Path) -> None:
         assert role.wait() == 0
 
 
+def test_a_role_whose_supervisor_died_before_it_began_leaves_the_lock_alone(run_file: Path) -> None:
+    """The next start sees no holder while the orphan still imports; an orphan that then took the lock would
+    refuse the role that this start has begun."""
+    with start(run_file, "waits", **{SUPERVISOR_VARIABLE: "1"}) as orphan:
+        said, _ = orphan.communicate()
+    assert (orphan.returncode, said) == (0, "")
+    assert live_holder(run_file.parent / "run", "producer") is None
+    assert not (run_file.parent / "run" / "producer.lock").exists()
+
+
 HOLDER = """
 import signal, sys
 from pathlib import Path
