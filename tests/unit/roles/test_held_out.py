@@ -13,9 +13,11 @@ from paceline.config.run import RunConfig
 from paceline.data.answers import Answer, AnswerFiles
 from paceline.errors import ConfigError
 from paceline.evaluation.heldout import HeldOut
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.held_out import TemplateOnly, held_out_prompts, look_at_held_out
 from paceline.roles.plan import plan_run
 from paceline.target.tokenizer import PromptEncoder
+from paceline.testing.ledger_calls import capture, producer_of
 from paceline.testing.tiny_folder import make_tiny_folder
 
 
@@ -130,6 +132,7 @@ def test_a_later_question_of_a_kept_answer_is_not_measured(files: Files) -> None
     """The tokens before any of its answers are what was asked."""
     files.write("heldout", {"input_ids": [4, 5, 6]})
     AnswerFiles(files.folder / "other" / "answers").keep([Answer(0, "0/x", (4, 5, 6, 7), ((1, 2), (3, 4)))])
+    capture(producer_of(SQLiteLedger(files.folder / "other" / "ledger.db")), 0)
     config = files.config(answers=str(files.folder / "other"))
     with pytest.raises(ConfigError, match=r"were answered by the run in .*; the first is '0/x'"):
         look_at_held_out(config, files.target, 61, None)
