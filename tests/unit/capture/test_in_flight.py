@@ -98,7 +98,7 @@ class Busy(LightEngine):
 
     def capture(self, group: Sequence[CaptureRequest], features: Sequence[Feature]) -> list[Captured]:
         first = int(group[0].sample_id.rpartition(":")[2])
-        if len(group) > 1 and len(self.ended) < self.most:
+        if len(group) > 1 and first < 2 * self.most:  # the groups that begin together
             self.together.wait(timeout=60)
             if first == 0:
                 assert self.others_ended.wait(timeout=60)
@@ -122,7 +122,6 @@ def test_groups_that_end_in_another_order_are_committed_in_the_prompts_places() 
     """Three at once, of which the first ends last; then the rest."""
     engine, ledger = Busy(3), SQLiteLedger()
     assert producer(engine, ledger, 8).run() == 8
-    assert engine.ended[-1] in (0, 6)
     assert engine.ended.index(0) >= 2
     entries = ledger.read(0, 9).entries
     assert [entry.sample_id for entry in entries] == [f"run:{n}" for n in range(8)]
