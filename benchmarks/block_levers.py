@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.levers import HELD_OUT, RECIPE, Sample, kept
+from benchmarks.levers import HELD_OUT, RECIPE, Sample, captured, kept
 from paceline.config.load import parse_run_config
 from paceline.config.run import RunConfig
 from paceline.methods.dflash.model import DFlashDraft
@@ -53,7 +53,7 @@ def configured(model: str | None, changes: Sequence[str]) -> RunConfig:
 
 def train(folder: Path, config: RunConfig, steps: int, held_out: Sequence[Sample]) -> dict[str, Any]:
     method, head = config.method.build(), TargetHead.load(config.target.model)
-    samples = [sample for path in sorted(folder.glob("group-*.safetensors")) for sample in kept(path)]
+    samples = captured(folder)
     settings = TrainerSettings(
         total_steps=max(1, steps),
         first_samples=config.method.first_samples,

@@ -108,6 +108,11 @@ def kept(path: Path) -> list[Sample]:
     return [samples[n] for n in range(len(samples))]
 
 
+def captured(folder: Path) -> list[Sample]:
+    """The samples of all groups, in the order of their capture."""
+    return [sample for path in sorted(folder.glob("group-*.safetensors")) for sample in kept(path)]
+
+
 @dataclass(frozen=True)
 class Trial:
     """What the run file has no setting for."""
@@ -120,9 +125,7 @@ class Trial:
 
 def train(folder: Path, config: RunConfig, trial: Trial) -> dict[str, Any]:
     method, head = config.method.build(), TargetHead.load(config.target.model)
-    samples: list[Sample] = []
-    for path in sorted(folder.glob("group-*.safetensors")):
-        samples += kept(path)
+    samples = captured(folder)
     size, batches, tokens = config.training.batch_size, list[list[Sample]](), 0
     again = itertools.cycle(samples)
     while tokens < trial.tokens:

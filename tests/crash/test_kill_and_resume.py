@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from paceline.ledger.locks import live_holder
 from paceline.testing import random_kills
 from paceline.testing.random_kills import make_run
 from paceline.testing.small_run import same_bits
-from paceline.testing.tiny_run import TinyRun
+from paceline.testing.tiny_run import TinyRun, wait_until
 
 NUM_SAMPLES = 120
 
@@ -28,13 +26,6 @@ NUM_SAMPLES = 120
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return make_run(tmp_path_factory.mktemp("plain"), tiny_model).train_here()
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Look again and again until it is so; the process must not end before."""
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
 
 
 def kill(pid: int | None) -> None:

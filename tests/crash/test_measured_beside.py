@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from paceline.evaluation.curve import Point, beginning_of, read_curve, record_po
 from paceline.ledger.locks import live_holder
 from paceline.testing import random_kills
 from paceline.testing.random_kills import make_run
-from paceline.testing.tiny_run import TinyRun
+from paceline.testing.tiny_run import TinyRun, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +30,6 @@ def measured_run(folder: Path, model: Path) -> TinyRun:
     run.config["evaluation"]["every_steps"] = 3
     run.write()
     return run
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Look again and again until it is so; the process must not end before."""
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
 
 
 def evaluator_of(train: subprocess.Popen[str]) -> int | None:

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,13 @@ class TinyRun:
         head = self.ledger().snapshot().head
         assert head is not None, "the run has a checkpoint"
         return load_file(self.directory / "checkpoints" / head.name / "draft.safetensors")
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Look again and again until it is so; the process must not end before."""
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
 
 
 def _write_prompts(path: Path, count: int, prefix: str) -> None:
