@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from paceline.config.load import load_run_config
 from paceline.testing.tiny_families import family_folder
 from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.testing.tiny_run import TinyRun
@@ -129,7 +130,7 @@ def empty_tokenizer(model: Path) -> None:
 def test_a_broken_target_ends_the_command_at_once(
     tiny_model: Path, tmp_path: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
-    """One error that names it, nothing started again, nothing trained."""
+    """One error that names it, nothing started again, nothing trained, no memory left taken."""
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     damage(model)
     run = TinyRun(tmp_path / "run", model)
@@ -137,6 +138,7 @@ def test_a_broken_target_ends_the_command_at_once(
     assert result.returncode in (2, 4), result.stderr
     assert reason in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
+    assert not load_run_config(run.run_file).feature_folder.exists()
     if run.directory.exists():
         known = run.ledger().snapshot()
         assert all(epoch <= 1 for epoch in known.epochs.values())

@@ -64,6 +64,12 @@ def take_folder(config: RunConfig, ledger: Ledger) -> Path:
     return folder
 
 
+def free_if_nothing_was_captured(config: RunConfig, ledger: Ledger) -> None:
+    """Free the folder that a start made in vain. For the supervisor, once its roles have ended."""
+    if not ledger.snapshot().committed and not is_strangers(folder := folder_of(config, ledger)):
+        _remove_unused(folder)
+
+
 def _free_left(folder: Path, run: str, directory: Path) -> None:
     """Free the folder that the run used before it was moved; not that of a run of which this is a copy."""
     owner = None if is_strangers(folder) else owner_of(folder)

@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,7 +28,7 @@ from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.binding import bind_run, go_on_if_flat_no_more
 from paceline.roles.child import GRACE_S, Child, RoleFailedError, end_orphan
 from paceline.roles.evaluation_schedule import BESIDE, EVALUATOR, EvaluationSchedule
-from paceline.roles.feature_folder import folder_of, take_folder
+from paceline.roles.feature_folder import folder_of, free_if_nothing_was_captured, take_folder
 from paceline.roles.plan import RunPlan, log_path, spare_processors
 from paceline.roles.process import stop_signals
 from paceline.roles.snapshot import RunSnapshot, take_snapshot
@@ -118,6 +118,8 @@ class Supervisor:
                 return self._watch()
             finally:
                 self._stop_all()
+                with suppress(PacelineError):
+                    free_if_nothing_was_captured(self._config, self._store)
 
     def _watch(self) -> bool:
         while True:
