@@ -13,7 +13,8 @@ import json
 import os
 import re
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +24,9 @@ from paceline.regular_files import open_regular
 OWNER_FILE = "owner.json"
 IDENTITY = "identity"
 WRITER_LOCK = "writer.lock"
-SLOT_NAME = re.compile(r"slot-\d{8,}")
+SLOT_NAME = re.compile(r"slot-(\d+-)?\d{8,}")
 ENGINES_FILE = re.compile(r"[\w.-]+\.safetensors(\.lock)?")  # what an engine's server leaves
-HALF_MADE = re.compile(rf"({IDENTITY}|{OWNER_FILE}|slot-\d{{8,}})\.new")
+HALF_MADE = re.compile(rf"({IDENTITY}|{OWNER_FILE}|{SLOT_NAME.pattern})\.new")
 OWNER_BYTES_MAX = 1 << 16
 OTHERS_MAY_WRITE = 0o022
 
@@ -148,23 +149,36 @@ def _locked(folder: Path, how: int) -> FolderLock | None:
     return None
 
 
-def write_alone(folder: Path) -> FolderLock:
-    """Keep other processes from writing to the store while the lock is held.
+class WriterLock(FolderLock):
+    """The right of a process to write to the store as one of its writers."""
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """One writer of the store at a time: slots are taken, made, removed, or freed for a neighbour."""
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+
+def write_as(folder: Path, writer: int) -> WriterLock:
+    """Keep other processes from being this writer of the store while the lock is held.
 
     A record lock of the whole process, so that a process may open its own store anew. Raises StoreError.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(folder / WRITER_LOCK, flags, 0o600)
     try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, writer)
     except (BlockingIOError, PermissionError) as error:
         os.close(fd)
         raise StoreError(
-            f"Another process writes to the feature store in {folder}.",
-            why="A second writer would free what the first has half-written. Nothing was changed.",
-            next="end the other producer, or give this one another features.directory.",
+            f"Another process is writer {writer} of the feature store in {folder}.",
+            why="A second one would free what the first has half-written. Nothing was changed.",
+            next="end the other producer of this name, or give this one another features.directory.",
         ) from error
-    return FolderLock(fd)
+    return WriterLock(fd)
 
 
 def remove(folder: Path) -> None:

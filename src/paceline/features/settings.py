@@ -19,16 +19,17 @@ class FeaturesSection(Section):
     or the files that refer to them, lie on this machine.
     """
 
-    component: ClassVar[str]  # "module:class", a FeatureStore with `of_run(section, folder, owner)`
+    component: ClassVar[str]  # "module:class", a FeatureStore with `of_run(section, folder, owner, writer)`
     changeable: ClassVar[tuple[str, ...]] = ("directory", "budget_mib", "budget_samples")
     store: str
     directory: Path
     budget_mib: Count = 1024
     budget_samples: Count | None = None
 
-    def build(self, folder: Path, *, owner: bool) -> FeatureStore:
-        """The run's store in `folder`, which lies below `directory`; `owner`: for the producer."""
-        store: FeatureStore = resolve(self.component).of_run(self, folder, owner=owner)
+    def build(self, folder: Path, *, owner: bool, writer: int = 0) -> FeatureStore:
+        """The run's store in `folder`, which lies below `directory`; `owner`: for a producer, whose number is
+        `writer`."""
+        store: FeatureStore = resolve(self.component).of_run(self, folder, owner=owner, writer=writer)
         return store
 
 

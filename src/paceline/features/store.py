@@ -28,8 +28,8 @@ class Usage:
 class Sealed:
     """What `put` returns: everything that a ref needs to find and verify the bytes again.
 
-    `digest_kind`: the digest's algorithm and input. Only the store that computed a digest can verify bytes
-    with it.
+    `num_bytes`: what the sample takes of the store's budget, slack included. `digest_kind`: the digest's
+    algorithm and input. Only the store that computed a digest can verify bytes with it.
     """
 
     uri: str
@@ -51,7 +51,7 @@ class FeatureStore(Protocol):
         """Copy the tensors in and seal them. Raises StoreFullError, and then holds nothing new.
 
         `generation`: the byte intent to write under (0: none, the store counts by itself). Bytes of the
-        sample of another generation are freed first.
+        sample of another generation that this process wrote are freed first.
         """
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
@@ -69,8 +69,9 @@ class FeatureStore(Protocol):
     def written(self) -> list[Written] | None:
         """All bytes in the store, half-written or sealed; None if this store cannot list them.
 
-        Only the producer that owns the store may call it. Without a list, the producer frees the intents that
-        the ledger revoked, and only the reader notices a loss.
+        Only a producer that owns (part of) the store may call it. Bytes that another producer is writing may
+        have the id "". Without a list, a producer frees the intents that the ledger revoked, and only the
+        reader notices a loss.
         """
 
     def usage(self) -> Usage:

@@ -9,8 +9,8 @@ from paceline.testing.feature_store_suite import MIB, feature_ref, features
 from paceline.types import SampleRef
 
 
-def owner_of(directory: Path, budget_bytes: int = 8 * MIB) -> SharedMemoryFeatureStore:
-    return SharedMemoryFeatureStore(directory, budget_bytes=budget_bytes, owner=True)
+def owner_of(directory: Path, budget_bytes: int = 8 * MIB, writer: int = 0) -> SharedMemoryFeatureStore:
+    return SharedMemoryFeatureStore(directory, budget_bytes=budget_bytes, owner=True, writer=writer)
 
 
 def reader_of(directory: Path) -> SharedMemoryFeatureStore:

@@ -17,7 +17,7 @@ import pytest
 
 from paceline.errors import FeatureMissingError, StoreFullError
 from paceline.features import codec
-from paceline.features.stores.slots import HEADER_BYTES, Slot, State, slot_bytes
+from paceline.features.stores.slots import HEADER_BYTES, Part, Slot, State, slot_bytes
 from paceline.testing.feature_store_suite import MIB, assert_same, bulk, feature_ref, features
 from paceline.testing.shared_memory import owner_of, put, reader_of, slot_files
 from paceline.types import SampleRef, ref_from_json, ref_to_json
@@ -198,7 +198,7 @@ def test_a_late_free_does_not_free_the_slots_next_sample(directory: Path) -> Non
     generation = late.generation
     owner.free([("s1", 0)])
     ref = put(owner, 2)
-    late.free(generation, by_owner=False)
+    late.free(generation, Part.READER)
     assert_same(owner.get(ref), features(2))
     assert owner.usage().resident_samples == 1
 

@@ -15,7 +15,7 @@ import torch
 from paceline.errors import FeatureCorruptError, FeatureMissingError, StoreError
 from paceline.features import codec
 from paceline.features.ownership import WRITER_LOCK
-from paceline.features.stores import arena as arena_module
+from paceline.features.stores import identity
 from paceline.features.stores.slots import Slot
 from paceline.testing.feature_store_suite import MIB, assert_same, bulk, feature_ref, features
 from paceline.testing.shared_memory import owner_of, put, reader_of, slot_files
@@ -52,9 +52,9 @@ def test_a_flipped_bit_anywhere_is_found_or_harmless(directory: Path) -> None:
     assert outcomes.pop(3) == corrupt  # State.
     for word in (4, 11):  # The generation, here 1, and its inverse: where they disagree the slot is free.
         assert outcomes.pop(word) == missing
-    for word in (5, 6):  # The generation freed, here 0: one bit frees the sample.
+    for word in (5, 6, 12):  # The generation freed, here 0: one bit frees the sample.
         assert outcomes.pop(word) == harmless | missing
-    for word in range(12, TEXT_AT // 8):  # Unused.
+    for word in range(13, TEXT_AT // 8):  # Unused.
         assert outcomes.pop(word) == harmless
     assert all(seen == corrupt for seen in outcomes.values())  # Sizes, digest, description.
 
@@ -130,7 +130,7 @@ def test_half_made_files_are_removed(directory: Path) -> None:
     assert_same(owner.get(ref), features(1))
 
 
-def test_a_second_process_does_not_become_the_owner_while_the_first_lives(directory: Path) -> None:
+def test_a_second_process_does_not_become_the_same_writer_while_the_first_lives(directory: Path) -> None:
     """It would free what the first one is writing."""
     directory.mkdir(mode=0o700)
     other = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
@@ -140,7 +140,7 @@ def test_a_second_process_does_not_become_the_owner_while_the_first_lives(direct
     assert first.stdout is not None
     first.stdout.readline()
     (directory / "slot-00000001.new").write_bytes(b"half-written")
-    with pytest.raises(StoreError, match="Another process writes to the feature store"):
+    with pytest.raises(StoreError, match="Another process is writer 0 of the feature store"):
         owner_of(directory)
     assert (directory / "slot-00000001.new").exists()
     first.kill()
@@ -177,7 +177,7 @@ def test_the_store_of_another_boot_is_replaced(directory: Path, monkeypatch: pyt
     owner = owner_of(directory)
     ref = put(owner, 1)
     owner.close()
-    monkeypatch.setattr(arena_module, "_boot_id", lambda: b"0" * 36)
+    monkeypatch.setattr(identity, "_boot_id", lambda: b"0" * 36)
     reader = reader_of(directory)
     assert reader.usage().resident_samples == 0
     owner = owner_of(directory)

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from paceline.errors import FeatureCorruptError, FeatureMissingError, FeatureStoreElsewhereError, StoreError
+import errno
+from pathlib import Path
+
+from paceline.errors import (
+    FeatureCorruptError,
+    FeatureMissingError,
+    FeatureStoreElsewhereError,
+    StoreError,
+    StoreFullError,
+)
 from paceline.types import SampleRef
 
 
@@ -36,4 +45,35 @@ def stale(sample_id: str, generation: int, newer: int) -> StoreError:
         f"Bytes of {sample_id!r} of generation {generation} came after those of generation {newer}.",
         why="Another producer has captured the sample since; nothing was written.",
         next="stop this process; `paceline status RUN` names the current producer.",
+    )
+
+
+def no_room(directory: Path, size: int, error: OSError) -> StoreError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFullError(
+            f"No {size} bytes are left on the filesystem of {directory}.",
+            why="The budget is larger than the shared memory that this machine or container gives.",
+            next="lower features.budget_mib, or give more (`docker run --shm-size=8g`, `df -h /dev/shm`).",
+        )
+    return StoreError(
+        f"No file of {size} bytes can be created in {directory} ({error}).",
+        why="Features cannot be stored; the directory was removed in use or cannot be written.",
+        next="check features.directory and run the same command again.",
+    )
+
+
+def other_format(directory: Path, because: str) -> StoreError:
+    return StoreError(
+        f"{directory} is not a feature store of this version: {because}.",
+        why="Files that this version does not know must not be read or overwritten.",
+        next="finish that run with the version that started it, or choose another run.name; "
+        f"`rm -r {directory}` discards it (lost features are captured again).",
+    )
+
+
+def replaced(directory: Path) -> StoreError:
+    return StoreError(
+        f"The feature store in {directory} was removed or made anew while this process wrote to it.",
+        why="What this process writes could not be read by others.",
+        next="run the same command again: it opens the store that is there now.",
     )

@@ -1,11 +1,11 @@
-"""The feature store in shared memory: one writer (the producer) and one reader (the consumer).
+"""The feature store in shared memory: its writers (the producers of this host) and a reader (the consumer).
 
-Both map files in a private directory, e.g. under /dev/shm. Invariants: a sealed sample's bytes never
+All map files in a private directory, e.g. under /dev/shm. Invariants: a sealed sample's bytes never
 change before it is freed; a ref whose sample was freed is FeatureMissing even if another sample has its
-slot by now; `get` returns bytes that match the ref's digest, or raises. There is one owner, since a new one
-frees what is half-written: another process that opens the store as its owner is refused. Within a process any
-thread may call. A crash of either process leaves sealed samples, and slots that the next owner reclaims;
-after a crash of the machine all features are missing.
+slot by now; `get` returns bytes that match the ref's digest, or raises. Writers are numbered, and each is one
+process at a time: it writes into slots of its own, and a new process frees what its dead one left
+half-written. Within a process any thread may call. A crash of any process leaves sealed samples, and slots
+that the writer's next process reclaims; after a crash of the machine all features are missing.
 
 `get` copies once and digests the copy while it is in the CPU cache. A slot knows its header and payload, the
 arena knows which slot lies where, and this file orders their calls.
@@ -25,27 +25,32 @@ from paceline.features.settings import FeaturesSection
 from paceline.features.store import Sealed, Usage, Written
 from paceline.features.stores.arena import Arena
 from paceline.features.stores.refusals import elsewhere, stale
-from paceline.features.stores.slots import Slot, description_of
+from paceline.features.stores.slots import Part, Slot, description_of
 from paceline.types import SampleRef
 
 
 class SharedMemoryFeatureStore:
-    def __init__(self, directory: Path, *, budget_bytes: int, owner: bool) -> None:
-        """`budget_bytes` bounds the slot files, free ones included; only the owner's counts.
+    def __init__(self, directory: Path, *, budget_bytes: int, owner: bool, writer: int = 0) -> None:
+        """`budget_bytes` bounds the slot files of all writers together, free ones included.
 
-        A reader may open the store before the owner has created it, and finds nothing. Raises StoreError
-        if the directory is another user's, holds something else, or has another process as its owner.
+        `writer`: the number of this one, if it is an owner of slots. A reader may open the store before a
+        writer has created it, and finds nothing. Raises StoreError if the directory is another user's, holds
+        something else, or has another process as this writer.
         """
         self._directory = directory
         self._budget_bytes = budget_bytes
         self._owner = owner
         self._closed = False
         self._lock = threading.RLock()
-        self._arena = Arena.own(directory, budget_bytes) if owner else Arena.attach(directory, budget_bytes)
+        self._arena = (
+            Arena.own(directory, budget_bytes, writer) if owner else Arena.attach(directory, budget_bytes)
+        )
 
     @classmethod
-    def of_run(cls, section: FeaturesSection, folder: Path, *, owner: bool) -> SharedMemoryFeatureStore:
-        return cls(folder, budget_bytes=section.budget_mib << 20, owner=owner)
+    def of_run(
+        cls, section: FeaturesSection, folder: Path, *, owner: bool, writer: int = 0
+    ) -> SharedMemoryFeatureStore:
+        return cls(folder, budget_bytes=section.budget_mib << 20, owner=owner, writer=writer)
 
     def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:
         with self._lock:
@@ -58,11 +63,11 @@ class SharedMemoryFeatureStore:
                         return _answer(arena, slot, sealed[1], slot.digest)
                     if generation < slot.generation:
                         raise stale(sample_id, generation, slot.generation)
-                slot.free(slot.generation, by_owner=True)
+                slot.free(slot.generation, Part.OWNER)
             layout = codec.layout_of_tensors(sample_id, tensors)
             description = description_of(sample_id, layout)
-            slot = arena.allocate(layout.num_bytes)
-            digest = slot.write(description, layout, tensors, generation)
+            slot = arena.begin(description, layout.num_bytes, generation)
+            digest = slot.fill(description, layout, tensors)
             arena.remember(slot, sample_id)
             return _answer(arena, slot, layout, digest)
 
@@ -78,10 +83,10 @@ class SharedMemoryFeatureStore:
         with self._lock:
             arena = self._attached()
             if arena is not None:
-                arena.free(written, by_owner=self._owner)
+                arena.free(written)
 
     def written(self) -> list[Written]:
-        """All sealed samples: half-written or damaged slots were freed when this owner opened the store."""
+        """All bytes in the store; the id of a neighbour's sample that is not sealed is not known yet."""
         with self._lock:
             return self._owned("list samples").written()
 
@@ -110,11 +115,10 @@ class SharedMemoryFeatureStore:
                 why="Its memory is no longer mapped here.",
                 next="open it again.",
             )
-        if not self._owner:
-            if self._arena is None or not self._arena.is_current():
-                self._arena = Arena.attach(self._directory, self._budget_bytes)
-            if self._arena is not None:
-                self._arena.refresh()
+        if not self._owner and (self._arena is None or not self._arena.is_current()):
+            self._arena = Arena.attach(self._directory, self._budget_bytes)
+        if self._arena is not None:
+            self._arena.refresh()
         return self._arena
 
     def _owned(self, verb: str) -> Arena:
@@ -122,11 +126,11 @@ class SharedMemoryFeatureStore:
         if arena is None or not self._owner:
             raise StoreError(
                 f"This process may not {verb} in {self._directory}: it opened the store as a reader.",
-                why="One writer keeps every sealed sample whole without a lock between processes.",
-                next=f"{verb} in the producer, which opens the store with owner=True.",
+                why="Each slot has one writer, which keeps sealed samples whole; a reader is none.",
+                next=f"{verb} in a producer, which opens the store with owner=True.",
             )
         return arena
 
 
 def _answer(arena: Arena, slot: Slot, layout: codec.Layout, digest: str) -> Sealed:
-    return Sealed(arena.uri, slot.keys(layout), dict(layout.specs), layout.num_bytes, digest)
+    return Sealed(arena.uri, slot.keys(layout), dict(layout.specs), slot.num_bytes, digest)

@@ -1,11 +1,12 @@
 """One slot of shared memory: a file with a header page and room for one sample.
 
 Life of a slot: FREE -> (write) WRITING -> SEALED -> (free) FREE. Each `write` has a new generation, that
-of the ledger's byte intent, which is never used twice. Only the owner writes; either process frees.
-Every word of the header has one writer. To free a slot, a process writes the *freed generation* into its
-own word, and the slot is FREE while either word equals the slot's generation: a late free by the reader
-cannot free a newer sample in the slot. The generation is written twice, the second time with every bit
-inverted; a slot where the two disagree is FREE as well, since no ref can name an uncertain generation.
+of the ledger's byte intent, which is never used twice. Only the slot's owner, the writer that created it,
+writes; everybody frees. Every word of the header has one writer at a time. To free a slot, a process writes
+the *freed generation* into the word of its `Part`, and the slot is FREE while any of these words equals the
+slot's generation: a late free cannot free a newer sample in the slot. The generation is written twice, the
+second time with every bit inverted; a slot where the two disagree is FREE as well, since no ref can name an
+uncertain generation.
 Sealing writes the state word last. Readers check the header before and after a copy, and the digest
 verifies the bytes, so torn reads are never trained.
 """
@@ -35,10 +36,19 @@ VERSION = 2
 
 # Words of 8 bytes, so that the CPU writes each in one piece. The description follows at TEXT.
 _MAGIC, _VERSION, _FILE_BYTES, _STATE, _GENERATION, _FREED_BY_OWNER, _FREED_BY_READER = range(7)
-_PAYLOAD_BYTES, _DIGEST_HIGH, _DIGEST_LOW, _TEXT_BYTES, _INVERTED_GENERATION = range(7, 12)
+_PAYLOAD_BYTES, _DIGEST_HIGH, _DIGEST_LOW, _TEXT_BYTES = range(7, 11)
+_INVERTED_GENERATION, _FREED_BY_NEIGHBOUR = range(11, 13)
 _ALL_BITS = (1 << 64) - 1
 _TEXT = 128
 DESCRIPTION_BYTES_MAX = HEADER_BYTES - _TEXT
+
+
+class Part(IntEnum):
+    """What a process is to a slot that it frees; the value is the word of the header that it writes."""
+
+    OWNER = _FREED_BY_OWNER
+    READER = _FREED_BY_READER
+    NEIGHBOUR = _FREED_BY_NEIGHBOUR  # another writer of the store, in its turn
 
 
 class State(IntEnum):
@@ -149,8 +159,7 @@ class Slot:
         words = self._words
         generation = words[_GENERATION]
         return (
-            generation == words[_FREED_BY_OWNER]
-            or generation == words[_FREED_BY_READER]
+            any(generation == words[part] for part in Part)
             or generation ^ words[_INVERTED_GENERATION] != _ALL_BITS
         )
 
@@ -172,33 +181,20 @@ class Slot:
     def payload_bytes(self) -> int:
         return self._words[_PAYLOAD_BYTES]
 
-    def write(
-        self, description: bytes, layout: codec.Layout, tensors: Mapping[str, Any], generation: int = 0
-    ) -> str:
-        """Seal the tensors in this FREE slot; returns their digest. A crash meanwhile leaves it WRITING.
+    def begin(self, description: bytes, payload_bytes: int, generation: int = 0) -> None:
+        """Take this FREE slot for a sample: it is WRITING until `fill` has sealed it.
 
-        `generation`: one that the slot never had before; 0: the next after its last one. After an error
-        the slot is FREE again.
+        `generation`: one that the slot never had before; 0: the next after its last one.
         """
-        self._begin(description, layout.num_bytes, generation)
-        try:
-            digest = codec.write(layout, description, tensors, self.payload)
-            reach("features.put.before_seal")
-            self._seal(digest)
-        except BaseException:
-            self.free(self.generation, by_owner=True)
-            raise
-        return digest
-
-    def _begin(self, description: bytes, payload_bytes: int, generation: int) -> None:
         assert self.is_free
         assert len(description) <= DESCRIPTION_BYTES_MAX
         assert payload_bytes <= len(self.payload)
         words = self._words
         words[_STATE] = State.WRITING
         generation = generation or (words[_GENERATION] + 1) & _ALL_BITS or 1
-        if generation in (words[_FREED_BY_OWNER], words[_FREED_BY_READER]):
-            words[_FREED_BY_OWNER] = words[_FREED_BY_READER] = 0  # words of another ledger's run
+        if any(generation == words[part] for part in Part):  # words of another ledger's run
+            for part in Part:
+                words[part] = 0
         words[_GENERATION] = generation
         # From this store on the slot is no longer FREE.
         words[_INVERTED_GENERATION] = generation ^ _ALL_BITS
@@ -206,8 +202,19 @@ class Slot:
         words[_TEXT_BYTES] = len(description)
         self._header[_TEXT : _TEXT + len(description)] = description
 
+    def fill(self, description: bytes, layout: codec.Layout, tensors: Mapping[str, Any]) -> str:
+        """Write the tensors and seal them; returns their digest. After an error the slot is FREE again."""
+        try:
+            digest = codec.write(layout, description, tensors, self.payload)
+            reach("features.put.before_seal")
+            self._seal(digest)
+        except BaseException:
+            self.free(self.generation, Part.OWNER)
+            raise
+        return digest
+
     def _seal(self, digest: str) -> None:
-        assert self.state is State.WRITING
+        """If the slot was freed meanwhile, because the intent was revoked, it stays FREE."""
         self._words[_DIGEST_HIGH], self._words[_DIGEST_LOW] = int(digest[:16], 16), int(digest[16:], 16)
         self._words[_STATE] = State.SEALED
 
@@ -251,9 +258,9 @@ class Slot:
         start = f"{self.name}/{self.generation if generation is None else generation}/"
         return {place.name: start + place.key for place in layout.places}
 
-    def free(self, generation: int, *, by_owner: bool) -> None:
+    def free(self, generation: int, part: Part) -> None:
         """Free this generation. Idempotent; no effect if the slot holds a later generation by now.
 
         The file keeps its pages for the next sample: fresh pages cost 5-10x.
         """
-        self._words[_FREED_BY_OWNER if by_owner else _FREED_BY_READER] = generation
+        self._words[part] = generation
