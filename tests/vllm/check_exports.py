@@ -37,7 +37,6 @@ from paceline.evaluation.tree import Drafting
 from paceline.exports.servers import SPECULATORS, VLLM
 from paceline.exports.serving import Served, commands
 from paceline.ledger.facts import RENDERING_DATE
-from paceline.ledger.stores.sqlite.view import LedgerView
 from paceline.roles.draft import newest_checkpoint
 from paceline.roles.held_out import TemplateOnly, held_out_prompts
 from paceline.roles.snapshot import open_run
@@ -59,7 +58,7 @@ Result = dict[str, Any]
 
 def own(config: RunConfig, dtype: str, prompts: Sequence[tuple[int, ...]]) -> Result:
     """Answers and counters of our own decoder, with the weights as they were exported."""
-    view = LedgerView(config.ledger_path)
+    view = config.view_ledger()
     checkpoint = newest_checkpoint(config, view, only=(DRAFT,))
     method, head = config.method.build(), TargetHead.load(config.target.model)
     stored = tensor_files.from_bytes(DRAFT, checkpoint.files[DRAFT])
@@ -186,7 +185,7 @@ def encoded_prompts(config: RunConfig) -> tuple[tuple[int, ...], ...]:
     wide = config.evaluation.model_copy(update={"max_prompts": MANY, "max_new_tokens": TOKENS})
     config = config.model_copy(update={"evaluation": wide})
     head = TargetHead.load(config.target.model)
-    view = LedgerView(config.ledger_path)
+    view = config.view_ledger()
     encoder = PromptEncoder.of(config.target, date=view.facts().get(RENDERING_DATE))
     target = TemplateOnly(encoder, config.target.model)
     positions = head.config.get("max_position_embeddings")

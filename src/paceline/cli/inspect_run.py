@@ -11,7 +11,7 @@ from paceline.config.load import setting
 from paceline.errors import ConfigError
 from paceline.ledger.facts import CONFIG, RUN_ID
 from paceline.ledger.records import SampleRecord, Snapshot, State, TrainedStep
-from paceline.ledger.stores.sqlite.view import LedgerView
+from paceline.ledger.view import LedgerView
 
 
 def inspect_step(console: Console, view: LedgerView, step: int) -> None:

@@ -22,6 +22,7 @@ from paceline.data.settings import PromptsSection
 from paceline.engines.table import ENGINES
 from paceline.errors import ConfigError
 from paceline.features.table import STORES
+from paceline.ledger.table import LEDGERS
 from paceline.methods.table import METHODS
 from paceline.regular_files import read_regular
 from paceline.section import Section, problems
@@ -106,6 +107,7 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
 VARIANTS = {
     "engine": (ENGINES, "name", "transformers"),
     "features": (STORES, "store", "shm"),
+    "ledger": (LEDGERS, "store", "sqlite"),
     "method": (METHODS, "name", "eagle3"),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -18,11 +18,15 @@ from paceline.engines.settings import EngineSection
 from paceline.evaluation.settings import EvaluationSection
 from paceline.exports.settings import ExportSection
 from paceline.features.settings import FeaturesSection
-from paceline.ledger.settings import LedgerSection
+from paceline.ledger.settings import LedgerSection, SqliteSection
 from paceline.methods.settings import MethodSection
 from paceline.section import Section
 from paceline.target.settings import TargetSection
 from paceline.training.settings import CheckpointSection, TrainingSection
+
+if TYPE_CHECKING:
+    from paceline.ledger.ledger import Ledger
+    from paceline.ledger.view import LedgerView
 
 
 class RunSection(Section):
@@ -45,7 +49,7 @@ class MachineSection(Section):
 
 
 class RunConfig(Section):
-    """The sections of every run. The run file selects the classes of method, engine and features."""
+    """The sections of every run. The run file selects the classes of method, engine, features and ledger."""
 
     run: RunSection
     target: TargetSection
@@ -53,7 +57,7 @@ class RunConfig(Section):
     engine: EngineSection
     capture: CaptureSection = CaptureSection()
     features: FeaturesSection
-    ledger: LedgerSection = LedgerSection()
+    ledger: LedgerSection = SqliteSection()
     method: MethodSection
     training: TrainingSection = TrainingSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -61,9 +65,13 @@ class RunConfig(Section):
     export: ExportSection = ExportSection()
     machine: MachineSection = MachineSection()
 
-    @property
-    def ledger_path(self) -> Path:
-        return self.run.directory / "ledger.db"
+    def open_ledger(self) -> Ledger:
+        """The run's ledger, for a role; it is created if there is none. Raises LedgerError, SchemaError."""
+        return self.ledger.open(self.run.directory, self.run.name)
+
+    def view_ledger(self) -> LedgerView:
+        """The run's ledger, for reading. Raises ConfigError if there is none, LedgerError, SchemaError."""
+        return self.ledger.view(self.run.directory, self.run.name)
 
     @property
     def checkpoint_folder(self) -> Path:

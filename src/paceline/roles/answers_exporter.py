@@ -19,7 +19,7 @@ from paceline.data.prompts import Chat, Prompt
 from paceline.durable_files import replace_file
 from paceline.errors import ConfigError
 from paceline.ledger.facts import PROMPTS, RENDERING_DATE
-from paceline.ledger.stores.sqlite.view import LedgerView
+from paceline.ledger.view import LedgerView
 from paceline.roles.committed import committed_in
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
@@ -38,7 +38,7 @@ def export_answers(
 ) -> None:
     """Write the file, whole or not at all. Raises ConfigError if the run has captured nothing."""
     config = plan.config
-    view = LedgerView(config.ledger_path)
+    view = config.view_ledger()
     refuse_other_target(view, config)
     encoder = PromptEncoder.of(config.target, date=view.facts().get(RENDERING_DATE))
     rows = list(answer_rows(plan, view, ChatEncoder(encoder, config.target.model)))

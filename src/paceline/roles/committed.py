@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from paceline.ledger.stores.sqlite.view import LedgerView
+from paceline.roles.snapshot import has_ledger, open_run
 
 
 def committed_in(run: Path) -> Callable[[int], bool]:
@@ -14,8 +14,8 @@ def committed_in(run: Path) -> Callable[[int], bool]:
     An answer is written before its sample is committed. One that was not may be of other settings, another
     target or other prompts than the run was bound to later. Without a ledger nothing was committed.
     """
-    if not (run / "ledger.db").exists():
+    if not has_ledger(run):
         return lambda _: False
-    view = LedgerView(run / "ledger.db")
+    view = open_run(run)
     settled, failed = view.snapshot().settled, view.failed()
     return lambda ordinal: ordinal < settled and ordinal not in failed

@@ -11,7 +11,6 @@ import torch
 
 from paceline.data.source import Stretch
 from paceline.ledger.facts import COMPLETED_STEP, STOPPED_FLAT
-from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.precision import resolve_device, torch_dtype
 from paceline.roles.binding import bind_run
 from paceline.roles.feature_folder import folder_of, refuse_other_place
@@ -44,7 +43,7 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     """Train from the newest valid checkpoint to the end of the stream."""
     config = plan.config
     compute_deterministically(config.machine.consumer_threads)
-    ledger = SQLiteLedger(config.ledger_path, durability=config.ledger.durability)
+    ledger = config.open_ledger()
     stretches = bind_run(plan, ledger, role="consumer")
     features = config.features.build(folder_of(config, ledger), owner=False)
     if ledger.facts().get(COMPLETED_STEP) is not None:

@@ -18,7 +18,7 @@ from paceline.evaluation.curve import Point, beginning_of, read_curve, record_po
 from paceline.evaluation.heldout import HeldOut
 from paceline.ledger.facts import RENDERING_DATE
 from paceline.ledger.records import CheckpointRecord
-from paceline.ledger.stores.sqlite.view import LedgerView
+from paceline.ledger.view import LedgerView
 from paceline.roles.best_draft import best_held, held_drafts
 from paceline.roles.draft import hold_newest
 from paceline.roles.evaluation_schedule import marks_left_out

@@ -8,7 +8,7 @@ from paceline.config.run import RunConfig
 from paceline.errors import CheckpointDamagedError, CheckpointError
 from paceline.evaluation.curve import read_curve
 from paceline.ledger.records import CheckpointRecord
-from paceline.ledger.stores.sqlite.view import LedgerView
+from paceline.ledger.view import LedgerView
 from paceline.roles.best_draft import Choice, choose, held_drafts, record_of
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
 

@@ -22,7 +22,7 @@ from paceline.evaluation.picture import picture_of
 from paceline.evaluation.settings import EvaluationRequest
 from paceline.evaluation.unfinished import Unfinished
 from paceline.ledger.facts import RENDERING_DATE
-from paceline.ledger.stores.sqlite.view import LedgerView
+from paceline.ledger.view import LedgerView
 from paceline.roles.curve_recorder import measure_beside, point_of, record_in_curve
 from paceline.roles.draft import checkpoint_of_step, hold_newest
 from paceline.roles.evaluation_schedule import BESIDE
@@ -43,7 +43,7 @@ def evaluate(
 ) -> None:
     """Decode prompts plainly and speculatively with a checkpoint's draft."""
     config = plan.config
-    view = LedgerView(config.ledger_path)
+    view = config.view_ledger()
     refuse_other_target(view, config)
     if request is not None:
         _evaluate_suites(config, view, events, EvaluationRequest.model_validate_json(request))
@@ -61,7 +61,7 @@ def evaluate(
 
 def evaluate_beside(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -> None:  # noqa: ARG001
     """Measure the newest checkpoint while training goes on."""
-    view = LedgerView(plan.config.ledger_path)
+    view = plan.config.view_ledger()
     refuse_other_target(view, plan.config)
     events.write("evaluated", **measure_beside(plan.config, view).report)
 

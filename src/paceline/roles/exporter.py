@@ -26,7 +26,6 @@ from paceline.exports.serving import Served, commands
 from paceline.exports.settings import ExportSection
 from paceline.exports.table import EXPORTS
 from paceline.ledger.facts import RENDERING_DATE
-from paceline.ledger.stores.sqlite.view import LedgerView
 from paceline.precision import CPU
 from paceline.roles.best_draft import Choice
 from paceline.roles.draft import draft_to_give
@@ -79,7 +78,7 @@ def export(
 
 def _prepare(plan: RunPlan, section: ExportSection) -> _Work:
     config = plan.config
-    view = LedgerView(config.ledger_path)
+    view = config.view_ledger()
     version = refuse_other_target(view, config)
     checkpoint, choice = draft_to_give(config, view, section.step, only=(DRAFT,))
     method, head = config.method.build(), TargetHead.load(config.target.model)

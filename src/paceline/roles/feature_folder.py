@@ -31,7 +31,7 @@ from paceline.features.ownership import (
 from paceline.ledger.facts import COMPLETED_STEP, FEATURES_LIE, FEATURES_NAME
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import live_holder
-from paceline.roles.snapshot import ROLES, open_run
+from paceline.roles.snapshot import ROLES, has_ledger, open_run
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 PREFIX = "paceline-"
@@ -75,7 +75,7 @@ def _free_left(folder: Path, run: str, directory: Path) -> None:
     owner = None if is_strangers(folder) else owner_of(folder)
     if owner is None or owner.run != run:
         return
-    if owner.directory == directory or not (owner.directory / "ledger.db").exists():
+    if owner.directory == directory or not has_ledger(owner.directory):
         _remove_unused(folder)
 
 
@@ -203,7 +203,7 @@ def _judged(folder: Path) -> tuple[str, bool]:
 
 def _judged_by_run(folder: Path, owner: Owner) -> tuple[str, bool]:
     run = f"run {owner.run} in {owner.directory}"
-    if not (owner.directory / "ledger.db").exists():
+    if not has_ledger(owner.directory):
         return f"{run} is gone, or was moved", True
     if any(live_holder(owner.directory, role) is not None for role in ROLES):
         return f"{run} is at work", False

@@ -22,7 +22,7 @@ from paceline.engines.engine import TargetEngine
 from paceline.engines.settings import EngineRun
 from paceline.errors import ConfigError, FeatureMissingError, StoreError
 from paceline.evaluation.heldout import HeldOut
-from paceline.ledger.stores.sqlite import SQLiteLedger
+from paceline.ledger.settings import SqliteSection
 from paceline.roles.binding import bind_date
 from paceline.roles.comparison import digest_of
 from paceline.roles.feature_folder import EngineFolder
@@ -91,7 +91,7 @@ def _capture(directory: Path, asked: Asked, kept: KeptFeatures | None, events: E
         make_folder(folder)
     else:
         folder = kept.folder
-    ledger = SQLiteLedger(folder / "ledger.db", durability=config.ledger.durability)
+    ledger = SqliteSection(durability=config.ledger.durability).open(folder, config.run.name)
 
     def wanted(facts: TargetFacts) -> tuple[Feature, ...]:
         return asked.needed(facts) if kept is None else kept.features

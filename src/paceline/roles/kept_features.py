@@ -25,7 +25,7 @@ from paceline.features.merged import covers, feature_named, merged, num_targets,
 from paceline.features.stores.files import FileFeatureStore
 from paceline.ledger.facts import RENDERING_DATE
 from paceline.ledger.records import Entry, State
-from paceline.ledger.stores.sqlite import SQLiteLedger
+from paceline.ledger.settings import SqliteSection
 from paceline.methods.method import DraftMethod
 from paceline.roles.comparison import digest_of
 from paceline.roles.held_out import Encodes, held_out_prompts
@@ -108,7 +108,7 @@ class KeptFeatures:
 
     @cached_property
     def _entries(self) -> Sequence[Entry]:
-        with closing(SQLiteLedger(self.folder / "ledger.db")) as ledger:
+        with closing(SqliteSection().open(self.folder, "")) as ledger:
             return ledger.read(0, ledger.snapshot().settled).entries
 
     @cached_property
@@ -140,14 +140,14 @@ class KeptFeatures:
     @property
     def is_complete(self) -> bool:
         """Whether the capture has ended; its files may have been damaged since."""
-        with closing(SQLiteLedger(self.folder / "ledger.db")) as ledger:
+        with closing(SqliteSection().open(self.folder, "")) as ledger:
             now = ledger.snapshot()
         return now.closed and not now.prompts.open
 
     @property
     def date(self) -> str | None:
         """What the target's template took for today."""
-        with closing(SQLiteLedger(self.folder / "ledger.db")) as ledger:
+        with closing(SqliteSection().open(self.folder, "")) as ledger:
             date: str | None = ledger.facts().get(RENDERING_DATE)
         return date
 

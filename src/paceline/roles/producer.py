@@ -16,7 +16,7 @@ from paceline.engines.settings import EngineRun
 from paceline.errors import ServerUnavailableError, StoreError
 from paceline.features.store import FeatureStore
 from paceline.ledger.facts import COMPLETED_STEP
-from paceline.ledger.stores.sqlite import SQLiteLedger
+from paceline.ledger.ledger import Ledger
 from paceline.roles.binding import bind_date, bind_run
 from paceline.roles.feature_folder import EngineFolder, take_folder
 from paceline.roles.held_out import look_at_held_out
@@ -31,7 +31,7 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     """Capture every prompt whose sample is not committed, or is lost; then end."""
     config = plan.config
     torch.set_num_threads(config.machine.producer_threads)
-    ledger = SQLiteLedger(config.ledger_path, durability=config.ledger.durability)
+    ledger = config.open_ledger()
     stretches = bind_run(plan, ledger, role="producer")
     if ledger.facts().get(COMPLETED_STEP) is not None:
         return
@@ -76,7 +76,7 @@ def _note_held_out(plan: RunPlan, engine: TargetEngine, events: EventLog) -> Non
 def _producer(
     plan: RunPlan,
     stretches: Sequence[Stretch],
-    ledger: SQLiteLedger,
+    ledger: Ledger,
     features: FeatureStore,
     engine: TargetEngine,
     events: EventLog,
@@ -104,7 +104,7 @@ def _producer(
 
 
 def _capture_all(
-    ledger: SQLiteLedger,
+    ledger: Ledger,
     features: FeatureStore,
     drive_producer: DriveProducer,
     should_stop: Callable[[], bool],

@@ -20,7 +20,8 @@ from paceline.ledger.facts import COMPLETED_STEP, RUN_ID, STOPPED_FLAT
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import live_holder
 from paceline.ledger.records import Snapshot, State
-from paceline.ledger.stores.sqlite.view import LedgerView
+from paceline.ledger.settings import FILE, SqliteSection
+from paceline.ledger.view import LedgerView
 from paceline.regular_files import kind_of, read_regular
 from paceline.telemetry import read_events
 from paceline.training.held_drafts import held_names
@@ -78,9 +79,14 @@ class RunSnapshot:
         return any(holder is not None for holder in self.live.values())
 
 
+def has_ledger(directory: Path) -> bool:
+    """Whether a run has begun in this directory."""
+    return (directory / FILE).exists()
+
+
 def open_run(directory: Path) -> LedgerView:
     """A read-only view of a run's ledger. Raises ConfigError if there is none."""
-    path = directory / "ledger.db"
+    path = directory / FILE
     if kind_of(path) != "file":
         what = "not a regular file" if kind_of(path) or path.is_symlink() or path.is_fifo() else ""
         raise ConfigError(
@@ -94,7 +100,7 @@ def open_run(directory: Path) -> LedgerView:
             why="It was not written yet, or was emptied since.",
             next="paceline train RUN.yaml; if it had begun, restore ledger and checkpoints from one backup.",
         )
-    return LedgerView(path)
+    return SqliteSection().view(directory, "")
 
 
 @contextmanager

@@ -18,13 +18,12 @@ from types import FrameType
 from typing import Any
 
 from paceline.config.run import RunConfig
-from paceline.errors import LedgerError, PacelineError
+from paceline.errors import PacelineError
 from paceline.evaluation.settings import EvaluationRequest
 from paceline.exports.settings import ExportSection
 from paceline.ledger.facts import COMPLETED_STEP, STOPPED_FLAT
 from paceline.ledger.locks import RoleLock
 from paceline.ledger.records import CheckpointRecord
-from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.binding import bind_run, go_on_if_flat_no_more
 from paceline.roles.child import GRACE_S, Child, RoleFailedError, end_orphan
 from paceline.roles.evaluation_schedule import BESIDE, EVALUATOR, EvaluationSchedule
@@ -84,8 +83,7 @@ class Supervisor:
         self._before: object = None  # progress at the last restart
         self._failed_before: tuple[str, str] | None = None  # role and error of the last restart
         self._signals = StopSignals(lambda: list(self._children.values()))
-        self._store = SQLiteLedger(self._config.ledger_path)
-        self._ledger = _identity(self._config.ledger_path)
+        self._store = self._config.open_ledger()
 
     def run(self) -> bool:
         """Supervise until training is complete (True) or the user stopped it (False).
@@ -123,12 +121,12 @@ class Supervisor:
 
     def _watch(self) -> bool:
         while True:
+            self._store.lsn()  # refuses a ledger that was replaced while the run was going on
             now = take_snapshot(self._config.run.directory, self._store)
             self._show(now)
             if self._signals.count:
                 self._tell("stopping at the next safe point; Ctrl-C again ends it at once")
                 return False
-            self._refuse_another_ledger()
             self._measure(now.ledger.head)
             for role, child in list(self._children.items()):
                 child.keep_log_short()
@@ -173,14 +171,6 @@ class Supervisor:
             self._tell(f"{reason}: training stops early (training.stop_when_flat)")
 
     # -- the roles -------------------------------------------------------------------------
-
-    def _refuse_another_ledger(self) -> None:
-        if _identity(self._config.ledger_path) != self._ledger:
-            raise LedgerError(
-                f"{self._config.ledger_path} was removed or replaced while the run was going on.",
-                why="What the roles record now would be lost with the old file, which they still have open.",
-                next="restore ledger and checkpoints from one backup, or start a new run.",
-            )
 
     def _is_complete(self) -> bool:
         return self._store.facts().get(COMPLETED_STEP) is not None
@@ -346,11 +336,3 @@ def _run_alone(
             next=f"{again}; {OUT_OF_MEMORY if code == -9 else ''}",
         )
     return True
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        facts = path.stat()
-    except OSError:
-        return None
-    return facts.st_dev, facts.st_ino

@@ -14,8 +14,9 @@ from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
 from paceline.ledger.facts import ENGINE
 from paceline.ledger.ledger import Ledger
-from paceline.ledger.stores.sqlite.view import LedgerView
+from paceline.ledger.view import LedgerView
 from paceline.roles.binding import others_kept_out
+from paceline.roles.snapshot import open_run
 from paceline.target.facts import TargetFacts
 from paceline.target.version import TargetVersion, files_version
 
@@ -59,7 +60,7 @@ def refuse_foreign_answers(config: RunConfig, target: TargetVersion) -> None:
     other = config.data.other_run
     if other is None:
         return
-    facts = LedgerView(other / "ledger.db").facts()
+    facts = open_run(other).facts()
     if (facts.get(MODEL), facts.get(TOKENIZER)) != (target.model, target.tokenizer):
         raise ConfigError(
             f"The answers in {other} were written by another target than {config.target.model}.",

@@ -96,9 +96,9 @@ def test_an_error_in_the_middle_leaves_the_old_version(migrating: Path) -> None:
 
 def test_a_view_migrates_nothing(migrating: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads a ledger of the version that it knows, and leaves it as it is."""
-    from paceline.ledger.stores.sqlite.view import LedgerView
+    from paceline.ledger.stores.sqlite.view import SQLiteView
 
     before = migrating.read_bytes()
-    assert LedgerView(migrating).snapshot().committed == 2
+    assert SQLiteView(migrating).snapshot().committed == 2
     assert migrating.read_bytes() == before
     monkeypatch.delitem(schema.MIGRATIONS, SCHEMA_VERSION)

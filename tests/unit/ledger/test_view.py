@@ -1,4 +1,4 @@
-"""LedgerView: it reads whatever can be read, and writes nothing at all."""
+"""SQLiteView: it reads whatever can be read, and writes nothing at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from paceline.errors import ConfigError, LedgerError, PacelineError, SchemaError
 from paceline.ledger.records import State
 from paceline.ledger.stores.sqlite import SQLiteLedger
-from paceline.ledger.stores.sqlite.view import LedgerView
+from paceline.ledger.stores.sqlite.view import SQLiteView
 from paceline.testing.ledger_calls import Training, capture, consumer_of, id_of, producer_of
 
 DIE_WITH_IT_OPEN = """
@@ -46,7 +46,7 @@ def test_a_live_ledger_is_read_beside_its_writer(tmp_path: Path) -> None:
     ledger = SQLiteLedger(tmp_path / "ledger.db")
     producer = producer_of(ledger)
     capture(producer, 0, 1)
-    view = LedgerView(tmp_path / "ledger.db")
+    view = SQLiteView(tmp_path / "ledger.db")
     with ledger._mutation(None):
         assert view.snapshot().committed == 2
         ledger._change("UPDATE run SET committed = 99")
@@ -64,7 +64,7 @@ def test_a_ledger_at_rest_is_read_and_nothing_is_written(tmp_path: Path) -> None
     training.consumer.quarantine([id_of(1)], step=None, reason="bad")
     ledger.close()
     before = contents(tmp_path)
-    view = LedgerView(tmp_path / "ledger.db")
+    view = SQLiteView(tmp_path / "ledger.db")
     assert view.snapshot().usage.resident_samples == 2
     assert view.facts()["run_id"] == "run0"
     assert [r.reason for r in view.find(state=State.QUARANTINED).values()] == ["bad"]
@@ -83,7 +83,7 @@ def test_a_crashed_ledger_is_read_with_its_log_and_nothing_is_written(tmp_path: 
     if index == "gone":  # copied without it, for instance
         path.with_name("ledger.db-shm").unlink()
     before = contents(tmp_path)
-    assert LedgerView(path).snapshot().committed == 2
+    assert SQLiteView(path).snapshot().committed == 2
     assert contents(tmp_path) == before
     assert SQLiteLedger(path).snapshot().committed == 2
 
@@ -91,9 +91,9 @@ def test_a_crashed_ledger_is_read_with_its_log_and_nothing_is_written(tmp_path: 
 LOOK = """
 import os, sys
 from pathlib import Path
-from paceline.ledger.stores.sqlite.view import LedgerView
+from paceline.ledger.stores.sqlite.view import SQLiteView
 os.setgid(65534), os.setuid(65534)
-print(LedgerView(Path(sys.argv[1])).snapshot().committed)
+print(SQLiteView(Path(sys.argv[1])).snapshot().committed)
 """
 
 
@@ -145,7 +145,7 @@ def test_what_is_no_ledger_is_refused_at_once(tmp_path: Path, kind: str) -> None
     before = sorted(p.name for p in tmp_path.iterdir())
     kinds = (ConfigError, SchemaError, LedgerError)
     with pytest.raises(PacelineError) as refused:
-        LedgerView(path)
+        SQLiteView(path)
     assert isinstance(refused.value, kinds)
     assert refused.value.next
     assert sorted(p.name for p in tmp_path.iterdir()) == before
@@ -160,14 +160,14 @@ def test_another_program_that_reads_a_crashed_ledger_locks_nobody_out(tmp_path: 
     ledger = SQLiteLedger(path)
     assert [entry.place for entry in ledger.read(0, 9).entries] == [0, 1]
     capture(producer_of(ledger), 2)
-    assert LedgerView(path).snapshot().committed == 3
+    assert SQLiteView(path).snapshot().committed == 3
 
 
 def test_a_view_follows_a_ledger_that_comes_to_life_and_rests_again(tmp_path: Path) -> None:
     """Each question opens the file as it finds it."""
     path = tmp_path / "ledger.db"
     SQLiteLedger(path).close()
-    view = LedgerView(path)
+    view = SQLiteView(path)
     ledger = SQLiteLedger(path)
     capture(producer_of(ledger), 0)
     assert view.snapshot().committed == 1

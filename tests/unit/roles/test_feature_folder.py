@@ -16,7 +16,6 @@ from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
 from paceline.features.ownership import Owner, hold, owner_of, sign
 from paceline.ledger.locks import RoleLock
-from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.feature_folder import (
     EngineFolder,
     folder_of,
@@ -37,7 +36,7 @@ class Run:
         tiny = TinyRun(folder, folder / "model", run={"name": "tiny"}, features=features)
         self.config: RunConfig = load_run_config(tiny.run_file)
         self.config.run.directory.mkdir(exist_ok=True)
-        self.ledger = SQLiteLedger(self.config.ledger_path)
+        self.ledger = self.config.open_ledger()
 
 
 @pytest.fixture

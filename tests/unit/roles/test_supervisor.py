@@ -13,7 +13,7 @@ from paceline.ledger.isolation import Isolation
 from paceline.ledger.records import CheckpointRecord
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.child import RoleFailedError
-from paceline.roles.supervisor import Supervisor, _identity
+from paceline.roles.supervisor import Supervisor
 from paceline.testing.ledger_calls import capture, producer_of
 
 
@@ -118,16 +118,14 @@ def test_isolation_is_progress(supervisor: Supervisor) -> None:
 def test_a_ledger_that_is_removed_or_replaced_stops_the_run(supervisor: Supervisor, tmp_path: Path) -> None:
     """What the roles recorded from then on would be lost with the file that they have open."""
     ledger = tmp_path / "ledger.db"
-    ledger.touch()
-    supervisor._config.ledger_path = ledger  # type: ignore[misc]
-    supervisor._ledger = _identity(ledger)
-    supervisor._refuse_another_ledger()
+    supervisor._store, supervisor._show = SQLiteLedger(ledger), lambda _: None
+    supervisor._signals = SimpleNamespace(count=0)  # type: ignore[assignment]
     ledger.rename(tmp_path / "aside")
-    with pytest.raises(LedgerError, match="removed or replaced"):
-        supervisor._refuse_another_ledger()
+    with pytest.raises(LedgerError, match="deleted or replaced"):
+        supervisor._watch()
     ledger.touch()
-    with pytest.raises(LedgerError, match="removed or replaced"):
-        supervisor._refuse_another_ledger()
+    with pytest.raises(LedgerError, match="deleted or replaced"):
+        supervisor._watch()
 
 
 class Measuring:

@@ -1,4 +1,4 @@
-"""LedgerView reads a ledger without holding a role and without writing.
+"""SQLiteView reads a ledger without holding a role and without writing.
 
 It takes no lock that a writer waits for, creates no file and migrates nothing, so it works on a live run,
 on a crashed one, on a read-only disk, and as another user with read permission. Every question opens the
@@ -29,7 +29,7 @@ BUSY_MS = 10_000
 T = TypeVar("T")
 
 
-class LedgerView:
+class SQLiteView:
     def __init__(self, path: Path) -> None:
         """Raises ConfigError if there is no ledger, SchemaError if the file is not one."""
         self.path = path
