@@ -6,8 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from paceline.exports.eagle3 import SGLANG
-from paceline.exports.export import ExportedDraft, TargetOfDraft
+from paceline.exports.blocks import BlockExport
+from paceline.exports.eagle3 import SGLANG, VLLM
+from paceline.exports.export import Export, ExportedDraft, TargetOfDraft
 from paceline.exports.folder import write_folder
 from paceline.methods.dflash.method import DFlashMethod
 from paceline.methods.dflash.settings import (
@@ -20,6 +21,7 @@ from paceline.methods.dflash.settings import (
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.parallel import PEagleMethod
 from paceline.methods.method import DraftMethod
+from paceline.target.head import TargetHead
 from paceline.target.version import TargetVersion
 from paceline.testing.method_suite import MethodSuite
 from paceline.testing.tiny_target import captured_sample, tiny_target
@@ -101,16 +103,33 @@ class TestEagle3FromTheTargetsLayer(MethodSuite):
         return Eagle3Method({"draft_vocab_size": 61, "ttt_steps": 2, "init": "target", "recompute": True})
 
 
+def exported(method: DraftMethod, head: TargetHead, export: Export) -> Path:
+    """A folder that a server loads, with a draft of `method` in it."""
+    draft = method.build(head, [captured_sample(tiny_target(), 20, 4, seed=1)], seed=3)
+    assert head.folder is not None
+    version = TargetVersion.of(head.folder)
+    target = TargetOfDraft("org/target", "", version, head.config, head.embed_tokens)
+    sizes = method.describe(draft)
+    content = ExportedDraft(method.name, draft.state_dict(), sizes, "float32", target, {"step": 1})
+    folder = Path(tempfile.mkdtemp()) / "draft"
+    write_folder(folder, export.build(content), lambda _: ("", {}))
+    return folder
+
+
 class TestEagle3FromAnExportedFolder(MethodSuite):
     def make(self) -> DraftMethod:
-        first, head = Eagle3Method({"draft_vocab_size": 40, "init": "random"}), self.head
-        draft = first.build(head, [captured_sample(tiny_target(), 20, 4, seed=1)], seed=3)
-        assert head.folder is not None
-        version = TargetVersion.of(head.folder)
-        target = TargetOfDraft("org/target", "", version, head.config, head.embed_tokens)
-        exported = ExportedDraft(
-            "eagle3", draft.state_dict(), first.describe(draft), "float32", target, {"step": 1}
-        )
-        folder = Path(tempfile.mkdtemp()) / "draft"
-        write_folder(folder, SGLANG.build(exported), lambda _: ("", {}))
-        return Eagle3Method({"start_from": folder, "ttt_steps": 2})
+        first = Eagle3Method({"draft_vocab_size": 40, "init": "random"})
+        return Eagle3Method({"start_from": exported(first, self.head, SGLANG), "ttt_steps": 2})
+
+
+class TestPEagleFromAnExportedFolder(MethodSuite):
+    def make(self) -> DraftMethod:
+        first = PEagleMethod({"draft_vocab_size": 40, "init": "random"})
+        return PEagleMethod({"start_from": exported(first, self.head, VLLM), "ttt_steps": 3})
+
+
+class TestDSparkFromAnExportedFolder(MethodSuite):
+    def make(self) -> DraftMethod:
+        first = block_method(DSparkSection, markov_rank=6, init="random")
+        folder = exported(first, self.head, BlockExport("sglang", "dspark"))
+        return DFlashMethod(DSparkSection.parse({"start_from": folder, "anchors_max": 8}))

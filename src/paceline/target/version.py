@@ -30,6 +30,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+MANIFEST = "manifest.json"  # of a checkpoint
 PIECES, PIECE_BYTES = 16, 4096
 HEADER_BYTES_MAX = 100_000_000  # the format's own limit
 CHUNK_BYTES = 8 << 20
@@ -66,7 +67,12 @@ def model_version(folder: Path) -> str:
 
 
 def files_version(folder: Path) -> str:
-    """The digest of any model folder's configuration and weights. Raises ConfigError if it has none."""
+    """The digest of any model folder's configuration and weights; of a draft's checkpoint, that of its
+    manifest, which holds the digests of its files. Raises ConfigError if it is neither."""
+    if not (folder / "config.json").is_file() and (folder / MANIFEST).is_file():
+        digest = xxhash.xxh3_64()
+        _add_file(digest, folder / MANIFEST)
+        return digest.hexdigest()
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"There is no model in {folder} (no config.json).",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from paceline.precision import resolve_device
 from paceline.target.agreement import refuse_disagreement
 from paceline.target.head import TargetHead
 from paceline.target.origin import origin_of
+from paceline.target.version import model_version
 from paceline.training import tensor_files
 from paceline.training.learner import DRAFT
 from paceline.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
@@ -38,6 +40,11 @@ class TorchLearner:
         self._settings = settings
         self._buffers = tensor_files.FileBuffers()
         self._device = resolve_device(settings.training.device)
+
+    @cached_property
+    def _target_version(self) -> str:
+        """By which a later run sees whether it may start from a checkpoint."""
+        return model_version(self._head.folder) if self._head.folder else ""
 
     @property
     def ready(self) -> bool:
@@ -116,6 +123,8 @@ class TorchLearner:
     def describe(self) -> dict[str, Any]:
         assert self.draft is not None
         described = {"method": self._method.name, "draft_config": self._method.describe(self.draft)}
+        if self._target_version:
+            described["target_version"] = self._target_version
         origin = origin_of(self._head.folder) if self._head.folder else None
         # A local folder may lie elsewhere at the next start; a model of the hub is the same everywhere.
         return {**described, "target": asdict(origin)} if origin and origin.revision else described

@@ -1,4 +1,5 @@
-"""A run starts from a public EAGLE-3 folder, whichever its layout, or refuses what it cannot continue."""
+"""A run starts from a public EAGLE-3 or P-EAGLE folder, whichever its layout, or refuses what it cannot
+continue."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from paceline.errors import ConfigError
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.settings import Eagle3Section
+from paceline.methods.method import DraftMethod
+from paceline.methods.table import METHODS
 from paceline.target.head import TargetHead
 from paceline.types import States
 
@@ -41,11 +44,66 @@ def edited(
     return folder
 
 
-def start(case: Case, folder: Path) -> dict[str, torch.Tensor]:
-    method, head = Eagle3Method({"start_from": folder}), TargetHead.load(case.folder)
+def method_of(name: str, folder: Path, **settings: Any) -> DraftMethod:
+    method: DraftMethod = METHODS.find(name).parse({"start_from": folder, **settings}).build()
+    return method
+
+
+def start(case: Case, folder: Path, **settings: Any) -> Tensors:
+    method, head = method_of(case.draft.method, folder, **settings), TargetHead.load(case.folder)
     method.check_target(head)
     method.features(head.facts)
     return dict(method.build(head, [], seed=0).state_dict())
+
+
+PARALLEL = {"name": "p-eagle", "norm_before_fc": True, "mask_token_id": 7}
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(tmp_path_factory.mktemp("target") / "model", **PARALLEL)
+
+
+@pytest.mark.parametrize("name", ["vllm", "speculators"])
+def test_a_parallel_draft_goes_on_with_its_mask(parallel: Case, name: str, tmp_path: Path) -> None:
+    """The learned row and the mask token are the folder's; the settings of both are not used."""
+    folder = parallel.export(name, tmp_path / "draft")
+    state = start(parallel, folder)
+    assert state.keys() == parallel.draft.tensors.keys()
+    assert all(torch.equal(tensor, parallel.draft.tensors[key]) for key, tensor in state.items())
+    method, head = method_of("p-eagle", folder), TargetHead.load(parallel.folder)
+    assert method.describe(method.restore(head, state)) == parallel.draft.sizes
+
+
+PARALLEL_REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "its mask token is 5 and 7": ("vllm", {"pard_token": 5}),
+    "its mask token is missing": ("vllm", {"pard_token": None, "mask_token_id": None}),
+    "leave fc_norm and norm_output out": ("vllm", {"norm_output": True}),
+    "is 'eagle3', not 'peagle'": ("speculators", {"speculators_model_type": "eagle3"}),
+}
+
+
+@pytest.mark.parametrize("reason", PARALLEL_REFUSED)
+def test_a_parallel_draft_that_servers_read_otherwise_is_refused(
+    parallel: Case, reason: str, tmp_path: Path
+) -> None:
+    """With the reason, before anything is trained."""
+    name, fields = PARALLEL_REFUSED[reason]
+    folder = edited(parallel, tmp_path / "draft", lambda config: config.update(fields), name=name)
+    with pytest.raises(ConfigError, match=reason):
+        start(parallel, folder)
+
+
+def test_a_draft_of_the_other_eagle_is_refused(case: Case, parallel: Case, tmp_path: Path) -> None:
+    """Whether the folder says so, or only its tensors and fields do."""
+    one, other = case.export("vllm", tmp_path / "one"), parallel.export("vllm", tmp_path / "other")
+    with pytest.raises(ConfigError, match="of the method eagle3, not p-eagle"):
+        start(parallel, one)
+    with pytest.raises(ConfigError, match="of the method p-eagle, not eagle3"):
+        start(case, other)
+    unsaid = edited(parallel, tmp_path / "unsaid", lambda config: config.pop("paceline"), name="vllm")
+    with pytest.raises(ConfigError, match=r"method\.name is p-eagle"):
+        start(case, unsaid)
 
 
 @pytest.mark.parametrize("name", ["vllm", "sglang", "speculators"])

@@ -229,7 +229,6 @@ def test_a_parallel_tree_holds_the_likeliest_paths(head: TargetHead, sample: dic
     [
         ({"norm_output": True}, "norm_output does not go"),
         ({"fc_norm": True}, "fc_norm does not go"),
-        ({"start_from": "draft"}, "start_from does not go"),
         ({"ttt_steps": 1}, "greater than or equal to 2"),
     ],
 )

@@ -1,7 +1,7 @@
 """The block methods as a `DraftMethod`: one backbone, and the head that the section names.
 
-A draft starts from a regression on the run's first samples (warm_start.py), or from noise with the target's
-final norm. The same head, settings, seed and samples give the same bits.
+A draft starts from a regression on the run's first samples (warm_start.py), from noise with the target's
+final norm, or from a folder (start.py). The same head, settings, seed and samples give the same bits.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from paceline.methods.dflash.decode import DFlashDecoder
 from paceline.methods.dflash.heads.head import Head
 from paceline.methods.dflash.model import DFlashDraft
 from paceline.methods.dflash.settings import BlockSection
+from paceline.methods.dflash.start import start_tensors
+from paceline.methods.dflash.start_config import read_block_start
 from paceline.methods.dflash.warm_start import warm_start
 from paceline.methods.layers import initialise_random
 from paceline.methods.packed import mean_metrics
 from paceline.methods.sizes import sizes_of_target
+from paceline.methods.start.tensors import refuse_other_target, refuse_unfit, sizes_for
 from paceline.table import resolve
 from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
@@ -42,26 +45,38 @@ class DFlashMethod:
     """DFlash and the methods that add a head to it. `DraftMethod` documents each member."""
 
     def __init__(self, settings: BlockSection) -> None:
-        self.settings, self.name = settings, settings.name
+        folder, self.name = settings.start_from, settings.name
+        self._start = None if folder is None else read_block_start(folder, settings.name)
+        self.settings = settings if self._start is None else self._start.applied(settings)
 
     def features(self, target: TargetFacts) -> tuple[Feature, ...]:
         last = target.num_hidden_layers
-        layers = spread_layers(last, self.settings.target_states)
         return (
             Feature("input_ids", Tokens(), dtype="int32"),
             Feature("loss_mask", Targets(), dtype="uint8"),
-            Feature("aux_hidden_states", States(layers), dtype=target.dtype),
+            Feature("aux_hidden_states", States(self._layers(last)), dtype=target.dtype),
             Feature("last_hidden_states", States((last,)), Rows.PREDICTED, dtype=target.dtype),
         )
+
+    def _layers(self, num_hidden_layers: int) -> tuple[int, ...]:
+        if self._start is not None:
+            return self._start.layers_of(num_hidden_layers)
+        return spread_layers(num_hidden_layers, self.settings.target_states)
 
     def check_target(self, head: TargetHead) -> None:
         with torch.device("meta"):
             self._empty(head)
+        if self._start is not None:
+            refuse_other_target(self._start.start, head)
 
     def build(
         self, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]], seed: int
     ) -> DFlashDraft:
         draft = self._empty(head)
+        if self._start is not None:
+            tensors = start_tensors(self._start, head)
+            refuse_unfit(self._start.start, tensors, draft.state_dict())
+            return self.restore(head, tensors)
         initialise_random(draft, seed)
         with torch.no_grad():
             draft.norm.weight.copy_(head.norm_weight)
@@ -91,10 +106,12 @@ class DFlashMethod:
                 why="The embedding of that token stands for the tokens that a block has to guess.",
                 next="leave method.mask_token_id out, or name a token that texts hardly contain.",
             )
+        start = self._start
+        sizes = sizes_of_target(head) if start is None else sizes_for(start.start, start.sizes, head)
         return DFlashConfig(
-            **sizes_of_target(head),
+            **sizes,
             num_hidden_layers=chosen.layers,
-            aux_layer_ids=spread_layers(head.num_hidden_layers, chosen.target_states),
+            aux_layer_ids=self._layers(head.num_hidden_layers),
             block_size=chosen.block_size,
             mask_token_id=mask,
             causal=chosen.causal,
@@ -102,7 +119,8 @@ class DFlashMethod:
         )
 
     def learning_rate_scales(self) -> Mapping[str, float]:
-        return _REGRESSION_RATES if self.settings.init == "regression" else {}
+        is_regressed = self.settings.init == "regression" and self._start is None
+        return _REGRESSION_RATES if is_regressed else {}
 
     def describe(self, draft: nn.Module) -> dict[str, Any]:
         assert isinstance(draft, DFlashDraft)  # narrows the protocol's type

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from paceline.methods.dflash.start_config import read_block_start
 from paceline.methods.losses.settings import LossSection
-from paceline.methods.settings import MethodSection
+from paceline.methods.start.section import StartSection
 from paceline.section import Count, Fraction, Section
 
 
@@ -39,7 +41,7 @@ class WeightingSection(Section):
         return self
 
 
-class BlockSection(MethodSection):
+class BlockSection(StartSection):
     """What the block methods share; a subclass names its head as "module:class" in `head`.
 
     `block_size`: tokens of a block, the newest token of the text included. `layers` decoder layers read
@@ -49,6 +51,9 @@ class BlockSection(MethodSection):
     alone, so by the same sample always the same.
 
     `init`: "regression" (closed form, from the run's first samples; see warm_start.py) or "random".
+
+    `start_from` (see `StartSection`): weights and shape come from the folder. A setting of the shape that is
+    given beside it must be the folder's.
 
     `recompute`: backward computes the logits again, to the same bits, instead of keeping them.
     """
@@ -66,6 +71,9 @@ class BlockSection(MethodSection):
     weighting: WeightingSection = WeightingSection()
     init: Literal["regression", "random"] = "regression"
     recompute: bool = False
+
+    def refuse_start(self, folder: Path) -> None:
+        read_block_start(folder, self.name).applied(self)
 
     @property
     def from_anchor(self) -> bool:

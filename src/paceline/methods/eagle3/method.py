@@ -19,13 +19,14 @@ from paceline.methods.eagle3.batch import JUDGED_SHARE, Eagle3Batch, Unrolling, 
 from paceline.methods.eagle3.decode import Eagle3Decoder
 from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft, Midlayer
 from paceline.methods.eagle3.settings import Eagle3Section
-from paceline.methods.eagle3.start import refuse_other_target, refuse_unfit, sizes_from, start_tensors
+from paceline.methods.eagle3.start import start_tensors
 from paceline.methods.eagle3.start_config import read_start_config
 from paceline.methods.eagle3.vocab import answer_token_weights, choose_draft_vocab, vocab_maps
 from paceline.methods.eagle3.warm_start import warm_start
 from paceline.methods.layers import initialise_random
 from paceline.methods.packed import mean_metrics
 from paceline.methods.sizes import sizes_of_target
+from paceline.methods.start.tensors import refuse_other_target, refuse_unfit, sizes_for
 from paceline.methods.targets import counted_rows
 from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
@@ -48,7 +49,7 @@ class Eagle3Method:
         given = settings or {}
         self.settings = given if isinstance(given, Eagle3Section) else Eagle3Section.parse(given)
         start = self.settings.start_from
-        self._start = None if start is None else read_start_config(start)
+        self._start = None if start is None else read_start_config(start, self.settings.name)
 
     def features(self, target: TargetFacts) -> tuple[Feature, ...]:
         last = target.num_hidden_layers
@@ -69,7 +70,7 @@ class Eagle3Method:
         with torch.device("meta"):
             middle = Midlayer(config)
         if self._start is not None:
-            refuse_other_target(self._start, head)
+            refuse_other_target(self._start.start, head)
             return
         choose_draft_vocab(torch.zeros(head.vocab_size), config.draft_vocab_size, head.eos_token_ids)
         if self.settings.init == "target":
@@ -81,7 +82,7 @@ class Eagle3Method:
         draft = self._empty(head)
         if self._start is not None:
             tensors = start_tensors(self._start, head)
-            refuse_unfit(self._start, tensors, draft.state_dict())
+            refuse_unfit(self._start.start, tensors, draft.state_dict())
             return self.restore(head, tensors)
         weights = answer_token_weights(head, samples)
         target_ids = choose_draft_vocab(weights, draft.config.draft_vocab_size, head.eos_token_ids)
@@ -111,7 +112,8 @@ class Eagle3Method:
     def _config(self, head: TargetHead) -> Eagle3Config:
         if self._start is not None:
             layers = self._layers(head.num_hidden_layers)
-            return Eagle3Config(**sizes_from(self._start, head), aux_layer_ids=layers)
+            sizes = sizes_for(self._start.start, self._start.sizes, head)
+            return Eagle3Config(**sizes, aux_layer_ids=layers)
         chosen = self.settings
         size = min(chosen.draft_vocab_size, head.vocab_size)  # at most the whole vocabulary
         return replace(

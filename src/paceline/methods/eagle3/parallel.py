@@ -43,20 +43,24 @@ class PEagleMethod(Eagle3Method):
         super().__init__(given if isinstance(given, PEagleSection) else PEagleSection.parse(given))
 
     def _config(self, head: TargetHead) -> Eagle3Config:
-        chosen = self.settings.mask_token_id
-        mask = next(iter(head.eos_token_ids), 0) if chosen is None else chosen
+        config, chosen = super()._config(head), self.settings.mask_token_id
+        mask = config.mask_token_id  # of the folder that the run starts from
+        if mask is None:
+            mask = next(iter(head.eos_token_ids), 0) if chosen is None else chosen
         if mask >= head.vocab_size:
             raise ConfigError(
                 f"method.mask_token_id is {mask}, and the target has {head.vocab_size} tokens.",
                 why="The draft reads the target's embedding of it.",
                 next=f"set method.mask_token_id between 0 and {head.vocab_size - 1}, or leave it out.",
             )
-        return replace(super()._config(head), mask_token_id=mask)
+        return replace(config, mask_token_id=mask)
 
     def build(
         self, head: TargetHead, samples: Sequence[Mapping[str, torch.Tensor]], seed: int
     ) -> Eagle3Draft:
         draft = super().build(head, samples, seed)
+        if self._start is not None:
+            return draft
         states = torch.cat([sample["aux_hidden_states"].float() for sample in samples])
         assert draft.mask_hidden is not None
         with torch.no_grad():

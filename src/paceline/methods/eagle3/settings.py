@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 
 from paceline.methods.eagle3.start_config import WINDOW_MIN, read_start_config
 from paceline.methods.losses.settings import LossSection
-from paceline.methods.settings import MethodSection
+from paceline.methods.start.section import StartSection
 from paceline.section import Count
 
 
-class Eagle3Section(MethodSection):
+class Eagle3Section(StartSection):
     """`first_samples`: how many samples choose the draft vocabulary and, by regression, the first weights.
 
     `loss`: see `LossSection`.
@@ -23,9 +23,8 @@ class Eagle3Section(MethodSection):
 
     `train_lm_head`: false keeps the target's rows (or the folder's), whose gradient is then not computed.
 
-    `start_from`: a public EAGLE-3 folder of the same target, from which weights, sizes, vocabulary maps and
-    fused layers come, and EAGLE-3.1's choices; the settings of these are not used then. The folder must stay
-    in its place, and its content may not change.
+    `start_from` (see `StartSection`): weights, sizes, vocabulary maps, fused layers and EAGLE-3.1's choices
+    come from the folder; the settings of these are not used then.
 
     EAGLE-3.1's choices, each off by default; servers read them under the same names (docs/exports.md):
     `norm_before_fc` norms the fused target states as one vector, `fc_norm` each of them alone; `norm_output`
@@ -49,7 +48,6 @@ class Eagle3Section(MethodSection):
     loss: LossSection = LossSection()
     init: Literal["regression", "target", "random"] = "regression"
     train_lm_head: bool = True
-    start_from: Path | None = None
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
@@ -62,23 +60,8 @@ class Eagle3Section(MethodSection):
             raise ValueError("norm_before_fc and fc_norm both norm what fc reads: choose one")
         return self
 
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        return () if self.start_from is None else (self.start_from,)
-
-    @property
-    def notes(self) -> list[tuple[str, str]]:
-        """Raises ConfigError for a folder of `start_from` that no run can start from."""
-        if self.start_from is None or read_start_config(self.start_from).names_its_target:
-            return []
-        return [
-            (
-                f"{self.start_from} (method.start_from) does not say for which target it was trained: only "
-                "its sizes, its vocabulary and, where it has one, its embedding are compared.",
-                "See on its model card that it drafts for this very target, not for its base model, another "
-                "fine-tuning or release: it would start from worse guesses, without an error.",
-            )
-        ]
+    def refuse_start(self, folder: Path) -> None:
+        read_start_config(folder, self.name)
 
 
 class PEagleSection(Eagle3Section):
@@ -86,8 +69,8 @@ class PEagleSection(Eagle3Section):
 
     Its steps after the first read one learned row in place of the guesses before them: the token
     `mask_token_id` (by default the target's first end-of-text token) and `mask_hidden`, which stands for the
-    target's states. vLLM serves it; SGLang does not. It starts from no folder, feeds nothing back
-    (`norm_output`), and servers know `norm_before_fc` of it alone.
+    target's states. vLLM serves it; SGLang does not. It feeds nothing back (`norm_output`), and servers know
+    `norm_before_fc` of it alone.
     """
 
     component: ClassVar[str] = "paceline.methods.eagle3.parallel:PEagleMethod"
@@ -97,7 +80,7 @@ class PEagleSection(Eagle3Section):
 
     @model_validator(mode="after")
     def _what_parallel_drafts_lack(self) -> PEagleSection:
-        for name in ("start_from", "fc_norm", "norm_output"):
+        for name in ("fc_norm", "norm_output"):
             if getattr(self, name):
                 raise ValueError(f"{name} does not go with p-eagle")
         return self

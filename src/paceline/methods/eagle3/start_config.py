@@ -1,7 +1,6 @@
-"""config.json of the public EAGLE-3 folder that a run starts from. No torch.
+"""config.json of the EAGLE-3 or P-EAGLE draft that a run starts from. No torch.
 
-Public folders come flat, for vLLM or SGLang, or in the layout of the speculators package. A field that asks
-for arithmetic that the draft here does not have is refused, whatever servers make of it.
+A field that asks for arithmetic that the draft here does not have is refused, whatever servers make of it.
 """
 
 from __future__ import annotations
@@ -11,42 +10,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paceline.errors import ConfigError
-from paceline.target.folder import read_json
+from paceline.methods.start.folder import (
+    KIND,
+    WHY_NOT_HERE,
+    StartFolder,
+    decoder_sizes,
+    read_start_folder,
+    refuse_other_layers,
+    refuse_other_method,
+)
 from paceline.target.layer_ids import EAGLE_IDS, LAYER_IDS
-from paceline.target.rope import rope_parameters
 
 # A window is longer than any chain of guesses, so that a guess sees all guesses before it.
 WINDOW_MIN = 17
-ARCHITECTURES = frozenset(
-    {"LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel"}
-)
-NOT_HERE = {
-    "norm_before_residual": "the residual is the normed state",
-    "attention_bias": "its projections have biases",
-    "qkv_bias": "its projections have biases",
-    "bias": "fc has a bias",
-    "mlp_bias": "its projections have biases",
-    "parallel_drafting": "it drafts in parallel",
+EAGLE3, P_EAGLE = "eagle3", "p-eagle"
+ARCHITECTURES = {
+    EAGLE3: ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel"),
+    P_EAGLE: (
+        *("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "PeagleLlamaForCausalLM"),
+        *("PEagleSpeculator", "PEagleDraftModel"),
+    ),
 }
+KINDS = {EAGLE3: "eagle3", P_EAGLE: "peagle"}
+MASKS = ("mask_token_id", "pard_token", "ptd_token_id")
 
 
 @dataclass(frozen=True)
 class StartConfig:
-    """The draft's own sizes under the names of `Eagle3Config`, and what the folder says of its target."""
+    """The draft's own sizes under the names of `Eagle3Config`, and the layers that it reads."""
 
-    folder: Path
+    start: StartFolder
     sizes: Mapping[str, Any]  # without the layer ids
-    rope: Mapping[str, Any]  # rope_theta, rope_scaling and rope_parameters, as far as given
-    target_hidden_size: int
-    target_name: str  # "" if the folder does not say
-    target_version: str  # "" if the folder does not say
     block_ids: tuple[int, ...] | None  # counted in blocks
     layer_ids: tuple[int, ...] | None  # of blocks, counted from 0
-
-    @property
-    def names_its_target(self) -> bool:
-        return bool(self.target_name or self.target_version)
 
     def layers(self, num_hidden_layers: int) -> tuple[int, ...] | None:
         """The layers that are fused, as numbers of blocks; None: the default ones.
@@ -55,8 +51,7 @@ class StartConfig:
         """
         both = [ids for ids in (self.block_ids, self._from_zero()) if ids is not None]
         if len(set(both)) > 1:
-            raise refused(
-                self.folder,
+            raise self.start.refused(
                 f"its two lists of layer ids mean different layers: {both[0]} and {both[1]}",
                 "vLLM and SGLang would read other states; correct the list that is wrong.",
             )
@@ -69,41 +64,25 @@ class StartConfig:
         return None if self.layer_ids is None else LAYER_IDS["sglang.eagle3"].read(self.layer_ids)
 
 
-def read_start_config(folder: Path) -> StartConfig:
-    """Raises ConfigError for a folder that is missing, no EAGLE-3 draft's, or not implemented here."""
-    config = read_json(folder / "config.json")
-    nested = config.get("transformer_layer_config")
-    decoder = nested if isinstance(nested, dict) else config
-    _refuse_what_is_not_here(folder, config, decoder)
-    try:
-        heads, hidden = int(decoder["num_attention_heads"]), int(decoder["hidden_size"])
+def read_start_config(folder: Path, method: str = EAGLE3) -> StartConfig:
+    """Raises ConfigError for a folder that is missing, no draft of `method`, or not implemented here."""
+    start = read_start_folder(folder)
+    refuse_other_method(start, method, ARCHITECTURES[method], KINDS[method])
+    config, decoder = start.config, start.decoder
+    with start.reading():
+        _refuse_what_is_not_here(start)
         sizes = {
-            "hidden_size": hidden,
-            "intermediate_size": int(decoder["intermediate_size"]),
-            "num_attention_heads": heads,
-            "num_key_value_heads": int(decoder.get("num_key_value_heads") or heads),
-            "head_dim": int(decoder.get("head_dim") or hidden // heads),
-            "vocab_size": int(decoder["vocab_size"]),
+            **decoder_sizes(start),
             "draft_vocab_size": int(config.get("draft_vocab_size") or decoder["vocab_size"]),
-            "rms_norm_eps": float(decoder["rms_norm_eps"]),
-            "max_position_embeddings": int(decoder.get("max_position_embeddings", 2048)),
             **_variant(config, decoder),
+            **_mask(config, method),
         }
-        known = config.get("paceline", {}).get("target", {})
-        verifier = config.get("speculators_config", {}).get("verifier", {})
         return StartConfig(
-            folder=folder,
+            start=start,
             sizes=sizes,
-            rope={k: decoder[k] for k in ("rope_theta", "rope_scaling", "rope_parameters") if k in decoder},
-            target_hidden_size=int(config.get("target_hidden_size") or hidden),
-            target_name=str(known.get("name") or verifier.get("name_or_path") or ""),
-            target_version=str(known.get("model", "")),
             block_ids=_ids(config.get(EAGLE_IDS)),
             layer_ids=_ids((config.get("eagle_config") or {}).get(EAGLE_IDS)),
         )
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        reason = f"{error} is missing in its config.json" if isinstance(error, KeyError) else str(error)
-        raise refused(folder, reason, "Its sizes are the draft's.") from error
 
 
 def _variant(config: Mapping[str, Any], decoder: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,34 +105,37 @@ def _variant(config: Mapping[str, Any], decoder: Mapping[str, Any]) -> dict[str,
     }
 
 
+def _mask(config: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The token that a parallel draft's further rows read. Raises ValueError if the folder names none, or
+    two, or asks for norms that servers leave out of a parallel draft."""
+    named = {int(config[field]) for field in MASKS if config.get(field) is not None}
+    if method == EAGLE3:
+        if config.get("parallel_drafting"):
+            raise ValueError("it drafts in parallel: method.name is p-eagle for such a draft")
+        return {}
+    if len(named) != 1:
+        raise ValueError(f"its mask token is {' and '.join(map(str, sorted(named))) or 'missing'}")
+    if config.get("fc_norm") or config.get("use_aux_norm") or config.get("norm_output"):
+        raise ValueError("servers leave fc_norm and norm_output out of a draft in parallel")
+    return {"mask_token_id": named.pop()}
+
+
 def _ids(value: Any) -> tuple[int, ...] | None:
     return tuple(int(layer) for layer in value) if value else None  # an empty list means the default
 
 
-def _refuse_what_is_not_here(folder: Path, config: Mapping[str, Any], decoder: Mapping[str, Any]) -> None:
-    why = "Paceline's draft does not compute that, so its first outputs would be others than the folder's."
-    if not ARCHITECTURES & set(config.get("architectures") or []):
-        raise refused(folder, f"its architectures are {config.get('architectures')}", why)
-    if config.get("speculators_model_type", "eagle3") != "eagle3":
-        raise refused(folder, f"its speculators_model_type is {config['speculators_model_type']!r}", why)
-    if "speculators_model_type" in config and "norm_before_residual" not in config:
-        raise refused(folder, "it does not say norm_before_residual, which servers read differently", why)
-    for field, meaning in NOT_HERE.items():
+def _refuse_what_is_not_here(start: StartFolder) -> None:
+    config, decoder = start.config, start.decoder
+    refuse_other_layers(start)
+    meanings = {"norm_before_residual": "the residual is the normed state", "bias": "fc has a bias"}
+    for field, meaning in meanings.items():
         if config.get(field) or decoder.get(field):
-            raise refused(folder, f"it sets {field}: {meaning}", why)
+            raise start.refused(f"it sets {field}: {meaning}", WHY_NOT_HERE)
+    if config.get(KIND) == KINDS[EAGLE3] and "norm_before_residual" not in config:
+        reason = "it does not say norm_before_residual, which servers read differently"
+        raise start.refused(reason, WHY_NOT_HERE)
     if not (config.get("eagle_config") or {}).get("use_aux_hidden_state", True):
-        raise refused(folder, "it reads only the target's last state", why)
+        raise start.refused("it reads only the target's last state", WHY_NOT_HERE)
     if int(decoder.get("num_hidden_layers", 1)) != 1:
-        raise refused(folder, f"it has {decoder['num_hidden_layers']} layers, and a draft here has one", why)
-    if ({**decoder, **rope_parameters(decoder)}.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise refused(folder, "its rotary embedding is partial", why)
-    if decoder.get("hidden_act", "silu") != "silu":
-        raise refused(folder, f"its hidden_act is {decoder['hidden_act']!r}", why)
-
-
-def refused(folder: Path, reason: str, why: str) -> ConfigError:
-    return ConfigError(
-        f"A run cannot start from {folder}: {reason}.",
-        why=why,
-        next="set method.start_from to another EAGLE-3 folder of the same target, or leave it out.",
-    )
+        layers = decoder["num_hidden_layers"]
+        raise start.refused(f"it has {layers} layers, and a draft here has one", WHY_NOT_HERE)
