@@ -43,8 +43,8 @@ def start(name, where, killing):
             answer = real_fetch(self, order)
             bad.extend(id(sample) for i, (_, sample) in self._held.items() if i == killing)
             return answer
-        def collate(self, samples, device):
-            return die() if any(id(s) in bad for s in samples) else real_collate(self, samples, device)
+        def collate(self, samples, device, visit=None):
+            return die() if any(id(s) in bad for s in samples) else real_collate(self, samples, device, visit)
         Worker.fetch, method.Eagle3Method.collate = fetch, collate
     if where == "engine":
         # The producer alone: in one process its deaths would be laid to the consumer's samples, too.

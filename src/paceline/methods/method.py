@@ -74,9 +74,16 @@ class DraftMethod(Protocol):
     def num_tokens(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> int:
         """The `num_tokens` that the loss of these samples would count."""
 
-    def collate(self, samples: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Any:
+    def collate(
+        self,
+        samples: Sequence[Mapping[str, torch.Tensor]],
+        device: torch.device,
+        visit: int | None = None,
+    ) -> Any:
         """A batch on `device` from samples that carry the tensors of `features`.
 
+        `visit`: in training a number that no other step has; with a sample's tokens it decides all random
+        choices (visits.py). None: outside training, where nothing is changed at random.
         Build indices that depend on lengths or masks here, on the CPU, so that the loss never waits for them.
         Metrics may be of a part of the tokens while gradients are enabled; without gradients, of all of them.
         """

@@ -142,7 +142,7 @@ class HashLearner:
     def check_greedy(self, samples: Sequence[Sample]) -> None:
         """No target, nothing to check."""
 
-    def attempt(self, samples: Sequence[Sample]) -> None:
+    def attempt(self, samples: Sequence[Sample], step: int = 0) -> None:
         if any(sample.keys() != set(NAMES) for sample in samples):
             raise TrainingError("A sample lacks a tensor.", next="report this: the store lost it.")
         if self._refuses is not None:

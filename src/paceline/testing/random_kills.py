@@ -39,9 +39,10 @@ class Violation(AssertionError):  # noqa: N818 (it is what the tests look for)
 
 
 def make_run(folder: Path, model: Path) -> TinyRun:
-    """Long enough to be killed a few times: 120 samples, 30 steps."""
+    """Long enough to be killed a few times: 120 samples, 30 steps; with state and choices beside weights."""
     prompts = {"path": str(folder / "train.jsonl"), "rounds": ROUNDS, "max_answer_tokens": 12}
-    return TinyRun(folder, model, prompts=prompts)
+    more = {"training": {"ema_decay": 0.9}, "method": {"feature_noise": 0.05}}
+    return TinyRun(folder, model, prompts=prompts, **more)
 
 
 def train_with_kills(run: TinyRun, rng: random.Random, kills: int) -> Counter[str]:

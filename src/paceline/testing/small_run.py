@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from paceline.features.store import FeatureStore
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.loader.loader import StepLoader
 from paceline.methods.eagle3.method import Eagle3Method
+from paceline.methods.method import DraftMethod
 from paceline.roles.wire import (
     ConsumerParts,
     DriveProducer,
@@ -27,7 +28,6 @@ from paceline.testing.memory_features import InMemoryFeatureStore
 from paceline.testing.synthetic import SyntheticEngine, synthetic_head
 from paceline.training.settings import (
     CheckpointSection,
-    OptimizerSection,
     TrainerSettings,
     TrainingSection,
 )
@@ -52,18 +52,18 @@ class SmallRun:
         passes: int = 1,
         batch_size: int = 3,
         features: FeatureStore | None = None,
-        quarantine_max_in_a_row: int = 8,
-        optimizer: str = "adamw",
+        method: DraftMethod | None = None,
+        training: Mapping[str, Any] | None = None,
         **capture: Any,
     ) -> None:
-        """`capture`: further settings of the producer."""
+        """`method`: EAGLE-3 by default; `training`, `capture`: further settings of trainer and producer."""
         self.folder = folder
         self.num_prompts = num_prompts
         self.max_steps = max_steps
         self.passes = passes
         self.batch_size = batch_size
-        self.quarantine_max_in_a_row = quarantine_max_in_a_row
-        self.optimizer = optimizer
+        self.method = method or Eagle3Method({"draft_vocab_size": 32, "ttt_steps": 2, "init": "random"})
+        self.training = training or {}
         self.capture = {"max_prompt_tokens": 32, **capture}
         self.features = features or InMemoryFeatureStore(budget_bytes=8 << 20)
         self.engine = SyntheticEngine()
@@ -86,7 +86,7 @@ class SmallRun:
             feature_store=pointed(self.features, "features"),
             prompts=self.source if self.stretches else self.prompts,
             capture=CaptureSettings(
-                features=Eagle3Method().features(self.engine.facts),
+                features=self.method.features(self.engine.facts),
                 # The answers are random, never greedy.
                 **{"group_size": 4, "max_answer_tokens": 6, "first_round_temperature": 1.0, **self.capture},
             ),
@@ -99,14 +99,15 @@ class SmallRun:
     def consumer(
         self, *, resume: bool = True, should_stop: Callable[[], bool] = lambda: False
     ) -> tuple[Trainer, StepLoader]:
-        training = TrainingSection(
-            passes=self.passes,
-            batch_size=self.batch_size,
-            micro_batch_size=min(2, self.batch_size),
-            warmup_steps=1,
-            max_steps=self.max_steps,
-            quarantine_max_in_a_row=self.quarantine_max_in_a_row,
-            optimizer=OptimizerSection.model_validate(self.optimizer),
+        training = TrainingSection.parse(
+            {
+                "passes": self.passes,
+                "batch_size": self.batch_size,
+                "micro_batch_size": min(2, self.batch_size),
+                "warmup_steps": 1,
+                "max_steps": self.max_steps,
+                **self.training,
+            }
         )
         settings = TrainerSettings(
             total_steps=5,
@@ -115,7 +116,7 @@ class SmallRun:
             checkpoint=CheckpointSection(interval_steps=2),
         )
         parts = ConsumerParts(
-            method=Eagle3Method({"draft_vocab_size": 32, "ttt_steps": 2, "init": "random"}),
+            method=self.method,
             head=synthetic_head(),
             checkpoint_folder=self.folder / "checkpoints",
             settings=settings,

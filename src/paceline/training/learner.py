@@ -41,8 +41,8 @@ class Learner(Protocol):
         none. Raises TrainingError if loss or gradient is not finite.
         """
 
-    def attempt(self, samples: Sequence[Sample]) -> None:
-        """Do a step without the update: raises what `step` would, and leaves the state unchanged."""
+    def attempt(self, samples: Sequence[Sample], step: int = 0) -> None:
+        """Do step `step` without the update: raises what `step` would, and leaves the state unchanged."""
 
     def probe(self, like: Sample) -> None:
         """Raise if weights, target or machine cannot train any sample, and say which.

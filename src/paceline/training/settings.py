@@ -55,6 +55,8 @@ class TrainingSection(Section):
     `quarantine_max_in_a_row`: how many samples in a row may be quarantined. Then training stops, since the
     cause is hardly in the samples. `stop_when_flat`: end training early, once the acceptance lengths that are
     measured beside it (evaluation.every_steps) rise no more.
+    `ema_decay`: the draft that is measured, exported and given away is the exponential moving average of the
+    weights, of which each step keeps this share (average.py). None: it is the last weights.
     """
 
     changeable: ClassVar[tuple[str, ...]] = ("device", "quarantine_max_in_a_row", "stop_when_flat")
@@ -66,6 +68,7 @@ class TrainingSection(Section):
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     passes: Count = 1
     batch_size: Count = 8
     micro_batch_size: Count = 8

@@ -40,14 +40,15 @@ def accumulate_gradients(
     settings: TrainerSettings,
     *,
     what: str,
+    visit: int | None = None,
     num_tokens: float | None = None,
 ) -> Accumulated:
     """Leave the clipped mean gradients over the samples' tokens in the draft's parameters; no update.
 
     The summed gradients are divided once, by `num_tokens` or else by the tokens of these samples. If a
     wrapper of `draft` averages gradients over W processes, pass the tokens of all, divided by W. Every
-    micro-batch runs backward, so that the processes synchronise in each. Raises TrainingError, which names
-    `what`, if loss or gradient is not finite.
+    micro-batch runs backward, so that the processes synchronise in each. `visit`: see `DraftMethod.collate`.
+    Raises TrainingError, which names `what`, if loss or gradient is not finite.
     """
     draft.zero_grad(set_to_none=True)
     device, size = next(draft.parameters()).device, settings.training.micro_batch_size
@@ -55,7 +56,7 @@ def accumulate_gradients(
     totals: dict[str, torch.Tensor] = {}
     local_tokens = 0
     for start in range(0, len(samples), size):
-        batch = method.collate(samples[start : start + size], device)
+        batch = method.collate(samples[start : start + size], device, visit)
         with _autocast(device, settings.autocast_dtype):
             sums: LossSums = draft(batch)
         sums.loss_sum.backward()
@@ -95,7 +96,15 @@ def train_step(
     `num_tokens`: see `accumulate_gradients`. Raises TrainingError, with the weights unchanged, if loss or
     gradient is not finite.
     """
-    sums = accumulate_gradients(samples, draft, method, settings, what=f"Step {step}", num_tokens=num_tokens)
+    sums = accumulate_gradients(
+        samples,
+        draft,
+        method,
+        settings,
+        what=f"Step {step}",
+        visit=visit_of(step, settings),
+        num_tokens=num_tokens,
+    )
     rate = learning_rate_at(step, settings)
     set_learning_rate(optimizer, rate)
     optimizer.step()
@@ -106,6 +115,11 @@ def train_step(
         "learning_rate": rate,
         **method.mean_metrics(sums.metrics),
     }
+
+
+def visit_of(step: int, settings: TrainerSettings) -> int:
+    """The number of a step's visits; runs of another seed have others."""
+    return settings.seed * 1_000_003 + step
 
 
 def _clip(draft: nn.Module, limit: float) -> float:

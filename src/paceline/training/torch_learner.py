@@ -23,18 +23,21 @@ from paceline.target.head import TargetHead
 from paceline.target.origin import origin_of
 from paceline.target.version import model_version
 from paceline.training import tensor_files
+from paceline.training.average import WeightAverage
 from paceline.training.learner import DRAFT
 from paceline.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from paceline.training.settings import TrainerSettings
-from paceline.training.step import accumulate_gradients, train_step
+from paceline.training.step import accumulate_gradients, train_step, visit_of
 
 OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
+WEIGHTS = "weights.safetensors"  # that are trained, where the draft holds their average
 
 
 class TorchLearner:
     def __init__(self, method: DraftMethod, head: TargetHead, settings: TrainerSettings) -> None:
         self.draft: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
+        self._average: WeightAverage | None = None
         self._method = method
         self._head = head
         self._settings = settings
@@ -68,6 +71,8 @@ class TorchLearner:
         self.draft = draft.to(self._device)
         scales = self._method.learning_rate_scales()
         self.optimizer = build_optimizer(draft, self._settings.training, scales)
+        decay = self._settings.training.ema_decay
+        self._average = None if decay is None else WeightAverage(draft, decay)
 
     def num_tokens(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> int:
         return self._method.num_tokens(samples)
@@ -78,14 +83,17 @@ class TorchLearner:
         assert self.draft is not None
         assert self.optimizer is not None
         parts = self.draft, self._method, self.optimizer, self._settings
-        return train_step(step, samples, *parts, num_tokens=num_tokens)
+        figures = train_step(step, samples, *parts, num_tokens=num_tokens)
+        if self._average is not None:
+            self._average.update(step)
+        return figures
 
-    def attempt(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    def attempt(self, samples: Sequence[Mapping[str, torch.Tensor]], step: int = 0) -> None:
         assert self.draft is not None
         before = torch.get_rng_state()
         try:
-            what = f"A trial of {len(samples)} samples"
-            accumulate_gradients(samples, self.draft, self._method, self._settings, what=what)
+            what, visit = f"A trial of {len(samples)} samples", visit_of(step, self._settings)
+            accumulate_gradients(samples, self.draft, self._method, self._settings, what=what, visit=visit)
         finally:
             self.draft.zero_grad(set_to_none=True)
             torch.set_rng_state(before)
@@ -107,8 +115,11 @@ class TorchLearner:
     def files(self) -> dict[str, FileContent]:
         assert self.draft is not None
         assert self.optimizer is not None
+        given = self.draft if self._average is None else self._average
+        kept = {} if self._average is None else {WEIGHTS: self._average.trained()}
         return {
-            DRAFT: self._buffers.file(DRAFT, self.draft.state_dict()),
+            DRAFT: self._buffers.file(DRAFT, given.state_dict()),
+            **{name: self._buffers.file(name, tensors) for name, tensors in kept.items()},
             OPTIMIZER: self._buffers.file(OPTIMIZER, optimizer_tensors(self.draft, self.optimizer)),
             RNG: self._buffers.file(RNG, {"torch": torch.get_rng_state()}),
         }
@@ -117,6 +128,8 @@ class TorchLearner:
         draft = restore_draft(self._method, self._head, files)
         self._adopt(draft)
         assert self.optimizer is not None
+        if self._average is not None:
+            self._average.restore_trained(tensor_files.from_bytes(WEIGHTS, files[WEIGHTS]))
         restore_optimizer(draft, self.optimizer, tensor_files.from_bytes(OPTIMIZER, files[OPTIMIZER]))
         torch.set_rng_state(tensor_files.from_bytes(RNG, files[RNG])["torch"])
 

@@ -95,7 +95,7 @@ class Worker:
         if order.step == FIRST_WEIGHTS:
             self.learner.build(samples)
         elif samples:
-            self.learner.attempt(samples)
+            self.learner.attempt(samples, order.step)
 
     def probe(self, order: StepOrder) -> bool:
         """Raise if weights or machine cannot train any sample; whether a real sample was trained."""

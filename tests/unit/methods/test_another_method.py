@@ -57,7 +57,9 @@ class OneLayerGuess:
     def num_tokens(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> int:
         return sum(int(sample["wanted"].sum()) for sample in samples)
 
-    def collate(self, samples: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Any:
+    def collate(
+        self, samples: Sequence[Mapping[str, torch.Tensor]], device: torch.device, visit: int | None = None
+    ) -> Any:
         assert all(set(sample) == {"words", "wanted", "shallow"} for sample in samples)
         return (
             torch.cat([sample["shallow"] for sample in samples]).float().to(device),

@@ -35,9 +35,9 @@ OTHER = Variant(name="other", sections={"method": DFLASH})
 def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     folder = tmp_path_factory.mktemp("comparer")
     # Two passes over blocks, and a last step that is not full.
-    training = {"batch_size": 3, "micro_batch_size": 3, "passes": 2}
-    model = make_tiny_folder(folder / "model")
-    return TinyRun(folder, model, training=training, evaluation={"max_new_tokens": 8})
+    training = {"batch_size": 3, "micro_batch_size": 3, "passes": 2, "ema_decay": 0.9}
+    model, method = make_tiny_folder(folder / "model"), {"feature_noise": 0.05}
+    return TinyRun(folder, model, training=training, method=method, evaluation={"max_new_tokens": 8})
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +111,8 @@ def test_every_variant_is_measured_by_lossless_decoding_and_simulated(run: TinyR
     assert found["evaluation"]["identical"] == found["evaluation"]["prompts"] == 3
     assert 1 <= found["evaluation"]["chain"]["acceptance_length"] <= 3
     assert 1 <= found["simulated_acceptance_length"] <= 3
+    assert found["simulated"]["acceptance_length_estimate"] == found["simulated_acceptance_length"]
+    assert {"accuracy_0", "accuracy_1", "loss_0", "loss_1"} < set(found["simulated"])
 
 
 def test_the_features_of_a_second_call_are_those_of_the_first(

@@ -140,7 +140,7 @@ class BadFrom(SyntheticEngine):
 
 def test_no_more_than_so_many_samples_in_a_row_are_quarantined(tmp_path: Path) -> None:
     """Also over restarts; with a higher limit, which may change in a run, it goes on."""
-    run = SmallRun(tmp_path, batch_size=1, quarantine_max_in_a_row=3)
+    run = SmallRun(tmp_path, batch_size=1, training={"quarantine_max_in_a_row": 3})
     run.engine = BadFrom(5, 11)
     run.producer()[1]()
     for _ in range(3):
@@ -148,7 +148,7 @@ def test_no_more_than_so_many_samples_in_a_row_are_quarantined(tmp_path: Path) -
         with pytest.raises(TrainingError, match=r"3 samples in a row.*quarantine_max_in_a_row"):
             trainer.fit(loader)
         assert list(quarantined(run)) == ["small:5", "small:6", "small:7"]
-    run.quarantine_max_in_a_row = 7
+    run.training = {"quarantine_max_in_a_row": 7}
     run.run()
     assert set(quarantined(run)) == run.engine.bad
 
@@ -176,7 +176,7 @@ def test_one_sample_of_another_shape_is_quarantined_alone(tmp_path: Path, batch_
 
 def test_a_sample_that_trains_ends_the_row(tmp_path: Path) -> None:
     """Bad samples among good ones are quarantined however many there are."""
-    run = SmallRun(tmp_path, batch_size=1, quarantine_max_in_a_row=1)
+    run = SmallRun(tmp_path, batch_size=1, training={"quarantine_max_in_a_row": 1})
     run.engine = BadFrom(0, -1)
     run.engine.bad = {f"small:{n}" for n in (5, 7, 9, 11, 13)}
     run.run()
@@ -185,7 +185,7 @@ def test_a_sample_that_trains_ends_the_row(tmp_path: Path) -> None:
 
 def test_too_many_bad_samples_in_one_step_quarantine_none(tmp_path: Path) -> None:
     """The limit is asked before the first of them is quarantined."""
-    run = SmallRun(tmp_path, batch_size=7, quarantine_max_in_a_row=3)
+    run = SmallRun(tmp_path, batch_size=7, training={"quarantine_max_in_a_row": 3})
     run.engine = BadFrom(8, 12)
     run.producer()[1]()
     trainer, loader = run.consumer()
@@ -207,7 +207,8 @@ def test_captures_that_stay_unreadable_stop_training_after_a_few_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory that rots does not bury the data set."""
-    run = captured(tmp_path, features=RottenStore(8 << 20), batch_size=1, quarantine_max_in_a_row=2)
+    bounded = {"quarantine_max_in_a_row": 2}
+    run = captured(tmp_path, features=RottenStore(8 << 20), batch_size=1, training=bounded)
     trainer, loader = run.consumer()
     # While the consumer waits for a sample, a producer comes and captures it again.
     monkeypatch.setattr(trainer.coordinator, "relieve_pressure", lambda: run.producer()[1]())

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from paceline import InMemoryMetadataStore, SQLiteMetadataStore
 from paceline.capture.backpressure import Watermarks
 from paceline.errors import CheckpointError, ConfigError, FencedError, TrainingError
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.loader.loader import StepLoader
+from paceline.methods.table import METHODS
 from paceline.roles.wire import build_disagg_online_consumer, resolve_ledger, run_disagg_online
 from paceline.testing.memory_features import InMemoryFeatureStore
 from paceline.testing.small_run import SmallRun, same_bits, weights
@@ -82,20 +84,52 @@ def test_a_consumer_that_vanishes_is_replayed_to_the_same_weights(
     assert SQLiteMetadataStore(run.db).durable_marker()["acked"] == {f"small:{n}" for n in range(14)}
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_muons_state_is_in_the_checkpoint(
-    tmp_path: Path, uninterrupted: dict[str, torch.Tensor], steps: int
-) -> None:
-    """A consumer that dies before its first checkpoint or after it is replayed to the same weights."""
-    plain = weights(SmallRun(tmp_path / "plain", optimizer="muon").run())
-    assert not same_bits(plain, uninterrupted), "the setting reaches the trainer"
-    run = SmallRun(tmp_path / "killed", optimizer="muon")
+SMALL = {"init": "random", "dtype": "float32"}
+EAGLE3 = {"name": "eagle3", "draft_vocab_size": 32, "ttt_steps": 2, **SMALL}
+DFLASH = {"name": "dflash", "block_size": 3, "layers": 1, "target_states": 3, **SMALL}
+# What a step leaves behind or draws, beside the weights: method and training with it, and without.
+STATES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "muon's momentum": (EAGLE3, {"optimizer": "muon"}, EAGLE3, {}),
+    "the average of the weights": (EAGLE3, {"ema_decay": 0.7}, EAGLE3, {}),
+    "noise": ({**EAGLE3, "feature_noise": 0.2}, {}, EAGLE3, {}),
+    "anchors": ({**DFLASH, "anchors_max": 2}, {"ema_decay": 0.7}, {**DFLASH, "anchors_max": 64}, {}),
+}
+
+
+def run_of(folder: Path, method: dict[str, Any], training: dict[str, Any]) -> SmallRun:
+    made = METHODS.find(method["name"]).parse(method).build()
+    return SmallRun(folder, method=made, training=training, passes=2)
+
+
+def kept(run: SmallRun) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint."""
+    head = SQLiteLedger(run.db).snapshot().head
+    assert head is not None
+    files = (run.folder / "checkpoints" / head.name).glob("*.safetensors")
+    return {f"{path.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+@pytest.mark.parametrize("what", STATES)
+def test_what_a_step_leaves_or_draws_is_the_same_after_a_kill(tmp_path: Path, what: str, steps: int) -> None:
+    """A consumer that dies before its first checkpoint, between two or on one: every tensor of the last
+    checkpoint has the same bits, the draft that is given away among them."""
+    method, training, other_method, other_training = STATES[what]
+    undisturbed = run_of(tmp_path / "plain", method, training)
+    undisturbed.run()
+    without = run_of(tmp_path / "without", other_method, other_training)
+    without.run()
+    plain = kept(undisturbed)
+    drafts = [{k: t for k, t in kept(r).items() if k.startswith("draft")} for r in (undisturbed, without)]
+    assert not same_bits(*drafts), "the setting reaches the trainer"
+    run = run_of(tmp_path / "killed", method, training)
     run.producer()[1]()
     doomed, loader = run.consumer()
     die_after(loader, steps)
     with pytest.raises(Killed):
         doomed.fit(loader)
-    assert same_bits(weights(run.run()), plain)
+    run.run()
+    assert same_bits(kept(run), plain)
 
 
 class Killed(BaseException):

@@ -83,7 +83,7 @@ class SummingLearner:
     def check_greedy(self, samples: Sequence[Sample]) -> None:
         """It has no target."""
 
-    def attempt(self, samples: Sequence[Sample]) -> None:
+    def attempt(self, samples: Sequence[Sample], step: int = 0) -> None:
         for sample in samples:
             if id_of(sample) in self._bad:
                 raise TrainingError(f"The loss of {id_of(sample)} is NaN.")

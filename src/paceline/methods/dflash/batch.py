@@ -23,6 +23,7 @@ import torch
 from paceline.methods.dflash.attention import Layout, Tile, tiles_of
 from paceline.methods.packed import Group, on_device
 from paceline.methods.targets import counted_rows
+from paceline.methods.visits import ANCHORS, generator_of
 
 
 @dataclass(frozen=True)
@@ -70,24 +71,24 @@ class DFlashBatch:
         return on_device(self, device)
 
 
-def anchors_of(sample: Mapping[str, torch.Tensor], most: int) -> torch.Tensor:
-    """The places of a sample's anchors, int64 [a], ascending; at most `most`, chosen by its tokens alone."""
+def anchors_of(sample: Mapping[str, torch.Tensor], most: int, visit: int | None = None) -> torch.Tensor:
+    """The places of a sample's anchors, int64 [a], ascending; at most `most`, others at every `visit`."""
     target = sample["loss_mask"].bool()
     # Token 0 has no row before it, so its block would see nothing.
     places = (target[1:-1] & target[2:]).nonzero().squeeze(1) + 1
     if places.numel() <= most:
         return places
-    tokens = sample["input_ids"].long()
-    weights = torch.arange(1, tokens.numel() + 1)
-    seed = int((tokens * weights * 2654435761).sum()) & (2**63 - 1)
-    order = torch.randperm(places.numel(), generator=torch.Generator().manual_seed(seed))
+    generator = generator_of(sample["input_ids"].long(), visit, ANCHORS)
+    order = torch.randperm(places.numel(), generator=generator)
     return places[order[:most].sort().values]
 
 
-def collate(samples: Sequence[Mapping[str, torch.Tensor]], blocks: Blocks) -> DFlashBatch:
+def collate(
+    samples: Sequence[Mapping[str, torch.Tensor]], blocks: Blocks, visit: int | None = None
+) -> DFlashBatch:
     """Pack samples (input_ids, loss_mask, aux_ and last_hidden_states) into one batch on the CPU."""
     lengths = [int(sample["input_ids"].numel()) - 1 for sample in samples]
-    anchors = [anchors_of(sample, blocks.anchors_max) for sample in samples]
+    anchors = [anchors_of(sample, blocks.anchors_max, visit) for sample in samples]
     counted = torch.cat([counted_rows(sample["loss_mask"]) for sample in samples])
     numbers, widths = torch.arange(len(samples)), torch.tensor([a.numel() for a in anchors])
     ends = torch.tensor(lengths).cumsum(0)

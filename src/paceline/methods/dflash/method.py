@@ -27,6 +27,7 @@ from paceline.methods.layers import initialise_random
 from paceline.methods.packed import mean_metrics
 from paceline.methods.sizes import sizes_of_target
 from paceline.methods.start.tensors import refuse_other_target, refuse_unfit, sizes_for
+from paceline.methods.visits import noisy
 from paceline.table import resolve
 from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
@@ -34,6 +35,7 @@ from paceline.types import Feature, Rows, States, Targets, Tokens
 
 # How many guesses go through the output layer at a time: 300 MB of bfloat16 logits of 150,000 tokens.
 _GROUP_GUESSES = 1 << 10
+_ALL = 1 << 30
 # Adam's equal steps would undo what a regression found before the rest of the draft knows anything.
 _REGRESSION_RATES = {
     "fc.weight": 0.1,
@@ -130,10 +132,16 @@ class DFlashMethod:
     def num_tokens(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> int:
         return sum(anchors_of(sample, self.settings.anchors_max).numel() for sample in samples)
 
-    def collate(self, samples: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> DFlashBatch:
+    def collate(
+        self,
+        samples: Sequence[Mapping[str, torch.Tensor]],
+        device: torch.device,
+        visit: int | None = None,
+    ) -> DFlashBatch:
         chosen = self.settings
-        blocks = Blocks(chosen.block_size, chosen.depths, chosen.causal, chosen.anchors_max, _GROUP_GUESSES)
-        return collate(samples, blocks).to(device)
+        most = chosen.anchors_max if torch.is_grad_enabled() else _ALL
+        blocks = Blocks(chosen.block_size, chosen.depths, chosen.causal, most, _GROUP_GUESSES)
+        return collate(noisy(samples, chosen.feature_noise, visit), blocks, visit).to(device)
 
     def drafter(self, draft: nn.Module, dtype: torch.dtype) -> DFlashDecoder:
         assert isinstance(draft, DFlashDraft)

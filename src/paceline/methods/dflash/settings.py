@@ -47,13 +47,16 @@ class BlockSection(StartSection):
     `block_size`: tokens of a block, the newest token of the text included. `layers` decoder layers read
     `target_states` of the target's states, spread over its depth. `mask_token_id`: the token whose embedding
     stands for an unknown one, by default the vocabulary's last. `causal`: a place of a block attends to none
-    after it. `anchors_max`: of a sample with more possible blocks this many are trained, chosen by its tokens
-    alone, so by the same sample always the same.
+    after it. `anchors_max`: of a sample with more possible blocks this many are trained, others at every
+    visit (visits.py).
 
     `init`: "regression" (closed form, from the run's first samples; see warm_start.py) or "random".
 
     `start_from` (see `StartSection`): weights and shape come from the folder. A setting of the shape that is
     given beside it must be the folder's.
+
+    `feature_noise`: in training, the states that the draft reads carry Gaussian noise of this share of their
+    size, new at every visit (visits.py).
 
     `recompute`: backward computes the logits again, to the same bits, instead of keeping them.
     """
@@ -70,6 +73,7 @@ class BlockSection(StartSection):
     loss: LossSection = LossSection()
     weighting: WeightingSection = WeightingSection()
     init: Literal["regression", "random"] = "regression"
+    feature_noise: Annotated[float, Field(ge=0.0)] = 0.0
     recompute: bool = False
 
     def refuse_start(self, folder: Path) -> None:

@@ -28,6 +28,7 @@ from paceline.methods.packed import mean_metrics
 from paceline.methods.sizes import sizes_of_target
 from paceline.methods.start.tensors import refuse_other_target, refuse_unfit, sizes_for
 from paceline.methods.targets import counted_rows
+from paceline.methods.visits import noisy
 from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
 from paceline.types import Feature, Rows, States, Targets, Tokens
@@ -141,7 +142,12 @@ class Eagle3Method:
     def num_tokens(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> int:
         return sum(int(counted_rows(sample["loss_mask"])[1:].sum()) for sample in samples)
 
-    def collate(self, samples: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Eagle3Batch:
+    def collate(
+        self,
+        samples: Sequence[Mapping[str, torch.Tensor]],
+        device: torch.device,
+        visit: int | None = None,
+    ) -> Eagle3Batch:
         chosen = self.settings
         size, window = chosen.draft_vocab_size, chosen.sliding_window
         if self._start is not None:
@@ -149,7 +155,7 @@ class Eagle3Method:
         group = max(1, _GROUP_LOGITS // (chosen.ttt_steps * size))
         share = JUDGED_SHARE if torch.is_grad_enabled() else 1
         unrolling = Unrolling(chosen.ttt_steps, chosen.step_decay, group, share, window)
-        return collate(samples, unrolling).to(device)
+        return collate(noisy(samples, chosen.feature_noise, visit), unrolling).to(device)
 
     def drafter(self, draft: nn.Module, dtype: torch.dtype) -> Eagle3Decoder:
         assert isinstance(draft, Eagle3Draft)

@@ -26,6 +26,9 @@ class Eagle3Section(StartSection):
     `start_from` (see `StartSection`): weights, sizes, vocabulary maps, fused layers and EAGLE-3.1's choices
     come from the folder; the settings of these are not used then.
 
+    `feature_noise`: in training, the states that the draft reads carry Gaussian noise of this share of their
+    size, new at every visit (visits.py).
+
     EAGLE-3.1's choices, each off by default; servers read them under the same names (docs/exports.md):
     `norm_before_fc` norms the fused target states as one vector, `fc_norm` each of them alone; `norm_output`
     feeds a step the output of the step before after the final norm, not before it; with `sliding_window` a
@@ -48,6 +51,7 @@ class Eagle3Section(StartSection):
     loss: LossSection = LossSection()
     init: Literal["regression", "target", "random"] = "regression"
     train_lm_head: bool = True
+    feature_noise: Annotated[float, Field(ge=0.0)] = 0.0
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
