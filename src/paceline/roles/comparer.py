@@ -182,24 +182,26 @@ class _Variant:
             events.write("measuring")
             measured = build_measured_draft(self._config, Checkpoint(trained.steps, 0, files, {}), date)
         encoder = PromptEncoder.of(self._config.target, date=date) if measured is None else measured.encoder
+        simulated = self._simulated(draft, encoder)
         return {
             **asdict(trained),
             "method": self._config.method.name,
             "parameters": sum(weight.numel() for weight in draft.parameters()),
-            "simulated_acceptance_length": self._simulated(draft, encoder),
+            "simulated_acceptance_length": simulated.get("acceptance_length_estimate"),
+            "simulated": simulated,
             "obstacle": self._plan.evaluation_obstacle,
             "evaluation": measured
             and measure_held_out(self._config, measured, held_out_of(self._config, measured)),
         }
 
-    def _simulated(self, draft: torch.nn.Module, encoder: PromptEncoder) -> float | None:
-        """By the method's own figures on the target's answers to the held-out prompts; None without any."""
+    def _simulated(self, draft: torch.nn.Module, encoder: PromptEncoder) -> dict[str, float]:
+        """The method's own figures on the target's answers to the held-out prompts; empty without any."""
         held_out = self._asked.held_out(TemplateOnly(encoder, self._config.target.model))
         kept = self._kept.held_out(held_out, self._config.evaluation.max_new_tokens)
         if not kept:
-            return None
+            return {}
         samples = [self._kept.as_of_method(sample, self._features) for sample in kept]
-        return judged(self._method, draft, samples).get("acceptance_length_estimate")
+        return dict(judged(self._method, draft, samples))
 
 
 if __name__ == "__main__":
