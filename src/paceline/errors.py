@@ -16,6 +16,7 @@
     │   ├── IllegalTransitionError the protocol forbids this change of state
     │   ├── IntentRevokedError     the byte intents of this commit were revoked; write the bytes again
     │   ├── UnknownResultError     it is unknown whether the change was made; repeat it
+    │   ├── LedgerRegressedError   the ledger has lost changes that this process knows of
     │   └── SchemaError            this version cannot open the database
     ├── CheckpointError      no valid checkpoint where one is needed                                  7
     │   └── CheckpointDamagedError it is missing, or not as it was written
@@ -103,6 +104,10 @@ class IntentRevokedError(LedgerError):
 
 
 class UnknownResultError(LedgerError):
+    pass
+
+
+class LedgerRegressedError(LedgerError):
     pass
 
 

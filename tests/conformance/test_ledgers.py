@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from paceline.ledger.ledger import Ledger
+from paceline.ledger.stores.redis import RedisLedger
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.ledger_protocol_suite import LedgerProtocolSuite
 from paceline.testing.ledger_suite import LedgerSuite
 from paceline.testing.specification_of_steps import SpecificationLedger
+from paceline.testing.valkey_server import ValkeyServer
 
 
 class TestSpecificationLedger(LedgerSuite, LedgerProtocolSuite):
@@ -42,4 +46,19 @@ class TestSQLiteLedgerInMemory(LedgerSuite, LedgerProtocolSuite):
     def make(self) -> Ledger:
         ledger = SQLiteLedger()
         ledger.archive_from = 1
+        return ledger
+
+
+class TestRedisLedger(LedgerSuite, LedgerProtocolSuite):
+    @pytest.fixture(autouse=True)
+    def _server(self, valkey: ValkeyServer) -> Iterator[None]:
+        self.url, self.opened = valkey.url, list[RedisLedger]()
+        yield
+        for ledger in self.opened:
+            ledger.close()
+
+    def make(self) -> Ledger:
+        ledger = RedisLedger(self.url, uuid.uuid4().hex, durability="head")
+        ledger.archive_from = 1
+        self.opened.append(ledger)
         return ledger

@@ -225,9 +225,14 @@ class CheckpointRecord:
 
 def chain_of(before: str, plans: Iterable[StepPlan]) -> str:
     """The hash of a lineage: the hash `before`, continued by `plans` in step order."""
+    return chain_of_digests(before, (plan.digest for plan in plans))
+
+
+def chain_of_digests(before: str, digests: Iterable[str]) -> str:
+    """The same, from the digests of the plans."""
     chain = before
-    for plan in plans:
-        chain = hashlib.sha256(f"{chain}{plan.digest}".encode()).hexdigest()
+    for digest in digests:
+        chain = hashlib.sha256(f"{chain}{digest}".encode()).hexdigest()
     return chain
 
 

