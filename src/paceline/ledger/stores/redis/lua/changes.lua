@@ -13,10 +13,13 @@ local function begin_consumer()
   run.trained_step = head and head.step or 0
 end
 
--- `token`: of this call alone, so that it can be repeated when its result was lost.
+-- `token`: of this call alone, so that it can be repeated when its result was lost. All are remembered: a
+-- copy of a call may arrive when another process has taken the role over since.
 function change.acquire(name, holder, token, order)
-  if redis.call('HGET', KEY.tokens, name) == token then
-    return UNCHANGED, tonumber(redis.call('HGET', KEY.epochs, name))
+  local call = name .. ' ' .. token
+  local known = redis.call('HGET', KEY.tokens, call)
+  if known then
+    return UNCHANGED, tonumber(known)
   end
   if order and settle_order(order) ~= order then
     refuse('other_order', run.place_order)
@@ -24,7 +27,7 @@ function change.acquire(name, holder, token, order)
   local next_epoch = tonumber(redis.call('HGET', KEY.epochs, name) or 0) + 1
   later('HSET', KEY.epochs, name, next_epoch)
   later('HSET', KEY.holders, name, holder)
-  later('HSET', KEY.tokens, name, token)
+  later('HSET', KEY.tokens, call, next_epoch)
   later('HDEL', KEY.ops, name)
   later('HDEL', KEY.results, name)
   if name == 'consumer' then
