@@ -84,7 +84,14 @@ class Child:
             return False
         return True
 
+    _asked = False  # to stop at its next safe point
+
     def send(self, number: signal.Signals) -> None:
+        """Send the signal; SIGTERM only once, because a second one would end the role at once."""
+        if number == signal.SIGTERM:
+            if self._asked:
+                return
+            self._asked = True
         if self._process.poll() is None:
             self._process.send_signal(number)
 

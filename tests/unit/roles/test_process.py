@@ -9,13 +9,14 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from paceline.ledger.locks import RoleLock, live_holder
-from paceline.roles.child import end_orphan
+from paceline.roles.child import Child, end_orphan
 from paceline.roles.process import REPORT_VARIABLE, SUPERVISOR_VARIABLE
 
 ROLE = """
@@ -179,3 +180,13 @@ def test_a_start_ends_an_orphan_and_nothing_else(tmp_path: Path, is_orphan: bool
             assert holder.stdin is not None
             holder.stdin.close()
             assert holder.wait() == 0
+
+
+def test_a_role_is_asked_to_stop_once_however_often_its_supervisor_asks() -> None:
+    """At a second SIGTERM it would end at once, without the checkpoint that its safe point writes."""
+    sent: list[signal.Signals] = []
+    child = object.__new__(Child)
+    child._process = SimpleNamespace(poll=lambda: None, send_signal=sent.append)  # type: ignore[assignment]
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+        child.send(number)
+    assert sent == [signal.SIGTERM, signal.SIGKILL]
