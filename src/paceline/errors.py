@@ -2,6 +2,7 @@
 
     PacelineError
     ├── ConfigError          the run file, the prompt file or the machine does not fit  (ValueError) 2
+    │   └── LedgerMissingError     there is no ledger where one is looked at
     ├── RunBusyError         another live process already holds this role of the run                  3
     ├── EngineError          the target model cannot be loaded or run                                 4
     │   ├── CaptureMismatchError   captured states do not reproduce the model's own argmax
@@ -49,6 +50,10 @@ class PacelineError(Exception):
 
 class ConfigError(PacelineError, ValueError):
     exit_code = 2
+
+
+class LedgerMissingError(ConfigError):
+    pass
 
 
 class RunBusyError(PacelineError):

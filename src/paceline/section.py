@@ -34,7 +34,7 @@ class Section(BaseModel):
     """`changeable`: the settings that may change between two starts of a run, because no bit of the weights
     depends on them; "*" means all."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, hide_input_in_errors=True)
     changeable: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -77,9 +77,14 @@ def nearest(wrong: str, known: list[str]) -> str:
 
 def _shown(value: object) -> str:
     try:
-        return reprlib.repr(value)
+        return reprlib.repr(without_secrets(value) if isinstance(value, str) else value)
     except ValueError:  # more digits than Python writes
         return "a number of very many digits"
+
+
+def without_secrets(text: str) -> str:
+    """The text with what stands between :// and @ hidden: user and password of an address."""
+    return re.sub(r"://[^\n]*@", "://***@", text)
 
 
 def _keys_at(where: list[str], model: type[BaseModel]) -> list[str]:

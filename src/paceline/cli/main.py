@@ -31,6 +31,7 @@ from paceline.engines.table import ENGINES
 from paceline.errors import ConfigError, PacelineError, explained
 from paceline.evaluation.settings import EvaluationRequest
 from paceline.exports.settings import ExportSection
+from paceline.ledger.place import known
 from paceline.regular_files import kind_of
 from paceline.roles.child import RoleFailedError
 from paceline.roles.plan import RunPlan, plan_run, role_environment
@@ -234,10 +235,7 @@ def serve(
 @advises
 def fsck(run: Run) -> None:
     """Check, with code independent of the trainer, that a run has kept its guarantee. Changes nothing."""
-    directory = _directory(run)
-    if not kind_of(directory / "ledger.db"):
-        open_run(directory)  # raises the error with advice
-    raise typer.Exit(fsck_directory(out, directory))
+    raise typer.Exit(fsck_directory(out, _directory(run)))
 
 
 @app.command()
@@ -348,9 +346,13 @@ def _run_file(run: Path) -> Path:
     if not _is_directory(run):
         return run
     with making_sense(run):
-        recorded = recorded_config(open_run(run).facts().get("config", {}), run)
+        recorded = dict(open_run(run).facts().get("config", {}))
+        if recorded and (place := known(run)) is not None:  # the ledger may have moved since the first start
+            recorded = {key: value for key, value in recorded.items() if not key.startswith("ledger.")}
+            recorded |= {f"ledger.{key}": value for key, value in place.section.items()}
+        text = recorded_config(recorded, run)
     run_file = run / "evaluated-run.yaml"
-    run_file.write_text(recorded)
+    run_file.write_text(text)
     return run_file
 
 

@@ -25,7 +25,7 @@ from paceline.features.table import STORES
 from paceline.ledger.table import LEDGERS
 from paceline.methods.table import METHODS
 from paceline.regular_files import read_regular
-from paceline.section import Section, problems
+from paceline.section import Section, problems, without_secrets
 
 FILE_BYTES_MAX = 1 << 20
 VALUES_MAX = 10_000
@@ -50,7 +50,7 @@ def read_sections(path: Path) -> dict[str, Any]:
         _refuse_hostile(yaml.compose(text, yaml.SafeLoader))
         data = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
-        what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else without_secrets(str(error))
         raise ConfigError(
             f"{path} is not a valid run file: {what}", next=f"mend {path} and run it again."
         ) from error

@@ -7,6 +7,7 @@ section does not list as changeable, because it may decide the weights (config/l
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -18,6 +19,7 @@ from paceline.engines.settings import EngineSection
 from paceline.evaluation.settings import EvaluationSection
 from paceline.exports.settings import ExportSection
 from paceline.features.settings import FeaturesSection
+from paceline.ledger.place import opened, viewed
 from paceline.ledger.settings import LedgerSection, SqliteSection
 from paceline.methods.settings import MethodSection
 from paceline.section import Section
@@ -65,13 +67,16 @@ class RunConfig(Section):
     export: ExportSection = ExportSection()
     machine: MachineSection = MachineSection()
 
-    def open_ledger(self) -> Ledger:
-        """The run's ledger, for a role; it is created if there is none. Raises LedgerError, SchemaError."""
-        return self.ledger.open(self.run.directory, self.run.name)
+    def open_ledger(self, tell: Callable[[str], None] = lambda _: None, *, joins: bool = False) -> Ledger:
+        """The run's ledger, for a role; it is created if the run has none. See ledger/place.py.
+
+        `tell` gets what the user should know; `joins`: the run may have begun in another folder.
+        """
+        return opened(self.ledger, self.run.directory, self.run.name, joins=joins, tell=tell)
 
     def view_ledger(self) -> LedgerView:
-        """The run's ledger, for reading. Raises ConfigError if there is none, LedgerError, SchemaError."""
-        return self.ledger.view(self.run.directory, self.run.name)
+        """The run's ledger, for reading. Raises LedgerMissingError, LedgerError."""
+        return viewed(self.ledger, self.run.directory, self.run.name)
 
     @property
     def checkpoint_folder(self) -> Path:

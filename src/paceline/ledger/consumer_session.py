@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from paceline.ledger.ledger import Ledger
@@ -29,6 +29,7 @@ class ConsumerSession(Session):
     def __init__(self, ledger: Ledger, run_id: str) -> None:
         super().__init__(ledger, run_id, CONSUMER)
         self._unwritten_ack: StepAck | None = None
+        self.note: Callable[[str], None] = lambda _: None  # gets positions that are known to be durable
 
     def acquire(self) -> int:
         self._unwritten_ack = None
@@ -80,7 +81,9 @@ class ConsumerSession(Session):
 
     def head(self, checkpoint: CheckpointRecord) -> None:
         """THE commit point. Call only once the checkpoint's folder is durable."""
+        before = self.ledger.position()
         self._change(self.ledger.head, checkpoint)
+        self.note(before)
 
     def adopt(self, checkpoint: CheckpointRecord, lineage: Sequence[TrainedStep]) -> None:
         """Roll the ledger forward to a durable checkpoint that it does not know."""

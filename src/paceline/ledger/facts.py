@@ -2,6 +2,7 @@
 
 RUN_ID = "run_id"
 CONFIG = "config"
+LEDGER = "ledger"  # its identity, those of ledgers that it replaced, and the run folder that it began for
 PROMPTS = "prompts"  # sizes of the set at the start and after each extension, and digests of its blocks
 RENDERING = "rendering"  # digest of the first group's token ids
 RENDERING_DATE = "rendering_date"  # the date that a chat template writes

@@ -273,12 +273,29 @@ class Ledger(ABC):
         `finished` is known only for acked samples. It may search the whole history: not for the hot path.
         """
 
+    @property
+    def unverified(self) -> tuple[str, ...]:
+        """What could not be learnt of how safely the ledger is kept, in words for the user."""
+        return ()
+
     @abstractmethod
     def close(self) -> None:
         """Idempotent; loses nothing."""
 
     def facts(self) -> dict[str, Any]:
         return dict(self.snapshot().facts)
+
+    def position(self) -> str:
+        """How far the ledger is, as text that a later process asks `missing_since` about."""
+        return str(self.lsn())
+
+    def missing_since(self, position: str) -> str:
+        """What the ledger lacks of what it held at an earlier position, in words; "" for nothing.
+
+        Raises ValueError for text that `position` did not write.
+        """
+        before, now = int(position), self.lsn()
+        return "" if now >= before else f"the ledger has {now} changes, and had {before}"
 
     def step_plan(self, step: int) -> StepPlan | None:
         """The plan of a step; None if it has none."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 from paceline.errors import IllegalTransitionError, LedgerError, UnknownResultError
-from paceline.ledger.facts import RUN_ID
+from paceline.ledger.facts import LEDGER, RUN_ID
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.records import Fence, Order, Page, SampleRecord, Snapshot
 from paceline.ledger.refusals import fenced
@@ -76,6 +77,12 @@ class Session:
 
     def facts(self) -> dict[str, Any]:
         return self.ledger.facts()
+
+    @cached_property
+    def identities(self) -> list[str]:
+        """Which ledger this is, and which ones it replaced; [] of one that no run's opener has seen."""
+        found = self.facts().get(LEDGER)
+        return [] if found is None else [found["identity"], *found["replaces"]]
 
     # -- reading ---------------------------------------------------------------------------
 

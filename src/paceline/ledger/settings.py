@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from pydantic import AfterValidator, Field, PlainSerializer
+
+from paceline.ledger import server_url
 from paceline.section import Section
 from paceline.table import resolve
 
@@ -25,6 +28,7 @@ class LedgerSection(Section):
     """
 
     changeable: ClassVar[tuple[str, ...]] = ("*",)
+    is_shared: ClassVar[bool] = False  # whether run folders on other hosts, or other runs' folders, reach it
     store: str
     durability: Literal["head", "full"] = "head"
 
@@ -34,7 +38,19 @@ class LedgerSection(Section):
 
     @abstractmethod
     def view(self, directory: Path, name: str) -> LedgerView:
-        """For reading. Raises ConfigError if there is no ledger, LedgerError, SchemaError."""
+        """For reading. Raises LedgerMissingError if there is none, LedgerError, SchemaError."""
+
+    @abstractmethod
+    def where(self, directory: Path, name: str) -> str:
+        """What a message calls the ledger; no secret."""
+
+    @abstractmethod
+    def advice(self, directory: Path) -> str:
+        """What to do if the ledger is not the run's, or lacks what it had."""
+
+    def told(self) -> dict[str, Any]:
+        """The section as JSON values, without a secret, for a reader who has no run file."""
+        return self.model_dump(mode="json")
 
 
 class SqliteSection(LedgerSection):
@@ -51,3 +67,54 @@ class SqliteSection(LedgerSection):
     def view(self, directory: Path, name: str) -> LedgerView:  # noqa: ARG002
         view: LedgerView = resolve("paceline.ledger.stores.sqlite.view:SQLiteView")(directory / FILE)
         return view
+
+    def where(self, directory: Path, name: str) -> str:  # noqa: ARG002
+        return str(directory / FILE)
+
+    def advice(self, directory: Path) -> str:
+        return (
+            f"put back the {FILE} (and {FILE}-wal if there is one) that belongs to {directory}, and run the "
+            "same command again; or start a new run."
+        )
+
+
+ServerUrl = Annotated[str, AfterValidator(server_url.checked), PlainSerializer(server_url.told)]
+
+
+class RedisSection(LedgerSection):
+    """A ledger on a Redis or Valkey server, under the run's name, for processes of any host.
+
+    `url`: see server_url.py; None: that of the environment. Wherever a section is shown or recorded, it has
+    neither user nor password.
+    """
+
+    is_shared: ClassVar[bool] = True
+    store: Literal["redis"] = "redis"
+    url: ServerUrl | None = Field(default=None, repr=False)
+
+    def open(self, directory: Path, name: str) -> Ledger:  # noqa: ARG002 (the server is the same for all)
+        ledger: Ledger = _of_server("RedisLedger")(
+            server_url.complete(self.url), name, durability=self.durability
+        )
+        return ledger
+
+    def view(self, directory: Path, name: str) -> LedgerView:  # noqa: ARG002
+        view: LedgerView = _of_server("RedisView")(server_url.complete(self.url), name)
+        return view
+
+    def where(self, directory: Path, name: str) -> str:  # noqa: ARG002
+        return f"The ledger {name!r} on {self.told()['url']}"
+
+    def advice(self, directory: Path) -> str:  # noqa: ARG002
+        return (
+            "check the server's address and the database's number; if the server lost its data, restore "
+            "them, and run the same command again; or start a new run."
+        )
+
+    def told(self) -> dict[str, Any]:
+        return {**super().told(), "url": server_url.told(server_url.complete(self.url))}
+
+
+def _of_server(name: str) -> Any:
+    """Of the adapter, which is imported only where a run asks for it: its library is an optional one."""
+    return resolve(f"paceline.ledger.stores.redis:{name}")

@@ -8,6 +8,7 @@ LEDGERS = Table(
     "ledger",
     "paceline.ledgers",
     {
+        "redis": "paceline.ledger.settings:RedisSection",
         "sqlite": "paceline.ledger.settings:SqliteSection",
     },
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from paceline.data.source import Stretch
 from paceline.ledger.facts import COMPLETED_STEP, STOPPED_FLAT
+from paceline.ledger.place import note
 from paceline.precision import resolve_device, torch_dtype
 from paceline.roles.binding import bind_run
 from paceline.roles.feature_folder import folder_of, refuse_other_place
@@ -43,7 +45,7 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
     """Train from the newest valid checkpoint to the end of the stream."""
     config = plan.config
     compute_deterministically(config.machine.consumer_threads)
-    ledger = config.open_ledger()
+    ledger = config.open_ledger(lambda message: events.write("note", message=message))
     stretches = bind_run(plan, ledger, role="consumer")
     features = config.features.build(folder_of(config, ledger), owner=False)
     if ledger.facts().get(COMPLETED_STEP) is not None:
@@ -81,6 +83,7 @@ def consume(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
             executor=executor,
             report=events.write,
         )
+        trainer.session.note = partial(note, config.run.directory)
         step = trainer.fit(loader)
     everything_trained = loader.exhausted and ledger.snapshot().usage.waiting_samples == 0
     if everything_trained or step == config.training.max_steps or (step and stops_early()):

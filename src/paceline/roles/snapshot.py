@@ -19,6 +19,8 @@ from paceline.evaluation.curve import Curve, Point, read_curve
 from paceline.ledger.facts import COMPLETED_STEP, RUN_ID, STOPPED_FLAT
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import live_holder
+from paceline.ledger.place import FILE as PLACE
+from paceline.ledger.place import known
 from paceline.ledger.records import Snapshot, State
 from paceline.ledger.settings import FILE, SqliteSection
 from paceline.ledger.view import LedgerView
@@ -81,11 +83,14 @@ class RunSnapshot:
 
 def has_ledger(directory: Path) -> bool:
     """Whether a run has begun in this directory."""
-    return (directory / FILE).exists()
+    return (directory / PLACE).exists() or (directory / FILE).exists()
 
 
 def open_run(directory: Path) -> LedgerView:
     """A read-only view of a run's ledger. Raises ConfigError if there is none."""
+    place = known(directory)
+    if place is not None and not place.is_file:
+        return place.view(directory)
     path = directory / FILE
     if kind_of(path) != "file":
         what = "not a regular file" if kind_of(path) or path.is_symlink() or path.is_fifo() else ""
@@ -100,7 +105,7 @@ def open_run(directory: Path) -> LedgerView:
             why="It was not written yet, or was emptied since.",
             next="paceline train RUN.yaml; if it had begun, restore ledger and checkpoints from one backup.",
         )
-    return SqliteSection().view(directory, "")
+    return SqliteSection().view(directory, "") if place is None else place.view(directory)
 
 
 @contextmanager

@@ -83,7 +83,7 @@ class Supervisor:
         self._before: object = None  # progress at the last restart
         self._failed_before: tuple[str, str] | None = None  # role and error of the last restart
         self._signals = StopSignals(lambda: list(self._children.values()))
-        self._store = self._config.open_ledger()
+        self._store = self._config.open_ledger(tell)
 
     def run(self) -> bool:
         """Supervise until training is complete (True) or the user stopped it (False).

@@ -22,6 +22,7 @@ from paceline.roles.consumer import consume
 from paceline.roles.plan import events_path, plan_run
 from paceline.roles.process import Work
 from paceline.roles.producer import produce
+from paceline.roles.snapshot import open_run
 from paceline.telemetry import EventLog
 
 WORDS = [
@@ -121,7 +122,7 @@ class TinyRun:
         return self.final_weights()
 
     def final_weights(self) -> dict[str, torch.Tensor]:
-        head = self.ledger().snapshot().head
+        head = open_run(self.directory).snapshot().head
         assert head is not None, "the run has a checkpoint"
         return load_file(self.directory / "checkpoints" / head.name / "draft.safetensors")
 

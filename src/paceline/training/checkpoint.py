@@ -60,7 +60,7 @@ class Checkpoint:
     The files of a checkpoint on the disk are read and checked again at each access. `lineage`: the steps
     since the checkpoint `previous`; `chain`: the hash of the whole lineage; `epoch` and `lsn`: the
     consumer's epoch and the ledger's log number when it was written; `first_place`: where a consumer that
-    resumes from it begins to read the log.
+    resumes from it begins to read the log; `ledger`: which ledger that was, "" if it had no identity.
     """
 
     step: int
@@ -72,6 +72,7 @@ class Checkpoint:
     chain: str = ""
     epoch: int = 0
     lsn: int = 0
+    ledger: str = ""
 
 
 class CheckpointFolder:
@@ -119,7 +120,7 @@ class CheckpointFolder:
         return CheckpointRecord(checkpoint.step, name, digest, checkpoint.chain, checkpoint.first_place)
 
     def _manifest(self, checkpoint: Checkpoint) -> bytes:
-        manifest = {
+        manifest: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "run_id": self.run_id,
             "step": checkpoint.step,
@@ -135,6 +136,8 @@ class CheckpointFolder:
                 for name, content in checkpoint.files.items()
             },
         }
+        if checkpoint.ledger:
+            manifest["ledger"] = checkpoint.ledger
         return json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
 
     # -- reading ---------------------------------------------------------------------------
@@ -179,6 +182,7 @@ class CheckpointFolder:
             manifest["chain"],
             manifest["epoch"],
             manifest["lsn"],
+            manifest.get("ledger", ""),
         )
 
     def _check(self, name: str, entry: FileEntry) -> None:

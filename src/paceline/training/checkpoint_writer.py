@@ -109,6 +109,7 @@ class CheckpointWriter:
             chain=chain_of(head.chain if head else "", [trained.plan for trained in lineage]),
             epoch=self._session.epoch,
             lsn=self._session.lsn(),
+            ledger=next(iter(self._session.identities), ""),
         )
         writing = self._executor.submit(self._folder.write, checkpoint)
         self._begun = _Begun(step, writing, began, monotonic() - began)

@@ -63,6 +63,8 @@ def find_checkpoint(
     contradicts it.
     """
     found = _newest_valid(session, folder, report)
+    if found is not None:
+        _refuse_foreign(session, *found, folder)
     while (following := _adopt_next(session, folder, epoch_before, found)) is not None:
         found = following
         report("rolled_forward", step=found[0].step, steps=len(found[1].lineage))
@@ -115,6 +117,7 @@ def _adopt_next(
             damaged.add(identity_of(record.name))  # it follows a damaged one and will be swept
             continue
         try:
+            _refuse_foreign(session, record, checkpoint, folder)
             if previous != identity_of(head_name):
                 raise IllegalTransitionError(f"It follows {checkpoint.previous!r}, which is not the head.")
             claimed = folder.claim(record, session.epoch)
@@ -128,6 +131,19 @@ def _adopt_next(
             continue  # a replaced consumer wrote it and could not record it
         return claimed, checkpoint
     return None
+
+
+def _refuse_foreign(
+    session: ConsumerSession, record: CheckpointRecord, checkpoint: Checkpoint, folder: CheckpointFolder
+) -> None:
+    """Raise LedgerError if the checkpoint was written with another ledger than this one."""
+    if checkpoint.ledger and checkpoint.ledger not in session.identities:
+        raise LedgerError(
+            f"Checkpoint {record.name} (step {record.step}) in {folder.folder} was written with ledger "
+            f"{checkpoint.ledger[:8]}, and this one is {next(iter(session.identities), 'unknown')[:8]}.",
+            why="The weights contain what this ledger would train again, or they are another run's.",
+            next="put back the ledger that belongs to the checkpoints, or start a new run.",
+        )
 
 
 def _ledger_is_older(

@@ -9,6 +9,7 @@ import pytest
 
 from paceline.errors import FencedError, LedgerError
 from paceline.ledger.consumer_session import ConsumerSession
+from paceline.ledger.facts import LEDGER
 from paceline.ledger.records import CheckpointRecord, TrainedSample, TrainedStep, chain_of
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.loader.passes import START, Position
@@ -30,13 +31,13 @@ class Run:
         return consumer_of(self.ledger)
 
     def write(
-        self, step: int, epoch: int, after: CheckpointRecord | None, *, lsn: int = 0
+        self, step: int, epoch: int, after: CheckpointRecord | None, *, lsn: int = 0, ledger: str = ""
     ) -> CheckpointRecord:
         """The checkpoint of one step more than `after` has."""
         lineage = (TrainedStep(step, 0, (TrainedSample(step - 1, f"run0:s{step - 1}", step - 1, True),)),)
         chain = chain_of(after.chain if after else "", [one.plan for one in lineage])
         previous = after.name if after else ""
-        content = Checkpoint(step, step, {"w": b"w"}, {}, lineage, previous, chain, epoch, lsn)
+        content = Checkpoint(step, step, {"w": b"w"}, {}, lineage, previous, chain, epoch, lsn, ledger)
         return self.folder.write(content)
 
     def recover(self, session: ConsumerSession) -> CheckpointRecord | None:
@@ -133,3 +134,25 @@ def test_a_start_says_where_the_run_stands(tmp_path: Path) -> None:
     assert (again.step, again.head.first_place, again.position) == (1, 1, Position(2, 5))
     assert again.checkpoint is not None
     assert again.checkpoint.files["w"] == b"w", "under the name by which it was claimed"
+
+
+@pytest.mark.parametrize("own", ["this", "before", ""])
+def test_a_checkpoint_of_this_ledger_is_gone_on_from(tmp_path: Path, own: str) -> None:
+    """Or of one that it replaced, or one that was written before ledgers had identities."""
+    run = Run(tmp_path)
+    run.ledger.set_facts(None, {LEDGER: {"identity": "this", "replaces": ["before"], "folder": ""}})
+    session = run.consumer()
+    run.write(1, session.epoch, None, ledger=own)
+    assert run.recover(session) is not None
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_a_checkpoint_of_another_ledger_is_not_gone_on_from(tmp_path: Path, is_recorded: bool) -> None:
+    """This ledger would train again what those weights contain."""
+    run = Run(tmp_path)
+    session = run.consumer()
+    record = run.write(1, session.epoch, None, ledger="other")
+    if is_recorded:
+        session.adopt(record, run.folder.read(record).lineage)
+    with pytest.raises(LedgerError, match="was written with ledger other, and this one is unknown"):
+        run.recover(session)

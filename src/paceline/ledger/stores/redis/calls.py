@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from paceline.errors import ConfigError, LedgerRegressedError, UnknownResultError
+from paceline.errors import ConfigError, LedgerMissingError, LedgerRegressedError, UnknownResultError
 from paceline.ledger.records import Fence
 from paceline.ledger.stores.redis.link import Command, Link
 from paceline.ledger.stores.redis.replies import fence_refused, not_the_same, other_schema, refused
@@ -146,7 +146,7 @@ class Calls:
 
     def _not_the_same(self, status: str, lsn: int) -> LedgerRegressedError | ConfigError:
         if self._seen is None:
-            return ConfigError(
+            return LedgerMissingError(
                 f"There is no ledger {self.name} on {self._server.address}.",
                 why="A run's ledger exists from its first start on.",
                 next="paceline train RUN.yaml, or check the URL.",

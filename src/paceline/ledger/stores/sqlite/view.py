@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import apsw
 
-from paceline.errors import ConfigError, LedgerError, SchemaError
+from paceline.errors import ConfigError, LedgerError, LedgerMissingError, SchemaError
 from paceline.ledger.filesystem import regular_file
 from paceline.ledger.records import SampleRecord, Snapshot, State, TrainedStep
 from paceline.ledger.stores.sqlite.database import UNUSABLE, damaged
@@ -83,7 +83,7 @@ class SQLiteView:
         """The ledger, and whether it was read as a file that no process writes to."""
         found = regular_file(self.path)
         if found is None:
-            raise ConfigError(
+            raise LedgerMissingError(
                 f"There is no ledger at {self.path}.",
                 why="A run exists from its first start on.",
                 next="paceline train RUN.yaml",
