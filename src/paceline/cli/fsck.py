@@ -8,9 +8,12 @@ from rich.console import Console
 
 from paceline.cli.plain import say
 from paceline.errors import ConfigError, SchemaError
-from paceline.fsck.checker import check
+from paceline.fsck.checker import check, check_view
 from paceline.fsck.report import RULES, Report
-from paceline.regular_files import open_regular
+from paceline.ledger.place import known
+from paceline.ledger.settings import FILE
+from paceline.regular_files import kind_of, open_regular
+from paceline.roles.snapshot import open_run
 
 UNSOUND = 9  # exit code
 
@@ -21,8 +24,14 @@ def fsck_directory(console: Console, directory: Path) -> int:
     Raises SchemaError for a ledger that is empty or of another version, ConfigError or OSError for files that
     this user may not read.
     """
-    open_regular(directory / "ledger.db").close()
-    report = check(directory)
+    place = known(directory)
+    if place is None or place.is_file:
+        if not kind_of(directory / FILE):
+            open_run(directory)  # raises the error with advice
+        open_regular(directory / FILE).close()
+        report = check(directory)
+    else:
+        report = check_view(place.view(directory), directory)
     if report.forbidden:
         raise ConfigError(
             f"{directory} was not checked completely: {report.forbidden}.",

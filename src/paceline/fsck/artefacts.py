@@ -174,10 +174,23 @@ class Ledger:
     def _rows(self, sql: str, *values: Any) -> list[Any]:
         return list(self._db.execute(sql, values))
 
-    def now(self, sql: str) -> set[Any]:
-        """The first column as it is now, after the moment of the check, in case a live run changed it."""
+    # After the moment of the check, in case a live run changed it.
+
+    def checkpoints_now(self) -> set[str]:
+        """Names of the recorded checkpoints."""
+        return self._now("SELECT name FROM checkpoint")
+
+    def residents_now(self) -> set[str]:
+        """Ids of the samples whose bytes the feature store should hold."""
+        return self._now("SELECT sample_id FROM sample WHERE resident")
+
+    def _now(self, sql: str) -> set[Any]:
         with closing(self._connect()) as db:
             return {row[0] for row in db.execute(sql)}
+
+    def will_be_captured(self, ordinal: int) -> bool:
+        """Whether the prompt is pending, leased, or failed (with a reason)."""
+        return ordinal in self.prompts or ordinal >= self.run["next_ordinal"]
 
     def shared_generations(self) -> list[tuple[int, list[str]]]:
         """Generations that several samples have, and those samples."""

@@ -13,15 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from paceline.fsck.artefacts import Ledger, sha256
+from paceline.fsck.artefacts import sha256
 from paceline.fsck.files import open_file, read_file, size_of
 from paceline.fsck.report import Report
+from paceline.fsck.viewed import AnyLedger
 
 NAME = re.compile(r"step-(\d{8,})-\d{6,}-[0-9a-f]+")
 UNREADABLE = (AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
-def check_best(ledger: Ledger, directory: Path, report: Report) -> None:
+def check_best(ledger: AnyLedger, directory: Path, report: Report) -> None:
     """Compare every held draft with its manifest, and the curve with what is held."""
     folder = directory / "checkpoints" / "best"
     try:
@@ -44,7 +45,7 @@ def check_best(ledger: Ledger, directory: Path, report: Report) -> None:
         report.note("the drafts of all measured checkpoints are gone; an export takes the newest checkpoint")
 
 
-def _problems(ledger: Ledger, folder: Path, report: Report) -> Iterator[str]:
+def _problems(ledger: AnyLedger, folder: Path, report: Report) -> Iterator[str]:
     try:
         data = read_file(folder / "manifest.json")
         if not folder.name.endswith(sha256(data)[:16]):

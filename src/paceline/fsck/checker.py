@@ -20,6 +20,7 @@ from paceline.fsck.best import check_best
 from paceline.fsck.files import refuse_what_is_no_database
 from paceline.fsck.lineage import check_folders, check_lineage
 from paceline.fsck.report import Report
+from paceline.fsck.viewed import AnyLedger, ChangingError, ViewedLedger, check_counts
 
 STATES = ("present", "lost", "released", "quarantined")
 PROMPT_STATES = ("pending", "leased", "failed")
@@ -64,22 +65,53 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return facts.st_mtime_ns, facts.st_size
 
 
+def check_view(view: Any, directory: Path, *, features: Path | None = None) -> Report:
+    """Check a run whose ledger is no file, through a view of it (viewed.py)."""
+    report = Report()
+    try:
+        ledger = ViewedLedger(view, directory)
+        steps = check_lineage(ledger, None, report)
+        check_counts(ledger, report)
+        _check_run(ledger, directory, features, report)
+    except PermissionError as error:
+        report.forbidden = f"this user may not read {error.filename}"
+        return report
+    except ChangingError as error:
+        report.unchecked = str(error)
+        return report
+    except NONSENSE as error:
+        report.error("C8", f"the ledger makes no sense ({type(error).__name__}: {error})")
+        return report
+    report.counts |= {"samples": ledger.now.committed, "steps": steps, **_counts(ledger)}
+    return report
+
+
 def _check_all(
     ledger: Ledger, directory: Path, features: Path | None, passes: int | None, report: Report
 ) -> None:
     _check_counters(ledger, report)
     _check_prompts(ledger, report)
     steps = check_lineage(ledger, passes, report)
+    _check_run(ledger, directory, features, report)
+    report.counts |= {
+        "samples": ledger.run["committed"],
+        "steps": steps,
+        **_counts(ledger, archived_samples=ledger.run["archived"]),
+    }
+
+
+def _check_run(ledger: AnyLedger, directory: Path, features: Path | None, report: Report) -> None:
     _check_states(ledger, report)
     check_folders(ledger, directory / "checkpoints", report)
     check_best(ledger, directory, report)
     _check_bytes(ledger, features or _feature_folder(ledger.facts, directory), report)
-    report.counts |= {
-        "samples": ledger.run["committed"],
-        "steps": steps,
+
+
+def _counts(ledger: AnyLedger, **archived: int) -> dict[str, int]:
+    return {
         "checkpoints": len(ledger.checkpoints),
         "head_step": ledger.head,
-        "archived_samples": ledger.run["archived"],
+        **archived,
         "quarantined": sum(s.state == "quarantined" for s in ledger.samples.values()),
         "failed_prompts": sum(state == "failed" for state, *_ in ledger.prompts.values()),
     }
@@ -155,7 +187,7 @@ def _check_prompts(ledger: Ledger, report: Report) -> None:
 # -- C1: what became of every sample -----------------------------------------------------------
 
 
-def _check_states(ledger: Ledger, report: Report) -> None:
+def _check_states(ledger: AnyLedger, report: Report) -> None:
     head = ledger.head
     # Through a read-only connection SQLite does not check CHECK constraints.
     odd = [s.sample_id for s in ledger.samples.values() if s.state not in STATES]
@@ -172,7 +204,7 @@ def _check_states(ledger: Ledger, report: Report) -> None:
         if s.acked == 1 and s.step is not None and s.step <= head:
             what = f"acked by step {s.step}, which the head covers, but not durable"
             report.error("C1", what, [s.sample_id])
-        if s.state == "lost" and s.ordinal is not None and not _is_open(ledger, s.ordinal):
+        if s.state == "lost" and s.ordinal is not None and not ledger.will_be_captured(s.ordinal):
             report.error("C1", "lost, and no producer will capture it again", [s.sample_id])
         if s.resident != (s.state == "present") and s.state != "quarantined":
             told = "should" if s.resident else "should not"
@@ -190,19 +222,14 @@ def _check_states(ledger: Ledger, report: Report) -> None:
                 report.error("C1", "failed without a reason", [f"prompt {number}"])
 
 
-def _is_open(ledger: Ledger, ordinal: int) -> bool:
-    """Whether the prompt is pending, leased, or failed (with a reason)."""
-    return ordinal in ledger.prompts or ordinal >= ledger.run["next_ordinal"]
-
-
 # -- C9: bytes ---------------------------------------------------------------------------------
 
 
-def _check_bytes(ledger: Ledger, folder: Path | None, report: Report) -> None:
+def _check_bytes(ledger: AnyLedger, folder: Path | None, report: Report) -> None:
     for generation, ids in ledger.shared_generations():
         report.error("C9", f"generation {generation} has two owners", ids)
     for s in ledger.samples.values():
-        if s.generation and not ledger.intents.get(s.generation, ("", True))[1]:
+        if s.generation and not (ledger.intents or {}).get(s.generation, ("", True))[1]:
             report.error("C9", f"generation {s.generation} is committed and still promised", [s.sample_id])
         ref = json.loads(s.ref)
         told = (ref["sample_id"], ref.get("generation", 0), ref["estimated_bytes"])
@@ -214,7 +241,7 @@ def _check_bytes(ledger: Ledger, folder: Path | None, report: Report) -> None:
         report.note(f"there is no {folder}; captured again at the next start", gone)
 
 
-def _check_slots(ledger: Ledger, folder: Path, report: Report) -> None:
+def _check_slots(ledger: AnyLedger, folder: Path, report: Report) -> None:
     if folder.lstat().st_uid != ledger.owner:
         report.note(f"{folder} belongs to another user than the ledger, and was not looked at")
         return
@@ -238,7 +265,7 @@ def _check_slots(ledger: Ledger, folder: Path, report: Report) -> None:
             left.append(f"{slot.name} ({slot.sample_id or 'unreadable'})")
     gone = [sample_id for sample_id in resident if sample_id not in held]
     if gone:  # and not freed by a live run meanwhile
-        still = ledger.now("SELECT sample_id FROM sample WHERE resident")
+        still = ledger.residents_now()
         gone = [sample_id for sample_id in gone if sample_id in still]
     if gone:
         report.note(f"{len(gone)} samples have no sealed bytes; they will be captured again", gone)
@@ -247,8 +274,10 @@ def _check_slots(ledger: Ledger, folder: Path, report: Report) -> None:
     report.counts["slots"] = len(slots)
 
 
-def _is_orphan(ledger: Ledger, slot: Slot) -> bool:
+def _is_orphan(ledger: AnyLedger, slot: Slot) -> bool:
     """Whether the slot belongs to no live intent."""
+    if ledger.intents is None:
+        return False
     sample_id, revoked = ledger.intents.get(slot.generation, ("", True))
     return revoked or (slot.sealed and sample_id != slot.sample_id)
 

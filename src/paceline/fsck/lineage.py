@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paceline.fsck.artefacts import UNKNOWN_PLACE, Ledger, Sample, Step, sha256
+from paceline.fsck.artefacts import UNKNOWN_PLACE, Sample, Step, sha256
 from paceline.fsck.files import open_file, read_file, size_of
 from paceline.fsck.report import SHOWN, Report
+from paceline.fsck.viewed import AnyLedger
 
 FORBIDDEN = "forbidden"  # in place of a rule: this user may not read the file
 UNREADABLE = (AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
-def check_lineage(ledger: Ledger, passes: int | None, report: Report) -> int:
+def check_lineage(ledger: AnyLedger, passes: int | None, report: Report) -> int:
     """Check every step; returns their number. `passes`: how often each sample is visited; None: what the run
     recorded, or what most samples show."""
     walk = _Walk(ledger, report)
@@ -63,7 +64,7 @@ class _Open:
 
 @dataclass
 class _Walk:
-    ledger: Ledger
+    ledger: AnyLedger
     report: Report
     count: int = 0
     last: int = 0
@@ -173,7 +174,7 @@ class _Walk:
 # -- C5: checkpoints ---------------------------------------------------------------------------
 
 
-def check_folders(ledger: Ledger, folder: Path, report: Report) -> None:
+def check_folders(ledger: AnyLedger, folder: Path, report: Report) -> None:
     """Compare every checkpoint on record with its manifest and files, and with the steps."""
     damaged = 0
     found = [
@@ -185,7 +186,7 @@ def check_folders(ledger: Ledger, folder: Path, report: Report) -> None:
         forbidden = [problem for rule, problem in problems if rule == FORBIDDEN]
         if forbidden:
             report.forbidden = f"checkpoint {name}: {forbidden[0]}"
-        elif problems and name in ledger.now("SELECT name FROM checkpoint"):
+        elif problems and name in ledger.checkpoints_now():
             for rule, problem in problems:
                 report.error(rule, f"checkpoint {name} (step {step}): {problem}")
             damaged += any(rule == "C5" for rule, _ in problems)
@@ -214,7 +215,7 @@ def _is_newer(name: str, head: int) -> bool:
 
 
 def _problems(
-    ledger: Ledger, folder: Path, record: Any, before: tuple[int, str] | None
+    ledger: AnyLedger, folder: Path, record: Any, before: tuple[int, str] | None
 ) -> Iterator[tuple[str, str]]:
     step, _, digest, chain, first_place = record
     try:
@@ -250,7 +251,9 @@ def _problems(
         yield from _problems_of_step(ledger, number, rev, samples)
 
 
-def _problems_of_step(ledger: Ledger, number: int, rev: int, samples: list[Any]) -> Iterator[tuple[str, str]]:
+def _problems_of_step(
+    ledger: AnyLedger, number: int, rev: int, samples: list[Any]
+) -> Iterator[tuple[str, str]]:
     on_record = ledger.step(number)
     if on_record is None or (on_record.rev, on_record.ids) != (rev, [row[1] for row in samples]):
         yield "C4", f"its step {number} is not the one on record"

@@ -7,14 +7,17 @@ import lzma
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import apsw
 import pytest
 
-from paceline.fsck.checker import check
+from paceline.fsck.checker import check, check_view
+from paceline.ledger.stores.sqlite.view import SQLiteView
 from paceline.testing.harm import head_file, one, sql, sql_unchecked, statement
 from paceline.testing.light_run import LightRun, RunShape
 
@@ -204,6 +207,44 @@ def test_every_harm_is_found(run: Path, harm: str) -> None:
     do(run)
     errors = check(run).errors
     assert any(error.startswith(rule) for error in errors), errors
+
+
+# What a view does not tell: rows of prompts, intents, blocks of the archive, and the database's own state.
+NOT_VIEWED = {
+    *("a commit is lost", "the log's counter is off", "the prompts' counter is off"),
+    *("a block of the source is gone", "the next prompt is none of the run's"),
+    *("committed bytes are promised", "an intent is of the future", "a sample is of another prompt"),
+    *("an archived sample is live again", "an archived block has another place"),
+    *("an archived block finishes fewer samples", "an archived block's bit flipped"),
+    *("history is archived beyond a checkpoint", "archived history is counted short"),
+    *("a row is none that the schema allows", "pages belong to nothing", "a table is gone", "no database"),
+}
+
+
+@pytest.mark.parametrize("harm", [name for name in HARMS if name not in NOT_VIEWED])
+def test_harm_to_a_ledger_that_is_no_file_is_found_through_a_view(run: Path, harm: str) -> None:
+    """Samples, steps, checkpoints, generations and counters: by the same rules."""
+    rule, do = HARMS[harm]
+    do(run)
+    errors = check_view(SQLiteView(run / "ledger.db"), run).errors
+    assert any(error.startswith(rule) for error in errors), errors
+
+
+def test_through_a_view_the_counters_are_held_against_what_they_count(finished: Path) -> None:
+    """A server's functions keep each of them on their own; a ledger that never rests is not judged."""
+    view = SQLiteView(finished / "ledger.db")
+    told = view.snapshot()
+    assert check_view(view, finished).errors == []
+    usage = replace(told.usage, resident_samples=3, provisional_samples=2, resident_bytes=5)
+    prompts = replace(told.prompts, failed=7)
+    off = replace(told, usage=usage, prompts=prompts, lost=1, quarantined=4, committed=0)
+    view.snapshot = lambda: off  # type: ignore[method-assign]
+    found = "\n".join(check_view(view, finished).errors)
+    for counter in ("3 resident", "5 resident bytes", "2 provisional", "1 lost", "4 samples in", "7 failed"):
+        assert f"C8 the ledger counts {counter}" in found
+    lsns = count()
+    view.snapshot = lambda: replace(told, lsn=next(lsns))  # type: ignore[method-assign]
+    assert "keeps changing" in check_view(view, finished).unchecked
 
 
 def test_any_bit_of_the_ledger_may_flip_and_the_checker_says_so_or_stays_right(run: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 
 from paceline import crashpoints
 from paceline.features.stores.shm import SharedMemoryFeatureStore
-from paceline.fsck.checker import check
+from paceline.fsck.checker import check, check_view
+from paceline.ledger.stores.sqlite.view import SQLiteView
 from paceline.testing.ledger_calls import refs_of
 from paceline.testing.light_run import LightRun, RunShape
 from paceline.testing.run_by_hand import Nothing, RunByHand
@@ -23,7 +24,7 @@ from paceline.testing.small_run import SmallRun
 def passes_as_live_and_as_crashed(run: RunByHand, scratch: Path) -> str:
     """The notes on the run as it is, open for writing; a copy without its shared index says the same."""
     live = check(run.folder)
-    assert live.errors == []
+    assert live.errors == check_view(SQLiteView(run.folder / "ledger.db"), run.folder).errors == []
     assert (run.folder / "ledger.db-wal").stat().st_size > 0, "the ledger is open"
     shutil.copytree(run.folder, scratch, ignore=shutil.ignore_patterns("*-shm", "*-gate"))
     assert check(scratch) == live
