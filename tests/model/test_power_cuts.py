@@ -21,14 +21,14 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_run_goes_on_from_a_power_failure_at_any_point(tmp_path: Path, shape: str) -> None:
+def test_a_run_goes_on_from_a_power_failure_at_any_point(memory: Path, shape: str) -> None:
     """The same weights, and the checker finds nothing wrong before or after."""
-    counts = cut_everywhere(tmp_path, SHAPES[shape], every=9)
+    counts = cut_everywhere(memory, SHAPES[shape], every=9)
     assert counts["commits lost"] > 50
 
 
 def test_a_commit_that_ought_to_be_synced_and_is_not_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted bug: nothing that durable weights depend on is synced."""
     mutation: Callable[..., AbstractContextManager[Any]] = Database._mutation
@@ -38,4 +38,4 @@ def test_a_commit_that_ought_to_be_synced_and_is_not_is_found(
 
     monkeypatch.setattr(Database, "_mutation", not_final)
     with pytest.raises(Violation):
-        cut_everywhere(tmp_path, SHAPES["two passes"], every=9)
+        cut_everywhere(memory, SHAPES["two passes"], every=9)

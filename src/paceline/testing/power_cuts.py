@@ -9,9 +9,9 @@ time.
 
 from __future__ import annotations
 
-import gc
 import random
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -22,22 +22,22 @@ from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.light_run import LightRun, Outcome, RunShape, head_of, uninterrupted
 
 
-class PowerCutError(BaseException):
-    """The machine is off."""
-
-
 class Violation(AssertionError):  # noqa: N818 (it is what the tests look for)
     """The run broke a promise."""
 
 
 class MainsRun(LightRun):
-    """A light run that remembers what of its ledger is on the disk."""
+    """A light run that keeps what a power failure at each of `points` leaves.
 
-    def __init__(self, folder: Path, shape: RunShape) -> None:
+    `left`: the point, how many commits are lost, and the run after the failure, in a folder of its own.
+    """
+
+    def __init__(self, folder: Path, shape: RunShape, points: range) -> None:
         super().__init__(folder, shape)
         self.images: list[dict[str, bytes]] = [{}]  # the last synced state and every later one
-        self.reached = 0
-        self.cut_at = -1
+        self.left: list[tuple[int, int, LightRun]] = []
+        self._reached = 0
+        self._points = points
 
     def open_ledger(self) -> SQLiteLedger:
         ledger = super().open_ledger()
@@ -47,18 +47,19 @@ class MainsRun(LightRun):
     def watch(self, name: str) -> None:
         if name in ("ledger.after_commit", "ledger.after_sync"):
             self._note(synced=name == "ledger.after_sync")
-        self.reached += 1
-        if self.reached == self.cut_at:
-            crashpoints.watch(None)
-            raise PowerCutError
+        self._reached += 1
+        if self._reached in self._points:
+            at = self._reached
+            after = self._boot(self.folder.with_name(f"cut-{at}"), random.Random(at))
+            self.left.append((at, len(self.images) - 1, after))
 
     def _note(self, *, synced: bool) -> None:
         files = [self.ledger_path, self.ledger_path.with_name("ledger.db-wal")]
         image = {path.name: path.read_bytes() for path in files if path.exists()}
         self.images = [image] if synced else [*self.images, image]
 
-    def boot(self, folder: Path, rng: random.Random) -> LightRun:
-        """The run after a power failure, in another folder."""
+    def _boot(self, folder: Path, rng: random.Random) -> LightRun:
+        """The run after a power failure."""
         folder.mkdir()
         if self.checkpoints.is_dir():
             shutil.copytree(self.checkpoints, folder / "checkpoints")
@@ -72,49 +73,36 @@ class MainsRun(LightRun):
 def cut_everywhere(folder: Path, shape: RunShape, every: int = 1, first: int = 1) -> Counter[str]:
     """Cut the power at every so many-th point of a run. Raises Violation."""
     wanted = uninterrupted(shape, folder / "undisturbed")
-    whole = MainsRun(folder / "whole", shape)
-    _whole(whole, cut_at=-1)
-    counts: Counter[str] = Counter()
-    for at in range(first, whole.reached + 1, every):
-        place = folder / f"cut-{at}"
-        place.mkdir()
-        counts["commits lost"] += _cut(place, shape, at, wanted)
-        counts["power failures"] += 1
-        shutil.rmtree(place)
-    return counts
-
-
-def _cut(folder: Path, shape: RunShape, at: int, wanted: Outcome) -> int:
-    """Cut the power at the `at`-th place; commits that were lost. Raises Violation."""
-    run = MainsRun(folder / "before", shape)
-    try:
-        _whole(run, cut_at=at)
-    except PowerCutError:
-        gc.collect()  # closes what the dead run had open
-    after = run.boot(folder / "after", random.Random(at))
-    if after.ledger_path.exists():
-        _judge(after, f"after the power failure at point {at}")
-    try:
-        after.produce()
-        after.consume()
-    except PacelineError as error:
-        raise Violation(f"after the power failure at point {at} the run does not go on: {error}") from error
-    _judge(after, f"after the run that went on from the power failure at point {at}")
-    ledger = after.open_ledger()
-    if head_of(ledger, after.checkpoints) != wanted:
-        raise Violation(f"other weights after a power failure at point {at} of {shape}")
-    ledger.close()
-    return len(run.images) - 1
-
-
-def _whole(run: MainsRun, cut_at: int) -> None:
-    run.cut_at = cut_at
+    run = MainsRun(folder / "whole", shape, range(first, sys.maxsize, every))
     crashpoints.watch(run.watch)
     try:
         run.produce()
         run.consume()
     finally:
         crashpoints.watch(None)
+    counts: Counter[str] = Counter()
+    for at, lost, after in run.left:
+        _go_on(after, at, wanted)
+        counts["commits lost"] += lost
+        counts["power failures"] += 1
+        shutil.rmtree(after.folder)
+    return counts
+
+
+def _go_on(run: LightRun, at: int, wanted: Outcome) -> None:
+    """From the power failure to the end. Raises Violation."""
+    if run.ledger_path.exists():
+        _judge(run, f"after the power failure at point {at}")
+    try:
+        run.produce()
+        run.consume()
+    except PacelineError as error:
+        raise Violation(f"after the power failure at point {at} the run does not go on: {error}") from error
+    _judge(run, f"after the run that went on from the power failure at point {at}")
+    ledger = run.open_ledger()
+    if head_of(ledger, run.checkpoints) != wanted:
+        raise Violation(f"other weights after a power failure at point {at} of {run.shape}")
+    ledger.close()
 
 
 def _judge(run: LightRun, when: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import sqlite3
 import subprocess
@@ -18,11 +17,15 @@ from paceline import crashpoints
 from paceline.cli.main import app
 from paceline.ledger.records import Wanted
 from paceline.testing.light_run import LightRun, RunShape
-from paceline.testing.power_cuts import MainsRun, PowerCutError
+from paceline.testing.power_cuts import MainsRun
 from paceline.testing.run_by_hand import RunByHand
 from paceline.testing.samples import sample_ref
 
 SHAPE = RunShape(prompts=20, group=4, batch=3, passes=2, interval=3)
+
+
+class CrashError(BaseException):
+    """The machine is off."""
 
 
 def told(*arguments: object, code: int = 0) -> str:
@@ -160,13 +163,19 @@ def test_both_commands_load_no_torch(finished: Path) -> None:
 
 def test_a_ledger_that_another_program_opened_after_a_crash_goes_on(tmp_path: Path) -> None:
     """One SELECT of plain SQLite empties the log into the database: that is what the log was for."""
-    crashed = MainsRun(tmp_path / "crashed", SHAPE)
+    crashed = MainsRun(tmp_path / "crashed", SHAPE, range(300, 301))
     crashed.produce()
-    crashed.cut_at = 300
-    crashpoints.watch(crashed.watch)
-    with pytest.raises(PowerCutError):
+
+    def crash(name: str) -> None:
+        crashed.watch(name)
+        if crashed.left:
+            crashpoints.watch(None)
+            raise CrashError
+
+    crashpoints.watch(crash)
+    with pytest.raises(CrashError):
         crashed.consume()
-    run = crashed.boot(tmp_path / "run", random.Random(0))
+    [(_, _, run)] = crashed.left
     shutil.copytree(crashed.feature_folder, run.feature_folder)
     with closing(sqlite3.connect(run.ledger_path)) as browser:
         assert browser.execute("SELECT committed FROM run").fetchone() == (20,)
