@@ -22,7 +22,7 @@ from paceline.testing.tiny_run import TinyRun, wait_until
 
 @pytest.fixture(scope="module")
 def unmeasured(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    return random_kills.undisturbed(tmp_path_factory.mktemp("plain"), tiny_model)
+    return make_run(tmp_path_factory.mktemp("plain"), tiny_model).train_here()
 
 
 def measured_run(folder: Path, model: Path) -> TinyRun:

@@ -16,14 +16,14 @@ import torch
 from paceline.config.load import load_run_config
 from paceline.ledger.locks import live_holder
 from paceline.telemetry import read_events
-from paceline.testing.tiny_run import TinyRun
+from paceline.testing.tiny_run import TinyRun, executed
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """A run that `paceline train` took to the end."""
     run = TinyRun(tmp_path_factory.mktemp("run"), tiny_model)
-    result = run.command("train")
+    result = executed(run.arguments("train"), run.environment())
     assert result.returncode == 0, result.stderr
     last = result.stdout.strip().splitlines()[-1]
     assert last.startswith("acceptance length ")

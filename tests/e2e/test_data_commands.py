@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,7 @@ from paceline.testing.tiny_run import TinyRun
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "paceline.cli.main", *arguments], text=True, capture_output=True, check=False
-    )
+    return TinyRun.execute([sys.executable, "-m", "paceline.cli.main", *arguments], os.environ)
 
 
 def test_a_file_is_checked_with_the_target_and_its_time_measured(tiny_model: Path, tmp_path: Path) -> None:

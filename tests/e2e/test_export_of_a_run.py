@@ -43,13 +43,7 @@ def finished(trained: tuple[TinyRun, str]) -> TinyRun:
 
 
 def paceline(run: TinyRun, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*run.arguments(verb), *arguments],
-        env=run.environment(),
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    return run.run([*run.arguments(verb), *arguments])
 
 
 def test_training_ends_with_the_exports_that_the_run_file_names(finished: TinyRun) -> None:

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paceline.config.load import load_run_config
 from paceline.engines.sglang.sink import FOLDER_VARIABLE
-from paceline.features.ownership import remove
 from paceline.testing.sglang_server import SglangServer
 from paceline.testing.tiny_run import TinyRun
 
@@ -30,7 +28,6 @@ def test_a_run_is_captured_through_the_plug_in(
         produced = run.command("produce")
         server.stop()
     assert produced.returncode == 0, produced.stdout + produced.stderr
-    remove(load_run_config(run.run_file).feature_folder)
     now = run.ledger().snapshot()
     assert (now.committed, now.prompts.failed) == (20, 0)
     assert now.facts["engine"] == {"name": "sglang", "repeats_bits": False}

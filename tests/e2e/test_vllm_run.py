@@ -15,12 +15,11 @@ import pytest
 from paceline.config.load import flat, load_run_config
 from paceline.engines.vllm.guard import session_members
 from paceline.engines.vllm.server import RECORD
-from paceline.features.ownership import remove
 from paceline.ledger.facts import CONFIG, RUN_ID
 from paceline.roles.feature_folder import engine_folder
 from paceline.telemetry import read_events
 from paceline.testing.tiny_folder import make_tiny_folder
-from paceline.testing.tiny_run import TinyRun
+from paceline.testing.tiny_run import TinyRun, executed
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PROGRAM = [sys.executable, "-m", "paceline.testing.vllm_server"]
@@ -45,7 +44,6 @@ def test_a_managed_server_that_is_killed_costs_no_sample(tiny_model: Path, tmp_p
             os.kill(pid, signal.SIGKILL)
         out, err = produce.communicate(timeout=200)
     config = load_run_config(run.run_file)
-    remove(config.feature_folder)
     assert produce.returncode == 0, out + err
     now = run.ledger().snapshot()
     assert (now.committed, now.prompts.failed) == (40, 0)
@@ -90,11 +88,11 @@ def test_the_command_is_printed_for_a_target_of_the_hub_and_for_a_runs_directory
         tmp_path / "a", Path("wind/tiny-llama"), engine={"name": "vllm", "url": "http://[::1]:8123"}
     )
     arguments = run.arguments("engine")
-    printed = run.run([*arguments[:-1], "vllm", arguments[-1]])
+    printed = executed([*arguments[:-1], "vllm", arguments[-1]], run.environment())
     assert printed.returncode == 0, printed.stderr
     assert shlex.split(printed.stdout)[:3] == ["vllm", "serve", str(snapshot)]
     ledger = run.ledger()
     ledger.set_facts(None, {RUN_ID: "tiny", CONFIG: flat(load_run_config(run.run_file))})
     ledger.close()
-    again = run.run([*arguments[:-1], "vllm", str(run.directory)])
+    again = executed([*arguments[:-1], "vllm", str(run.directory)], run.environment())
     assert again.stdout == printed.stdout, again.stderr

@@ -8,15 +8,16 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from paceline.config.load import load_run_config
+from paceline.features.ownership import remove
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.consumer import consume
 from paceline.roles.plan import events_path, plan_run
@@ -42,8 +43,19 @@ WORDS = [
 ]
 
 
+def executed(arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, as a user does."""
+    return subprocess.run(arguments, env=environment, text=True, capture_output=True, check=False)
+
+
 class TinyRun:
-    """A run folder with its run file. `name` must be its own: features lie under it in shared memory."""
+    """A run folder with its run file. `name` must be its own: features lie under it in shared memory.
+
+    `execute` runs what `command` and `run` are asked for; see forked_commands.py for another way.
+    """
+
+    execute = staticmethod(executed)
+    made: ClassVar[list[TinyRun]] = []  # in this process
 
     def __init__(self, folder: Path, model: Path, **sections: dict[str, Any]) -> None:
         self.folder = folder
@@ -76,6 +88,7 @@ class TinyRun:
             config[name] = {**config.get(name, {}), **values}
         self.config = config
         self.write()
+        self.made.append(self)
 
     def write(self) -> None:
         """Write the run file."""
@@ -86,7 +99,7 @@ class TinyRun:
         return self.run(self.arguments(verb))
 
     def run(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(arguments, env=self.environment(), text=True, capture_output=True, check=False)
+        return self.execute(arguments, self.environment())
 
     def start(self, verb: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -102,6 +115,11 @@ class TinyRun:
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, "COLUMNS": "200"}
+
+    def free(self) -> None:
+        """Remove what lies in shared memory of a run that did not end."""
+        for folder in Path("/dev/shm").glob(f"paceline-{self.config['run']['name']}-*"):  # noqa: S108
+            remove(folder)
 
     def ledger(self) -> SQLiteLedger:
         return SQLiteLedger(self.directory / "ledger.db")
