@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import subprocess
 import time
@@ -38,7 +39,8 @@ class ValkeyServer:
         arguments = [str(BINARY), "--dir", str(self.folder), "--unixsocket", str(self.socket)]
         arguments += [part for name, value in self._options.items() for part in (f"--{name}", value)]
         with (self.folder / "valkey.log").open("ab") as log:
-            self._process = subprocess.Popen(arguments, stdout=log, stderr=log)
+            # A write beyond `limit_files` is to fail; the signal for it, which Python ignores, would kill.
+            self._process = subprocess.Popen(arguments, stdout=log, stderr=log, restore_signals=False)
         deadline = time.monotonic() + START_S
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -51,6 +53,18 @@ class ValkeyServer:
                 return bool(client.ping())
         except (ConnectionError, BusyLoadingError):
             return False
+
+    @property
+    def append_only_file(self) -> Path:
+        """The file that grows with every change."""
+        [path] = (self.folder / "appendonlydir").glob("*.incr.aof")
+        return path
+
+    def limit_files(self, num_bytes: int | None) -> None:
+        """No file of the running server grows beyond that: as if the disk were full. None: there is room."""
+        assert self._process is not None, "the server runs"
+        soft = resource.RLIM_INFINITY if num_bytes is None else num_bytes
+        resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
 
     def kill(self) -> None:
         """SIGKILL, as the kernel does when memory runs out."""

@@ -20,7 +20,7 @@ from paceline.errors import ConfigError, LedgerError, PacelineError, SchemaError
 from paceline.ledger.stores.redis.address import PASSWORD, USER, Address
 
 PASSING = (ReadOnlyError, ClusterDownError, TryAgainError)  # MASTERDOWN is a ClusterDownError, too
-PASSING_CODES = ("BUSY", "NOREPLICAS", "UNBLOCKED", "LOADING", "MASTERDOWN")
+PASSING_CODES = ("BUSY", "NOREPLICAS", "UNBLOCKED", "LOADING", "MASTERDOWN", "MISCONF")
 SAID_MAX = 300
 
 
@@ -44,12 +44,6 @@ def explained(error: Exception, address: Address) -> PacelineError:
             f"{address} has no memory left (maxmemory).",
             why="Nothing was changed; everything recorded before is safe.",
             next="raise maxmemory on the server, or free memory there, and run the same command again.",
-        )
-    if said.startswith("MISCONF"):
-        return LedgerError(
-            f"{address} cannot write to its disk (MISCONF).",
-            why="Nothing was changed; everything recorded before is safe.",
-            next="free space on the server's disk or repair it, then run the same command again.",
         )
     if isinstance(error, AskError):
         return ConfigError(
@@ -81,6 +75,13 @@ def not_permitted(said: str, address: Address) -> ConfigError:
 
 
 def away(error: Exception, address: Address, patience_s: float) -> LedgerError:
+    """What was waited for did not come."""
+    if str(error).startswith("MISCONF"):
+        return LedgerError(
+            f"{address} could not write to its disk for {patience_s:g} seconds (MISCONF).",
+            why="It makes no changes until it can; the newest ones are in its memory alone.",
+            next="do not stop the server: free space on its disk, then run the same command again.",
+        )
     return LedgerError(
         f"{address} did not answer for {patience_s:g} seconds ({str(error)[:SAID_MAX]}).",
         why="Nothing was changed by this call; everything recorded before is as safe as the server keeps it.",
