@@ -8,6 +8,7 @@ from pathlib import Path
 
 from paceline.testing.ledger_machine import DisagreementError
 from paceline.testing.ledger_plays import play_at_random
+from paceline.testing.ledger_subjects import SQLiteSubject
 
 RUNS = 1500
 MOVES = 90
@@ -21,9 +22,9 @@ def run(scale: float, seed: int) -> dict[str, int]:
         with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
             one = seed * 1_000_000 + number
             try:
-                counts += play_at_random(Path(folder), one, MOVES)
+                counts += play_at_random(SQLiteSubject(Path(folder) / "ledger.db"), one, MOVES)
             except DisagreementError as found:
-                raise DisagreementError(f"play_at_random(folder, {one}, {MOVES}): {found}") from found
+                raise DisagreementError(f"play_at_random(subject, {one}, {MOVES}): {found}") from found
         counts["runs"] += 1
     calls = sum(n for name, n in counts.items() if name.endswith((" done", " refused")))
     met = {name.removeprefix("met: "): n for name, n in sorted(counts.items()) if name.startswith("met: ")}

@@ -1,10 +1,10 @@
-"""The SQLite ledger behaves like the specification, whatever is called in whatever order."""
+"""Every store behaves like the specification, whatever is called in whatever order."""
 
 from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 from paceline.ledger.records import Order
 from paceline.ledger.stores.sqlite import SQLiteLedger
-from paceline.testing.ledger_machine import DisagreementError, LedgerTwins, small_blocks
+from paceline.testing.ledger_machine import DisagreementError, LedgerTwins
 from paceline.testing.ledger_moves import PICKS, WEIGHTS, LedgerMoves, Picks
 from paceline.testing.ledger_plays import play_at_random
+from paceline.testing.ledger_subjects import RedisSubject, SQLiteSubject, Subject
+from paceline.testing.valkey_server import ValkeyServer
 
 MEMORY = Path("/dev/shm")
 PROFILE = settings(
@@ -46,22 +48,28 @@ class LedgerMachine(RuleBasedStateMachine):
         order=st.sampled_from(Order),
     )
     def begin_empty(self, block: int, archive_from: int, order: Order) -> None:
-        self._open.enter_context(small_blocks(block))
-        self.twins = LedgerTwins(self._folder / "ledger.db", archive_from=archive_from)
+        subject = self.make_subject()
+        subject.block_size, subject.archive_from = block, archive_from
+        self.twins = LedgerTwins(subject)
         self._open.callback(self.twins.close)
         self.moves = LedgerMoves(self.twins, order)
+
+    def make_subject(self) -> Subject:
+        return SQLiteSubject(self._folder / "ledger.db")
 
     def teardown(self) -> None:
         self._open.close()
 
 
-def play_many(folder: Path, seeds: Iterable[int]) -> Counter[str]:
+def play_many(make_subject: Callable[[int], Subject], seeds: Iterable[int]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for seed in seeds:
-        place = folder / str(seed)
-        place.mkdir()
-        counts.update(play_at_random(place, seed, 60))
+        counts.update(play_at_random(make_subject(seed), seed, 60))
     return counts
+
+
+def sqlite_in(folder: Path) -> Callable[[int], Subject]:
+    return lambda seed: SQLiteSubject(folder / f"{seed}.db")
 
 
 def _as_rule(name: str) -> Any:
@@ -83,7 +91,15 @@ def test_any_calls_leave_both_stores_alike() -> None:
 
 def test_long_lives_of_samples_leave_both_stores_alike(tmp_path: Path) -> None:
     """Seeded runs that get through capture, training, release, archiving, going back and rolling forward."""
-    counts = play_many(tmp_path, range(60))
+    counts = play_many(sqlite_in(tmp_path), range(60))
+    met = {name: count for name, count in counts.items() if name.startswith("met:")}
+    assert len(met) == 10, met
+    assert min(met.values()) > 0, met
+
+
+def test_long_lives_of_samples_on_a_server_leave_both_stores_alike(valkey: ValkeyServer) -> None:
+    """The same seeded runs, every fourth of them, on the scripts of the ledger on a server."""
+    counts = play_many(lambda _: RedisSubject(valkey), range(0, 60, 4))
     met = {name: count for name, count in counts.items() if name.startswith("met:")}
     assert len(met) == 10, met
     assert min(met.values()) > 0, met
@@ -106,13 +122,13 @@ def test_the_machine_finds_a_ledger_that_behaves_otherwise(
     """The comparison can fail."""
     monkeypatch.setattr(SQLiteLedger, method, wrong)
     with pytest.raises(DisagreementError):
-        play_many(tmp_path, range(60))
+        play_many(sqlite_in(tmp_path), range(60))
 
 
 def test_a_trained_sample_whose_second_capture_fails_stays_trained(tmp_path: Path) -> None:
-    play_at_random(tmp_path, 56, 90)
+    play_at_random(SQLiteSubject(tmp_path / "ledger.db"), 56, 90)
 
 
 def test_an_archived_visit_of_a_sample_that_is_still_there_is_no_licence_to_commit_it(tmp_path: Path) -> None:
     """In arrival order, under a generation that was another sample's."""
-    play_at_random(tmp_path, 564, 90)
+    play_at_random(SQLiteSubject(tmp_path / "ledger.db"), 564, 90)

@@ -1,4 +1,4 @@
-"""Makes the same calls on the specification and on the SQLite store, and compares them.
+"""Makes the same calls on the specification and on a store, and compares them.
 
 `LedgerTwins.call` applies one call to both. Results, types of errors and everything a reader can see
 must agree after it, and the protocol's own invariants hold: a released sample is durable; a durable ack
@@ -9,18 +9,15 @@ prompt is leased twice; an epoch never goes back.
 from __future__ import annotations
 
 import copy
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from paceline.errors import PacelineError
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.records import CheckpointRecord, Fence, Lease, SampleRecord, State, TrainedStep
-from paceline.ledger.stores.sqlite import SQLiteLedger, archive
+from paceline.testing.ledger_subjects import Subject
 from paceline.testing.specification_of_steps import SpecificationLedger
 from paceline.types import SampleRef
 
@@ -31,17 +28,6 @@ IDS = [f"run0:s{n}" for n in range(NUMBERS)]
 
 class DisagreementError(AssertionError):
     """The ledgers disagree, or the protocol is broken."""
-
-
-@contextmanager
-def small_blocks(size: int) -> Iterator[None]:
-    """Archive into blocks of `size` visits, so that a handful of samples makes several."""
-    before = archive.BLOCK
-    archive.BLOCK = size
-    try:
-        yield
-    finally:
-        archive.BLOCK = before
 
 
 def observed(ledger: Ledger) -> dict[str, Any]:
@@ -113,57 +99,42 @@ def short(value: Any) -> str:
 class LedgerTwins:
     """The two ledgers, the calls so far, and the checks after each."""
 
-    def __init__(self, path: Path, *, archive_from: int = 1, vfs: str | None = None, **options: Any) -> None:
-        self.path, self._archive_from, self._vfs = path, archive_from, vfs
-        self._options = {"durability": "head", **options}
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
         self.memory = SpecificationLedger()
-        self.memory.archive_from = archive_from
-        self.sqlite = self._open()
+        self.memory.archive_from = subject.archive_from
+        self.store = subject.open()
         self.history = History()
         self.log: list[str] = []
         self.counts: Counter[str] = Counter()
-        self.on_mutation: Callable[[str, dict[str, Any]], None] = lambda _name, _seen: None
-        self.autocheckpoint = 1000
         self._saved: tuple[Any, History] | None = None
-
-    def _open(self) -> SQLiteLedger:
-        ledger = SQLiteLedger(self.path, vfs=self._vfs, **self._options)
-        ledger.archive_from = self._archive_from
-        return ledger
 
     def reopen(self) -> None:
         self.log.append("reopen()")
-        self.sqlite.close()
-        self.sqlite = self._open()
-        self.checkpoint_every(self.autocheckpoint)
+        self.store.close()
+        self.store = self.subject.open()
         self.check("reopen")
 
-    def checkpoint_every(self, pages: int) -> None:
-        """Copy the write-ahead log into the database file whenever it is `pages` long."""
-        self.autocheckpoint = pages
-        self.sqlite._db.execute(f"PRAGMA wal_autocheckpoint={pages}")
-
     def close(self) -> None:
-        self.sqlite.close()
+        self.store.close()
 
     # -- going back: a ledger restored from a backup ----------------------------------------
 
     def save(self) -> None:
         self.log.append("save()")
-        self.sqlite.close()
-        shutil.copy(self.path, self.path.with_suffix(".saved"))
+        self.store.close()
+        self.subject.save()
         self._saved = copy.deepcopy((self.memory.rows, self.history))
-        self.sqlite = self._open()
+        self.store = self.subject.open()
 
     def restore(self) -> bool:
         """Forget everything since `save`, as a ledger without its last transactions has."""
         if self._saved is None:
             return False
         self.log.append("restore()")
-        self.sqlite.close()
-        shutil.copy(self.path.with_suffix(".saved"), self.path)
-        self.path.with_name(self.path.name + "-gate").unlink()  # it knows that more was on the disk
-        self.sqlite = self._open()
+        self.store.close()
+        self.subject.restore()
+        self.store = self.subject.open()
         self.memory.rows, self.history = copy.deepcopy(self._saved)
         self.check("restore")
         return True
@@ -176,18 +147,16 @@ class LedgerTwins:
         text = f"{name}({', '.join(words)})"
         self.log.append(text)
         before = self.memory.lsn()
-        found = outcome(lambda: getattr(self.sqlite, name)(*args, **kwargs))
+        found = outcome(lambda: getattr(self.store, name)(*args, **kwargs))
         expected = outcome(lambda: getattr(self.memory, name)(*args, **kwargs))
         if expected != found:
             raise DisagreementError(self._told(f"{text}\n  expected {expected}\n  found    {found}"))
         if expected.error is not None and self.memory.lsn() != before:
             raise DisagreementError(self._told(f"{text} was refused and counted"))
         try:
-            seen = self.check(name)
+            self.check(name)
         except DisagreementError as error:
             raise DisagreementError(self._told(str(error))) from error
-        if self.memory.lsn() != before:
-            self.on_mutation(name, seen)
         self.counts[f"{name} {'refused' if found.error else 'done'}"] += 1
         return found
 
@@ -196,11 +165,10 @@ class LedgerTwins:
 
     # -- checks -----------------------------------------------------------------------------
 
-    def check(self, name: str) -> dict[str, Any]:
+    def check(self, name: str) -> None:
         expected = observed(self.memory)
-        compare(expected, observed(self.sqlite), name)
+        compare(expected, observed(self.store), name)
         self._invariants(name, expected)
-        return expected
 
     def _invariants(self, name: str, seen: dict[str, Any]) -> None:
         past, snapshot = self.history, seen["snapshot"]

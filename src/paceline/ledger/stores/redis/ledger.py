@@ -11,7 +11,7 @@ import json
 import math
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.records import (
@@ -35,12 +35,11 @@ from paceline.ledger.refusals import passed_over
 from paceline.ledger.stores.redis.address import REPLY_S, Address
 from paceline.ledger.stores.redis.reading import Reading
 from paceline.ledger.stores.redis.replies import BasisMovedError
-from paceline.ledger.stores.redis.requirements import Requirements
+from paceline.ledger.stores.redis.requirements import Durability, Requirements
 from paceline.ledger.stores.redis.scripts import NAMES
 from paceline.ledger.stores.redis.server import PATIENCE_S, Server
 from paceline.types import SampleRef, ref_to_json
 
-Durability = Literal["full", "head"]
 BLOCK = 4096  # visits in one block of the archive, about
 BLOCKING_S = 10.0  # how long the server holds one question for the next change
 

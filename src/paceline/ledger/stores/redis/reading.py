@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from paceline.ledger.records import (
     CheckpointRecord,
@@ -39,6 +39,10 @@ def _record(row: list[Any]) -> SampleRecord:
     return SampleRecord(
         sample_id, place, State(state), _ref(text, is_bare), step, acked == 2, reason, resident
     )
+
+
+def _visit(place: int, sample_id: str, ordinal: int | Literal[False], finished: bool) -> TrainedSample:
+    return TrainedSample(place, sample_id, None if ordinal is False else ordinal, finished)
 
 
 class Reading(Calls):
@@ -136,4 +140,4 @@ class Reading(Calls):
             for number, rev, samples in rows:
                 names = sample_id is None or any(visit[1] == sample_id for visit in samples)
                 if names and step in (None, number):
-                    yield TrainedStep(number, rev, tuple(TrainedSample(*visit) for visit in samples))
+                    yield TrainedStep(number, rev, tuple(_visit(*visit) for visit in samples))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from redis.exceptions import NoPermissionError, ResponseError
+from typing import Literal
+
+from redis.exceptions import BusyLoadingError, NoPermissionError, ReadOnlyError, ResponseError
 
 from paceline.errors import ConfigError, PacelineError, SchemaError
 from paceline.ledger.stores.redis.address import Address
 from paceline.ledger.stores.redis.link import Link
 
+Durability = Literal["full", "head"]
 FLOOR = (7, 2)  # of Redis, and of Valkey, which began there: the first one with WAITAOF
 NO_EVICTION = "noeviction"
 
@@ -15,12 +18,15 @@ NO_EVICTION = "noeviction"
 class Requirements:
     """Checks every new connection, because a failover may lead to a server with other settings."""
 
-    def __init__(self, address: Address, durability: str) -> None:
+    def __init__(self, address: Address, durability: Durability) -> None:
         self.address, self.durability = address, durability
         self.unverified: tuple[str, ...] = ()  # what the server keeps to itself, in words
 
     def admit(self, link: Link) -> None:
-        """Raises ConfigError with the setting to change, SchemaError for an old version."""
+        """Raises ConfigError with the setting to change, SchemaError for an old version.
+
+        A server that loads its data or is a replica raises redis-py's error: it is waited for.
+        """
         facts = link.facts
         if not facts:
             raise self._refused(
@@ -28,6 +34,10 @@ class Requirements:
                 "Without it nobody knows whether the server may lose the ledger.",
                 "ACL SETUSER ... +info",
             )
+        if facts.get("loading") == "1":  # until then it tells of no append-only file
+            raise BusyLoadingError("it loads its data")
+        if facts.get("role") == "slave":  # it, or another server, may be the primary soon
+            raise ReadOnlyError("it is a replica")
         self._check_version(facts.get("valkey_version") or facts.get("redis_version", "0"))
         if (policy := facts.get("maxmemory_policy", "")) != NO_EVICTION:
             raise self._refused(

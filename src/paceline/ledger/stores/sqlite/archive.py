@@ -26,6 +26,7 @@ UNKNOWN_PLACE = -1  # the place of a planned sample that was never committed
 
 class Archive(PromptTable):
     archive_from = BLOCK  # how many samples or steps must be ready before any is archived
+    block_size = BLOCK
 
     @change(final=True)  # the caller removes the folders next
     def retire(self, keep: int) -> int:
@@ -56,7 +57,7 @@ class Archive(PromptTable):
         block: list[TrainedStep] = []
         for trained in self._planned("step <= ?", last):
             block.append(trained)
-            if sum(len(step.samples) + 1 for step in block) >= BLOCK:
+            if sum(len(step.samples) + 1 for step in block) >= self.block_size:
                 self._write_block(block)
                 block = []
         if block:

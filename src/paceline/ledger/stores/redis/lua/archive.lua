@@ -1,5 +1,5 @@
 -- The archive of steps and samples that no recovery can need. A block is a packed list of steps, kept under
--- its first one: {step, rev, {{place, id, ordinal, finished}, ...}}.
+-- its first one: {step, rev, {{place, id, ordinal or false, finished}, ...}}.
 
 local UNKNOWN_PLACE = -1 -- of a planned sample that was never committed
 
@@ -14,7 +14,7 @@ local function trained_step(step, plan)
     local sample = samples.get(id)
     local finished = sample and sample.acked > 0 and sample.step == step and last_visits[id] == visit
     visits[visit] = {
-      sample and sample.place or UNKNOWN_PLACE, id, sample and sample.ordinal or NULL, finished or false,
+      sample and sample.place or UNKNOWN_PLACE, id, sample and sample.ordinal or false, finished or false,
     }
   end
   return {step, plan.rev, visits}
