@@ -22,6 +22,7 @@ from paceline.cli.evaluate import MeasuringProgress, evaluation_request, show_re
 from paceline.cli.export import HOST, export_checkpoint, export_request, serve_run, serving_command
 from paceline.cli.fsck import fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
+from paceline.cli.ledger import copy_run_ledger
 from paceline.cli.options import takes
 from paceline.cli.plain import INTERRUPTED, exit_code_of_lost_output, out, say, say_error, stderr
 from paceline.cli.progress import Progress, best_lines, describe, evaluation_lines, final_line, trained
@@ -50,6 +51,8 @@ app = typer.Typer(
 
 data_app = typer.Typer(help="Look at what a run would read.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+ledger_app = typer.Typer(help="Move a run's ledger.", no_args_is_help=True)
+app.add_typer(ledger_app, name="ledger")
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", readable=False)]
 Run = Annotated[
@@ -267,6 +270,16 @@ def inspect(
             inspect_sample(out, view, sample)
         if step is None and sample is None:
             inspect_all(out, view)
+
+
+@ledger_app.command("copy")
+@advises
+def copy_ledger(
+    run: Run,
+    to: Annotated[str, typer.Argument(metavar="TO", help="sqlite, or a server's address: redis://...")],
+) -> None:
+    """Copy a stopped run's ledger to another store, compare the copy, and make it the run's ledger."""
+    copy_run_ledger(out, _directory(run), to)
 
 
 @data_app.command("check")

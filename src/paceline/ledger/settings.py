@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, PlainSerializer
 
+from paceline.errors import ConfigError
 from paceline.ledger import server_url
 from paceline.section import Section
 from paceline.table import resolve
 
 if TYPE_CHECKING:
+    from paceline.ledger.image import Movable
     from paceline.ledger.ledger import Ledger
     from paceline.ledger.view import LedgerView
 
@@ -48,6 +50,14 @@ class LedgerSection(Section):
     def advice(self, directory: Path) -> str:
         """What to do if the ledger is not the run's, or lacks what it had."""
 
+    def movable(self, directory: Path, name: str) -> Movable:
+        """The ledger's place, for copying it. Raises ConfigError if this store cannot do that."""
+        raise ConfigError(
+            f"{self.where(directory, name)} cannot be copied.",
+            why=f"The store {self.store!r} does not offer it.",
+            next="use a store that does: sqlite or redis.",
+        )
+
     def told(self) -> dict[str, Any]:
         """The section as JSON values, without a secret, for a reader who has no run file."""
         return self.model_dump(mode="json")
@@ -67,6 +77,10 @@ class SqliteSection(LedgerSection):
     def view(self, directory: Path, name: str) -> LedgerView:  # noqa: ARG002
         view: LedgerView = resolve("paceline.ledger.stores.sqlite.view:SQLiteView")(directory / FILE)
         return view
+
+    def movable(self, directory: Path, name: str) -> Movable:  # noqa: ARG002
+        image: Movable = resolve("paceline.ledger.stores.sqlite.image:FileImage")(directory / FILE)
+        return image
 
     def where(self, directory: Path, name: str) -> str:  # noqa: ARG002
         return str(directory / FILE)
@@ -101,6 +115,10 @@ class RedisSection(LedgerSection):
     def view(self, directory: Path, name: str) -> LedgerView:  # noqa: ARG002
         view: LedgerView = _of_server("RedisView")(server_url.complete(self.url), name)
         return view
+
+    def movable(self, directory: Path, name: str) -> Movable:  # noqa: ARG002
+        image: Movable = _of_server("ServerImage")(server_url.complete(self.url), name)
+        return image
 
     def where(self, directory: Path, name: str) -> str:  # noqa: ARG002
         return f"The ledger {name!r} on {self.told()['url']}"

@@ -115,6 +115,14 @@ class LedgerTwins:
         self.store = self.subject.open()
         self.check("reopen")
 
+    def move_to(self, subject: Subject) -> None:
+        """Go on with a copy of the store."""
+        self.log.append("move_to()")
+        self.store.close()
+        self.subject, self._saved = subject, None
+        self.store = subject.open()
+        self.check("move_to")
+
     def close(self) -> None:
         self.store.close()
 

@@ -444,10 +444,14 @@ class LedgerMoves:
         """The ledger goes back, its clients start anew; the checkpoints' folders stay."""
         if picks.below(2) and self.twins.restore():
             self.twins.counts["met: a ledger restored from a backup"] += 1
-            self._fences = {role: [] for role in ROLES}
-            self._past, self._ops = {}, Counter()
-            for role in ROLES:
-                self._acquire(role)
+            self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Every process is a new one."""
+        self._fences = {role: [] for role in ROLES}
+        self._past, self._ops = {}, Counter()
+        for role in ROLES:
+            self._acquire(role)
 
 
 # How often a long run takes each, so that samples get through all of their life.

@@ -1,8 +1,9 @@
 """The ledger on a Redis or Valkey server; see ledger.py."""
 
 from paceline.ledger.stores.redis.address import address_of
+from paceline.ledger.stores.redis.image import ServerImage
 from paceline.ledger.stores.redis.ledger import RedisLedger
 from paceline.ledger.stores.redis.requirements import Durability
 from paceline.ledger.stores.redis.view import RedisView
 
-__all__ = ["Durability", "RedisLedger", "RedisView", "address_of"]
+__all__ = ["Durability", "RedisLedger", "RedisView", "ServerImage", "address_of"]

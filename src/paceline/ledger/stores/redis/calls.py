@@ -140,11 +140,17 @@ class Calls:
             raise fence_refused(status, detail, fence)
         if status == "schema":
             raise other_schema(str(self), detail)
-        if status in ("missing", "other", "regressed"):
+        if status in ("missing", "copying", "other", "regressed"):
             raise self._not_the_same(status, lsn)
         raise refused(status, detail, subject)
 
     def _not_the_same(self, status: str, lsn: int) -> LedgerRegressedError | ConfigError:
+        if self._seen is None and status == "copying":
+            return LedgerMissingError(
+                f"{self} is a copy that is not whole.",
+                why="Whoever makes it is at work, or was interrupted; nothing uses it.",
+                next="copy the ledger again.",
+            )
         if self._seen is None:
             return LedgerMissingError(
                 f"There is no ledger {self.name} on {self._server.address}.",
@@ -191,7 +197,7 @@ class Calls:
 
 
 def _lack(status: str, lsn: int, known: Position) -> str:
-    if status == "missing":
+    if status in ("missing", "copying"):
         return f"is gone; it held {known.lsn} changes"
     if status == "other":
         return f"is another ledger than the one that held {known.lsn} changes"

@@ -23,8 +23,8 @@ NAMES = (
     *("plans", "checkpoints", "archive", "blocks", "archived_ids"),
 )
 SHARED = ("rows", "state", "calls", "archive")
-CHANGES = (*SHARED, "prompts", "samples", "lineage", "steps", "retire", "changes")
-READING = (*SHARED, "reading")
+CHANGES = (*SHARED, "prompts", "samples", "lineage", "steps", "retire", "moving", "changes")
+READING = (*SHARED, "reading", "dump", "asking")
 
 
 def keys_of(ledger: str) -> tuple[str, ...]:

@@ -28,10 +28,15 @@ local function has_lost(incarnation, server, lsn)
   return lsn > (following and cmsgpack.unpack(following)[2] or run.lsn)
 end
 
+local OF_A_COPY = {load = true, loaded = true, dump = true} -- what may be asked of one that is not whole
+
 -- An answer that refuses the call, if this is not the ledger that the client knows.
 local function refused_by_state(identity, incarnation, server, lsn)
   if run == nil then
     return answer('missing', NULL)
+  end
+  if run.loading and not OF_A_COPY[ARGV[1]] then
+    return answer('copying', NULL)
   end
   if run.schema ~= SCHEMA then
     return answer('schema', run.schema or NULL)

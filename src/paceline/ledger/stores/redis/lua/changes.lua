@@ -75,8 +75,9 @@ local COUNTERS = {
   'displaced_samples', 'reserved_bytes',
 }
 
-local function create(new_identity)
-  run = {schema = SCHEMA, identity = new_identity, next_generation = 1, server = server}
+-- `loading`: 1 for a copy, which nobody finds until it is whole.
+local function create(new_identity, loading)
+  run = {schema = SCHEMA, identity = new_identity, next_generation = 1, server = server, loading = loading}
   for _, name in ipairs(COUNTERS) do
     run[name] = 0
   end
@@ -111,6 +112,10 @@ local function write_nothing()
 end
 
 local function commit_change(result)
+  if run_before.loading then -- a copy has the changes of what it is a copy of
+    write()
+    return answer('ok', result)
+  end
   if run.server ~= server then
     run.incarnation, run.server = run.incarnation + 1, server
     redis.call('HSET', KEY.incarnations, run.incarnation, cmsgpack.pack({server, run.lsn}))
@@ -128,6 +133,10 @@ end
 
 local function make_change(name, arguments)
   run = read_run()
+  if name == 'clear' then
+    redis.call('UNLINK', unpack(KEYS))
+    return create(arguments[1], 1)
+  end
   if run == nil and name == 'create' then
     return create(arguments[1])
   end

@@ -171,12 +171,3 @@ function ask.history(after, through, sample_id)
   end
   return {found, #steps > 64 and steps[64] or NULL}
 end
-
--- -- the call ------------------------------------------------------------------------------------------
-
-run = read_run()
-local stopped = refused_by_state(unpack(CONTEXT, 1, 4))
-if stopped then
-  return stopped
-end
-return answer('ok', ask[ARGV[1]](unpack(cmsgpack.unpack(ARGV[3]), 1, MOST_ARGUMENTS)))

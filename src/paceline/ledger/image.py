@@ -1,0 +1,114 @@
+"""The whole of a ledger as rows that every store can write and read: how a ledger moves to another store.
+
+A row is the name of its table and a list of JSON values, in the order of schema.sql (stores/sqlite):
+
+    run          lsn, order, num_prompts, next_ordinal, closed, committed, next_generation, trained_step,
+                 started_step, archived_step, archived_place, archived
+    fact         key, JSON text
+    role         name, epoch, holder
+    source       first, count, digest
+    prompt       ordinal, state, again, worker, attempt, deaths, reason
+    intent       generation, sample_id, bytes, ordinal, worker, revoked
+    sample       place, sample_id, ordinal, state, resident, bytes, generation, acked, step, reason, ref
+    plan         step, rev, sample_ids, deaths
+    checkpoint   step, name, manifest_digest, chain, first_place
+    archive      the steps of one block: step, rev, [[place, sample_id, ordinal, finished], ...]
+
+Tables come in this order, rows by their first value. A role's last operation and its result stay behind:
+whoever could repeat it does not know the copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from paceline.errors import LedgerError
+from paceline.ledger.facts import LEDGER
+
+TABLES = (
+    *("run", "fact", "role", "source", "prompt", "intent"),
+    *("sample", "plan", "checkpoint", "archive"),
+)
+Row = tuple[str, list[Any]]
+
+
+class Movable(Protocol):
+    """A place for a ledger, in one store. Adapters: stores/*/image.py."""
+
+    def rows(self) -> Iterator[Row]:
+        """The ledger that stands there. Raises LedgerMissingError."""
+
+    def standing(self) -> tuple[dict[str, Any], int] | None:
+        """Its facts, and how many changes it has; None if there is none."""
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """Write a ledger beside the one that stands there; nobody can open it yet."""
+
+    def written(self) -> Iterator[Row]:
+        """What `write` wrote."""
+
+    def finish(self) -> None:
+        """It is the ledger from now on."""
+
+
+@dataclass
+class Digest:
+    """How many rows there were, and the hash of all of them."""
+
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def passing(self, rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            self.count += 1
+            self._hash.update(json.dumps(row, separators=(",", ":")).encode() + b"\n")
+            yield row
+
+    @property
+    def text(self) -> str:
+        return self._hash.hexdigest()
+
+
+def copy_ledger(source: Movable, target: Movable) -> Digest:
+    """Copy the ledger, and compare the copy with it, row by row, before it may be opened.
+
+    Replaces an older copy of the same ledger, and nothing else. Raises LedgerError: a target that holds
+    another or a newer ledger, or a source that changed meanwhile.
+    """
+    before = source.standing()
+    if before is None:
+        next(source.rows())  # says what is missing
+        raise LedgerError("The ledger appeared while it was looked for.", next="copy again.")
+    _refuse_to_replace(before, target.standing())
+    told, found = Digest(), Digest()
+    target.write(told.passing(source.rows()))
+    for _ in found.passing(target.written()):
+        pass
+    if found != told or found.text != told.text or source.standing() != before:
+        raise LedgerError(
+            f"The copy has {found.count} rows, the ledger {told.count}, and they differ.",
+            why="A process of the run changed the ledger, or a store failed. The copy is not used.",
+            next="stop every process of the run, on every host, and copy again.",
+        )
+    target.finish()
+    return told
+
+
+def _refuse_to_replace(source: tuple[dict[str, Any], int], there: tuple[dict[str, Any], int] | None) -> None:
+    if there is None:
+        return
+    (facts, changes), (others, its_changes) = source, there
+    if facts.get(LEDGER) == others.get(LEDGER) is not None and its_changes <= changes:
+        return
+    what = "another ledger" if facts.get(LEDGER) != others.get(LEDGER) else "a newer copy of this ledger"
+    raise LedgerError(
+        f"There is {what} already where the copy would be ({its_changes} changes).",
+        why="It would be lost. Nothing was changed.",
+        next="choose another place, or move that ledger away.",
+    )
