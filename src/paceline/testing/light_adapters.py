@@ -16,7 +16,7 @@ import random
 import struct
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -274,11 +274,13 @@ class LightFeatureStore:
         self._budget_bytes = budget_bytes
         self._owner = owner
         if owner:
-            folder.mkdir(parents=True, exist_ok=True)
+            self._newest_folder.mkdir(parents=True, exist_ok=True)
             if not self._uri_path.exists():
                 aside = folder / f"uri-{os.getpid()}"
                 aside.write_text(f"light://{uuid.uuid4().hex}")
-                aside.rename(self._uri_path)
+                with suppress(FileExistsError):  # another producer was faster
+                    os.link(aside, self._uri_path)
+                aside.unlink()
 
     @property
     def _uri_path(self) -> Path:
@@ -294,12 +296,11 @@ class LightFeatureStore:
         return self.folder / f"{sample_id.encode().hex()}.sample"
 
     @contextmanager
-    def _locked(self) -> Iterator[int]:
-        """The folder's lock file; it holds the newest generation that was ever sealed here."""
+    def _locked(self) -> Iterator[None]:
         fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            yield fd
+            yield
         finally:
             os.close(fd)
 
@@ -313,8 +314,8 @@ class LightFeatureStore:
         aside = self.folder / f"{sample_id.encode().hex()}.{generation}.{os.getpid()}.new"
         aside.write_bytes(_with_header(sample_id, payload, generation))
         reach("features.put.before_seal")
-        with self._locked() as fd:
-            newest = int.from_bytes(os.pread(fd, 8, 0), "little")
+        with self._locked():
+            newest = self._newest(sample_id)
             if generation < newest:
                 aside.unlink(missing_ok=True)
                 raise stale(sample_id, generation, newest)
@@ -322,8 +323,17 @@ class LightFeatureStore:
                 aside.rename(self.path_of(sample_id))
             except FileNotFoundError:  # a successor swept it
                 raise stale(sample_id, generation, newest) from None
-            os.pwrite(fd, generation.to_bytes(8, "little"), 0)
+            (self._newest_folder / f"{sample_id.encode().hex()}.{generation}").touch()
         return _sealed(self._uri(), sample_id, payload, generation)
+
+    @property
+    def _newest_folder(self) -> Path:
+        return self.folder / "newest"
+
+    def _newest(self, sample_id: str) -> int:
+        """The newest generation of the sample that was ever sealed here."""
+        sealed = self._newest_folder.glob(f"{sample_id.encode().hex()}.*")
+        return max((int(path.suffix[1:]) for path in sealed), default=0)
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
         if ref.feature_store_uri != self._uri():

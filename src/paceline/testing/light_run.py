@@ -26,7 +26,8 @@ from paceline.features.store import FeatureStore
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.ledger import Ledger
-from paceline.ledger.producer_session import ProducerSession
+from paceline.ledger.producer_session import WORKER, ProducerSession
+from paceline.ledger.stores.redis import RedisLedger
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.loader.loader import LoaderSettings, StepLoader
 from paceline.testing.kill_points import pointed
@@ -133,6 +134,7 @@ def build_producer(
     ledger: Ledger,
     features: FeatureStore,
     *,
+    worker: str = WORKER,
     report: Callable[..., None] = no_report,
 ) -> Producer:
     budget = features.usage().budget_bytes
@@ -149,7 +151,7 @@ def build_producer(
         budget_samples=shape.budget_samples,
         group_samples=shape.group,
     )
-    session = ProducerSession(ledger, RUN_ID)
+    session = ProducerSession(ledger, RUN_ID, worker)
     settings = CaptureSettings(group_size=shape.group, max_answer_tokens=4, features=LIGHT_FEATURES)
     backpressure = Backpressure(features, session, marks, report=report)
     engine = pointed(shape.engine(), "engine")
@@ -183,15 +185,22 @@ def build_consumer(
 class LightRun:
     """One run folder for two processes: ledger, checkpoints, features."""
 
-    def __init__(self, folder: Path, shape: RunShape) -> None:
+    def __init__(self, folder: Path, shape: RunShape, server: str = "", patience_s: float = 60.0) -> None:
+        """`server`: the URL of the server that the ledger is on, else it is a file; `patience_s`: with it."""
         self.folder = folder
+        self.server, self.patience_s = server, patience_s
         self.shape = shape
         self.ledger_path = folder / "ledger.db"
         self.checkpoints = folder / "checkpoints"
         self.feature_folder = folder / "features"
 
-    def open_ledger(self) -> SQLiteLedger:
-        ledger: SQLiteLedger = pointed(SQLiteLedger(self.ledger_path, durability="head"), "ledger")
+    def open_ledger(self) -> RedisLedger | SQLiteLedger:
+        bare: RedisLedger | SQLiteLedger
+        if self.server:
+            bare = RedisLedger(self.server, RUN_ID, durability="head", patience_s=self.patience_s)
+        else:
+            bare = SQLiteLedger(self.ledger_path, durability="head")
+        ledger: RedisLedger | SQLiteLedger = pointed(bare, "ledger")
         ledger.archive_from = ARCHIVE_FROM
         return ledger
 
@@ -200,13 +209,13 @@ class LightRun:
         features: LightFeatureStore = pointed(bare, "features")
         return features
 
-    def produce(self, report: Callable[..., None] = no_report) -> None:
-        """The producer's process."""
+    def produce(self, report: Callable[..., None] = no_report, worker: str = WORKER) -> None:
+        """A producer's process."""
         ledger = self.open_ledger()
         if COMPLETED_STEP not in ledger.facts():
             report("found", intents=len(ledger.ownership().promised))
             features = self.open_features(owner=True)
-            producer = build_producer(self.shape, ledger, features, report=report)
+            producer = build_producer(self.shape, ledger, features, worker=worker, report=report)
             producer.run(should_stop=lambda: COMPLETED_STEP in ledger.facts())
         ledger.close()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from paceline import crashpoints
 from paceline.errors import PacelineError
 from paceline.fsck.checker import check
+from paceline.ledger.stores.redis import RedisLedger
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.light_run import LightRun, Outcome, RunShape, head_of, uninterrupted
 
@@ -39,7 +40,7 @@ class MainsRun(LightRun):
         self._reached = 0
         self._points = points
 
-    def open_ledger(self) -> SQLiteLedger:
+    def open_ledger(self) -> RedisLedger | SQLiteLedger:
         ledger = super().open_ledger()
         self._note(synced=True)
         return ledger

