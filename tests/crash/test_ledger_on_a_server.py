@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from paceline.ledger.locks import live_holder
+from paceline.ledger.place import known
 from paceline.ledger.records import Snapshot
 from paceline.roles.snapshot import has_ledger, open_run
 from paceline.testing.random_kills import make_run
@@ -82,7 +83,11 @@ def check(run: TinyRun, uninterrupted: dict[str, torch.Tensor]) -> None:
 
 
 def test_roles_and_the_server_are_killed_and_the_run_goes_on_by_itself(
-    tiny_model: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor], server: ValkeyServer
+    tiny_model: Path,
+    tmp_path: Path,
+    uninterrupted: dict[str, torch.Tensor],
+    server: ValkeyServer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also `status` and the other verbs read it there; no file of the run has the password."""
     run = run_on(server, tmp_path, tiny_model)
@@ -97,11 +102,19 @@ def test_roles_and_the_server_are_killed_and_the_run_goes_on_by_itself(
     assert train.returncode == 0, err
     assert out.strip().endswith(f"{NUM_SAMPLES} samples trained | 2 restarts")
     check(run, uninterrupted)
-    for verb in ("status", "inspect", "fsck", "evaluate", "export --to vllm"):
+    for verb in ("status", "inspect", "fsck", "export --to vllm"):
         name, *options = verb.split()
         done = run.run([*run.arguments(name), *options])
         assert done.returncode == 0, done.stderr
         out += done.stdout + done.stderr
+    monkeypatch.setenv("PACELINE_REDIS_USER", USER)
+    monkeypatch.setenv("PACELINE_REDIS_PASSWORD", PASSWORD)
+    for verb in ("status", "inspect", "fsck", "evaluate"):  # of the folder, which has neither
+        arguments = [*run.arguments(verb)[:-1], str(run.directory)]
+        done = run.run(arguments)
+        assert done.returncode == 0, done.stderr
+        out += done.stdout + done.stderr
+    assert f"on unix://{server.socket}" in out
     assert not (run.directory / "ledger.db").exists()
     files = [path for path in run.directory.rglob("*") if path.is_file()]
     shown = [out, err, *(path.read_text(errors="replace") for path in files)]
@@ -147,6 +160,28 @@ def test_another_or_an_empty_server_does_not_begin_the_run_anew(
         for verb in ("train", "status"):
             done = run.command(verb)
             assert done.returncode == 6, done.stderr
-            assert "it is empty" in done.stderr
+            assert "tells of, but empty: the ledger" in done.stderr
             assert "next  check the server's address" in done.stderr
         assert client.dbsize() == 0
+
+
+def test_a_server_may_move_with_its_data(
+    tiny_model: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor], server: ValkeyServer
+) -> None:
+    """The run file has another address, the ledger the same identity; the run folder follows."""
+    run = run_on(server, tmp_path, tiny_model)
+    with run.start("train") as train:
+        wait_until(has_head(run), train)
+        train.send_signal(signal.SIGINT)
+        train.communicate(timeout=200)
+    server.stop()
+    server.socket = server.folder / "moved.sock"
+    server.start()
+    run.config["ledger"]["url"] = f"unix://{USER}:{PASSWORD}@{server.socket}"
+    run.write()
+    done = run.command("train")
+    assert done.returncode == 0, done.stderr
+    place = known(run.directory)
+    assert place is not None
+    assert place.section["url"] == server.url
+    check(run, uninterrupted)

@@ -44,6 +44,7 @@ COMES_LATE = """
 import sys
 from pathlib import Path
 from paceline.engines.transformers import TransformersEngine
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles import producer
 from paceline.roles.process import run_role
 
@@ -51,7 +52,7 @@ load = TransformersEngine.probe
 
 def completed_meanwhile(engine):
     load(engine)
-    ledger = producer.SQLiteLedger(sys.argv[2])
+    ledger = SQLiteLedger(sys.argv[2])
     ledger.set_facts(None, {"completed_step": 10})
     ledger.close()
 

@@ -161,6 +161,7 @@ def describe(console: Console, s: RunSnapshot) -> None:
         "blocked": f"producer {s.blocked_s['producer']:.1f} s for room, "
         f"consumer {s.blocked_s['consumer']:.1f} s for samples (each since its last start)",
         "restarts": str(s.ledger.restarts),
+        **({"ledger": s.ledger_at} if s.ledger_at else {}),
     }
     for name, value in rows.items():
         table.add_row(name, plain(value))

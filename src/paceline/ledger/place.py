@@ -49,10 +49,17 @@ class Known:
         """Whether the ledger is a file of the run's folder."""
         return self.section.get("store") == SqliteSection().store
 
+    def where(self, directory: Path) -> str:
+        """What a message calls the ledger; no secret."""
+        return self._section().where(directory, self.name)
+
     def view(self, directory: Path) -> LedgerView:
         """The ledger, for reading. Raises ConfigError, LedgerError, also if it is another ledger."""
-        section: LedgerSection = LEDGERS.find(str(self.section.get("store"))).parse(self.section)
-        return self.looked_at(section, directory)
+        return self.looked_at(self._section(), directory)
+
+    def _section(self) -> LedgerSection:
+        found: LedgerSection = LEDGERS.find(str(self.section.get("store"))).parse(self.section)
+        return found
 
     def looked_at(self, section: LedgerSection, directory: Path) -> LedgerView:
         """The ledger where the section says. Raises LedgerError unless the run folder knows it."""
@@ -70,7 +77,7 @@ class Known:
         if found is None or self.identity not in (found["identity"], *found["replaces"]):
             where, what = section.where(directory, self.name), "empty" if found is None else "another one"
             raise LedgerError(
-                f"{where} is not the ledger that {directory / FILE} tells of: it is {what}.",
+                f"This is not the ledger that {directory / FILE} tells of, but {what}: {where}.",
                 why="Whoever goes on without the run's own trains samples again. Nothing was changed.",
                 next=section.advice(directory),
             )

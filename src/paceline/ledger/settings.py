@@ -121,7 +121,7 @@ class RedisSection(LedgerSection):
         return image
 
     def where(self, directory: Path, name: str) -> str:  # noqa: ARG002
-        return f"The ledger {name!r} on {self.told()['url']}"
+        return f"the ledger {name!r} on {self.told()['url']}"
 
     def advice(self, directory: Path) -> str:  # noqa: ARG002
         return (

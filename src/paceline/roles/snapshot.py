@@ -58,6 +58,7 @@ class RunSnapshot:
     curve: Curve = field(default_factory=Curve)
     best: Point | None = None  # of the curve, among those whose drafts are kept
     notes: tuple[str, ...] = ()
+    ledger_at: str = ""  # where the ledger is, if it is no file of the run's folder
 
     @property
     def run_id(self) -> str:
@@ -145,7 +146,13 @@ def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
         curve=curve,
         best=_best(directory, curve),
         notes=tuple(notes),
+        ledger_at=_ledger_at(directory),
     )
+
+
+def _ledger_at(directory: Path) -> str:
+    place = known(directory)
+    return "" if place is None or place.is_file else place.where(directory)
 
 
 def _best(directory: Path, curve: Curve) -> Point | None:

@@ -22,7 +22,7 @@ from paceline.errors import ConfigError, ServerUnavailableError
 SERVER = """
 import json, os, subprocess, sys
 worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-names = ("VLLM_API_KEY", "CUDA_VISIBLE_DEVICES")
+names = ("VLLM_API_KEY", "CUDA_VISIBLE_DEVICES", "PACELINE_REDIS_PASSWORD")
 told = {"worker": worker.pid, "args": sys.argv[1:], **{n: os.environ.get(n) for n in names}}
 print(json.dumps(told), flush=True)
 worker.wait()
@@ -63,14 +63,18 @@ def wait_for_end(pid: int) -> None:
         os.sched_yield()
 
 
-def test_it_listens_on_this_machine_with_a_key_that_no_log_and_no_command_line_shows(make: Made) -> None:
-    """Every start has a port and a key of its own."""
+def test_it_listens_on_this_machine_with_a_key_that_no_log_and_no_command_line_shows(
+    make: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every start has a port and a key of its own, and none is given the ledger's password."""
+    monkeypatch.setenv("PACELINE_REDIS_PASSWORD", "sesame")
     server = make(devices=(1, 3))
     assert server.ensure(0.0)
     assert not server.ensure(0.0)
     [told] = make.told()
     assert server.url == f"http://127.0.0.1:{told['args'][1]}"
     assert (told["VLLM_API_KEY"], told["CUDA_VISIBLE_DEVICES"]) == (server.key, "1,3")
+    assert told["PACELINE_REDIS_PASSWORD"] is None
     assert len(server.key) > 30
     assert server.key not in (make.folder / RECORD).read_text() + json.dumps(make.events)
     first = server.key

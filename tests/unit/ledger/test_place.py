@@ -45,7 +45,7 @@ def test_a_run_whose_ledger_is_gone_does_not_begin_anew(tmp_path: Path) -> None:
     """Nor is there a new file in its place, over whose log a backup would be laid."""
     start(tmp_path)[0].close()
     (tmp_path / "ledger.db").unlink()
-    with pytest.raises(LedgerError, match=r"ledger\.db is not the ledger that .* tells of: it is empty"):
+    with pytest.raises(LedgerError, match=r"not the ledger that .* tells of, but empty: .*ledger\.db"):
         start(tmp_path)
     assert not [name for name in ("ledger.db", "ledger.db-wal") if (tmp_path / name).exists()]
 
@@ -55,7 +55,7 @@ def test_another_ledger_in_its_place_is_refused(tmp_path: Path) -> None:
     start(tmp_path / "one")[0].close()
     start(tmp_path / "two")[0].close()
     shutil.copy(tmp_path / "two" / "ledger.db", tmp_path / "one" / "ledger.db")
-    with pytest.raises(LedgerError, match="it is another one"):
+    with pytest.raises(LedgerError, match="tells of, but another one"):
         start(tmp_path / "one")
 
 

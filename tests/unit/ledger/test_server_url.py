@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from paceline.config.load import flat, load_run_config, parse_run_config, recorded_config
+from paceline.config.load import flat, given_sections, load_run_config, parse_run_config, recorded_config
 from paceline.errors import ConfigError
 from paceline.ledger import server_url
 from paceline.ledger.settings import RedisSection
@@ -34,6 +34,7 @@ def test_what_a_run_records_and_shows_has_neither_user_nor_password(tmp_path: Pa
     shown += [section.where(tmp_path, "r"), section.advice(tmp_path), recorded_config(flat(config), tmp_path)]
     assert not [text for text in shown if "sesame" in text or "ali" in text]
     assert flat(config)["ledger.url"] == "rediss://cave:6380/2"
+    parse_run_config(given_sections(config), source="a comparison's variant")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from paceline.regular_files import read_regular
 from paceline.telemetry import read_tail, shorten
 
 KEY_VARIABLE = "VLLM_API_KEY"  # the server's own name for it
+LEDGERS_SECRETS = "PACELINE_REDIS_"  # begins the names of variables that are no business of the server's
 DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 GUARD = "paceline.engines.vllm.guard"
 RECORD = "server.json"
@@ -129,7 +130,8 @@ class ManagedServer:
         self._has_been_ready = False
         port, self.key = _free_port(), secrets.token_urlsafe(32)
         self.url = f"http://{HOST}:{port}"
-        environment = {**os.environ, KEY_VARIABLE: self.key}
+        own = {name: value for name, value in os.environ.items() if not name.startswith(LEDGERS_SECRETS)}
+        environment = {**own, KEY_VARIABLE: self.key}
         if self._devices:
             environment[DEVICES_VARIABLE] = ",".join(map(str, self._devices))
         self._log.parent.mkdir(parents=True, exist_ok=True)
