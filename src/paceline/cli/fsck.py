@@ -71,7 +71,7 @@ def _advice(directory: Path, report: Report) -> str:
             return (
                 "The ledger is older than its checkpoints: those that it knows are gone, and newer ones lie "
                 f"there ({', '.join(report.newer)}). Put back the ledger that belongs to them (ledger.db, "
-                "and ledger.db-wal if there is one), or start a new run."
+                "and ledger.db-wal if there is one; or the server's data), or start a new run."
             )
         if not report.is_resumable:
             return (

@@ -166,6 +166,6 @@ def _ledger_forgot(
         f"those is in {folder.folder} any more, but newer ones lie there whole: {names}.",
         why="The ledger was restored from an older copy, or has lost its log. Its plans and acks do not "
         "reach these weights, so it cannot go on from them.",
-        next="put back the ledger (ledger.db, and ledger.db-wal if there is one) that belongs to them, and "
-        "run the same command again; or start a new run.",
+        next="put back the ledger that belongs to them (ledger.db, and ledger.db-wal if there is one; or the "
+        "server's data), and run the same command again; or start a new run.",
     )
