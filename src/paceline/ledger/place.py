@@ -61,7 +61,7 @@ class Known:
         found: LedgerSection = LEDGERS.find(str(self.section.get("store"))).parse(self.section)
         return found
 
-    def looked_at(self, section: LedgerSection, directory: Path) -> LedgerView:
+    def looked_at(self, section: LedgerSection, directory: Path, *, waits: bool = False) -> LedgerView:
         """The ledger where the section says. Raises LedgerError unless the run folder knows it."""
         if (store := self.section.get("store")) != section.store:
             raise LedgerError(
@@ -71,7 +71,7 @@ class Known:
             )
         view, facts = None, dict[str, Any]()
         with suppress(LedgerMissingError):
-            view = section.view(directory, self.name)
+            view = section.view(directory, self.name, waits=waits)
             facts = view.facts()
         found = facts.get(LEDGER)
         if found is None or self.identity not in (found["identity"], *found["replaces"]):
@@ -127,7 +127,7 @@ def opened(
     with _alone(directory):
         before = known(directory)
         if before is not None:  # before a ledger is created where there was one
-            before.looked_at(section, directory)
+            before.looked_at(section, directory, waits=True)
         ledger = section.open(directory, name)
         try:
             found = _identified(ledger, section, directory, joins=joins or before is not None)

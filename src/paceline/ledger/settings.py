@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from paceline.ledger.view import LedgerView
 
 FILE = "ledger.db"  # of a run whose ledger is a file
+ROLES_PATIENCE_S, USERS_PATIENCE_S = 60.0, 10.0  # with a server that does not answer
 
 
 class LedgerSection(Section):
@@ -39,8 +40,11 @@ class LedgerSection(Section):
         """For a role; a ledger is created if there is none. Raises LedgerError, SchemaError."""
 
     @abstractmethod
-    def view(self, directory: Path, name: str) -> LedgerView:
-        """For reading. Raises LedgerMissingError if there is none, LedgerError, SchemaError."""
+    def view(self, directory: Path, name: str, *, waits: bool = False) -> LedgerView:
+        """For reading. `waits`: for a role, which waits longer for a server than a user does.
+
+        Raises LedgerMissingError if there is no ledger, LedgerError, SchemaError.
+        """
 
     @abstractmethod
     def where(self, directory: Path, name: str) -> str:
@@ -74,7 +78,7 @@ class SqliteSection(LedgerSection):
         )
         return ledger
 
-    def view(self, directory: Path, name: str) -> LedgerView:  # noqa: ARG002
+    def view(self, directory: Path, name: str, *, waits: bool = False) -> LedgerView:  # noqa: ARG002
         view: LedgerView = resolve("paceline.ledger.stores.sqlite.view:SQLiteView")(directory / FILE)
         return view
 
@@ -108,12 +112,14 @@ class RedisSection(LedgerSection):
 
     def open(self, directory: Path, name: str) -> Ledger:  # noqa: ARG002 (the server is the same for all)
         ledger: Ledger = _of_server("RedisLedger")(
-            server_url.complete(self.url), name, durability=self.durability
+            server_url.complete(self.url), name, durability=self.durability, patience_s=ROLES_PATIENCE_S
         )
         return ledger
 
-    def view(self, directory: Path, name: str) -> LedgerView:  # noqa: ARG002
-        view: LedgerView = _of_server("RedisView")(server_url.complete(self.url), name)
+    def view(self, directory: Path, name: str, *, waits: bool = False) -> LedgerView:  # noqa: ARG002
+        view: LedgerView = _of_server("RedisView")(
+            server_url.complete(self.url), name, patience_s=ROLES_PATIENCE_S if waits else USERS_PATIENCE_S
+        )
         return view
 
     def movable(self, directory: Path, name: str) -> Movable:  # noqa: ARG002

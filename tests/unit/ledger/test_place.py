@@ -13,7 +13,7 @@ import pytest
 from paceline.errors import LedgerError
 from paceline.ledger.facts import CONFIG, LEDGER
 from paceline.ledger.ledger import Ledger
-from paceline.ledger.place import FILE, known, note, opened, record
+from paceline.ledger.place import FILE, known, note, opened, record, viewed
 from paceline.ledger.settings import SqliteSection
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.ledger.view import LedgerView
@@ -114,7 +114,10 @@ class SharedSection(SqliteSection):
     def open(self, directory: Path, name: str) -> Ledger:
         return super().open(directory.parent / "server", name)
 
-    def view(self, directory: Path, name: str) -> LedgerView:
+    waited: ClassVar[list[bool]] = []
+
+    def view(self, directory: Path, name: str, *, waits: bool = False) -> LedgerView:
+        self.waited.append(waits)
         return super().view(directory.parent / "server", name)
 
 
@@ -127,6 +130,15 @@ def test_two_runs_of_one_name_do_not_share_a_ledger_by_accident(tmp_path: Path) 
     opened(SharedSection(), tmp_path / "joined", "run", joins=True).close()
     (tmp_path / "first").rename(tmp_path / "moved")
     opened(SharedSection(), tmp_path / "moved", "run").close()
+
+
+def test_a_role_waits_longer_for_a_server_than_a_user_does(tmp_path: Path) -> None:
+    """A restarted role must survive the server's restart as a running one does; a user wants an answer."""
+    SharedSection.waited.clear()
+    for _ in range(2):
+        opened(SharedSection(), tmp_path / "run", "run").close()
+    viewed(SharedSection(), tmp_path / "run", "run")
+    assert SharedSection.waited == [True, False]
 
 
 def test_a_run_file_that_names_another_store_is_refused(tmp_path: Path) -> None:
