@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from paceline.compat.channel import StreamingRefQueue
     from paceline.compat.controller import DataFlowController
+    from paceline.compat.redis_store import RedisMetadataStore
     from paceline.compat.stores import InMemoryMetadataStore, MetadataStore, SQLiteMetadataStore
     from paceline.compat.streaming_channel import StreamingRefChannel
     from paceline.roles.wire import (
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "paceline.compat.channel": ("StreamingRefQueue",),
     "paceline.compat.controller": ("DataFlowController",),
+    "paceline.compat.redis_store": ("RedisMetadataStore",),
     "paceline.compat.stores": ("InMemoryMetadataStore", "MetadataStore", "SQLiteMetadataStore"),
     "paceline.compat.streaming_channel": ("StreamingRefChannel",),
     "paceline.roles.wire": (
@@ -40,6 +42,7 @@ __all__ = [
     "InMemoryMetadataStore",
     "MetadataStore",
     "PromptTask",
+    "RedisMetadataStore",
     "SQLiteMetadataStore",
     "SampleRef",
     "StreamingRefChannel",

@@ -1,24 +1,37 @@
 """SQLiteMetadataStore and InMemoryMetadataStore: the earlier API over a ledger.
 
-Each is a `Ledger`, so the builders of paceline.roles.wire accept it.
+Each is a `Ledger`, so the builders of paceline.roles.wire accept it. One on a server: redis_store.py.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
+from paceline.ledger.ledger import Ledger
 from paceline.ledger.records import Entry, Fence, State
 from paceline.ledger.stores.sqlite import IN_MEMORY, Durability, SQLiteLedger
 from paceline.ledger.stores.sqlite.text import AMONG, json_list
 from paceline.types import SampleRef
 
 EVERYTHING = 1 << 62
+T = TypeVar("T")
 
 
-class MetadataStore(SQLiteLedger):
-    """The operations that both stores share, with or without a role's fence."""
+class MetadataStore(Ledger):
+    """The operations that all stores share, with or without a role's fence."""
+
+    @abstractmethod
+    def record_ack(
+        self, fence: Fence | None, /, sample_ids: Sequence[str], step: int | None, *, durable: bool
+    ) -> None:
+        """Ack the samples that are not acked durably yet; one that is `durable` is synced."""
+
+    @abstractmethod
+    def acked(self, *, durable: bool) -> list[tuple[str, int | None]]:
+        """The ids that are acked so and not archived, each with its step."""
 
     # -- samples ---------------------------------------------------------------------------
 
@@ -31,21 +44,28 @@ class MetadataStore(SQLiteLedger):
         return self.commit(fence, refs)
 
     def is_committed(self, sample_id: str) -> bool:
-        return bool(self.find([sample_id])) or self._archived_id(sample_id)
+        return bool(self.find([sample_id])) or any(
+            sample.finished and sample.sample_id == sample_id
+            for trained in self.history(sample_id=sample_id)
+            for sample in trained.samples
+        )
 
     def get_committed(self, sample_id: str) -> SampleRef | None:
         record = self.find([sample_id]).get(sample_id)
         return None if record is None else record.ref
 
     def committed_count(self) -> int:
-        return self._run().committed
+        return self.snapshot().committed
 
     def all_committed_ids(self) -> list[str]:
         """Every committed id of the run, in commit order."""
-        with self._reading():
+
+        def ids() -> list[str]:
             places = {s.place: s.sample_id for t in self.history() for s in t.samples if s.place >= 0}
-            places.update(self._rows("SELECT place, sample_id FROM sample"))
-        return [places[place] for place in sorted(places)]
+            places.update((record.place, sample_id) for sample_id, record in self.find().items())
+            return [places[place] for place in sorted(places)]
+
+        return self._of_one_moment(ids)
 
     def read_committed(self, start: int, limit: int = EVERYTHING) -> tuple[Entry, ...]:
         """The log from place `start` on."""
@@ -68,11 +88,7 @@ class MetadataStore(SQLiteLedger):
         """
         if not all(isinstance(sample_id, str) for sample_id in sample_ids):
             raise TypeError("sample ids are strings")
-        with self._mutation(fence, final=optimizer_durable):
-            self._change(
-                f"UPDATE sample SET acked = ?, step = ? WHERE acked < 2 AND sample_id {AMONG}",  # noqa: S608
-                *(2 if optimizer_durable else 1, global_step, json_list(sample_ids)),
-            )
+        self.record_ack(fence, sample_ids, global_step, durable=optimizer_durable)
 
     def durable_marker(self) -> dict[str, Any]:
         """{"acked": set of ids, "global_step": int | None, "optimizer_durable": bool}.
@@ -81,25 +97,28 @@ class MetadataStore(SQLiteLedger):
         Before that: the provisionally acked ids, their highest step, False. So "acked and
         optimizer_durable" is true of exactly the ids that are safe to release.
         """
-        with self._reading():
-            self._refuse_broken()  # the caller may free the samples that this returns as durable
-            archived = [
-                (sample.sample_id, trained.step)
-                for trained in self.history()
-                if trained.step <= self._run().archived_step
-                for sample in trained.samples
-                if sample.finished and not self.find([sample.sample_id])
-            ]
-            durable = (
-                bool(archived) or self._value("SELECT 1 FROM sample WHERE acked = 2 LIMIT 1") is not None
-            )
-            rows = self._rows("SELECT sample_id, step FROM sample WHERE acked = ?", 2 if durable else 1)
-        rows += archived
+        rows, durable = self._of_one_moment(self._acked_most)
         return {
             "acked": {sample_id for sample_id, _ in rows},
             "global_step": max((step for _, step in rows if step is not None), default=None),
             "optimizer_durable": durable,
         }
+
+    def _acked_most(self) -> tuple[list[tuple[str, int | None]], bool]:
+        """The durable acks, or without any the provisional ones; and which it is."""
+        finished = {s.sample_id: t.step for t in self.history() for s in t.samples if s.finished}
+        known = self.find(list(finished))
+        rows = self.acked(durable=True)
+        rows += [(sample_id, step) for sample_id, step in finished.items() if sample_id not in known]
+        return (rows, True) if rows else (self.acked(durable=False), False)
+
+    def _of_one_moment(self, question: Callable[[], T]) -> T:
+        """The answer that several readings give when nothing changes between them."""
+        while True:
+            before = self.lsn()
+            answer = question()
+            if self.lsn() == before:
+                return answer
 
     def record_released(self, sample_ids: Sequence[str], *, fence: Fence | None = None) -> None:
         """Record that features were freed. Raises IllegalTransitionError unless all were durably acked."""
@@ -132,7 +151,23 @@ class MetadataStore(SQLiteLedger):
 TASK_IDS = "compat.task_ids"
 
 
-class SQLiteMetadataStore(MetadataStore):
+class InSQLite(MetadataStore, SQLiteLedger):
+    def record_ack(
+        self, fence: Fence | None, /, sample_ids: Sequence[str], step: int | None, *, durable: bool
+    ) -> None:
+        with self._mutation(fence, final=durable):
+            self._change(
+                f"UPDATE sample SET acked = ?, step = ? WHERE acked < 2 AND sample_id {AMONG}",  # noqa: S608
+                *(2 if durable else 1, step, json_list(sample_ids)),
+            )
+
+    def acked(self, *, durable: bool) -> list[tuple[str, int | None]]:
+        with self._reading():
+            self._refuse_broken()  # the caller may free the samples that are durable
+            return self._rows("SELECT sample_id, step FROM sample WHERE acked = ?", 2 if durable else 1)
+
+
+class SQLiteMetadataStore(InSQLite):
     """A store in one SQLite file, shared by every process that opens it."""
 
     def __init__(
@@ -141,7 +176,7 @@ class SQLiteMetadataStore(MetadataStore):
         super().__init__(path, durability=durability, vfs=vfs)
 
 
-class InMemoryMetadataStore(MetadataStore):
+class InMemoryMetadataStore(InSQLite):
     """A store for the threads of one process, which ends with the process."""
 
     durable = False

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from paceline import InMemoryMetadataStore, MetadataStore, SQLiteMetadataStore
+from paceline import InMemoryMetadataStore, MetadataStore, RedisMetadataStore, SQLiteMetadataStore
 from paceline.errors import IllegalTransitionError
 from paceline.testing.samples import sample_ref
+from paceline.testing.valkey_server import ValkeyServer
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MetadataStore]:
-    made = InMemoryMetadataStore() if request.param == "memory" else SQLiteMetadataStore(tmp_path / "db")
+@pytest.fixture(params=["memory", "sqlite", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, valkey: ValkeyServer) -> Iterator[MetadataStore]:
+    made: MetadataStore
+    if request.param == "redis":
+        made = RedisMetadataStore(valkey.url, uuid.uuid4().hex)
+    else:
+        made = InMemoryMetadataStore() if request.param == "memory" else SQLiteMetadataStore(tmp_path / "db")
     yield made
     made.close()
 

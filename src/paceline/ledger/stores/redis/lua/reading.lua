@@ -122,6 +122,19 @@ function ask.find(state, start, limit)
   return {ask.find_among(ids, state), next_start}
 end
 
+-- The ids of samples that are acked provisionally (1) or durably (2), each with its step.
+function ask.acked(how)
+  local ids, found = redis.call('ZRANGE', KEY.log, 0, -1), {}
+  samples.load(ids)
+  for _, id in ipairs(ids) do
+    local sample = samples.get(id)
+    if sample.acked == how then
+      found[#found + 1] = {id, sample.step or NULL}
+    end
+  end
+  return found
+end
+
 -- -- steps ---------------------------------------------------------------------------------------------
 
 -- What a checkpoint at `last` is compared with: {the head's step, its chain, digests of the plans since}.
