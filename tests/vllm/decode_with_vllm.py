@@ -3,7 +3,9 @@
     python decode_with_vllm.py REQUEST.json
 
 The request: model, speculation (vLLM's own setting, or null for plain decoding), prompts (token ids),
-max_tokens, dtype, rows (how many prompts at a time).
+max_tokens, dtype, rows (how many prompts at a time). For plain decoding also judged: other answers to the
+prompts, in a list. Then `below` says of the own answers, and of each of those, how far its worst token is
+below the likeliest one at its place, in nats.
 """
 
 from __future__ import annotations
@@ -45,7 +47,29 @@ def main(request: dict) -> dict:
     greedy = SamplingParams(temperature=0.0, max_tokens=request["max_tokens"])
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     answers = [list(output.outputs[0].token_ids) for output in engine.generate(prompts, greedy)]
-    return {"answers": answers, "versions": versions(), **counters(engine)}
+    result = {"answers": answers, "versions": versions(), **counters(engine)}
+    if "judged" in request:
+        all_answers = (answers, *request["judged"])
+        result["below"] = [far_below(engine, request["prompts"], judged) for judged in all_answers]
+    return result
+
+
+def far_below(engine, prompts: list, answers: list) -> float:
+    """Each answer is judged by one prefill."""
+    from vllm import SamplingParams
+
+    texts = [
+        {"prompt_token_ids": [*prompt, *answer]} for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    outputs = engine.generate(texts, SamplingParams(max_tokens=1, prompt_logprobs=1))
+    most = 0.0
+    for prompt, text, output in zip(prompts, texts, outputs, strict=True):
+        ids = text["prompt_token_ids"]
+        for place in range(len(prompt), len(ids)):
+            found = output.prompt_logprobs[place]
+            likeliest = max(one.logprob for one in found.values())
+            most = max(most, likeliest - found[ids[place]].logprob)
+    return most
 
 
 def versions() -> dict:
