@@ -2,10 +2,11 @@
 
 A query of step k attends to the keys from target features (rows up to its own, step 0) and to its own
 row's keys of steps 1..k; a window hides rows that lie further back. Plain autograd keeps the weights of every
-step, a x T per sample and head, several times over. This function keeps only queries, keys, values, the
-output and one log-sum-exp per query; backward computes the scores again, as FlashAttention does (arXiv
-2205.14135, algorithm 4), tile by tile. A tile is some neighbouring anchors of one sample and the rows that
-they can see, so scores take memory of the order of T, not a x T, and no score outside the tile is computed.
+step, a x T per sample and head, several times over. This function keeps only queries, keys, values and the
+output; backward computes the weights again, tile by tile, as FlashAttention does (arXiv 2205.14135,
+algorithm 4). A tile is some neighbouring anchors of one sample and the rows that they can see, so weights
+take memory of the order of T, not a x T, and no score outside the tile is computed. Everything of that size
+has the dtype of the products: on a CPU the passes over it cost as much as the products themselves.
 
 Legend: R rows of all samples, A anchors of all samples, T and a rows and anchors of one tile, N query
 heads, N_kv key-value heads, G = N / N_kv, d head_dim.
@@ -21,15 +22,17 @@ import torch
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
-TILE_ANCHORS = 256
+TILE_ANCHORS = 128
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Neighbouring anchors of one sample and the rows that they can see, as slices on the host."""
+    """Neighbouring anchors of one sample and the rows that they can see, as slices on the host. All of the
+    anchors see the first `common` rows."""
 
     anchors: slice  # of the A
     rows: slice  # of the R
+    common: int
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ class Layout:
     window: int | None = None  # a row sees itself and the `window` - 1 rows before it
 
     def hidden(self, tile: Tile, step: int) -> torch.Tensor:
-        """Bool [a, T], True where the row comes after the anchor, or lies too far before its step `step`."""
-        rows, places = self.positions[tile.rows], self.places[tile.anchors, None]
+        """Bool [a, T - common], True where the row comes after the anchor, or lies too far before its step
+        `step`."""
+        rows, places = self.positions[tile.rows][tile.common :], self.places[tile.anchors, None]
         later = rows > places
         return later if self.window is None else later | (rows <= places + (step - self.window))
 
@@ -57,7 +61,8 @@ def tiles_of(
         for part in places.split(TILE_ANCHORS) if places.numel() else ():
             last = anchor + part.numel()
             first = 0 if window is None else max(0, int(part[0]) + 1 - window)
-            tiles.append(Tile(slice(anchor, last), slice(row + first, row + int(part[-1]) + 1)))
+            common = int(part[0]) + 1 if window is None else 0
+            tiles.append(Tile(slice(anchor, last), slice(row + first, row + int(part[-1]) + 1), common))
             anchor = last
         row += length
     return tuple(tiles)
@@ -77,55 +82,49 @@ class UnrolledAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         grouped = _grouped(query, keys) * query.shape[-1] ** -0.5
         # Laid out anchor by anchor, so that the output projection uses this memory without a copy.
-        packed = query.new_empty(query.shape[2], query.shape[1], query.shape[3], dtype=torch.float32)
+        packed = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
         mixed = _grouped(packed.transpose(0, 1)[None], keys)
-        log_total = grouped.new_empty(grouped.shape[:3], dtype=torch.float32)
+        of_own = _of_own(grouped, own[0::2])
         for tile in layout.tiles:
-            scores = _scores(grouped, keys, tile, layout, len(own) // 2)
-            weights = scores.softmax(-1)
-            # The likeliest row's weight is exp(highest score - log of the sum of exponentials).
-            log_total[:, :, tile.anchors] = scores.amax(-1) - weights.amax(-1).log()
-            part = weights.to(values.dtype).flatten(1, 2) @ values[0, :, tile.rows]
-            mixed[:, :, tile.anchors] = part.float().view_as(mixed[:, :, tile.anchors])
-        if own:
-            of_own = torch.stack([_own_scores(grouped, key) for key in own[0::2]])
-            among_rows, log_total = log_total, torch.logsumexp(torch.cat([log_total[None], of_own]), 0)
-            mixed *= (among_rows - log_total).exp_().unsqueeze(-1)
-            for weight, value in zip((of_own - log_total).exp_(), own[1::2], strict=True):
-                mixed += weight.unsqueeze(-1).to(value.dtype) * value[0, :, None]
-        output = packed.to(query.dtype).transpose(0, 1)[None]
+            among_rows, among_own = _weights(grouped, _rows(keys, tile), of_own, tile, layout)
+            part = (among_rows @ _rows(values, tile)).view(*among_own.shape[:3], -1)
+            for step, value in enumerate(own[1::2]):
+                part += among_own[..., step, None] * value[0, :, None, tile.anchors]
+            mixed[:, :, tile.anchors] = part
+        output = packed.transpose(0, 1)[None]
         ctx.layout = layout
-        ctx.save_for_backward(query, keys, values, output, log_total, *own)
+        ctx.save_for_backward(query, keys, values, output, *own)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, keys, values, output, log_total, *own = ctx.saved_tensors
+        query, keys, values, output, *own = ctx.saved_tensors
         grouped = _grouped(query, keys) * query.shape[-1] ** -0.5
         grad = _grouped(grads[0], keys)
         # Softmax subtracts from every score's gradient the dot product of output and its gradient.
-        common = (grad * _grouped(output, keys)).sum(-1, dtype=torch.float32)
-        query_grad = torch.zeros_like(grouped)
+        common = (grad * _grouped(output, keys)).sum(-1, keepdim=True, dtype=torch.float32)
+        query_grad = torch.empty_like(grouped)
+        key_grad, value_grad = (torch.zeros_like(part, dtype=torch.float32) for part in (keys, values))
+        of_own = _of_own(grouped, own[0::2])
+        own_weights = torch.empty_like(of_own)
+        for tile in ctx.layout.tiles:
+            queries, wanted, less = (
+                part[:, :, tile.anchors].flatten(1, 2) for part in (grouped, grad, common.to(grad.dtype))
+            )
+            key, value = _rows(keys, tile), _rows(values, tile)
+            weights, own_weights[:, :, tile.anchors] = _weights(grouped, key, of_own, tile, ctx.layout)
+            value_grad[0, :, tile.rows] += weights.mT @ wanted
+            score_grad = (wanted @ value.mT).sub_(less).mul_(weights)
+            query_grad[:, :, tile.anchors] = (score_grad @ key).unflatten(1, (grouped.shape[1], -1))
+            key_grad[0, :, tile.rows] += score_grad.mT @ queries
         own_grads: list[torch.Tensor | None] = []
-        for key, value in zip(own[0::2], own[1::2], strict=True):
-            weight = (_own_scores(grouped, key) - log_total).exp_()
-            score_grad = weight * (_own_scores(grad, value) - common)
-            score_grad, weight = (part.to(query.dtype).unsqueeze(-1) for part in (score_grad, weight))
+        of_own_grad = (_of_own(grad, own[1::2]) - common).mul_(own_weights).to(query.dtype)
+        for step, key in enumerate(own[0::2]):
+            weight, score_grad = own_weights[..., step, None], of_own_grad[..., step, None]
             query_grad += score_grad * key[0, :, None]
             own_grads += [(score_grad * grouped).sum(1)[None], (weight * grad).sum(1)[None]]
-        key_grad, value_grad = torch.zeros_like(keys), torch.zeros_like(values)
-        for tile in ctx.layout.tiles:
-            wanted, rows = grad[:, :, tile.anchors].flatten(1, 2), tile.rows
-            weights = _scores(grouped, keys, tile, ctx.layout, len(own) // 2)
-            weights = weights.sub_(log_total[:, :, tile.anchors, None]).exp_()
-            value_grad[0, :, rows] += weights.to(values.dtype).flatten(1, 2).mT @ wanted
-            score_grad = (wanted @ values[0, :, rows].mT).float().view_as(weights)
-            score_grad = score_grad.sub_(common[:, :, tile.anchors, None]).mul_(weights)
-            flat = score_grad.to(query.dtype).flatten(1, 2)
-            query_grad[:, :, tile.anchors] += (flat @ keys[0, :, rows]).view_as(grouped[:, :, tile.anchors])
-            key_grad[0, :, rows] += flat.mT @ grouped[:, :, tile.anchors].flatten(1, 2)
         query_grad = query_grad.mul_(query.shape[-1] ** -0.5).flatten(0, 1)[None]
-        return None, query_grad, key_grad, value_grad, *own_grads
+        return None, query_grad, key_grad.to(keys.dtype), value_grad.to(values.dtype), *own_grads
 
 
 def attend(query: torch.Tensor, keys: KeyValue, own: Sequence[KeyValue], layout: Layout) -> torch.Tensor:
@@ -143,15 +142,27 @@ def _grouped(heads: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return heads[0].unflatten(0, (keys.shape[1], -1))  # type: ignore[no-any-return]
 
 
-def _scores(grouped: torch.Tensor, keys: torch.Tensor, tile: Tile, layout: Layout, step: int) -> torch.Tensor:
-    """float32 [N_kv, G, a, T], -inf where the row is hidden."""
-    queries = grouped[:, :, tile.anchors]
-    scores = (queries.flatten(1, 2) @ keys[0, :, tile.rows].mT).float()
-    return scores.view(*queries.shape[:3], scores.shape[-1]).masked_fill_(
-        layout.hidden(tile, step), float("-inf")
-    )
+def _rows(states: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """[N_kv, T, d], with a copy: products of many heads would make one each."""
+    return states[0, :, tile.rows].contiguous()
 
 
-def _own_scores(grouped: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """float32 [N_kv, G, A]: each row of `grouped` [N_kv, G, A, d] times its row of `own` [1, N_kv, A, d]."""
-    return (grouped * own[0, :, None]).sum(-1, dtype=torch.float32)
+def _weights(
+    grouped: torch.Tensor, keys: torch.Tensor, of_own: torch.Tensor, tile: Tile, layout: Layout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the anchors of a tile take of its rows [N_kv, G * a, T] and of their own k rows [N_kv, G, a, k],
+    with the tile's `keys` [N_kv, T, d]. Softmax computes in float32."""
+    queries, step = grouped[:, :, tile.anchors], of_own.shape[-1]
+    scores = (queries.flatten(1, 2) @ keys.mT).view(*queries.shape[:3], -1)
+    scores[..., tile.common :].masked_fill_(layout.hidden(tile, step), float("-inf"))
+    if step:
+        scores = torch.cat((scores, of_own[:, :, tile.anchors]), dim=-1)
+    weights = scores.softmax(-1)
+    among_rows, among_own = weights.tensor_split((keys.shape[1],), dim=-1)
+    return among_rows.flatten(1, 2).contiguous(), among_own
+
+
+def _of_own(grouped: torch.Tensor, own: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[N_kv, G, A, k]: each row of `grouped` [N_kv, G, A, d] times its row of each of `own`."""
+    parts = [(grouped * part[0, :, None]).sum(-1) for part in own]
+    return torch.stack(parts, -1) if parts else grouped.new_empty(*grouped.shape[:3], 0)
