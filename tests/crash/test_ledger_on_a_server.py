@@ -116,6 +116,10 @@ def test_roles_and_the_server_are_killed_and_the_run_goes_on_by_itself(
         out += done.stdout + done.stderr
     assert f"on unix://{server.socket}" in out
     assert not (run.directory / "ledger.db").exists()
+    for arguments in (["ledger", "copy", str(run.directory), "sqlite"], ["fsck", str(run.directory)]):
+        done = run.run([*run.arguments("")[:-2], *arguments])  # of a file every rule is checked
+        assert done.returncode == 0, done.stdout + done.stderr
+        out += done.stdout + done.stderr
     files = [path for path in run.directory.rglob("*") if path.is_file()]
     shown = [out, err, *(path.read_text(errors="replace") for path in files)]
     assert not [text for text in shown if PASSWORD in text]

@@ -54,6 +54,18 @@ class LedgerSuite(LedgerBytesSuite):
         assert producer.source_blocks(5) == [second, SourceBlock(6, 1, "one")]
         assert producer.source_blocks(0, 1) == [first]
 
+    def test_nothing_is_missing_since_a_position_that_was_reached(self) -> None:
+        """It is text that goes through a file; other text is refused."""
+        ledger = self.make()
+        positions = [ledger.position()]
+        for number in range(3):
+            ledger.set_facts(None, {"k": number})
+            positions.append(ledger.position())
+        assert len(set(positions)) == 4
+        assert [ledger.missing_since(position) for position in positions] == [""] * 4
+        with pytest.raises(ValueError):  # noqa: PT011 (whose text is Python's)
+            ledger.missing_since("far")
+
     def test_prompts_on_which_nothing_hangs_can_be_forgotten(self) -> None:
         """Those that a dead producer leased, too: its successor ends its leases first. Others may follow."""
         ledger = self.make()
