@@ -13,7 +13,7 @@
     │   ├── FeatureCorruptError    sealed bytes do not match their digest
     │   └── StoreFullError         no room for another sample                             (OSError)
     ├── LedgerError          the metadata store (control plane)                                       6
-    │   ├── FencedError            a newer process took over this role
+    │   ├── FencedError            a newer process took over this role                              11
     │   ├── IllegalTransitionError the protocol forbids this change of state
     │   ├── IntentRevokedError     the byte intents of this commit were revoked; write the bytes again
     │   ├── UnknownResultError     it is unknown whether the change was made; repeat it
@@ -97,7 +97,7 @@ class LedgerError(PacelineError):
 
 
 class FencedError(LedgerError):
-    pass
+    exit_code = 11
 
 
 class IllegalTransitionError(LedgerError):

@@ -36,6 +36,7 @@ EVENTS = {
     "server": "the engine's server: started, waited for, ready again, or ended as a leftover",
     "group": "a capture group is committed; seconds for it, and all seconds of waiting for room",
     "group_failed": "prompts failed, or a group as a whole, and why; `failed`: how many for good",
+    "taken_over": "another producer's work: it was not heard of, or holds a group for too long",
     "made_room": "later samples were freed, for one that the consumer waits for",
     "finished": "every prompt is committed or failed",
     # consumer

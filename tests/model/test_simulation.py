@@ -6,6 +6,8 @@ from collections import Counter
 
 import pytest
 
+from paceline.capture.neighbours import Neighbours
+from paceline.testing.simulated_delay import simulate_held_up
 from paceline.testing.simulation import simulate
 
 SEEDS = 2_000  # `make reliability` runs 100,000 others
@@ -37,12 +39,13 @@ SOMETIMES = [
     "waiting_for_recapture",
     "gave up waiting for a capture",
     "quarantined",
+    "taken_over",
     "answers lost",
     "fault power",
 ]
 
 
-IMPATIENT = (15, 41, 53, 75, 88)  # seeds in which a time-out strikes
+IMPATIENT = (15, 33, 53, 75, 88)  # seeds in which a time-out strikes
 
 ROOM_IS_MADE = (225, 229, 429, 543, 581, 619, 723)
 
@@ -50,6 +53,15 @@ ROOM_IS_MADE = (225, 229, 429, 543, 581, 619, 723)
 def test_room_is_made_for_a_lost_sample_that_is_needed_first() -> None:
     """A full store gives up samples that are trained later."""
     assert any(simulate(seed)["made_room"] for seed in ROOM_IS_MADE)
+
+
+def test_producers_that_run_ahead_keep_room_for_the_one_that_is_held_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In as little room as is allowed nobody's work is given up; without the bound it is, again and again."""
+    assert not any(simulate_held_up(seed)["made_room"] for seed in range(8))
+    monkeypatch.setattr(Neighbours, "bound", lambda _: None)
+    assert any(simulate_held_up(seed)["made_room"] for seed in range(8))
 
 
 @pytest.mark.parametrize("seed", IMPATIENT)

@@ -28,7 +28,8 @@ WAIT_S = 1.0
 class Watermarks:
     """Pause when the next group would not fit into a budget; resume below `low` of it.
 
-    The budget of bytes always applies, that of samples unless it is None.
+    The budget of bytes always applies, that of samples unless it is None. `window_samples`: how many samples
+    the consumer must collect before it can go on.
     """
 
     budget_bytes: int
@@ -36,11 +37,25 @@ class Watermarks:
     low: float = LOW
     budget_samples: int | None = None
     group_samples: int = 1
+    window_samples: int = 0
 
     @property
     def resume_bytes(self) -> int:
         """The most bytes that may be resident when a paused producer goes on."""
         return min(int(self.low * self.budget_bytes), self.budget_bytes - self.group_bytes)
+
+    @property
+    def groups_ahead(self) -> int:
+        """How many groups from the settled prefix on several producers may capture at the same time.
+
+        So many that a group fits, whatever the others hold, as soon as the consumer has freed all but the
+        samples that it collects. At least 1, if `check_feasible` allows these budgets.
+        """
+        size = self.group_bytes // max(1, self.group_samples)
+        ahead = (self.resume_bytes - self.window_samples * size) // self.group_bytes
+        if self.budget_samples is not None:
+            ahead = min(ahead, (self.resume_samples - self.window_samples) // self.group_samples)
+        return max(0, ahead) + 1
 
     @property
     def resume_samples(self) -> int:
@@ -96,6 +111,10 @@ class Backpressure:
         self._marks = marks
         self._paused = False
         self.blocked = BlockedTime(report, clock)
+
+    @property
+    def window_samples(self) -> int:
+        return self._marks.window_samples
 
     @property
     def budget(self) -> Budget:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,8 +68,16 @@ class FirstAnswers:
                 changed.append(kept)
         return changed
 
-    def keep(self, wanted: Sequence[EncodedPrompt], captured: Sequence[CapturedPrompt]) -> None:
-        """Write the answers to disk. Raises EngineError if given tokens came back as others."""
+    def keep(
+        self,
+        wanted: Sequence[EncodedPrompt],
+        captured: Sequence[CapturedPrompt],
+        refuse_if_replaced: Callable[[], None],
+    ) -> None:
+        """Write the answers to disk. Raises EngineError if given tokens came back as others.
+
+        A producer that was replaced must not write after its successor: `refuse_if_replaced` raises then.
+        """
         by_id = {prompt.task_id: prompt for prompt in wanted}
         new = []
         for one in captured:
@@ -79,7 +87,7 @@ class FirstAnswers:
                 raise _other_tokens(asked.task_id)
             if not asked.is_kept:
                 new.append(answer)
-        self._files.keep(new)
+        self._files.keep(new, refuse_if_replaced)
 
     def _answer(self, prompt: EncodedPrompt, captured: CapturedPrompt) -> Answer:
         asked, ids = captured.prompt, token_ids(captured.sample, self._settings.features)

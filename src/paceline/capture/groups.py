@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from paceline.capture.encoding import EncodedPrompt, Encoding, rendering_of
 from paceline.capture.first_answers import FirstAnswers, other_rendering
 from paceline.data.source import PromptSource, digest_of, group_of
 from paceline.errors import ConfigError, LedgerError
-from paceline.ledger.facts import RENDERING
+from paceline.features.store import Written
+from paceline.ledger.facts import RENDERING, producers_in
 from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.records import Lease, SourceBlock, State
 
@@ -21,15 +22,15 @@ class CaptureGroup:
     """Prompts that are captured together. `wanted`: the members whose samples are needed.
 
     `rendering`: digest of the token ids of the whole group, failed prompts included. `deaths`: how many
-    producers died while they held a lease of a wanted prompt; the largest count of any of them. `lost`: the
-    ordinals of wanted prompts whose samples were captured before.
+    producers died while they held a lease of a wanted prompt; the largest count of any of them. `lost`: by
+    ordinal, the wanted prompts whose samples were captured before, with the id and generation of those bytes.
     """
 
     wanted: tuple[EncodedPrompt, ...]
     members: tuple[EncodedPrompt, ...]
     rendering: str
     deaths: int = 0
-    lost: frozenset[int] = frozenset()
+    lost: Mapping[int, Written] = field(default_factory=dict)
 
     @property
     def wanted_ids(self) -> list[str]:
@@ -93,10 +94,6 @@ class Groups:
         members = tuple(prompt for prompt in encoded if prompt.ordinal not in failed)
         return CaptureGroup(wanted, members, rendering, deaths, lost)
 
-    def sample_id(self, prompt: EncodedPrompt) -> str:
-        """A sample's identity is its prompt's: `run:task`. The same after any number of restarts."""
-        return f"{self._session.run_id}:{prompt.task_id}"
-
     def make_known(self) -> bool:
         """Register prompts that the ledger does not know yet; whether there were any.
 
@@ -115,13 +112,17 @@ class Groups:
     def bind_rendering(self) -> None:
         """Make the digest of the first group's token ids a fact of the run.
 
-        Raises ConfigError if an earlier start recorded another digest.
+        Until a sample is committed a start may record another one, unless another producer is at work, which
+        may have recorded it. Raises ConfigError if the digest on record is another one.
         """
         now = rendering_of(self._encoded(self.bounds(0)))
-        if not self._session.snapshot().committed:
-            self._session.set_facts({RENDERING: now})
-        elif self._session.facts().get(RENDERING, now) != now:
+        recorded = self._session.settle_facts({RENDERING: now})[RENDERING]
+        if recorded == now:
+            return
+        state = self._session.snapshot()
+        if state.committed or producers_in(state.facts).keys() - {self._session.worker}:
             raise other_rendering("the first group")
+        self._session.set_facts({RENDERING: now})
 
     def captured_before(self) -> EncodedPrompt | None:
         """A prompt of the run that was captured; None if none was."""
@@ -139,18 +140,18 @@ class Groups:
     def _encoded(self, bounds: range) -> list[EncodedPrompt]:
         return self._encoding.group(bounds.start, self._prompts.read(bounds.start, len(bounds)))
 
-    def _lost(self, wanted: Sequence[EncodedPrompt], rendering: str) -> frozenset[int]:
-        """The ordinals of prompts captured before. Raises ConfigError if their token ids were others."""
-        known = self._session.find([self.sample_id(prompt) for prompt in wanted])
-        lost = set()
+    def _lost(self, wanted: Sequence[EncodedPrompt], rendering: str) -> dict[int, Written]:
+        """The prompts captured before. Raises ConfigError if their token ids were others."""
+        known = self._session.find([sample_id(self._session.run_id, prompt) for prompt in wanted])
+        lost = {}
         for prompt in wanted:
-            record = known.get(self.sample_id(prompt))
+            record = known.get(sample_id(self._session.run_id, prompt))
             if record is None or record.state != State.LOST:
                 continue
             if record.ref.metadata.get("rendering", rendering) != rendering:
                 raise other_rendering(f"the group of {prompt.task_id}")
-            lost.add(prompt.ordinal)
-        return frozenset(lost)
+            lost[prompt.ordinal] = record.sample_id, record.ref.generation
+        return lost
 
     def _with_answer(self, prompt: EncodedPrompt, is_lost: bool) -> EncodedPrompt:
         """The prompt with the answer that was first written for it; a lost one that has none is broken."""
@@ -160,6 +161,11 @@ class Groups:
             gone = "its answer is missing from the kept answers, and the engine would write a different one"
             return replace(prompt, token_ids=(), broken=gone)
         return kept or prompt
+
+
+def sample_id(run_id: str, prompt: EncodedPrompt) -> str:
+    """A sample's identity is its prompt's: `run:task`. The same after any number of restarts."""
+    return f"{run_id}:{prompt.task_id}"
 
 
 def _too_few(ordinal: int) -> LedgerError:

@@ -41,6 +41,10 @@ class CapturesInFlight:
     def has_room(self) -> bool:
         return len(self._in_flight) < self._most
 
+    @property
+    def groups(self) -> list[CaptureGroup]:
+        return [capture.group for capture in self._in_flight]
+
     def begin(self, capture: CaptureInFlight) -> None:
         self._in_flight.append(capture)
         if self._executor is None:

@@ -142,6 +142,7 @@ class Isolation:
         failed = {**self._session.ledger.failed(), **held}
         broken = [task_id for task_id, (_, may_try_again) in self._held.items() if not may_try_again]
         if not failed or self._session.snapshot().committed:
+            self._refuse_if_engine_fails()
             self.succeeded()
             return
         self.give_back_held()
@@ -152,6 +153,19 @@ class Isolation:
             why="There is nothing to train on, and most likely it is not the prompts' fault.",
             next="correct what these reasons name (prompts, settings or target), then run the command again.",
         )
+
+    def _refuse_if_engine_fails(self) -> None:
+        """Another producer's engine may have captured what was committed: ask this one for a sample of it.
+
+        Raises EngineError if it fails; then nothing that is held was a prompt's fault.
+        """
+        known = self._captured_before() if self._held else None
+        failure = None if known is None else self._failure([known])
+        if known is None or failure is None:
+            return
+        held = sorted(self._held)
+        self.give_back_held()
+        raise _engine_fails(held[0], known.task_id, failure) from failure.error
 
     def give_back_held(self) -> None:
         """Give the leases back, or the next start would count them as held by a producer that died."""
@@ -198,12 +212,7 @@ class Isolation:
         failure = self._failure([known])
         if failure is not None:
             self._give_back(group.wanted_ids)
-            raise EngineError(
-                f"The engine fails on {group.wanted_ids[0]}, and on {known.task_id} too, which was captured "
-                f"before: {failure}",
-                why="So the engine or the machine is at fault, and no prompt was marked as failed.",
-                next="act on the engine's message, then run the same command again.",
-            ) from failure.error
+            raise _engine_fails(group.wanted_ids[0], known.task_id, failure) from failure.error
 
     def _count_in_a_row(self, group: CaptureGroup, culprits: Iterable[str], reason: str) -> None:
         self._in_a_row.update(culprits)
@@ -258,6 +267,14 @@ def as_failure(error: BaseException) -> CaptureFailedError:
     if isinstance(error, ServerUnavailableError) or not isinstance(error, (*INPUT_FAILURES, MemoryError)):
         raise error
     return CaptureFailedError(error)
+
+
+def _engine_fails(task_id: str, known: str, failure: CaptureFailedError) -> EngineError:
+    return EngineError(
+        f"The engine fails on {task_id}, and on {known} too, which was captured before: {failure}",
+        why="So the engine or the machine is at fault, and no prompt was marked as failed.",
+        next="act on the engine's message, then run the same command again.",
+    )
 
 
 def _named(task_id: str, reason: str) -> str:

@@ -10,7 +10,6 @@ is found by isolation (isolation.py) and fails with its reason; its group goes o
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
@@ -18,21 +17,24 @@ from time import monotonic
 
 from paceline.capture.backpressure import WAIT_S, Backpressure
 from paceline.capture.encoding import EncodedPrompt, Encoding
-from paceline.capture.first_answers import CapturedPrompt, FirstAnswers, token_ids
+from paceline.capture.first_answers import CapturedPrompt, FirstAnswers
 from paceline.capture.groups import CaptureGroup, Groups
 from paceline.capture.in_flight import CaptureInFlight, CapturesInFlight
-from paceline.capture.isolation import CaptureFailedError, Isolation, as_failure
+from paceline.capture.isolation import CaptureFailedError, Isolation
+from paceline.capture.neighbours import Neighbours
+from paceline.capture.samples import Samples
 from paceline.capture.settings import CaptureSettings
-from paceline.capture.turns import TurnError, TurnWriter
 from paceline.capture.upkeep import Upkeep
 from paceline.data.answers import AnswerFiles
 from paceline.data.source import PromptSource
-from paceline.engines.engine import CaptureRequest, TargetEngine
-from paceline.errors import ConfigError, LedgerError, ServerUnavailableError
+from paceline.engines.engine import TargetEngine
+from paceline.errors import ConfigError, FencedError, LedgerError, ServerUnavailableError, StoreFullError
 from paceline.features.store import FeatureStore
 from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.records import Wanted
-from paceline.types import SampleRef, Tokens, name_of
+from paceline.types import SampleRef
+
+FULL_IN_A_ROW_MAX = 8  # groups that found no room in the store, though the ledger had promised it
 
 
 class Producer:
@@ -55,24 +57,28 @@ class Producer:
         self._prompts = prompts
         self._settings = settings
         self._backpressure = backpressure
+        self._neighbours: Neighbours | None = None
+        self._full_in_a_row = 0
         self._upkeep = Upkeep(session, features, backpressure, report)
         self._report = report
         self.encoding = Encoding(engine, settings)
-        self._turns = TurnWriter(
-            lambda: self.encoding.chats, self.encoding.limits, self._written, settings.too_long
-        )
         self._answers = None if answers is None else FirstAnswers(answers, settings, engine.facts)
         kept = None if engine.facts.repeats_bits else self._answers
         self._groups = Groups(session, prompts, self.encoding, settings.group_size, kept)
+        self._samples = Samples(session.run_id, engine, features, settings, self.encoding)
         self._captured: EncodedPrompt | None = None  # the last prompt that this process captured
         self._isolation = Isolation(
             session,
-            answer=self._answer,
+            answer=self._samples.capture,
             probe=engine.probe,
             captured_before=self._captured_before,
             report=report,
             in_a_row_max=settings.failures_in_a_row_max,
         )
+
+    def meet(self, neighbours: Neighbours) -> None:
+        """There are other producers, or may be soon. Call it before `run`."""
+        self._neighbours = neighbours
 
     def run(self, max_rounds: int | None = None, should_stop: Callable[[], bool] | None = None) -> int:
         """Capture until every prompt is settled, then end the stream; the number of samples committed.
@@ -84,12 +90,13 @@ class Producer:
         self._take_over()
         committed, rounds = 0, 0
         most = min(self._settings.groups_in_flight, self.engine.facts.groups_in_flight_max)
-        in_flight = CapturesInFlight(self._answer, most)
+        in_flight = CapturesInFlight(self._samples.capture, most)
         try:
             while True:
                 groups: list[CaptureGroup] | None = None
                 if in_flight.has_room and not stop() and (max_rounds is None or rounds < max_rounds):
                     groups, rounds = self._lease(stop, alone=not in_flight), rounds + 1
+                self._tell_held([*in_flight.groups, *(groups or ())])
                 for group in groups or ():
                     self._begin(group, in_flight)
                 if in_flight and not (groups and in_flight.has_room):
@@ -100,6 +107,8 @@ class Producer:
             for capture in in_flight.close():
                 self._give_up(capture.group)
             self._isolation.give_back_held()
+            if self._neighbours is not None:
+                self._neighbours.end()
         return committed
 
     def _take_over(self) -> None:
@@ -108,6 +117,8 @@ class Producer:
         Taking the role revokes the worker's byte intents in one transaction; bytes are freed after it.
         """
         epoch = self.session.acquire()
+        if self._neighbours is not None:
+            self._neighbours.begin()
         orphans, gone = self._upkeep.compare()
         if not self.session.snapshot().committed and (note := self.encoding.look_for_long(self._prompts)):
             self._report("note", message=note)
@@ -117,9 +128,13 @@ class Producer:
 
     def _finish(self) -> bool:
         """End the stream unless prompts are still to be captured; whether the stream ended."""
-        if self.session.snapshot().prompts.leased > self._isolation.num_held:
+        aside = self._isolation.num_held
+        if self._neighbours is not None:
+            aside += self._neighbours.num_aside()
+        if self.session.snapshot().prompts.leased > aside:
             return False
         self._isolation.finish()
+        self._upkeep.free_revoked()
         ended = self.session.end_stream()
         if ended:
             self._report("finished", failed_prompts=self.session.snapshot().prompts.failed)
@@ -133,20 +148,39 @@ class Producer:
         pressure, size = self._backpressure, self._settings.group_size
         if not alone and not pressure.has_credit():
             return []
-        if alone and not pressure.wait_for_credit(stop, self._upkeep.before_wait):
+        if alone and not pressure.wait_for_credit(stop, self._before_wait):
             return None
+        if self._neighbours is not None:
+            self._neighbours.look(is_idle=False)
         mark = self.session.lsn()
-        leases = self.session.lease(size, size)
+        leases = self.session.lease(size, size, self._bound())
         if not leases and not self._groups.make_known() and alone:
             if self._finish():
                 return None
-            self.session.wait(mark, WAIT_S)  # other workers hold the remaining prompts
+            self._before_wait()
+            self.session.wait(mark, WAIT_S)  # others hold the remaining prompts, or those before them
         parts = groupby(leases, lambda lease: self._groups.bounds(lease.ordinal))
         return [self._groups.group(list(together)) for _, together in parts]
+
+    def _bound(self) -> int | None:
+        return None if self._neighbours is None else self._neighbours.bound()
+
+    def _before_wait(self) -> None:
+        self._upkeep.before_wait()
+        if self._neighbours is not None:
+            self._tell_held([])
+            self._neighbours.look(is_idle=True)
+
+    def _tell_held(self, groups: Sequence[CaptureGroup]) -> None:
+        if self._neighbours is not None:
+            firsts = [self._groups.bounds(group.wanted[0].ordinal).start for group in groups]
+            self._neighbours.holds(firsts, self._isolation.num_held)
 
     def _begin(self, group: CaptureGroup, in_flight: CapturesInFlight) -> None:
         """Reserve bytes for the group's wanted samples, and let the engine capture the whole group."""
         began_at = monotonic()
+        if self._neighbours is not None:  # one of them may have written these bytes
+            self._features.free(list(group.lost.values()))
         try:
             group = self._isolation.without_known(group)
         except ServerUnavailableError:
@@ -169,9 +203,17 @@ class Producer:
         by_id = {one.prompt.task_id: one for one in captured}
         wanted = [by_id[prompt.task_id] for prompt in group.wanted]
         if self._answers is not None:
-            self._answers.keep(group.wanted, wanted)
-        refs = [self._put(one, generations, group.rendering) for one in wanted]
-        fresh = self.session.commit(refs)
+            self._answers.keep(group.wanted, wanted, self.session.refuse_if_replaced)
+        refs = self._stored(wanted, group, generations)
+        if refs is None:
+            return 0
+        try:
+            fresh = self.session.commit(refs)
+        except (
+            FencedError
+        ):  # whoever took the work over may have looked for these bytes before they were here
+            self._features.free(list(generations.items()))
+            raise
         self._upkeep.free_unwanted(refs, fresh)
         self._captured = group.wanted[-1]
         self._isolation.succeeded()
@@ -184,6 +226,27 @@ class Producer:
             blocked_seconds=self._backpressure.blocked.seconds,
         )
         return len(fresh)
+
+    def _stored(
+        self, wanted: Sequence[CapturedPrompt], group: CaptureGroup, generations: Mapping[str, int]
+    ) -> list[SampleRef] | None:
+        """The refs of the stored samples; None if the store had no room after all, and the leases are ended.
+
+        The ledger counts what is promised. The store may also hold what another producer is about to free.
+        """
+        try:
+            refs = [self._samples.put(one, generations, group.rendering) for one in wanted]
+        except StoreFullError as error:
+            if self._neighbours is None or self._full_in_a_row >= FULL_IN_A_ROW_MAX:
+                raise
+            self._full_in_a_row += 1
+            self._features.free(list(generations.items()))
+            self.session.swept(list(generations.values()))
+            self._give_up(group)
+            self._report("group_failed", prompts=[], failed=0, message=f"it is captured again: {error}")
+            return None
+        self._full_in_a_row = 0
+        return refs
 
     def _result(self, capture: CaptureInFlight) -> list[CapturedPrompt] | None:
         """The captured samples; None if the capture failed, and isolation has ended its leases."""
@@ -205,7 +268,7 @@ class Producer:
             message=f"{len(changed)} lost samples (the first: {changed[0].task_id}) came back with another "
             "answer: they keep the one they had, and their states may differ in rounding",
         )
-        again = {one.prompt.task_id: one for one in self._answer(changed)}
+        again = {one.prompt.task_id: one for one in self._samples.capture(changed)}
         return [again.get(one.prompt.task_id, one) for one in captured]
 
     def _give_up(self, group: CaptureGroup) -> None:
@@ -216,7 +279,7 @@ class Producer:
     def _reserve(self, group: CaptureGroup) -> dict[str, int] | None:
         """The generation to write each wanted sample under; None if another worker took the room."""
         size = self._backpressure.sample_bytes
-        wanted = [Wanted(p.ordinal, self._groups.sample_id(p), size) for p in group.wanted]
+        wanted = [Wanted(p.ordinal, self._samples.id_of(p), size) for p in group.wanted]
         generations = self.session.reserve(wanted, self._backpressure.budget)
         if generations is None:
             self.session.give_back([prompt.ordinal for prompt in group.wanted])
@@ -225,76 +288,3 @@ class Producer:
 
     def _captured_before(self) -> EncodedPrompt | None:
         return self._captured or self._groups.captured_before()
-
-    # -- capture -----------------------------------------------------------------------------
-
-    def _answer(self, members: Sequence[EncodedPrompt]) -> list[CapturedPrompt]:
-        """Capture these prompts. Raises CaptureFailedError for any error that the input may cause."""
-        try:
-            asked = self._turns.write(members)
-            samples = self.engine.capture([self._request(one) for one in asked], self._settings.features)
-        except TurnError as error:
-            may_help = not self.engine.facts.repeats_bits
-            raise CaptureFailedError(error, error.reasons, retryable=may_help) from error
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise as_failure(error) from error
-        return [CapturedPrompt(*pair) for pair in zip(asked, samples, strict=True)]
-
-    def _written(self, prompts: Sequence[EncodedPrompt], turn: int) -> list[tuple[int, ...]]:
-        """What the target answers to these prompts in an earlier turn of their chats."""
-        features = [feature for feature in self._settings.features if isinstance(feature.source, Tokens)]
-        requests = [self._request(prompt, turn) for prompt in prompts]
-        captured = self.engine.capture(requests, features)
-        tokens = [token_ids(sample, features) for sample in captured]
-        return [ids[len(prompt.token_ids) :] for ids, prompt in zip(tokens, prompts, strict=True)]
-
-    def _request(self, prompt: EncodedPrompt, turn: int | None = None) -> CaptureRequest:
-        """`turn`: an earlier one of a chat; None: the last one."""
-        s, sample_id = self._settings, self._groups.sample_id(prompt)
-        if prompt.is_whole:
-            return CaptureRequest(sample_id, prompt.token_ids, prompt.spans)
-        return CaptureRequest(
-            sample_id,
-            prompt.token_ids,
-            prompt.spans,
-            max_new_tokens=s.max_answer_tokens,
-            temperature=s.temperature_in(prompt.round),
-            seed=sample_seed(s.seed, prompt.ordinal, turn),
-        )
-
-    def _put(self, captured: CapturedPrompt, generations: Mapping[str, int], rendering: str) -> SampleRef:
-        prompt, sample = captured.prompt, captured.sample
-        sample_id, generation = sample.sample_id, generations[sample.sample_id]
-        sealed = self._features.put(sample_id, sample.tensors, generation=generation)
-        facts, tokens = self.engine.facts, sample.tensors[name_of(Tokens, self._settings.features)]
-        is_written = self._settings.answers == "target"
-        return SampleRef(
-            sample_id=sample_id,
-            run_id=self.session.run_id,
-            source_task_id=prompt.task_id,
-            feature_store_uri=sealed.uri,
-            feature_keys=sealed.keys,
-            feature_specs=sealed.specs,
-            strategy=self._settings.strategy,
-            num_tokens=int(tokens.shape[0]) - 1,  # that the target processed
-            estimated_bytes=sealed.num_bytes,
-            target_model_version=facts.model_version,
-            tokenizer_version=facts.tokenizer_version,
-            metadata={
-                "digest": sealed.digest,
-                "digest_kind": sealed.digest_kind,
-                "rendering": rendering,
-                "greedy": is_written and self._settings.temperature_in(prompt.round) == 0.0,
-            },
-            generation=generation,
-            ordinal=prompt.ordinal,
-        )
-
-
-def sample_seed(run_seed: int, ordinal: int, turn: int | None = None) -> int:
-    """A different seed for every sample and for every earlier `turn` of a chat, below 2**63."""
-    which = f"{run_seed}:{ordinal}" if turn is None else f"{run_seed}:{ordinal}:{turn}"
-    digest = hashlib.sha256(which.encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

@@ -38,7 +38,7 @@ class Upkeep:
         written = self._features.written()
         owned = self._session.ownership()
         if written is None:
-            return self._free_revoked(), []
+            return self.free_revoked(), []
         newest = max((generation for _, generation in written), default=0)
         if newest >= owned.next_generation:
             self._session.swept([], skip_through=newest)
@@ -49,7 +49,7 @@ class Upkeep:
             if generation not in keep and owned.present.get(sample_id) != 0
         ]
         self._features.free(orphans)
-        self._free_revoked()
+        self.free_revoked()
         # After a reboot the ledger lists samples whose memory is gone; they are reported together.
         gone = self._without_bytes(owned, written)
         gone = self._without_bytes(owned, self._features.written() or []) if gone else []
@@ -68,7 +68,7 @@ class Upkeep:
             if (sample_id, generation) not in there and (generation or sample_id not in names)
         ]
 
-    def _free_revoked(self) -> int:
+    def free_revoked(self) -> int:
         """Free bytes that were reserved for dead workers; the number of revoked reservations."""
         revoked = self._session.revoked()
         if revoked:
@@ -77,7 +77,7 @@ class Upkeep:
         return len(revoked)
 
     def before_wait(self) -> None:
-        self._free_revoked()
+        self.free_revoked()
         self._make_room()
 
     def _make_room(self) -> None:
@@ -85,19 +85,25 @@ class Upkeep:
 
         That is a lost sample, or the next of the log while other workers have captured samples behind it. The
         last sample is freed first, until a group fits; the producer captures the freed samples again later.
+        While other workers hold prompts, it may be one of those, and what they capture needs no more room.
+        While more samples lie before it than the consumer collects, the consumer itself makes room.
         """
-        lost, settled = self._session.lost(1), self._session.snapshot().settled
+        now = self._session.snapshot()
+        if now.prompts.leased:
+            return
+        lost, settled = self._session.lost(1), now.settled
         needed = min([settled, *(record.place for record in lost)])
-        behind = [
-            record for record in self._session.present() if record.place > needed and not record.durable
-        ]
+        present = self._session.present()
+        behind = [record for record in present if record.place > needed and not record.durable]
+        if 0 < self._backpressure.window_samples < sum(record.place < needed for record in present):
+            return
         if not behind or (not lost and behind[-1].place < settled) or self._backpressure.has_credit():
             return
         given_up = 0
         for record in reversed(behind):
             self._session.report_lost([record.sample_id])
-            now = self._session.find([record.sample_id]).get(record.sample_id)
-            if now is None or now.state != State.LOST:
+            found = self._session.find([record.sample_id]).get(record.sample_id)
+            if found is None or found.state != State.LOST:
                 continue  # durable weights contain it by now: the next release frees its bytes
             self._features.free([(record.sample_id, record.ref.generation)])
             given_up += 1

@@ -28,6 +28,7 @@ from paceline.cli.plain import INTERRUPTED, exit_code_of_lost_output, out, say, 
 from paceline.cli.progress import Progress, best_lines, describe, evaluation_lines, final_line, trained
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
+from paceline.durable_files import replace_file
 from paceline.engines.table import ENGINES
 from paceline.errors import ConfigError, PacelineError, explained
 from paceline.evaluation.settings import EvaluationRequest
@@ -40,6 +41,7 @@ from paceline.roles.preflight import preflight
 from paceline.roles.process import DEBUG_VARIABLE
 from paceline.roles.snapshot import making_sense, open_run, take_snapshot
 from paceline.roles.supervisor import Supervisor, evaluate_run, export_answers_of
+from paceline.roles.workers import CONSUMER, JOIN, PRODUCER
 from paceline.target.hub import local_target
 from paceline.terminal import open_standard_streams, printable
 
@@ -137,16 +139,21 @@ def train(run_file: RunFile) -> None:
 
 @app.command()
 @advises
-def produce(run_file: RunFile) -> None:
-    """Run the producer alone, in the foreground."""
-    _run_role("producer", run_file)
+def produce(
+    run: Run,
+    join: Annotated[
+        bool, typer.Option(JOIN, help="Add a producer to a run that is going on; it may end at any time.")
+    ] = False,
+) -> None:
+    """Run a producer alone, in the foreground."""
+    _run_role(PRODUCER, _run_file(run), *([JOIN] if join else []))
 
 
 @app.command()
 @advises
 def consume(run_file: RunFile) -> None:
     """Run the consumer alone, in the foreground."""
-    _run_role("consumer", run_file)
+    _run_role(CONSUMER, run_file)
 
 
 @app.command()
@@ -365,7 +372,7 @@ def _run_file(run: Path) -> Path:
             recorded |= {f"ledger.{key}": value for key, value in place.section.items()}
         text = recorded_config(recorded, run)
     run_file = run / "evaluated-run.yaml"
-    run_file.write_text(text)
+    replace_file(run_file, text.encode())  # a role that starts may be reading it
     return run_file
 
 
@@ -387,14 +394,14 @@ def _evaluate_if_possible(run_file: Path, plan: RunPlan) -> PacelineError | None
     return None
 
 
-def _run_role(role: str, run_file: Path) -> None:
+def _run_role(role: str, run_file: Path, *arguments: str) -> None:
     config = load_run_config(run_file)
     local_target(config.target)  # the role's process does not use the network
     machine = config.machine
-    threads = machine.producer_threads if role == "producer" else machine.consumer_threads
+    threads = machine.producer_threads if role == PRODUCER else machine.consumer_threads
     environment = {**os.environ, **role_environment(threads)}
     # The role replaces this process, so that it receives signals and sets the exit code.
-    command = [sys.executable, "-m", f"paceline.roles.{role}", str(run_file)]
+    command = [sys.executable, "-m", f"paceline.roles.{role}", str(run_file), *arguments]
     os.execve(sys.executable, command, environment)  # noqa: S606 (our own module, no shell)
 
 

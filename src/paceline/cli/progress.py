@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -12,10 +13,11 @@ from rich.table import Table
 
 from paceline.cli.evaluate import verdict, with_interval
 from paceline.cli.plain import plain, say
-from paceline.ledger.facts import ENGINE
+from paceline.ledger.facts import ENGINE, TARGET_VARIES
 from paceline.ledger.records import PromptCounts
 from paceline.roles.plan import RunPlan
 from paceline.roles.snapshot import RunSnapshot
+from paceline.roles.workers import CONSUMER, PRODUCER
 
 LINE_EVERY_S = 15.0
 POINTS_SHOWN = 8  # of the curve
@@ -67,7 +69,7 @@ def _line(s: RunSnapshot, plan: RunPlan, elapsed: float) -> str:
         f"trained {s.ledger.samples_trained}",
         f"resident {s.ledger.usage.resident_bytes / 2**20:.0f} MiB",
         f"checkpoint {s.checkpoint_step if s.checkpoint_step is not None else '-'}",
-        f"blocked producer {s.blocked_s['producer']:.0f} s, consumer {s.blocked_s['consumer']:.0f} s",
+        "blocked " + ", ".join(f"{role} {seconds:.0f} s" for role, seconds in s.blocked_s.items()),
     ]
     if s.last_step:
         parts.append(_step_text(s))
@@ -94,15 +96,17 @@ def _table(s: RunSnapshot, plan: RunPlan, elapsed: float) -> Table:
     )
     for name in ("role", "process", "progress", "now"):
         table.add_column(name)
-    group = s.last_group
-    tokens, seconds = group.get("num_tokens"), group.get("seconds")
-    rate = f"{tokens / seconds:.0f} tokens/s" if tokens is not None and seconds else "starting"
-    table.add_row(
-        "producer",
-        _process(s, "producer"),
-        f"{s.ledger.committed}/{plan.num_samples} samples",
-        f"{rate}, blocked {s.blocked_s['producer']:.0f} s",
-    )
+    for role, group in s.last_group.items():
+        tokens, seconds = group.get("num_tokens"), group.get("seconds")
+        rate = f"{tokens / seconds:.0f} tokens/s" if tokens is not None and seconds else "starting"
+        table.add_row(
+            role,
+            _process(s, role),
+            f"{s.ledger.committed}/{plan.num_samples} samples" if role == PRODUCER else "",
+            f"{rate}, blocked {s.blocked_s[role]:.0f} s",
+        )
+    for role, told in s.away.items():
+        table.add_row(plain(role), plain(f"host {told.get('host', '?')}"), "", "")
     table.add_row(
         "consumer",
         _process(s, "consumer"),
@@ -125,6 +129,10 @@ def _process(s: RunSnapshot, role: str) -> str:
     return "ended" if s.live[role] is None else str(s.live[role] or "running, process unknown")
 
 
+def _place(told: Mapping[str, Any]) -> str:
+    return f"process {told.get('pid', '?')} on host {told.get('host', '?')}"
+
+
 def _prompts_text(p: PromptCounts) -> str:
     return f"{p.pending} pending, {p.leased} leased, {p.done} done, {p.failed} failed"
 
@@ -135,6 +143,8 @@ def _engine_text(s: RunSnapshot) -> str:
     if not isinstance(found, dict):
         return "not started yet"
     name = found.get("name")
+    if found.get("repeats_bits") and s.ledger.facts.get(TARGET_VARIES):
+        return f"{name}: a capture repeats its bits on one producer; another one's may differ in rounding"
     if found.get("repeats_bits"):
         return f"{name}: a capture repeats its bits"
     return f"{name}: bits may differ when captured again; answers are kept, tokens stay the same"
@@ -146,8 +156,8 @@ def describe(console: Console, s: RunSnapshot) -> None:
     state = "complete" if s.is_complete else "live" if s.is_live else "stopped"
     rows = {
         "state": state,
-        "producer": _process(s, "producer"),
-        "consumer": _process(s, "consumer"),
+        **{role: _process(s, role) for role in s.live},
+        **{role: _place(told) for role, told in s.away.items()},
         "engine": _engine_text(s),
         "prompts": _prompts_text(s.ledger.prompts),
         "samples": f"{s.ledger.committed} committed, {s.ledger.samples_trained} trained "
@@ -158,13 +168,17 @@ def describe(console: Console, s: RunSnapshot) -> None:
         "checkpoint": f"step {s.checkpoint_step}" if s.checkpoint_step is not None else "none yet",
         "last step": _step_text(s) if s.last_step else "none yet",
         **_measured(s),
-        "blocked": f"producer {s.blocked_s['producer']:.1f} s for room, "
-        f"consumer {s.blocked_s['consumer']:.1f} s for samples (each since its last start)",
+        **({"waiting for": s.waits_for} if s.waits_for else {}),
+        "blocked": ", ".join(
+            f"{role} {seconds:.1f} s for {'samples' if role == CONSUMER else 'room'}"
+            for role, seconds in s.blocked_s.items()
+        )
+        + " (each since its last start)",
         "restarts": str(s.ledger.restarts),
         **({"ledger": s.ledger_at} if s.ledger_at else {}),
     }
     for name, value in rows.items():
-        table.add_row(name, plain(value))
+        table.add_row(plain(name), plain(value))
     console.print(table)
     if s.newer_checkpoints and not s.is_live:
         say(

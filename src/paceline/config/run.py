@@ -42,9 +42,15 @@ Threads = Annotated[int, Field(ge=1, le=4096)]
 
 
 class MachineSection(Section):
-    """Threads of each role; their number decides bits, so it cannot change."""
+    """Threads of each role; their number decides bits, so it cannot change.
 
-    changeable: ClassVar[tuple[str, ...]] = ("restarts_max",)
+    `producers`: how many `paceline train` starts, each with `producer_threads`. `producer_timeout_s`: without
+    a sign of life for so long, a producer is taken for dead by the others; a short one may cost work.
+    """
+
+    changeable: ClassVar[tuple[str, ...]] = ("restarts_max", "producers", "producer_timeout_s")
+    producers: Annotated[int, Field(ge=1, le=256)] = 1
+    producer_timeout_s: Annotated[float, Field(ge=0.5, le=86_400.0)] = 60.0
     producer_threads: Threads = 1
     consumer_threads: Threads = 1
     restarts_max: Annotated[int, Field(ge=0)] = 10

@@ -9,14 +9,19 @@ a digest of both. The last whole record of an ordinal counts. A crash may leave 
 sample was not committed, and the next writer cuts it off. If most of a file is records that count no more,
 the next writer writes it anew without them. Answers of samples that were never committed are there, too: who
 reads another run's answers asks its ledger which samples were.
+
+Several producers write to the same files, in turns under a file lock. A producer makes sure in its turn that
+it is not replaced, so a record of a replaced one stands before every record of its successor.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -26,6 +31,7 @@ from paceline.errors import StoreError
 
 ORDINALS_PER_FILE = 4096
 SUFFIX = ".answers"
+TURNS = "turns.lock"
 _LENGTH = struct.Struct("<I")
 _DIGEST_BYTES = 8
 
@@ -51,29 +57,58 @@ _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(Answer)
 
 
+class _File:
+    """An open file: where each ordinal's record begins and ends, and where the last whole record ends.
+
+    While it is open here, no later file gets its inode.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.places: dict[int, tuple[int, int]] = {}
+        self.end = 0
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the path still names this file, and nothing that is known of it was cut off."""
+        there, here = path.stat(), os.fstat(self._fd)
+        return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino) and here.st_size >= self.end
+
+    def look(self) -> None:
+        """Find what was written since the last look."""
+        begin = self.end
+        for answer, start, stop in _records(self.read(begin, os.fstat(self._fd).st_size)):
+            self.places[answer.ordinal] = begin + start, begin + stop
+            self.end = begin + stop
+
+    def read(self, start: int, stop: int) -> bytes:
+        return os.pread(self._fd, stop - start, start)
+
+
 class AnswerFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # By file number, of the newest file and one older: where each ordinal's record begins and ends.
-        self._known: dict[int, dict[int, tuple[int, int]]] = {}
-        self._whole: dict[int, int] = {}  # files that this process knows to end with a whole record: the end
+        self._known: dict[int, _File] = {}  # by file number, of the newest file and one older
 
     def get(self, ordinal: int) -> Answer | None:
         """The answer that is kept for the prompt; None if there is none. Raises StoreError."""
         number = ordinal // ORDINALS_PER_FILE
         for _ in range(2):
-            place = self._file(number).get(ordinal)
-            if place is None:
-                return None
             try:
-                with self._path(number).open("rb") as file:
-                    record = os.pread(file.fileno(), place[1] - place[0], place[0])
+                file = self._file(number)
+                if file is None or ordinal not in file.places:
+                    return None
+                record = file.read(*file.places[ordinal])
             except OSError as error:
                 raise _unreadable(self._path(number), error) from error
             for answer, _, _ in _records(record):
                 if answer.ordinal == ordinal:
                     return answer
-            del self._known[number]  # another process, the run's own, may have written the file anew
+            del self._known[number]  # it was damaged since
         raise _unreadable(self._path(number), f"the record of prompt {ordinal} is damaged")
 
     def all(self, is_wanted: Callable[[int], bool] = lambda _: True) -> Iterator[Answer]:
@@ -95,15 +130,22 @@ class AnswerFiles:
                     found[answer.ordinal] = _digest(body), end
         return found
 
-    def keep(self, answers: Iterable[Answer]) -> None:
-        """Write answers durably, unless they are kept already. Raises StoreError."""
+    def keep(self, answers: Iterable[Answer], check: Callable[[], object] = lambda: None) -> None:
+        """Write answers durably, unless they are kept already. Raises StoreError.
+
+        `check` is called in this process's turn, before anything is written, and may raise.
+        """
+        new = [answer for answer in answers if self.get(answer.ordinal) != answer]
+        if not new:
+            return
         by_file: dict[int, list[Answer]] = {}
-        for answer in answers:
-            if self.get(answer.ordinal) != answer:
-                by_file.setdefault(answer.ordinal // ORDINALS_PER_FILE, []).append(answer)
         try:
-            for number, new in by_file.items():
-                self._append(number, new)
+            with self._turn():
+                check()
+                for answer in new:
+                    by_file.setdefault(answer.ordinal // ORDINALS_PER_FILE, []).append(answer)
+                for number, of_file in by_file.items():
+                    self._append(number, of_file)
         except OSError as error:
             raise StoreError(
                 f"The answers in {self._folder} cannot be written ({error}).",
@@ -111,54 +153,60 @@ class AnswerFiles:
                 next="check that disk, then run the same command again; nothing was committed.",
             ) from error
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The kernel ends the turn of a process that dies."""
+        make_folder(self._folder)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(self._folder / TURNS, flags, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:08d}{SUFFIX}"
 
-    def _file(self, number: int) -> dict[int, tuple[int, int]]:
-        if number not in self._known:
-            while len(self._known) > 1:  # beside the newest, one older file for a sample captured again
-                del self._known[min(self._known)]
-            records = _records(_content(self._path(number)))
-            self._known[number] = {answer.ordinal: (start, stop) for answer, start, stop in records}
-        return self._known[number]
+    def _file(self, number: int) -> _File | None:
+        """The file, after a look at what was written since the last one; None if there is none yet."""
+        path = self._path(number)
+        try:
+            known = self._known.get(number)
+            if known is None or not known.is_at(path):  # another process may have written the file anew
+                self._known.pop(number, None)
+                known = _File(path)
+            known.look()
+        except FileNotFoundError:
+            return None
+        while len(self._known) > 1 and number not in self._known:
+            del self._known[min(self._known)]  # one older file stays, for a sample captured again
+        self._known[number] = known
+        return known
 
     def _append(self, number: int, answers: list[Answer]) -> None:
-        if number not in self._whole:
-            self._mend(number)
-        known = self._file(number)
-        at, data, places = self._whole.pop(number), b"", {}  # known again when the write has succeeded
+        """In this process's turn: behind the last whole record stands what a dead process has torn."""
+        path = self._path(number)
+        if not path.exists():
+            path.touch(mode=0o600)
+            sync_folder(self._folder)
+        file = self._file(number)
+        assert file is not None, "it was there a moment ago, and this process has the turn"
+        if 2 * sum(stop - start for start, stop in file.places.values()) < file.end:
+            replace_file(path, b"".join(file.read(*place) for place in sorted(file.places.values())))
+            file = self._file(number)
+            assert file is not None
+        records = []
         for answer in answers:
             body = _ENCODER.encode(answer)
             record = _LENGTH.pack(len(body)) + body
-            record += _digest(record)
-            places[answer.ordinal] = at + len(data), at + len(data) + len(record)
-            data += record
-        fd = os.open(self._path(number), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            records.append(record + _digest(record))
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:
-            write_whole(fd, data)
+            os.ftruncate(fd, file.end)
+            write_whole(fd, b"".join(records))
         finally:
             os.close(fd)
-        self._whole[number] = at + len(data)
-        known.update(places)
-
-    def _mend(self, number: int) -> None:
-        """Cut a torn record off, or write the file anew if less than half of it counts."""
-        path = self._path(number)
-        if not path.exists():
-            make_folder(self._folder)
-            path.touch(mode=0o600)
-            sync_folder(self._folder)
-        data = _content(path)
-        records = list(_records(data))
-        places = sorted({answer.ordinal: (start, stop) for answer, start, stop in records}.values())
-        end, size = max((stop for _, _, stop in records), default=0), sum(b - a for a, b in places)
-        if 2 * size < end:
-            replace_file(path, b"".join(data[start:stop] for start, stop in places))
-            self._known.pop(number, None)
-            end = size
-        else:
-            os.truncate(path, end)
-        self._whole[number] = end
 
 
 def _content(path: Path) -> bytes:

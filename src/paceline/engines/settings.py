@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class EngineRun:
     """What a run gives its engine beside the sections of the run file.
 
-    `features`: what the run's method asks for, given the target's facts. `directory`: the run's. `files`:
+    `features`: what the run's method asks for, given the target's facts. `directory`: the run's, or in it one
+    of this producer's own. `files`:
     makes and returns a folder for the engine's own files, on the medium of the features. `date`: the date
     that the target's template sees. `should_stop`: an engine that waits looks at it.
     """

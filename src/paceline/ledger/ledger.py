@@ -81,11 +81,14 @@ class Ledger(ABC):
         """
 
     @abstractmethod
-    def lease(self, fence: Fence | None, /, limit: int, group_size: int | None = None) -> list[Lease]:
-        """Lease the pending prompts of lowest ordinal, at most `limit`.
+    def lease(
+        self, fence: Fence | None, /, limit: int, group_size: int | None = None, below: int | None = None
+    ) -> list[Lease]:
+        """Lease the pending prompts of lowest ordinal, at most `limit`; without one nothing changes.
 
         With `group_size`, only prompts of one group (ordinal // group_size) of which no other worker holds
         a lease: if the engine fails on a group, one worker must be able to try its prompts one by one.
+        With `below`, only prompts of lower ordinals, so that no worker runs too far ahead of a slow one.
         """
 
     @abstractmethod

@@ -60,6 +60,7 @@ class RoleLock:
 
     def __init__(self, folder: Path, role: str) -> None:
         """Raises RunBusyError, naming the holder, if another live process has it; LedgerError."""
+        self.role = role
         path = folder / f"{role}.lock"
         with advising(f"the lock {path}"):
             folder.mkdir(parents=True, exist_ok=True)

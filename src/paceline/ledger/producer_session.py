@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from paceline.ledger.facts import producer_fact
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.records import (
     Budget,
@@ -16,7 +18,7 @@ from paceline.ledger.records import (
     Wanted,
     producer_role,
 )
-from paceline.ledger.session import Session
+from paceline.ledger.session import Session, repeated
 from paceline.types import SampleRef
 
 ATTEMPT_MAX = 5
@@ -47,9 +49,12 @@ class ProducerSession(Session):
     def source_blocks(self, first: int = 0, limit: int | None = None) -> list[SourceBlock]:
         return self.ledger.source_blocks(first, limit)
 
-    def lease(self, limit: int, group_size: int | None = None) -> list[Lease]:
-        """Lease up to `limit` pending prompts of one capture group, by ordinal; [] if there is none."""
-        return self._change(self.ledger.lease, limit, group_size)
+    def lease(self, limit: int, group_size: int | None = None, below: int | None = None) -> list[Lease]:
+        """Lease up to `limit` pending prompts of one capture group, by ordinal; [] if there is none.
+
+        `below`: only prompts of lower ordinals.
+        """
+        return self._change(self.ledger.lease, limit, group_size, below)
 
     def fail(self, ordinals: Sequence[int], reason: str, *, retryable: bool = True) -> list[int]:
         """End leases after a failure, with the bytes promised for them; returns what failed for good.
@@ -69,6 +74,20 @@ class ProducerSession(Session):
     def end_stream(self) -> bool:
         """End the stream, unless a prompt is pending or leased; returns whether it is ended."""
         return self._change(self.ledger.end_stream, True)
+
+    # -- the other producers -----------------------------------------------------------------
+
+    def tell(self, told: Mapping[str, Any] | None) -> None:
+        """Say where this producer is and what it holds; None: it leaves. Any thread may call this.
+
+        It takes no operation number: to say it twice does no harm.
+        """
+        repeated(self.ledger.set_facts, self.fence, {producer_fact(self.worker): told})
+
+    def take_from(self, worker: str) -> None:
+        """Take another producer for dead: its leases return, and whatever it still does is refused."""
+        self.ledger.acquire(producer_role(worker), f"taken over by producer {self.worker}")
+        self.set_facts({producer_fact(worker): None})
 
     # -- bytes and samples -----------------------------------------------------------------
 

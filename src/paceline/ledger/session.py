@@ -56,13 +56,7 @@ class Session:
     def _change(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Make a change under the next operation number, and repeat it while its result is unknown."""
         self._last_op += 1
-        fence = self.fence.call(self._last_op)
-        for _ in range(TRIES - 1):
-            try:
-                return call(fence, *args, **kwargs)
-            except UnknownResultError:
-                continue
-        return call(fence, *args, **kwargs)
+        return repeated(call, self.fence.call(self._last_op), *args, **kwargs)
 
     def refuse_if_replaced(self) -> None:
         """Raise FencedError if another process holds the role. Call it before waiting or touching files."""
@@ -74,6 +68,10 @@ class Session:
 
     def set_facts(self, facts: Mapping[str, Any]) -> None:
         self._change(self.ledger.set_facts, facts)
+
+    def settle_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Write these facts durably, unless one of them has a value; returns the values that stand."""
+        return self._change(self.ledger.set_facts, facts, settle=True)
 
     def facts(self) -> dict[str, Any]:
         return self.ledger.facts()
@@ -104,6 +102,16 @@ class Session:
     def report_lost(self, sample_ids: Sequence[str]) -> None:
         """The features are gone or damaged: have them captured again, unless durable weights contain them."""
         self._change(self.ledger.report_lost, list(sample_ids))
+
+
+def repeated(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """The call's result; it is made again while that is unknown."""
+    for _ in range(TRIES - 1):
+        try:
+            return call(*args, **kwargs)
+        except UnknownResultError:
+            continue
+    return call(*args, **kwargs)
 
 
 def bind_run_id(ledger: Ledger, run_id: str) -> None:

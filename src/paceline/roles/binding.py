@@ -26,10 +26,9 @@ from paceline.ledger.facts import (
 )
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import RoleLock
-from paceline.ledger.producer_session import WORKER
-from paceline.ledger.records import producer_role
+from paceline.ledger.records import CONSUMER
 from paceline.roles.plan import RunPlan
-from paceline.roles.snapshot import ROLES
+from paceline.roles.workers import JOINING, elsewhere, known_roles, started_roles, take_from
 
 
 def bind_run(plan: RunPlan, ledger: Ledger, *, role: str | None = None) -> tuple[Stretch, ...]:
@@ -77,9 +76,10 @@ def _rebind(plan: RunPlan, ledger: Ledger, role: str | None) -> dict[str, Any]:
     The prompts that an earlier start registered are forgotten first, and the search among them for one that
     kills the engine. If this start is killed in between, the next one does all of it again.
     """
-    with others_kept_out(plan.config, role) as alone:
+    with others_kept_out(plan.config, role, ledger) as alone:
         if alone and not _is_bound(plan, ledger):
-            ledger.acquire(producer_role(WORKER), "a start with other settings")  # ends a dead one's leases
+            for name in ledger.snapshot().epochs.keys() - {CONSUMER}:
+                ledger.acquire(name, "a start with other settings")  # ends a dead one's leases
             if ledger.forget_prompts(None):
                 searches = dict.fromkeys(key for key in ledger.facts() if key.startswith("isolation."))
                 ledger.set_facts(None, {**searches, **_now(plan)})
@@ -101,7 +101,7 @@ def _extend(
             why="A run can be extended only when everything that it has was trained.",
             next="put the data back until the run is complete, or set a new run.name and run.directory.",
         )
-    with others_kept_out(plan.config, role) as alone:
+    with others_kept_out(plan.config, role, ledger) as alone:
         if alone:
             ledger.set_facts(None, {PROMPTS: _prompts(plan, longer), **_going_on(ledger)})
             ledger.end_stream(None, False)
@@ -125,26 +125,30 @@ def go_on_if_flat_no_more(config: RunConfig, ledger: Ledger) -> None:
     facts = ledger.facts()
     if facts.get(STOPPED_FLAT) is None or config.training.stop_when_flat is not None:
         return
-    with others_kept_out(config, None) as alone:
+    with others_kept_out(config, None, ledger) as alone:
         if alone:
             going_on = _going_on(ledger) if facts.get(COMPLETED_STEP) is not None else {}
             ledger.set_facts(None, {STOPPED_FLAT: None, **going_on})
 
 
 @contextmanager
-def others_kept_out(config: RunConfig, role: str | None) -> Iterator[bool]:
-    """Yields whether no other role is live, and keeps others from starting meanwhile.
+def others_kept_out(config: RunConfig, role: str | None, ledger: Ledger) -> Iterator[bool]:
+    """Yields whether no other role is live, and keeps others on this host from starting meanwhile.
 
-    A role reads its settings while it holds its lock.
+    A role reads its settings while it holds its lock. A producer on another host is refused from then on, and
+    reads the settings anew when it joins again.
     """
+    directory = config.run.directory
     with ExitStack() as held:
         try:
-            for other in ROLES:
+            held.callback(RoleLock(directory, JOINING).release)
+            for other in dict.fromkeys([*known_roles(directory), *started_roles(config)]):
                 if other != role:
-                    held.callback(RoleLock(config.run.directory, other).release)
+                    held.callback(RoleLock(directory, other).release)
         except RunBusyError:
             yield False
         else:
+            take_from(ledger, elsewhere(ledger.facts()), "a start that changes what binds the run")
             yield True
 
 

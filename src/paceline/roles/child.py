@@ -18,6 +18,7 @@ from paceline.errors import PacelineError
 from paceline.ledger.locks import UNKNOWN, live_holder
 from paceline.roles.plan import log_path, role_environment
 from paceline.roles.process import REPORT_VARIABLE, SUPERVISOR_VARIABLE
+from paceline.roles.workers import PRODUCER, is_producer, worker_of
 from paceline.telemetry import read_tail, shorten
 
 ORPHAN_S = 10.0  # time for an orphan to reach its next safe point
@@ -29,6 +30,13 @@ GRACE_S = {  # the consumer writes a checkpoint
     "answers_exporter": 5.0,
     "comparer": 5.0,
 }
+
+
+def grace_s(role: str) -> float:
+    """How long the role may take to reach its next safe point once it is asked to stop."""
+    return GRACE_S[PRODUCER if is_producer(role) else role]
+
+
 WITHOUT_SAFE_POINT = ("evaluator", "exporter", "answers_exporter", "comparer")
 REPORT_BYTES_MAX = 1 << 16
 
@@ -46,6 +54,9 @@ class Child:
 
     def __init__(self, role: str, run_file: Path, config: RunConfig, threads: int, *arguments: str) -> None:
         self.role = role
+        module = PRODUCER if is_producer(role) else role
+        if is_producer(role):
+            arguments = (worker_of(role), *arguments)
         self._log = log_path(config, role)
         self._pipe, other_end = os.pipe()
         os.set_blocking(self._pipe, False)
@@ -53,7 +64,7 @@ class Child:
         log = _opened_log(self._log)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"paceline.roles.{role}", str(run_file), *arguments],
+                [sys.executable, "-m", f"paceline.roles.{module}", str(run_file), *arguments],
                 env={
                     **os.environ,
                     **role_environment(threads),

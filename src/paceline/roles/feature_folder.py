@@ -28,12 +28,12 @@ from paceline.features.ownership import (
     sign,
     take,
 )
-from paceline.ledger.facts import COMPLETED_STEP, FEATURES_LIE, FEATURES_NAME
+from paceline.ledger.facts import COMPLETED_STEP, FEATURES_LIE, FEATURES_NAME, producers_in
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import live_holder
-from paceline.roles.snapshot import ROLES, has_ledger, open_run
+from paceline.roles.snapshot import has_ledger, open_run
+from paceline.roles.workers import boot_id, elsewhere, known_roles
 
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 PREFIX = "paceline-"
 
 
@@ -54,14 +54,30 @@ def folder_of(config: RunConfig, ledger: Ledger) -> Path:
 
 
 def take_folder(config: RunConfig, ledger: Ledger) -> Path:
-    """Create and sign the folder, and free the one that the run used before. For the producer."""
+    """Create and sign the folder, and free the one that the run used before. For a producer.
+
+    Raises StoreError if producers on another host keep the features in that host's memory.
+    """
     folder, run = folder_of(config, ledger), config.run.directory.absolute()
-    recorded = ledger.facts().get(FEATURES_LIE)
+    facts = ledger.facts()
+    recorded, told = facts.get(FEATURES_LIE), producers_in(facts)
+    if recorded is not None and recorded != _place(config, ledger):
+        for worker in elsewhere(facts):
+            if told[worker].get("boot") == recorded["boot"]:
+                raise _on_another_host(recorded["folder"], told[worker].get("host", "?"))
     if recorded is not None and Path(recorded["folder"]) != folder.absolute():
         _free_left(Path(recorded["folder"]), config.run.name, run)
     record_place(config, ledger)
     sign(folder, Owner(config.run.name, run))
     return folder
+
+
+def _on_another_host(folder: str, host: object) -> StoreError:
+    return StoreError(
+        f"The features of this run lie in {folder} on host {host}.",
+        why="The consumer could not read what a producer of this host keeps in its own memory.",
+        next="start this producer on that host, or choose a feature store that hosts share.",
+    )
 
 
 def free_if_nothing_was_captured(config: RunConfig, ledger: Ledger) -> None:
@@ -150,10 +166,9 @@ def refuse_other_place(config: RunConfig, ledger: Ledger) -> None:
 def _place(config: RunConfig, ledger: Ledger) -> dict[str, Any]:
     try:
         device = config.features.directory.stat().st_dev
-        boot = BOOT_ID.read_text().strip()
     except OSError:
-        device, boot = 0, ""
-    return {"folder": str(folder_of(config, ledger).absolute()), "device": device, "boot": boot}
+        device = 0
+    return {"folder": str(folder_of(config, ledger).absolute()), "device": device, "boot": boot_id()}
 
 
 # -- abandoned folders ---------------------------------------------------------------------
@@ -205,7 +220,7 @@ def _judged_by_run(folder: Path, owner: Owner) -> tuple[str, bool]:
     run = f"run {owner.run} in {owner.directory}"
     if not has_ledger(owner.directory):
         return f"{run} is gone, or was moved", True
-    if any(live_holder(owner.directory, role) is not None for role in ROLES):
+    if any(live_holder(owner.directory, role) is not None for role in known_roles(owner.directory)):
         return f"{run} is at work", False
     try:
         facts = open_run(owner.directory).facts()

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from paceline.config.run import RunConfig
@@ -16,6 +17,7 @@ from paceline.data.prompts import asked
 from paceline.data.source import RunPrompts, Stretch
 from paceline.errors import ConfigError
 from paceline.roles.committed import committed_in
+from paceline.roles.workers import CONSUMER, started_roles
 from paceline.target.folder import quantisation, read_config
 from paceline.target.hub import local_target
 
@@ -148,18 +150,19 @@ def window_size(config: RunConfig) -> int:
 
 
 def processors_of_roles(config: RunConfig) -> dict[str, list[int]]:
-    """Processors for each role: disjoint sets if there are enough, else all for both."""
-    available = sorted(os.sched_getaffinity(0))
-    producer, consumer = config.machine.producer_threads, config.machine.consumer_threads
-    if producer + consumer > len(available):
-        return {"producer": available, "consumer": available}
-    return {"producer": available[:producer], "consumer": available[producer : producer + consumer]}
+    """Processors for each role that `paceline train` starts: disjoint sets if there are enough, else all."""
+    available, machine = sorted(os.sched_getaffinity(0)), config.machine
+    threads = dict.fromkeys(started_roles(config), machine.producer_threads)
+    threads[CONSUMER] = machine.consumer_threads
+    if sum(threads.values()) > len(available):
+        return dict.fromkeys(threads, available)
+    ends = list(accumulate(threads.values()))
+    return {role: available[end - threads[role] : end] for role, end in zip(threads, ends, strict=True)}
 
 
 def spare_processors(config: RunConfig) -> list[int]:
-    """Processors that neither role uses: for a measurement beside training."""
-    of_roles = processors_of_roles(config)
-    return sorted(os.sched_getaffinity(0) - {*of_roles["producer"], *of_roles["consumer"]})
+    """Processors that no role uses: for a measurement beside training."""
+    return sorted(os.sched_getaffinity(0) - {n for one in processors_of_roles(config).values() for n in one})
 
 
 def role_environment(threads: int) -> dict[str, str]:

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from paceline.config.load import load_run_config
+from paceline.config.run import RunConfig
 from paceline.errors import PacelineError, explained
 from paceline.ledger.locks import RoleLock
 from paceline.roles.plan import RunPlan, events_path, plan_run, processors_of_roles
@@ -35,10 +36,18 @@ PART_CHARACTERS_MAX = 4000  # of an error's what, why and next: the pipe must ta
 Work = Callable[[RunPlan, EventLog, Callable[[], bool]], None]
 
 
-def run_role(role: str, run_file: Path, work: Work, *, stops_itself: bool = True) -> int:
+def run_role(
+    role: str,
+    run_file: Path,
+    work: Work,
+    *,
+    take: Callable[[RunConfig], RoleLock] | None = None,
+    stops_itself: bool = True,
+) -> int:
     """Run `work` as the only live `role` of the run; returns the process's exit code.
 
-    With `stops_itself=False`, for work that needs no safe point, a signal ends the process at once.
+    `take`: takes the lock of the role, or of another one that it chooses. With `stops_itself=False`, for work
+    that needs no safe point, a signal ends the process at once.
     """
     open_standard_streams()
     for name in ("stdout", "stderr"):
@@ -53,7 +62,8 @@ def run_role(role: str, run_file: Path, work: Work, *, stops_itself: bool = True
         plan = plan_run(config)
         if stop.is_set():  # asked to end before it began; its successor may be starting already
             return 0
-        lock = RoleLock(config.run.directory, role)
+        lock = RoleLock(config.run.directory, role) if take is None else take(config)
+        role = lock.role
         # Under a supervisor, the supervisor shows progress; a role that runs alone prints its own events.
         echo = None if SUPERVISOR_VARIABLE in os.environ or not stops_itself else sys.stderr.write
         events = EventLog(events_path(config, role), echo=echo)

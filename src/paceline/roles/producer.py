@@ -1,4 +1,4 @@
-"""The producer process: `python -m paceline.roles.producer RUN.yaml`."""
+"""A producer process: `python -m paceline.roles.producer RUN.yaml [WORKER]`; `--join`: under a free name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from paceline.capture.settings import CaptureSettings
+from paceline.config.run import RunConfig
 from paceline.data.source import Stretch
 from paceline.engines.engine import TargetEngine
 from paceline.engines.settings import EngineRun
@@ -17,31 +18,45 @@ from paceline.errors import ServerUnavailableError, StoreError
 from paceline.features.store import FeatureStore
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.ledger import Ledger
+from paceline.ledger.locks import RoleLock
+from paceline.ledger.producer_session import WORKER
 from paceline.roles.binding import bind_date, bind_run
 from paceline.roles.feature_folder import EngineFolder, take_folder
 from paceline.roles.held_out import look_at_held_out
 from paceline.roles.plan import RunPlan, window_size
 from paceline.roles.process import run_role
 from paceline.roles.target_binding import bind_engine, bind_target, refuse_changed, refuse_foreign_answers
+from paceline.roles.target_probe import bind_probe
 from paceline.roles.wire import DriveProducer, build_disagg_online_producer
+from paceline.roles.workers import JOIN, PRODUCER, about_this_process, join, role_of, worker_of
 from paceline.telemetry import EventLog
 
 
-def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -> None:
-    """Capture every prompt whose sample is not committed, or is lost; then end."""
-    config = plan.config
+def produce(
+    plan: RunPlan,
+    events: EventLog,
+    should_stop: Callable[[], bool],
+    worker: str = WORKER,
+    *,
+    joins: bool = False,
+) -> None:
+    """Capture every prompt whose sample is not committed, or is lost; then end.
+
+    `joins`: the run was begun by others, maybe in another folder.
+    """
+    config, role = plan.config, role_of(worker)
     torch.set_num_threads(config.machine.producer_threads)
-    ledger = config.open_ledger()
-    stretches = bind_run(plan, ledger, role="producer")
+    ledger = config.open_ledger(joins=joins)
+    stretches = bind_run(plan, ledger, role=role)
     if ledger.facts().get(COMPLETED_STEP) is not None:
         return
     folder = take_folder(config, ledger)
-    target = bind_target(ledger, config, "producer")
+    target = bind_target(ledger, config, role)
     refuse_foreign_answers(config, target)
     place = EngineFolder(config)
     run = EngineRun(
         features=config.method.build().features,
-        directory=config.run.directory,
+        directory=config.run.directory if worker == WORKER else config.run.directory / role,
         files=place.take,
         date=bind_date(ledger),
         should_stop=should_stop,
@@ -51,13 +66,14 @@ def produce(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) ->
         try:
             engine.probe()
             refuse_changed(config, target, engine.facts)
-            bind_engine(ledger, config, engine.facts)
+            bind_engine(ledger, config, engine.facts, role)
+            bind_probe(ledger, config, engine, events, role=role)
             facts = engine.facts
             events.write("engine_ready", dtype=facts.dtype, model_version=facts.model_version)
             if not ledger.snapshot().committed:
                 _note_held_out(plan, engine, events)
-            features = config.features.build(folder, owner=True)
-            drive_producer = _producer(plan, stretches, ledger, features, engine, events)
+            features = config.features.build(folder, owner=True, writer=int(worker))
+            drive_producer = _producer(plan, stretches, ledger, features, engine, events, worker)
             _capture_all(ledger, features, drive_producer, should_stop)
         except ServerUnavailableError:
             if not should_stop():  # the stop ended the wait for the server
@@ -80,6 +96,7 @@ def _producer(
     features: FeatureStore,
     engine: TargetEngine,
     events: EventLog,
+    worker: str,
 ) -> DriveProducer:
     config = plan.config
     return build_disagg_online_producer(
@@ -99,6 +116,9 @@ def _producer(
         answers_folder=config.run.directory / "answers",
         metadata_store=ledger,
         attempt_max=config.capture.attempt_max,
+        worker=worker,
+        timeout_s=config.machine.producer_timeout_s,
+        about=about_this_process(),
         report=events.write,
     )[1]
 
@@ -123,5 +143,31 @@ def _capture_all(
     features.close()
 
 
+class Place:
+    """The worker that this process is: the given one, or a free one that it takes with its lock."""
+
+    def __init__(self, worker: str | None) -> None:
+        self.worker = worker
+        self._joins = worker is None
+
+    def take(self, config: RunConfig) -> RoleLock:
+        if not self._joins:
+            assert self.worker is not None, "it was given"
+            return RoleLock(config.run.directory, role_of(self.worker))
+        lock = join(config)
+        self.worker = worker_of(lock.role)
+        return lock
+
+    def produce(self, plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -> None:
+        assert self.worker is not None, "it was taken"
+        produce(plan, events, should_stop, self.worker, joins=self._joins)
+
+
+def main(run_file: str, worker: str = WORKER) -> int:
+    place = Place(None if worker == JOIN else worker)
+    role = PRODUCER if place.worker is None else role_of(place.worker)
+    return run_role(role, Path(run_file), place.produce, take=place.take)
+
+
 if __name__ == "__main__":
-    sys.exit(run_role("producer", Path(sys.argv[1]), produce))
+    sys.exit(main(*sys.argv[1:]))

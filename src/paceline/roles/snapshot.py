@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from paceline.config.load import setting
 from paceline.errors import ConfigError, LedgerError, PacelineError
 from paceline.evaluation.curve import Curve, Point, read_curve
-from paceline.ledger.facts import COMPLETED_STEP, RUN_ID, STOPPED_FLAT
+from paceline.ledger.facts import COMPLETED_STEP, CONFIG, RUN_ID, STOPPED_FLAT, producers_in
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import live_holder
 from paceline.ledger.place import FILE as PLACE
@@ -25,10 +26,10 @@ from paceline.ledger.records import Snapshot, State
 from paceline.ledger.settings import FILE, SqliteSection
 from paceline.ledger.view import LedgerView
 from paceline.regular_files import kind_of, read_regular
+from paceline.roles.workers import CONSUMER, PRODUCER, elsewhere, is_producer, known_roles, role_of
 from paceline.telemetry import read_events
 from paceline.training.held_drafts import held_names
 
-ROLES = ("producer", "consumer")
 EVALUATION_BYTES_MAX = 1 << 20
 ESTIMATE, STEPS_OF_ESTIMATE = "acceptance_length_estimate", 100
 # The figures shown for each way of decoding that was measured.
@@ -41,9 +42,11 @@ MEASURED = (
 
 @dataclass(frozen=True)
 class RunSnapshot:
-    """`blocked_s`: how long each role has waited for the other since its last start.
+    """`live`, `blocked_s` and `last_group` are by role: the producers first, then the consumer.
 
-    `notes`: the producer's notes on the prompts since its last start.
+    `blocked_s`: how long each role has waited for the other side since its last start. `away`: producers on
+    other hosts, with what each has told. `waits_for`: the group that training waits for, and who holds it.
+    `notes`: the producers' notes on the prompts since their last starts.
     """
 
     ledger: Snapshot
@@ -51,7 +54,7 @@ class RunSnapshot:
     failed_prompts: dict[int, str]  # by ordinal
     live: dict[str, int | None]  # see `live_holder`
     last_step: dict[str, float]
-    last_group: dict[str, float]
+    last_group: dict[str, dict[str, float]]
     blocked_s: dict[str, float]
     evaluation: dict[str, Any]
     newer_checkpoints: list[str]  # later than the ledger's head
@@ -59,6 +62,8 @@ class RunSnapshot:
     best: Point | None = None  # of the curve, among those whose drafts are kept
     notes: tuple[str, ...] = ()
     ledger_at: str = ""  # where the ledger is, if it is no file of the run's folder
+    away: dict[str, dict[str, Any]] = field(default_factory=dict)
+    waits_for: str = ""
 
     @property
     def run_id(self) -> str:
@@ -79,7 +84,7 @@ class RunSnapshot:
 
     @property
     def is_live(self) -> bool:
-        return any(holder is not None for holder in self.live.values())
+        return bool(self.away) or any(holder is not None for holder in self.live.values())
 
 
 def has_ledger(directory: Path) -> bool:
@@ -125,11 +130,17 @@ def making_sense(directory: Path) -> Iterator[None]:
 
 
 def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
-    events = {role: read_events(directory / "events" / f"{role}.jsonl") for role in ROLES}
-    step, group = _last_step(events["consumer"]), _last(events["producer"], "group")
-    recent = {role: _since_start(events[role]) for role in ROLES}
-    notes = [str(event.get("message")) for event in recent["producer"] if event.get("event") == "note"]
+    live = _live(directory)
+    events = {role: read_events(directory / "events" / f"{role}.jsonl") for role in live}
+    recent = {role: _since_start(events[role]) for role in live}
+    notes = [
+        str(event.get("message"))
+        for role in filter(is_producer, live)
+        for event in recent[role]
+        if event.get("event") == "note"
+    ]
     now = ledger.snapshot()
+    told = producers_in(now.facts)
     curve = read_curve(directory, now.facts)
     return RunSnapshot(
         ledger=now,
@@ -137,22 +148,43 @@ def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
             record.sample_id: record.reason for record in ledger.find(state=State.QUARANTINED).values()
         },
         failed_prompts=ledger.failed(),
-        live={role: live_holder(directory, role) for role in ROLES},
-        last_step=step,
-        last_group=group,
-        blocked_s={role: _blocked_s(recent[role]) for role in ROLES},
+        live=live,
+        last_step=_last_step(events[CONSUMER]),
+        last_group={role: _last(events[role], "group") for role in filter(is_producer, live)},
+        blocked_s={role: _blocked_s(recent[role]) for role in live},
         evaluation=read_evaluation(directory),
         newer_checkpoints=_newer(directory / "checkpoints", -1 if now.head is None else now.head.step),
         curve=curve,
         best=_best(directory, curve),
         notes=tuple(notes),
         ledger_at=_ledger_at(directory),
+        away={role_of(worker): told[worker] for worker in elsewhere(now.facts)},
+        waits_for=_waits_for(now),
     )
 
 
 def _ledger_at(directory: Path) -> str:
     place = known(directory)
     return "" if place is None or place.is_file else place.where(directory)
+
+
+def _live(directory: Path) -> dict[str, int | None]:
+    """Of the first producer, of every further one that is there, and of the consumer: see `live_holder`."""
+    found = {role: live_holder(directory, role) for role in known_roles(directory)}
+    return {
+        role: holder for role, holder in found.items() if role in (PRODUCER, CONSUMER) or holder is not None
+    }
+
+
+def _waits_for(now: Snapshot) -> str:
+    """The group at the settled prefix and its holder, by what that one has told; "" if nobody holds it."""
+    size = setting(now.facts.get(CONFIG, {}), "capture.group_size")
+    for worker, told in producers_in(now.facts).items():
+        for first, held_s in told.get("holds", ()):
+            if isinstance(size, int) and first <= now.settled < first + size:
+                where = f"{role_of(worker)} on host {told.get('host', '?')}"
+                return f"group {first // size}, held by {where} for {held_s:.0f} s"
+    return ""
 
 
 def _best(directory: Path, curve: Curve) -> Point | None:

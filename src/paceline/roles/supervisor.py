@@ -18,20 +18,27 @@ from types import FrameType
 from typing import Any
 
 from paceline.config.run import RunConfig
-from paceline.errors import PacelineError
+from paceline.errors import FencedError, PacelineError
 from paceline.evaluation.settings import EvaluationRequest
 from paceline.exports.settings import ExportSection
 from paceline.ledger.facts import COMPLETED_STEP, STOPPED_FLAT
 from paceline.ledger.locks import RoleLock
 from paceline.ledger.records import CheckpointRecord
 from paceline.roles.binding import bind_run, go_on_if_flat_no_more
-from paceline.roles.child import GRACE_S, Child, RoleFailedError, end_orphan
+from paceline.roles.child import Child, RoleFailedError, end_orphan, grace_s
 from paceline.roles.evaluation_schedule import BESIDE, EVALUATOR, EvaluationSchedule
 from paceline.roles.feature_folder import folder_of, free_if_nothing_was_captured, take_folder
 from paceline.roles.plan import RunPlan, log_path, spare_processors
 from paceline.roles.process import stop_signals
 from paceline.roles.snapshot import RunSnapshot, take_snapshot
 from paceline.roles.target_binding import bind_target
+from paceline.roles.workers import (
+    CONSUMER,
+    is_producer,
+    known_roles,
+    started_roles,
+    take_from_the_dead,
+)
 
 LOOK_S = 0.5
 OWN_EXIT_CODES = range(2, 9)
@@ -96,13 +103,15 @@ class Supervisor:
             held.callback(RoleLock(self._config.run.directory, "supervisor").release)
             held.enter_context(self._signals)
             try:
-                for role in ("producer", "consumer", EVALUATOR):
+                roles = [*known_roles(self._config.run.directory), *started_roles(self._config), EVALUATOR]
+                for role in dict.fromkeys(roles):
                     end_orphan(self._config.run.directory, role, lambda: self._signals.count > 0)
                 bind_run(self._plan, self._store)
                 go_on_if_flat_no_more(self._config, self._store)
                 bind_target(self._store, self._config)
                 if self._is_complete() and not folder_of(self._config, self._store).exists():
                     return True
+                take_from_the_dead(self._config, self._store)
                 take_folder(self._config, self._store)
                 self._schedule = EvaluationSchedule(
                     self._config,
@@ -111,8 +120,8 @@ class Supervisor:
                     can_measure=not self._plan.evaluation_obstacle,
                 )
                 self._stop_early(self._schedule.stop_reason())
-                self._start("producer")
-                self._start("consumer")
+                for role in (*started_roles(self._config), CONSUMER):
+                    self._start(role)
                 return self._watch()
             finally:
                 self._stop_all()
@@ -182,11 +191,12 @@ class Supervisor:
     def _look_after(self, role: str) -> None:
         """A role ended: restart it if there is work left and it did not end with its own error."""
         code = self._children[role].poll()
-        if code is None or (self._is_complete() and (role == "producer" or code == 0)):
+        if code is None or (self._is_complete() and (is_producer(role) or code == 0)):
             return
         error = self._children[role].error()
-        if error is not None and code in OWN_EXIT_CODES:
-            raise error
+        was_replaced = code == FencedError.exit_code
+        if error is not None and (code in OWN_EXIT_CODES or (was_replaced and not is_producer(role))):
+            raise error  # a producer that was taken for dead comes again
         if code == 0 and role == "consumer":
             self._refuse_a_run_of_failed_prompts()
         if code != 0 or role == "consumer" or self._producer_has_work():
@@ -244,7 +254,8 @@ class Supervisor:
 
     def _start(self, role: str) -> None:
         config = self._config
-        threads = config.machine.producer_threads if role == "producer" else config.machine.consumer_threads
+        machine = config.machine
+        threads = machine.producer_threads if is_producer(role) else machine.consumer_threads
         before = self._children.get(role)
         if before is not None:
             before.end(time.monotonic())
@@ -255,7 +266,7 @@ class Supervisor:
         for child in self._children.values():
             child.send(signal.SIGTERM)
         for role, child in self._children.items():
-            child.end(now + GRACE_S[role])
+            child.end(now + grace_s(role))
 
 
 def evaluate_run(
@@ -326,7 +337,7 @@ def _run_alone(
             code, error = child.poll(), child.error()
         finally:
             child.send(signal.SIGTERM)
-            child.end(time.monotonic() + GRACE_S[role])
+            child.end(time.monotonic() + grace_s(role))
     if signals.count:
         return False
     if code:

@@ -34,7 +34,7 @@ def bind_target(ledger: Ledger, config: RunConfig, role: str = "") -> TargetVers
     version = TargetVersion.of(config.target.model)
     now = _facts(config, version)
     binds = ledger.snapshot().committed > 0
-    recorded = _settle(ledger, config, now, binds=binds, role=role)
+    recorded = settle(ledger, config, now, binds=binds, role=role)
     _refuse_unequal(config, recorded, now)
     return version
 
@@ -104,7 +104,7 @@ def bind_numerics(ledger: Ledger, config: RunConfig, role: str, fact: str, now: 
     """
     snapshot = ledger.snapshot()
     binds = snapshot.committed > 0 if fact == TARGET_NUMERICS else snapshot.head is not None
-    recorded = _settle(ledger, config, {fact: dict(now)}, binds=binds, role=role)[fact]
+    recorded = settle(ledger, config, {fact: dict(now)}, binds=binds, role=role)[fact]
     if recorded != dict(now):
         what = "target" if fact == TARGET_NUMERICS else "draft"
         raise ConfigError(
@@ -116,10 +116,10 @@ def bind_numerics(ledger: Ledger, config: RunConfig, role: str, fact: str, now: 
         )
 
 
-def bind_engine(ledger: Ledger, config: RunConfig, facts: TargetFacts) -> None:
-    """Bind the run to the numerics of its target, and record what its engine promises. For the producer."""
+def bind_engine(ledger: Ledger, config: RunConfig, facts: TargetFacts, role: str) -> None:
+    """Bind the run to the numerics of its target, and record what its engine promises. For a producer."""
     numerics = {"dtype": facts.dtype, "device": facts.device}
-    bind_numerics(ledger, config, "producer", TARGET_NUMERICS, numerics)
+    bind_numerics(ledger, config, role, TARGET_NUMERICS, numerics)
     promise = {"name": config.engine.name, "repeats_bits": facts.repeats_bits}
     if ledger.facts().get(ENGINE) != promise:
         ledger.set_facts(None, {ENGINE: promise})
@@ -129,7 +129,7 @@ def _told(numerics: Mapping[str, str]) -> str:
     return " on ".join(numerics[name] for name in ("dtype", "device") if name in numerics)
 
 
-def _settle(
+def settle(
     ledger: Ledger, config: RunConfig, now: Mapping[str, Any], *, binds: bool, role: str
 ) -> dict[str, Any]:
     """The recorded facts; `now` is recorded if there are none, or if they do not bind yet."""
@@ -138,7 +138,7 @@ def _settle(
     if not recorded:
         recorded = ledger.set_facts(None, now, settle=True)
     if recorded != now and not binds:
-        with others_kept_out(config, role or None) as alone:
+        with others_kept_out(config, role or None, ledger) as alone:
             if alone:
                 ledger.set_facts(None, now)
                 recorded = dict(now)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
 from paceline.capture.encoding import Encoding
+from paceline.capture.neighbours import Neighbours
 from paceline.capture.producer import Producer
 from paceline.capture.settings import CaptureSettings
 from paceline.capture.sizing import largest_sample_bytes
@@ -25,7 +26,7 @@ from paceline.errors import ConfigError, PacelineError
 from paceline.features.store import FeatureStore
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.ledger import Ledger
-from paceline.ledger.producer_session import ProducerSession
+from paceline.ledger.producer_session import WORKER, ProducerSession
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.loader.loader import LoaderSettings, StepLoader
 from paceline.methods.method import DraftMethod
@@ -76,6 +77,9 @@ def build_disagg_online_producer(
     metadata_store: Ledger | None = None,
     metadata_db_path: str | os.PathLike[str] | None = None,
     attempt_max: int = 3,
+    worker: str = WORKER,
+    timeout_s: float | None = None,
+    about: Mapping[str, Any] | None = None,
     report: Report = no_report,
 ) -> tuple[Producer, DriveProducer]:
     """The producer and the function that drives it.
@@ -86,11 +90,14 @@ def build_disagg_online_producer(
     budget cannot deadlock. `budget_samples`: the most samples that may be resident (None: only bytes are
     limited). `answers_folder`: where the tokens of answers are kept; an engine that does not repeat its bits
     needs it.
+    `worker`: this producer's name, which no other live producer of the run has. `timeout_s`: a producer of
+    the run without a sign of life for so long is taken for dead by the others; None: there are no others.
+    `about`: what people should know of this producer.
     Give both roles the same durable store: `metadata_store`, or `metadata_db_path` for SQLite; without
     either the store is private to this process. Raises ConfigError if the budget is too small.
     """
     ledger = resolve_ledger(metadata_store, metadata_db_path)
-    session = ProducerSession(ledger, run_id, attempt_max=attempt_max)
+    session = ProducerSession(ledger, run_id, worker, attempt_max=attempt_max)
     source = PromptList(prompts) if isinstance(prompts, Sequence) else prompts
     longest = (capture.max_prompt_tokens or _longest_prompt(source, engine, capture)) + (
         capture.max_answer_tokens
@@ -115,6 +122,7 @@ def build_disagg_online_producer(
         group_bytes=capture.group_size * sample_bytes,
         budget_samples=budget_samples,
         group_samples=capture.group_size,
+        window_samples=window_size,
     )
     backpressure = Backpressure(feature_store, session, marks, report=report)
     if answers_folder is None and not engine.facts.repeats_bits:
@@ -123,6 +131,17 @@ def build_disagg_online_producer(
     producer = Producer(
         session, engine, feature_store, source, capture, backpressure, answers=answers, report=report
     )
+    if timeout_s is not None:
+        producer.meet(
+            Neighbours(
+                session,
+                timeout_s=timeout_s,
+                group_size=capture.group_size,
+                groups_ahead=marks.groups_ahead,
+                about=about,
+                report=report,
+            )
+        )
     return producer, producer.run
 
 

@@ -140,7 +140,8 @@ class LedgerMoves:
 
     def lease(self, picks: Picks) -> None:
         fence = self._producer(picks)
-        leases = self._call("lease", fence, 1 + picks.below(4), picks.one([None, None, 2, 3]))
+        below = picks.below(NUMBERS) if picks.rarely() else None
+        leases = self._call("lease", fence, 1 + picks.below(4), picks.one([None, None, 2, 3]), below)
         self.twins.leased(leases or [])
 
     def _wanted(self, picks: Picks) -> list[Wanted]:

@@ -154,6 +154,18 @@ class LedgerSuite(LedgerBytesSuite):
         assert producer.ledger.failed() == {0: "second", 1: "no text"}
         assert producer.ledger.failed(1, 2) == {1: "no text"}
 
+    def test_a_lease_keeps_below_a_bound(self) -> None:
+        """Also of prompts that are pending again; a lease that finds nothing changes nothing."""
+        producer = producer_of(self.make(), prompts=9)
+        assert [x.ordinal for x in producer.lease(3, 3, 2)] == [0, 1]
+        assert [x.ordinal for x in producer.lease(3, 3, 5)] == [2]
+        before = producer.lsn()
+        assert producer.lease(3, 3, 3) == []
+        producer.give_back([1])
+        assert producer.lease(3, 3, 1) == []
+        assert producer.lsn() == before + 1
+        assert [x.ordinal for x in producer.lease(3, 3, 2)] == [1]
+
     def test_only_the_holder_ends_a_lease(self) -> None:
         """A worker can neither fail nor give back a prompt that another one holds."""
         ledger = self.make()

@@ -150,6 +150,7 @@ def build_producer(
         group_bytes=shape.group * SAMPLE_BYTES,
         budget_samples=shape.budget_samples,
         group_samples=shape.group,
+        window_samples=shape.window,
     )
     session = ProducerSession(ledger, RUN_ID, worker)
     settings = CaptureSettings(group_size=shape.group, max_answer_tokens=4, features=LIGHT_FEATURES)

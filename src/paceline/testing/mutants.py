@@ -7,7 +7,7 @@ else is a broken mutant.
 
 from __future__ import annotations
 
-from paceline.capture import producer as capture
+from paceline.capture import samples
 from paceline.capture.backpressure import Backpressure
 from paceline.capture.groups import Groups
 from paceline.ledger import isolation as bisection
@@ -138,7 +138,7 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "recapture alone": Mutant("other batch, other bits", ((Groups, "group", only_wanted),)),
     "recapture with other seeds": Mutant(
-        "other answer, other bits", ((capture, "sample_seed", seed_of_the_moment),)
+        "other answer, other bits", ((samples, "sample_seed", seed_of_the_moment),)
     ),
     "commits in other places": Mutant("another log", ((ProducerSession, "commit", reversed_places),)),
     "losses not reported": Mutant("nobody captures again", ((Session, "report_lost", nothing),)),

@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 
 from paceline.ledger.locks import live_holder
+from paceline.roles.workers import known_roles
 from paceline.testing.small_run import same_bits
 from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.testing.tiny_run import TinyRun
 
 VICTIMS = ("producer", "consumer", "supervisor", "everything")
-ROLES = ("producer", "consumer")
 PAUSE_S = (0.1, 10.0)  # between two kills
 PROMPTS, ROUNDS = 20, 6
 
@@ -38,11 +38,11 @@ class Violation(AssertionError):  # noqa: N818 (it is what the tests look for)
     """The run broke a promise."""
 
 
-def make_run(folder: Path, model: Path) -> TinyRun:
+def make_run(folder: Path, model: Path, **machine: float) -> TinyRun:
     """Long enough to be killed a few times: 120 samples, 30 steps; with state and choices beside weights."""
     prompts = {"path": str(folder / "train.jsonl"), "rounds": ROUNDS, "max_answer_tokens": 12}
     more = {"training": {"ema_decay": 0.9}, "method": {"feature_noise": 0.05}}
-    return TinyRun(folder, model, prompts=prompts, **more)
+    return TinyRun(folder, model, prompts=prompts, machine=machine, **more)
 
 
 def train_with_kills(run: TinyRun, rng: random.Random, kills: int) -> Counter[str]:
@@ -59,20 +59,23 @@ def train_with_kills(run: TinyRun, rng: random.Random, kills: int) -> Counter[st
                 except subprocess.TimeoutExpired:
                     victim = rng.choice(VICTIMS)
                     kills -= 1
-                    counts[f"{victim} killed"] += _strike(run, train, victim)
+                    counts[f"{victim} killed"] += _strike(run, train, victim, rng)
         if train.returncode == 0:
             return counts
         if train.returncode != -signal.SIGKILL:
             raise Violation(f"paceline train ended with {train.returncode}: {out[-2000:]}\n{err[-2000:]}")
 
 
-def _strike(run: TinyRun, train: subprocess.Popen[str], victim: str) -> bool:
+def _strike(run: TinyRun, train: subprocess.Popen[str], victim: str, rng: random.Random) -> bool:
     """Whether it was there to be killed."""
-    if victim in ROLES:
+    roles = known_roles(run.directory)
+    if victim == "consumer":
         return _kill(live_holder(run.directory, victim))
+    if victim == "producer":  # one of several
+        return _kill(live_holder(run.directory, rng.choice([role for role in roles if role != "consumer"])))
     if victim == "everything":
         train.send_signal(signal.SIGSTOP)  # so that it cannot start a role again
-        for role in ROLES:
+        for role in roles:
             _kill(live_holder(run.directory, role))
     train.kill()
     return True
@@ -113,9 +116,10 @@ def undisturbed(folder: Path, model: Path) -> dict[str, torch.Tensor]:
 
 
 def execute(seed: int, kills: int, model: Path, wanted: dict[str, torch.Tensor]) -> Counter[str]:
-    """One run in a folder of its own. Raises Violation, with the command that repeats it."""
+    """One run in a folder of its own; of every second seed with three producers. Raises Violation, with the
+    command that repeats it."""
     folder = Path(tempfile.mkdtemp(prefix="paceline-killed-"))
-    run = make_run(folder, model)
+    run = make_run(folder, model, producers=3 if seed % 2 else 1, producer_timeout_s=5)
     try:
         counts = train_with_kills(run, random.Random(seed), kills)
         check(run, wanted)

@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Any
 
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
+from paceline.capture.neighbours import Neighbours
 from paceline.capture.producer import Producer
 from paceline.capture.settings import CaptureSettings
 from paceline.data.source import PromptList
@@ -29,7 +30,7 @@ class Shape:
 
     `spare`: samples of room beyond the least that is allowed; None: all that anyone could want.
     `patience_s`: how long a consumer waits for a lost sample before it stops. `producers`: how many there
-    are at a time.
+    are at a time. `timeout_s`: after which a silent producer is taken for dead by the others.
     """
 
     prompts: int = 12
@@ -40,6 +41,7 @@ class Shape:
     spare: int | None = None
     patience_s: float = 1800.0
     producers: int = 1
+    timeout_s: float = 3600.0
 
     @property
     def window(self) -> int:
@@ -92,11 +94,26 @@ def simulated_producer(
         group_bytes=shape.group * SAMPLE_BYTES,
         budget_samples=shape.budget_samples,
         group_samples=shape.group,
+        window_samples=shape.window,
     )
     session = ProducerSession(ledger, RUN_ID, worker, attempt_max=3)
     settings = CaptureSettings(group_size=shape.group, max_answer_tokens=4, features=LIGHT_FEATURES)
     pressure = Backpressure(features, session, marks, report=report, clock=clock)
-    return Producer(session, engine, features, PromptList(shape.tasks()), settings, pressure, report=report)
+    source = PromptList(shape.tasks())
+    producer = Producer(session, engine, features, source, settings, pressure, report=report)
+    if shape.producers > 1:
+        producer.meet(
+            Neighbours(
+                session,
+                timeout_s=shape.timeout_s,
+                group_size=shape.group,
+                groups_ahead=marks.groups_ahead,
+                in_background=False,
+                report=report,
+                clock=clock,
+            )
+        )
+    return producer
 
 
 def simulated_consumer(

@@ -52,6 +52,10 @@ MEMORY = Path("/dev/shm")  # noqa: S108 (private folders in it)
 TURN_S = 0.1
 SWITCHES_A_PRODUCER = 4_000
 KINDS = ("kill", "kill", "kill_both", "zombie", "zombie", "lose", "corrupt", "damage", "power", "forget")
+COUNTED = (
+    *("fall_back", "rolled_forward", "made_room", "waiting_for_recapture", "quarantined"),
+    "taken_over",
+)
 
 
 class Killed(BaseException):
@@ -152,7 +156,7 @@ class World:
                 actor.replaced = actor is not self.running
 
     def _report(self, event: str, **fields: Any) -> None:
-        if event in ("fall_back", "rolled_forward", "made_room", "waiting_for_recapture", "quarantined"):
+        if event in COUNTED:
             self.counts[event] += 1
         if event == "started" and fields["orphans"]:
             self.counts["orphan features swept"] += 1
@@ -447,7 +451,8 @@ def draw(seed: int, real: Path | None = None) -> World:
     )
     # Drawn by itself, so that a seed keeps everything else that it drew before there was a clock.
     patience_s = random.Random(f"patience {seed}").choice((Shape.patience_s, Shape.patience_s, 1.5, 0.5))
-    shape = replace(shape, patience_s=patience_s, producers=3 if seed % 2 else 1)
+    timeout_s = random.Random(f"timeout {seed}").choice((Shape.timeout_s, 30.0, 3.0))
+    shape = replace(shape, patience_s=patience_s, timeout_s=timeout_s, producers=3 if seed % 2 else 1)
     culprits = Culprits()
     if rng.random() < 0.2:
         kind = rng.choice(tuple(vars(culprits)))
@@ -464,12 +469,12 @@ def draw(seed: int, real: Path | None = None) -> World:
 def simulate(seed: int) -> Counter[str]:
     """One seed; what happened in it. Raises ViolationError."""
     if seed % REAL_EVERY:
-        return _simulate(seed, draw(seed))
+        return simulate_world(seed, draw(seed))
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
-        return _simulate(seed, draw(seed, Path(folder)))
+        return simulate_world(seed, draw(seed, Path(folder)))
 
 
-def _simulate(seed: int, world: World) -> Counter[str]:
+def simulate_world(seed: int, world: World) -> Counter[str]:
     known = crash_free(world.shape.weights_only, world.culprits)
     if known is None:
         return Counter({"halted by culprits": 1})

@@ -69,6 +69,7 @@ class SmallRun:
         self.engine = SyntheticEngine()
         self.prompts: list[Any] = [f"prompt {n}" for n in range(num_prompts)]
         self.report: Callable[..., None] = lambda *_, **__: None  # what the producer tells
+        self.place: dict[str, Any] = {}  # of the producer among several: `worker` and `timeout_s`
         self.stretches: tuple[int, ...] = ()  # how many prompts there were at first, and after each extension
 
     @property
@@ -94,6 +95,7 @@ class SmallRun:
             answers_folder=self.folder / "answers",
             metadata_store=pointed(SQLiteLedger(self.db), "ledger"),
             report=self.report,
+            **self.place,
         )
 
     def consumer(

@@ -241,14 +241,18 @@ class SpecificationOfPrompts(Ledger):
         return True
 
     @change
-    def lease(self, limit: int, group_size: int | None = None) -> list[Lease]:
+    def lease(self, limit: int, group_size: int | None = None, below: int | None = None) -> list[Lease]:
         rows, size = self.rows, group_size or 1
         pending = [n for n, prompt in rows.prompts.items() if prompt.state == "pending"]
         leased = {n: prompt.worker for n, prompt in rows.prompts.items() if prompt.state == "leased"}
         held = {n // size for n, worker in leased.items() if worker != self._worker}
         if rows.next_ordinal // size not in held:
             pending += range(rows.next_ordinal, rows.num_prompts)
+        if below is not None:
+            pending = [n for n in pending if n < below]
         ordinals = sorted(n for n in pending if n // size not in held)[:limit]
+        if not ordinals:
+            return self._unchanged([])
         if group_size is not None:
             ordinals = [n for n in ordinals if n // group_size == ordinals[0] // group_size]
         leases = []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from paceline.data.answers import ORDINALS_PER_FILE, Answer, AnswerFiles
-from paceline.errors import StoreError
+from paceline.errors import FencedError, StoreError
 
 ONE = Answer(3, "0/a", (5, 6, 7, 8), ((2, 4),), "digest", ("what came before",))
 TWO = Answer(ORDINALS_PER_FILE, "0/b", (9, 2**31 - 1), ((0, 1), (1, 2)))
@@ -27,7 +27,7 @@ def test_what_is_kept_is_there_for_every_later_process(tmp_path: Path) -> None:
 def test_an_answer_is_written_once(tmp_path: Path) -> None:
     """The same one again takes no room; another one for the same prompt counts from then on."""
     AnswerFiles(tmp_path).keep([ONE])
-    [path] = tmp_path.iterdir()
+    [path] = tmp_path.glob("*.answers")
     size = path.stat().st_size
     AnswerFiles(tmp_path).keep([ONE])
     assert path.stat().st_size == size
@@ -40,7 +40,7 @@ def test_an_answer_is_written_once(tmp_path: Path) -> None:
 def test_superseded_answers_take_no_more_room_than_those_that_count(tmp_path: Path) -> None:
     """However many starts write another answer to the same prompt, which is then not committed."""
     AnswerFiles(tmp_path).keep([THREE])
-    [path] = tmp_path.iterdir()
+    [path] = tmp_path.glob("*.answers")
     reader = AnswerFiles(tmp_path)  # of another process, that knows where the records were
     sizes = set()
     for start in range(40):
@@ -57,7 +57,7 @@ def test_superseded_answers_take_no_more_room_than_those_that_count(tmp_path: Pa
 def test_an_answer_that_was_damaged_since_it_was_found_is_not_taken(tmp_path: Path) -> None:
     """Its tokens would be others."""
     AnswerFiles(tmp_path).keep([ONE])
-    [path] = tmp_path.iterdir()
+    [path] = tmp_path.glob("*.answers")
     files = AnswerFiles(tmp_path)
     assert files.get(3) == ONE
     data = bytearray(path.read_bytes())
@@ -69,7 +69,7 @@ def test_an_answer_that_was_damaged_since_it_was_found_is_not_taken(tmp_path: Pa
 def test_a_record_that_a_crash_tore_is_cut_off(tmp_path: Path) -> None:
     """It was never answered for; what stands before it, and what is written after it, is whole."""
     AnswerFiles(tmp_path).keep([ONE])
-    [path] = tmp_path.iterdir()
+    [path] = tmp_path.glob("*.answers")
     first = path.stat().st_size
     AnswerFiles(tmp_path).keep([THREE])
     whole = path.read_bytes()
@@ -86,7 +86,7 @@ def test_a_record_that_a_crash_tore_is_cut_off(tmp_path: Path) -> None:
 def test_a_flipped_bit_is_not_taken_for_an_answer(tmp_path: Path) -> None:
     """A record counts with its digest only."""
     AnswerFiles(tmp_path).keep([ONE, THREE])
-    [path] = tmp_path.iterdir()
+    [path] = tmp_path.glob("*.answers")
     data = bytearray(path.read_bytes())
     data[20] ^= 1
     path.write_bytes(data)
@@ -97,7 +97,7 @@ def test_a_flipped_bit_is_not_taken_for_an_answer(tmp_path: Path) -> None:
 def test_a_token_takes_a_few_bytes(tmp_path: Path) -> None:
     """So a hundred thousand answers of 500 tokens fit into 150 MB, not into gigabytes."""
     AnswerFiles(tmp_path).keep([Answer(0, "0/a", tuple(range(40_000, 40_500)), ((100, 500),))])
-    [path] = tmp_path.iterdir()
+    [path] = tmp_path.glob("*.answers")
     assert path.stat().st_size < 3.2 * 500
 
 
@@ -106,3 +106,46 @@ def test_a_disk_that_fails_stops_the_producer_before_the_commit(tmp_path: Path) 
     (tmp_path / "answers").write_text("in the way")
     with pytest.raises(StoreError, match="check that disk"):
         AnswerFiles(tmp_path / "answers").keep([ONE])
+
+
+def test_producers_that_write_to_one_file_lose_none_of_each_others_answers(tmp_path: Path) -> None:
+    """Each sees what the others have written since its last look; the newest record of a prompt counts."""
+    one, other = AnswerFiles(tmp_path), AnswerFiles(tmp_path)
+    one.keep([ONE])
+    assert other.get(3) == ONE
+    other.keep([THREE])
+    one.keep([Answer(5, "0/d", (1, 3), ((1, 2),))])
+    other.keep([Answer(5, "0/d", (1, 4), ((1, 2),))])
+    for files in (one, other, AnswerFiles(tmp_path)):
+        assert [files.get(n) for n in (3, 4)] == [ONE, THREE]
+        assert files.get(5) == Answer(5, "0/d", (1, 4), ((1, 2),))
+
+
+def test_a_replaced_producer_writes_no_answer(tmp_path: Path) -> None:
+    """It finds out in its turn, before its successor's: the record that counts is never a late one."""
+    late, successor = AnswerFiles(tmp_path), AnswerFiles(tmp_path)
+    successor.keep([ONE])
+
+    def refuse() -> None:
+        raise FencedError("another epoch has taken over", next="stop")
+
+    with pytest.raises(FencedError):
+        late.keep([Answer(3, "0/a", (5, 6, 1), ((2, 3),))], refuse)
+    assert late.get(3) == ONE
+    late.keep([ONE], refuse)  # nothing is written
+
+
+def test_another_producers_torn_record_is_cut_off(tmp_path: Path) -> None:
+    """It died in its turn; the next one to write does not append behind half a record."""
+    files = AnswerFiles(tmp_path)
+    files.keep([ONE])
+    [path] = tmp_path.glob("*.answers")
+    whole = path.stat().st_size
+    AnswerFiles(tmp_path).keep([THREE])
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 3)
+    assert files.get(4) is None
+    files.keep([Answer(5, "0/d", (1, 3), ((1, 2),))])
+    assert path.stat().st_size > whole
+    assert [AnswerFiles(tmp_path).get(n) for n in (3, 4)] == [ONE, None]
+    assert AnswerFiles(tmp_path).get(5) is not None

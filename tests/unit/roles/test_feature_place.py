@@ -10,7 +10,7 @@ from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
 from paceline.errors import StoreError
 from paceline.ledger.stores.sqlite import SQLiteLedger
-from paceline.roles import feature_folder
+from paceline.roles import workers
 from paceline.roles.feature_folder import record_place, refuse_other_place
 from paceline.testing.tiny_run import TinyRun
 
@@ -63,7 +63,7 @@ def test_another_mount_under_the_same_path_is_another_place(
     if not same_boot:
         boot = tmp_path / "boot_id"
         boot.write_text("another boot\n")
-        monkeypatch.setattr(feature_folder, "BOOT_ID", boot)
+        monkeypatch.setattr(workers, "BOOT_ID", boot)
     if refused:
         with pytest.raises(StoreError, match="another mount"):
             refuse_other_place(config, ledger)

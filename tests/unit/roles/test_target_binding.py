@@ -46,6 +46,7 @@ def config_of(model: Path, directory: Path, *starts: Path) -> Any:
         target=SimpleNamespace(model=model, revision=None),
         run=SimpleNamespace(name="run", directory=directory),
         method=SimpleNamespace(folders=starts),
+        machine=SimpleNamespace(producers=1),
     )
 
 

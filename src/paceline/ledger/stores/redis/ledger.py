@@ -86,8 +86,10 @@ class RedisLedger(Reading, Ledger):
     def forget_prompts(self, fence: Fence | None, /) -> bool:
         return bool(self._call("forget_prompts", fence))
 
-    def lease(self, fence: Fence | None, /, limit: int, group_size: int | None = None) -> list[Lease]:
-        return [Lease(*row) for row in self._call("lease", fence, limit, group_size)]
+    def lease(
+        self, fence: Fence | None, /, limit: int, group_size: int | None = None, below: int | None = None
+    ) -> list[Lease]:
+        return [Lease(*row) for row in self._call("lease", fence, limit, group_size, below)]
 
     def give_back(
         self,

@@ -9,6 +9,8 @@ from paceline.ledger.refusals import prompts_differ
 from paceline.ledger.stores.sqlite.database import Database, change
 from paceline.ledger.stores.sqlite.text import AMONG, json_list
 
+NO_BOUND = 1 << 62
+
 
 class PromptTable(Database):
     # -- the source ------------------------------------------------------------------------
@@ -51,22 +53,25 @@ class PromptTable(Database):
     # -- leases ----------------------------------------------------------------------------
 
     @change()
-    def lease(self, limit: int, group_size: int | None = None) -> list[Lease]:
+    def lease(self, limit: int, group_size: int | None = None, below: int | None = None) -> list[Lease]:
         run, size, worker = self._run(), group_size or 1, self._worker
+        below = NO_BOUND if below is None else below
         rows = self._rows(
             "SELECT ordinal, attempt, deaths FROM prompt AS mine WHERE state = 'pending' AND NOT EXISTS ("
             "SELECT 1 FROM prompt WHERE ordinal >= mine.ordinal / ?1 * ?1 "
             "AND ordinal < mine.ordinal / ?1 * ?1 + ?1 AND state = 'leased' AND worker != ?2) "
-            "ORDER BY ordinal LIMIT ?3",
-            *(size, worker, limit),
+            "AND ordinal < ?3 ORDER BY ordinal LIMIT ?4",
+            *(size, worker, below, limit),
         )
         first = run.next_ordinal // size * size
         is_held = self._value(
             "SELECT 1 FROM prompt WHERE ordinal >= ? AND state = 'leased' AND worker != ?", first, worker
         )
         end = run.next_ordinal if is_held else run.next_ordinal + limit - len(rows)
-        new = range(run.next_ordinal, min(run.num_prompts, end))
+        new = range(run.next_ordinal, min(run.num_prompts, below, end))
         leases = [Lease(*row) for row in rows] + [Lease(ordinal) for ordinal in new]
+        if not leases:
+            return self._unchanged([])
         leases.sort(key=lambda lease: lease.ordinal)
         if group_size is not None:
             leases = [x for x in leases if x.ordinal // group_size == leases[0].ordinal // group_size]
@@ -169,6 +174,6 @@ class PromptTable(Database):
         rows = self._rows(
             "SELECT ordinal, reason FROM prompt WHERE state = 'failed' AND ordinal >= ? AND ordinal < ? "
             "ORDER BY ordinal",
-            *(start, 1 << 62 if stop is None else stop),
+            *(start, NO_BOUND if stop is None else stop),
         )
         return dict(rows)

@@ -84,14 +84,14 @@ end
 
 -- -- leases --------------------------------------------------------------------------------------------
 
--- The first `limit` prompts that are pending again, outside the groups that others hold.
-local function pending_again(limit, size, held)
+-- The first `limit` prompts below `stop` that are pending again, outside the groups that others hold.
+local function pending_again(limit, size, held, stop)
   local found, from, page = {}, 0, 500
   while #found < limit do
     local part = redis.call('ZRANGE', KEY.pending, from, from + page - 1)
     for _, text in ipairs(part) do
       local ordinal = tonumber(text)
-      if #found < limit and not held[math.floor(ordinal / size)] then
+      if #found < limit and ordinal < stop and not held[math.floor(ordinal / size)] then
         found[#found + 1] = ordinal
       end
     end
@@ -103,19 +103,22 @@ local function pending_again(limit, size, held)
   return found
 end
 
-function change.lease(limit, group_size)
-  local size, held = group_size or 1, {}
+function change.lease(limit, group_size, below)
+  local size, held, stop = group_size or 1, {}, below or math.huge
   for _, pair in ipairs(pairs_in(KEY.leases)) do
     if pair[2] ~= worker then
       held[math.floor(tonumber(pair[1]) / size)] = true
     end
   end
-  local ordinals = pending_again(limit, size, held)
+  local ordinals = pending_again(limit, size, held, stop)
   if not held[math.floor(run.next_ordinal / size)] then
-    local last = math.min(run.num_prompts, run.next_ordinal + limit - #ordinals) - 1
+    local last = math.min(run.num_prompts, stop, run.next_ordinal + limit - #ordinals) - 1
     for ordinal = run.next_ordinal, last do
       ordinals[#ordinals + 1] = ordinal
     end
+  end
+  if #ordinals == 0 then
+    return UNCHANGED, {}
   end
   prompts.load(ordinals)
   local leases = {}

@@ -1,0 +1,121 @@
+"""The producers of a run by name: workers of its ledger, and roles on this host.
+
+Worker "0" has the role `producer`, worker "2" the role `producer-2`, with lock, events and log of that name.
+`paceline train` starts the workers below `machine.producers`; one that joins takes a free name above them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from paceline.config.run import RunConfig
+from paceline.errors import ConfigError, RunBusyError
+from paceline.ledger.facts import COMPLETED_STEP, producer_fact, producers_in
+from paceline.ledger.ledger import Ledger
+from paceline.ledger.locks import RoleLock, live_holder
+from paceline.ledger.producer_session import WORKER
+from paceline.ledger.records import producer_role
+
+PRODUCER, CONSUMER = "producer", "consumer"
+JOIN = "--join"  # what stands for a worker's name that is yet to be chosen
+JOINING = "joining"  # the lock of whoever chooses a name; who keeps the roles out takes it, too
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def role_of(worker: str) -> str:
+    return PRODUCER if worker == WORKER else f"{PRODUCER}-{worker}"
+
+
+def worker_of(role: str) -> str:
+    return role.removeprefix(PRODUCER).removeprefix("-") or WORKER
+
+
+def is_producer(role: str) -> bool:
+    return role.partition("-")[0] == PRODUCER
+
+
+def started_roles(config: RunConfig) -> list[str]:
+    """The producers that `paceline train` starts."""
+    return [role_of(str(number)) for number in range(config.machine.producers)]
+
+
+def known_roles(directory: Path) -> list[str]:
+    """The consumer, and every producer that ever was on this host: each has left its lock."""
+    numbers = [path.stem.removeprefix(f"{PRODUCER}-") for path in directory.glob(f"{PRODUCER}-*.lock")]
+    joined = sorted(int(number) for number in numbers if number.isdecimal())
+    return [PRODUCER, *(role_of(str(number)) for number in joined), CONSUMER]
+
+
+def about_this_process() -> dict[str, Any]:
+    """What a producer tells of itself."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "boot": boot_id()}
+
+
+def boot_id() -> str:
+    """Which start of which machine this is; "" if unknown."""
+    try:
+        return BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
+
+
+def elsewhere(facts: Mapping[str, Any]) -> list[str]:
+    """The workers that have told of themselves from other hosts, and are not known to have ended.
+
+    Of a worker of this host its lock says whether it is live.
+    """
+    here = socket.gethostname()
+    return [worker for worker, told in producers_in(facts).items() if told.get("host", here) != here]
+
+
+def take_from(ledger: Ledger, workers: Iterable[str], why: str) -> None:
+    """Return the leases of these workers, and refuse whatever they still do."""
+    for worker in workers:
+        ledger.acquire(producer_role(worker), why)
+        ledger.set_facts(None, {producer_fact(worker): None})
+
+
+def take_from_the_dead(config: RunConfig, ledger: Ledger) -> None:
+    """Return the leases of producers of this host that have no process, before some are started.
+
+    Those that are started return their own leases.
+    """
+    facts, started = ledger.facts(), started_roles(config)
+    workers = producers_in(facts).keys() - set(elsewhere(facts))
+    dead = sorted(w for w in workers if live_holder(config.run.directory, role_of(w)) is None)
+    if dead:
+        ledger.set_facts(None, {producer_fact(worker): None for worker in dead})
+    take_from(ledger, (w for w in dead if role_of(w) not in started), "its process was gone at a start")
+
+
+def join(config: RunConfig) -> RoleLock:
+    """Take the first free name for one more producer of a run that is going on.
+
+    Raises ConfigError if the run has not begun or is complete; RunBusyError while another one chooses.
+    """
+    directory = config.run.directory
+    facts = config.view_ledger().facts()
+    if facts.get(COMPLETED_STEP) is not None:
+        raise ConfigError(
+            f"The run in {directory} is complete.",
+            why="It needs no further producer.",
+            next=f"paceline status {directory}",
+        )
+    choosing = RoleLock(directory, JOINING)
+    try:
+        taken = {producer_fact(worker) for worker in elsewhere(facts)}
+        for number in count(max(1, config.machine.producers)):
+            if producer_fact(str(number)) in taken:
+                continue
+            try:
+                return RoleLock(directory, role_of(str(number)))
+            except RunBusyError:
+                continue
+        raise AssertionError("there is a free number")
+    finally:
+        choosing.release()

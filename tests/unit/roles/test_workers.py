@@ -1,0 +1,172 @@
+"""The producers of a run by name: who joins takes a free one, and the dead and the distant are told apart."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from paceline.config.load import load_run_config
+from paceline.config.run import RunConfig
+from paceline.errors import ConfigError, FencedError, StoreError
+from paceline.ledger.facts import producer_fact, producers_in
+from paceline.ledger.ledger import Ledger
+from paceline.ledger.locks import RoleLock
+from paceline.ledger.producer_session import ProducerSession
+from paceline.ledger.records import SourceBlock
+from paceline.roles.binding import others_kept_out
+from paceline.roles.feature_folder import take_folder
+from paceline.roles.plan import processors_of_roles, spare_processors
+from paceline.roles.snapshot import take_snapshot
+from paceline.roles.workers import (
+    JOINING,
+    about_this_process,
+    elsewhere,
+    join,
+    known_roles,
+    role_of,
+    take_from_the_dead,
+    worker_of,
+)
+from paceline.testing.tiny_run import TinyRun
+
+FAR = {"host": "far away", "pid": 1, "boot": "another"}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    run = TinyRun(tmp_path, tmp_path / "model", machine={"producers": 2, "producer_threads": 2})
+    return load_run_config(run.run_file)
+
+
+@pytest.fixture
+def ledger(config: RunConfig) -> Ledger:
+    return config.open_ledger()
+
+
+def producer(ledger: Ledger, worker: str, about: dict[str, Any]) -> ProducerSession:
+    """One that has leased the next prompt, and told of itself."""
+    session = ProducerSession(ledger, "run", worker)
+    session.acquire()
+    session.extend([SourceBlock(0, 9, "nine")])
+    session.tell({**about, "beat": 1, "holds": [[session.lease(1)[0].ordinal, 12.3]], "aside": 0})
+    return session
+
+
+def test_a_worker_and_its_role_name_each_other() -> None:
+    """The first producer of a run has the name that the only one always had."""
+    assert [role_of(worker) for worker in ("0", "1", "12")] == ["producer", "producer-1", "producer-12"]
+    assert [worker_of(role_of(worker)) for worker in ("0", "1", "12")] == ["0", "1", "12"]
+
+
+def test_who_joins_takes_a_name_that_nobody_has_here_or_elsewhere(config: RunConfig, ledger: Ledger) -> None:
+    """Above those that `paceline train` starts; at most one process chooses at a time."""
+    producer(ledger, "3", FAR)
+    first, second = join(config), join(config)
+    assert [first.role, second.role] == ["producer-2", "producer-4"]
+    assert known_roles(config.run.directory) == ["producer", "producer-2", "producer-4", "consumer"]
+    first.release()
+    assert join(config).role == "producer-2"
+
+
+def test_nobody_joins_a_run_that_has_not_begun_or_is_complete(config: RunConfig) -> None:
+    """There is nothing to help with."""
+    with pytest.raises(ConfigError, match="There is no ledger"):
+        join(config)
+    config.open_ledger().set_facts(None, {"completed_step": 3})
+    with pytest.raises(ConfigError, match="is complete"):
+        join(config)
+
+
+def test_whoever_changes_what_binds_a_run_keeps_every_producer_out(config: RunConfig, ledger: Ledger) -> None:
+    """One that joined counts, one that is joining counts, and one on another host is refused from then on."""
+    distant = producer(ledger, "3", FAR)
+    joined = join(config)
+    with others_kept_out(config, None, ledger) as alone:
+        assert not alone
+    joined.release()
+    choosing = RoleLock(config.run.directory, JOINING)
+    with others_kept_out(config, None, ledger) as alone:
+        assert not alone
+    choosing.release()
+    distant.set_facts({"still": "there"})
+    with others_kept_out(config, None, ledger) as alone:
+        assert alone
+        with pytest.raises(FencedError):
+            distant.lease(1)
+    assert elsewhere(ledger.facts()) == []
+
+
+def test_a_start_returns_the_work_of_dead_producers_of_this_host(config: RunConfig, ledger: Ledger) -> None:
+    """A lock says that they have no process. Of other hosts it says nothing."""
+    here = about_this_process()
+    for worker, about in (("0", here), ("2", here), ("3", here), ("4", FAR)):
+        producer(ledger, worker, about)
+    live = RoleLock(config.run.directory, role_of("3"))
+    take_from_the_dead(config, ledger)
+    now = ledger.snapshot()
+    assert set(producers_in(now.facts)) == {"3", "4"}
+    assert now.epochs == {"producer:0": 1, "producer:2": 2, "producer:3": 1, "producer:4": 1}
+    assert now.prompts.leased == 3, "the first producer starts now, and returns its own leases"
+    live.release()
+
+
+def test_status_names_the_group_that_training_waits_for_and_its_holder(
+    config: RunConfig, ledger: Ledger
+) -> None:
+    """By what the holder has told; producers of other hosts are listed, too."""
+    ledger.set_facts(None, {"config": {"capture.group_size": 4}})
+    directory = config.run.directory
+    assert take_snapshot(directory, ledger).waits_for == ""
+    producer(ledger, "7", FAR)
+    snapshot = take_snapshot(directory, ledger)
+    assert snapshot.waits_for == "group 0, held by producer-7 on host far away for 12 s"
+    assert snapshot.away["producer-7"]["pid"] == 1
+    assert snapshot.is_live
+
+
+def test_a_producer_cannot_join_from_a_host_whose_memory_the_consumer_does_not_read(
+    config: RunConfig, ledger: Ledger
+) -> None:
+    """Its features would be lost samples to the consumer, again and again."""
+    take_folder(config, ledger)
+    ledger.set_facts(None, {"features_lie": {**ledger.facts()["features_lie"], "boot": FAR["boot"]}})
+    producer(ledger, "7", FAR)
+    with pytest.raises(StoreError, match="on host far away"):
+        take_folder(config, ledger)
+    ledger.set_facts(None, {producer_fact("7"): None})
+    take_folder(config, ledger)
+
+
+def test_every_started_role_has_processors_of_its_own_if_there_are_enough(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all roles share all of them."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert processors_of_roles(config) == {"producer": [0, 1], "producer-1": [2, 3], "consumer": [4]}
+    assert spare_processors(config) == [5]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    assert set(map(tuple, processors_of_roles(config).values())) == {(0, 1, 2, 3)}
+
+
+def test_a_supervisor_starts_a_producer_again_that_was_taken_for_dead(
+    config: RunConfig, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A consumer that is replaced ends the run: another one trains."""
+    from paceline.roles.child import RoleFailedError
+    from paceline.roles.supervisor import Supervisor
+
+    supervisor, started = object.__new__(Supervisor), list[str]()
+    supervisor._store, supervisor._config = ledger, config
+    supervisor._restarts, supervisor._before, supervisor._failed_before = 0, None, None
+    monkeypatch.setattr(supervisor, "_start", started.append)
+    error = RoleFailedError("taken over", "why", "next", FencedError.exit_code)
+    ended: Any = SimpleNamespace(poll=lambda: FencedError.exit_code, error=lambda: error)
+    supervisor._children = {"producer-1": ended, "consumer": ended}
+    supervisor._look_after("producer-1")
+    assert started == ["producer-1"]
+    with pytest.raises(RoleFailedError):
+        supervisor._look_after("consumer")
