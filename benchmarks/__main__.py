@@ -21,7 +21,16 @@ from typing import Any
 from benchmarks.plot import draw
 from benchmarks.record import commit, keep, place
 
-MODULES = ("data_plane", "control_plane", "growth", "checkpoint", "training_step", "capture", "pipeline")
+MODULES = (
+    "data_plane",
+    "control_plane",
+    "ledger_server",
+    "growth",
+    "checkpoint",
+    "training_step",
+    "capture",
+    "pipeline",
+)
 COLUMNS = ("value", "unit", "limit", "limit_name", "ratio", "goal", "note")
 
 

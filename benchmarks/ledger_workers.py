@@ -1,5 +1,7 @@
 """Processes that write to one ledger at full speed, and the hand-written SQLite they are compared with.
 
+A `path` is a file, or a server's URL with the ledger's name behind "#": then the bare server is the limit.
+
     python -m benchmarks.ledger_workers KIND OPTIONS
 
 `together` starts several, lets them open their files, starts them at once and returns what each of them
@@ -14,16 +16,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import apsw
 
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.gate import WriterGate
+from paceline.ledger.ledger import Ledger
 from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.records import Lease, Order, StepPlan, Wanted
 from paceline.ledger.stores.sqlite import SQLiteLedger
@@ -100,12 +103,21 @@ def timed(seconds: float, work: Callable[[], int]) -> Counts:
     return {"refs": moved, "seconds": now - started}
 
 
+def opened(path: str, durability: Literal["head", "full"]) -> Ledger:
+    url, _, name = path.partition("#")
+    if not name:
+        return SQLiteLedger(path, durability=durability)
+    from paceline.ledger.stores.redis import RedisLedger
+
+    return RedisLedger(url, name, durability=durability)
+
+
 # -- the product ---------------------------------------------------------------------------
 
 
 def commit(path: str, batch: int, seconds: float) -> Counts:
     """Commit fresh refs, `batch` in a transaction, each on the disk on return."""
-    session = ProducerSession(SQLiteLedger(path, durability="full"), RUN, order=Order.ARRIVAL)
+    session = ProducerSession(opened(path, "full"), RUN, order=Order.ARRIVAL)
     session.acquire()
     fresh = batches("w", batch)
     ready()
@@ -126,7 +138,7 @@ def commit_leased(session: ProducerSession, leases: list[Lease]) -> int:
 
 def produce(path: str, batch: int, seconds: float, worker: str) -> Counts:
     """Lease, reserve, commit: what a producer asks of the ledger."""
-    session = ProducerSession(SQLiteLedger(path, durability="head"), RUN, worker)
+    session = ProducerSession(opened(path, "head"), RUN, worker)
     session.acquire()
     ready()
     return timed(seconds, lambda: commit_leased(session, session.lease(batch)))
@@ -134,7 +146,7 @@ def produce(path: str, batch: int, seconds: float, worker: str) -> Counts:
 
 def consume(path: str, batch: int, seconds: float) -> Counts:
     """Read the log, plan and ack steps of `batch` samples: what a consumer asks of the ledger."""
-    session = ConsumerSession(SQLiteLedger(path, durability="head"), RUN)
+    session = ConsumerSession(opened(path, "head"), RUN)
     session.acquire()
     ready()
     place = step = 0
@@ -251,8 +263,79 @@ def plain_consume(path: str, batch: int, seconds: float) -> Counts:
     return timed(seconds, one)
 
 
+class BareServer:
+    """The same rows in as few commands as the server allows, in transactions of its own."""
+
+    def __init__(self, path: str) -> None:
+        from redis import Redis
+
+        url, _, self.name = path.partition("#")
+        self.redis = Redis.from_url(url)
+
+    def key(self, table: str) -> str:
+        return f"{{bare:{self.name}}}:{table}"
+
+    def write(self, *commands: tuple[Any, ...]) -> None:
+        with self.redis.pipeline(transaction=len(commands) > 1) as pipeline:
+            for name, table, *values in commands:
+                pipeline.execute_command(name, self.key(table), *values)
+            pipeline.execute()
+
+
+def _flat(pairs: Iterable[tuple[Any, Any]]) -> list[Any]:
+    return [value for pair in pairs for value in pair]
+
+
+def bare_produce(path: str, batch: int, seconds: float) -> Counts:
+    server = BareServer(path)
+    ready()
+    first = 0
+
+    def one() -> int:
+        nonlocal first
+        numbers = range(first, first + batch)
+        server.write(("HSET", "lease", *_flat((n, "w") for n in numbers)))
+        server.write(("HSET", "intent", *_flat((n, f"w-{n} 100") for n in numbers)))
+        refs = refs_of("w", first, batch)
+        server.write(
+            ("HSET", "ref", *_flat((ref.sample_id, ref_to_json(ref)) for ref in refs)),
+            ("ZADD", "log", *_flat((n, ref.sample_id) for n, ref in zip(numbers, refs, strict=True))),
+            ("HDEL", "lease", *numbers),
+            ("HDEL", "intent", *numbers),
+        )
+        first += batch
+        return batch
+
+    return timed(seconds, one)
+
+
+def bare_consume(path: str, batch: int, seconds: float) -> Counts:
+    server = BareServer(path)
+    ready()
+    after = step = 0
+
+    def one() -> int:
+        nonlocal after, step
+        waited = time.perf_counter()
+        while not (ids := server.redis.zrange(server.key("log"), after, after + batch - 1)):
+            if time.perf_counter() - waited > WAIT_S:
+                return 0
+            os.sched_yield()
+        server.redis.hmget(server.key("ref"), ids)
+        after, step = after + len(ids), step + 1
+        server.write(("HSET", "plan", step, json.dumps([one.decode() for one in ids])))
+        server.write(("HSET", "ack", *_flat((one, step) for one in ids)))
+        return len(ids)
+
+    return timed(seconds, one)
+
+
 KINDS: dict[str, Callable[..., Counts]] = {
-    work.__name__: work for work in (commit, produce, consume, plain_commit, plain_produce, plain_consume)
+    work.__name__: work
+    for work in (
+        *(commit, produce, consume, plain_commit, plain_produce, plain_consume),
+        *(bare_produce, bare_consume),
+    )
 }
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class Calls:
 
         def commands(link: Link, whole: bool) -> list[Command]:
             context = (*self._context(), link.server, *role[:3], syncs, role[3])
-            call = self._command(changing(), name, context, values, whole)
+            call = self._command(changing(name), name, context, values, whole)
             return [call, ("WAITAOF", "1", "0", str(int(SYNC_S * 1000)))] if syncs else [call]
 
         reply, *synced = self._server.ask(commands, repeatable=repeatable)

@@ -11,7 +11,19 @@ from redis.exceptions import NoPermissionError, ResponseError
 
 from paceline.ledger.stores.redis.address import Address
 
-Command = Sequence[bytes | str]
+Command = Sequence[bytes | str] | bytes  # its words, or all of it packed
+
+
+def packed_words(words: Sequence[bytes | str]) -> bytes:
+    """As the server reads them. redis-py takes five times as long, and a call has dozens."""
+    data = (word.encode() if isinstance(word, str) else word for word in words)
+    return b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in data)
+
+
+def packed(command: Command) -> bytes:
+    if isinstance(command, bytes):
+        return command
+    return b"*%d\r\n" % len(command) + packed_words(command)
 
 
 class Link:
@@ -49,7 +61,7 @@ class Link:
 
     def ask(self, commands: Sequence[Command], reply_s: float | None = None) -> list[Any]:
         """Send the commands together; returns their replies. Raises the first reply that is an error."""
-        self._connection.send_packed_command(self._connection.pack_commands(commands))
+        self._connection.send_packed_command([b"".join(packed(command) for command in commands)])
         replies = [self._reply(reply_s) for _ in commands]
         for reply in replies:
             if isinstance(reply, ResponseError):

@@ -69,7 +69,7 @@ class Reading(Calls):
             settled=counts["settled"],
             closed=bool(run["closed"]),
             usage=Usage(
-                counts["resident"],
+                run["resident_samples"],
                 run["resident_bytes"],
                 run["provisional_samples"],
                 run["waiting_samples"],

@@ -10,20 +10,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 
-from paceline.ledger.stores.redis.link import Command
+from paceline.ledger.stores.redis.link import packed_words
 
 NAMES = (
     *("run", "facts", "incarnations", "changes"),
     *("epochs", "holders", "tokens", "ops", "results"),
     *("source", "prompts", "pending", "leases", "failed", "again", "open", "intents"),
-    *("samples", "refs", "log", "resident", "durable", "kept", "provisional", "lost", "quarantined"),
+    *("samples", "refs", "log", "durable", "kept", "provisional", "lost", "quarantined"),
     *("plans", "checkpoints", "archive", "blocks", "archived_ids"),
 )
 SHARED = ("rows", "state", "calls", "archive")
 CHANGES = (*SHARED, "prompts", "samples", "lineage", "steps", "retire", "moving", "changes")
+# A server makes the functions of a script anew at each call, so what is called often loads less.
+PRODUCERS = ("lease", "reserve", "commit", "give_back", "set_facts")
+PRODUCING = (*SHARED, "prompts", "samples", "changes")
 READING = (*SHARED, "reading", "dump", "asking")
 
 
@@ -37,20 +40,27 @@ class Script:
     text: str
     writes: bool
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
-    def command(self, keys: Sequence[str], arguments: Sequence[bytes | str], *, whole: bool) -> Command:
-        """The call of the script by its digest; `whole`: with its text, for a server that lacks it."""
-        name = ("EVAL" if whole else "EVALSHA") + ("" if self.writes else "_RO")
-        return [name, self.text if whole else self.digest, str(len(keys)), *keys, *arguments]
+    def command(self, keys: tuple[str, ...], arguments: Sequence[bytes | str], *, whole: bool) -> bytes:
+        """The packed call of the script by its digest; `whole`: with its text, for a server that lacks it."""
+        count = b"*%d\r\n" % (3 + len(keys) + len(arguments))
+        return count + _opening(self, keys, whole) + packed_words(arguments)
 
 
 @cache
-def changing() -> Script:
-    """The script of every change."""
-    return Script(_joined("#!lua", CHANGES), writes=True)
+def _opening(script: Script, keys: tuple[str, ...], whole: bool) -> bytes:
+    """What all calls of a script for one ledger begin with."""
+    name = ("EVAL" if whole else "EVALSHA") + ("" if script.writes else "_RO")
+    return packed_words([name, script.text if whole else script.digest, str(len(keys)), *keys])
+
+
+@cache
+def changing(name: str) -> Script:
+    """The script of this change."""
+    return Script(_joined("#!lua", PRODUCING if name in PRODUCERS else CHANGES), writes=True)
 
 
 @cache
@@ -61,6 +71,6 @@ def reading() -> Script:
 
 def _joined(first_line: str, parts: tuple[str, ...]) -> str:
     folder = resources.files("paceline.ledger.stores.redis") / "lua"
-    names = ", ".join(f"'{name}'" for name in NAMES)
-    keys = f"local KEY = {{}}\nfor at, name in ipairs({{{names}}}) do\n  KEY[name] = KEYS[at]\nend\n"
+    names = ", ".join(f"{name} = KEYS[{at}]" for at, name in enumerate(NAMES, start=1))
+    keys = f"local KEY = {{{names}}}\n"
     return "\n".join((first_line, keys, *((folder / f"{part}.lua").read_text() for part in parts)))

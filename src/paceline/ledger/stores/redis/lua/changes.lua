@@ -71,7 +71,7 @@ end
 
 local COUNTERS = {
   'lsn', 'incarnation', 'num_prompts', 'next_ordinal', 'closed', 'committed', 'trained_step', 'archived_step',
-  'archived_place', 'archived', 'resident_bytes', 'provisional_samples', 'waiting_samples',
+  'archived_place', 'archived', 'resident_samples', 'resident_bytes', 'provisional_samples', 'waiting_samples',
   'displaced_samples', 'reserved_bytes',
 }
 

@@ -61,6 +61,11 @@ function DUMP.source(after)
 end
 
 function DUMP.prompt(after)
+  local leased = {}
+  for at, pair in ipairs(pairs_in(KEY.leases)) do
+    leased[at] = tonumber(pair[1])
+  end
+  prompts.load(leased)
   return numbered(prompts, after, function(prompt, ordinal)
     return {
       ordinal, prompt.state, bit_of(prompt.again), prompt.worker, prompt.attempt, prompt.deaths, prompt.reason,

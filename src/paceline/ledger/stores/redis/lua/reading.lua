@@ -31,7 +31,7 @@ function ask.snapshot()
     }
   end
   table.sort(kept, by_first)
-  for _, index in ipairs({'pending', 'failed', 'again', 'lost', 'quarantined', 'resident'}) do
+  for _, index in ipairs({'pending', 'failed', 'again', 'lost', 'quarantined'}) do
     counts[index] = redis.call('ZCARD', KEY[index])
   end
   counts.leased, counts.reserved = redis.call('HLEN', KEY.leases), redis.call('HLEN', KEY.intents)
@@ -59,10 +59,13 @@ end
 
 function ask.ownership()
   local present, promised, revoked = {}, {}, {}
-  local ids = redis.call('ZRANGE', KEY.resident, 0, -1)
+  local ids = redis.call('ZRANGE', KEY.log, 0, -1)
   samples.load(ids)
-  for at, id in ipairs(ids) do
-    present[at] = {id, samples.get(id).generation}
+  for _, id in ipairs(ids) do
+    local sample = samples.get(id)
+    if sample.resident then
+      present[#present + 1] = {id, sample.generation}
+    end
   end
   for generation, intent in pairs(intents.load_all()) do
     table.insert(intent.revoked and revoked or promised, {generation, intent.sample_id})
@@ -110,7 +113,7 @@ function ask.find_among(ids, state)
   return found
 end
 
-local INDEX = {lost = 'lost', quarantined = 'quarantined', present = 'resident'}
+local INDEX = {lost = 'lost', quarantined = 'quarantined'}
 
 -- One page of the samples in `state`, from place `start` on: {records, where the next page begins}.
 function ask.find(state, start, limit)

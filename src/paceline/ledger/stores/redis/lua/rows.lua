@@ -29,36 +29,57 @@ local function pairs_in(key)
   return found
 end
 
-local BY_VALUE = {leases = true} -- an index that is a hash
+local NOTHING = {} -- of a row that is new
 
--- The rows of one hash, packed as arrays of `fields`. `marks(row, id)` names the indexes that hold the row,
--- each with its score (or, for an index that is a hash, its value); `amounts(row)` what it adds to the run's
--- counters. Both are compared before and after, so no change can forget an index.
-local function rows_in(key, fields, marks, amounts)
-  local rows, known, before, dirty = {}, {}, {}, {}
+-- The rows of one hash, packed as arrays of `fields`. `indexes` is a list of {name, score}: the sorted set
+-- `name` holds the row if `score(row, id)` has a value ({name, value, true}: a hash does, under its id).
+-- `amounts` is a list of {name, amount}: what the row adds to that counter of the run. Both are compared
+-- before and after, so no change can forget one.
+local function rows_in(key, fields, indexes, amounts)
+  local rows, known, before = {}, {}, {}
+  rows.known = known
 
-  local function parse(text)
+  function rows.parse(text)
     local values, row = cmsgpack.unpack(text), {}
-    for at, field in ipairs(fields) do
-      row[field] = values[at]
+    for at = 1, #fields do
+      row[fields[at]] = values[at]
     end
     return row
   end
 
   local function packed(row)
     local values = {}
-    for at, field in ipairs(fields) do
-      local value = row[field]
+    for at = 1, #fields do
+      local value = row[fields[at]]
       values[at] = value == nil and NULL or value
     end
     return cmsgpack.pack(values)
   end
 
+  -- The scores of the row in all indexes, then its amounts; false for none.
+  local function measured(row, id)
+    local found = {}
+    for at = 1, #indexes do
+      found[at] = indexes[at][2](row, id) or false
+    end
+    for at = 1, #amounts do
+      found[#indexes + at] = amounts[at][2](row)
+    end
+    return found
+  end
+
   local function remember(id)
-    if not dirty[id] then
+    if before[id] == nil then
       local row = known[id]
-      before[id] = row and {marks = marks(row, id), amounts = amounts(row)} or {marks = {}, amounts = {}}
-      dirty[id] = true
+      before[id] = row and measured(row, id) or NOTHING
+    end
+  end
+
+  -- The rows of `ids` where they are packed.
+  function rows.read(ids)
+    local texts = hmget(key, ids)
+    for at = 1, #ids do
+      known[ids[at]] = texts[at] and rows.parse(texts[at])
     end
   end
 
@@ -70,8 +91,8 @@ local function rows_in(key, fields, marks, amounts)
         known[id] = false
       end
     end
-    for at, text in ipairs(hmget(key, missing)) do
-      known[missing[at]] = text and parse(text)
+    if #missing > 0 then
+      rows.read(missing)
     end
   end
 
@@ -79,7 +100,7 @@ local function rows_in(key, fields, marks, amounts)
     for _, pair in ipairs(pairs_in(key)) do
       local id = rows.numbered and tonumber(pair[1]) or pair[1]
       if known[id] == nil then
-        known[id] = parse(pair[2])
+        known[id] = rows.parse(pair[2])
       end
     end
     return known
@@ -103,9 +124,6 @@ local function rows_in(key, fields, marks, amounts)
   end
 
   function rows.add(id, row)
-    if known[id] == nil then
-      known[id] = false
-    end
     remember(id)
     known[id] = row
     return row
@@ -121,52 +139,57 @@ local function rows_in(key, fields, marks, amounts)
   -- What this change has touched so far: id to row, or to false if it was dropped.
   function rows.touched()
     local found = {}
-    for id in pairs(dirty) do
+    for id in pairs(before) do
       found[id] = known[id]
     end
     return found
   end
 
+  local function write_index(at, name, score, is_hash)
+    local enter, leave = {}, {}
+    for id, was in pairs(before) do
+      local row = known[id]
+      local now = row and score(row, id) or false
+      if now and now ~= was[at] then
+        enter[#enter + 1], enter[#enter + 2] = is_hash and id or now, is_hash and now or id
+      elseif was[at] and not now then
+        leave[#leave + 1] = id
+      end
+    end
+    in_chunks(is_hash and 'HDEL' or 'ZREM', KEY[name], leave)
+    in_chunks(is_hash and 'HSET' or 'ZADD', KEY[name], enter)
+  end
+
+  local function write_amount(at, name, amount)
+    local sum = run[name]
+    for id, was in pairs(before) do
+      sum = sum - (was[at] or 0) + (known[id] and amount(known[id]) or 0)
+    end
+    run[name] = sum
+  end
+
   function rows.write()
-    local set, gone, enter, leave = {}, {}, {}, {}
-    for id in pairs(dirty) do
-      local row, was = known[id], before[id]
-      local now = row and marks(row, id) or {}
-      for index, score in pairs(now) do
-        if was.marks[index] ~= score then
-          enter[index] = enter[index] or {}
-          local list, by_value = enter[index], BY_VALUE[index]
-          list[#list + 1], list[#list + 2] = by_value and id or score, by_value and score or id
-        end
-      end
-      for index in pairs(was.marks) do
-        if now[index] == nil then
-          leave[index] = leave[index] or {}
-          table.insert(leave[index], id)
-        end
-      end
-      for name, amount in pairs(was.amounts) do
-        run[name] = run[name] - amount
-      end
-      for name, amount in pairs(row and amounts(row) or {}) do
-        run[name] = run[name] + amount
-      end
-      if row then
+    if next(before) == nil then
+      return
+    end
+    local set, gone = {}, {}
+    for id, was in pairs(before) do
+      local row = known[id]
+      if row and not (rows.is_told_elsewhere and rows.is_told_elsewhere(row)) then
         set[#set + 1], set[#set + 2] = id, packed(row)
-      else
+      elseif was ~= NOTHING then
         gone[#gone + 1] = id
       end
     end
     in_chunks('HDEL', key, gone)
     in_chunks('HSET', key, set)
-    for index, ids in pairs(leave) do
-      in_chunks(BY_VALUE[index] and 'HDEL' or 'ZREM', KEY[index], ids)
+    for at = 1, #indexes do
+      write_index(at, unpack(indexes[at]))
     end
-    for index, list in pairs(enter) do
-      in_chunks(BY_VALUE[index] and 'HSET' or 'ZADD', KEY[index], list)
+    for at = 1, #amounts do
+      write_amount(#indexes + at, unpack(amounts[at]))
     end
   end
 
   return rows
 end
-

@@ -6,7 +6,7 @@ function change.reserve(wanted, budget)
     num_bytes = num_bytes + sample[3]
   end
   if budget then
-    local count = redis.call('ZCARD', KEY.resident) + redis.call('HLEN', KEY.intents) + #wanted
+    local count = run.resident_samples + redis.call('HLEN', KEY.intents) + #wanted
     local size = run.resident_bytes + run.reserved_bytes + num_bytes
     if size > budget[1] or budget[2] and count > budget[2] then
       return UNCHANGED, NULL
@@ -126,8 +126,16 @@ function change.commit(refs)
   end
   settle_order('arrival') -- unless a producer settled it before
   local ids, ordinals, generations, gone, fresh = {}, {}, {}, {}, {}
+  local first, last = math.huge, -1
   for at, ref in ipairs(refs) do
     ids[at], generations[at], ordinals[#ordinals + 1] = ref[1], ref[3], ref[2]
+    first, last = math.min(first, ref[2] or first), math.max(last, ref[2] or last)
+  end
+  if run.place_order == 'arrival' then
+    first, last = run.committed, run.committed + #refs
+  end
+  if last - first < 4 * #refs then
+    look_at_places(first, last)
   end
   samples.load(ids)
   prompts.load(ordinals)

@@ -37,61 +37,95 @@ local function write_run()
   end
 end
 
-local function no_marks()
-  return {}
-end
+local prompts = rows_in(KEY.prompts, {'state', 'again', 'worker', 'attempt', 'deaths', 'reason'}, {
+  {'pending', function(prompt, ordinal)
+    return prompt.state == 'pending' and ordinal
+  end},
+  {'leases', function(prompt)
+    return prompt.state == 'leased' and prompt.worker
+  end, true},
+  {'failed', function(prompt, ordinal)
+    return prompt.state == 'failed' and ordinal
+  end},
+  {'again', function(prompt, ordinal)
+    return prompt.state ~= 'failed' and prompt.again and ordinal
+  end},
+  {'open', function(prompt, ordinal)
+    return prompt.state ~= 'failed' and not prompt.again and ordinal
+  end},
+}, {})
 
-local function marks_of_prompt(prompt, ordinal)
-  return {
-    pending = prompt.state == 'pending' and ordinal or nil,
-    leases = prompt.state == 'leased' and prompt.worker or nil,
-    failed = prompt.state == 'failed' and ordinal or nil,
-    again = prompt.state ~= 'failed' and prompt.again and ordinal or nil,
-    open = prompt.state ~= 'failed' and not prompt.again and ordinal or nil,
-  }
-end
+local samples = rows_in(KEY.samples, {
+  'place', 'ordinal', 'state', 'resident', 'bytes', 'generation', 'acked', 'step', 'reason', 'is_bare',
+}, {
+  {'log', function(sample)
+    return sample.place
+  end},
+  {'durable', function(sample) -- and resident: its features may be freed
+    return sample.acked == 2 and sample.resident and sample.state ~= 'quarantined' and sample.place
+  end},
+  {'kept', function(sample) -- in quarantine, and resident
+    return sample.state == 'quarantined' and sample.resident and sample.place
+  end},
+  {'provisional', function(sample)
+    return sample.acked == 1 and (sample.step or math.huge)
+  end},
+  {'lost', function(sample)
+    return sample.state == 'lost' and sample.place
+  end},
+  {'quarantined', function(sample)
+    return sample.state == 'quarantined' and sample.place
+  end},
+}, {
+  {'resident_samples', function(sample)
+    return sample.resident and 1 or 0
+  end},
+  {'resident_bytes', function(sample)
+    return sample.resident and sample.bytes or 0
+  end},
+  {'provisional_samples', function(sample)
+    return sample.resident and sample.acked == 1 and 1 or 0
+  end},
+  {'waiting_samples', function(sample)
+    return sample.acked == 0 and (sample.state == 'present' or sample.state == 'lost') and 1 or 0
+  end},
+  {'displaced_samples', function(sample) -- lost ones whose prompt's ordinal is not their place
+    return sample.state == 'lost' and sample.ordinal and sample.ordinal ~= sample.place and 1 or 0
+  end},
+})
 
-local function marks_of_sample(sample)
-  local in_quarantine = sample.state == 'quarantined'
-  return {
-    log = sample.place,
-    resident = sample.resident and sample.place or nil,
-    durable = sample.resident and not in_quarantine and sample.acked == 2 and sample.place or nil,
-    kept = sample.resident and in_quarantine and sample.place or nil,
-    provisional = sample.acked == 1 and (sample.step or math.huge) or nil,
-    lost = sample.state == 'lost' and sample.place or nil,
-    quarantined = in_quarantine and sample.place or nil,
-  }
-end
-
-local function amounts_of_sample(sample)
-  local lost = sample.state == 'lost'
-  local waits = sample.acked == 0 and (sample.state == 'present' or lost)
-  local displaced = lost and sample.ordinal ~= nil and sample.ordinal ~= sample.place
-  return {
-    resident_bytes = sample.resident and sample.bytes or 0,
-    provisional_samples = sample.resident and sample.acked == 1 and 1 or 0,
-    waiting_samples = waits and 1 or 0,
-    displaced_samples = displaced and 1 or 0,
-  }
-end
-
-local function amounts_of_intent(intent)
-  return {reserved_bytes = intent.bytes}
-end
-
-local prompts = rows_in(
-  KEY.prompts, {'state', 'again', 'worker', 'attempt', 'deaths', 'reason'}, marks_of_prompt, no_marks)
-local samples = rows_in(
-  KEY.samples,
-  {'place', 'ordinal', 'state', 'resident', 'bytes', 'generation', 'acked', 'step', 'reason', 'is_bare'},
-  marks_of_sample, amounts_of_sample)
-local intents = rows_in(
-  KEY.intents, {'sample_id', 'bytes', 'ordinal', 'worker', 'revoked'}, no_marks, amounts_of_intent)
-local plans = rows_in(KEY.plans, {'rev', 'sample_ids', 'deaths', 'digest'}, no_marks, no_marks)
+local intents = rows_in(KEY.intents, {'sample_id', 'bytes', 'ordinal', 'worker', 'revoked'}, {}, {
+  {'reserved_bytes', function(intent)
+    return intent.bytes
+  end},
+})
+local plans = rows_in(KEY.plans, {'rev', 'sample_ids', 'deaths', 'digest'}, {}, {})
 local checkpoints = rows_in(
-  KEY.checkpoints, {'step', 'name', 'manifest_digest', 'chain', 'first_place'}, no_marks, no_marks)
+  KEY.checkpoints, {'step', 'name', 'manifest_digest', 'chain', 'first_place'}, {}, {})
 prompts.numbered, intents.numbered, plans.numbered, checkpoints.numbered = true, true, true, true
+
+-- A prompt that is leased for the first time has no row: the index of leases says all of it.
+local function first_lease(holder)
+  return {state = 'leased', again = false, worker = holder, attempt = 0, deaths = 0, reason = ''}
+end
+
+function prompts.is_told_elsewhere(prompt)
+  return prompt.state == 'leased' and not prompt.again and prompt.attempt + prompt.deaths == 0
+end
+
+local read_packed = prompts.read
+function prompts.read(ordinals)
+  read_packed(ordinals)
+  local missing = {}
+  for _, ordinal in ipairs(ordinals) do
+    if not prompts.known[ordinal] then
+      missing[#missing + 1] = ordinal
+    end
+  end
+  for at, holder in ipairs(hmget(KEY.leases, missing)) do
+    prompts.known[missing[at]] = holder and first_lease(holder)
+  end
+end
 
 local texts, written = {}, {} -- refs by sample id; other writes, in order
 
@@ -117,9 +151,21 @@ end
 -- -- what several operations ask -----------------------------------------------------------------------
 
 -- The sample at a place, those that this change has entered included; nil if there is none.
-local placed = {}
+local placed, looked_from, looked_to = {}, 1, 0
 local function sample_at(place)
-  return placed[place] or redis.call('ZRANGEBYSCORE', KEY.log, place, place)[1]
+  if placed[place] or place >= looked_from and place <= looked_to then
+    return placed[place]
+  end
+  return redis.call('ZRANGEBYSCORE', KEY.log, place, place)[1]
+end
+
+-- Look at all places from `first` to `last` at once, for `sample_at`.
+local function look_at_places(first, last)
+  looked_from, looked_to = first, last
+  local found = redis.call('ZRANGEBYSCORE', KEY.log, first, last, 'WITHSCORES')
+  for at = 1, #found, 2 do
+    placed[tonumber(found[at + 1])] = found[at]
+  end
 end
 
 local function head_checkpoint()
