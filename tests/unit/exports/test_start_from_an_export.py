@@ -66,13 +66,26 @@ def parallel(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.mark.parametrize("name", ["vllm", "speculators"])
 def test_a_parallel_draft_goes_on_with_its_mask(parallel: Case, name: str, tmp_path: Path) -> None:
-    """The learned row and the mask token are the folder's; the settings of both are not used."""
+    """The learned row and the mask token are the folder's, without a word in the settings."""
     folder = parallel.export(name, tmp_path / "draft")
     state = start(parallel, folder)
     assert state.keys() == parallel.draft.tensors.keys()
     assert all(torch.equal(tensor, parallel.draft.tensors[key]) for key, tensor in state.items())
     method, head = method_of("p-eagle", folder), TargetHead.load(parallel.folder)
     assert method.describe(method.restore(head, state)) == parallel.draft.sizes
+
+
+def test_a_setting_beside_it_must_be_the_folders(case: Case, parallel: Case, tmp_path: Path) -> None:
+    """One that says the same, or nothing, changes nothing."""
+    one, other = case.export("vllm", tmp_path / "one"), parallel.export("vllm", tmp_path / "other")
+    start(case, one, draft_vocab_size=48, ttt_steps=3)
+    start(parallel, other, mask_token_id=7, norm_before_fc=True)
+    with pytest.raises(ConfigError, match=r"method\.draft_vocab_size is 40, and the folder's is 48"):
+        start(case, one, draft_vocab_size=40)
+    with pytest.raises(ConfigError, match=r"method\.norm_output is True, and the folder's is False"):
+        start(case, one, norm_output=True)
+    with pytest.raises(ConfigError, match=r"method\.mask_token_id is 5, and the folder's is 7"):
+        start(parallel, other, mask_token_id=5)
 
 
 PARALLEL_REFUSED: dict[str, tuple[str, dict[str, Any]]] = {

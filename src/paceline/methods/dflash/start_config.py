@@ -20,6 +20,7 @@ from paceline.methods.start.folder import (
     read_start_folder,
     refuse_other_layers,
     refuse_other_method,
+    refuse_other_settings,
 )
 from paceline.target.layer_ids import EAGLE_IDS, LAYER_IDS
 
@@ -82,12 +83,7 @@ class BlockStart:
 
     def applied(self, section: BlockSection) -> BlockSection:
         """The section with the folder's shape. Raises ConfigError if it asks for another shape itself."""
-        fields = type(section).model_fields
-        for name, value in self.settings.items():
-            chosen = getattr(section, name)
-            if chosen not in (fields[name].default, value):
-                reason = f"method.{name} is {chosen}, and the folder's is {value}"
-                raise self.start.refused(reason, "The draft's shape is the folder's: leave the setting out.")
+        refuse_other_settings(self.start, section, self.settings)
         return type(section).parse({**section.model_dump(), **self.settings})
 
 

@@ -51,6 +51,8 @@ class Eagle3Method:
         self.settings = given if isinstance(given, Eagle3Section) else Eagle3Section.parse(given)
         start = self.settings.start_from
         self._start = None if start is None else read_start_config(start, self.settings.name)
+        if self._start is not None:
+            self._start.refuse_other_settings(self.settings)
 
     def features(self, target: TargetFacts) -> tuple[Feature, ...]:
         last = target.num_hidden_layers

@@ -24,7 +24,7 @@ class Eagle3Section(StartSection):
     `train_lm_head`: false keeps the target's rows (or the folder's), whose gradient is then not computed.
 
     `start_from` (see `StartSection`): weights, sizes, vocabulary maps, fused layers and EAGLE-3.1's choices
-    come from the folder; the settings of these are not used then.
+    come from the folder. A setting of these that is given beside it must be the folder's.
 
     `feature_noise`: in training, the states that the draft reads carry Gaussian noise of this share of their
     size, new at every visit (visits.py).
@@ -65,7 +65,7 @@ class Eagle3Section(StartSection):
         return self
 
     def refuse_start(self, folder: Path) -> None:
-        read_start_config(folder, self.name)
+        read_start_config(folder, self.name).refuse_other_settings(self)
 
 
 class PEagleSection(Eagle3Section):

@@ -18,7 +18,9 @@ from paceline.methods.start.folder import (
     read_start_folder,
     refuse_other_layers,
     refuse_other_method,
+    refuse_other_settings,
 )
+from paceline.section import Section
 from paceline.target.layer_ids import EAGLE_IDS, LAYER_IDS
 
 # A window is longer than any chain of guesses, so that a guess sees all guesses before it.
@@ -32,6 +34,8 @@ ARCHITECTURES = {
     ),
 }
 KINDS = {EAGLE3: "eagle3", P_EAGLE: "peagle"}
+# Settings that a folder decides; the last one is P-EAGLE's.
+SHAPE = ("draft_vocab_size", "norm_before_fc", "fc_norm", "norm_output", "sliding_window", "mask_token_id")
 MASKS = ("mask_token_id", "pard_token", "ptd_token_id")
 
 
@@ -59,6 +63,11 @@ class StartConfig:
             return None
         LAYER_IDS["vllm.eagle3"].written(both[0], num_hidden_layers)
         return both[0]
+
+    def refuse_other_settings(self, section: Section) -> None:
+        """Raise ConfigError for a setting of the draft's shape that is not the folder's."""
+        names = [name for name in SHAPE if name in type(section).model_fields]
+        refuse_other_settings(self.start, section, {name: self.sizes[name] for name in names})
 
     def _from_zero(self) -> tuple[int, ...] | None:
         return None if self.layer_ids is None else LAYER_IDS["sglang.eagle3"].read(self.layer_ids)

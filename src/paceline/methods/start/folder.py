@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.errors import ConfigError
+from paceline.section import Section
 from paceline.target.folder import read_json
 from paceline.target.layer_ids import EAGLE_IDS
 from paceline.target.rope import rope_parameters
@@ -111,6 +112,16 @@ def refuse_other_method(start: StartFolder, method: str, architectures: Collecti
         raise start.refused(f"its architectures are {config.get('architectures')}", WHY_NOT_HERE)
     if config.get(KIND, kind) != kind:
         raise start.refused(f"its {KIND} is {config[KIND]!r}, not {kind!r}", WHY_NOT_HERE)
+
+
+def refuse_other_settings(start: StartFolder, section: Section, shape: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the section itself asks for another `shape` than the folder's, by setting."""
+    fields = type(section).model_fields
+    for name, value in shape.items():
+        chosen = getattr(section, name)
+        if chosen not in (fields[name].default, value):  # a recorded run file names the defaults, too
+            reason = f"method.{name} is {chosen}, and the folder's is {value}"
+            raise start.refused(reason, "The draft's shape is the folder's: leave the setting out.")
 
 
 def refuse_other_layers(start: StartFolder) -> None:
