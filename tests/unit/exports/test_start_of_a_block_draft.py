@@ -176,7 +176,9 @@ REFUSED: list[tuple[str, str, Callable[[Config], object]]] = [
     ("dflash", "is_neox_style", lambda c: c.update(is_neox_style=False)),
     ("dflash", "first place guesses", both(sample_from_anchor=True)),
     ("dflash", "its architectures are", lambda c: c.update(architectures=["LlamaForCausalLMEagle3"])),
-    ("dflash", "name is domino", both(projector_type="domino")),
+    ("dflash", "projector_type is 'domino', and method.name is dflash", both(projector_type="domino")),
+    ("dflash", "which of its layers", lambda c: [c.update(use_sliding_window=True), c.pop("layer_types")]),
+    ("dflash", "dflash_query_causal", lambda c: c["dflash_config"].update(dflash_query_causal=True)),
     ("dflash", "biases", lambda c: c.update(attention_bias=True)),
     ("dflash", "kind 'dynamic'", lambda c: c.update(rope_parameters={"rope_type": "dynamic", "factor": 2.0})),
     ("dflash", "of the digest ffff", lambda c: c["paceline"]["target"].update(model="f" * 16)),
@@ -197,6 +199,26 @@ def test_what_is_not_implemented_or_not_this_targets_is_refused(
     """With the reason, before anything is trained."""
     with pytest.raises(ConfigError, match=reason):
         start(cases[name], edited(cases[name], tmp_path / "draft", change))
+
+
+@pytest.mark.parametrize("layout", ["flat", "packaged"])
+def test_spellings_that_public_folders_have_are_taken(
+    cases: dict[str, Case], layout: str, tmp_path: Path
+) -> None:
+    """The method's name as its projector, the class's name of training, and a package without a class."""
+
+    def spelt(config: Config) -> None:
+        if layout == "packaged":
+            packaged(config)
+            del config["architectures"]
+        else:
+            both(projector_type="dspark")(config)
+            config["architectures"] = ["DSparkDraftModel"]
+        del config["paceline"]
+
+    case = cases["dspark"]
+    state = start(case, edited(case, tmp_path / "draft", spelt))
+    assert all(torch.equal(tensor, case.draft.tensors[key]) for key, tensor in state.items())
 
 
 def test_a_packaged_dspark_draft_must_say_where_it_guesses(cases: dict[str, Case], tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ HEAD_FIELDS: Mapping[str, Mapping[str, Any]] = {
 # Fields that ask for something else, unless they have this value or none.
 NOT_HERE = {
     "use_swa": False,
+    "dflash_query_causal": False,
     "attention_sink_bias": False,
     "is_neox_style": True,
     "rope_is_neox_style": True,
@@ -165,11 +166,14 @@ def _refuse_what_is_not_here(start: StartFolder, method: str) -> None:
     for name, wanted in HEAD_FIELDS[method].items():
         if (value := _field(start, name)) != wanted:
             raise start.refused(f"its {name} is {value!r}, and the head here has {wanted!r}", WHY_NOT_HERE)
-    if method != "domino" and _field(start, "projector_type", "dflash") != "dflash":
-        raise start.refused("it has a projector: method.name is domino for such a draft", WHY_NOT_HERE)
+    projector = _field(start, "projector_type", method)  # some folders write the method's name there
+    if projector not in ("dflash", method):
+        raise start.refused(f"its projector_type is {projector!r}, and method.name is {method}", WHY_NOT_HERE)
     if method != "dspark" and _field(start, "sample_from_anchor", False):
         raise start.refused("its first place guesses, which servers refuse of this method", WHY_NOT_HERE)
     if "sliding_attention" in (start.decoder.get("layer_types") or []):
         raise start.refused("a layer of it slides a window", WHY_NOT_HERE)
+    if start.decoder.get("use_sliding_window") and not start.decoder.get("layer_types"):
+        raise start.refused("it does not say which of its layers slide a window", WHY_NOT_HERE)
     if (start.path / "mask_embedding.pt").exists():
         raise start.refused("it has a mask token's embedding of its own", WHY_NOT_HERE)

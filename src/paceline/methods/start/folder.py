@@ -108,10 +108,11 @@ def refuse_other_method(start: StartFolder, method: str, architectures: Collecti
         raise start.refused(f"it holds a draft of the method {told}, not {method}", WHY_NOT_HERE)
     if start.is_checkpoint:
         return
-    if not set(architectures) & set(config.get("architectures") or []):
-        raise start.refused(f"its architectures are {config.get('architectures')}", WHY_NOT_HERE)
     if config.get(KIND, kind) != kind:
         raise start.refused(f"its {KIND} is {config[KIND]!r}, not {kind!r}", WHY_NOT_HERE)
+    named = set(config.get("architectures") or [])
+    if not set(architectures) & named and (named or KIND not in config):
+        raise start.refused(f"its architectures are {config.get('architectures')}", WHY_NOT_HERE)
 
 
 def refuse_other_settings(start: StartFolder, section: Section, shape: Mapping[str, Any]) -> None:
