@@ -1,12 +1,15 @@
 """One thread per process in all tests: the suite shares two cores, and the bits must repeat.
 
-Tests of the ledger on a server share one real server, and take a name of their own there.
+Folders lie in memory: to wait for a disk's syncs shows nothing, and what a missing one loses is tested on
+recorded files (tests/model). Tests of the ledger on a server share one real server, and take a name of their
+own there.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,21 @@ from paceline.testing.valkey_server import ValkeyServer
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+MEMORY = Path("/dev/shm")
+ROOM = 4 << 30  # bytes; the suite has some hundred MiB there
+
+
+def has_room(folder: Path) -> bool:
+    """In some containers that memory is small, or nothing in it may be executed."""
+    if not os.access(folder, os.W_OK):
+        return False
+    facts = os.statvfs(folder)
+    return facts.f_bavail * facts.f_frsize > ROOM and not facts.f_flag & os.ST_NOEXEC
+
+
+if has_room(MEMORY):
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.fixture(scope="session")
