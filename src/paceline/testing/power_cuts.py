@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import random
 import shutil
-import sys
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 from paceline import crashpoints
@@ -21,6 +21,8 @@ from paceline.fsck.checker import check
 from paceline.ledger.stores.redis import RedisLedger
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.light_run import LightRun, Outcome, RunShape, head_of, uninterrupted
+
+CUTS_OF_A_RUN = 200  # what they leave lies in memory at a time
 
 
 class Violation(AssertionError):  # noqa: N818 (it is what the tests look for)
@@ -74,20 +76,28 @@ class MainsRun(LightRun):
 def cut_everywhere(folder: Path, shape: RunShape, every: int = 1, first: int = 1) -> Counter[str]:
     """Cut the power at every so many-th point of a run. Raises Violation."""
     wanted = uninterrupted(shape, folder / "undisturbed")
-    run = MainsRun(folder / "whole", shape, range(first, sys.maxsize, every))
+    counts: Counter[str] = Counter()
+    for begin in count(first, every * CUTS_OF_A_RUN):
+        run = MainsRun(folder / f"whole-{begin}", shape, range(begin, begin + every * CUTS_OF_A_RUN, every))
+        _run_through(run)
+        for at, lost, after in run.left:
+            _go_on(after, at, wanted)
+            counts["commits lost"] += lost
+            counts["power failures"] += 1
+            shutil.rmtree(after.folder)
+        shutil.rmtree(run.folder)
+        if len(run.left) < CUTS_OF_A_RUN:
+            break
+    return counts
+
+
+def _run_through(run: MainsRun) -> None:
     crashpoints.watch(run.watch)
     try:
         run.produce()
         run.consume()
     finally:
         crashpoints.watch(None)
-    counts: Counter[str] = Counter()
-    for at, lost, after in run.left:
-        _go_on(after, at, wanted)
-        counts["commits lost"] += lost
-        counts["power failures"] += 1
-        shutil.rmtree(after.folder)
-    return counts
 
 
 def _go_on(run: LightRun, at: int, wanted: Outcome) -> None:
