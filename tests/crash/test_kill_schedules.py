@@ -47,6 +47,7 @@ HAPPENED = {  # and how often at least, over all schedules
 }
 
 
+@pytest.mark.timeout(900)  # over two minutes of processor time, and the machine may be busy
 def test_a_thousand_schedules_end_in_the_same_weights() -> None:
     """Every point at its first three reaches: killed once, killed twice, stopped; and mixtures by seed."""
     command = [sys.executable, "-m", MODULE, "--systematic", "--random", str(RANDOM), "--jobs", "2"]
