@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from paceline import InMemoryMetadataStore
+from paceline.capture.neighbours import Neighbours
+from paceline.data.answers import Answer, AnswerFiles
 from paceline.errors import FencedError, IllegalTransitionError
 from paceline.features.store import Written
 from paceline.ledger.consumer_session import ConsumerSession
@@ -17,11 +20,12 @@ from paceline.ledger.isolation import Isolation
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.records import SourceBlock, TrainedSample, TrainedStep
-from paceline.testing.ledger_calls import Training, capture, consumer_of, producer_of, refs_of
+from paceline.testing.ledger_calls import RUN_ID, Training, capture, consumer_of, producer_of, refs_of
 from paceline.testing.ledger_protocol_suite import LedgerProtocolSuite
 from paceline.testing.ledger_suite import LedgerSuite
 from paceline.testing.light_adapters import InMemoryLightFeatureStore, LightEngine
 from paceline.testing.mutants import MUTANTS, seeds_to_detect
+from paceline.testing.simulated_delay import simulate_held_up
 from paceline.testing.simulated_run import Shape, simulated_producer
 from paceline.testing.specification_of_steps import SpecificationLedger
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
@@ -153,6 +157,42 @@ def bytes_of_a_dead_worker_are_freed_without_a_list() -> None:
     assert features.held == {}
 
 
+def the_work_of_a_silent_producer_returns_and_it_is_refused() -> None:
+    """Whatever it captured meanwhile: another producer captures it again."""
+    ledger, now = SpecificationLedger(), [0.0]
+    zombie, observer = producer_of(ledger), ProducerSession(ledger, RUN_ID, "1")
+    zombie.tell({"beat": 1, "holds": [], "aside": 0})
+    zombie.lease(1)
+    observer.acquire()
+    neighbours = Neighbours(
+        observer, timeout_s=9, group_size=1, groups_ahead=1, in_background=False, clock=lambda: now[0]
+    )
+    for now[0] in (0.0, 3.0, 6.0, 9.0):
+        neighbours.look(is_idle=True)
+    assert [lease.ordinal for lease in observer.lease(1)] == [0]
+    with pytest.raises(FencedError):
+        zombie.lease(1)
+
+
+def nobodys_work_is_given_up() -> None:
+    """In as little room as is allowed, with one of three producers held up."""
+    assert not any(simulate_held_up(seed)["made_room"] for seed in range(4))
+
+
+def a_replaced_producer_keeps_no_answer() -> None:
+    """It finds out before it writes."""
+
+    def refuse() -> None:
+        raise FencedError("another epoch has taken over", next="stop")
+
+    with tempfile.TemporaryDirectory() as place:
+        late, kept = AnswerFiles(Path(place)), Answer(0, "0/a", (1, 2), ((1, 2),))
+        AnswerFiles(Path(place)).keep([kept])
+        with suppress(FencedError):
+            late.keep([Answer(0, "0/a", (1, 3), ((1, 2),))], refuse)
+        assert late.get(0) == kept
+
+
 def every_checkpoint_kept_can_be_returned_to() -> None:
     """Whatever was archived since."""
     ledger = SpecificationLedger()
@@ -193,6 +233,12 @@ DIRECTED: dict[str, Callable[[], None]] = {
     "revoked bytes forgotten": bytes_of_a_dead_worker_are_freed_without_a_list,
     "archived though it is read": Protocol().test_what_a_resume_would_read_is_not_archived,
     "archived too early": every_checkpoint_kept_can_be_returned_to,
+    "leased twice": Calls().test_prompts_are_leased_once_in_order,
+    "leased beyond the bound": Calls().test_a_lease_keeps_below_a_bound,
+    "nobody keeps room": nobodys_work_is_given_up,
+    "the silent keep their work": the_work_of_a_silent_producer_returns_and_it_is_refused,
+    "given up without a new epoch": the_work_of_a_silent_producer_returns_and_it_is_refused,
+    "late answers kept": a_replaced_producer_keeps_no_answer,
 }
 
 

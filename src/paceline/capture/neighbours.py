@@ -56,6 +56,7 @@ class Neighbours:
         self._report = report
         self._clock = clock
         self._seen: dict[str, tuple[object, float]] = {}  # of each worker: what it said last, and since when
+        self._looked = 0.0
         self._prefix: tuple[object, float] = (None, 0.0)  # which group everybody waits for, and since when
         self._stolen: set[int] = set()  # groups that this producer took from others, each once
         self._longest_s = 0.0
@@ -117,12 +118,18 @@ class Neighbours:
     def look(self, *, is_idle: bool) -> None:
         """Take over the work of producers that were not heard of for the time-out.
 
+        Only an observer that looked all the time knows that. One that captured for long, or could not reach
+        the ledger, begins anew: the others may not have reached it either.
+
         `is_idle`: this producer holds nothing and finds nothing to lease, so it may also take a group that is
-        much older than its own ones were.
+        much older than its own ones were, if it had any.
         """
         if not self._in_background and self._clock() >= self._due:
             self._tell()
         now = self._session.snapshot()
+        if self._clock() - self._looked > self._timeout_s / 2:
+            self._seen, self._prefix = {}, (None, 0.0)
+        self._looked = self._clock()
         for worker, told in self._others(now).items():
             if self._unchanged_s(worker, (now.epochs.get(producer_role(worker)), told)) >= self._timeout_s:
                 self._take_from(worker, f"it was not heard of for {self._timeout_s:g} s")
@@ -150,7 +157,7 @@ class Neighbours:
             return
         worker, _, first = holder
         patience_s = max(self._timeout_s, SLOWER_BY * self._longest_s)
-        if first not in self._stolen and self._clock() - self._prefix[1] >= patience_s:
+        if self._longest_s and first not in self._stolen and self._clock() - self._prefix[1] >= patience_s:
             self._stolen.add(first)
             self._take_from(worker, f"group {first // self._group_size} is held for over {patience_s:g} s")
 

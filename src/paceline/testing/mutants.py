@@ -10,6 +10,8 @@ from __future__ import annotations
 from paceline.capture import samples
 from paceline.capture.backpressure import Backpressure
 from paceline.capture.groups import Groups
+from paceline.capture.neighbours import Neighbours
+from paceline.data.answers import AnswerFiles
 from paceline.ledger import isolation as bisection
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.producer_session import ProducerSession
@@ -35,6 +37,8 @@ from paceline.testing.mutants_changes import (
     generations_reused,
     holes_left_open,
     keeps,
+    kept_unchecked,
+    leased_twice,
     new_ops,
     newest_folder_wins,
     no_lineage,
@@ -57,9 +61,11 @@ from paceline.testing.mutants_changes import (
     starts_over,
     swept_unseen,
     unbounded,
+    unbounded_lease,
     unchecked_intents,
     unfenced,
     unread_digest,
+    without_new_epoch,
 )
 from paceline.testing.simulated_parts import SimulatedFolder
 from paceline.testing.specification_of_steps import SpecificationLedger as Store
@@ -114,6 +120,23 @@ MUTANTS: dict[str, Mutant] = {
     "budget checked outside reserve": Mutant(
         "workers promise more than there is, together",
         ((ProducerSession, "reserve", budget_beside_reserve),),
+    ),
+    "leased twice": Mutant("two workers capture one prompt", ((Store, "lease", leased_twice),)),
+    "leased beyond the bound": Mutant(
+        "who runs ahead takes the room of the group that all wait for", ((Store, "lease", unbounded_lease),)
+    ),
+    "nobody keeps room": Mutant(
+        "captured work is given up, again and again", ((Neighbours, "bound", nothing),)
+    ),
+    "the silent keep their work": Mutant(
+        "a dead producer's prompts are stuck", ((ProducerSession, "take_from", nothing),)
+    ),
+    "given up without a new epoch": Mutant(
+        "a zombie goes on beside who took its work",
+        ((ProducerSession, "take_from", without_new_epoch),),
+    ),
+    "late answers kept": Mutant(
+        "a sample comes back with another answer than was committed", ((AnswerFiles, "keep", kept_unchecked),)
     ),
     "prefix read past a hole": Mutant(
         "plans depend on which worker was faster", ((Store, "_settled", past_a_hole),)

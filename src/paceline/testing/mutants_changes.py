@@ -260,6 +260,22 @@ def holes_left_open(real: Any) -> Any:
     return lease
 
 
+def leased_twice(real: Any) -> Any:
+    """What another worker holds looks like a prompt that nobody captures."""
+
+    def lease(self: Store, fence: Any, *args: Any) -> Any:
+        for prompt in self.rows.prompts.values():
+            if prompt.state == "leased" and fence is not None and prompt.worker != fence.worker:
+                prompt.state = "pending"
+        return real(self, fence, *args)
+
+    return lease
+
+
+def unbounded_lease(real: Any) -> Any:
+    return lambda self, fence, limit, group_size=None, below=None: real(self, fence, limit, group_size)
+
+
 def ends_early(_: Any) -> Any:
     def end_stream(self: Store, fence: Any, ended: bool) -> bool:
         with self._mutation(fence):
@@ -270,6 +286,21 @@ def ends_early(_: Any) -> Any:
 
 
 # -- the producer's side -------------------------------------------------------------------
+
+
+def without_new_epoch(_: Any) -> Any:
+    """Its leases return, and it may go on."""
+
+    def take_from(self: ProducerSession, worker: str) -> None:
+        assert isinstance(self.ledger, Store)
+        self.ledger._end_work_of(worker)
+
+    return take_from
+
+
+def kept_unchecked(real: Any) -> Any:
+    """Whoever was replaced writes its answer after its successor's."""
+    return lambda self, answers, check=None: real(self, answers)
 
 
 def budget_beside_reserve(real: Any) -> Any:

@@ -48,6 +48,13 @@ class Worker:
         )
         self.neighbours.begin()
 
+    def watch(self, seconds: float) -> None:
+        """Time passes, and it finds nothing to do."""
+        for _ in range(round(seconds)):
+            self.neighbours.look(is_idle=True)
+            self.clock.now += 1
+        self.neighbours.look(is_idle=True)
+
     def lease(self) -> list[int]:
         leases = self.session.lease(GROUP, GROUP, self.neighbours.bound())
         ordinals = [lease.ordinal for lease in leases]
@@ -71,12 +78,9 @@ def test_the_work_of_a_silent_producer_returns_after_the_time_out_of_the_observe
     dead, observer = Worker(ledger, "1"), Worker(ledger, "0")
     dead.clock.now = -1e9
     assert dead.lease() == [0, 1]
-    observer.neighbours.look(is_idle=True)
-    observer.clock.now += TIMEOUT_S - 1
-    observer.neighbours.look(is_idle=True)
+    observer.watch(TIMEOUT_S - 1)
     assert ledger.snapshot().prompts.leased == GROUP
-    observer.clock.now += 1
-    observer.neighbours.look(is_idle=True)
+    observer.watch(1)
     assert [told["worker"] for told in observer.told] == ["1"]
     assert observer.lease() == [0, 1]
     with pytest.raises(FencedError):
@@ -91,12 +95,23 @@ def test_a_producer_that_gives_a_sign_of_life_keeps_its_work(ledger: SQLiteLedge
     busy, observer = Worker(ledger, "1"), Worker(ledger, "0")
     busy.lease()
     for _ in range(20):
-        observer.neighbours.look(is_idle=False)
-        observer.clock.now += TIMEOUT_S - 1
+        observer.watch(TIMEOUT_S - 1)
         busy.clock.now += TIMEOUT_S - 1
         busy.neighbours.look(is_idle=False)
     busy.commit(0, 1)
     assert observer.told == []
+
+
+def test_an_observer_that_was_away_itself_takes_nobody_for_dead(ledger: SQLiteLedger) -> None:
+    """After a long capture, or a server that was away for all: the others may just not have spoken yet."""
+    other, observer = Worker(ledger, "1"), Worker(ledger, "0")
+    other.lease()
+    observer.watch(1)
+    observer.clock.now += 100 * TIMEOUT_S
+    observer.watch(TIMEOUT_S - 1)
+    assert observer.told == []
+    observer.watch(1)
+    assert [told["worker"] for told in observer.told] == ["1"]
 
 
 def test_a_thread_gives_the_signs_of_life_of_a_producer_that_captures(ledger: SQLiteLedger) -> None:
@@ -134,9 +149,10 @@ def test_a_group_that_is_much_older_than_the_rest_is_taken_from_its_holder_once(
     slow, quick = Worker(ledger, "1"), Worker(ledger, "0")
 
     def wait(seconds: float) -> None:
-        for worker in (slow, quick):
-            worker.clock.now += seconds
-        slow.neighbours._tell()
+        for _ in range(round(seconds)):
+            slow.clock.now += 1
+            slow.neighbours._tell()
+            quick.watch(1)
         quick.neighbours.look(is_idle=True)
 
     slow.lease()
@@ -154,6 +170,16 @@ def test_a_group_that_is_much_older_than_the_rest_is_taken_from_its_holder_once(
     for _ in range(3 * SLOWER_BY):
         wait(TIMEOUT_S)
     assert len(quick.told) == 1, "else a group that is slow for everybody would go round for ever"
+
+
+def test_a_producer_that_has_captured_nothing_yet_takes_no_group_for_old(ledger: SQLiteLedger) -> None:
+    """It cannot know how long one takes."""
+    slow, fresh = Worker(ledger, "1"), Worker(ledger, "0")
+    slow.lease()
+    for _ in range(100):
+        slow.neighbours._tell()
+        fresh.watch(1)
+    assert fresh.told == []
 
 
 @pytest.mark.parametrize("budget_samples", [None, 60, 100])
