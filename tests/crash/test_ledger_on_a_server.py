@@ -125,6 +125,24 @@ def test_roles_and_the_server_are_killed_and_the_run_goes_on_by_itself(
     assert not [text for text in shown if PASSWORD in text]
 
 
+def test_three_producers_share_a_ledger_on_a_server(
+    tiny_model: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor], server: ValkeyServer
+) -> None:
+    """One is killed, and so is the server: the weights are those of one producer beside a file."""
+    run = run_on(server, tmp_path, tiny_model)
+    run.config["machine"] = {"producers": 3}
+    run.write()
+    with run.start("train") as train:
+        wait_until(has_trained(run, 8), train)
+        server.kill()
+        server.start()
+        wait_until(lambda: bool(live_holder(run.directory, "producer-1")), train)
+        os.kill(live_holder(run.directory, "producer-1") or 0, signal.SIGKILL)
+        _, err = train.communicate(timeout=250)
+    assert train.returncode == 0, err
+    check(run, uninterrupted)
+
+
 def test_a_server_that_lost_changes_stops_the_run_which_then_goes_on(
     tiny_model: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor], server: ValkeyServer
 ) -> None:
