@@ -24,9 +24,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from paceline.errors import LedgerError
+from paceline.errors import ConfigError, LedgerError
 from paceline.ledger.facts import LEDGER
 
 TABLES = (
@@ -36,14 +36,22 @@ TABLES = (
 Row = tuple[str, list[Any]]
 
 
+class Standing(NamedTuple):
+    """The ledger at a place. `itself`: the same text under every name of the place; a copy has another."""
+
+    facts: dict[str, Any]
+    changes: int
+    itself: str
+
+
 class Movable(Protocol):
     """A place for a ledger, in one store. Adapters: stores/*/image.py."""
 
     def rows(self) -> Iterator[Row]:
         """The ledger that stands there. Raises LedgerMissingError."""
 
-    def standing(self) -> tuple[dict[str, Any], int] | None:
-        """Its facts, and how many changes it has; None if there is none."""
+    def standing(self) -> Standing | None:
+        """That ledger; None if there is none."""
 
     def write(self, rows: Iterable[Row]) -> None:
         """Write a ledger beside the one that stands there; nobody can open it yet."""
@@ -79,7 +87,7 @@ def copy_ledger(source: Movable, target: Movable) -> Digest:
     """Copy the ledger, and compare the copy with it, row by row, before it may be opened.
 
     Replaces an older copy of the same ledger, and nothing else. Raises LedgerError: a target that holds
-    another or a newer ledger, or a source that changed meanwhile.
+    another or a newer ledger, or a source that changed meanwhile; ConfigError: the source itself.
     """
     before = source.standing()
     if before is None:
@@ -100,15 +108,21 @@ def copy_ledger(source: Movable, target: Movable) -> Digest:
     return told
 
 
-def _refuse_to_replace(source: tuple[dict[str, Any], int], there: tuple[dict[str, Any], int] | None) -> None:
+def _refuse_to_replace(source: Standing, there: Standing | None) -> None:
     if there is None:
         return
-    (facts, changes), (others, its_changes) = source, there
-    if facts.get(LEDGER) == others.get(LEDGER) is not None and its_changes <= changes:
+    is_same = source.facts.get(LEDGER) == there.facts.get(LEDGER) is not None
+    if source.itself == there.itself:
+        raise ConfigError(
+            "The place for the copy is the ledger's own, by another name.",
+            why="The copy would replace the ledger before it is whole. Nothing was changed.",
+            next="name another place, or keep the ledger where it is.",
+        )
+    if is_same and there.changes <= source.changes:
         return
-    what = "another ledger" if facts.get(LEDGER) != others.get(LEDGER) else "a newer copy of this ledger"
+    what = "a newer copy of this ledger" if is_same else "another ledger"
     raise LedgerError(
-        f"There is {what} already where the copy would be ({its_changes} changes).",
+        f"There is {what} already where the copy would be ({there.changes} changes).",
         why="It would be lost. Nothing was changed.",
         next="choose another place, or move that ledger away.",
     )

@@ -164,23 +164,42 @@ def begun(directory: Path) -> str:
         return str(ledger.facts()[LEDGER]["identity"])
 
 
-def test_a_runs_ledger_moves_to_a_server_and_back(tmp_path: Path, valkey: ValkeyServer) -> None:
+@pytest.fixture
+def url(valkey: ValkeyServer) -> Iterator[str]:
+    """The address of a database that is empty before and after the test."""
+    yield valkey.url + "?db=1"
+    with valkey.client() as client:
+        client.execute_command("SELECT", 1)
+        client.flushdb()
+
+
+def test_a_runs_ledger_moves_to_a_server_and_back(tmp_path: Path, url: str) -> None:
     """The folder knows where it is, and the one that was left is refused."""
-    identity, name = begun(tmp_path), valkey.url + "?db=1"
-    try:
-        assert move_ledger(tmp_path, name).store == "redis"
-        with pytest.raises(LedgerError, match=r"run file says sqlite"):
-            opened(SqliteSection(), tmp_path, "run0")
-        with closing(opened(RedisSection(url=name), tmp_path, "run0")) as ledger:
-            assert ledger.facts()[LEDGER]["identity"] == identity
-            ledger.set_facts(None, {"more": 1})
-        move_ledger(tmp_path, "sqlite")
-        with closing(opened(SqliteSection(), tmp_path, "run0")) as ledger:
-            assert (ledger.facts()["more"], ledger.snapshot().committed) == (1, 2)
-    finally:
-        with valkey.client() as client:
-            client.execute_command("SELECT", 1)
-            client.flushdb()
+    identity = begun(tmp_path)
+    assert move_ledger(tmp_path, url).store == "redis"
+    with pytest.raises(LedgerError, match=r"run file says sqlite"):
+        opened(SqliteSection(), tmp_path, "run0")
+    with closing(opened(RedisSection(url=url), tmp_path, "run0")) as ledger:
+        assert ledger.facts()[LEDGER]["identity"] == identity
+        ledger.set_facts(None, {"more": 1})
+    move_ledger(tmp_path, "sqlite")
+    with closing(opened(SqliteSection(), tmp_path, "run0")) as ledger:
+        assert (ledger.facts()["more"], ledger.snapshot().committed) == (1, 2)
+
+
+def test_a_ledger_is_not_copied_onto_itself(tmp_path: Path, url: str) -> None:
+    """Its place has many names: other host names, sockets, a port or a database that is the usual one."""
+    begun(tmp_path)
+    move_ledger(tmp_path, url)
+    image, same = ServerImage(url, "run0"), url.replace("?db=1", "?db=01")
+    before = list(image.rows())
+    with pytest.raises(ConfigError, match="the ledger's own, by another name"):
+        move_ledger(tmp_path, same)
+    assert list(image.rows()) == before
+    file, linked = tmp_path / "ledger.db", tmp_path / "linked.db"
+    linked.symlink_to(file)
+    with pytest.raises(ConfigError, match="the ledger's own, by another name"):
+        copy_ledger(FileImage(file), FileImage(linked))
 
 
 def test_a_running_runs_ledger_is_not_copied(tmp_path: Path, valkey: ValkeyServer) -> None:

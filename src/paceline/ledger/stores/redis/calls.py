@@ -171,6 +171,12 @@ class Calls:
         """Learn which ledger this is, so that no other one is taken for it later."""
         self._seen = Position(*self._ask("position"))
 
+    @property
+    def identity(self) -> str:
+        """The random name of this ledger: another one for a copy."""
+        assert self._seen is not None, "asked for at opening"
+        return self._seen.identity
+
     def position(self) -> str:
         """How far the ledger is, as text for `missing_since`."""
         self._ask("lsn")

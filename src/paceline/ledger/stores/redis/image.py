@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from paceline.errors import LedgerMissingError
-from paceline.ledger.image import TABLES, Row
+from paceline.ledger.image import TABLES, Row, Standing
 from paceline.ledger.records import StepPlan, compacted
 from paceline.ledger.stores.redis.address import Address
 from paceline.ledger.stores.redis.reading import Reading
@@ -37,14 +37,14 @@ class ServerImage:
             ledger.know()
             yield from _rows_of(ledger)
 
-    def standing(self) -> tuple[dict[str, Any], int] | None:
+    def standing(self) -> Standing | None:
         with closing(self._opened()) as ledger:
             try:
                 ledger.know()
             except LedgerMissingError:
                 return None
             snapshot = ledger.snapshot()
-            return dict(snapshot.facts), snapshot.lsn
+            return Standing(dict(snapshot.facts), snapshot.lsn, ledger.identity)
 
     def write(self, rows: Iterable[Row]) -> None:
         remaining = iter(rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.durable_files import sync_folder
-from paceline.ledger.image import Row
+from paceline.ledger.image import Row, Standing
 from paceline.ledger.stores.sqlite.ledger import SQLiteLedger
 from paceline.ledger.stores.sqlite.run_row import READ, RunRow
 from paceline.ledger.stores.sqlite.view import SQLiteView
@@ -81,11 +81,11 @@ class FileImage:
         with closing(SQLiteLedger(self.path)) as ledger:
             yield from rows_of(ledger)
 
-    def standing(self) -> tuple[dict[str, Any], int] | None:
+    def standing(self) -> Standing | None:
         if not self.path.exists():
             return None
         snapshot = SQLiteView(self.path).snapshot()
-        return dict(snapshot.facts), snapshot.lsn
+        return Standing(dict(snapshot.facts), snapshot.lsn, str(self.path.resolve()))
 
     def write(self, rows: Iterable[Row]) -> None:
         _remove(self._copy)
