@@ -83,6 +83,15 @@ def test_a_durable_ack_is_marked(store: MetadataStore) -> None:
     assert store.durable_marker() == {"acked": set(ids[:2]), "global_step": 5, "optimizer_durable": True}
 
 
+def test_an_ack_may_name_no_step(store: MetadataStore) -> None:
+    """Then no checkpoint covers it; a durable one still does."""
+    ids = commit(store, 0, 1)
+    store.record_train_ack(ids[:1], global_step=None, optimizer_durable=False)
+    assert store.durable_marker() == {"acked": {ids[0]}, "global_step": None, "optimizer_durable": False}
+    store.record_train_ack(ids, global_step=None, optimizer_durable=True)
+    assert store.durable_marker() == {"acked": set(ids), "global_step": None, "optimizer_durable": True}
+
+
 def test_a_provisional_ack_is_not_durable(store: MetadataStore) -> None:
     """Before any durable ack the marker says that nothing is safe to release."""
     ids = commit(store, 0)

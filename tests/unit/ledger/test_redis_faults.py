@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import uuid
@@ -246,6 +247,46 @@ def test_a_position_tells_a_later_process_what_is_missing(own: ValkeyServer, ope
     assert opened(own.url).missing_since(position) == ""
     put_back(own, copy)
     assert "ends at change 0" in opened(own.url).missing_since(position)
+
+
+# -- threads and processes ---------------------------------------------------------------------
+
+
+def test_threads_of_a_process_share_a_ledger(valkey: ValkeyServer, opened: Open) -> None:
+    """One works under operation numbers, others write facts without, at the same time."""
+    ledger = opened(valkey.url, uuid.uuid4().hex)
+    producer = producer_of(ledger)
+    before = ledger.lsn()
+
+    def beat(name: str) -> None:
+        for number in range(20):
+            ledger.set_facts(producer.fence, {name: number})
+
+    threads = [threading.Thread(target=beat, args=(name,)) for name in ("a", "b", "c")]
+    for thread in threads:
+        thread.start()
+    leased = [producer.lease(1)[0].ordinal for _ in range(6)]
+    for thread in threads:
+        thread.join()
+    assert leased == list(range(6))
+    assert ledger.lsn() == before + 66
+
+
+def test_a_child_does_not_speak_on_its_parents_connections(valkey: ValkeyServer, opened: Open) -> None:
+    ledger = opened(valkey.url, uuid.uuid4().hex)
+    ledger.set_facts(None, {"a": 1})
+    child = os.fork()
+    if child == 0:
+        try:
+            for number in range(20):
+                ledger.set_facts(None, {"child": number})
+        finally:
+            os._exit(0)
+    for number in range(20):
+        assert ledger.set_facts(None, {"parent": number}) == {"parent": number}
+    assert os.waitpid(child, 0)[1] == 0
+    assert ledger.facts() == {"a": 1, "child": 19, "parent": 19}
+    assert ledger.lsn() == 41
 
 
 def test_closing_ends_a_wait(valkey: ValkeyServer) -> None:

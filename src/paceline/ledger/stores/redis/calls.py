@@ -26,7 +26,7 @@ SYNC_S = 20.0  # how long one call waits until the server's disk has a change
 NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Position:
     """How far a ledger was once: change `lsn`, under the `incarnation`-th process of the server."""
 
