@@ -16,6 +16,8 @@ from paceline.errors import LedgerError, LedgerRegressedError, UnknownResultErro
 from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.records import Lease
 from paceline.ledger.stores.redis import RedisLedger
+from paceline.ledger.stores.redis.address import Address
+from paceline.ledger.stores.redis.server import Server
 from paceline.testing.broken_link import BrokenLink, Moment
 from paceline.testing.ledger_calls import RUN_ID, capture, producer_of
 from paceline.testing.valkey_server import ValkeyServer
@@ -161,6 +163,16 @@ def test_a_lost_answer_is_asked_for_again(link: BrokenLink, opened: Open) -> Non
     assert ledger.snapshot().lsn == 0
 
 
+def test_a_change_whose_sync_the_server_refuses_may_have_been_made(own: ValkeyServer, opened: Open) -> None:
+    """The refusal is not taken for one of the change, which stands."""
+    ledger = opened(own.url)
+    with own.client() as client:
+        client.config_set("appendonly", "no")
+    with pytest.raises(UnknownResultError, match=r"may not have reached .*appendonly is disabled"):
+        ledger.set_facts(None, {"a": 1}, settle=True)
+    assert ledger.facts() == {"a": 1}
+
+
 # -- a server that lost changes ----------------------------------------------------------------
 
 
@@ -302,3 +314,23 @@ def test_closing_ends_a_wait(valkey: ValkeyServer) -> None:
     ledger.close()
     waiter.join(timeout=60.0)
     assert ended == [True]
+
+
+def test_a_call_that_connects_while_the_ledger_is_closed_is_not_made(valkey: ValkeyServer) -> None:
+    server = Server(Address(valkey.url), 1.0, lambda _: server.close())
+    with pytest.raises(LedgerError, match="is closed"):
+        server.ask(lambda *_: [("PING",)], repeatable=True)
+
+
+def test_a_child_that_closes_the_ledger_ends_no_call_of_its_parent(valkey: ValkeyServer) -> None:
+    server = Server(Address(valkey.url), 1.0, lambda _: None)
+    link = server._take()
+    child = os.fork()
+    if child == 0:
+        try:
+            server.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert link.ask([("PING",)]) == [b"PONG"]
+    server.close()

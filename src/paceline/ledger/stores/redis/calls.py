@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from redis.exceptions import ResponseError
 
 from paceline.errors import ConfigError, LedgerMissingError, LedgerRegressedError, UnknownResultError
 from paceline.ledger.records import Fence
+from paceline.ledger.stores.redis.failures import SAID_MAX
 from paceline.ledger.stores.redis.link import Command, Link
 from paceline.ledger.stores.redis.replies import fence_refused, not_the_same, other_schema, refused
 from paceline.ledger.stores.redis.scripts import Script, changing, keys_of, reading
@@ -110,13 +112,21 @@ class Calls:
 
         reply, *synced = self._server.ask(commands, repeatable=repeatable)
         result = self._taken(reply, fence, subject)
-        if synced and synced[0][0] < 1:
-            raise UnknownResultError(
-                f"{self} has a change that did not reach the server's disk within {SYNC_S:g} seconds.",
-                why="A power failure could still undo it.",
-                next="check the server's disk and its log, then run the same command again.",
-            )
+        if synced:
+            self._refuse_unsynced(synced[0])
         return result
+
+    def _refuse_unsynced(self, reply: Any) -> None:
+        if isinstance(reply, ResponseError):
+            what = f"may not have reached the server's disk ({str(reply)[:SAID_MAX]})"
+        else:
+            what = f"did not reach the server's disk within {SYNC_S:g} seconds"
+        if isinstance(reply, ResponseError) or reply[0] < 1:
+            raise UnknownResultError(
+                f"{self} has a change that {what}.",
+                why="A power failure could still undo it.",
+                next="check the server's disk, its settings and its log, then run the same command again.",
+            )
 
     def _command(
         self, script: Script, name: str, context: tuple[Any, ...], values: bytes, whole: bool

@@ -60,12 +60,14 @@ class Link:
             return False
 
     def ask(self, commands: Sequence[Command], reply_s: float | None = None) -> list[Any]:
-        """Send the commands together; returns their replies. Raises the first reply that is an error."""
+        """Send the commands together; returns their replies. Raises the first one if it is an error.
+
+        A later one that is an error is returned: what the first command did stands.
+        """
         self._connection.send_packed_command([b"".join(packed(command) for command in commands)])
         replies = [self._reply(reply_s) for _ in commands]
-        for reply in replies:
-            if isinstance(reply, ResponseError):
-                raise reply
+        if isinstance(replies[0], ResponseError):
+            raise replies[0]
         return replies
 
     def _reply(self, reply_s: float | None) -> Any:

@@ -111,13 +111,20 @@ class Server:
                 raise
         with self._lock:
             self._busy.add(link)
+        if self.is_closed:  # `close` may have come while this thread connected, and not have seen the link
+            self._drop(link)
+        self._refuse_closed()
         return link
 
     def _idle_link(self) -> Link | None:
         with self._lock:
-            if self._process != os.getpid():  # a child must not speak on its parent's connections
-                self._idle, self._busy, self._process = [], set(), os.getpid()
+            self._leave_parents()
             return self._idle.pop() if self._idle else None
+
+    def _leave_parents(self) -> None:
+        """A child must neither speak on its parent's connections nor end them."""
+        if self._process != os.getpid():
+            self._idle, self._busy, self._process = [], set(), os.getpid()
 
     def _put_back(self, link: Link) -> None:
         with self._lock:
@@ -139,6 +146,7 @@ class Server:
     def close(self) -> None:
         """Idempotent. A call that waits for its reply ends with LedgerError."""
         with self._lock:
+            self._leave_parents()
             self.is_closed = True
             idle, self._idle = self._idle, []
             busy = list(self._busy)
