@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import takewhile
 from typing import Any
 
 from paceline.crashpoints import reach
@@ -132,12 +133,18 @@ class Archive(PromptTable):
 
     def _archived_id(self, sample_id: str) -> bool:
         """Whether an archived step finished the sample. Searches the whole archive."""
-        return any(
-            sample.finished and sample.sample_id == sample_id
-            for trained in self.history(sample_id=sample_id)
-            if trained.step <= self._run().archived_step
-            for sample in trained.samples
-        )
+        return sample_id in self._finished_in_archive(self.history(sample_id=sample_id))
+
+    def _archived_among(self, sample_ids: Collection[str]) -> set[str]:
+        """Those of the samples that an archived step finished. Reads the whole archive, once for all."""
+        if not sample_ids or self._run().archived == 0:
+            return set()
+        return self._finished_in_archive(self.history()) & set(sample_ids)
+
+    def _finished_in_archive(self, history: Iterator[TrainedStep]) -> set[str]:
+        last = self._run().archived_step
+        archived = takewhile(lambda trained: trained.step <= last, history)
+        return {sample.sample_id for trained in archived for sample in trained.samples if sample.finished}
 
     def _is_archived(self, ref: SampleRef) -> bool:
         run = self._run()

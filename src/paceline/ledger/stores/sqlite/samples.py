@@ -225,7 +225,8 @@ class SampleTable(Archive):
             json_list(sample_ids),
         )
         covered = {sample_id: is_covered for sample_id, is_covered, _ in rows}
-        early = [i for i in sample_ids if not covered.get(i, i not in covered and self._archived_id(i))]
+        archived = self._archived_among([i for i in sample_ids if i not in covered])
+        early = [i for i in sample_ids if not covered.get(i, i in archived)]
         if early:
             raise not_covered(early)
         self._change(

@@ -178,6 +178,8 @@ class StepTable(SampleTable):
             raise contradicts(checkpoint, f"its steps do not follow the head at step {first - 1}")
         if chain_of(head.chain if head else "", [trained.plan for trained in lineage]) != checkpoint.chain:
             raise contradicts(checkpoint, "its chain does not continue that of the head")
+        ids = {sample.sample_id for trained in lineage for sample in trained.samples}
+        archived = self._archived_among([i for i in ids if not self._on_record(i)])
         for trained in lineage:
             on_record = self._plan_of(trained.step)
             if on_record is not None and trained.rev > on_record.rev:
@@ -185,7 +187,12 @@ class StepTable(SampleTable):
             if on_record is not None and on_record.digest != trained.plan.digest:
                 raise contradicts(checkpoint, f"step {trained.step} was planned otherwise")
             for sample in trained.samples:
-                self._check_place(checkpoint, sample, planned=on_record is not None)
+                self._check_place(
+                    checkpoint,
+                    sample,
+                    planned=on_record is not None,
+                    was_here=sample.sample_id in archived or self._was_here(sample.place),
+                )
         self._check_trained(checkpoint, [sample for trained in lineage for sample in trained.samples])
 
     def _check_trained(self, checkpoint: CheckpointRecord, samples: Sequence[TrainedSample]) -> None:
@@ -203,7 +210,9 @@ class StepTable(SampleTable):
         if len(set(places.values())) < len(places):
             raise contradicts(checkpoint, "a sample has two places in the log")
 
-    def _check_place(self, checkpoint: CheckpointRecord, sample: TrainedSample, *, planned: bool) -> None:
+    def _check_place(
+        self, checkpoint: CheckpointRecord, sample: TrainedSample, *, planned: bool, was_here: bool
+    ) -> None:
         rows = self._rows(
             "SELECT place, sample_id, state FROM sample WHERE place = ? OR sample_id = ?",
             *(sample.place, sample.sample_id),
@@ -213,7 +222,7 @@ class StepTable(SampleTable):
                 raise contradicts(checkpoint, f"{sample.sample_id} has another place in the log")
             if state == "quarantined" and not planned:
                 raise contradicts(checkpoint, f"{sample.sample_id} is quarantined")
-        if not rows and (self._was_here(sample.place) or self._was_archived(sample.sample_id)):
+        if not rows and was_here:
             raise contradicts(checkpoint, f"{sample.sample_id} was trained for the last time before")
         failed = "SELECT 1 FROM prompt WHERE ordinal = ? AND state = 'failed'"
         if not rows and self._run().place_order == "ordinal" and self._value(failed, sample.place):
@@ -223,9 +232,6 @@ class StepTable(SampleTable):
         """Whether a place without a row is archived."""
         run = self._run()
         return place < (run.committed if run.place_order == "arrival" else run.archived_place)
-
-    def _was_archived(self, sample_id: str) -> bool:
-        return self._run().archived > 0 and self._archived_id(sample_id)
 
     # -- samples that cannot be trained ----------------------------------------------------
 

@@ -20,23 +20,25 @@ local function trained_step(step, plan)
   return {step, plan.rev, visits}
 end
 
--- Whether an archived step finished the sample. In ordinal order it searches the whole archive; that order
--- asks only about a call that is wrong or comes twice.
-function archived_id(sample_id)
+-- Those of the samples that an archived step finished, as a set. In ordinal order it searches the whole archive,
+-- once for all of them; that order asks only about calls that are wrong or come twice, and at rolling forward.
+function archived_among(sample_ids)
+  local found, wanted = {}, is_member(sample_ids)
   if run.place_order ~= 'ordinal' then
-    return redis.call('SISMEMBER', KEY.archived_ids, sample_id) == 1
+    for _, id in ipairs(sample_ids) do
+      found[id] = redis.call('SISMEMBER', KEY.archived_ids, id) == 1
+    end
+    return found
   end
-  for _, first in ipairs(redis.call('ZRANGE', KEY.blocks, 0, -1)) do
-    local packed = redis.call('HGET', KEY.archive, first)
-    if string.find(packed, sample_id, 1, true) then
-      for _, trained in ipairs(cmsgpack.unpack(packed)) do
-        for _, visit in ipairs(trained[3]) do
-          if visit[2] == sample_id and visit[4] then
-            return true
-          end
+  local blocks = next(wanted) and redis.call('ZRANGE', KEY.blocks, 0, -1) or {}
+  for _, first in ipairs(blocks) do
+    for _, trained in ipairs(cmsgpack.unpack(redis.call('HGET', KEY.archive, first))) do
+      for _, visit in ipairs(trained[3]) do
+        if visit[4] and wanted[visit[2]] then
+          found[visit[2]] = true
         end
       end
     end
   end
-  return false
+  return found
 end

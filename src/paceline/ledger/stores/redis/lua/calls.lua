@@ -3,7 +3,7 @@
 local CONTEXT, MOST_ARGUMENTS = cmsgpack.unpack(ARGV[2]), 8
 local UNCHANGED, change = {}, {} -- the operations by name; `UNCHANGED, result` changes nothing
 local worker = CONTEXT[10] or '' -- the producer that makes the change
-local adopt, archived_id
+local adopt, archived_among
 
 local function answer_packed(status, packed)
   local lsn, incarnation = run and run.lsn or 0, run and run.incarnation or 0

@@ -18,7 +18,8 @@ local function was_here(place)
   return place < (run.place_order == 'arrival' and run.committed or run.archived_place)
 end
 
-local function check_place(visit, is_planned)
+-- `archived`: of the samples of the lineage.
+local function check_place(visit, is_planned, archived)
   local id, place = visit[ID], visit[PLACE]
   local sample, there = samples.get(id), sample_at(place)
   if sample and sample.place ~= place or there and there ~= id then
@@ -30,7 +31,7 @@ local function check_place(visit, is_planned)
     end
     return
   end
-  if was_here(place) or run.archived > 0 and archived_id(id) then
+  if was_here(place) or archived[id] then
     refuse('contradicts', id .. ' was trained for the last time before')
   end
   local prompt = run.place_order == 'ordinal' and prompts.get(place)
@@ -61,6 +62,17 @@ local function check_trained(lineage)
   end
 end
 
+-- Those samples of the lineage that are archived, as a set.
+local function archived_in(lineage)
+  local ids = {}
+  for _, trained in ipairs(lineage) do
+    for _, visit in ipairs(trained[3]) do
+      ids[#ids + 1] = visit[ID]
+    end
+  end
+  return archived_among(without_rows(ids))
+end
+
 local function check_lineage(checkpoint, basis, head, lineage)
   local first = math.max(0, head and head.step or 0) + 1
   local expected = first
@@ -73,6 +85,7 @@ local function check_lineage(checkpoint, basis, head, lineage)
   if basis.chain ~= checkpoint.chain then
     refuse('contradicts', 'its chain does not continue that of the head')
   end
+  local archived = archived_in(lineage)
   for _, trained in ipairs(lineage) do
     local step, rev, visits, digest = unpack(trained)
     local stored = plans.get(step)
@@ -83,7 +96,7 @@ local function check_lineage(checkpoint, basis, head, lineage)
       refuse('contradicts', string.format('step %.0f was planned otherwise', step))
     end
     for _, visit in ipairs(visits) do
-      check_place(visit, stored ~= nil)
+      check_place(visit, stored ~= nil, archived)
     end
   end
   check_trained(lineage)

@@ -43,7 +43,7 @@ local function is_archived(sample_id, ordinal)
   if run.place_order == 'ordinal' then
     return ordinal ~= nil and ordinal < run.archived_place
   end
-  return run.archived > 0 and not samples.get(sample_id) and archived_id(sample_id)
+  return run.archived > 0 and not samples.get(sample_id) and archived_among({sample_id})[sample_id]
 end
 
 -- Whether the ref has an intent, or is on record already.
@@ -164,11 +164,10 @@ local function is_covered(sample, head_step)
 end
 
 local function record_freed(sample_ids, head_step)
-  local early = {}
-  samples.load(sample_ids)
+  local early, archived = {}, archived_among(without_rows(sample_ids))
   for _, id in ipairs(sample_ids) do
     local sample = samples.get(id)
-    if sample and not is_covered(sample, head_step) or not sample and not archived_id(id) then
+    if sample and not is_covered(sample, head_step) or not sample and not archived[id] then
       early[#early + 1] = id
     end
   end

@@ -191,6 +191,18 @@ local function is_member(list)
   return found
 end
 
+-- Those of the samples that have no rows.
+local function without_rows(sample_ids)
+  local found = {}
+  samples.load(sample_ids)
+  for _, id in ipairs(sample_ids) do
+    if not samples.get(id) then
+      found[#found + 1] = id
+    end
+  end
+  return found
+end
+
 local function by_first(a, b)
   return a[1] < b[1]
 end
