@@ -173,6 +173,17 @@ def test_a_change_whose_sync_the_server_refuses_may_have_been_made(own: ValkeySe
     assert ledger.facts() == {"a": 1}
 
 
+def test_a_sync_that_a_failover_ends_is_asked_for_again(valkey: ValkeyServer) -> None:
+    """With its change, where that does no harm; else the caller gets to know of it."""
+    server, error = Server(Address(valkey.url), 60.0, lambda _: None), "return {err = 'UNBLOCKED master'}"
+    scripts = [error, "return 1", error]
+    commands = lambda *_: [("PING",), ("EVAL", scripts.pop(0), "0")]  # noqa: E731
+    assert server.ask(commands, repeatable=True) == [b"PONG", 1]
+    ping, refusal = server.ask(commands, repeatable=False)
+    assert (ping, str(refusal)[:9]) == (b"PONG", "UNBLOCKED")
+    server.close()
+
+
 # -- a server that lost changes ----------------------------------------------------------------
 
 

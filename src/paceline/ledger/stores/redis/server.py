@@ -77,6 +77,8 @@ class Server:
         link = self._take()
         try:
             replies = link.ask(commands(link, whole), reply_s)
+            if repeatable:
+                _refuse_passing(replies)
         except (BusyLoadingError, AuthenticationError, AuthorizationError):  # it was not begun
             self._drop(link)
             raise
@@ -154,3 +156,10 @@ class Server:
             link.close()
         for link in busy:
             link.interrupt()
+
+
+def _refuse_passing(replies: Sequence[Any]) -> None:
+    """Raise what the server refused of a call that may be made again."""
+    for reply in replies:
+        if isinstance(reply, ResponseError) and is_passing(reply):
+            raise reply
