@@ -20,6 +20,7 @@ from paceline.ledger.place import opened
 from paceline.ledger.records import Order
 from paceline.ledger.settings import RedisSection, SqliteSection
 from paceline.ledger.stores.redis import RedisLedger, ServerImage
+from paceline.ledger.stores.redis.image import CHUNK, chunked
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.ledger.stores.sqlite.image import FileImage
 from paceline.testing.ledger_calls import capture, producer_of
@@ -92,6 +93,12 @@ def test_a_copy_that_is_not_whole_is_not_found(tmp_path: Path, target: ServerIma
         RedisLedger(target._url, target._name, durability="head")
     copy_ledger(source, target)
     assert list(target.rows()) == rows
+
+
+def test_a_long_archive_goes_over_in_pieces() -> None:
+    """One of its rows holds thousands of visits; the server unpacks a whole call in memory."""
+    row = ("archive", [[1, 0, [[0, "id", 0, 1]] * (CHUNK // 2)]])
+    assert [len(chunk) for chunk in chunked([row] * 5)] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("direction", ["to a server", "to a file"])

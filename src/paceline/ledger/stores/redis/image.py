@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from itertools import islice
 from typing import Any
 
 from paceline.errors import LedgerMissingError
@@ -17,7 +16,7 @@ from paceline.ledger.stores.redis.requirements import Requirements
 from paceline.ledger.stores.redis.server import PATIENCE_S, Server
 from paceline.types import ref_from_json, ref_to_json
 
-CHUNK = 500  # rows in one call
+CHUNK = 500  # rows in one call; a visit in the archive counts as one
 
 
 class ServerImage:
@@ -47,11 +46,10 @@ class ServerImage:
             return Standing(dict(snapshot.facts), snapshot.lsn, ledger.identity)
 
     def write(self, rows: Iterable[Row]) -> None:
-        remaining = iter(rows)
         with closing(self._opened()) as ledger:
             ledger._call("clear", None, secrets.token_hex(8))
-            while chunk := [_stored(*row) for row in islice(remaining, CHUNK)]:
-                ledger._call("load", None, chunk)
+            for chunk in chunked(rows):
+                ledger._call("load", None, [_stored(*row) for row in chunk])
 
     def written(self) -> Iterator[Row]:
         with closing(self._opened()) as ledger:
@@ -60,6 +58,18 @@ class ServerImage:
     def finish(self) -> None:
         with closing(self._opened()) as ledger:
             ledger._call("loaded", None, final=True)
+
+
+def chunked(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    chunk, size = list[Row](), 0
+    for table, row in rows:
+        chunk.append((table, row))
+        size += sum(len(visits) for _, _, visits in row) if table == "archive" else 1
+        if size >= CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _rows_of(ledger: Reading) -> Iterator[Row]:
