@@ -68,7 +68,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.T
 def test_producers_that_die_anywhere_cost_nothing(
     tmp_path: Path, uninterrupted: dict[str, torch.Tensor], starts: ForkedStarts, point: str
 ) -> None:
-    """No sample is lost or trained twice, and neither bytes nor leases nor a name are left behind."""
+    """No sample is lost or trained twice, and neither bytes nor leases are left behind.
+
+    A name may be, if its holder had nothing that the third producer had to wait for.
+    """
     assert [starts.start(str(tmp_path), point, worker) for worker in ("1", "2")] == [-9, -9]
     assert starts.start(str(tmp_path), "", "0") == 0
     assert same_bits(load_file(tmp_path / "final.safetensors"), uninterrupted)
@@ -78,4 +81,4 @@ def test_producers_that_die_anywhere_cost_nothing(
     assert not owned.present
     assert not owned.promised
     assert not owned.revoked
-    assert producers_in(now.facts) == {}
+    assert not any(told["holds"] for told in producers_in(now.facts).values())
