@@ -30,6 +30,12 @@ class ValkeyServer:
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
+    def __enter__(self) -> ValkeyServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     @property
     def url(self) -> str:
         return f"unix://{self.socket}"
