@@ -8,7 +8,8 @@ import pytest
 
 from paceline.capture.neighbours import Neighbours
 from paceline.testing.simulated_delay import simulate_held_up
-from paceline.testing.simulation import simulate
+from paceline.testing.simulation import REAL_EVERY, simulate, simulate_on
+from paceline.testing.valkey_server import ValkeyServer
 
 SEEDS = 2_000  # `make reliability` runs 100,000 others
 PARTS = 2
@@ -49,6 +50,8 @@ IMPATIENT = (15, 33, 53, 75, 88)  # seeds in which a time-out strikes
 
 ROOM_IS_MADE = (225, 229, 429, 543, 581, 619, 723)
 
+ON_A_SERVER = [seed for seed in range(1, 17) if seed % REAL_EVERY]
+
 
 def test_room_is_made_for_a_lost_sample_that_is_needed_first() -> None:
     """A full store gives up samples that are trained later."""
@@ -86,3 +89,13 @@ def test_every_seed_ends_in_the_weights_of_the_run_nothing_happened_to(part: int
     for seed in range(part * share, (part + 1) * share):
         happened.update(simulate(seed))
     assert [name for name in SOMETIMES if not happened[name]] == []
+
+
+def test_on_a_server_every_run_goes_exactly_as_on_the_specification(valkey: ValkeyServer) -> None:
+    """Seed by seed the same things happen, equally often; half of them to three producers."""
+    happened: Counter[str] = Counter()
+    for seed in ON_A_SERVER:
+        counts = simulate_on(valkey, seed)
+        assert counts == simulate(seed), seed
+        happened.update(counts)
+    assert min(happened["fault power"], happened["answers lost"], happened["runs of three producers"]) > 0

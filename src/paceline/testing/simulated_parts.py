@@ -14,21 +14,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 from paceline.errors import CheckpointDamagedError, UnknownResultError
 from paceline.features.store import Sealed, Usage, Written
-from paceline.ledger.ledger import Ledger
 from paceline.ledger.records import CheckpointRecord, State
-from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.light_adapters import InMemoryLightFeatureStore
-from paceline.testing.specification import copied
-from paceline.testing.specification_of_steps import SpecificationLedger
+from paceline.testing.simulated_places import Place
 from paceline.training.checkpoint import Checkpoint, epoch_of, identity_of
 from paceline.types import SampleRef
-
-ARCHIVE_FROM = 4  # samples or steps, so that runs this small have an archive
 
 
 class ViolationError(AssertionError):
@@ -67,39 +61,20 @@ Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
 class SimulatedDisk:
-    """The one ledger of a simulated run, with what a power loss may take back (durability "head").
+    """The one ledger of a simulated run, with what a power loss may take back (durability "head")."""
 
-    `real`: a folder for a SQLite ledger with its real files; None: the specification is the ledger.
-    """
-
-    def __init__(self, *, may_lose_power: bool, real: Path | None = None) -> None:
-        self._path = None if real is None else real / "ledger.db"
-        self.ledger: Ledger = self._opened()
+    def __init__(self, place: Place, *, may_lose_power: bool) -> None:
+        self._place = place
+        self.ledger = place.open()
         self._may_lose_power = may_lose_power
         self._synced = self._copy()
         self._since: list[Call] = []
-
-    def _opened(self) -> Ledger:
-        ledger: SQLiteLedger | SpecificationLedger
-        if self._path is None:
-            ledger = SpecificationLedger()
-        else:
-            ledger = SQLiteLedger(self._path, durability="head")
-            ledger._db.execute("PRAGMA wal_autocheckpoint=0")  # a copy of the log is a copy of the ledger
-        ledger.archive_from = ARCHIVE_FROM
-        return ledger
 
     def close(self) -> None:
         self.ledger.close()
 
     def _copy(self) -> Any:
-        if not self._may_lose_power:
-            return None
-        if self._path is None:
-            assert isinstance(self.ledger, SpecificationLedger)
-            return copied(self.ledger.rows)
-        files = (self._path, self._path.with_name("ledger.db-wal"))
-        return {file: file.read_bytes() for file in files if file.exists()}
+        return self._place.copy(self.ledger) if self._may_lose_power else None
 
     def changed(self, call: Call) -> None:
         if call[0] in FINAL or call[2].get("settle") or call[2].get("failure"):
@@ -109,16 +84,9 @@ class SimulatedDisk:
 
     def lose_power(self, keep: float) -> None:
         """Back to a state between the last final call and now."""
-        if self._path is None:
-            assert isinstance(self.ledger, SpecificationLedger)
-            self.ledger.rows = copied(self._synced)
-        else:
-            self.ledger.close()
-            for file in self._path.parent.iterdir():
-                file.unlink()
-            for file, data in self._synced.items():
-                file.write_bytes(data)
-            self.ledger = self._opened()
+        self.ledger.close()
+        self._place.put_back(self._synced)
+        self.ledger = self._place.open()
         kept = self._since[: round(keep * len(self._since))]
         self._since = []
         for name, args, kwargs in kept:

@@ -43,7 +43,9 @@ from paceline.testing.simulated_parts import (
     SlowDisk,
     ViolationError,
 )
+from paceline.testing.simulated_places import InFiles, InMemory, OnServer, Place
 from paceline.testing.simulated_run import RUN_ID, Shape, simulated_consumer, simulated_producer
+from paceline.testing.valkey_server import ValkeyServer
 
 SWITCHES_MAX = 6_000  # twenty times what the longest run needs
 IDLE_MAX = 400
@@ -105,12 +107,12 @@ class World:
     rng: random.Random
     faults: list[Fault]
     lossy: float = 0.0
-    real: Path | None = None  # where the ledger's files are to lie
+    place: Place = field(default_factory=InMemory)
     expected: dict[int, bytes] | None = None
     counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.disk = SimulatedDisk(may_lose_power=any(f.kind == "power" for f in self.faults), real=self.real)
+        self.disk = SimulatedDisk(self.place, may_lose_power=any(f.kind == "power" for f in self.faults))
         self.features = InMemoryLightFeatureStore(self.shape.budget_bytes)
         self.folders = SimulatedFolders()
         self.actors: list[Actor] = []
@@ -438,8 +440,8 @@ def crash_free(shape: Shape, culprits: Culprits) -> tuple[dict[int, bytes], froz
     return world.trajectory, frozenset(world.aside())
 
 
-def draw(seed: int, real: Path | None = None) -> World:
-    """The run and the faults of a seed; `real`: the folder for a SQLite ledger."""
+def draw(seed: int, place: Place | None = None) -> World:
+    """The run and the faults of a seed; `place`: of its ledger, in memory by default."""
     rng = random.Random(seed)
     shape = Shape(
         prompts=rng.choice((5, 8, 12)),
@@ -463,7 +465,7 @@ def draw(seed: int, real: Path | None = None) -> World:
         for _ in range(rng.choice((0, 1, 2, 3, 4, 6, 8)) if not culprits else rng.choice((0, 1, 2)))
     ]
     lossy = rng.choice((0.0, 0.0, 0.02, 0.1))
-    return World(shape, culprits, rng, sorted(faults, key=lambda f: f.after), lossy, real)
+    return World(shape, culprits, rng, sorted(faults, key=lambda f: f.after), lossy, place or InMemory())
 
 
 def simulate(seed: int) -> Counter[str]:
@@ -471,7 +473,12 @@ def simulate(seed: int) -> Counter[str]:
     if seed % REAL_EVERY:
         return simulate_world(seed, draw(seed))
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
-        return simulate_world(seed, draw(seed, Path(folder)))
+        return simulate_world(seed, draw(seed, InFiles(Path(folder))))
+
+
+def simulate_on(server: ValkeyServer, seed: int) -> Counter[str]:
+    """The same with the ledger on a server."""
+    return simulate_world(seed, draw(seed, OnServer(server)))
 
 
 def simulate_world(seed: int, world: World) -> Counter[str]:
@@ -492,6 +499,6 @@ def simulate_world(seed: int, world: World) -> Counter[str]:
     if found != aside:
         raise ViolationError(f"seed {seed}: failed {sorted(found)} instead of {sorted(aside)}")
     world.counts["runs"] += 1
-    world.counts["runs on real files"] += world.real is not None
+    world.counts["runs on real files"] += isinstance(world.place, InFiles)
     world.counts["runs of three producers"] += world.shape.producers == 3
     return world.counts
