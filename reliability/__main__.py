@@ -28,6 +28,7 @@ SUITES = [
     "random_kills",
     "mutants",
     "ledger_model",
+    "ledger_on_a_server",
     "power_cuts",
     "power_loss_ledger",
     "file_histories",

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from paceline.testing.kill_schedules import execute_all, random_schedule, systematic
+from collections import Counter
+from pathlib import Path
+
+from paceline.testing.kill_schedules import execute_all, new_folder, of_several, random_schedule, systematic
+from paceline.testing.valkey_server import ValkeyServer
 
 RANDOM = 9_000  # schedules at scale 1, besides the systematic ones
+SEVERAL, ON_A_SERVER = 600, 600  # of three producers, and of three producers with the ledger on a server
 
 
 def run(scale: float, seed: int) -> dict[str, int]:
     """Raises Violation, with the command that repeats the schedule."""
     first = seed * 1_000_000
     schedules = systematic() + [random_schedule(first + n) for n in range(round(RANDOM * scale))]
-    return dict(execute_all(schedules, jobs=1))
+    counts = execute_all(schedules, jobs=1)
+    several = [of_several(random_schedule(first + n), 3) for n in range(round(SEVERAL * scale))]
+    counts += labelled("three producers", execute_all(several, jobs=1))
+    served = [of_several(random_schedule(first + n), 3) for n in range(round(ON_A_SERVER * scale))]
+    with ValkeyServer(Path(new_folder())) as server:
+        counts += labelled("on a server", execute_all(served, jobs=1, server=server.url))
+    return dict(counts)
+
+
+def labelled(label: str, counts: Counter[str]) -> Counter[str]:
+    """The few counts that say that something happened."""
+    return Counter(
+        {f"{label}: {name}": counts[name] for name in ("schedules", "faults that struck", "zombies")}
+    )

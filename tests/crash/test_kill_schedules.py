@@ -58,6 +58,18 @@ def test_a_thousand_schedules_end_in_the_same_weights() -> None:
     assert not rare, f"these hardly happened, so they were hardly tested: {rare}"
 
 
+def test_schedules_of_three_producers_end_in_the_same_weights_on_a_server() -> None:
+    """Each worker is killed, stopped and continued by itself; `make reliability` runs hundreds."""
+    command = [sys.executable, "-m", MODULE, "--random", "24", "--producers", "3", "--server"]
+    done = subprocess.run([*command, "--jobs", "2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    rare = [
+        what for what in ("faults: kill", "faults: stop", "zombies", "steps replayed") if not counts[what]
+    ]
+    assert not rare, f"these did not happen: {rare}"
+
+
 def test_the_schedules_strike_everywhere() -> None:
     """A part that loses its kill points, or a detour that leads nowhere new, shows here."""
     assert len(places()) >= PLACES

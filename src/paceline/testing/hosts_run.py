@@ -17,17 +17,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from paceline.errors import ConfigError, FencedError, LedgerError, UnknownResultError
+from paceline.errors import FencedError, LedgerError, UnknownResultError
 from paceline.ledger.facts import COMPLETED_STEP
-from paceline.ledger.stores.redis import RedisView
-from paceline.testing.light_run import (
-    RUN_ID,
-    LightRun,
-    RunShape,
-    expected_steps,
-    head_of,
-    uninterrupted,
-)
+from paceline.testing.killed_run import look
+from paceline.testing.light_run import LightRun, RunShape, expected_steps, head_of, uninterrupted
 from paceline.testing.network import Network
 from paceline.testing.valkey_server import ValkeyServer
 
@@ -162,14 +155,8 @@ class HostsRun:
 
     def _num_changes(self) -> int:
         """By the server's own socket, which no network harms."""
-        try:
-            view = RedisView(self.server.url, RUN_ID, patience_s=0.0)
-        except (ConfigError, LedgerError):  # nobody has begun it
-            return 0
-        try:
-            return view.snapshot().lsn
-        finally:
-            view.close()
+        now = look(LightRun(self.run.folder, self.shape, self.server.url, patience_s=0.0))
+        return 0 if now is None else now.lsn
 
     def _begin(self, trouble: Trouble) -> None:
         network = self.network

@@ -21,6 +21,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -28,10 +29,14 @@ from pathlib import Path
 from paceline import crashpoints
 from paceline.errors import PacelineError
 from paceline.fsck.checker import check as fsck
+from paceline.fsck.checker import check_view
+from paceline.fsck.report import Report
 from paceline.ledger.records import State
+from paceline.ledger.stores.redis import RedisView
 from paceline.testing import killed_run
-from paceline.testing.killed_run import Fault, KilledRun, Violation, qualified
+from paceline.testing.killed_run import Fault, KilledRun, Violation, producers_of, qualified
 from paceline.testing.light_run import LightRun, Outcome, RunShape, expected_steps, head_of, uninterrupted
+from paceline.testing.valkey_server import ValkeyServer
 from paceline.training.checkpoint import epoch_of
 
 DEATHS_MAX = 4  # of one role in a schedule: five kills at one place may make a sample the culprit
@@ -199,6 +204,19 @@ def random_schedule(seed: int) -> Schedule:
     return Schedule(str(seed), shape, tuple(faults))
 
 
+def of_several(schedule: Schedule, producers: int) -> Schedule:
+    """The same with so many producers, of whom each fault strikes one."""
+    if producers == 1:
+        return schedule
+    shape = replace(schedule.shape, producers=producers, tight=False)
+    names = producers_of(shape)
+    faults = [
+        fault if fault.victim == "consumer" else replace(fault, victim=names[number % producers])
+        for number, fault in enumerate(schedule.faults)
+    ]
+    return replace(schedule, shape=shape, faults=tuple(faults))
+
+
 def deaths_max(shape: RunShape, role: str) -> int:
     """A death during a trial counts against who was tried; where trials are held anyway, one is enough."""
     return 1 if role == "consumer" and shape.bad_sample >= 0 else DEATHS_MAX
@@ -237,12 +255,15 @@ def reference(shape: RunShape) -> Outcome:
     return outcome
 
 
-def execute(schedule: Schedule) -> Counter[str]:
-    """Run it and check what must hold after. Raises Violation, with the command that repeats it."""
+def execute(schedule: Schedule, server: str = "") -> Counter[str]:
+    """Run it and check what must hold after. Raises Violation, with the command that repeats it.
+
+    `server`: the URL of a server, on which the ledger is to lie.
+    """
     folder = new_folder()
     # The weights do not depend on how much room there is, nor on how often they are made durable.
-    wanted = reference(replace(schedule.shape, tight=False, interval=4, kept=2, threads=False))
-    killed = KilledRun(LightRun(folder, schedule.shape), schedule.faults)
+    wanted = reference(replace(schedule.shape, tight=False, interval=4, kept=2, threads=False, producers=1))
+    killed = KilledRun(LightRun(folder, schedule.shape, server), schedule.faults)
     try:
         killed.drive()
         check(killed, wanted)
@@ -290,7 +311,7 @@ def check(killed: KilledRun, wanted: Outcome) -> None:
         "lost samples": now.lost,
         "features missed that nobody took away": not losses and killed.counts["missed by the consumer"],
         "isolations": facts,
-        "what the checker finds": fsck(run.folder, passes=shape.passes).errors,
+        "what the checker finds": checked(run).errors,
         "features": [path.name for path in run.feature_folder.glob("*.*")],
         "checkpoints missing": records - run.checkpoint_names(),
         # A zombie's last checkpoint, never on record, lies there until the next start sweeps it.
@@ -306,7 +327,17 @@ def check(killed: KilledRun, wanted: Outcome) -> None:
         raise Violation(f"after the run: {wrong}")
 
 
-def execute_all(schedules: Sequence[Schedule], jobs: int) -> Counter[str]:
+def checked(run: LightRun) -> Report:
+    if not run.server:
+        return fsck(run.folder, passes=run.shape.passes)
+    view = run.view()
+    assert isinstance(view, RedisView)
+    report = check_view(view, run.folder)
+    view.close()
+    return report
+
+
+def execute_all(schedules: Sequence[Schedule], jobs: int, server: str = "") -> Counter[str]:
     """`jobs` schedules at a time, in forked workers. Raises Violation with the first few that broke."""
     points_of(PLAIN), points_of(FAILING)
     gc.collect()
@@ -316,7 +347,7 @@ def execute_all(schedules: Sequence[Schedule], jobs: int) -> Counter[str]:
         read, write = os.pipe()
         if os.fork() == 0:
             os.close(read)
-            _worker(schedules[job::jobs], write)
+            _worker(schedules[job::jobs], write, server)
         os.close(write)
         readers.append(read)
     total: Counter[str] = Counter()
@@ -333,14 +364,14 @@ def execute_all(schedules: Sequence[Schedule], jobs: int) -> Counter[str]:
     return total
 
 
-def _worker(schedules: Sequence[Schedule], write: int) -> None:
+def _worker(schedules: Sequence[Schedule], write: int, server: str) -> None:
     """Never returns."""
     counts: Counter[str] = Counter()
     violations: list[str] = []
     try:
         for schedule in schedules:
             try:
-                counts.update(execute(schedule))
+                counts.update(execute(schedule, server))
             except Violation as violation:
                 violations.append(str(violation))
                 if len(violations) == 5:
@@ -365,6 +396,8 @@ def main() -> int:
     arguments.add_argument(
         "--deadline", type=float, default=killed_run.DEADLINE_S, help="seconds a run may take"
     )
+    arguments.add_argument("--producers", type=int, default=1)
+    arguments.add_argument("--server", action="store_true", help="the ledger lies on a server of its own")
     given = arguments.parse_args()
     killed_run.DEADLINE_S = given.deadline
     schedules = systematic() if given.systematic else []
@@ -373,8 +406,10 @@ def main() -> int:
         schedules += [random_schedule(given.seed)] * given.repeat
     if given.name:
         schedules += [s for s in systematic() if s.name == given.name] * given.repeat
+    schedules = [of_several(schedule, given.producers) for schedule in schedules]
     try:
-        counts = execute_all(schedules, given.jobs)
+        with ValkeyServer(new_folder()) if given.server else nullcontext() as server:
+            counts = execute_all(schedules, given.jobs, server.url if server else "")
     except Violation as violation:
         sys.stderr.write(f"{violation}\n")
         return 1

@@ -24,16 +24,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import apsw
-
 from paceline import crashpoints
 from paceline.errors import CheckpointError, FencedError, PacelineError
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.locks import RoleLock
-from paceline.ledger.records import CheckpointRecord
+from paceline.ledger.records import Snapshot
+from paceline.ledger.stores.redis import RedisView
 from paceline.testing import kill_points
 from paceline.testing.light_adapters import LightFeatureStore
-from paceline.testing.light_run import RUN_ID, LightRun
+from paceline.testing.light_run import RUN_ID, LightRun, RunShape
 from paceline.training.checkpoint import CheckpointFolder
 
 DEADLINE_S = 60.0
@@ -79,6 +78,11 @@ class Child:
 
 class Violation(AssertionError):  # noqa: N818 (it is what the tests look for)
     """The run broke a promise."""
+
+
+def producers_of(shape: RunShape) -> list[str]:
+    """The names of its producers' roles, and of the workers."""
+    return ["producer"] if shape.producers == 1 else [f"producer-{n}" for n in range(shape.producers)]
 
 
 def patience_ms(fault: Fault | None) -> int:
@@ -144,11 +148,12 @@ class Watcher:
 
 def damage_head(run: LightRun, rng: random.Random) -> bool:
     """Delete or alter the newest checkpoint on record, if a whole one is left to fall back to."""
-    rows = look(run, "SELECT step, name, manifest_digest, chain, first_place FROM checkpoint ORDER BY step")
+    now = look(run)
+    records = () if now is None else now.checkpoints
     checkpoints = CheckpointFolder(run.checkpoints, RUN_ID)
     try:
-        checkpoints.read(CheckpointRecord(*rows[-2]))
-        folder = run.checkpoints / CheckpointRecord(*rows[-1]).name
+        checkpoints.read(records[-2])
+        folder = run.checkpoints / records[-1].name
         if rng.random() < 0.5:
             shutil.rmtree(folder)
             return True
@@ -161,19 +166,17 @@ def damage_head(run: LightRun, rng: random.Random) -> bool:
     return True
 
 
-def look(run: LightRun, sql: str, *values: str) -> list[tuple[Any, ...]]:
-    """Rows of the ledger, past the writers' gate: a stopped process may hold it."""
+def look(run: LightRun) -> Snapshot | None:
+    """What a reader sees: a stopped process may hold the writers' gate. None: the ledger is not begun yet."""
     try:
-        db = apsw.Connection(str(run.ledger_path), flags=apsw.SQLITE_OPEN_READWRITE)
-    except apsw.CantOpenError:
-        return []
-    db.set_busy_timeout(5000)  # another connection may just be closing, or recovering from a kill
+        view = run.view()
+    except PacelineError:
+        return None
     try:
-        return list(db.execute(sql, values))
-    except apsw.SQLError:  # killed before there was a schema
-        return []
+        return view.snapshot()
     finally:
-        db.close()
+        if isinstance(view, RedisView):
+            view.close()
 
 
 @dataclass
@@ -200,6 +203,10 @@ class KilledRun:
         self.has_zombies = any(fault.kind == "stop" for fault in self.faults)
         self.history: list[str] = []
 
+    @property
+    def producers(self) -> list[str]:
+        return producers_of(self.run.shape)
+
     # -- the supervisor --------------------------------------------------------------------
 
     def drive(self) -> None:
@@ -224,9 +231,9 @@ class KilledRun:
             for child in self._stopped():
                 self._wake(child)
             return
-        for role in ("producer", "consumer"):
+        for role in (*self.producers, "consumer"):
             running = [c for c in self._children.values() if c.role == role and not c.stopped]
-            if not running and not (role == "producer" and self._producer_done):
+            if not running and not (role != "consumer" and self._producer_done):
                 self._start(role)
 
     def _look(self, timeout_ms: int) -> None:
@@ -267,7 +274,10 @@ class KilledRun:
             if not self.has_zombies:
                 RoleLock(self.run.folder, role)
             crashpoints.watch(watcher)
-            (self.run.produce if role == "producer" else self.run.consume)(watcher.report)
+            if role == "consumer":
+                self.run.consume(watcher.report)
+            else:
+                self.run.produce(watcher.report, worker=role)
             code = DONE
         except FencedError as error:
             watcher.send("refused", what=_refused_method(error))
@@ -413,13 +423,13 @@ class KilledRun:
     # -- the ledger, looked at -------------------------------------------------------------
 
     def _is_true(self, fact: str) -> bool:
-        return look(self.run, "SELECT value FROM fact WHERE key = ?", fact) not in ([], [("false",)])
+        now = look(self.run)
+        return now is not None and now.facts.get(fact, False) is not False
 
     def _producer_has_work(self) -> bool:
         """As in roles/supervisor.py."""
-        open_ = look(self.run, "SELECT 1 FROM prompt WHERE state IN ('pending', 'leased')")
-        going_on = look(self.run, "SELECT 1 FROM run WHERE next_ordinal < num_prompts OR NOT closed")
-        return bool(open_ or going_on)
+        now = look(self.run)
+        return now is not None and bool(now.prompts.open or not now.closed)
 
 
 def line_of(message: dict[str, Any]) -> str:
@@ -430,6 +440,6 @@ def _refused_method(error: BaseException) -> str:
     """The ledger's method that refused, out of the traceback."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         name = frame.f_code.co_name
-        if "/ledger/stores/sqlite/" in frame.f_code.co_filename and not name.startswith("_"):
+        if "/ledger/stores/" in frame.f_code.co_filename and not name.startswith("_"):
             return str(frame.f_locals["method"].__name__) if name == "call" else name  # in `change`
     return "?"

@@ -27,8 +27,9 @@ from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.producer_session import WORKER, ProducerSession
-from paceline.ledger.stores.redis import RedisLedger
+from paceline.ledger.stores.redis import RedisLedger, RedisView
 from paceline.ledger.stores.sqlite import SQLiteLedger
+from paceline.ledger.stores.sqlite.view import SQLiteView
 from paceline.loader.loader import LoaderSettings, StepLoader
 from paceline.testing.kill_points import pointed
 from paceline.testing.light_adapters import (
@@ -54,7 +55,8 @@ class RunShape:
 
     `tight`: the fewest resident samples with which the run cannot wait for itself. `bad_prompt` is one
     the engine cannot bear, `bad_sample` one that cannot be trained (-1: none). `threads`: checkpoints are
-    written and features read ahead in threads, as the consumer's process does it.
+    written and features read ahead in threads, as the consumer's process does it. `producers`: how many
+    processes capture; the weights do not depend on it.
     """
 
     prompts: int = 12
@@ -67,6 +69,7 @@ class RunShape:
     bad_prompt: int = -1
     bad_sample: int = -1
     threads: bool = False
+    producers: int = 1
 
     @property
     def window(self) -> int:
@@ -190,6 +193,7 @@ class LightRun:
         """`server`: the URL of the server that the ledger is on, else it is a file; `patience_s`: with it."""
         self.folder = folder
         self.server, self.patience_s = server, patience_s
+        self.name = folder.name  # of the ledger on the server
         self.shape = shape
         self.ledger_path = folder / "ledger.db"
         self.checkpoints = folder / "checkpoints"
@@ -198,12 +202,18 @@ class LightRun:
     def open_ledger(self) -> RedisLedger | SQLiteLedger:
         bare: RedisLedger | SQLiteLedger
         if self.server:
-            bare = RedisLedger(self.server, RUN_ID, durability="head", patience_s=self.patience_s)
+            bare = RedisLedger(self.server, self.name, durability="head", patience_s=self.patience_s)
         else:
             bare = SQLiteLedger(self.ledger_path, durability="head")
         ledger: RedisLedger | SQLiteLedger = pointed(bare, "ledger")
         ledger.archive_from = ARCHIVE_FROM
         return ledger
+
+    def view(self) -> RedisView | SQLiteView:
+        """Raises PacelineError if there is no ledger yet."""
+        if self.server:
+            return RedisView(self.server, self.name, patience_s=self.patience_s)
+        return SQLiteView(self.ledger_path)
 
     def open_features(self, *, owner: bool) -> LightFeatureStore:
         bare = LightFeatureStore(self.feature_folder, budget_bytes=self.shape.budget_bytes, owner=owner)
