@@ -73,8 +73,8 @@ LUA_MUTANTS: dict[str, LuaMutant] = {
     ),
     "lease given twice": LuaMutant(
         "two workers capture one prompt",
-        "pending = prompt.state == 'pending' and",
-        "pending = prompt.state ~= 'failed' and",
+        "return prompt.state == 'pending' and ordinal",
+        "return prompt.state ~= 'failed' and ordinal",
     ),
     "a neighbour's group is leased": LuaMutant(
         "a group has two workers", "if pair[2] ~= worker then\n      held", "if false then\n      held"
