@@ -14,7 +14,7 @@ from paceline.testing.broken_link import BrokenLink, Moment
 from paceline.testing.hosts_run import CONSUMER, HOSTS, PRODUCERS, SERVER, HostsRun, Trouble
 from paceline.testing.ledger_under_faults import Strikes, compare
 from paceline.testing.network import Network, NoNetworkError
-from paceline.testing.simulation import simulate_on
+from paceline.testing.simulated_on_server import simulate_on
 from paceline.testing.valkey_server import ValkeyServer
 
 HISTORIES, CALLS, EACH = 40, 900, 6

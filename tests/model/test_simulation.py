@@ -8,7 +8,8 @@ import pytest
 
 from paceline.capture.neighbours import Neighbours
 from paceline.testing.simulated_delay import simulate_held_up
-from paceline.testing.simulation import REAL_EVERY, simulate, simulate_on
+from paceline.testing.simulated_on_server import simulate_on
+from paceline.testing.simulation import REAL_EVERY, simulate
 from paceline.testing.valkey_server import ValkeyServer
 
 SEEDS = 2_000  # `make reliability` runs 100,000 others

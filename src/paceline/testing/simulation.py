@@ -43,9 +43,8 @@ from paceline.testing.simulated_parts import (
     SlowDisk,
     ViolationError,
 )
-from paceline.testing.simulated_places import InFiles, InMemory, OnServer, Place
+from paceline.testing.simulated_places import InFiles, InMemory, Place
 from paceline.testing.simulated_run import RUN_ID, Shape, simulated_consumer, simulated_producer
-from paceline.testing.valkey_server import ValkeyServer
 
 SWITCHES_MAX = 6_000  # twenty times what the longest run needs
 IDLE_MAX = 400
@@ -474,11 +473,6 @@ def simulate(seed: int) -> Counter[str]:
         return simulate_world(seed, draw(seed))
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
         return simulate_world(seed, draw(seed, InFiles(Path(folder))))
-
-
-def simulate_on(server: ValkeyServer, seed: int) -> Counter[str]:
-    """The same with the ledger on a server."""
-    return simulate_world(seed, draw(seed, OnServer(server)))
 
 
 def simulate_world(seed: int, world: World) -> Counter[str]:
