@@ -176,10 +176,12 @@ def _identified(ledger: Ledger, section: LedgerSection, directory: Path, *, join
     here = f"{socket.gethostname()}:{directory.absolute()}"
     facts = ledger.facts()
     found: dict[str, Any] | None = facts.get(LEDGER)
+    has_begun = CONFIG in facts
     if found is None:
         own = {"identity": secrets.token_hex(16), "replaces": [], "folder": here}
         found = ledger.set_facts(None, {LEDGER: own}, settle=True)[LEDGER]
-    elif section.is_shared and not joins and CONFIG in facts and found["folder"] != here:
+        has_begun = found != own  # in another folder, at this very moment
+    if section.is_shared and not joins and has_begun and found["folder"] != here:
         raise LedgerError(
             f"The ledger is that of the run in {found['folder']}, and {directory} knows nothing of it.",
             why="Two runs of one name on one server would take each other's place. Nothing was changed.",

@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -130,6 +130,19 @@ def test_two_runs_of_one_name_do_not_share_a_ledger_by_accident(tmp_path: Path) 
     opened(SharedSection(), tmp_path / "joined", "run", joins=True).close()
     (tmp_path / "first").rename(tmp_path / "moved")
     opened(SharedSection(), tmp_path / "moved", "run").close()
+
+
+def test_of_two_runs_of_one_name_that_begin_at_once_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both saw a new ledger. Only the one that gave it its identity goes on."""
+    opened(SharedSection(), tmp_path / "first", "run").close()
+    facts, before = SQLiteLedger.facts, [dict[str, Any]()]
+    monkeypatch.setattr(SQLiteLedger, "facts", lambda ledger: before.pop() if before else facts(ledger))
+    with pytest.raises(LedgerError, match=r"is that of the run in .*first, and .*second knows nothing of it"):
+        opened(SharedSection(), tmp_path / "second", "run")
+    assert known(tmp_path / "second") is None
+    opened(SharedSection(), tmp_path / "third", "run", joins=True).close()
 
 
 def test_a_role_waits_longer_for_a_server_than_a_user_does(tmp_path: Path) -> None:
