@@ -30,8 +30,11 @@ def checked(url: str) -> str:
             "@ and : of a user or a password as %2F %3F %23 %40 and %3A"
         )
     scheme, _, host, path, options = found.groups()
-    if parse_qs((options or "")[1:], keep_blank_values=True).keys() - set(OPTIONS):
+    given = parse_qs((options or "")[1:], keep_blank_values=True)
+    if given.keys() - set(OPTIONS):
         raise ValueError(f"the options of an address are {', '.join(OPTIONS)}")
+    if len(given.get("db", [])) + (scheme != "unix" and (path or "/") != "/") > 1:
+        raise ValueError("an address names its database once")
     if scheme == "unix":
         if host or not path:
             raise ValueError("the address of a socket is unix:///PATH?db=DATABASE")

@@ -201,3 +201,5 @@ def test_neither_user_nor_password_is_ever_shown(own: ValkeyServer, monkeypatch:
         assert "tenant" not in str(caught.value)
     assert "s3cr" not in repr(Address(url_of(own, "tenant")))
     assert address_of("rediss://a:b@host/2?ssl_ca_certs=x") == "rediss://host:6379/2"
+    assert address_of("redis://host?db=2") == "redis://host:6379/2", "the database in use"
+    assert address_of("unix:///run/a.sock?db=2") == "unix:///run/a.sock?db=2"

@@ -41,6 +41,7 @@ def test_what_a_run_records_and_shows_has_neither_user_nor_password(tmp_path: Pa
     ("url", "message"),
     [
         ("http://ali:sesame@cave", "redis://HOST:PORT/DATABASE"),
+        ("redis://ali:sesame@cave/3?db=2", "names its database once"),
         ("redis://ali:ses/ame@cave", "as %2F"),
         ("redis://ali:sesame@cave/zero", "a database is a number"),
         ("redis://cave?password=sesame", "the options of an address are db, ssl_ca_certs"),

@@ -31,7 +31,7 @@ class Address:
         """Raises ConfigError for a URL that cannot be read; the message does not repeat it."""
         try:
             options: dict[str, Any] = transport.parse_url(url)
-            self._text = _shown(url)
+            self._text = _shown(url, options.get("db"))
             self._kind = options.pop("connection_class", transport.Connection)
             options.setdefault("username", environment.get(USER))
             options.setdefault("password", environment.get(PASSWORD))
@@ -59,12 +59,12 @@ def address_of(url: str) -> str:
     return str(Address(url))
 
 
-def _shown(url: str) -> str:
+def _shown(url: str, database: int | None) -> str:
     parts = urlsplit(url)
     if parts.scheme == "unix":
-        return f"unix://{parts.path}"
+        return f"unix://{parts.path}" + (f"?db={database}" if database else "")
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or "localhost"
-    return f"{parts.scheme}://{host}:{parts.port or 6379}{parts.path}"
+    return f"{parts.scheme}://{host}:{parts.port or 6379}" + ("" if database is None else f"/{database}")
 
 
 def unreadable() -> ConfigError:
