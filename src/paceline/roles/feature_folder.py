@@ -8,7 +8,7 @@ and its producer frees the old one.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from paceline.ledger.facts import COMPLETED_STEP, FEATURES_LIE, FEATURES_NAME, p
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import live_holder
 from paceline.roles.snapshot import has_ledger, open_run
-from paceline.roles.workers import boot_id, elsewhere, known_roles
+from paceline.roles.workers import boot_id, elsewhere, known_roles, role_of, speaks, take_from
 
 PREFIX = "paceline-"
 
@@ -53,23 +53,46 @@ def folder_of(config: RunConfig, ledger: Ledger) -> Path:
     return usual.with_name(chosen[FEATURES_NAME])
 
 
-def take_folder(config: RunConfig, ledger: Ledger) -> Path:
+def take_folder(
+    config: RunConfig,
+    ledger: Ledger,
+    tell: Callable[[str], None] = lambda _: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Path:
     """Create and sign the folder, and free the one that the run used before. For a producer.
 
-    Raises StoreError if producers on another host keep the features in that host's memory.
+    Raises StoreError if live producers on another host keep the features in that host's memory. Whether they
+    live, it may have to wait for: `tell` says so.
     """
     folder, run = folder_of(config, ledger), config.run.directory.absolute()
-    facts = ledger.facts()
-    recorded, told = facts.get(FEATURES_LIE), producers_in(facts)
+    recorded = ledger.facts().get(FEATURES_LIE)
     if recorded is not None and recorded != _place(config, ledger):
-        for worker in elsewhere(facts):
-            if told[worker].get("boot") == recorded["boot"]:
-                raise _on_another_host(recorded["folder"], told[worker].get("host", "?"))
+        _take_from_silent(config, ledger, recorded, tell, should_stop)
     if recorded is not None and Path(recorded["folder"]) != folder.absolute():
         _free_left(Path(recorded["folder"]), config.run.name, run)
     record_place(config, ledger)
     sign(folder, Owner(config.run.name, run))
     return folder
+
+
+def _take_from_silent(
+    config: RunConfig,
+    ledger: Ledger,
+    recorded: dict[str, Any],
+    tell: Callable[[str], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    """The run goes on here if nobody lives where its features lie. Raises StoreError if somebody does."""
+    facts, timeout_s = ledger.facts(), config.machine.producer_timeout_s
+    for worker in elsewhere(facts):
+        about = producers_in(facts)[worker]
+        if about.get("boot") != recorded["boot"]:
+            continue
+        host = about.get("host", "?")
+        tell(f"waiting up to {timeout_s:g} s for a sign of life of {role_of(worker)} on host {host}")
+        if speaks(ledger, worker, timeout_s, should_stop):
+            raise _on_another_host(recorded["folder"], host)
+        take_from(ledger, [worker], "it was not heard of, and the run goes on elsewhere")
 
 
 def _on_another_host(folder: str, host: object) -> StoreError:

@@ -112,7 +112,7 @@ class Supervisor:
                 if self._is_complete() and not folder_of(self._config, self._store).exists():
                     return True
                 take_from_the_dead(self._config, self._store)
-                take_folder(self._config, self._store)
+                take_folder(self._config, self._store, self._tell, lambda: self._signals.count > 0)
                 self._schedule = EvaluationSchedule(
                     self._config,
                     self._store.facts,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from paceline.ledger.records import producer_role
 PRODUCER, CONSUMER = "producer", "consumer"
 JOIN = "--join"  # what stands for a worker's name that is yet to be chosen
 JOINING = "joining"  # the lock of whoever chooses a name; who keeps the roles out takes it, too
+LOOK_S = 1.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -78,6 +79,21 @@ def take_from(ledger: Ledger, workers: Iterable[str], why: str) -> None:
     for worker in workers:
         ledger.acquire(producer_role(worker), why)
         ledger.set_facts(None, {producer_fact(worker): None})
+
+
+def speaks(ledger: Ledger, worker: str, within_s: float, should_stop: Callable[[], bool]) -> bool:
+    """Whether this worker says something new within that time of this process's clock; True if asked to stop.
+
+    A worker that was killed with its host (or its container, whose name never returns) says nothing.
+    """
+    told, deadline = producers_in(ledger.facts()).get(worker), ledger.clock() + within_s
+    while (left := deadline - ledger.clock()) > 0 and not should_stop():
+        mark = ledger.lsn()
+        now = producers_in(ledger.facts()).get(worker)
+        if now != told:
+            return now is not None
+        ledger.wait(mark, min(left, LOOK_S))
+    return should_stop()
 
 
 def take_from_the_dead(config: RunConfig, ledger: Ledger) -> None:

@@ -12,7 +12,7 @@ import pytest
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError, FencedError, StoreError
-from paceline.ledger.facts import producer_fact, producers_in
+from paceline.ledger.facts import producers_in
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import RoleLock
 from paceline.ledger.producer_session import ProducerSession
@@ -128,17 +128,51 @@ def test_status_names_the_group_that_training_waits_for_and_its_holder(
     assert snapshot.is_live
 
 
+class Waits:
+    """In place of `Ledger.wait`: time passes on the ledger's clock, and the far producer may speak."""
+
+    def __init__(self, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.speak = 0.0, lambda: None
+        monkeypatch.setattr(ledger, "clock", lambda: self.now)
+        monkeypatch.setattr(ledger, "wait", self)
+
+    def __call__(self, seen_lsn: int, timeout_s: float) -> int:
+        self.now += timeout_s
+        self.speak()
+        return seen_lsn
+
+
 def test_a_producer_cannot_join_from_a_host_whose_memory_the_consumer_does_not_read(
-    config: RunConfig, ledger: Ledger
+    config: RunConfig, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its features would be lost samples to the consumer, again and again."""
+    """Its features would be lost samples to the consumer, again and again. Asked to stop, it waits no longer."""
+    waits = Waits(ledger, monkeypatch)
     take_folder(config, ledger)
     ledger.set_facts(None, {"features_lie": {**ledger.facts()["features_lie"], "boot": FAR["boot"]}})
-    producer(ledger, "7", FAR)
+    far = producer(ledger, "7", FAR)
+    with pytest.raises(StoreError, match="on host far away"):
+        take_folder(config, ledger, should_stop=lambda: True)
+    waits.speak = lambda: far.tell({**FAR, "beat": waits.now})
     with pytest.raises(StoreError, match="on host far away"):
         take_folder(config, ledger)
-    ledger.set_facts(None, {producer_fact("7"): None})
+    waits.speak = lambda: far.tell(None)
     take_folder(config, ledger)
+
+
+def test_a_run_goes_on_on_another_host_when_the_first_was_killed_with_all_that_ran_there(
+    config: RunConfig, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a new container, whose name and shared memory are others: once the dead were silent for the time-out."""
+    waits, told = Waits(ledger, monkeypatch), list[str]()
+    take_folder(config, ledger)
+    ledger.set_facts(None, {"features_lie": {**ledger.facts()["features_lie"], "boot": FAR["boot"]}})
+    dead = producer(ledger, "0", FAR)
+    take_folder(config, ledger, told.append)
+    assert waits.now == config.machine.producer_timeout_s
+    assert told == ["waiting up to 60 s for a sign of life of producer on host far away"]
+    assert ledger.snapshot().prompts.leased == 0
+    with pytest.raises(FencedError):
+        dead.lease(1)
 
 
 def test_every_started_role_has_processors_of_its_own_if_there_are_enough(
