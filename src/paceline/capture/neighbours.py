@@ -76,11 +76,15 @@ class Neighbours:
             Thread(target=self._tell_until, args=(end,), name="paceline-heartbeat", daemon=True).start()
 
     def end(self) -> None:
-        """Leave in good order: every lease was given back."""
+        """Leave: in good order if every lease was given back; else silently, for the others to take them over.
+
+        Nobody else would return what an error has left, if this producer is not started again.
+        """
         if self._end is not None:
             self._end.set()
         with self._telling, suppress(LedgerError):  # an error that ended the run is reported instead
-            self._session.tell(None)
+            if not self._session.leased:
+                self._session.tell(None)
 
     def holds(self, ordinals: Sequence[int], num_aside: int = 0) -> None:
         """The groups, by their first ordinals, that this producer holds now.
@@ -180,9 +184,10 @@ class Neighbours:
         """Prompts from this ordinal on are not to be leased now; None: there is no bound.
 
         The settled prefix only grows, so a bound stays right however late it is used. The holder of the
-        prefix has none: its groups have their room, and nobody waits for another's.
+        prefix has none: its groups have their room, and nobody waits for another's. Who keeps prompts aside has
+        none either: only a later group can show whether these are to blame, and theirs was room for one.
         """
         now = self._session.snapshot()
-        if min(self._held, default=now.settled + 1) <= now.settled or not self._others(now):
+        if self._num_aside or min(self._held, default=now.settled + 1) <= now.settled or not self._others(now):
             return None
         return (now.settled // self._group_size + self._groups_ahead) * self._group_size

@@ -95,6 +95,7 @@ class Producer:
             while True:
                 groups: list[CaptureGroup] | None = None
                 if in_flight.has_room and not stop() and (max_rounds is None or rounds < max_rounds):
+                    self._tell_held(in_flight.groups)
                     groups, rounds = self._lease(stop, alone=not in_flight), rounds + 1
                 self._tell_held([*in_flight.groups, *(groups or ())])
                 for group in groups or ():
@@ -131,7 +132,7 @@ class Producer:
         aside = self._isolation.num_held
         if self._neighbours is not None:
             aside += self._neighbours.num_aside()
-        if self.session.snapshot().prompts.leased > aside:
+        if self.session.snapshot().prompts.open > aside:  # leased, or too far ahead to be leased yet
             return False
         self._isolation.finish()
         self._upkeep.free_revoked()

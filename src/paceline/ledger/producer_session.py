@@ -39,6 +39,11 @@ class ProducerSession(Session):
         super().__init__(ledger, run_id, producer_role(worker), order)
         self.worker = worker
         self.attempt_max = attempt_max
+        self.leased: set[int] = set()  # ordinals of the leases that this session holds
+
+    def acquire(self) -> int:
+        self.leased = set()
+        return super().acquire()
 
     # -- the source and its leases ---------------------------------------------------------
 
@@ -54,7 +59,9 @@ class ProducerSession(Session):
 
         `below`: only prompts of lower ordinals.
         """
-        return self._change(self.ledger.lease, limit, group_size, below)
+        leases = self._change(self.ledger.lease, limit, group_size, below)
+        self.leased.update(lease.ordinal for lease in leases)
+        return leases
 
     def fail(self, ordinals: Sequence[int], reason: str, *, retryable: bool = True) -> list[int]:
         """End leases after a failure, with the bytes promised for them; returns what failed for good.
@@ -62,11 +69,14 @@ class ProducerSession(Session):
         Retryable prompts are pending again until `attempt_max` attempts; others fail at once.
         """
         limit = self.attempt_max if retryable else None
-        return self._change(self.ledger.give_back, list(ordinals), failure=reason, attempt_max=limit)
+        failed = self._change(self.ledger.give_back, list(ordinals), failure=reason, attempt_max=limit)
+        self.leased.difference_update(ordinals)
+        return failed
 
     def give_back(self, ordinals: Sequence[int]) -> None:
         """End leases without a failure, with the bytes promised for them."""
         self._change(self.ledger.give_back, list(ordinals))
+        self.leased.difference_update(ordinals)
 
     def failed(self, start: int, stop: int) -> Mapping[int, str]:
         return self.ledger.failed(start, stop)
@@ -100,6 +110,7 @@ class ProducerSession(Session):
         if not refs:
             return []
         fresh = self._change(self.ledger.commit, list(refs))
+        self.leased.difference_update(ref.ordinal for ref in refs if ref.ordinal is not None)
         return [ref for ref, is_new in zip(refs, fresh, strict=True) if is_new]
 
     def present(self) -> list[SampleRecord]:

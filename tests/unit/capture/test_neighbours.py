@@ -9,7 +9,8 @@ import pytest
 
 from paceline.capture.backpressure import LOW, Watermarks, check_feasible
 from paceline.capture.neighbours import SLOWER_BY, Neighbours
-from paceline.errors import EngineError, FencedError
+from paceline.capture.producer import Producer
+from paceline.errors import EngineError, FencedError, StoreError
 from paceline.ledger.facts import producers_in
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.producer_session import ProducerSession
@@ -17,6 +18,7 @@ from paceline.ledger.records import SourceBlock
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.ledger_calls import RUN_ID, refs_of
 from paceline.testing.light_adapters import InMemoryLightFeatureStore, LightEngine
+from paceline.testing.simulated_run import RUN_ID as SIMULATED
 from paceline.testing.simulated_run import Shape, simulated_producer
 
 GROUP, TIMEOUT_S = 2, 10.0
@@ -229,3 +231,69 @@ def test_producers_whose_every_prompt_fails_all_end_with_the_reason(ledger: SQLi
     assert errors
     assert all("index out of range" in str(error) for error in errors)
     assert ledger.snapshot().prompts.leased == 0
+
+
+def a_producer(
+    ledger: Ledger, shape: Shape, features: Any = None, refuses: Any = None, groups_ahead: int = 1
+) -> Producer:
+    """Producer 0 of a run that has another one, with room for that many groups ahead."""
+    producer = simulated_producer(
+        shape,
+        "0",
+        ledger,
+        features or InMemoryLightFeatureStore(),
+        LightEngine(refuses),
+        lambda *_, **__: None,
+    )
+    assert producer._neighbours is not None
+    producer._neighbours._groups_ahead = groups_ahead
+    return producer
+
+
+def test_who_has_just_captured_the_group_that_all_waited_for_is_bound_again(
+    ledger: SQLiteLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one is held by another producer now, and needs its room."""
+    other = ProducerSession(ledger, SIMULATED, "1")
+    producer = a_producer(ledger, Shape(prompts=6, group=2, producers=2))
+    other.acquire()
+    other.tell({"beat": 1})
+    begin = producer._begin
+
+    def other_leases_too(*group: Any) -> None:
+        begin(*group)
+        other.lease(2, 2)
+
+    monkeypatch.setattr(producer, "_begin", other_leases_too)
+    assert producer.run(max_rounds=2) == 2
+    assert ledger.snapshot().settled == 2
+
+
+def test_groups_that_fail_whole_at_the_start_do_not_end_a_run_that_has_more(ledger: SQLiteLedger) -> None:
+    """A later group shows that the engine works: their producer may go beyond the bound for it."""
+    bad = {f"{SIMULATED}:{ordinal}" for ordinal in range(4)}
+
+    def refuse(ids: list[str]) -> None:
+        if bad >= set(ids):
+            raise RuntimeError("index out of range")
+
+    other = ProducerSession(ledger, SIMULATED, "1")
+    other.acquire()
+    other.tell({"beat": 1})
+    assert a_producer(ledger, Shape(prompts=6, group=2, producers=2), refuses=refuse).run() == 2
+    assert ledger.snapshot().prompts.failed == 4
+    assert ledger.snapshot().closed
+
+
+def test_a_producer_that_an_error_ended_leaves_what_it_held_to_the_others(ledger: SQLiteLedger) -> None:
+    """They take it for dead after the time-out; one that said that it had left would keep its leases for ever."""
+    shape, features = Shape(prompts=6, group=2, producers=2), InMemoryLightFeatureStore()
+
+    def fail(*_: object, **__: object) -> None:
+        raise StoreError("the disk is gone", why="it was removed", next="put it back")
+
+    features.put = fail  # type: ignore[method-assign]
+    with pytest.raises(StoreError):
+        a_producer(ledger, shape, features).run()
+    assert ledger.snapshot().prompts.leased == 2
+    assert set(producers_in(ledger.facts())) == {"0"}
