@@ -76,7 +76,7 @@ class Neighbours:
             Thread(target=self._tell_until, args=(end,), name="paceline-heartbeat", daemon=True).start()
 
     def end(self) -> None:
-        """Leave: in good order if every lease was given back; else silently, for the others to take them over.
+        """Leave: in good order if every lease was given back, else in silence: the others take it over.
 
         Nobody else would return what an error has left, if this producer is not started again.
         """
@@ -184,10 +184,14 @@ class Neighbours:
         """Prompts from this ordinal on are not to be leased now; None: there is no bound.
 
         The settled prefix only grows, so a bound stays right however late it is used. The holder of the
-        prefix has none: its groups have their room, and nobody waits for another's. Who keeps prompts aside has
+        prefix has none: its groups have room, and nobody waits for another's. Who keeps prompts aside has
         none either: only a later group can show whether these are to blame, and theirs was room for one.
         """
         now = self._session.snapshot()
-        if self._num_aside or min(self._held, default=now.settled + 1) <= now.settled or not self._others(now):
+        if (
+            self._num_aside
+            or min(self._held, default=now.settled + 1) <= now.settled
+            or not self._others(now)
+        ):
             return None
         return (now.settled // self._group_size + self._groups_ahead) * self._group_size

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,6 +47,15 @@ OUT_OF_MEMORY = (
     "if the kernel killed it for lack of memory (see dmesg), free some, or start a new run with a smaller "
     "capture.group_size; then run the same command again."
 )
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """How often a role was restarted without progress; the progress and the error of the last time."""
+
+    count: int = 0
+    progress: object = None
+    error: str = ""
 
 
 class StopSignals:
@@ -86,9 +96,7 @@ class Supervisor:
         self._config: RunConfig = plan.config
         self._show, self._tell = show, tell
         self._children: dict[str, Child] = {}
-        self._restarts = 0  # without progress between them
-        self._before: object = None  # progress at the last restart
-        self._failed_before: tuple[str, str] | None = None  # role and error of the last restart
+        self._restarts: dict[str, Restarts] = {}  # by role: many producers may be killed at once
         self._signals = StopSignals(lambda: list(self._children.values()))
         self._store = self._config.open_ledger(tell)
 
@@ -214,20 +222,19 @@ class Supervisor:
             )
 
     def _restart(self, role: str, code: int, error: RoleFailedError | None = None) -> None:
-        progress = self._progress()
-        moves = progress != self._before
-        failed = None if error is None else (role, error.what)
-        if error is not None and failed == self._failed_before and not moves:
+        before, progress = self._restarts.get(role, Restarts()), self._progress()
+        moves = progress != before.progress
+        if error is not None and error.what == before.error and not moves:
             raise error
-        self._restarts = 1 if moves else self._restarts + 1
-        self._before, self._failed_before = progress, failed
-        if self._restarts > self._config.machine.restarts_max:
-            raise error or self._restarted_too_often(role, code)
+        count = 1 if moves else before.count + 1
+        self._restarts[role] = Restarts(count, progress, "" if error is None else error.what)
+        if count > self._config.machine.restarts_max:
+            raise error or self._restarted_too_often(role, code, count)
         self._start(role)
 
-    def _restarted_too_often(self, role: str, code: int) -> PacelineError:
+    def _restarted_too_often(self, role: str, code: int, count: int) -> PacelineError:
         log = f"read {log_path(self._config, role)}"
-        ended = f"The {role} ended {self._restarts} times"
+        ended = f"The {role} ended {count} times"
         why = "Everything that was checkpointed is safe."
         if code == 0:
             return PacelineError(

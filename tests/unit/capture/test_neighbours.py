@@ -286,7 +286,7 @@ def test_groups_that_fail_whole_at_the_start_do_not_end_a_run_that_has_more(ledg
 
 
 def test_a_producer_that_an_error_ended_leaves_what_it_held_to_the_others(ledger: SQLiteLedger) -> None:
-    """They take it for dead after the time-out; one that said that it had left would keep its leases for ever."""
+    """They take it for dead after the time-out; had it said that it left, nobody would."""
     shape, features = Shape(prompts=6, group=2, producers=2), InMemoryLightFeatureStore()
 
     def fail(*_: object, **__: object) -> None:

@@ -38,7 +38,7 @@ def supervisor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Supervisor:
     supervised._config = SimpleNamespace(  # type: ignore[assignment]
         machine=SimpleNamespace(restarts_max=2), run=SimpleNamespace(directory=tmp_path)
     )
-    supervised._restarts, supervised._before, supervised._failed_before = 0, None, None
+    supervised._restarts = {}
     supervised._children = {}
     monkeypatch.setattr(supervised, "_start", lambda _: None)
     return supervised
@@ -57,10 +57,19 @@ def test_restarts_without_progress_come_to_an_end(supervisor: Supervisor) -> Non
         ended(supervisor, "consumer", -9)
 
 
+def test_many_producers_that_are_killed_at_once_are_all_started_again(supervisor: Supervisor) -> None:
+    """Each role's restarts count for themselves: one machine out of memory is not a kill at every start."""
+    for _ in range(2):
+        for number in range(1, 6):
+            ended(supervisor, f"producer-{number}", -9)
+    with pytest.raises(PacelineError, match="producer-3 ended 3 times"):
+        ended(supervisor, "producer-3", -9)
+
+
 def test_want_of_memory_is_suspected_only_of_a_kill(supervisor: Supervisor) -> None:
     """A crash of a library is another matter, and an end without an error still another one."""
     for code, words in ((-11, "by SIGSEGV"), (0, "without an error")):
-        supervisor._restarts, supervisor._before = 0, None
+        supervisor._restarts = {}
         for _ in range(2):
             ended(supervisor, "consumer", code)
         with pytest.raises(PacelineError, match=f"3 times {words}") as caught:

@@ -145,7 +145,7 @@ class Waits:
 def test_a_producer_cannot_join_from_a_host_whose_memory_the_consumer_does_not_read(
     config: RunConfig, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its features would be lost samples to the consumer, again and again. Asked to stop, it waits no longer."""
+    """Its features would be lost samples to the consumer, again and again. A stop ends the wait."""
     waits = Waits(ledger, monkeypatch)
     take_folder(config, ledger)
     ledger.set_facts(None, {"features_lie": {**ledger.facts()["features_lie"], "boot": FAR["boot"]}})
@@ -162,7 +162,7 @@ def test_a_producer_cannot_join_from_a_host_whose_memory_the_consumer_does_not_r
 def test_a_run_goes_on_on_another_host_when_the_first_was_killed_with_all_that_ran_there(
     config: RunConfig, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a new container, whose name and shared memory are others: once the dead were silent for the time-out."""
+    """As in a new container, under another name: once the dead were silent for the time-out."""
     waits, told = Waits(ledger, monkeypatch), list[str]()
     take_folder(config, ledger)
     ledger.set_facts(None, {"features_lie": {**ledger.facts()["features_lie"], "boot": FAR["boot"]}})
@@ -195,7 +195,7 @@ def test_a_supervisor_starts_a_producer_again_that_was_taken_for_dead(
 
     supervisor, started = object.__new__(Supervisor), list[str]()
     supervisor._store, supervisor._config = ledger, config
-    supervisor._restarts, supervisor._before, supervisor._failed_before = 0, None, None
+    supervisor._restarts = {}
     monkeypatch.setattr(supervisor, "_start", started.append)
     error = RoleFailedError("taken over", "why", "next", FencedError.exit_code)
     ended: Any = SimpleNamespace(poll=lambda: FencedError.exit_code, error=lambda: error)
