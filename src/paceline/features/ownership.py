@@ -26,7 +26,7 @@ IDENTITY = "identity"
 WRITER_LOCK = "writer.lock"
 SLOT_NAME = re.compile(r"slot-(\d+-)?\d{8,}")
 ENGINES_FILE = re.compile(r"[\w.-]+\.safetensors(\.lock)?")  # what an engine's server leaves
-HALF_MADE = re.compile(rf"({IDENTITY}|{OWNER_FILE}|{SLOT_NAME.pattern})\.new")
+HALF_MADE = re.compile(rf"({IDENTITY}|{OWNER_FILE}(\.\d+)?|{SLOT_NAME.pattern})\.new")
 OWNER_BYTES_MAX = 1 << 16
 OTHERS_MAY_WRITE = 0o022
 
@@ -86,7 +86,7 @@ def sign(folder: Path, owner: Owner) -> None:
     try:
         make_private(folder)
         if owner_of(folder) != owner:
-            aside = folder / f"{OWNER_FILE}.new"
+            aside = folder / f"{OWNER_FILE}.{os.getpid()}.new"  # several roles may sign it at the same time
             aside.unlink(missing_ok=True)
             content = {"run": owner.run, "directory": str(owner.directory)}
             with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,24 @@ def test_a_signed_folder_says_which_run_it_serves(directory: Path) -> None:
     assert_same(reader_of(directory).get(ref), features(1))
     remove(directory)
     assert not directory.exists()
+
+
+def test_two_roles_may_sign_a_folder_at_the_same_time(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Producers that start together do so for their engine's folder."""
+    dump = json.dump
+
+    def dump_after_another_has_signed(*content: Any) -> None:
+        monkeypatch.setattr(json, "dump", dump)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        sign(directory, RUN)
+        dump(*content)
+
+    monkeypatch.setattr(json, "dump", dump_after_another_has_signed)
+    sign(directory, RUN)
+    assert owner_of(directory) == RUN
+    assert [path.name for path in directory.iterdir()] == ["owner.json"]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"run": 1}', b"[" * 60_000])
