@@ -58,15 +58,19 @@ def take_folder(
     ledger: Ledger,
     tell: Callable[[str], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
+    *,
+    joins: bool = False,
 ) -> Path:
     """Create and sign the folder, and free the one that the run used before. For a producer.
 
     Raises StoreError if live producers on another host keep the features in that host's memory. Whether they
-    live, it may have to wait for: `tell` says so.
+    live, it may have to wait for: `tell` says so. A producer that `joins` never moves the features.
     """
     folder, run = folder_of(config, ledger), config.run.directory.absolute()
     recorded = ledger.facts().get(FEATURES_LIE)
     if recorded is not None and recorded != _place(config, ledger):
+        if joins:
+            raise _would_move(recorded["folder"], folder)
         _take_from_silent(config, ledger, recorded, tell, should_stop)
     if recorded is not None and Path(recorded["folder"]) != folder.absolute():
         _free_left(Path(recorded["folder"]), config.run.name, run)
@@ -93,6 +97,16 @@ def _take_from_silent(
         if speaks(ledger, worker, timeout_s, should_stop):
             raise _on_another_host(recorded["folder"], host)
         take_from(ledger, [worker], "it was not heard of, and the run goes on elsewhere")
+
+
+def _would_move(theirs: str, ours: Path) -> StoreError:
+    return StoreError(
+        f"The features of this run lie in {theirs}, and this producer would keep its own in {ours}, "
+        "another place or mount.",
+        why="The consumer could not read them: each would be a lost sample, again and again.",
+        next="join on the host of the run's other roles, with the run's own folder (containers: one shared "
+        "/dev/shm). After a restart of that host start the run first: `paceline train RUN.yaml`.",
+    )
 
 
 def _on_another_host(folder: str, host: object) -> StoreError:

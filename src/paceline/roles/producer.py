@@ -50,7 +50,13 @@ def produce(
     stretches = bind_run(plan, ledger, role=role)
     if ledger.facts().get(COMPLETED_STEP) is not None:
         return
-    folder = take_folder(config, ledger, lambda message: events.write("note", message=message), should_stop)
+    folder = take_folder(
+        config,
+        ledger,
+        lambda message: events.write("note", message=message),
+        should_stop,
+        joins=joins,
+    )
     target = bind_target(ledger, config, role)
     refuse_foreign_answers(config, target)
     place = EngineFolder(config)

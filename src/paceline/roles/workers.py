@@ -15,7 +15,7 @@ from typing import Any
 
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError, RunBusyError
-from paceline.ledger.facts import COMPLETED_STEP, producer_fact, producers_in
+from paceline.ledger.facts import COMPLETED_STEP, PRODUCERS_STARTED, producer_fact, producers_in
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import RoleLock, live_holder
 from paceline.ledger.producer_session import WORKER
@@ -99,14 +99,17 @@ def speaks(ledger: Ledger, worker: str, within_s: float, should_stop: Callable[[
 def take_from_the_dead(config: RunConfig, ledger: Ledger) -> None:
     """Return the leases of producers of this host that have no process, before some are started.
 
-    Those that are started return their own leases.
+    A lease may also be of one whose fact is gone, because a start was killed in here. Those that are started
+    return their own leases.
     """
-    facts, started = ledger.facts(), started_roles(config)
-    workers = producers_in(facts).keys() - set(elsewhere(facts))
+    now, started = ledger.snapshot(), started_roles(config)
+    told = producers_in(now.facts)
+    ever = {role.partition(":")[2] for role in now.epochs if role != CONSUMER}
+    workers = (ever if now.prompts.leased else told.keys()) - set(elsewhere(now.facts))
     dead = sorted(w for w in workers if live_holder(config.run.directory, role_of(w)) is None)
-    if dead:
-        ledger.set_facts(None, {producer_fact(worker): None for worker in dead})
     take_from(ledger, (w for w in dead if role_of(w) not in started), "its process was gone at a start")
+    left = {producer_fact(w): None for w in dead if w in told and role_of(w) in started}
+    ledger.set_facts(None, {**left, PRODUCERS_STARTED: config.machine.producers})
 
 
 def join(config: RunConfig) -> RoleLock:
@@ -125,7 +128,7 @@ def join(config: RunConfig) -> RoleLock:
     choosing = RoleLock(directory, JOINING)
     try:
         taken = {producer_fact(worker) for worker in elsewhere(facts)}
-        for number in count(max(1, config.machine.producers)):
+        for number in count(max(1, config.machine.producers, facts.get(PRODUCERS_STARTED, 0))):
             if producer_fact(str(number)) in taken:
                 continue
             try:

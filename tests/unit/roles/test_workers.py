@@ -114,6 +114,35 @@ def test_a_start_returns_the_work_of_dead_producers_of_this_host(config: RunConf
     live.release()
 
 
+def test_a_start_returns_leases_of_which_no_fact_is_left(config: RunConfig, ledger: Ledger) -> None:
+    """An earlier start was killed while it cleared up; nobody else would ever return them."""
+    producer(ledger, "5", about_this_process()).tell(None)
+    take_from_the_dead(config, ledger)
+    assert ledger.snapshot().prompts.leased == 0
+
+
+def test_who_joins_takes_no_name_of_the_producers_that_were_started(
+    config: RunConfig, ledger: Ledger
+) -> None:
+    """Though one of them is being started again, and the run's recorded settings name fewer of them."""
+    more = config.model_copy(update={"machine": config.machine.model_copy(update={"producers": 5})})
+    take_from_the_dead(more, ledger)
+    assert join(config).role == "producer-5"
+
+
+def test_a_producer_that_joins_from_another_folder_or_mount_is_refused(
+    config: RunConfig, ledger: Ledger
+) -> None:
+    """It would move the features away from the consumer of a run that is going on."""
+    take_folder(config, ledger)
+    take_folder(config, ledger, joins=True)
+    lies = {**ledger.facts()["features_lie"], "device": -1}
+    ledger.set_facts(None, {"features_lie": lies})
+    with pytest.raises(StoreError, match="would keep its own"):
+        take_folder(config, ledger, joins=True)
+    assert ledger.facts()["features_lie"] == lies
+
+
 def test_status_names_the_group_that_training_waits_for_and_its_holder(
     config: RunConfig, ledger: Ledger
 ) -> None:
