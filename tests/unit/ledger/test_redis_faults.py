@@ -14,7 +14,7 @@ import pytest
 
 from paceline.errors import LedgerError, LedgerRegressedError, UnknownResultError
 from paceline.ledger.producer_session import ProducerSession
-from paceline.ledger.records import Lease
+from paceline.ledger.records import Lease, SourceBlock
 from paceline.ledger.stores.redis import RedisLedger
 from paceline.ledger.stores.redis.address import Address
 from paceline.ledger.stores.redis.server import Server
@@ -155,6 +155,22 @@ def test_a_lost_result_of_an_acquisition_costs_no_epoch(link: BrokenLink, opened
     link.strike("acquire", Moment.AFTER)
     assert session.acquire() == 1
     assert ledger.snapshot().restarts == 0
+
+
+def test_a_late_copy_of_a_call_that_changed_nothing_changes_nothing(
+    valkey: ValkeyServer, opened: Open
+) -> None:
+    """A lease that found no prompt would find one by then, and nobody would know that it is leased."""
+    ledger = opened(valkey.url, uuid.uuid4().hex)
+    ledger.extend(None, [SourceBlock(0, 1, "prompts")])
+    holder, waiting = (ledger.acquire(f"producer:{worker}", "a test") for worker in "ab")
+    assert ledger.lease(holder.call(1), 1) == [Lease(0)]
+    assert ledger.lease(waiting.call(1), 1) == []
+    ledger.give_back(holder.call(2), [0])
+    before = ledger.lsn()
+    assert ledger.lease(waiting.call(1), 1) == []
+    assert (ledger.lsn(), ledger.snapshot().prompts.leased) == (before, 0)
+    assert ledger.lease(waiting.call(2), 1) == [Lease(0)]
 
 
 def test_a_lost_answer_is_asked_for_again(link: BrokenLink, opened: Open) -> None:

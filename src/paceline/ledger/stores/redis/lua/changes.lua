@@ -111,6 +111,14 @@ local function write_nothing()
   end
 end
 
+-- The result of the role's last operation, for a repetition of it.
+local function record(packed)
+  if role and op then
+    redis.call('HSET', KEY.ops, role, op)
+    redis.call('HSET', KEY.results, role, packed)
+  end
+end
+
 local function commit_change(result)
   if run_before.loading then -- a copy has the changes of what it is a copy of
     write()
@@ -123,10 +131,7 @@ local function commit_change(result)
   run.lsn = run.lsn + 1
   write()
   local packed = cmsgpack.pack(result)
-  if role and op then
-    redis.call('HSET', KEY.ops, role, op)
-    redis.call('HSET', KEY.results, role, packed)
-  end
+  record(packed)
   redis.call('XADD', KEY.changes, 'MAXLEN', 1, string.format('%.0f-0', run.lsn), 'lsn', run.lsn)
   return answer_packed('ok', packed)
 end
@@ -163,8 +168,11 @@ local function make_change(name, arguments)
     error(result)
   end
   if result == UNCHANGED then
+    -- Recorded all the same: a copy that arrives late must not find something to change by then.
+    local packed = cmsgpack.pack(unchanged)
+    record(packed)
     write_nothing()
-    return answer('ok', unchanged)
+    return answer_packed('ok', packed)
   end
   return commit_change(result)
 end
