@@ -20,6 +20,18 @@ local function trained_step(step, plan)
   return {step, plan.rev, visits}
 end
 
+-- Planned steps after one and through another, in order.
+local function planned_after(after, through)
+  local steps = {}
+  for step in pairs(plans.load_all()) do
+    if step > after and step <= through then
+      steps[#steps + 1] = step
+    end
+  end
+  table.sort(steps)
+  return steps
+end
+
 -- Those of the samples that an archived step finished, as a set. In ordinal order it searches the whole archive,
 -- once for all of them; that order asks only about calls that are wrong or come twice, and at rolling forward.
 function archived_among(sample_ids)

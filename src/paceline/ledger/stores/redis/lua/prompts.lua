@@ -86,21 +86,12 @@ end
 
 -- The first `limit` prompts below `stop` that are pending again, outside the groups that others hold.
 local function pending_again(limit, size, held, stop)
-  local found, from, page = {}, 0, 500
-  while #found < limit do
-    local part = redis.call('ZRANGE', KEY.pending, from, from + page - 1)
-    for _, text in ipairs(part) do
-      local ordinal = tonumber(text)
-      if #found < limit and ordinal < stop and not held[math.floor(ordinal / size)] then
-        found[#found + 1] = ordinal
-      end
-    end
-    if #part < page then
-      break
-    end
-    from = from + page
-  end
-  return found
+  return first_kept(limit, PAGE, function(from)
+    return redis.call('ZRANGE', KEY.pending, from, from + PAGE - 1)
+  end, function(text)
+    local ordinal = tonumber(text)
+    return ordinal < stop and not held[math.floor(ordinal / size)] and ordinal
+  end)
 end
 
 function change.lease(limit, group_size, below)

@@ -162,17 +162,6 @@ local function block_after(after)
   end
 end
 
-local function planned_after(after, through)
-  local steps = {}
-  for step in pairs(plans.load_all()) do
-    if step > after and step <= through then
-      steps[#steps + 1] = step
-    end
-  end
-  table.sort(steps)
-  return steps
-end
-
 -- Some steps after step `after`: {steps, the step up to which this page goes; NULL at the end}. Steps may be
 -- archived between two pages, and are told once all the same.
 function ask.history(after, through, sample_id)

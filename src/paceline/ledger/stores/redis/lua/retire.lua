@@ -13,18 +13,6 @@ local function retire_checkpoints(keep)
   return retired > 0, checkpoints.get(steps[math.max(1, retired + 1)] or 0)
 end
 
--- Planned steps up to `last`, in order.
-local function planned_through(last)
-  local steps = {}
-  for step in pairs(plans.load_all()) do
-    if step <= last then
-      steps[#steps + 1] = step
-    end
-  end
-  table.sort(steps)
-  return steps
-end
-
 -- Trained samples up to `step` whose places lie below `first_place`.
 local function trained_samples(step, first_place)
   local found, ids = {}, redis.call('ZRANGEBYSCORE', KEY.log, '-inf', '(' .. string.format('%.0f', first_place))
@@ -60,7 +48,7 @@ function change.retire(keep, archive_from, block_size)
     end
     return UNCHANGED, 0
   end
-  local steps = planned_through(oldest.step)
+  local steps = planned_after(-math.huge, oldest.step)
   local below = string.format('(%.0f', oldest.first_place)
   run.archived_step = math.max(run.archived_step, oldest.step)
   if math.max(#steps, redis.call('ZCOUNT', KEY.log, '-inf', below)) < archive_from then

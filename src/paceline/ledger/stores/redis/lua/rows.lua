@@ -1,6 +1,7 @@
 -- Reading and writing hashes of packed rows.
 
 local CHUNK, NULL = 4000, cjson.null -- Lua's stack takes 8,000 values
+local PAGE = 500 -- members of a sorted set that are read at a time
 local run -- the run's counters; see state.lua
 
 local function in_chunks(command, key, values)
@@ -25,6 +26,26 @@ local function pairs_in(key)
   local flat, found = redis.call('HGETALL', key), {}
   for at = 1, #flat, 2 do
     found[#found + 1] = {flat[at], flat[at + 1]}
+  end
+  return found
+end
+
+-- The first `limit` values that `kept(member)` has for the members of a list; `part(from)` reads at most `page`
+-- of them, counted from 0.
+local function first_kept(limit, page, part, kept)
+  local found, from = {}, 0
+  while #found < limit do
+    local members = part(from)
+    for _, member in ipairs(members) do
+      local value = #found < limit and kept(member)
+      if value then
+        found[#found + 1] = value
+      end
+    end
+    if #members < page then
+      break
+    end
+    from = from + page
   end
   return found
 end

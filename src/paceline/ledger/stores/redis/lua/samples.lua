@@ -186,22 +186,14 @@ end
 
 -- Up to `limit` resident samples of an index that are covered, as {place, id, generation}.
 local function covered_in(index, limit, head_step)
-  local found, from, page = {}, 0, 500
-  while #found < limit do
-    local ids = redis.call('ZRANGE', KEY[index], from, from + page - 1)
+  return first_kept(limit, PAGE, function(from)
+    local ids = redis.call('ZRANGE', KEY[index], from, from + PAGE - 1)
     samples.load(ids)
-    for _, id in ipairs(ids) do
-      local sample = samples.get(id)
-      if #found < limit and sample.resident and is_covered(sample, head_step) then
-        found[#found + 1] = {sample.place, id, sample.generation}
-      end
-    end
-    if #ids < page then
-      break
-    end
-    from = from + page
-  end
-  return found
+    return ids
+  end, function(id)
+    local sample = samples.get(id)
+    return sample.resident and is_covered(sample, head_step) and {sample.place, id, sample.generation}
+  end)
 end
 
 function change.release(freed, limit)

@@ -210,19 +210,11 @@ end
 -- The blocks that hold the prompts from `first` on, at most `limit`.
 local function blocks_from(first, limit)
   local before = redis.call('ZREVRANGEBYSCORE', KEY.source, first, '-inf', 'WITHSCORES', 'LIMIT', 0, 1)
-  local found, from, page = {}, 0, math.min(limit, 500) + 1
-  while #found < limit do
-    local part = redis.call('ZRANGEBYSCORE', KEY.source, before[2] or '-inf', '+inf', 'LIMIT', from, page)
-    for _, text in ipairs(part) do
-      local block = cmsgpack.unpack(text)
-      if block[1] + block[2] > first and #found < limit then
-        found[#found + 1] = block
-      end
-    end
-    if #part < page then
-      break
-    end
-    from = from + page
-  end
-  return found
+  local page = math.min(limit, PAGE) + 1
+  return first_kept(limit, page, function(from)
+    return redis.call('ZRANGEBYSCORE', KEY.source, before[2] or '-inf', '+inf', 'LIMIT', from, page)
+  end, function(text)
+    local block = cmsgpack.unpack(text)
+    return block[1] + block[2] > first and block
+  end)
 end
