@@ -374,7 +374,7 @@ def _worker(schedules: Sequence[Schedule], write: int, server: str) -> None:
                 counts.update(execute(schedule, server))
             except Violation as violation:
                 violations.append(str(violation))
-                if len(violations) == 5:
+                if len(violations) == 3:
                     break
     except BaseException:  # noqa: BLE001 (told to the parent; a fork must not return into its stack)
         violations.append(traceback.format_exc())
