@@ -34,7 +34,7 @@ def told(run: TinyRun, role: str, kind: str) -> int:
 def test_three_producers_that_die_at_random_times_leave_the_same_weights(
     tiny_model: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:
-    """Each is started again by itself, and the others go on meanwhile. Which of them captures is not fixed."""
+    """Each is started again by itself; the others go on meanwhile. Which of them captures is not fixed."""
     run = make_run(tmp_path, tiny_model, producers=3, producer_timeout_s=5)
     counts = random_kills.train_with_kills(run, random.Random(5), kills=3)
     assert sum(count for what, count in counts.items() if what.endswith("killed")) >= 2, counts
