@@ -7,7 +7,7 @@ TRAINED ?= runs/smollm2-cpu
 SCALE ?= 1
 BIN := $(VENV)/bin
 
-.PHONY: help install model train evaluate test lint types layers check bench quality test-vllm gpu reliability clean
+.PHONY: help install model train evaluate test lint types layers reference check bench quality test-vllm gpu reliability clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ lint: install ## ruff
 
 types: install ## mypy, strict
 	$(BIN)/mypy
+
+reference: install ## write the generated parts of docs/
+	$(BIN)/python scripts/write_reference.py
 
 layers: install ## the dependency rule
 	$(BIN)/lint-imports

@@ -29,6 +29,7 @@ EVENTS = {
     "role_ended": "it ended by itself, or was asked to stop (`stopped`)",
     "error": "it ended with this error and exit code",
     "blocked": "it waits for the other role; seconds so far",
+    "idle": "a producer waits for its turn, since others hold the next prompts; seconds so far",
     # producer
     "engine_ready": "the target is loaded and was probed",
     "started": "the producer took its role: orphans that it freed, samples that are lost",

@@ -106,11 +106,15 @@ class Backpressure:
         report: Callable[..., None] = lambda *_, **__: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
+        """`blocked` counts the waits for room; `idle` those for prompts that other producers hold."""
         self._features = features
         self._session = session
         self._marks = marks
         self._paused = False
         self.blocked = BlockedTime(report, clock)
+        self.idle = BlockedTime(
+            lambda _, blocked_seconds: report("idle", idle_seconds=blocked_seconds), clock
+        )
 
     @property
     def window_samples(self) -> int:

@@ -159,7 +159,9 @@ class Producer:
             if self._finish():
                 return None
             self._before_wait()
-            self.session.wait(mark, WAIT_S)  # others hold the remaining prompts, or those before them
+            with pressure.idle:
+                pressure.idle.waiting()
+                self.session.wait(mark, WAIT_S)  # others hold the remaining prompts, or those before them
         parts = groupby(leases, lambda lease: self._groups.bounds(lease.ordinal))
         return [self._groups.group(list(together)) for _, together in parts]
 
@@ -225,6 +227,7 @@ class Producer:
             num_tokens=sum(ref.num_tokens for ref in refs),
             seconds=monotonic() - capture.began_at,
             blocked_seconds=self._backpressure.blocked.seconds,
+            idle_seconds=self._backpressure.idle.seconds,
         )
         return len(fresh)
 

@@ -24,7 +24,15 @@ from paceline.cli.fsck import fsck_directory
 from paceline.cli.inspect_run import inspect_all, inspect_sample, inspect_step
 from paceline.cli.ledger import copy_run_ledger
 from paceline.cli.options import takes
-from paceline.cli.plain import INTERRUPTED, exit_code_of_lost_output, out, say, say_error, stderr
+from paceline.cli.plain import (
+    INTERRUPTED,
+    exit_code_of_lost_output,
+    out,
+    say,
+    say_document,
+    say_error,
+    stderr,
+)
 from paceline.cli.progress import Progress, best_lines, describe, evaluation_lines, final_line, trained
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
@@ -34,6 +42,7 @@ from paceline.errors import ConfigError, PacelineError, explained
 from paceline.evaluation.settings import EvaluationRequest
 from paceline.exports.settings import ExportSection
 from paceline.ledger.place import known
+from paceline.monitoring.status import status_of
 from paceline.regular_files import kind_of
 from paceline.roles.child import RoleFailedError
 from paceline.roles.plan import RunPlan, plan_run, role_environment
@@ -158,12 +167,21 @@ def consume(run_file: RunFile) -> None:
 
 @app.command()
 @advises
-def status(run: Run) -> None:
+def status(
+    run: Run,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts; see docs/status.md.")] = False,
+) -> None:
     """Show what a run has done and what it is doing."""
     directory = _directory(run)
     with making_sense(directory):
         snapshot = take_snapshot(directory, open_run(directory))
+        now = status_of(directory, snapshot)
+    if as_json:
+        say_document(now)
+        return
     describe(out, snapshot)
+    if now.waiting.words:
+        say(out, now.waiting.words)
 
 
 @app.command()

@@ -7,8 +7,10 @@ obey control characters.
 from __future__ import annotations
 
 import errno
+import json
 from typing import IO, cast
 
+import msgspec
 from rich.console import Console
 from rich.text import Text
 
@@ -31,6 +33,11 @@ def plain(text: str, style: str = "") -> Text:
 def say(console: Console, text: str) -> None:
     """Print it as one line, however long it is."""
     console.print(plain(text), soft_wrap=True)
+
+
+def say_document(document: msgspec.Struct) -> None:
+    """Print it as JSON, in ASCII: a terminal obeys nothing in it."""
+    out.file.write(json.dumps(msgspec.to_builtins(document, str_keys=True), indent=1) + "\n")
 
 
 def say_error(error: PacelineError) -> None:

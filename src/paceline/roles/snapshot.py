@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,7 @@ class RunSnapshot:
 
     `blocked_s`: how long each role has waited for the other side since its last start. `away`: producers on
     other hosts, with what each has told. `waits_for`: the group that training waits for, and who holds it.
-    `notes`: the producers' notes on the prompts since their last starts.
+    `notes`: the producers' notes on the prompts since their last starts. `events`: the newest ones, by role.
     """
 
     ledger: Snapshot
@@ -64,6 +64,7 @@ class RunSnapshot:
     ledger_at: str = ""  # where the ledger is, if it is no file of the run's folder
     away: dict[str, dict[str, Any]] = field(default_factory=dict)
     waits_for: str = ""
+    events: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict, repr=False)
 
     @property
     def run_id(self) -> str:
@@ -132,7 +133,7 @@ def making_sense(directory: Path) -> Iterator[None]:
 def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
     live = _live(directory)
     events = {role: read_events(directory / "events" / f"{role}.jsonl") for role in live}
-    recent = {role: _since_start(events[role]) for role in live}
+    recent = {role: since_start(events[role]) for role in live}
     notes = [
         str(event.get("message"))
         for role in filter(is_producer, live)
@@ -160,6 +161,7 @@ def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
         ledger_at=_ledger_at(directory),
         away={role_of(worker): told[worker] for worker in elsewhere(now.facts)},
         waits_for=_waits_for(now),
+        events=events,
     )
 
 
@@ -194,29 +196,30 @@ def _best(directory: Path, curve: Curve) -> Point | None:
         return None
 
 
-def _since_start(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def since_start(events: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """The events of the role's newest process."""
     starts = [place for place, event in enumerate(events) if event.get("event") == "role_started"]
     return events[starts[-1] :] if starts else events
 
 
-def _blocked_s(events: list[dict[str, Any]]) -> float:
+def _blocked_s(events: Sequence[Mapping[str, Any]]) -> float:
     """The newest sum, which is at most a second old."""
     return next(
-        (_numbers(e).get("blocked_seconds", 0.0) for e in reversed(events) if "blocked_seconds" in e), 0.0
+        (finite_numbers(e).get("blocked_seconds", 0.0) for e in reversed(events) if "blocked_seconds" in e),
+        0.0,
     )
 
 
 def _last(events: list[dict[str, Any]], kind: str) -> dict[str, float]:
     """The figures of the newest event of this kind."""
-    return next((_numbers(event) for event in reversed(events) if event.get("event") == kind), {})
+    return next((finite_numbers(event) for event in reversed(events) if event.get("event") == kind), {})
 
 
 def _last_step(events: list[dict[str, Any]]) -> dict[str, float]:
     """The figures of the newest step; the estimate is a mean over steps, since one step has few tokens."""
     last = _last(events, "step")
     if ESTIMATE in last:
-        found = [_numbers(event) for event in events if event.get("event") == "step"]
+        found = [finite_numbers(event) for event in events if event.get("event") == "step"]
         newest = [figures[ESTIMATE] for figures in found[-STEPS_OF_ESTIMATE:] if ESTIMATE in figures]
         last[ESTIMATE] = sum(newest) / len(newest)
     return last
@@ -240,14 +243,14 @@ def read_evaluation(directory: Path) -> dict[str, Any]:
         if "lookup" in found:
             ways.append(found["lookup"])
             against = found["against_lookup"]["chain" if found["branching"] == 1 else "tree"]
-            if not _numbers(against).keys() >= {"gain", "speed_ratio"}:
+            if not finite_numbers(against).keys() >= {"gain", "speed_ratio"}:
                 return {}
-        return found if all(_numbers(way).keys() >= set(MEASURED) for way in ways) else {}
+        return found if all(finite_numbers(way).keys() >= set(MEASURED) for way in ways) else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+def finite_numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """The values that are finite numbers: a file may hold anything."""
     return {name: value for name, value in values.items() if _is_finite(value)}
 
