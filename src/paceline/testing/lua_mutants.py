@@ -73,8 +73,8 @@ LUA_MUTANTS: dict[str, LuaMutant] = {
     ),
     "lease given twice": LuaMutant(
         "two workers capture one prompt",
-        "return prompt.state == 'pending' and ordinal",
-        "return prompt.state ~= 'failed' and ordinal",
+        "prompt.state == 'pending' and ordinal",
+        "prompt.state ~= 'failed' and ordinal",
     ),
     "a neighbour's group is leased": LuaMutant(
         "a group has two workers", "if pair[2] ~= worker then\n      held", "if false then\n      held"
@@ -96,7 +96,7 @@ LUA_MUTANTS: dict[str, LuaMutant] = {
         "not intent.revoked then",
     ),
     "a start revokes nobody's intents": LuaMutant(
-        "a dead producer's bytes are promised for ever", "intents.change(generation).revoked = true"
+        "a dead producer's bytes are promised for ever", "intents:change(generation).revoked = true"
     ),
     "a start ends everybody's work": LuaMutant(
         "a neighbour's leases return", "if pair[2] == dead then", "if true then"
@@ -117,7 +117,7 @@ LUA_MUTANTS: dict[str, LuaMutant] = {
         "a late checkpoint is head", "if head and checkpoint.step <= head.step then", "if false then"
     ),
     "a head makes nothing durable": LuaMutant(
-        "features are kept for ever", "samples.change(id).acked = 2", "samples.change(id).acked = 1"
+        "features are kept for ever", "samples:change(id).acked = 2", "samples:change(id).acked = 1"
     ),
     "freed at ack": LuaMutant(
         "features go before the head", "  return sample.acked == 2\nend", "  return sample.acked > 0\nend"

@@ -83,7 +83,7 @@ class Calls:
         values = encoded(arguments)
 
         def commands(_: Link, whole: bool) -> list[Command]:
-            return [self._command(reading(), name, self._context(), values, whole)]
+            return [self._command(reading(name), name, self._context(), values, whole)]
 
         [reply] = self._server.ask(commands, repeatable=True)
         return self._taken(reply)
@@ -202,7 +202,7 @@ class Calls:
         values = encoded(())
 
         def commands(_: Link, whole: bool) -> list[Command]:
-            return [self._command(reading(), "lsn", context, values, whole)]
+            return [self._command(reading("lsn"), "lsn", context, values, whole)]
 
         [[status, lsn, *_]] = self._server.ask(commands, repeatable=True)
         return "" if status == b"ok" else f"{self} {_lack(status.decode(), lsn, known)}."

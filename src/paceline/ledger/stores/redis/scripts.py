@@ -22,12 +22,20 @@ NAMES = (
     *("samples", "refs", "log", "durable", "kept", "provisional", "lost", "quarantined"),
     *("plans", "checkpoints", "archive", "blocks", "archived_ids"),
 )
-SHARED = ("rows", "state", "calls", "archive")
-CHANGES = (*SHARED, "prompts", "samples", "lineage", "steps", "retire", "moving", "changes")
-# A server makes the functions of a script anew at each call, so what is called often loads less.
-PRODUCERS = ("lease", "reserve", "commit", "give_back", "set_facts")
-PRODUCING = (*SHARED, "prompts", "samples", "changes")
-READING = (*SHARED, "reading", "dump", "asking")
+SHARED = ("rows", "state", "calls")
+CHANGES = (*SHARED, "archive", "prompts", "samples", "lineage", "steps", "retire", "moving", "changes")
+READING = (*SHARED, "archive", "reading", "dump", "asking")
+# A server makes the functions of a script anew at each call, so what is called often loads what it needs.
+PARTS = {
+    "lease": (*SHARED, "prompts", "changes"),
+    "give_back": (*SHARED, "prompts", "changes"),
+    "reserve": (*SHARED, "samples", "changes"),
+    "commit": (*SHARED, "archive", "prompts", "samples", "changes"),
+    "plan": (*SHARED, "steps", "changes"),
+    "set_facts": (*SHARED, "changes"),
+    "lsn": (*SHARED, "reading", "asking"),
+    "read": (*SHARED, "reading", "asking"),
+}
 
 
 def keys_of(ledger: str) -> tuple[str, ...]:
@@ -59,14 +67,14 @@ def _opening(script: Script, keys: tuple[str, ...], whole: bool) -> bytes:
 
 @cache
 def changing(name: str) -> Script:
-    """The script of this change."""
-    return Script(_joined("#!lua", PRODUCING if name in PRODUCERS else CHANGES), writes=True)
+    """The script that makes this change."""
+    return Script(_joined("#!lua", PARTS.get(name, CHANGES)), writes=True)
 
 
 @cache
-def reading() -> Script:
-    """The script of every question; the server lets it write nothing."""
-    return Script(_joined("#!lua flags=no-writes", READING), writes=False)
+def reading(name: str) -> Script:
+    """The script that answers this question; the server lets it write nothing."""
+    return Script(_joined("#!lua flags=no-writes", PARTS.get(name, READING)), writes=False)
 
 
 def _joined(first_line: str, parts: tuple[str, ...]) -> str:

@@ -9,9 +9,9 @@ local function trained_step(step, plan)
   for visit, id in ipairs(plan.sample_ids) do
     last_visits[id] = visit
   end
-  samples.load(plan.sample_ids)
+  samples:load(plan.sample_ids)
   for visit, id in ipairs(plan.sample_ids) do
-    local sample = samples.get(id)
+    local sample = samples:get(id)
     local finished = sample and sample.acked > 0 and sample.step == step and last_visits[id] == visit
     visits[visit] = {
       sample and sample.place or UNKNOWN_PLACE, id, sample and sample.ordinal or false, finished or false,
@@ -23,7 +23,7 @@ end
 -- Planned steps after one and through another, in order.
 local function planned_after(after, through)
   local steps = {}
-  for step in pairs(plans.load_all()) do
+  for step in pairs(plans:load_all()) do
     if step > after and step <= through then
       steps[#steps + 1] = step
     end

@@ -4,7 +4,7 @@ local identity, seen_incarnation, seen_server, seen_lsn, server, role, epoch, op
 
 local function begin_consumer()
   undo_provisional_acks()
-  local plan = run.started_step and plans.change(run.started_step)
+  local plan = run.started_step and plans:change(run.started_step)
   if plan then
     plan.deaths = plan.deaths + 1
   end
@@ -56,11 +56,11 @@ end
 
 -- For the API without plans (paceline.compat): samples that a step used.
 function change.record_ack(sample_ids, step, acked)
-  samples.load(sample_ids)
+  samples:load(sample_ids)
   for _, id in ipairs(sample_ids) do
-    local sample = samples.get(id)
+    local sample = samples:get(id)
     if sample and sample.acked < 2 then
-      sample = samples.change(id)
+      sample = samples:change(id)
       sample.acked, sample.step = acked, step
     end
   end
@@ -77,6 +77,7 @@ local COUNTERS = {
 
 -- `loading`: 1 for a copy, which nobody finds until it is whole.
 local function create(new_identity, loading)
+  run_before = {}
   run = {schema = SCHEMA, identity = new_identity, next_generation = 1, server = server, loading = loading}
   for _, name in ipairs(COUNTERS) do
     run[name] = 0
@@ -144,9 +145,6 @@ local function make_change(name, arguments)
   end
   if run == nil and name == 'create' then
     return create(arguments[1])
-  end
-  for field, value in pairs(run or {}) do
-    run_before[field] = value
   end
   local stopped = refused_by_state(identity, seen_incarnation, seen_server, seen_lsn)
   if stopped then

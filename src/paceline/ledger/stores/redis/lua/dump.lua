@@ -8,14 +8,14 @@ end
 -- The next rows of a table with numbered rows, each shown by `show(row, number)`.
 local function numbered(rows, after, show)
   local numbers, found = {}, {}
-  for number in pairs(rows.load_all()) do
+  for number in pairs(rows:load_all()) do
     if number > after then
       numbers[#numbers + 1] = number
     end
   end
   table.sort(numbers)
   for at = 1, math.min(#numbers, PAGE) do
-    found[at] = show(rows.get(numbers[at]), numbers[at])
+    found[at] = show(rows:get(numbers[at]), numbers[at])
   end
   return {found, #numbers > PAGE and numbers[PAGE] or NULL}
 end
@@ -65,7 +65,7 @@ function DUMP.prompt(after)
   for at, pair in ipairs(pairs_in(KEY.leases)) do
     leased[at] = tonumber(pair[1])
   end
-  prompts.load(leased)
+  prompts:load(leased)
   return numbered(prompts, after, function(prompt, ordinal)
     return {
       ordinal, prompt.state, bit_of(prompt.again), prompt.worker, prompt.attempt, prompt.deaths, prompt.reason,
@@ -85,9 +85,9 @@ end
 function DUMP.sample(after)
   local ids = redis.call('ZRANGEBYSCORE', KEY.log, string.format('(%.0f', after), '+inf', 'LIMIT', 0, PAGE)
   local found = {}
-  samples.load(ids)
+  samples:load(ids)
   for at, text in ipairs(hmget(KEY.refs, ids)) do
-    local sample = samples.get(ids[at])
+    local sample = samples:get(ids[at])
     found[at] = {
       sample.place, ids[at], sample.ordinal or NULL, sample.state, bit_of(sample.resident), sample.bytes,
       sample.generation, sample.acked, sample.step or NULL, sample.reason, text, sample.is_bare,

@@ -6,9 +6,9 @@ local PLACE, ID, ORDINAL, FINISHED = 1, 2, 3, 4
 
 local function undo_provisional_acks()
   local ids = redis.call('ZRANGE', KEY.provisional, 0, -1)
-  samples.load(ids)
+  samples:load(ids)
   for _, id in ipairs(ids) do
-    local sample = samples.change(id)
+    local sample = samples:change(id)
     sample.acked, sample.step = 0, nil
   end
 end
@@ -21,7 +21,7 @@ end
 -- `archived`: of the samples of the lineage.
 local function check_place(visit, is_planned, archived)
   local id, place = visit[ID], visit[PLACE]
-  local sample, there = samples.get(id), sample_at(place)
+  local sample, there = samples:get(id), sample_at(place)
   if sample and sample.place ~= place or there and there ~= id then
     refuse('contradicts', id .. ' has another place in the log')
   end
@@ -34,7 +34,7 @@ local function check_place(visit, is_planned, archived)
   if was_here(place) or archived[id] then
     refuse('contradicts', id .. ' was trained for the last time before')
   end
-  local prompt = run.place_order == 'ordinal' and prompts.get(place)
+  local prompt = run.place_order == 'ordinal' and prompts:get(place)
   if prompt and prompt.state == 'failed' then
     refuse('contradicts', string.format('prompt %.0f has failed', place))
   end
@@ -46,7 +46,7 @@ local function check_trained(lineage)
   for _, trained in ipairs(lineage) do
     for _, visit in ipairs(trained[3]) do
       local id, place = visit[ID], visit[PLACE]
-      local sample = samples.get(id)
+      local sample = samples:get(id)
       if done[id] or sample and sample.acked == 2 then
         refuse('contradicts', id .. ' was trained for the last time before')
       end
@@ -88,7 +88,7 @@ local function check_lineage(checkpoint, basis, head, lineage)
   local archived = archived_in(lineage)
   for _, trained in ipairs(lineage) do
     local step, rev, visits, digest = unpack(trained)
-    local stored = plans.get(step)
+    local stored = plans:get(step)
     if stored and rev > stored.rev then
       stored = nil -- the ledger has forgotten this revision
     end
@@ -105,14 +105,14 @@ end
 -- First visits follow the log, so prompts that the lineage left out up to `last` had failed.
 local function fail_passed_over(reason, last)
   pass_over(last)
-  local ordinals = prompts.touched()
+  local ordinals = prompts:touched()
   for _, text in ipairs(redis.call('ZRANGEBYSCORE', KEY.open, '-inf', last)) do
     ordinals[tonumber(text)] = true
   end
   for ordinal in pairs(ordinals) do
-    local prompt = ordinal <= last and prompts.get(ordinal)
+    local prompt = ordinal <= last and prompts:get(ordinal)
     if prompt and prompt.state ~= 'failed' and not prompt.again then
-      prompt = prompts.change(ordinal)
+      prompt = prompts:change(ordinal)
       prompt.state, prompt.worker = 'failed', ''
       prompt.reason = string.format('%.0f: ', ordinal) .. reason
     end
@@ -120,7 +120,7 @@ local function fail_passed_over(reason, last)
 end
 
 local function adopt_last_visit(visit, step)
-  local sample = samples.change(visit[ID])
+  local sample = samples:change(visit[ID])
   if sample.acked < 2 then
     sample.acked, sample.step = 2, step
   end
@@ -140,7 +140,7 @@ local function unknown_in(lineage)
     end
   end
   for id, visit in pairs(visits) do
-    if not samples.get(id) then
+    if not samples:get(id) then
       unknown[#unknown + 1] = visit
     end
   end
@@ -159,7 +159,7 @@ function adopt(checkpoint, basis, head, lineage)
     end
   end
   for _, visit in ipairs(unknown) do -- lost, until its last visit says otherwise
-    samples.add(visit[ID], {
+    samples:add(visit[ID], {
       place = visit[PLACE], ordinal = visit[ORDINAL], state = 'lost', resident = false, bytes = 0,
       generation = 0, acked = 0, reason = '', is_bare = false,
     })
@@ -171,7 +171,7 @@ function adopt(checkpoint, basis, head, lineage)
   undo_provisional_acks() -- the lineage says what the weights contain
   for _, trained in ipairs(lineage) do
     local step, rev, visits, digest, sample_ids = unpack(trained)
-    plans.add(step, {rev = rev, sample_ids = sample_ids, deaths = 0, digest = digest})
+    plans:add(step, {rev = rev, sample_ids = sample_ids, deaths = 0, digest = digest})
     for _, visit in ipairs(visits) do
       if visit[FINISHED] then
         adopt_last_visit(visit, step)

@@ -26,19 +26,19 @@ function LOADED.source(row)
 end
 
 function LOADED.prompt(row)
-  prompts.add(row[1], {
+  prompts:add(row[1], {
     state = row[2], again = row[3] == 1, worker = row[4], attempt = row[5], deaths = row[6], reason = row[7],
   })
 end
 
 function LOADED.intent(row)
-  intents.add(row[1], {
+  intents:add(row[1], {
     sample_id = row[2], bytes = row[3], ordinal = row[4], worker = row[5], revoked = row[6] == 1,
   })
 end
 
 function LOADED.sample(row)
-  samples.add(row[2], {
+  samples:add(row[2], {
     place = row[1], ordinal = row[3], state = row[4], resident = row[5] == 1, bytes = row[6],
     generation = row[7], acked = row[8], step = row[9], reason = row[10], is_bare = false,
   })
@@ -47,11 +47,11 @@ end
 
 -- A plan's row ends with its digest, which the caller makes.
 function LOADED.plan(row)
-  plans.add(row[1], {rev = row[2], sample_ids = row[3], deaths = row[4], digest = row[5]})
+  plans:add(row[1], {rev = row[2], sample_ids = row[3], deaths = row[4], digest = row[5]})
 end
 
 function LOADED.checkpoint(row)
-  checkpoints.add(row[1], {
+  checkpoints:add(row[1], {
     step = row[1], name = row[2], manifest_digest = row[3], chain = row[4], first_place = row[5],
   })
 end

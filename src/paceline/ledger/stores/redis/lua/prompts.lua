@@ -1,20 +1,13 @@
 -- Prompts. Only those that are leased, failed, or pending again have rows.
 
-local PENDING = {state = 'pending', again = false, worker = '', attempt = 0, deaths = 0, reason = ''}
-
 local function pending_prompt(again)
-  local prompt = {}
-  for name, value in pairs(PENDING) do
-    prompt[name] = value
-  end
-  prompt.again = again
-  return prompt
+  return {state = 'pending', again = again, worker = '', attempt = 0, deaths = 0, reason = ''}
 end
 
 -- Count the prompt as leased once; earlier prompts that never were become pending.
 local function pass_over(ordinal)
   for number = run.next_ordinal, ordinal - 1 do
-    prompts.add(number, pending_prompt(false))
+    prompts:add(number, pending_prompt(false))
   end
   run.next_ordinal = math.max(run.next_ordinal, ordinal + 1)
 end
@@ -25,9 +18,9 @@ local function finish_prompt(ordinal)
     return
   end
   pass_over(ordinal)
-  local prompt = prompts.get(ordinal)
+  local prompt = prompts:get(ordinal)
   if prompt and prompt.state ~= 'failed' then
-    prompts.drop(ordinal)
+    prompts:drop(ordinal)
   end
 end
 
@@ -37,11 +30,11 @@ local function reopen_prompt(ordinal)
     return
   end
   pass_over(ordinal)
-  local prompt = prompts.change(ordinal)
+  local prompt = prompts:change(ordinal)
   if prompt then
     prompt.again = true
   else
-    prompts.add(ordinal, pending_prompt(true))
+    prompts:add(ordinal, pending_prompt(true))
   end
 end
 
@@ -72,7 +65,7 @@ function change.forget_prompts()
   if held + covered + run.committed > 0 then
     return UNCHANGED, false
   end
-  for _, intent in pairs(intents.load_all()) do
+  for _, intent in pairs(intents:load_all()) do
     if not intent.revoked then
       return UNCHANGED, false
     end
@@ -102,20 +95,21 @@ function change.lease(limit, group_size, below)
     end
   end
   local ordinals = pending_again(limit, size, held, stop)
+  prompts:load(ordinals)
   if not held[math.floor(run.next_ordinal / size)] then
     local last = math.min(run.num_prompts, stop, run.next_ordinal + limit - #ordinals) - 1
     for ordinal = run.next_ordinal, last do
       ordinals[#ordinals + 1] = ordinal
+      prompts.known[ordinal] = false -- it was never leased
     end
   end
   if #ordinals == 0 then
     return UNCHANGED, {}
   end
-  prompts.load(ordinals)
   local leases = {}
   for _, ordinal in ipairs(ordinals) do
     if not group_size or math.floor(ordinal / size) == math.floor(ordinals[1] / size) then
-      local prompt = prompts.change(ordinal) or prompts.add(ordinal, pending_prompt(false))
+      local prompt = prompts:change(ordinal) or prompts:add(ordinal, pending_prompt(false))
       prompt.state, prompt.worker = 'leased', worker
       leases[#leases + 1] = {ordinal, prompt.attempt, prompt.deaths}
       run.next_ordinal = math.max(run.next_ordinal, ordinal + 1)
@@ -130,9 +124,9 @@ local function lost_samples_of(ordinal)
   if run.displaced_samples > 0 then
     ids = redis.call('ZRANGE', KEY.lost, 0, -1)
   end
-  samples.load(ids)
+  samples:load(ids)
   for _, id in ipairs(ids) do
-    local sample = samples.get(id)
+    local sample = samples:get(id)
     if sample and sample.state == 'lost' and sample.ordinal == ordinal then
       found[#found + 1] = id
     end
@@ -145,26 +139,26 @@ end
 local function end_lost_sample(ordinal, reason)
   local ids, is_done = lost_samples_of(ordinal), false
   for _, id in ipairs(ids) do
-    if samples.get(id).acked == 2 then
-      samples.change(id).state = 'released'
+    if samples:get(id).acked == 2 then
+      samples:change(id).state = 'released'
       is_done = true
     end
   end
   if is_done then
-    prompts.drop(ordinal)
+    prompts:drop(ordinal)
     return true
   end
   for _, id in ipairs(ids) do
-    local sample = samples.change(id)
+    local sample = samples:change(id)
     sample.state, sample.acked, sample.step, sample.reason = 'quarantined', 0, nil, reason
   end
   return false
 end
 
 local function revoke_intents(is_meant)
-  for generation, intent in pairs(intents.load_all()) do
+  for generation, intent in pairs(intents:load_all()) do
     if intent and is_meant(intent) then
-      intents.change(generation).revoked = true
+      intents:change(generation).revoked = true
     end
   end
 end
@@ -174,9 +168,9 @@ function change.give_back(ordinals, failure, attempt_max)
   revoke_intents(function(intent)
     return intent.worker == worker and among[intent.ordinal]
   end)
-  prompts.load(ordinals)
+  prompts:load(ordinals)
   for _, ordinal in ipairs(ordinals) do
-    local prompt = prompts.change(ordinal)
+    local prompt = prompts:change(ordinal)
     if prompt and prompt.state == 'leased' and prompt.worker == worker then
       prompt.state, prompt.worker = 'pending', ''
       if failure then
@@ -200,7 +194,7 @@ local function end_work_of(dead)
   end)
   for _, pair in ipairs(pairs_in(KEY.leases)) do
     if pair[2] == dead then
-      local prompt = prompts.change(tonumber(pair[1]))
+      local prompt = prompts:change(tonumber(pair[1]))
       prompt.state, prompt.worker, prompt.deaths = 'pending', '', prompt.deaths + 1
     end
   end

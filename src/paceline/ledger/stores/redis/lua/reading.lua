@@ -25,7 +25,7 @@ end
 
 function ask.snapshot()
   local kept, counts = {}, {}
-  for _, checkpoint in pairs(checkpoints.load_all()) do
+  for _, checkpoint in pairs(checkpoints:load_all()) do
     kept[#kept + 1] = {
       checkpoint.step, checkpoint.name, checkpoint.manifest_digest, checkpoint.chain, checkpoint.first_place,
     }
@@ -50,9 +50,9 @@ function ask.failed(start, stop)
   for at, text in ipairs(ordinals) do
     ordinals[at] = tonumber(text)
   end
-  prompts.load(ordinals)
+  prompts:load(ordinals)
   for at, ordinal in ipairs(ordinals) do
-    found[at] = {ordinal, prompts.get(ordinal).reason}
+    found[at] = {ordinal, prompts:get(ordinal).reason}
   end
   return found
 end
@@ -60,14 +60,14 @@ end
 function ask.ownership()
   local present, promised, revoked = {}, {}, {}
   local ids = redis.call('ZRANGE', KEY.log, 0, -1)
-  samples.load(ids)
+  samples:load(ids)
   for _, id in ipairs(ids) do
-    local sample = samples.get(id)
+    local sample = samples:get(id)
     if sample.resident then
       present[#present + 1] = {id, sample.generation}
     end
   end
-  for generation, intent in pairs(intents.load_all()) do
+  for generation, intent in pairs(intents:load_all()) do
     table.insert(intent.revoked and revoked or promised, {generation, intent.sample_id})
   end
   table.sort(promised, by_first)
@@ -79,10 +79,10 @@ end
 
 local function records(ids)
   local found = {}
-  samples.load(ids)
+  samples:load(ids)
   for at, text in ipairs(hmget(KEY.refs, ids)) do
     local id = ids[at]
-    local sample = samples.get(id)
+    local sample = samples:get(id)
     if sample then
       found[#found + 1] = {
         sample.place, id, sample.state, text, sample.step or NULL, sample.acked, sample.reason,
@@ -120,17 +120,17 @@ function ask.find(state, start, limit)
   local page = math.min(PAGE, limit or PAGE)
   local ids = redis.call(
     'ZRANGEBYSCORE', KEY[INDEX[state] or 'log'], start, '+inf', 'LIMIT', 0, page)
-  samples.load(ids)
-  local next_start = #ids == page and samples.get(ids[#ids]).place + 1 or NULL
+  samples:load(ids)
+  local next_start = #ids == page and samples:get(ids[#ids]).place + 1 or NULL
   return {ask.find_among(ids, state), next_start}
 end
 
 -- The ids of samples that are acked provisionally (1) or durably (2), each with its step.
 function ask.acked(how)
   local ids, found = redis.call('ZRANGE', KEY.log, 0, -1), {}
-  samples.load(ids)
+  samples:load(ids)
   for _, id in ipairs(ids) do
-    local sample = samples.get(id)
+    local sample = samples:get(id)
     if sample.acked == how then
       found[#found + 1] = {id, sample.step or NULL}
     end
@@ -145,7 +145,7 @@ function ask.basis(last)
   local head, digests = head_checkpoint(), {}
   local first = head and head.step + 1 or 1
   for step = first, last do
-    local plan = plans.get(step)
+    local plan = plans:get(step)
     if not plan then
       break
     end
@@ -172,7 +172,7 @@ function ask.history(after, through, sample_id)
   end
   local found, steps = {}, planned_after(after, through)
   for at = 1, math.min(#steps, 64) do
-    found[at] = trained_step(steps[at], plans.get(steps[at]))
+    found[at] = trained_step(steps[at], plans:get(steps[at]))
   end
   return {found, #steps > 64 and steps[64] or NULL}
 end

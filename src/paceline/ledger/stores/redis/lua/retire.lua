@@ -2,23 +2,23 @@
 
 local function retire_checkpoints(keep)
   local steps = {}
-  for step in pairs(checkpoints.load_all()) do
+  for step in pairs(checkpoints:load_all()) do
     steps[#steps + 1] = step
   end
   table.sort(steps)
   local retired = #steps - math.max(1, keep)
   for at = 1, retired do
-    checkpoints.drop(steps[at])
+    checkpoints:drop(steps[at])
   end
-  return retired > 0, checkpoints.get(steps[math.max(1, retired + 1)] or 0)
+  return retired > 0, checkpoints:get(steps[math.max(1, retired + 1)] or 0)
 end
 
 -- Trained samples up to `step` whose places lie below `first_place`.
 local function trained_samples(step, first_place)
   local found, ids = {}, redis.call('ZRANGEBYSCORE', KEY.log, '-inf', '(' .. string.format('%.0f', first_place))
-  samples.load(ids)
+  samples:load(ids)
   for _, id in ipairs(ids) do
-    local sample = samples.get(id)
+    local sample = samples:get(id)
     if sample.state == 'released' and sample.acked == 2 and sample.step and sample.step <= step then
       found[#found + 1] = id
     end
@@ -29,14 +29,14 @@ end
 local function archive_steps(steps, block_size)
   local block, size = {}, 0
   for at, step in ipairs(steps) do
-    local trained = trained_step(step, plans.get(step))
+    local trained = trained_step(step, plans:get(step))
     block[#block + 1], size = trained, size + #trained[3] + 1
     if size >= block_size or at == #steps then
       later('HSET', KEY.archive, block[1][1], cmsgpack.pack(block))
       later('ZADD', KEY.blocks, step, block[1][1])
       block, size = {}, 0
     end
-    plans.drop(step)
+    plans:drop(step)
   end
 end
 
@@ -62,7 +62,7 @@ function change.retire(keep, archive_from, block_size)
   run.archived_place = math.max(run.archived_place, oldest.first_place)
   run.archived = run.archived + #done
   for _, id in ipairs(done) do
-    samples.drop(id)
+    samples:drop(id)
     later('HDEL', KEY.refs, id)
     if run.place_order ~= 'ordinal' then
       later('SADD', KEY.archived_ids, id)

@@ -52,165 +52,141 @@ end
 
 local NOTHING = {} -- of a row that is new
 
--- The rows of one hash, packed as arrays of `fields`. `indexes` is a list of {name, score}: the sorted set
--- `name` holds the row if `score(row, id)` has a value ({name, value, true}: a hash does, under its id).
--- `amounts` is a list of {name, amount}: what the row adds to that counter of the run. Both are compared
--- before and after, so no change can forget one.
-local function rows_in(key, fields, indexes, amounts)
-  local rows, known, before = {}, {}, {}
-  rows.known = known
+-- The rows of one hash, each packed as an array: `listed(row)` makes it, `named(values)` takes it apart.
+-- `measured(row, id)` returns the row's score in each of the sorted sets `indexes` (a hash, if HASHES names it,
+-- holds the value under the row's id), false if that does not hold the row; then what the row adds to the run's
+-- counters `amounts`. All are compared before and after, so no change can forget one.
+local Rows, HASHES = {}, {leases = true}
+Rows.__index = Rows
 
-  function rows.parse(text)
-    local values, row = cmsgpack.unpack(text), {}
-    for at = 1, #fields do
-      row[fields[at]] = values[at]
-    end
-    return row
+local function rows_in(key, indexes, amounts, listed, named, measured)
+  return setmetatable({
+    key = key, indexes = indexes, amounts = amounts, listed = listed, named = named, measured = measured,
+    known = {}, before = {}, -- id to row, or to false for none; id to what was measured before
+  }, Rows)
+end
+
+function Rows:remember(id)
+  if self.before[id] == nil then
+    local row = self.known[id]
+    self.before[id] = row and {self.measured(row, id)} or NOTHING
   end
+end
 
-  local function packed(row)
-    local values = {}
-    for at = 1, #fields do
-      local value = row[fields[at]]
-      values[at] = value == nil and NULL or value
-    end
-    return cmsgpack.pack(values)
+-- The rows of `ids` where they are packed.
+function Rows:read(ids)
+  local texts, known = hmget(self.key, ids), self.known
+  for at = 1, #ids do
+    known[ids[at]] = texts[at] and self.named(cmsgpack.unpack(texts[at]))
   end
+end
 
-  -- The scores of the row in all indexes, then its amounts; false for none.
-  local function measured(row, id)
-    local found = {}
-    for at = 1, #indexes do
-      found[at] = indexes[at][2](row, id) or false
-    end
-    for at = 1, #amounts do
-      found[#indexes + at] = amounts[at][2](row)
-    end
-    return found
-  end
-
-  local function remember(id)
-    if before[id] == nil then
-      local row = known[id]
-      before[id] = row and measured(row, id) or NOTHING
-    end
-  end
-
-  -- The rows of `ids` where they are packed.
-  function rows.read(ids)
-    local texts = hmget(key, ids)
-    for at = 1, #ids do
-      known[ids[at]] = texts[at] and rows.parse(texts[at])
-    end
-  end
-
-  function rows.load(ids)
-    local missing = {}
-    for _, id in ipairs(ids) do
-      if known[id] == nil then
-        missing[#missing + 1] = id
-        known[id] = false
-      end
-    end
-    if #missing > 0 then
-      rows.read(missing)
-    end
-  end
-
-  function rows.load_all()
-    for _, pair in ipairs(pairs_in(key)) do
-      local id = rows.numbered and tonumber(pair[1]) or pair[1]
-      if known[id] == nil then
-        known[id] = rows.parse(pair[2])
-      end
-    end
-    return known
-  end
-
-  -- The row of `id` to look at; nil if it has none.
-  function rows.get(id)
+function Rows:load(ids)
+  local missing, known = {}, self.known
+  for _, id in ipairs(ids) do
     if known[id] == nil then
-      rows.load({id})
-    end
-    return known[id] or nil
-  end
-
-  -- The row of `id` to change; nil if it has none.
-  function rows.change(id)
-    local row = rows.get(id)
-    if row then
-      remember(id)
-    end
-    return row
-  end
-
-  function rows.add(id, row)
-    remember(id)
-    known[id] = row
-    return row
-  end
-
-  function rows.drop(id)
-    if rows.get(id) then
-      remember(id)
+      missing[#missing + 1] = id
       known[id] = false
     end
   end
-
-  -- What this change has touched so far: id to row, or to false if it was dropped.
-  function rows.touched()
-    local found = {}
-    for id in pairs(before) do
-      found[id] = known[id]
-    end
-    return found
+  if #missing > 0 then
+    self:read(missing)
   end
+end
 
-  local function write_index(at, name, score, is_hash)
-    local enter, leave = {}, {}
-    for id, was in pairs(before) do
-      local row = known[id]
-      local now = row and score(row, id) or false
-      if now and now ~= was[at] then
-        enter[#enter + 1], enter[#enter + 2] = is_hash and id or now, is_hash and now or id
-      elseif was[at] and not now then
-        leave[#leave + 1] = id
-      end
-    end
-    in_chunks(is_hash and 'HDEL' or 'ZREM', KEY[name], leave)
-    in_chunks(is_hash and 'HSET' or 'ZADD', KEY[name], enter)
-  end
-
-  local function write_amount(at, name, amount)
-    local sum = run[name]
-    for id, was in pairs(before) do
-      sum = sum - (was[at] or 0) + (known[id] and amount(known[id]) or 0)
-    end
-    run[name] = sum
-  end
-
-  function rows.write()
-    if next(before) == nil then
-      return
-    end
-    local set, gone = {}, {}
-    for id, was in pairs(before) do
-      local row = known[id]
-      if row and not (rows.is_told_elsewhere and rows.is_told_elsewhere(row)) then
-        set[#set + 1], set[#set + 2] = id, packed(row)
-      elseif was ~= NOTHING then
-        gone[#gone + 1] = id
-      end
-    end
-    in_chunks('HDEL', key, gone)
-    in_chunks('HSET', key, set)
-    for at = 1, #indexes do
-      write_index(at, unpack(indexes[at]))
-    end
-    for at = 1, #amounts do
-      write_amount(#indexes + at, unpack(amounts[at]))
+function Rows:load_all()
+  local known = self.known
+  for _, pair in ipairs(pairs_in(self.key)) do
+    local id = self.numbered and tonumber(pair[1]) or pair[1]
+    if known[id] == nil then
+      known[id] = self.named(cmsgpack.unpack(pair[2]))
     end
   end
+  return known
+end
 
-  return rows
+-- The row of `id` to look at; nil if it has none.
+function Rows:get(id)
+  if self.known[id] == nil then
+    self:load({id})
+  end
+  return self.known[id] or nil
+end
+
+-- The row of `id` to change; nil if it has none.
+function Rows:change(id)
+  local row = self:get(id)
+  if row then
+    self:remember(id)
+  end
+  return row
+end
+
+function Rows:add(id, row)
+  self:remember(id)
+  self.known[id] = row
+  return row
+end
+
+function Rows:drop(id)
+  if self:get(id) then
+    self:remember(id)
+    self.known[id] = false
+  end
+end
+
+-- What this change has touched so far: id to row, or to false if it was dropped.
+function Rows:touched()
+  local found = {}
+  for id in pairs(self.before) do
+    found[id] = self.known[id]
+  end
+  return found
+end
+
+-- Write the rows, and return what is measured of each now, by id.
+function Rows:write_rows()
+  local set, gone, after = {}, {}, {}
+  for id, was in pairs(self.before) do
+    local row = self.known[id]
+    after[id] = row and {self.measured(row, id)} or NOTHING
+    if row and not (self.is_told_elsewhere and self.is_told_elsewhere(row)) then
+      set[#set + 1], set[#set + 2] = id, cmsgpack.pack(self.listed(row))
+    elseif was ~= NOTHING then
+      gone[#gone + 1] = id
+    end
+  end
+  in_chunks('HDEL', self.key, gone)
+  in_chunks('HSET', self.key, set)
+  return after
+end
+
+function Rows:write_index(at, name, after)
+  local enter, leave, is_hash = {}, {}, HASHES[name]
+  for id, was in pairs(self.before) do
+    local now = after[id][at]
+    if now and now ~= was[at] then
+      enter[#enter + 1], enter[#enter + 2] = is_hash and id or now, is_hash and now or id
+    elseif was[at] and not now then
+      leave[#leave + 1] = id
+    end
+  end
+  in_chunks(is_hash and 'HDEL' or 'ZREM', KEY[name], leave)
+  in_chunks(is_hash and 'HSET' or 'ZADD', KEY[name], enter)
+end
+
+function Rows:write()
+  if next(self.before) == nil then
+    return
+  end
+  local after = self:write_rows()
+  for at, name in ipairs(self.indexes) do
+    self:write_index(at, name, after)
+  end
+  for at, name in ipairs(self.amounts) do
+    local measure = #self.indexes + at
+    for id, was in pairs(self.before) do
+      run[name] = run[name] - (was[measure] or 0) + (after[id][measure] or 0)
+    end
+  end
 end

@@ -15,7 +15,7 @@ function change.reserve(wanted, budget)
   local generations = {}
   for _, sample in ipairs(wanted) do
     local ordinal, sample_id, size = unpack(sample)
-    intents.add(run.next_generation, {
+    intents:add(run.next_generation, {
       sample_id = sample_id, bytes = size, ordinal = ordinal, worker = worker, revoked = false,
     })
     generations[#generations + 1] = run.next_generation
@@ -25,11 +25,11 @@ function change.reserve(wanted, budget)
 end
 
 function change.swept(generations, skip_through)
-  intents.load(generations)
+  intents:load(generations)
   for _, generation in ipairs(generations) do
-    local intent = intents.get(generation)
+    local intent = intents:get(generation)
     if intent and (intent.revoked or worker ~= '' and intent.worker == worker) then
-      intents.drop(generation)
+      intents:drop(generation)
     end
   end
   run.next_generation = math.max(run.next_generation, skip_through + 1)
@@ -43,7 +43,7 @@ local function is_archived(sample_id, ordinal)
   if run.place_order == 'ordinal' then
     return ordinal ~= nil and ordinal < run.archived_place
   end
-  return run.archived > 0 and not samples.get(sample_id) and archived_among({sample_id})[sample_id]
+  return run.archived > 0 and not samples:get(sample_id) and archived_among({sample_id})[sample_id]
 end
 
 -- Whether the ref has an intent, or is on record already.
@@ -51,7 +51,7 @@ local function may_commit(sample_id, ordinal, generation)
   if generation == 0 and run.place_order == 'arrival' then
     return true
   end
-  local intent, known = intents.get(generation), samples.get(sample_id)
+  local intent, known = intents:get(generation), samples:get(sample_id)
   if intent and intent.sample_id == sample_id and intent.worker == worker and not intent.revoked then
     return true
   end
@@ -62,7 +62,7 @@ local function may_commit(sample_id, ordinal, generation)
 end
 
 local function commit_known(sample_id, ordinal, generation, num_bytes, text)
-  local sample = samples.get(sample_id)
+  local sample = samples:get(sample_id)
   if run.place_order == 'ordinal' and ordinal ~= sample.ordinal then
     refuse('other_place', sample_id, ordinal or NULL, 'for_prompt', sample.ordinal or NULL)
   end
@@ -73,7 +73,7 @@ local function commit_known(sample_id, ordinal, generation, num_bytes, text)
   if sample.state ~= 'lost' then
     return false
   end
-  sample = samples.change(sample_id)
+  sample = samples:change(sample_id)
   if sample.acked == 2 then -- by now durable weights contain it
     sample.state = 'released'
     return false
@@ -84,14 +84,14 @@ local function commit_known(sample_id, ordinal, generation, num_bytes, text)
 end
 
 local function commit_ref(sample_id, ordinal, generation, num_bytes, text)
-  local intent = intents.get(generation)
+  local intent = intents:get(generation)
   if intent and not intent.revoked then
-    intents.drop(generation)
+    intents:drop(generation)
   end
-  if samples.get(sample_id) then
+  if samples:get(sample_id) then
     return commit_known(sample_id, ordinal, generation, num_bytes, text)
   end
-  local prompt = ordinal and prompts.get(ordinal)
+  local prompt = ordinal and prompts:get(ordinal)
   local is_hole = run.place_order == 'ordinal' and prompt and prompt.state == 'failed'
   if is_hole or is_archived(sample_id, ordinal) then
     return false
@@ -111,7 +111,7 @@ local function commit_ref(sample_id, ordinal, generation, num_bytes, text)
     refuse('other_place', sample_id, ordinal or NULL, 'taken', there)
   end
   finish_prompt(ordinal)
-  samples.add(sample_id, {
+  samples:add(sample_id, {
     place = place, ordinal = ordinal, state = 'present', resident = true, bytes = num_bytes,
     generation = generation, acked = 0, reason = '', is_bare = false,
   })
@@ -137,9 +137,9 @@ function change.commit(refs)
   if last - first < 4 * #refs then
     look_at_places(first, last)
   end
-  samples.load(ids)
-  prompts.load(ordinals)
-  intents.load(generations)
+  samples:load(ids)
+  prompts:load(ordinals)
+  intents:load(generations)
   for _, ref in ipairs(refs) do
     if not may_commit(ref[1], ref[2], ref[3]) then
       gone[#gone + 1] = ref[1]
@@ -166,7 +166,7 @@ end
 local function record_freed(sample_ids, head_step)
   local early, archived = {}, archived_among(without_rows(sample_ids))
   for _, id in ipairs(sample_ids) do
-    local sample = samples.get(id)
+    local sample = samples:get(id)
     if sample and not is_covered(sample, head_step) or not sample and not archived[id] then
       early[#early + 1] = id
     end
@@ -175,7 +175,7 @@ local function record_freed(sample_ids, head_step)
     refuse('not_covered', early)
   end
   for _, id in ipairs(sample_ids) do
-    local sample = samples.change(id)
+    local sample = samples:change(id)
     if sample then
       sample.resident = false
       sample.state = sample.state == 'present' and 'released' or sample.state
@@ -188,10 +188,10 @@ end
 local function covered_in(index, limit, head_step)
   return first_kept(limit, PAGE, function(from)
     local ids = redis.call('ZRANGE', KEY[index], from, from + PAGE - 1)
-    samples.load(ids)
+    samples:load(ids)
     return ids
   end, function(id)
-    local sample = samples.get(id)
+    local sample = samples:get(id)
     return sample.resident and is_covered(sample, head_step) and {sample.place, id, sample.generation}
   end)
 end
@@ -217,7 +217,7 @@ function change.release(freed, limit)
 end
 
 local function lose(sample_id)
-  local sample = samples.change(sample_id)
+  local sample = samples:change(sample_id)
   sample.resident = false
   if sample.state ~= 'quarantined' then
     sample.state = 'lost'
@@ -226,9 +226,9 @@ local function lose(sample_id)
 end
 
 function change.report_lost(sample_ids)
-  samples.load(sample_ids)
+  samples:load(sample_ids)
   for _, id in ipairs(sample_ids) do
-    local sample = samples.get(id)
+    local sample = samples:get(id)
     if sample and sample.acked < 2 then
       lose(id)
     end

@@ -13,9 +13,11 @@ local TEXT = {identity = true, place_order = true, server = true}
 local run_before = {} -- as they were read
 
 local function read_run()
-  local found = {}
-  for _, pair in ipairs(pairs_in(KEY.run)) do
-    found[pair[1]] = TEXT[pair[1]] and pair[2] or tonumber(pair[2])
+  local flat, found = redis.call('HGETALL', KEY.run), {}
+  for at = 1, #flat, 2 do
+    local name = flat[at]
+    found[name] = TEXT[name] and flat[at + 1] or tonumber(flat[at + 1])
+    run_before[name] = found[name]
   end
   return next(found) and found or nil
 end
@@ -37,71 +39,77 @@ local function write_run()
   end
 end
 
-local prompts = rows_in(KEY.prompts, {'state', 'again', 'worker', 'attempt', 'deaths', 'reason'}, {
-  {'pending', function(prompt, ordinal)
-    return prompt.state == 'pending' and ordinal
-  end},
-  {'leases', function(prompt)
-    return prompt.state == 'leased' and prompt.worker
-  end, true},
-  {'failed', function(prompt, ordinal)
-    return prompt.state == 'failed' and ordinal
-  end},
-  {'again', function(prompt, ordinal)
-    return prompt.state ~= 'failed' and prompt.again and ordinal
-  end},
-  {'open', function(prompt, ordinal)
-    return prompt.state ~= 'failed' and not prompt.again and ordinal
-  end},
-}, {})
+local prompts = rows_in(KEY.prompts, {'pending', 'leases', 'failed', 'again', 'open'}, {}, function(row)
+  return {row.state, row.again, row.worker, row.attempt, row.deaths, row.reason}
+end, function(row)
+  return {
+    state = row[1], again = row[2], worker = row[3], attempt = row[4], deaths = row[5], reason = row[6],
+  }
+end, function(prompt, ordinal)
+  local has_failed = prompt.state == 'failed'
+  return
+    prompt.state == 'pending' and ordinal,
+    prompt.state == 'leased' and prompt.worker,
+    has_failed and ordinal,
+    not has_failed and prompt.again and ordinal,
+    not has_failed and not prompt.again and ordinal
+end)
 
+-- Indexes of resident ones: those in `durable` may be freed, those in `kept` are in quarantine. Displaced are
+-- lost ones whose prompt's ordinal is not their place.
 local samples = rows_in(KEY.samples, {
-  'place', 'ordinal', 'state', 'resident', 'bytes', 'generation', 'acked', 'step', 'reason', 'is_bare',
+  'log', 'durable', 'kept', 'provisional', 'lost', 'quarantined',
 }, {
-  {'log', function(sample)
-    return sample.place
-  end},
-  {'durable', function(sample) -- and resident: its features may be freed
-    return sample.acked == 2 and sample.resident and sample.state ~= 'quarantined' and sample.place
-  end},
-  {'kept', function(sample) -- in quarantine, and resident
-    return sample.state == 'quarantined' and sample.resident and sample.place
-  end},
-  {'provisional', function(sample)
-    return sample.acked == 1 and (sample.step or math.huge)
-  end},
-  {'lost', function(sample)
-    return sample.state == 'lost' and sample.place
-  end},
-  {'quarantined', function(sample)
-    return sample.state == 'quarantined' and sample.place
-  end},
-}, {
-  {'resident_samples', function(sample)
-    return sample.resident and 1 or 0
-  end},
-  {'resident_bytes', function(sample)
-    return sample.resident and sample.bytes or 0
-  end},
-  {'provisional_samples', function(sample)
-    return sample.resident and sample.acked == 1 and 1 or 0
-  end},
-  {'waiting_samples', function(sample)
-    return sample.acked == 0 and (sample.state == 'present' or sample.state == 'lost') and 1 or 0
-  end},
-  {'displaced_samples', function(sample) -- lost ones whose prompt's ordinal is not their place
-    return sample.state == 'lost' and sample.ordinal and sample.ordinal ~= sample.place and 1 or 0
-  end},
-})
+  'resident_samples', 'resident_bytes', 'provisional_samples', 'waiting_samples', 'displaced_samples',
+}, function(row)
+  return {
+    row.place, row.ordinal or NULL, row.state, row.resident, row.bytes, row.generation, row.acked,
+    row.step or NULL, row.reason, row.is_bare,
+  }
+end, function(row)
+  return {
+    place = row[1], ordinal = row[2], state = row[3], resident = row[4], bytes = row[5], generation = row[6],
+    acked = row[7], step = row[8], reason = row[9], is_bare = row[10],
+  }
+end, function(sample)
+  local place, acked, resident = sample.place, sample.acked, sample.resident
+  local is_lost, is_quarantined = sample.state == 'lost', sample.state == 'quarantined'
+  return
+    place,
+    acked == 2 and resident and not is_quarantined and place,
+    is_quarantined and resident and place,
+    acked == 1 and (sample.step or math.huge),
+    is_lost and place,
+    is_quarantined and place,
+    resident and 1 or 0,
+    resident and sample.bytes or 0,
+    resident and acked == 1 and 1 or 0,
+    acked == 0 and (is_lost or sample.state == 'present') and 1 or 0,
+    is_lost and sample.ordinal and sample.ordinal ~= place and 1 or 0
+end)
 
-local intents = rows_in(KEY.intents, {'sample_id', 'bytes', 'ordinal', 'worker', 'revoked'}, {}, {
-  {'reserved_bytes', function(intent)
-    return intent.bytes
-  end},
-})
-local plans = rows_in(KEY.plans, {'rev', 'sample_ids', 'deaths', 'digest'}, {}, {})
-local checkpoints = rows_in(
-  KEY.checkpoints, {'step', 'name', 'manifest_digest', 'chain', 'first_place'}, {}, {})
+local intents = rows_in(KEY.intents, {}, {'reserved_bytes'}, function(row)
+  return {row.sample_id, row.bytes, row.ordinal or NULL, row.worker, row.revoked}
+end, function(row)
+  return {sample_id = row[1], bytes = row[2], ordinal = row[3], worker = row[4], revoked = row[5]}
+end, function(intent)
+  return intent.bytes
+end)
+
+local function nothing_measured()
+end
+
+local plans = rows_in(KEY.plans, {}, {}, function(row)
+  return {row.rev, row.sample_ids, row.deaths, row.digest}
+end, function(row)
+  return {rev = row[1], sample_ids = row[2], deaths = row[3], digest = row[4]}
+end, nothing_measured)
+
+local checkpoints = rows_in(KEY.checkpoints, {}, {}, function(row)
+  return {row.step, row.name, row.manifest_digest, row.chain, row.first_place}
+end, function(row)
+  return {step = row[1], name = row[2], manifest_digest = row[3], chain = row[4], first_place = row[5]}
+end, nothing_measured)
 prompts.numbered, intents.numbered, plans.numbered, checkpoints.numbered = true, true, true, true
 
 -- A prompt that is leased for the first time has no row: the index of leases says all of it.
@@ -113,9 +121,8 @@ function prompts.is_told_elsewhere(prompt)
   return prompt.state == 'leased' and not prompt.again and prompt.attempt + prompt.deaths == 0
 end
 
-local read_packed = prompts.read
-function prompts.read(ordinals)
-  read_packed(ordinals)
+function prompts:read(ordinals)
+  Rows.read(self, ordinals)
   local missing = {}
   for _, ordinal in ipairs(ordinals) do
     if not prompts.known[ordinal] then
@@ -138,7 +145,7 @@ local function write()
     redis.call(unpack(command))
   end
   for _, rows in ipairs({prompts, samples, intents, plans, checkpoints}) do
-    rows.write()
+    rows:write()
   end
   local set = {}
   for id, text in pairs(texts) do
@@ -170,7 +177,7 @@ end
 
 local function head_checkpoint()
   local head
-  for _, checkpoint in pairs(checkpoints.load_all()) do
+  for _, checkpoint in pairs(checkpoints:load_all()) do
     if checkpoint and (head == nil or checkpoint.step > head.step) then
       head = checkpoint
     end
@@ -194,9 +201,9 @@ end
 -- Those of the samples that have no rows.
 local function without_rows(sample_ids)
   local found = {}
-  samples.load(sample_ids)
+  samples:load(sample_ids)
   for _, id in ipairs(sample_ids) do
-    if not samples.get(id) then
+    if not samples:get(id) then
       found[#found + 1] = id
     end
   end

@@ -1,15 +1,15 @@
 -- Step plans, checkpoints and quarantine: they decide which weights survive.
 
 local function take_ack(step, rev, finished)
-  local plan = plans.change(step)
+  local plan = plans:change(step)
   if step ~= run.trained_step + 1 or not plan or plan.rev ~= rev then
     refuse('out_of_turn', run.trained_step, plan and plan.rev or NULL)
   end
-  samples.load(finished)
+  samples:load(finished)
   for _, id in ipairs(finished) do
-    local sample = samples.get(id)
+    local sample = samples:get(id)
     if sample and sample.acked < 2 then
-      sample = samples.change(id)
+      sample = samples:change(id)
       sample.acked, sample.step = 1, step
     end
   end
@@ -29,9 +29,9 @@ function change.plan(plan, ack)
   if step <= run.archived_step then
     refuse('history_is_archived', step, run.archived_step)
   end
-  local stored = plans.get(step)
+  local stored = plans:get(step)
   if not stored or rev > stored.rev and step > run.trained_step then
-    stored = plans.add(step, {rev = rev, sample_ids = sample_ids, deaths = 0, digest = digest})
+    stored = plans:add(step, {rev = rev, sample_ids = sample_ids, deaths = 0, digest = digest})
   end
   return {step, stored.rev, stored.sample_ids, stored.deaths}
 end
@@ -48,7 +48,7 @@ end
 local function check_plans(checkpoint, basis, head)
   local first = head and head.step + 1 or 1
   for step = first, checkpoint.step do
-    local plan = plans.get(step)
+    local plan = plans:get(step)
     if not plan then
       refuse('contradicts', 'its lineage is not that of the plans on record')
     end
@@ -85,13 +85,13 @@ function change.head(record, basis, lineage)
     check_plans(checkpoint, basis, head)
     run.trained_step = math.max(run.trained_step, checkpoint.step)
   end
-  checkpoints.add(checkpoint.step, checkpoint)
+  checkpoints:add(checkpoint.step, checkpoint)
   local acked = redis.call('ZRANGEBYSCORE', KEY.provisional, '-inf', checkpoint.step)
-  samples.load(acked)
+  samples:load(acked)
   for _, id in ipairs(acked) do
-    local sample = samples.get(id)
+    local sample = samples:get(id)
     if sample.acked == 1 and sample.step <= checkpoint.step then
-      samples.change(id).acked = 2
+      samples:change(id).acked = 2
     end
   end
   return NULL
@@ -101,20 +101,20 @@ function change.fall_back(step)
   if step < run.archived_step then
     refuse('history_is_archived', step, run.archived_step)
   end
-  for number, checkpoint in pairs(checkpoints.load_all()) do
+  for number, checkpoint in pairs(checkpoints:load_all()) do
     if checkpoint and number > step then
-      checkpoints.drop(number)
+      checkpoints:drop(number)
     end
   end
   local lost, ids = {}, redis.call('ZRANGE', KEY.log, 0, -1)
-  samples.load(ids)
+  samples:load(ids)
   for _, id in ipairs(ids) do
-    local sample = samples.get(id)
+    local sample = samples:get(id)
     if sample.step and sample.step > step and sample.acked > 0 then
       if sample.state == 'released' then
         lost[#lost + 1] = id
       end
-      sample = samples.change(id)
+      sample = samples:change(id)
       sample.acked, sample.step = 0, nil
     end
   end
@@ -128,15 +128,15 @@ end
 -- -- samples that cannot be trained --------------------------------------------------------------------
 
 function change.quarantine(sample_ids, step, reason)
-  samples.load(sample_ids)
+  samples:load(sample_ids)
   for _, id in ipairs(sample_ids) do
-    local sample = samples.get(id)
+    local sample = samples:get(id)
     if sample and sample.acked < 2 and (sample.state == 'present' or sample.state == 'lost') then
-      sample = samples.change(id)
+      sample = samples:change(id)
       sample.state, sample.acked, sample.reason, sample.step = 'quarantined', 0, reason, step
-      local prompt = sample.ordinal and prompts.get(sample.ordinal)
+      local prompt = sample.ordinal and prompts:get(sample.ordinal)
       if prompt and prompt.again and prompt.state == 'pending' then -- it is not captured again
-        prompts.drop(sample.ordinal)
+        prompts:drop(sample.ordinal)
       end
     end
   end
