@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 
 from paceline.errors import ConfigError
+from paceline.processor import CPUINFO, multiplies_bfloat16
 
-BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 CPU = torch.device("cpu")
-CPUINFO = Path("/proc/cpuinfo")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -44,12 +43,4 @@ def torch_dtype(name: str, device: torch.device, cpuinfo: Path = CPUINFO) -> tor
 def has_bfloat16(device: torch.device, cpuinfo: Path = CPUINFO) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
-        return False
-    lines = (line.partition(":") for line in text.splitlines())
-    return any(
-        key.strip().lower() in ("flags", "features") and BFLOAT16_FLAGS & set(value.split())
-        for key, _, value in lines
-    )
+    return multiplies_bfloat16(cpuinfo)

@@ -10,6 +10,9 @@ from paceline.table import resolve
 
 if TYPE_CHECKING:
     from paceline.methods.method import DraftMethod
+    from paceline.target.facts import TargetFacts
+    from paceline.target.shape import LayerSizes
+    from paceline.types import Feature
 
 
 class MethodSection(Section):
@@ -32,6 +35,18 @@ class MethodSection(Section):
     def notes(self) -> list[tuple[str, str]]:
         """What a user should know of these settings before a run starts, each with what to do about it."""
         return []
+
+    def features(self, target: TargetFacts) -> tuple[Feature, ...]:
+        """See `DraftMethod.features`. A section that knows them without torch answers itself."""
+        return self.build().features(target)
+
+    def num_parameters(self, target: LayerSizes) -> int | None:  # noqa: ARG002
+        """How many numbers the draft learns, for `paceline plan`; None: unknown before it is built."""
+        return None
+
+    def rows_per_target(self, num_targets: float) -> float:  # noqa: ARG002
+        """How many rows the draft computes for each token to predict, of a sample with so many."""
+        return 1.0
 
     def build(self) -> DraftMethod:
         method: DraftMethod = resolve(self.component)(self)

@@ -7,24 +7,36 @@ fetched, never code. A message of ours holds no text of the hub's answers, and s
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from paceline.errors import ConfigError
 from paceline.target.settings import TargetSection
 
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+DESCRIPTION = ["*.json", "*.model", "*.txt", "*.jinja"]  # configuration and tokenizer
+WANTED = [*DESCRIPTION, "*.safetensors"]
 UNWANTED = ["*/*", "consolidated*", "*.lora.safetensors"]  # other formats of the same weights lie in folders
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def local_target(target: TargetSection) -> TargetSection:
+def is_of_hub(target: TargetSection) -> bool:
+    """Whether the target is a model of the hub, and no local folder."""
+    return not target.model.exists() and HUB_NAME.fullmatch(str(target.model)) is not None
+
+
+def described_target(target: TargetSection) -> TargetSection:
+    """As `local_target`, in a folder that may lack the weights: they are not fetched."""
+    return local_target(target, DESCRIPTION)
+
+
+def local_target(target: TargetSection, wanted: Sequence[str] = WANTED) -> TargetSection:
     """The section with `model` as a local folder and `revision` as the commit of a hub's model.
 
     A folder that exists wins. A model of the hub is downloaded, or taken from the hub's cache where there is
     no network or it is switched off (HF_HUB_OFFLINE). Raises ConfigError.
     """
     name = str(target.model)
-    if target.model.exists() or not HUB_NAME.fullmatch(name):
+    if not is_of_hub(target):
         if target.revision is not None:
             raise ConfigError(
                 f"target.revision is {target.revision!r}, and target.model {name} is no model of the hub.",
@@ -32,17 +44,17 @@ def local_target(target: TargetSection) -> TargetSection:
                 next="remove target.revision, or name the model as organisation/name.",
             )
         return target
-    folder = _snapshot(name, target.revision)
+    folder = _snapshot(name, target.revision, wanted)
     return target.model_copy(update={"model": folder, "revision": folder.name})
 
 
-def _snapshot(name: str, revision: str | None) -> Path:
+def _snapshot(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     at = f"{name} at revision {revision}" if revision else name
     try:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+            snapshot_download(name, revision=revision, allow_patterns=list(wanted), ignore_patterns=UNWANTED)
         )
     except errors.GatedRepoError:
         reason, advice = "the hub gives it only to those who accepted its terms", _LOG_IN

@@ -10,7 +10,7 @@ from block_case import HEADS, draft_of, head, method_of, samples
 
 from paceline.errors import ConfigError
 from paceline.methods.dflash.decode import DFlashDecoder
-from paceline.methods.dflash.method import spread_layers
+from paceline.methods.dflash.settings import spread_layers
 
 # What vLLM 0.33 and SGLang 0.5.23 load, for 2 layers. Width 32, 4 and 2 heads of 8, inner 48, 3 states.
 BACKBONE = {"fc.weight": (32, 96), "hidden_norm.weight": (32,), "norm.weight": (32,)} | {

@@ -31,7 +31,7 @@ from paceline.methods.visits import noisy
 from paceline.table import resolve
 from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
-from paceline.types import Feature, Rows, States, Targets, Tokens
+from paceline.types import Feature
 
 # How many guesses go through the output layer at a time: 300 MB of bfloat16 logits of 150,000 tokens.
 _GROUP_GUESSES = 1 << 10
@@ -52,18 +52,7 @@ class DFlashMethod:
         self.settings = settings if self._start is None else self._start.applied(settings)
 
     def features(self, target: TargetFacts) -> tuple[Feature, ...]:
-        last = target.num_hidden_layers
-        return (
-            Feature("input_ids", Tokens(), dtype="int32"),
-            Feature("loss_mask", Targets(), dtype="uint8"),
-            Feature("aux_hidden_states", States(self._layers(last)), dtype=target.dtype),
-            Feature("last_hidden_states", States((last,)), Rows.PREDICTED, dtype=target.dtype),
-        )
-
-    def _layers(self, num_hidden_layers: int) -> tuple[int, ...]:
-        if self._start is not None:
-            return self._start.layers_of(num_hidden_layers)
-        return spread_layers(num_hidden_layers, self.settings.target_states)
+        return self.settings.features(target)
 
     def check_target(self, head: TargetHead) -> None:
         with torch.device("meta"):
@@ -113,7 +102,7 @@ class DFlashMethod:
         return DFlashConfig(
             **sizes,
             num_hidden_layers=chosen.layers,
-            aux_layer_ids=self._layers(head.num_hidden_layers),
+            aux_layer_ids=self.settings.layers_of(head.num_hidden_layers),
             block_size=chosen.block_size,
             mask_token_id=mask,
             causal=chosen.causal,
@@ -152,19 +141,3 @@ class DFlashMethod:
 
     def mean_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return mean_metrics(metrics, self.settings.depths)
-
-
-def spread_layers(num_hidden_layers: int, count: int) -> tuple[int, ...]:
-    """`count` states spread evenly from that after 2 blocks to that after N - 2 (arXiv 2602.06036).
-
-    Raises ConfigError for a target that has fewer states there.
-    """
-    first, last = 2, num_hidden_layers - 2
-    if last - first + 1 < count:
-        raise ConfigError(
-            f"The target has {num_hidden_layers} layers, and method.target_states is {count}.",
-            why=f"The states are distinct ones after {first} to {last} blocks.",
-            next=f"set method.target_states to at most {max(1, last - first + 1)}.",
-        )
-    steps = max(1, count - 1)
-    return tuple(first + round(step * (last - first) / steps) for step in range(count))

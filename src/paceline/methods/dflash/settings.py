@@ -7,10 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from paceline.errors import ConfigError
 from paceline.methods.dflash.start_config import read_block_start
+from paceline.methods.features import fused_states
 from paceline.methods.losses.settings import LossSection
 from paceline.methods.start.section import StartSection
 from paceline.section import Count, Fraction, Section
+from paceline.target.facts import TargetFacts
+from paceline.target.shape import LayerSizes, layer_parameters
+from paceline.types import Feature
 
 
 class WeightingSection(Section):
@@ -79,6 +84,29 @@ class BlockSection(StartSection):
     def refuse_start(self, folder: Path) -> None:
         read_block_start(folder, self.name).applied(self)
 
+    def features(self, target: TargetFacts) -> tuple[Feature, ...]:
+        return fused_states(self.layers_of(target.num_hidden_layers), target)
+
+    def layers_of(self, num_hidden_layers: int) -> tuple[int, ...]:
+        """The layers that are fused: those of `start_from`, or the default ones. Raises ConfigError."""
+        if self.start_from is not None:
+            return read_block_start(self.start_from, self.name).layers_of(num_hidden_layers)
+        return spread_layers(num_hidden_layers, self.target_states)
+
+    def num_parameters(self, target: LayerSizes) -> int | None:
+        if self.start_from is not None:
+            return None
+        hidden = target.hidden_size
+        layer = layer_parameters(target, hidden) + 2 * hidden + 2 * target.head_dim
+        return (self.target_states * hidden + 2) * hidden + self.layers * layer + self.head_parameters(target)
+
+    def rows_per_target(self, num_targets: float) -> float:
+        return self.block_size * min(1.0, self.anchors_max / max(1.0, num_targets))
+
+    def head_parameters(self, target: LayerSizes) -> int:  # noqa: ARG002
+        """Of what the head adds to the backbone."""
+        return 0
+
     @property
     def from_anchor(self) -> bool:
         """Whether the block's first place, which holds the newest token, guesses the token after it."""
@@ -113,6 +141,10 @@ class DSparkSection(BlockSection):
     def from_anchor(self) -> bool:
         return self.sample_from_anchor
 
+    def head_parameters(self, target: LayerSizes) -> int:
+        confidence = target.hidden_size + self.markov_rank + 1 if self.confidence_weight > 0 else 0
+        return 2 * target.vocab_size * self.markov_rank + confidence
+
 
 class DominoSection(BlockSection):
     """Domino (arXiv 2605.29707): a recurrent layer reads the tokens before a guess. See heads/domino.py.
@@ -125,6 +157,11 @@ class DominoSection(BlockSection):
     gru_hidden_dim: Count = 256
     emb_dim: Count = 64
     base_weight: Annotated[float, Field(ge=0.0)] = 0.5
+
+    def head_parameters(self, target: LayerSizes) -> int:
+        width = self.gru_hidden_dim
+        recurrent = 3 * width * (target.hidden_size + width)
+        return recurrent + (target.hidden_size + width + target.vocab_size) * self.emb_dim
 
 
 class DFlash2Section(BlockSection):
@@ -140,3 +177,25 @@ class DFlash2Section(BlockSection):
     selector_rank: Count = 64
     selector_top_k: Annotated[int, Field(ge=2)] = 16
     selector_weight: Annotated[float, Field(gt=0.0)] = 1.0
+
+    def head_parameters(self, target: LayerSizes) -> int:
+        hidden, taps = target.hidden_size, self.conv_kernel_size
+        convolution = 2 * taps * hidden + hidden * 2 * taps * (hidden // self.conv_group_size)
+        selector = (2 * target.vocab_size + hidden) * self.selector_rank
+        return 2 * self.layers * convolution + selector
+
+
+def spread_layers(num_hidden_layers: int, count: int) -> tuple[int, ...]:
+    """`count` states spread evenly from that after 2 blocks to that after N - 2 (arXiv 2602.06036).
+
+    Raises ConfigError for a target that has fewer states there.
+    """
+    first, last = 2, num_hidden_layers - 2
+    if last - first + 1 < count:
+        raise ConfigError(
+            f"The target has {num_hidden_layers} layers, and method.target_states is {count}.",
+            why=f"The states are distinct ones after {first} to {last} blocks.",
+            next=f"set method.target_states to at most {max(1, last - first + 1)}.",
+        )
+    steps = max(1, count - 1)
+    return tuple(first + round(step * (last - first) / steps) for step in range(count))

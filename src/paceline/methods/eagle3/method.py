@@ -18,7 +18,7 @@ from paceline.errors import ConfigError
 from paceline.methods.eagle3.batch import JUDGED_SHARE, Eagle3Batch, Unrolling, collate
 from paceline.methods.eagle3.decode import Eagle3Decoder
 from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft, Midlayer
-from paceline.methods.eagle3.settings import Eagle3Section
+from paceline.methods.eagle3.settings import Eagle3Section, aux_layer_ids
 from paceline.methods.eagle3.start import start_tensors
 from paceline.methods.eagle3.start_config import read_start_config
 from paceline.methods.eagle3.vocab import answer_token_weights, choose_draft_vocab, vocab_maps
@@ -31,7 +31,7 @@ from paceline.methods.targets import counted_rows
 from paceline.methods.visits import noisy
 from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
-from paceline.types import Feature, Rows, States, Targets, Tokens
+from paceline.types import Feature
 
 # How many logits of the draft vocabulary one group of anchors keeps for backward: 256 MiB of bfloat16.
 _GROUP_LOGITS = 1 << 27
@@ -55,18 +55,7 @@ class Eagle3Method:
             self._start.refuse_other_settings(self.settings)
 
     def features(self, target: TargetFacts) -> tuple[Feature, ...]:
-        last = target.num_hidden_layers
-        return (
-            Feature("input_ids", Tokens(), dtype="int32"),
-            Feature("loss_mask", Targets(), dtype="uint8"),
-            # Prompt rows give the draft keys and values, but it never learns to predict their next tokens.
-            Feature("aux_hidden_states", States(self._layers(last)), dtype=target.dtype),
-            Feature("last_hidden_states", States((last,)), Rows.PREDICTED, dtype=target.dtype),
-        )
-
-    def _layers(self, num_hidden_layers: int) -> tuple[int, ...]:
-        named = None if self._start is None else self._start.layers(num_hidden_layers)
-        return named or aux_layer_ids(num_hidden_layers)
+        return self.settings.features(target)
 
     def check_target(self, head: TargetHead) -> None:
         config = self._config(head)
@@ -114,7 +103,7 @@ class Eagle3Method:
 
     def _config(self, head: TargetHead) -> Eagle3Config:
         if self._start is not None:
-            layers = self._layers(head.num_hidden_layers)
+            layers = self.settings.layers_of(head.num_hidden_layers)
             sizes = sizes_for(self._start.start, self._start.sizes, head)
             return Eagle3Config(**sizes, aux_layer_ids=layers)
         chosen = self.settings
@@ -168,21 +157,6 @@ class Eagle3Method:
 
     def mean_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return mean_metrics(metrics, self.settings.ttt_steps)
-
-
-def aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
-    """The default of vLLM and SGLang: the states after 2, N // 2 and N - 3 decoder blocks.
-
-    Raises ConfigError for a target that has too few layers.
-    """
-    ids = (2, num_hidden_layers // 2, num_hidden_layers - 3)
-    if not 0 < ids[0] < ids[1] < ids[2] < num_hidden_layers:
-        raise ConfigError(
-            f"The target has {num_hidden_layers} layers, so the layer ids {ids} are not three distinct ones.",
-            why="EAGLE-3 reads an early, a middle and a late state.",
-            next="choose a target with at least 7 layers.",
-        )
-    return ids
 
 
 def draft_config(head: TargetHead, draft_vocab_size: int) -> Eagle3Config:

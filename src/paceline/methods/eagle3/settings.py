@@ -7,10 +7,17 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from paceline.errors import ConfigError
 from paceline.methods.eagle3.start_config import WINDOW_MIN, read_start_config
+from paceline.methods.features import fused_states
 from paceline.methods.losses.settings import LossSection
 from paceline.methods.start.section import StartSection
 from paceline.section import Count
+from paceline.target.facts import TargetFacts
+from paceline.target.shape import LayerSizes, layer_parameters
+from paceline.types import Feature
+
+FUSED = 3  # states
 
 
 class Eagle3Section(StartSection):
@@ -67,6 +74,26 @@ class Eagle3Section(StartSection):
     def refuse_start(self, folder: Path) -> None:
         read_start_config(folder, self.name).refuse_other_settings(self)
 
+    def features(self, target: TargetFacts) -> tuple[Feature, ...]:
+        return fused_states(self.layers_of(target.num_hidden_layers), target)
+
+    def layers_of(self, num_hidden_layers: int) -> tuple[int, ...]:
+        """The layers that are fused: those of `start_from`, or the default ones. Raises ConfigError."""
+        start = None if self.start_from is None else read_start_config(self.start_from, self.name)
+        named = None if start is None else start.layers(num_hidden_layers)
+        return named or aux_layer_ids(num_hidden_layers)
+
+    def num_parameters(self, target: LayerSizes) -> int | None:
+        if self.start_from is not None:
+            return None
+        hidden, rows = target.hidden_size, min(self.draft_vocab_size, target.vocab_size)
+        norms = 4 + FUSED * (self.norm_before_fc or self.fc_norm)
+        head = rows * hidden if self.train_lm_head else 0
+        return FUSED * hidden * hidden + layer_parameters(target, 2 * hidden) + norms * hidden + head
+
+    def rows_per_target(self, num_targets: float) -> float:  # noqa: ARG002
+        return float(self.ttt_steps)
+
 
 class PEagleSection(Eagle3Section):
     """P-EAGLE (arXiv 2602.01469): an EAGLE-3 draft that guesses all its tokens in one pass.
@@ -88,3 +115,22 @@ class PEagleSection(Eagle3Section):
             if getattr(self, name):
                 raise ValueError(f"{name} does not go with p-eagle")
         return self
+
+    def num_parameters(self, target: LayerSizes) -> int | None:
+        rest = super().num_parameters(target)
+        return None if rest is None else rest + FUSED * target.hidden_size  # mask_hidden
+
+
+def aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
+    """The default of vLLM and SGLang: the states after 2, N // 2 and N - 3 decoder blocks.
+
+    Raises ConfigError for a target that has too few layers.
+    """
+    ids = (2, num_hidden_layers // 2, num_hidden_layers - 3)
+    if not 0 < ids[0] < ids[1] < ids[2] < num_hidden_layers:
+        raise ConfigError(
+            f"The target has {num_hidden_layers} layers, so the layer ids {ids} are not three distinct ones.",
+            why="EAGLE-3 reads an early, a middle and a late state.",
+            next="choose a target with at least 7 layers.",
+        )
+    return ids
