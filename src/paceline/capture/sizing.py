@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from paceline.capture.settings import CaptureSettings
 from paceline.types import Feature, Rows, States
 
 ITEM_BYTES = {"float32": 4, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2, "uint8": 1, "bool": 1}
+
+
+def reserved_sample_bytes(
+    capture: CaptureSettings, hidden_size: int, *, longest_prompt: int, has_chats: bool
+) -> int:
+    """What is reserved for every sample of a run. `longest_prompt`: in tokens; `has_chats`: see PromptSource.
+
+    Of a chat and of a given answer more than the last `max_answer_tokens` may be tokens to predict.
+    """
+    longest, most = longest_prompt + capture.max_answer_tokens, capture.max_answer_tokens
+    are_prompts = capture.answers == "target" and not has_chats
+    targets = most if are_prompts else longest
+    return largest_sample_bytes(capture.features, hidden_size, num_tokens=longest, num_targets=targets)
 
 
 def largest_sample_bytes(

@@ -33,6 +33,7 @@ from paceline.cli.plain import (
     say_error,
     stderr,
 )
+from paceline.cli.plan import plan
 from paceline.cli.progress import Progress, best_lines, describe, evaluation_lines, final_line, trained
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
@@ -223,6 +224,7 @@ def evaluate(
     _evaluate(run_file, config, request)
 
 
+app.command()(advises(plan))
 app.command()(advises(compare))
 app.command()(advises(sweep))
 

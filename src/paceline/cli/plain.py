@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import json
-from typing import IO, cast
+from collections.abc import Iterable, Mapping
+from typing import IO, Any, cast
 
 import msgspec
 from rich.console import Console
@@ -35,9 +36,33 @@ def say(console: Console, text: str) -> None:
     console.print(plain(text), soft_wrap=True)
 
 
-def say_document(document: msgspec.Struct) -> None:
+def say_document(document: msgspec.Struct | Mapping[str, Any]) -> None:
     """Print it as JSON, in ASCII: a terminal obeys nothing in it."""
     out.file.write(json.dumps(msgspec.to_builtins(document, str_keys=True), indent=1) + "\n")
+
+
+def say_wrapped(console: Console, label: Text, text: str, indent: int | None = None) -> None:
+    """Print the text after the label, in lines of the console's width without spaces at their ends.
+
+    `indent`: of the lines after the first; by default they begin below the text.
+    """
+    indent = label.cell_len if indent is None else indent
+    lines = (Text(" " * (label.cell_len - indent)) + plain(text)).wrap(console, console.width - indent)
+    for number, line in enumerate(lines):
+        line.rstrip()
+        shown = label + line[label.cell_len - indent :] if number == 0 else Text(" " * indent) + line
+        console.print(shown, soft_wrap=True)
+
+
+def tell_findings(console: Console, found: Iterable[tuple[bool, str, str]]) -> None:
+    """Print findings: whether each refuses, what it is, and what to do about it."""
+    for refuses, what, advice in found:
+        name, style = ("does not fit", "bold red") if refuses else ("note", "bold")
+        console.print()
+        say_wrapped(console, plain(f"{name}: ", style), what, indent=2)
+        if advice:
+            say_wrapped(console, plain("  "), advice)
+    console.print()
 
 
 def say_error(error: PacelineError) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from paceline.capture.settings import CaptureSection
+from paceline.config.costs import CostsSection
 from paceline.data.settings import DataSection
 from paceline.engines.settings import EngineSection
 from paceline.evaluation.settings import EvaluationSection
@@ -72,6 +73,7 @@ class RunConfig(Section):
     evaluation: EvaluationSection
     export: ExportSection = ExportSection()
     machine: MachineSection = MachineSection()
+    costs: CostsSection = CostsSection()
 
     def open_ledger(self, tell: Callable[[str], None] = lambda _: None, *, joins: bool = False) -> Ledger:
         """The run's ledger, for a role; it is created if the run has none. See ledger/place.py.

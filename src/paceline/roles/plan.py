@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -20,6 +20,7 @@ from paceline.roles.committed import committed_in
 from paceline.roles.workers import CONSUMER, started_roles
 from paceline.target.folder import quantisation, read_config
 from paceline.target.hub import local_target
+from paceline.target.settings import TargetSection
 
 REPEATS_NAMED = 50
 
@@ -72,9 +73,14 @@ class RunPlan:
         return [total if most is None else min(total, most) for total in totals[1:]]
 
 
-def plan_run(given: RunConfig) -> RunPlan:
-    """Find the target, and check what can be checked before a process starts. Raises ConfigError."""
-    config = given.model_copy(update={"target": local_target(given.target)})
+def plan_run(
+    given: RunConfig, find_target: Callable[[TargetSection], TargetSection] = local_target
+) -> RunPlan:
+    """Find the target, and check what can be checked before a process starts. Raises ConfigError.
+
+    `find_target`: gives the section with the target's folder; the weights need not be in it.
+    """
+    config = given.model_copy(update={"target": find_target(given.target)})
     obstacle = _target_obstacle(config)
     file = open_held_out(config.evaluation.prompts)
     heldout = {

@@ -186,3 +186,13 @@ CHECKS: list[Check] = [
     the_server_gives_states_of_the_target,
     the_method_knows_where_it_starts,
 ]
+
+# What these look at is this machine's; the others look at the run file and the target alone.
+ON_THIS_MACHINE: frozenset[Check] = frozenset(
+    [
+        shared_memory_holds_the_budget,
+        enough_files_can_be_open,
+        a_server_can_be_started,
+        states_on_their_way_find_room,
+    ]
+)

@@ -18,7 +18,7 @@ from paceline.capture.encoding import Encoding
 from paceline.capture.neighbours import Neighbours
 from paceline.capture.producer import Producer
 from paceline.capture.settings import CaptureSettings
-from paceline.capture.sizing import largest_sample_bytes
+from paceline.capture.sizing import reserved_sample_bytes
 from paceline.data.answers import AnswerFiles
 from paceline.data.source import PromptList, PromptSource
 from paceline.engines.engine import TargetEngine
@@ -99,15 +99,9 @@ def build_disagg_online_producer(
     ledger = resolve_ledger(metadata_store, metadata_db_path)
     session = ProducerSession(ledger, run_id, worker, attempt_max=attempt_max)
     source = PromptList(prompts) if isinstance(prompts, Sequence) else prompts
-    longest = (capture.max_prompt_tokens or _longest_prompt(source, engine, capture)) + (
-        capture.max_answer_tokens
-    )
-    are_prompts = capture.answers == "target" and not source.has_chats
-    sample_bytes = largest_sample_bytes(
-        capture.features,
-        engine.facts.hidden_size,
-        num_tokens=longest,
-        num_targets=capture.max_answer_tokens if are_prompts else longest,
+    longest = capture.max_prompt_tokens or _longest_prompt(source, engine, capture)
+    sample_bytes = reserved_sample_bytes(
+        capture, engine.facts.hidden_size, longest_prompt=longest, has_chats=source.has_chats
     )
     budget = feature_store.usage().budget_bytes
     check_feasible(

@@ -1,0 +1,189 @@
+"""`paceline plan`: what a run will take, in at most 80 columns, or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from paceline.cli.plain import out, plain, say, say_document, say_wrapped, tell_findings
+from paceline.config.load import load_run_config
+from paceline.errors import ConfigError
+from paceline.roles.cost_plan import CostPlan, cost_plan
+
+
+def plan(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", readable=False)],
+    gpu: Annotated[
+        str | None, typer.Option(help="Plan for a machine with such GPUs, e.g. H200, not for this one.")
+    ] = None,
+    target_config: Annotated[
+        Path | None,
+        typer.Option(help="A folder with the target's config.json and tokenizer.", readable=False),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="As JSON; docs/first-hour.md has the fields.")
+    ] = False,
+) -> None:
+    """Show what a run will take: devices, memory, disk, hours, and what does not fit. Starts nothing.
+
+    The target's configuration and tokenizer are enough; no weights are read or fetched.
+    """
+    found = cost_plan(load_run_config(run_file), gpu=gpu or "", target_config=target_config)
+    if as_json:
+        say_document(found.model_dump(mode="json"))
+    else:
+        show(out, found, run_file)
+    if not found.fits:
+        raise typer.Exit(ConfigError.exit_code)
+
+
+def show(console: Console, found: CostPlan, run_file: Path) -> None:
+    for name, lines in _parts(found).items():
+        for number, line in enumerate(filter(None, lines)):
+            say_wrapped(console, plain(f"{name if number == 0 else '':<10}", "bold"), line)
+    tell_findings(console, [(one.refuses, one.what, one.next) for one in found.findings])
+    refused = sum(finding.refuses for finding in found.findings)
+    if refused:
+        say(console, f"{refused} thing{'s' * (refused > 1)} must change before paceline train {run_file}")
+    else:
+        say(console, f"It fits. Next: paceline train {run_file}")
+
+
+def _parts(found: CostPlan) -> dict[str, list[str]]:
+    """The lines of each part, under its name."""
+    return {
+        "run": list(_run(found)),
+        "machine": [found.machine],
+        "target": list(_target(found)),
+        "draft": [f"{found.draft.method}, {_count(found.draft.parameters)} parameters to learn"],
+        "process": list(_processes(found)),
+        "sample": list(_sample(found)),
+        "features": list(_features(found)),
+        "disk": list(_disk(found)),
+        "time": list(_time(found)),
+    }
+
+
+def _run(found: CostPlan) -> Iterator[str]:
+    run = found.run
+    rounds = f" in {run.rounds} rounds" if run.rounds > 1 else ""
+    visits = f", each visited {run.passes} times" if run.passes > 1 else ""
+    yield f"{run.name}: {run.samples:,} samples{rounds}{visits}"
+    yield f"{run.steps:,} steps of {run.batch_size}, in {run.directory}"
+
+
+def _target(found: CostPlan) -> Iterator[str]:
+    target = found.target
+    yield f"{target.model}"
+    active = ""
+    if target.active_parameters < target.parameters:
+        active = f" ({_count(target.active_parameters)} active)"
+    yield (
+        f"{target.layers} layers of {target.hidden_size}, about {_count(target.parameters)} "
+        f"parameters{active}"
+    )
+    held = "on this disk" if target.has_weights else "estimated, not fetched yet"
+    how = f"quantised ({target.quantised})" if target.quantised else f"states in {target.dtype}"
+    yield f"{_bytes(target.weights_bytes)} of weights, {held}; {how}"
+
+
+def _processes(found: CostPlan) -> Iterator[str]:
+    for one in found.processes:
+        threads = f", {one.threads} thread{'s' * (one.threads != 1)}" if one.threads else ""
+        memory = f", {_bytes(one.memory_bytes)}" if one.memory_bytes else ""
+        yield f"{one.role} on {one.device}{threads}{memory}: {one.what}"
+
+
+def _sample(found: CostPlan) -> Iterator[str]:
+    sample = found.sample
+    yield f"at most {sample.tokens_max:,} tokens, {_bytes(sample.bytes_max)} reserved"
+    known = (
+        "as the data's answers suggest" if sample.answers_known else "if answers are as long as they may be"
+    )
+    yield (
+        f"about {sample.prompt_tokens_about:.0f} + {sample.answer_tokens_about:.0f} tokens, "
+        f"{_bytes(sample.bytes_about)}, {known}"
+    )
+
+
+def _features(found: CostPlan) -> Iterator[str]:
+    window, features = found.window, found.features
+    yield f"{features.store} in {features.directory}: budget {_bytes(window.budget_bytes)}"
+    about = int(window.budget_bytes / max(1.0, found.sample.bytes_about))
+    yield f"window: {window.samples:,} samples of the largest size, about {about:,} of these"
+    yield (
+        f"needed at once: groups of {window.group_samples} and {window.collected_samples:,} that the trainer "
+        f"collects"
+    )
+    yield f"the least budget for them: {_bytes(window.needed_bytes)}"
+    if features.traffic_mib_per_s is not None:
+        yield f"traffic: {_rate(features.traffic_mib_per_s)} written and read, within one host: no network"
+
+
+def _disk(found: CostPlan) -> Iterator[str]:
+    disk = found.disk
+    parts = {
+        "checkpoints": disk.checkpoints_bytes,
+        "exports": disk.exports_bytes,
+        "answers": disk.answers_bytes,
+        "ledger": disk.ledger_bytes,
+        "events and logs up to": disk.logs_bytes,
+    }
+    told = [f"{name} {_bytes(size)}" for name, size in parts.items() if size]
+    yield ", ".join(told[:3])
+    yield ", ".join(told[3:])
+    if disk.download_bytes:
+        yield f"to fetch from the hub: {_bytes(disk.download_bytes)}"
+    if disk.free_bytes is not None:
+        total = "" if disk.total_bytes is None else f"{_bytes(disk.total_bytes)} in all, "
+        yield f"{total}{_bytes(disk.free_bytes)} free"
+
+
+def _time(found: CostPlan) -> Iterator[str]:
+    time = found.time
+    if time.total_s is None or time.capture_s is None or time.training_s is None:
+        yield time.source
+        return
+    yield f"{_clock(time.total_s)}, evaluations and starts not counted"
+    order = "side by side" if time.together else "in turns, for they share processors or a GPU"
+    yield f"capture {_clock(time.capture_s)}, training {_clock(time.training_s)}, {order}"
+    yield {"capture": "capture binds", "training": "training binds", "both": "both sides are busy"}[
+        time.binds
+    ]
+    if time.advice:
+        yield time.advice
+    yield f"by {time.source}"
+
+
+def _count(number: int | None) -> str:
+    if number is None:
+        return "an unknown number of"
+    for size, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return str(number)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}" if unit != "bytes" else f"{size:.0f} bytes"
+        size /= 1024
+    return f"{size:,.1f} GiB"
+
+
+def _rate(mib: float) -> str:
+    return (
+        f"{mib / 1024:.1f} GiB/s" if mib >= 1024 else f"{mib:.0f} MiB/s" if mib >= 10 else f"{mib:.1f} MiB/s"
+    )
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

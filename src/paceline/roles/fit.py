@@ -1,0 +1,160 @@
+"""What of a planned run does not fit, on this machine or another, each with what to change. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from paceline.capture.backpressure import check_feasible
+from paceline.config.run import RunConfig
+from paceline.engines.served.settings import ServedSection
+from paceline.errors import ConfigError
+from paceline.roles.footprint import Disk, Process
+from paceline.roles.machine import Machine
+from paceline.roles.plan import RunPlan, window_size
+from paceline.roles.preflight import CHECKS, ON_THIS_MACHINE, Finding
+from paceline.target.folder import read_config, refuse_quantised
+from paceline.target.shape import TargetShape
+
+SERVER_SHARE = 0.9  # of a GPU's memory that weights may take: keys and values need the rest
+ACTIVATIONS = 1 << 30  # bytes beside weights that a role needs at least
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A planned run on a machine. `elsewhere`: it is not this one."""
+
+    plan: RunPlan
+    machine: Machine
+    shape: TargetShape
+    sample_bytes: int
+    processes: list[Process]
+    disk: Disk
+    elsewhere: bool
+
+
+def findings(layout: Layout) -> Iterator[Finding]:
+    """Refusals are what a start refuses, or what ends the run later."""
+    plan = layout.plan
+    for note in plan.notes:
+        yield Finding(f"{note[:1].upper()}{note[1:]}.", "")
+    yield from _budget(plan.config, layout.sample_bytes)
+    yield from _quantised(plan.config, layout.shape)
+    yield from _first_samples(plan)
+    for check in CHECKS:
+        if not (layout.elsewhere and check in ON_THIS_MACHINE):
+            try:
+                yield from check(plan)
+            except ConfigError as error:
+                yield Finding(error.what, error.next, refuses=True)
+    yield from _devices(layout)
+    yield from _gpu_memory(layout)
+    if not layout.elsewhere:
+        yield from _host_memory(layout)
+        yield from _processors(layout)
+        yield from _disk(layout)
+
+
+def _budget(config: RunConfig, sample_bytes: int) -> Iterator[Finding]:
+    try:
+        check_feasible(
+            budget_bytes=config.features.budget_mib << 20,
+            sample_bytes=sample_bytes,
+            group_size=config.capture.group_size,
+            window_size=window_size(config),
+            budget_samples=config.features.budget_samples,
+        )
+    except ConfigError as error:
+        yield Finding(error.what, f"{error.next[:1].upper()}{error.next[1:]}", refuses=True)
+
+
+def _quantised(config: RunConfig, shape: TargetShape) -> Iterator[Finding]:
+    if shape.quantised and not isinstance(config.engine, ServedSection):
+        try:
+            refuse_quantised(config.target.model, read_config(config.target.model))
+        except ConfigError as error:
+            yield Finding(error.what, f"{error.next[:1].upper()}{error.next[1:]}", refuses=True)
+
+
+def _first_samples(plan: RunPlan) -> Iterator[Finding]:
+    wanted, there = plan.config.method.first_samples, plan.num_samples or 0
+    if there < wanted:
+        yield Finding(
+            f"The run has {there} samples, and method.first_samples is {wanted}: the first weights are made "
+            "of all of them, before any step.",
+            "Add data, raise data.rounds, or lower method.first_samples.",
+        )
+
+
+def _devices(layout: Layout) -> Iterator[Finding]:
+    """Compare the devices that the run file names with those of the machine."""
+    there = len(layout.machine.gpus)
+    for process in layout.processes:
+        for device in process.device.split(", "):
+            number = device.removeprefix("cuda:")
+            if device.startswith("cuda:") and int(number) >= there:
+                has = f"has {there} GPUs" if there else "has no GPU that its driver shows"
+                yield Finding(
+                    f"The {process.role} is to run on {device}, and this machine {has}.",
+                    "Name devices that exist (engine, training.device, evaluation.device), or plan for "
+                    "another machine: --gpu H200.",
+                    refuses=True,
+                )
+
+
+def _gpu_memory(layout: Layout) -> Iterator[Finding]:
+    """Add up what the processes put on each GPU."""
+    gpus, taken = layout.machine.gpus, dict[int, int]()
+    for process in layout.processes:
+        for device in process.device.split(", "):
+            if device.startswith("cuda:") and process.memory_bytes is not None:
+                number = int(device.removeprefix("cuda:"))
+                taken[number] = taken.get(number, 0) + process.memory_bytes + ACTIVATIONS
+    for number, needed in sorted(taken.items()):
+        if number < len(gpus) and needed > gpus[number].memory_bytes * SERVER_SHARE:
+            yield Finding(
+                f"cuda:{number} ({gpus[number].name}) has {_gib(gpus[number].memory_bytes)}, and weights and "
+                f"optimizer on it take {_gib(needed)} without activations and caches.",
+                "Give the engine more devices (engine.devices), training another one (training.device), or "
+                "choose a smaller or quantised target.",
+                refuses=True,
+            )
+
+
+def _host_memory(layout: Layout) -> Iterator[Finding]:
+    there = layout.machine.memory_bytes
+    on_host = [p.memory_bytes or 0 for p in layout.processes if p.device == "cpu"]
+    needed = sum(on_host) + (layout.plan.config.features.budget_mib << 20)
+    if there and needed > there:
+        yield Finding(
+            f"This machine has {_gib(there)} of memory; weights, optimizer and features.budget_mib take "
+            f"{_gib(needed)}.",
+            "Lower features.budget_mib or machine.producers, or choose a smaller target.",
+            refuses=True,
+        )
+
+
+def _processors(layout: Layout) -> Iterator[Finding]:
+    machine, there = layout.plan.config.machine, layout.machine.processors
+    asked = machine.producers * machine.producer_threads + machine.consumer_threads
+    if asked > there:
+        yield Finding(
+            f"The roles compute with {asked} threads, and this machine has {there} processors: they take "
+            "turns.",
+            "Lower machine.producers, producer_threads or consumer_threads.",
+        )
+
+
+def _disk(layout: Layout) -> Iterator[Finding]:
+    disk = layout.disk
+    if disk.total_bytes is not None and disk.free_bytes is not None and disk.total_bytes > disk.free_bytes:
+        yield Finding(
+            f"The disk of {layout.plan.config.run.directory} has {_gib(disk.free_bytes)} free, and the run "
+            f"takes up to {_gib(disk.total_bytes)}.",
+            "Free space, set run.directory to another disk, or lower checkpoint.keep.",
+            refuses=True,
+        )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"

@@ -1,0 +1,261 @@
+"""What a run takes: bytes of samples, of memory on each device, and of the disk. No torch.
+
+Bytes of samples and of the window are those that the producer reserves (capture/sizing.py). Memory and disk
+follow from the counts of parameters; activations and libraries come on top.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from paceline.capture.settings import CaptureSettings
+from paceline.capture.sizing import payload_bytes, reserved_sample_bytes
+from paceline.config.run import RunConfig
+from paceline.engines.served.settings import ServedSection
+from paceline.engines.vllm.settings import VllmSection
+from paceline.roles.lengths import Lengths
+from paceline.roles.machine import Machine
+from paceline.roles.plan import RunPlan, window_size
+from paceline.section import Section
+from paceline.target.facts import TargetFacts
+from paceline.target.shape import BYTES, LayerSizes, TargetShape
+from paceline.telemetry import FILE_BYTES_MAX
+from paceline.types import Feature, Rows, States
+
+SLACK = 1.125  # of a slot, on average (features/stores/slots.py)
+TOKEN_BYTES = 5  # of a kept answer: a MessagePack number
+ANSWER_BYTES = 120  # of its ids and digests
+LEDGER_BYTES = 2048  # a sample in flight and its rows; an archived one takes a twentieth
+ARCHIVED_BYTES = 100
+TRAINED_BYTES = 16  # a parameter: weight, gradient and two moments in float32
+STATE_BYTES = 12  # a parameter in a checkpoint: weight and two moments
+
+
+@dataclass(frozen=True)
+class SampleSizes:
+    """`bytes_max`: what is reserved for each sample. `about`: at the lengths that the data suggests."""
+
+    dtype: str
+    layers: int
+    tokens_max: int
+    bytes_max: int
+    tokens_about: float
+    bytes_about: float
+
+
+def facts_of(config: RunConfig, shape: TargetShape, machine: Machine) -> TargetFacts:
+    """What the engine will say of the target, as far as a sample's size depends on it."""
+    sizes, engine = shape.sizes, config.engine
+    if isinstance(engine, ServedSection):
+        # A server computes in bfloat16, unless it is told otherwise.
+        dtype = "bfloat16" if config.target.dtype == "auto" else str(config.target.dtype)
+    else:
+        dtype = machine.dtype(config.target.dtype, machine.device(str(getattr(engine, "device", "auto"))))
+    return TargetFacts(
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        vocab_size=sizes.vocab_size,
+        dtype=dtype,
+        eos_token_ids=(),
+        model_version="",
+        tokenizer_version="",
+        max_positions=shape.max_positions,
+    )
+
+
+def sample_sizes(plan: RunPlan, facts: TargetFacts, lengths: Lengths) -> SampleSizes:
+    """Raises ConfigError for a target that the method cannot be trained on."""
+    config = plan.config
+    features = config.method.features(facts)
+    capture = CaptureSettings.of(config.capture, config.data, features=features)
+    longest = config.data.max_prompt_tokens
+    hidden = facts.hidden_size
+    about = payload_bytes(
+        features, hidden, num_tokens=round(lengths.sample), num_targets=round(lengths.answers)
+    )
+    return SampleSizes(
+        dtype=facts.dtype,
+        layers=states_of_a_token(features),
+        tokens_max=longest + config.data.max_answer_tokens,
+        bytes_max=reserved_sample_bytes(
+            capture, hidden, longest_prompt=longest, has_chats=plan.prompts.has_chats
+        ),
+        tokens_about=lengths.sample,
+        bytes_about=about * SLACK + 4096,
+    )
+
+
+def states_of_a_token(features: Sequence[Feature]) -> int:
+    """How many states of every token are kept."""
+    wide = [f.source.layers for f in features if isinstance(f.source, States) and f.rows == Rows.ALL]
+    return sum(map(len, wide))
+
+
+class Window(Section):
+    """`samples`: of the largest size, that the budget holds. `collected_samples`: what the trainer must have
+    before it can go on. `needed_bytes`: the least budget with which nobody waits for ever."""
+
+    budget_bytes: int
+    samples: int
+    group_samples: int
+    collected_samples: int
+    needed_bytes: int
+
+
+def window_of(config: RunConfig, sample_bytes: int) -> Window:
+    budget = config.features.budget_mib << 20
+    fitting = budget // sample_bytes
+    if config.features.budget_samples is not None:
+        fitting = min(fitting, config.features.budget_samples)
+    collected, group = window_size(config), config.capture.group_size
+    needed = int((group + collected) * sample_bytes / 0.75) + 1
+    return Window(
+        budget_bytes=budget,
+        samples=fitting,
+        group_samples=group,
+        collected_samples=collected,
+        needed_bytes=needed,
+    )
+
+
+class Process(Section):
+    """`memory_bytes`: of its device, without activations and libraries; None if it cannot be told."""
+
+    role: str
+    device: str
+    threads: int | None
+    what: str
+    memory_bytes: int | None
+
+
+def processes_of(
+    config: RunConfig, shape: TargetShape, machine: Machine, trained: int | None
+) -> list[Process]:
+    """The producers, the server that they ask, and the consumer."""
+    engine, threads = config.engine, config.machine
+    found = []
+    is_served = isinstance(engine, ServedSection)
+    device = "" if is_served else machine.device(str(getattr(engine, "device", "auto")))
+    for number in range(threads.producers):
+        name = "producer" if number == 0 else f"producer-{number}"
+        what = "asks the server" if is_served else "the target"
+        memory = 0 if is_served else _target_bytes(shape, config, machine)
+        found.append(
+            Process(
+                role=name,
+                device=device or "cpu",
+                threads=threads.producer_threads,
+                what=what,
+                memory_bytes=memory,
+            )
+        )
+        if isinstance(engine, VllmSection) and engine.managed:
+            devices = ", ".join(f"cuda:{number}" for number in engine.devices) or "cpu"
+            share = shape.weights_bytes // max(1, len(engine.devices))
+            found.append(
+                Process(
+                    role=f"{engine.name} server",
+                    device=devices,
+                    threads=None,
+                    what="the target, and its cache of keys and values",
+                    memory_bytes=share,
+                )
+            )
+    if is_served and not getattr(engine, "managed", False):
+        url = str(getattr(engine, "url", ""))
+        found.append(
+            Process(
+                role=f"{engine.name} server",
+                device=url,
+                threads=None,
+                what="yours",
+                memory_bytes=shape.weights_bytes,
+            )
+        )
+    found.append(
+        Process(
+            role="consumer",
+            device=machine.device(config.training.device),
+            threads=threads.consumer_threads,
+            what="the draft, its optimizer, the target's embedding and lm_head",
+            memory_bytes=None
+            if trained is None
+            else TRAINED_BYTES * trained + _head_bytes(shape.sizes, shape),
+        )
+    )
+    return found
+
+
+def _target_bytes(shape: TargetShape, config: RunConfig, machine: Machine) -> int:
+    """The weights as the engine holds them: in its own dtype."""
+    if shape.quantised:
+        return shape.weights_bytes
+    device = machine.device(str(getattr(config.engine, "device", "auto")))
+    return int(shape.parameters * BYTES[machine.dtype(config.target.dtype, device)])
+
+
+def _head_bytes(sizes: LayerSizes, shape: TargetShape) -> int:
+    return int(2 * sizes.vocab_size * sizes.hidden_size * BYTES[shape.dtype])
+
+
+class Disk(Section):
+    """Bytes below the run's directory; `checkpoint_bytes`: of one, `checkpoints_bytes`: of all that are there
+    at a time, with the best draft. `download_bytes`: what the hub's cache has to fetch. None: unknown."""
+
+    checkpoint_bytes: int | None
+    checkpoints_bytes: int | None
+    exports_bytes: int | None
+    answers_bytes: int
+    logs_bytes: int
+    ledger_bytes: int
+    download_bytes: int
+    total_bytes: int | None
+    free_bytes: int | None
+
+
+def disk_of(plan: RunPlan, shape: TargetShape, lengths: Lengths, trained: int | None, download: bool) -> Disk:
+    config, samples = plan.config, plan.num_samples or 0
+    one = checkpoints = exports = None
+    if trained is not None:
+        average = 4 if config.training.ema_decay is not None else 0
+        one = trained * (STATE_BYTES + average)
+        # One is written beside those that are kept, and the best draft's weights are held.
+        checkpoints = one * (config.checkpoint.keep + 1) + 4 * trained
+        width = BYTES[config.export.dtype]
+        embedding = shape.sizes.vocab_size * shape.sizes.hidden_size
+        exports = sum(
+            int((trained + (embedding if name == "speculators" else 0)) * width)
+            for name in config.export.formats
+        )
+    answers = int(samples * (ANSWER_BYTES + TOKEN_BYTES * lengths.sample))
+    logs = FILE_BYTES_MAX * 2 * (config.machine.producers + 2)
+    in_flight = min(samples, window_of(config, 1 + (config.features.budget_mib << 10)).samples)
+    ledger = in_flight * LEDGER_BYTES + samples * ARCHIVED_BYTES
+    fetched = shape.weights_bytes if download else 0
+    parts = [answers, logs, ledger, fetched, checkpoints, exports]
+    return Disk(
+        checkpoint_bytes=one,
+        checkpoints_bytes=checkpoints,
+        exports_bytes=exports,
+        answers_bytes=answers,
+        logs_bytes=logs,
+        ledger_bytes=ledger,
+        download_bytes=fetched,
+        total_bytes=None if trained is None else sum(part or 0 for part in parts),
+        free_bytes=free_bytes(config.run.directory),
+    )
+
+
+def free_bytes(path: Path) -> int | None:
+    """On the disk where `path` is or will be; None if it cannot be told."""
+    for folder in [path.absolute(), *path.absolute().parents]:
+        if folder.exists():
+            try:
+                space = os.statvfs(folder)
+            except OSError:
+                return None
+            return space.f_bavail * space.f_frsize
+    return None

@@ -1,0 +1,104 @@
+"""How long a run takes and what binds it, from the rates of its roles. No torch."""
+
+from __future__ import annotations
+
+from paceline.config.run import RunConfig
+from paceline.engines.served.settings import ServedSection
+from paceline.roles.footprint import Process
+from paceline.roles.lengths import Lengths
+from paceline.roles.rates import Rates
+from paceline.section import Section
+
+EVEN = 1.25  # sides whose times differ by less are both busy
+
+
+class Time(Section):
+    """Seconds; None: unknown, as `source` then says. Evaluations and starts come on top.
+
+    `binds`: "capture", "training", "both" or "". `together`: whether both sides go on at the same time, or
+    share processors or a device and take turns. `advice`: what would make the run shorter.
+    """
+
+    source: str
+    first_s: float | None = None
+    capture_s: float | None = None
+    training_s: float | None = None
+    total_s: float | None = None
+    binds: str = ""
+    together: bool = True
+    advice: str = ""
+    capture_tokens_per_s: float | None = None
+    train_tokens_per_s: float | None = None
+    store_mib_per_s: float | None = None
+
+
+UNKNOWN = Time(source="unknown: paceline bench RUN.yaml measures it here in two minutes")
+
+
+def time_of(
+    config: RunConfig, num_samples: int, lengths: Lengths, rates: Rates, processes: list[Process], room: int
+) -> Time:
+    """`room`: processors of the machine."""
+    figures = {
+        "capture_tokens_per_s": rates.capture_tokens_per_s,
+        "train_tokens_per_s": rates.train_tokens_per_s,
+        "store_mib_per_s": rates.store_mib_per_s,
+    }
+    if rates.capture_tokens_per_s is None or rates.train_tokens_per_s is None:
+        return UNKNOWN.model_copy(update=figures)
+    whole = lengths.answers if config.data.answers == "target" else lengths.sample
+    capture_s = num_samples * whole / rates.capture_tokens_per_s / config.machine.producers
+    samples = num_samples * config.training.passes
+    if config.training.max_steps is not None:
+        samples = min(samples, config.training.max_steps * config.training.batch_size)
+    training_s = samples * lengths.answers / rates.train_tokens_per_s
+    first_s = capture_s * min(1.0, config.method.first_samples / max(1, num_samples))
+    together = not _share(config, processes, room)
+    beside = max(capture_s - first_s, training_s)
+    total = first_s + beside if together else capture_s + training_s
+    return Time(
+        source=rates.source,
+        first_s=first_s,
+        capture_s=capture_s,
+        training_s=training_s,
+        total_s=total,
+        binds=_binds(capture_s, training_s),
+        together=together,
+        advice=_advice(config, capture_s, training_s),
+        **figures,
+    )
+
+
+def _share(config: RunConfig, processes: list[Process], room: int) -> bool:
+    """Whether producers and consumer take turns on one GPU or on too few processors."""
+    consumer = processes[-1].device
+    others = {part for one in processes[:-1] for part in one.device.split(", ")}
+    if consumer != "cpu":
+        return consumer in others
+    threads = config.machine.producers * config.machine.producer_threads + config.machine.consumer_threads
+    return "cpu" in others and threads > room
+
+
+def _binds(capture_s: float, training_s: float) -> str:
+    if max(capture_s, training_s) < EVEN * min(capture_s, training_s):
+        return "both"
+    return "capture" if capture_s > training_s else "training"
+
+
+def _advice(config: RunConfig, capture_s: float, training_s: float) -> str:
+    """One sentence, for a side that waits for the other."""
+    if _binds(capture_s, training_s) == "both":
+        return "Neither side waits long for the other."
+    if capture_s > training_s:
+        most = max(1, int(config.training.passes * capture_s / training_s))
+        more = f"training.passes up to {most} cost no time" if most > config.training.passes else ""
+        how = (
+            "raise capture.groups_in_flight or the server's devices"
+            if isinstance(config.engine, ServedSection)
+            else "raise machine.producers where there are processors or GPUs for them"
+        )
+        if config.data.answers == "target":
+            how += ", or lower data.max_answer_tokens"
+        return f"The trainer waits for samples: {how}{'; ' if more else ''}{more}."
+    fewer = " or lower training.passes" if config.training.passes > 1 else ""
+    return f"The producers wait for the trainer: give it another device or more threads{fewer}."
