@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     )
     from paceline.types import FeatureSpec, PromptTask, SampleRef, assert_no_tensors
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "paceline.compat.channel": ("StreamingRefQueue",),
     "paceline.compat.controller": ("DataFlowController",),

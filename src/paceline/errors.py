@@ -33,6 +33,8 @@ from __future__ import annotations
 
 import errno
 
+DEBUG_VARIABLE = "PACELINE_DEBUG"  # of the environment: where it is set, errors show their tracebacks
+
 
 class PacelineError(Exception):
     """Base of all errors: `what` happened, `why` it matters, what to do `next`."""

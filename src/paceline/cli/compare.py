@@ -6,13 +6,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from paceline.cli.options import takes
 from paceline.cli.plain import INTERRUPTED, out, plain, say
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
@@ -30,15 +29,6 @@ WARNING = (
 )
 
 
-# The options of both commands: the type and the help of each.
-OPTIONS: dict[str, tuple[Any, str]] = {
-    "directory": (Path, "Where features and drafts are kept."),
-    "prompts": (int, "Only the first N prompts of the data."),
-    "tokens": (int, "Train each variant on so many tokens."),
-    "minutes": (float, "Train each variant for so long."),
-    "json": (Path, "Write all figures to this file."),
-    "markdown": (Path, "Write the table to this file."),
-}
 FILES = ("json", "markdown")
 
 
@@ -80,39 +70,18 @@ def _number(value: float | None) -> float:
 
 # -- commands ------------------------------------------------------------------------------------
 
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", readable=False)]
 
-
-@takes(OPTIONS)
-def compare(
-    run_file: RunFile,
-    variants: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="VARIANT.yaml", help="Overrides of method and training; or a run file."),
-    ] = None,
-    **given: Any,
-) -> None:
-    """Train several methods or settings on the same features, captured once, and measure each.
-
-    The run file is the first variant, and gives target, data and evaluation to all.
-    """
+def compare(run_file: Path, variants: Sequence[Path] = (), **given: Any) -> None:
+    """`given`: of COMPARE_OPTIONS, by name. Raises typer.Exit if the user stopped it, PacelineError."""
     config = load_run_config(run_file)
-    for note in foreign_parts(config, variants or []):
+    for note in foreign_parts(config, variants):
         say(out, f"note: {note}")
-    found = variants_of_files(config, run_file, variants or [])
+    found = variants_of_files(config, run_file, variants)
     _run(run_file, config, _comparison(config, found, given), given)
 
 
-@takes(OPTIONS)
-def sweep(
-    run_file: RunFile,
-    settings: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE,...", help="A setting's values; repeatable.")
-    ],
-    metric: Annotated[str, typer.Option(help="What the table is sorted by.")] = "acceptance",
-    **given: Any,
-) -> None:
-    """Compare every combination of some settings' values, the best first."""
+def sweep(run_file: Path, settings: Sequence[str], metric: str = "acceptance", **given: Any) -> None:
+    """`settings`: KEY=VALUE,... texts; `given`, raises: as above."""
     config = load_run_config(run_file)
     comparison = _comparison(config, swept(config, settings), given)
     _run(run_file, config, comparison, given, metric_of(metric))

@@ -20,17 +20,6 @@ from paceline.roles.data_check import CheckRequest, CheckResult, ShownSample, ch
 from paceline.target.settings import TargetSection
 from paceline.terminal import printable
 
-# The options of a file: the type and the help of each.
-OPTIONS: dict[str, tuple[Any, str]] = {
-    "target": (Path, "The target's folder, for tokens and masks."),
-    "template": (list[str], "NAME=VALUE of target.template, a variable of the target's chat template."),
-    "format": (str, "The format of its records; auto: any."),
-    "split": (str, "The split of a `datasets` folder."),
-    "answers": (str, "As data.answers: target or data."),
-    "max_prompt_tokens": (int, "As data.max_prompt_tokens."),
-    "max_answer_tokens": (int, "As data.max_answer_tokens."),
-    "too_long": (str, "As data.too_long: truncate, skip or refuse."),
-}
 TARGET_STYLE = "bold green"
 BARS = 40  # characters of the longest bar
 RUN_FILES = (".yaml", ".yml")

@@ -8,9 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 
-from paceline.cli.plain import say
+from paceline.cli.named_run import run_file_of
+from paceline.cli.plain import INTERRUPTED, out, say
+from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
 from paceline.exports.serving import Served, commands
@@ -20,7 +23,6 @@ from paceline.roles.export_request import note_path, read_notes
 from paceline.roles.supervisor import export_run
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-HOST = "127.0.0.1"
 
 
 def export_request(
@@ -51,6 +53,27 @@ def export_request(
     if unknown:
         EXPORTS.find(unknown[0])  # raises the error with advice
     return request
+
+
+def export_as_asked(
+    run: Path,
+    formats: list[str],
+    directory: Path | None,
+    step: int | None,
+    dtype: str | None,
+    target_name: str | None,
+) -> None:
+    """As the options ask. Raises as `write_exports` does."""
+    run_file = run_file_of(run)
+    config = load_run_config(run_file)
+    write_exports(run_file, config, export_request(config, formats, directory, step, dtype, target_name))
+
+
+def write_exports(run_file: Path, config: RunConfig, request: ExportSection) -> None:
+    """Raises typer.Exit if the user stopped it, PacelineError."""
+    if not export_checkpoint(out, run_file, config, request):
+        say(out, f"Stopped; nothing is lost. Export again with: paceline export {run_file}")
+        raise typer.Exit(INTERRUPTED)
 
 
 def export_checkpoint(console: Console, run_file: Path, config: RunConfig, request: ExportSection) -> bool:

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
-from paceline.cli.plain import say
+from paceline.cli.named_run import directory_of
+from paceline.cli.plain import out, say
 from paceline.config.load import setting
 from paceline.errors import ConfigError
 from paceline.ledger.facts import CONFIG, RUN_ID
 from paceline.ledger.records import SampleRecord, Snapshot, State, TrainedStep
 from paceline.ledger.view import LedgerView
+from paceline.roles.snapshot import making_sense, open_run
+
+
+def inspect_run(run: Path, step: int | None, sample: str | None) -> None:
+    """A step, a sample or both; without either the whole run. Raises PacelineError."""
+    directory = directory_of(run)
+    with making_sense(directory):
+        view = open_run(directory)
+        if step is not None:
+            inspect_step(out, view, step)
+        if sample is not None:
+            inspect_sample(out, view, sample)
+        if step is None and sample is None:
+            inspect_all(out, view)
 
 
 def inspect_step(console: Console, view: LedgerView, step: int) -> None:

@@ -1,12 +1,33 @@
-"""Gives a command of typer the options of a table, so that its function takes them as one value."""
+"""Options that a command takes as one value, as tables: the type and the help of each."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+
+HOST = "127.0.0.1"  # what `paceline serve` listens on
+DATA_OPTIONS: dict[str, tuple[Any, str]] = {
+    "target": (Path, "The target's folder, for tokens and masks."),
+    "template": (list[str], "NAME=VALUE of target.template, a variable of the target's chat template."),
+    "format": (str, "The format of its records; auto: any."),
+    "split": (str, "The split of a `datasets` folder."),
+    "answers": (str, "As data.answers: target or data."),
+    "max_prompt_tokens": (int, "As data.max_prompt_tokens."),
+    "max_answer_tokens": (int, "As data.max_answer_tokens."),
+    "too_long": (str, "As data.too_long: truncate, skip or refuse."),
+}
+COMPARE_OPTIONS: dict[str, tuple[Any, str]] = {
+    "directory": (Path, "Where features and drafts are kept."),
+    "prompts": (int, "Only the first N prompts of the data."),
+    "tokens": (int, "Train each variant on so many tokens."),
+    "minutes": (float, "Train each variant for so long."),
+    "json": (Path, "Write all figures to this file."),
+    "markdown": (Path, "Write the table to this file."),
+}
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,23 +14,8 @@ from paceline.errors import ConfigError
 from paceline.roles.cost_plan import CostPlan, cost_plan
 
 
-def plan(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", readable=False)],
-    gpu: Annotated[
-        str | None, typer.Option(help="Plan for a machine with such GPUs, e.g. H200, not for this one.")
-    ] = None,
-    target_config: Annotated[
-        Path | None,
-        typer.Option(help="A folder with the target's config.json and tokenizer.", readable=False),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="As JSON; docs/first-hour.md has the fields.")
-    ] = False,
-) -> None:
-    """Show what a run will take: devices, memory, disk, hours, and what does not fit. Starts nothing.
-
-    The target's configuration and tokenizer are enough; no weights are read or fetched.
-    """
+def plan(run_file: Path, gpu: str | None, target_config: Path | None, *, as_json: bool) -> None:
+    """Raises typer.Exit if something does not fit, PacelineError."""
     found = cost_plan(load_run_config(run_file), gpu=gpu or "", target_config=target_config)
     if as_json:
         say_document(found.model_dump(mode="json"))

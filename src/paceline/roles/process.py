@@ -21,7 +21,7 @@ from pathlib import Path
 
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
-from paceline.errors import PacelineError, explained
+from paceline.errors import DEBUG_VARIABLE, PacelineError, explained
 from paceline.ledger.locks import RoleLock
 from paceline.roles.plan import RunPlan, events_path, plan_run, processors_of_roles
 from paceline.telemetry import EventLog
@@ -29,7 +29,6 @@ from paceline.terminal import Output, open_standard_streams, printable
 
 SUPERVISOR_VARIABLE = "PACELINE_SUPERVISOR"
 REPORT_VARIABLE = "PACELINE_REPORT_FD"
-DEBUG_VARIABLE = "PACELINE_DEBUG"
 PR_SET_PDEATHSIG = 1
 PART_CHARACTERS_MAX = 4000  # of an error's what, why and next: the pipe must take all of them at once
 

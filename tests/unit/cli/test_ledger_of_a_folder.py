@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from paceline.cli.main import _run_file
+from paceline.cli.named_run import run_file_of
 from paceline.config.load import flat, load_run_config, parse_run_config
 from paceline.ledger.facts import CONFIG
 from paceline.ledger.place import opened
@@ -23,4 +23,4 @@ def test_the_ledger_may_have_moved_since_the_first_start(tmp_path: Path) -> None
     ledger = opened(SqliteSection(durability="full"), tmp_path, "r")
     ledger.set_facts(None, {CONFIG: flat(parse_run_config(given, source="run.yaml"))})
     ledger.close()
-    assert load_run_config(_run_file(tmp_path)).ledger == SqliteSection(durability="full")
+    assert load_run_config(run_file_of(tmp_path)).ledger == SqliteSection(durability="full")

@@ -58,6 +58,6 @@ def test_every_part_of_an_error_is_shown_as_it_is(
     def fails(_: object) -> None:
         raise EngineError(f"1 {outside}", why=f"2 {outside}", next=f"3 {outside}")
 
-    monkeypatch.setattr("paceline.cli.main.load_run_config", fails)
+    monkeypatch.setattr("paceline.cli.train.load_run_config", fails)
     output = told("train", tmp_path / "run.yaml", code=4)
     assert all(f"{number} {outside}\n" in output for number in (1, 2, 3))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from paceline.cli.export import HOST, serving_command
+from paceline.cli.export import serving_command
+from paceline.cli.options import HOST
 from paceline.errors import ConfigError
 from paceline.roles.export_request import add_note
 

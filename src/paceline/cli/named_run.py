@@ -1,0 +1,44 @@
+"""A run as a command line names it: by its run file, or by its directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from paceline.config.load import load_run_config, recorded_config
+from paceline.durable_files import replace_file
+from paceline.errors import ConfigError
+from paceline.ledger.place import known
+from paceline.regular_files import kind_of
+from paceline.roles.snapshot import making_sense, open_run
+
+
+def run_file_of(run: Path) -> Path:
+    """The run file, written from the recorded settings if `run` is a run's directory."""
+    if not _is_directory(run):
+        return run
+    with making_sense(run):
+        recorded = dict(open_run(run).facts().get("config", {}))
+        if recorded and (place := known(run)) is not None:  # the ledger may have moved since the first start
+            recorded = {key: value for key, value in recorded.items() if not key.startswith("ledger.")}
+            recorded |= {f"ledger.{key}": value for key, value in place.section.items()}
+        text = recorded_config(recorded, run)
+    run_file = run / "evaluated-run.yaml"
+    replace_file(run_file, text.encode())  # a role that starts may be reading it
+    return run_file
+
+
+def directory_of(run: Path) -> Path:
+    """The run's directory, read from the run file if `run` is one. Raises ConfigError."""
+    return run if _is_directory(run) else load_run_config(run).run.directory
+
+
+def _is_directory(run: Path) -> bool:
+    """Whether `run` is a directory. Raises ConfigError if nothing is there, OSError if that is unknown."""
+    if not os.path.lexists(run):
+        raise ConfigError(
+            f"There is no {run}, neither a run's directory nor a run file.",
+            why="Either names a run; its directory exists from the first start on.",
+            next="check the path, or paceline train RUN.yaml",
+        )
+    return kind_of(run) == "folder"
