@@ -60,6 +60,7 @@ class Groups:
         self._prompts = prompts
         self._encoding = encoding
         self._group_size = group_size
+        self._registered: int | None = None  # the size of the source that was registered last
 
     def bounds(self, ordinal: int) -> range:
         """The ordinals of the group that holds `ordinal`."""
@@ -100,10 +101,15 @@ class Groups:
         A source with an end is registered whole, by its blocks' digests; one without, a group at a time.
         Raises ConfigError if the ledger knows other prompts.
         """
+        size = self._prompts.size
+        if size is not None and size == self._registered:
+            return False  # to register it again would be a change, which ends every wait for one
         known = self._session.snapshot().prompts.known
-        if self._prompts.size is not None:
+        if size is not None:
             ends = [block.first + block.count for block in self._session.source_blocks()]
-            return self._session.extend(self._prompts.blocks(ends)) > 0
+            fresh = self._session.extend(self._prompts.blocks(ends)) > 0
+            self._registered = size
+            return fresh
         more = self._prompts.read(known, self._group_size)
         if not more:
             return False
