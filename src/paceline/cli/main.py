@@ -154,6 +154,23 @@ def status(
 
 @app.command()
 @advises
+def watch(
+    run: Run,
+    every: Annotated[
+        float | None, typer.Option(help="Seconds between two looks; 1, or 15 if not at a terminal.", min=0.1)
+    ] = None,
+) -> None:
+    """Show a run as it flows, from before its start to its end.
+
+    Lines, if the output is no terminal. Ctrl-C ends the view, not the run.
+    """
+    from paceline.cli.watch import watch_run
+
+    watch_run(run, every)
+
+
+@app.command()
+@advises
 def engine(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The engine: vllm or sglang.")],
     run: Run,

@@ -33,6 +33,11 @@ def directory_of(run: Path) -> Path:
     return run if _is_directory(run) else load_run_config(run).run.directory
 
 
+def directory_if_any(run: Path) -> Path | None:
+    """The same; None if nothing is there yet. Raises ConfigError for a run file that is none, OSError."""
+    return directory_of(run) if os.path.lexists(run) else None
+
+
 def _is_directory(run: Path) -> bool:
     """Whether `run` is a directory. Raises ConfigError if nothing is there, OSError if that is unknown."""
     if not os.path.lexists(run):

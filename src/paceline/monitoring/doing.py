@@ -7,7 +7,7 @@ from typing import Any
 
 from paceline.monitoring.shares import time_of
 from paceline.roles.snapshot import finite_numbers, since_start
-from paceline.roles.workers import is_producer
+from paceline.roles.workers import SUPERVISOR, is_producer
 
 TOLD_WITHIN_S = 3.0  # a process that waits says so once a second
 AT_WORK = {
@@ -33,6 +33,8 @@ AT_WORK = {
 
 def doing_of(role: str, events: Sequence[Mapping[str, Any]], now: float, *, is_live: bool) -> str:
     """`events`: of the role; only those of its newest process count. `now`: Unix time."""
+    if role == SUPERVISOR:
+        return "looks after the processes"
     newest = since_start(events)
     last = newest[-1] if newest else {}
     if not is_live:

@@ -15,9 +15,9 @@ LISTED_MAX = 100  # prompts and samples that are named with their reasons
 
 
 class Process(Struct, frozen=True, kw_only=True):
-    """One process of the run: a producer, the consumer, or the evaluator while it measures."""
+    """One process of the run: a producer, the consumer; supervisor and evaluator while they are live."""
 
-    role: Annotated[str, Meta(description="`producer`, `producer-1`, ..., `consumer`, `evaluator`")]
+    role: Annotated[str, Meta(description="`producer`, `producer-1`, `consumer`, `evaluator`, `supervisor`")]
     state: Annotated[
         str, Meta(description="`live`, `ended`, or `elsewhere`: told of itself from another host")
     ]
@@ -88,6 +88,9 @@ class Step(Struct, frozen=True, kw_only=True):
     number: Annotated[int, Meta(description="of the newest step in the weights")]
     planned: Annotated[int | None, Meta(description="of the whole run; null if only its sources tell")] = None
     loss: float | None = None
+    losses: Annotated[
+        tuple[float, ...], Meta(description="of the newest steps, oldest first; a replayed step counts once")
+    ] = ()
     acceptance_length: Annotated[
         float | None, Meta(description="estimated from the training data, a mean over the newest steps")
     ] = None
@@ -135,8 +138,8 @@ class Waiting(Struct, frozen=True, kw_only=True):
     limits: Annotated[
         str,
         Meta(
-            description="what limits the run: `capture`, `training`, `room`, `checkpoints`, `nothing`; empty "
-            "if not known"
+            description="what limits the run: `capture`, `turn`, `training`, `room`, `checkpoints`, "
+            "`nothing`; empty if not known"
         ),
     ] = ""
     words: Annotated[str, Meta(description="the same as a sentence, with advice")] = ""
@@ -158,6 +161,7 @@ class RunStatus(Struct, frozen=True, kw_only=True):
     stopped_flat: Annotated[str, Meta(description="why training ended early; empty if it did not")] = ""
     ledger: Annotated[str, Meta(description="where the ledger is, if it is no file of the run's folder")] = ""
     waits_for: Annotated[str, Meta(description="the group that training waits for, and who holds it")] = ""
+    lsn: Annotated[int, Meta(description="the ledger's log number: it grows with every change")]
     restarts: Annotated[int, Meta(description="starts of all roles beyond their first")]
     seconds_left: Annotated[float | None, Meta(description="at the present rate; null if not known")] = None
     processes: tuple[Process, ...]

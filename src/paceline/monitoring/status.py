@@ -14,7 +14,7 @@ from typing import Any
 
 from paceline.config.load import setting
 from paceline.evaluation.curve import Point
-from paceline.ledger.facts import CONFIG, PROMPTS
+from paceline.ledger.facts import CONFIG, PROMPTS, RUN_ID
 from paceline.ledger.locks import live_holder
 from paceline.ledger.records import CONSUMER, producer_role
 from paceline.monitoring.doing import doing_of
@@ -34,7 +34,7 @@ from paceline.monitoring.shares import Window
 from paceline.monitoring.waiting import waiting_of
 from paceline.roles.evaluation_schedule import EVALUATOR
 from paceline.roles.snapshot import RunSnapshot, finite_numbers, open_run, since_start, take_snapshot
-from paceline.roles.workers import is_producer, worker_of
+from paceline.roles.workers import SUPERVISOR, is_producer, worker_of
 from paceline.telemetry import read_events
 
 ESTIMATE = "acceptance_length_estimate"
@@ -55,21 +55,22 @@ def status_of(directory: Path, s: RunSnapshot, now: float | None = None) -> RunS
     processes = [_process(s, role, windows[role], now) for role in s.live]
     producers = [one for one in processes if one.role != CONSUMER]
     consumer = next(one for one in processes if one.role == CONSUMER)
-    evaluator, away = _evaluator(directory, now), [_away(s, role) for role in s.away]
+    beside, away = _beside(directory, now), [_away(s, role) for role in s.away]
     step = _step(s, windows[CONSUMER], consumer)
-    state = _state(s)
+    state = _state(s, is_live=s.is_live or bool(beside))
     return RunStatus(
         time=round(now, 3),
-        run=s.run_id,
+        run=str(s.ledger.facts.get(RUN_ID) or setting(s.ledger.facts.get(CONFIG, {}), "run.name", "?")),
         directory=str(directory.absolute()),
         state=state,
         error=_error(s) if state == "failed" else "",
         stopped_flat=s.stopped_flat,
         ledger=s.ledger_at,
         waits_for=s.waits_for,
+        lsn=s.ledger.lsn,
         restarts=s.ledger.restarts,
         seconds_left=_seconds_left(step) if state == "live" else None,
-        processes=(*producers, *away, consumer, *evaluator),
+        processes=(*producers, *away, consumer, *beside),
         waiting=waiting_of(
             consumer,
             producers,
@@ -88,10 +89,10 @@ def status_of(directory: Path, s: RunSnapshot, now: float | None = None) -> RunS
     )
 
 
-def _state(s: RunSnapshot) -> str:
+def _state(s: RunSnapshot, *, is_live: bool) -> str:
     if s.is_complete:
         return "complete"
-    return "live" if s.is_live else "failed" if _error(s) else "stopped"
+    return "live" if is_live else "failed" if _error(s) else "stopped"
 
 
 def _error(s: RunSnapshot) -> str:
@@ -142,19 +143,16 @@ def _away(s: RunSnapshot, role: str) -> Process:
     )
 
 
-def _evaluator(directory: Path, now: float) -> list[Process]:
-    holder = live_holder(directory, EVALUATOR)
-    if holder is None:
-        return []
-    events = since_start(read_events(directory / "events" / f"{EVALUATOR}.jsonl"))
-    return [
-        Process(
-            role=EVALUATOR,
-            state="live",
-            pid=holder or None,
-            doing=doing_of(EVALUATOR, events, now, is_live=True),
-        )
-    ]
+def _beside(directory: Path, now: float) -> list[Process]:
+    """The supervisor and the evaluator, if they are live."""
+    found = []
+    for role in (EVALUATOR, SUPERVISOR):
+        holder = live_holder(directory, role)
+        if holder is not None:
+            events = since_start(read_events(directory / "events" / f"{role}.jsonl"))
+            doing = doing_of(role, events, now, is_live=True)
+            found.append(Process(role=role, state="live", pid=holder or None, doing=doing))
+    return found
 
 
 # -- what flows ----------------------------------------------------------------------------
@@ -227,6 +225,7 @@ def _step(s: RunSnapshot, window: Window, consumer: Process) -> Step:
         number=s.ledger.trained_step,
         planned=_planned_steps(s),
         loss=last.get("loss"),
+        losses=_losses(s),
         acceptance_length=last.get(ESTIMATE),
         learning_rate=last.get("learning_rate"),
         grad_norm=last.get("grad_norm"),
@@ -235,6 +234,21 @@ def _step(s: RunSnapshot, window: Window, consumer: Process) -> Step:
         wait_seconds=last.get("wait_seconds"),
         per_second=steps / window.seconds if works and steps and window.seconds else None,
     )
+
+
+def _losses(s: RunSnapshot) -> tuple[float, ...]:
+    """A step that is trained again takes the place of all that followed it."""
+    known: dict[float, float] = {}
+    for event in s.events[CONSUMER]:
+        figures = finite_numbers(event)
+        if event.get("event") == "step" and {"step", "loss"} <= figures.keys():
+            known = known if figures["step"] > max(known, default=-1) else _before(known, figures["step"])
+            known[figures["step"]] = figures["loss"]
+    return tuple(known.values())
+
+
+def _before(known: Mapping[float, float], step: float) -> dict[float, float]:
+    return {number: loss for number, loss in known.items() if number < step}
 
 
 def _seconds_left(step: Step) -> float | None:

@@ -21,8 +21,20 @@ def waiting_of(
     known = Waiting(consumer_share=lacks, producer_share=full, checkpoint_share=stalls)
     if lacks is None or consumer.state != "live":
         return known
-    limits, words = _verdict(lacks, full or 0.0, stalls or 0.0, all_captured=all_captured)
+    idle = max((one.idle_share or 0.0 for one in producers), default=0.0)
+    if min(lacks, idle) >= MUCH and not all_captured:
+        limits, words = "turn", _turn(lacks)
+    else:
+        limits, words = _verdict(lacks, full or 0.0, stalls or 0.0, all_captured=all_captured)
     return replace(known, limits=limits, words=words)
+
+
+def _turn(lacks: float) -> str:
+    """Prompts are trained in their order, so a slow or dead producer holds the others up."""
+    return (
+        f"the trainer waits {percent(lacks)} of the time for samples, and producers wait for their turn: one "
+        "of them is slow, or died and is taken over after machine.producer_timeout_s"
+    )
 
 
 def _verdict(lacks: float, full: float, stalls: float, *, all_captured: bool) -> tuple[str, str]:
@@ -41,7 +53,10 @@ def _verdict(lacks: float, full: float, stalls: float, *, all_captured: bool) ->
         return "checkpoints", f"{told}: raise checkpoint.interval_steps"
     if full >= MUCH:
         return "training", f"capture waits {capture} of the time for room: training takes the time"
-    return "nothing", f"{trainer}, capture {capture} for room: both sides are busy"
+    return (
+        "nothing",
+        f"both sides are busy: the trainer waits {percent(lacks)} of the time, capture {capture}",
+    )
 
 
 def percent(share: float) -> str:

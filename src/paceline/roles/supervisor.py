@@ -35,6 +35,7 @@ from paceline.roles.snapshot import RunSnapshot, take_snapshot
 from paceline.roles.target_binding import bind_target
 from paceline.roles.workers import (
     CONSUMER,
+    SUPERVISOR,
     is_producer,
     known_roles,
     started_roles,
@@ -108,7 +109,7 @@ class Supervisor:
         """
         with ExitStack() as held:
             held.callback(self._store.close)
-            held.callback(RoleLock(self._config.run.directory, "supervisor").release)
+            held.callback(RoleLock(self._config.run.directory, SUPERVISOR).release)
             held.enter_context(self._signals)
             try:
                 roles = [*known_roles(self._config.run.directory), *started_roles(self._config), EVALUATOR]

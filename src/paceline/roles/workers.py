@@ -22,6 +22,7 @@ from paceline.ledger.producer_session import WORKER
 from paceline.ledger.records import producer_role
 
 PRODUCER, CONSUMER = "producer", "consumer"
+SUPERVISOR = "supervisor"
 JOIN = "--join"  # what stands for a worker's name that is yet to be chosen
 JOINING = "joining"  # the lock of whoever chooses a name; who keeps the roles out takes it, too
 LOOK_S = 1.0

@@ -113,6 +113,15 @@ def test_what_limits_a_run_is_said_with_advice(
     assert waiting_of(consumer, producers, 0.0, all_captured=True).limits == "training"
 
 
+def test_a_producer_that_holds_the_others_up_is_no_reason_for_one_more() -> None:
+    """Prompts have an order, and the others wait for their turn."""
+    consumer = Process(role="consumer", state="live", waiting_share=0.6)
+    producers = [Process(role="producer-1", state="live", waiting_share=0.0, idle_share=0.7)]
+    told = waiting_of(consumer, producers, 0.0, all_captured=False)
+    assert told.limits == "turn"
+    assert "add a producer" not in told.words
+
+
 def test_nobody_is_advised_about_a_run_that_has_ended() -> None:
     """Its shares stay, as they were at its end."""
     consumer = Process(role="consumer", state="ended", waiting_share=0.5)

@@ -1,0 +1,205 @@
+"""Draws a run's status: the pipeline as it flows, for a terminal of any width, and as one line for a log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from paceline.cli.plain import plain
+from paceline.monitoring.schema import Process, RunStatus
+from paceline.monitoring.waiting import MUCH, percent
+
+BAR = 16  # characters
+CURVE = 32
+HEIGHTS = "▁▂▃▄▅▆▇█"
+STATE_STYLES = {
+    "live": "bold green",
+    "complete": "bold green",
+    "failed": "bold red",
+    "stopped": "bold yellow",
+}
+
+
+def screen(console: Console, s: RunStatus, problem: str = "", hint: str = "") -> RenderableType:
+    """`problem`: why `s` is not of now. `hint`: what the reader may do."""
+    draw = Drawing(ascii_only=console.options.ascii_only)
+    flow = Table.grid(padding=(0, 2))
+    flow.add_column(style="bold", min_width=10, no_wrap=True)
+    flow.add_column()
+    for name, text in draw.rows(s):
+        flow.add_row(name, text)
+    parts: list[RenderableType] = [_title(s), Text(), flow, Text(), _processes(s)]
+    for line, style in _remarks(s, problem):
+        parts.append(plain(line, style))
+    return Group(*parts, *([plain(hint, "dim")] if hint else []))
+
+
+def line(s: RunStatus) -> str:
+    """The same for a log."""
+    step = f"step {_of(s.step.number, s.step.planned)}"
+    parts = [
+        s.state,
+        f"captured {_of(s.prompts.done, s.prompts.planned)}",
+        step if s.step.loss is None else f"{step}: loss {s.step.loss:.3f}",
+        f"features {_bytes(s.features.bytes)}",
+        f"checkpoint {'-' if s.checkpoint.step is None else s.checkpoint.step}",
+    ]
+    if s.evaluation.curve:
+        last = s.evaluation.curve[-1]
+        parts.append(f"acceptance length {last.acceptance_length:.2f} at {last.step}")
+    counts = {
+        "restarts": s.restarts,
+        "failed prompts": s.prompts.failed,
+        "quarantined": s.samples.quarantined,
+    }
+    parts += [f"{name} {count}" for name, count in counts.items() if count]
+    if s.seconds_left is not None:
+        parts.append(f"about {_duration(s.seconds_left)} left")
+    return " | ".join([*parts, *([s.waiting.words] if s.waiting.words else [])])
+
+
+def _title(s: RunStatus) -> Text:
+    left = "" if s.seconds_left is None else f"  about {_duration(s.seconds_left)} left"
+    return Text.assemble(plain(s.run, "bold"), "  ", (s.state, STATE_STYLES[s.state]), left)
+
+
+class Drawing:
+    """The rows of the pipeline, in its order."""
+
+    def __init__(self, *, ascii_only: bool) -> None:
+        self._full, self._empty = ("#", ".") if ascii_only else ("█", "░")
+        self._heights = "_.-=^" if ascii_only else HEIGHTS
+
+    def rows(self, s: RunStatus) -> Iterator[tuple[str, Text]]:
+        p, f, m = s.prompts, s.features, s.samples
+        told = f"{_of(p.done, p.planned)} captured, {p.leased} being captured"
+        yield (
+            "prompts",
+            self._with_bar(p.done, p.planned, told + (f", {p.failed} failed" if p.failed else "")),
+        )
+        yield "capture", plain(_capture(s.processes))
+        room = _bytes(f.bytes) if f.budget_bytes is None else f"{_bytes(f.bytes)} of {_bytes(f.budget_bytes)}"
+        yield "features", self._with_bar(f.bytes, f.budget_bytes, f"{room}, {f.samples} samples")
+        lost = f", {m.lost} to capture again" if m.lost else ""
+        yield "ledger", plain(f"{m.committed} committed, {m.waiting} wait to be trained{lost}")
+        yield "training", self._with_bar(s.step.number, s.step.planned, _training(s))
+        if s.step.losses:
+            length = s.step.acceptance_length
+            estimate = "" if length is None else f", estimated acceptance length {length:.2f}"
+            yield "loss", plain(f"{self.curve(s.step.losses)} {s.step.losses[-1]:.3f}{estimate}")
+        yield "checkpoint", plain(_checkpoint(s))
+        if s.evaluation.curve:
+            yield "acceptance", plain(self._acceptance(s))
+
+    def _with_bar(self, part: int, whole: int | None, text: str) -> Text:
+        if not whole:
+            return plain(text)
+        full = max(0, min(BAR, round(BAR * part / whole)))
+        return Text.assemble(
+            (self._full * full, "green"), (self._empty * (BAR - full), "dim"), " ", plain(text)
+        )
+
+    def _acceptance(self, s: RunStatus) -> str:
+        points, best = s.evaluation.curve, s.evaluation.best
+        lengths = [point.acceptance_length for point in points]
+        told = f"{lengths[-1]:.2f} at step {points[-1].step}, on held-out prompts"
+        if best is not None and best.step != points[-1].step:
+            told += f"; best {best.acceptance_length:.2f} at step {best.step}"
+        return f"{self.curve(lengths)} {told}" if len(lengths) > 1 else told
+
+    def curve(self, values: Sequence[float]) -> str:
+        """The values, or means of neighbours if they are many, as characters of that height."""
+        size = -(-len(values) // CURVE)
+        means = [sum(part) / len(part) for n in range(0, len(values), size) if (part := values[n : n + size])]
+        low, span = min(means), max(means) - min(means)
+        top = len(self._heights) - 1
+        return "".join(self._heights[round(top * (mean - low) / span) if span else 0] for mean in means)
+
+
+def _capture(processes: Sequence[Process]) -> str:
+    producers = [one for one in processes if one.role.startswith("producer") and one.state != "ended"]
+    if not producers:
+        return "no producer is live"
+    samples = sum(one.samples_per_second or 0.0 for one in producers)
+    tokens = sum(one.tokens_per_second or 0.0 for one in producers)
+    count = f"{len(producers)} producer{'s' if len(producers) > 1 else ''}"
+    return f"{count}: {samples:.1f} samples/s, {tokens:,.0f} tokens/s" if samples else f"{count}: none yet"
+
+
+def _training(s: RunStatus) -> str:
+    samples = sum(one.samples_per_second or 0.0 for one in s.processes if one.role == "consumer")
+    rate = "" if s.step.per_second is None else f": {samples:.1f} samples/s, {s.step.per_second:.2f} steps/s"
+    return f"step {_of(s.step.number, s.step.planned)}{rate}"
+
+
+def _checkpoint(s: RunStatus) -> str:
+    if s.checkpoint.step is None:
+        return "none yet"
+    ahead = f"{s.samples.provisional} samples since" if s.samples.provisional else "covers everything trained"
+    stall = s.checkpoint.stall_seconds
+    stood = "" if stall is None else f" (training stood still {stall:.2f} s)"
+    return f"step {s.checkpoint.step}, {ahead}{stood}"
+
+
+def _processes(s: RunStatus) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("process", "id", "does", "waits"):
+        table.add_column(name)
+    for one in s.processes:
+        pid = "" if one.pid is None else str(one.pid)
+        place = f"{pid} on {one.host}" if one.host else pid
+        much = any(share is not None and share >= MUCH for share in (one.waiting_share, one.idle_share))
+        table.add_row(
+            plain(one.role),
+            plain(place),
+            plain(one.doing),
+            plain(_waits(one), "yellow" if much and one.state == "live" else ""),
+        )
+    return table
+
+
+def _waits(one: Process) -> str:
+    if one.waiting_share is None or one.state == "ended":
+        return ""
+    told = f"{percent(one.waiting_share)} for {'samples' if one.role == 'consumer' else 'room'}"
+    return told + (f", {percent(one.idle_share)} for its turn" if one.idle_share else "")
+
+
+def _remarks(s: RunStatus, problem: str) -> Iterator[tuple[str, str]]:
+    yield "", ""
+    if s.waiting.words:
+        yield s.waiting.words, "bold" if s.waiting.limits != "nothing" else ""
+    if s.waits_for:
+        yield f"training waits for {s.waits_for}", "yellow"
+    if s.restarts:
+        yield f"{s.restarts} restarts", "yellow"
+    if s.prompts.failed:
+        yield (
+            f"{s.prompts.failed} prompts failed; the first: {next(iter(s.failed_prompts.values()))}",
+            "yellow",
+        )
+    for sample_id, reason in list(s.quarantined.items())[-3:]:
+        yield f"quarantined {sample_id}: {reason}", "yellow"
+    if s.error and s.state == "failed":
+        yield s.error, "red"
+    if s.stopped_flat:
+        yield f"early stop: {s.stopped_flat}", "yellow"
+    if problem:
+        yield problem, "red"
+
+
+def _of(part: int, whole: int | None) -> str:
+    return str(part) if whole is None else f"{part} of {whole}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
