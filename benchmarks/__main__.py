@@ -25,6 +25,8 @@ MODULES = (
     "data_plane",
     "control_plane",
     "ledger_server",
+    "prefix",
+    "producers",
     "growth",
     "checkpoint",
     "training_step",

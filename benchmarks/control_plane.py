@@ -20,19 +20,15 @@ from itertools import count
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.ledger_workers import Counts, together
+from benchmarks.ledger_workers import commit, consume, plain_commit, plain_consume, plain_produce, produce
 from benchmarks.rows import Row, against, row
+from benchmarks.together import Counts, rate, together
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.records import SourceBlock, StepPlan
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.samples import sample_ref
 
 PROMPTS = 150_000  # more than a round of the mixed load can use
-
-
-def rate(counts: Sequence[Counts]) -> float:
-    """Refs per second of all workers."""
-    return sum(one["refs"] / one["seconds"] for one in counts)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -57,17 +53,17 @@ class Disk:
     def path(self) -> str:
         return str(self.folder / f"{next(self._number)}.db")
 
-    def commits(self, kind: str, batch: int) -> list[Counts]:
-        return together((kind, {"path": self.path(), "batch": batch, "seconds": self.seconds}))
+    def commits(self, work: Callable[..., Counts], batch: int) -> list[Counts]:
+        return together((work, {"path": self.path(), "batch": batch, "seconds": self.seconds}))
 
     def mixed(self, batch: int) -> list[Counts]:
         options = {"path": self.path(), "batch": batch, "seconds": self.seconds}
         know_prompts(options["path"], PROMPTS)
-        return together(("produce", {**options, "worker": "w"}), ("consume", options))
+        return together((produce, {**options, "worker": "w"}), (consume, options))
 
     def plain_mixed(self, batch: int) -> list[Counts]:
         options = {"path": self.path(), "batch": batch, "seconds": self.seconds}
-        return together(("plain_produce", options), ("plain_consume", options))
+        return together((plain_produce, options), (plain_consume, options))
 
 
 def rounds(number: int, *works: Callable[[], float]) -> list[list[float]]:
@@ -79,7 +75,7 @@ def rounds(number: int, *works: Callable[[], float]) -> list[list[float]]:
 def durable(disk: Disk, repeats: int) -> Row:
     """Every commit on the disk on return."""
     plain, ours = rounds(
-        repeats, lambda: rate(disk.commits("plain_commit", 256)), lambda: rate(disk.commits("commit", 256))
+        repeats, lambda: rate(disk.commits(plain_commit, 256)), lambda: rate(disk.commits(commit, 256))
     )
     return against("FULL, 1 client, batch 256", ours, plain, "refs/s", limit_name="plain SQLite")
 

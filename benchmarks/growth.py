@@ -22,9 +22,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks.control_plane import know_prompts, rate
-from benchmarks.ledger_workers import RUN, commit_leased, together
+from benchmarks.control_plane import know_prompts
+from benchmarks.ledger_workers import RUN, commit_leased, produce
 from benchmarks.rows import Row, row
+from benchmarks.together import rate, together
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.records import CheckpointRecord, SourceBlock, StepPlan, chain_of
@@ -159,7 +160,7 @@ def producers(folder: Path, seconds: float, repeats: int) -> list[Row]:
             options = {"path": str(folder / f"{repeat}-{number}.db"), "batch": 32, "seconds": seconds}
             know_prompts(options["path"], int(60_000 * seconds))
             totals[number].append(
-                rate(together(*[("produce", {**options, "worker": f"w{n}"}) for n in range(number)]))
+                rate(together(*[(produce, {**options, "worker": f"w{n}"}) for n in range(number)]))
             )
     alone = statistics.median(totals[PRODUCERS[0]])
     return [

@@ -1,29 +1,24 @@
-"""Processes that write to one ledger at full speed, and the hand-written SQLite they are compared with.
+"""Workers that write to one ledger at full speed, and the hand-written SQLite they are compared with.
 
-A `path` is a file, or a server's URL with the ledger's name behind "#": then the bare server is the limit.
-
-    python -m benchmarks.ledger_workers KIND OPTIONS
-
-`together` starts several, lets them open their files, starts them at once and returns what each of them
-counted. They load no torch. `Plain` has the rows and the transactions of the product and nothing else: no
-fence, no operation number, no refusal, one table for each kind of row, and the product's queue for writers.
+A `path` is a file, or a server's URL with the ledger's name behind "#". They load no torch. `Plain` has the
+rows and the transactions of the product and nothing else: no fence, no operation number, no refusal, one
+table for each kind of row, and the product's queue for writers.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import apsw
 
+from benchmarks.together import Counts, ready, timed
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.gate import WriterGate
 from paceline.ledger.ledger import Ledger
@@ -33,35 +28,7 @@ from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.samples import sample_ref
 from paceline.types import SampleRef, ref_to_json
 
-ROOT = Path(__file__).parents[1]
-Counts = dict[str, Any]
 WAIT_S = 1.0  # a consumer that sees nothing new for so long is done
-
-
-def together(*workers: tuple[str, dict[str, Any]]) -> list[Counts]:
-    """Run (kind, options) each in its own process, all starting at one moment."""
-    processes = []
-    for kind, options in workers:
-        command = [sys.executable, "-m", "benchmarks.ledger_workers", kind, json.dumps(options)]
-        processes.append(
-            subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        )
-    pipes = [(process.stdin, process.stdout) for process in processes]
-    assert all(stdin and stdout and stdout.readline() == "ready\n" for stdin, stdout in pipes)
-    for stdin, _ in pipes:
-        assert stdin is not None
-        stdin.write("go\n")
-        stdin.flush()
-    counts = [json.loads(process.communicate()[0]) for process in processes]
-    assert not any(process.returncode for process in processes)
-    return counts
-
-
-def ready() -> None:
-    print("ready", flush=True)
-    sys.stdin.readline()
-
-
 RUN = "bench"
 TEMPLATE = sample_ref(0, run_id=RUN)
 
@@ -91,16 +58,6 @@ def refs_of(worker: str, first: int, number: int) -> list[SampleRef]:
 def batches(worker: str, size: int) -> Iterator[list[SampleRef]]:
     """Refs that nobody has committed yet, for ever."""
     return (refs_of(worker, first, size) for first in count(0, size))
-
-
-def timed(seconds: float, work: Callable[[], int]) -> Counts:
-    """Call `work`, which returns how many refs it moved, until the time is over or it returns 0."""
-    moved = 0
-    started = now = time.perf_counter()
-    while now - started < seconds and (refs := work()):
-        moved += refs
-        now = time.perf_counter()
-    return {"refs": moved, "seconds": now - started}
 
 
 def opened(path: str, durability: Literal["head", "full"]) -> Ledger:
@@ -216,10 +173,11 @@ def plain_commit(path: str, batch: int, seconds: float) -> Counts:
     return timed(seconds, one)
 
 
-def plain_produce(path: str, batch: int, seconds: float) -> Counts:
+def plain_produce(path: str, batch: int, seconds: float, number: int = 0, of: int = 1) -> Counts:
+    """The `number`-th of so many producers: each writes groups of its own."""
     plain = Plain(path, "NORMAL")
     ready()
-    first = 0
+    first = number * batch
 
     def one() -> int:
         nonlocal first
@@ -233,7 +191,7 @@ def plain_produce(path: str, batch: int, seconds: float) -> Counts:
             plain.insert(refs)
             for table, key in (("lease", "ordinal"), ("intent", "generation")):
                 plain.db.execute(f"DELETE FROM {table} WHERE {key} BETWEEN ? AND ?", (first, numbers[-1]))  # noqa: S608
-        first += batch
+        first += of * batch
         return batch
 
     return timed(seconds, one)
@@ -261,82 +219,3 @@ def plain_consume(path: str, batch: int, seconds: float) -> Counts:
         return len(ids)
 
     return timed(seconds, one)
-
-
-class BareServer:
-    """The same rows in as few commands as the server allows, in transactions of its own."""
-
-    def __init__(self, path: str) -> None:
-        from redis import Redis
-
-        url, _, self.name = path.partition("#")
-        self.redis = Redis.from_url(url)
-
-    def key(self, table: str) -> str:
-        return f"{{bare:{self.name}}}:{table}"
-
-    def write(self, *commands: tuple[Any, ...]) -> None:
-        with self.redis.pipeline(transaction=len(commands) > 1) as pipeline:
-            for name, table, *values in commands:
-                pipeline.execute_command(name, self.key(table), *values)
-            pipeline.execute()
-
-
-def _flat(pairs: Iterable[tuple[Any, Any]]) -> list[Any]:
-    return [value for pair in pairs for value in pair]
-
-
-def bare_produce(path: str, batch: int, seconds: float) -> Counts:
-    server = BareServer(path)
-    ready()
-    first = 0
-
-    def one() -> int:
-        nonlocal first
-        numbers = range(first, first + batch)
-        server.write(("HSET", "lease", *_flat((n, "w") for n in numbers)))
-        server.write(("HSET", "intent", *_flat((n, f"w-{n} 100") for n in numbers)))
-        refs = refs_of("w", first, batch)
-        server.write(
-            ("HSET", "ref", *_flat((ref.sample_id, ref_to_json(ref)) for ref in refs)),
-            ("ZADD", "log", *_flat((n, ref.sample_id) for n, ref in zip(numbers, refs, strict=True))),
-            ("HDEL", "lease", *numbers),
-            ("HDEL", "intent", *numbers),
-        )
-        first += batch
-        return batch
-
-    return timed(seconds, one)
-
-
-def bare_consume(path: str, batch: int, seconds: float) -> Counts:
-    server = BareServer(path)
-    ready()
-    after = step = 0
-
-    def one() -> int:
-        nonlocal after, step
-        waited = time.perf_counter()
-        while not (ids := server.redis.zrange(server.key("log"), after, after + batch - 1)):
-            if time.perf_counter() - waited > WAIT_S:
-                return 0
-            os.sched_yield()
-        server.redis.hmget(server.key("ref"), ids)
-        after, step = after + len(ids), step + 1
-        server.write(("HSET", "plan", step, json.dumps([one.decode() for one in ids])))
-        server.write(("HSET", "ack", *_flat((one, step) for one in ids)))
-        return len(ids)
-
-    return timed(seconds, one)
-
-
-KINDS: dict[str, Callable[..., Counts]] = {
-    work.__name__: work
-    for work in (
-        *(commit, produce, consume, plain_commit, plain_produce, plain_consume),
-        *(bare_produce, bare_consume),
-    )
-}
-
-if __name__ == "__main__":
-    print(json.dumps(KINDS[sys.argv[1]](**json.loads(sys.argv[2]))))

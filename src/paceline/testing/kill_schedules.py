@@ -208,7 +208,7 @@ def of_several(schedule: Schedule, producers: int) -> Schedule:
     """The same with so many producers, of whom each fault strikes one."""
     if producers == 1:
         return schedule
-    shape = replace(schedule.shape, producers=producers, tight=False)
+    shape = replace(schedule.shape, producers=producers)
     names = producers_of(shape)
     faults = [
         fault if fault.victim == "consumer" else replace(fault, victim=names[number % producers])

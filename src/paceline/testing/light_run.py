@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.capture.backpressure import Backpressure, Watermarks, check_feasible
+from paceline.capture.neighbours import Neighbours
 from paceline.capture.producer import Producer
 from paceline.capture.settings import CaptureSettings
 from paceline.data.source import PromptList
@@ -56,7 +57,9 @@ class RunShape:
     `tight`: the fewest resident samples with which the run cannot wait for itself. `bad_prompt` is one
     the engine cannot bear, `bad_sample` one that cannot be trained (-1: none). `threads`: checkpoints are
     written and features read ahead in threads, as the consumer's process does it. `producers`: how many
-    processes capture; the weights do not depend on it.
+    processes capture; the weights do not depend on it. `timeout_s`: a producer that is silent for so long is
+    taken for dead by the others. `heartbeats`: a thread of each tells that it lives; without, that is told
+    between two groups.
     """
 
     prompts: int = 12
@@ -70,6 +73,8 @@ class RunShape:
     bad_sample: int = -1
     threads: bool = False
     producers: int = 1
+    timeout_s: float = 3600.0
+    heartbeats: bool = False
 
     @property
     def window(self) -> int:
@@ -140,6 +145,28 @@ def build_producer(
     worker: str = WORKER,
     report: Callable[..., None] = no_report,
 ) -> Producer:
+    marks = marks_of(shape, features)
+    session = ProducerSession(ledger, RUN_ID, worker)
+    settings = CaptureSettings(group_size=shape.group, max_answer_tokens=4, features=LIGHT_FEATURES)
+    backpressure = Backpressure(features, session, marks, report=report)
+    engine = pointed(shape.engine(), "engine")
+    source = PromptList(shape.tasks())
+    producer = Producer(session, engine, features, source, settings, backpressure, report=report)
+    if shape.producers > 1:
+        producer.meet(
+            Neighbours(
+                session,
+                timeout_s=shape.timeout_s,
+                group_size=shape.group,
+                groups_ahead=marks.groups_ahead,
+                in_background=shape.heartbeats,
+                report=report,
+            )
+        )
+    return producer
+
+
+def marks_of(shape: RunShape, features: FeatureStore) -> Watermarks:
     budget = features.usage().budget_bytes
     check_feasible(
         budget_bytes=budget,
@@ -148,19 +175,12 @@ def build_producer(
         window_size=shape.window,
         budget_samples=shape.budget_samples,
     )
-    marks = Watermarks(
+    return Watermarks(
         budget_bytes=budget,
         group_bytes=shape.group * SAMPLE_BYTES,
         budget_samples=shape.budget_samples,
         group_samples=shape.group,
         window_samples=shape.window,
-    )
-    session = ProducerSession(ledger, RUN_ID, worker)
-    settings = CaptureSettings(group_size=shape.group, max_answer_tokens=4, features=LIGHT_FEATURES)
-    backpressure = Backpressure(features, session, marks, report=report)
-    engine = pointed(shape.engine(), "engine")
-    return Producer(
-        session, engine, features, PromptList(shape.tasks()), settings, backpressure, report=report
     )
 
 
