@@ -21,7 +21,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -55,7 +55,8 @@ class Schedule:
     @property
     def command(self) -> str:
         how = f"--seed {self.name}" if self.name.isdecimal() else f'--name "{self.name}"'
-        return f"python -m {MODULE} {how} --repeat 50"
+        several = f" --producers {self.shape.producers}" if self.shape.producers > 1 else ""
+        return f"python -m {MODULE} {how} --repeat 50{several}"
 
 
 # -- which points there are ----------------------------------------------------------------
@@ -150,8 +151,27 @@ def places() -> set[tuple[str, str]]:
     return found
 
 
-def systematic() -> list[Schedule]:
-    """Every point of both roles, at its first, second and third reach, killed once and twice."""
+def systematic(*, on_server: bool = False) -> list[Schedule]:
+    """Every point of both roles, at its first, second and third reach, killed once and twice.
+
+    `on_server`: there are no points in a file's transactions; instead the server is killed around every call.
+    """
+    schedules = _systematic()
+    if not on_server:
+        return schedules
+    schedules = [schedule for schedule in schedules if "@" not in schedule.faults[-1].point]
+    killed = [s for s in schedules if s.name.endswith("/once") and s.faults[-1].point.startswith("ledger.")]
+    return schedules + [
+        Schedule(
+            f"{s.name.removesuffix('once')}server",
+            s.shape,
+            (*s.faults[:-1], replace(s.faults[-1], kind="server")),
+        )
+        for s in killed
+    ]
+
+
+def _systematic() -> list[Schedule]:
     schedules: list[Schedule] = []
     for label, shape in (("plain", PLAIN), ("failing", FAILING)):
         for role, points in points_of(shape).items():
@@ -255,28 +275,34 @@ def reference(shape: RunShape) -> Outcome:
     return outcome
 
 
-def execute(schedule: Schedule, server: str = "") -> Counter[str]:
+def execute(schedule: Schedule, server: ValkeyServer | None = None) -> Counter[str]:
     """Run it and check what must hold after. Raises Violation, with the command that repeats it.
 
-    `server`: the URL of a server, on which the ledger is to lie.
+    `server`: on which the ledger is to lie; a process that this one started.
     """
     folder = new_folder()
     # The weights do not depend on how much room there is, nor on how often they are made durable.
     wanted = reference(replace(schedule.shape, tight=False, interval=4, kept=2, threads=False, producers=1))
-    killed = KilledRun(LightRun(folder, schedule.shape, server), schedule.faults)
+    run = LightRun(folder, schedule.shape, server.url if server else "")
+    killed = KilledRun(run, schedule.faults, restart=server.restart if server else nothing)
     try:
         killed.drive()
         check(killed, wanted)
     except (Violation, PacelineError) as violation:
         story = "\n".join([*map(str, schedule.faults), *killed.history[-60:]])
         raise Violation(
-            f"{violation}\n{schedule.shape}\n{story}\nthe run is in {folder}\nrepeat: {schedule.command}"
+            f"{violation}\n{schedule.shape}\n{story}\nthe run is in {folder}\n"
+            f"repeat: {schedule.command}{' --server' if server else ''}"
         ) from violation
     shutil.rmtree(folder)
     counts = +killed.counts
     counts["schedules"] = 1
     counts["faults that struck"] = len(schedule.faults) - len(killed.pending)
     return counts
+
+
+def nothing() -> None:
+    """There is no server."""
 
 
 def check(killed: KilledRun, wanted: Outcome) -> None:
@@ -337,8 +363,11 @@ def checked(run: LightRun) -> Report:
     return report
 
 
-def execute_all(schedules: Sequence[Schedule], jobs: int, server: str = "") -> Counter[str]:
-    """`jobs` schedules at a time, in forked workers. Raises Violation with the first few that broke."""
+def execute_all(schedules: Sequence[Schedule], jobs: int, *, on_server: bool = False) -> Counter[str]:
+    """`jobs` schedules at a time, in forked workers. Raises Violation with the first few that broke.
+
+    `on_server`: each worker has a server of its own for its ledgers.
+    """
     points_of(PLAIN), points_of(FAILING)
     gc.collect()
     gc.freeze()  # forks copy less
@@ -347,7 +376,7 @@ def execute_all(schedules: Sequence[Schedule], jobs: int, server: str = "") -> C
         read, write = os.pipe()
         if os.fork() == 0:
             os.close(read)
-            _worker(schedules[job::jobs], write, server)
+            _worker(schedules[job::jobs], write, on_server=on_server)
         os.close(write)
         readers.append(read)
     total: Counter[str] = Counter()
@@ -364,18 +393,27 @@ def execute_all(schedules: Sequence[Schedule], jobs: int, server: str = "") -> C
     return total
 
 
-def _worker(schedules: Sequence[Schedule], write: int, server: str) -> None:
+@contextmanager
+def own_server() -> Iterator[ValkeyServer]:
+    folder = new_folder()
+    with ValkeyServer(folder) as server:
+        yield server
+    shutil.rmtree(folder)
+
+
+def _worker(schedules: Sequence[Schedule], write: int, *, on_server: bool) -> None:
     """Never returns."""
     counts: Counter[str] = Counter()
     violations: list[str] = []
     try:
-        for schedule in schedules:
-            try:
-                counts.update(execute(schedule, server))
-            except Violation as violation:
-                violations.append(str(violation))
-                if len(violations) == 3:
-                    break
+        with own_server() if on_server else nullcontext() as server:
+            for schedule in schedules:
+                try:
+                    counts.update(execute(schedule, server))
+                except Violation as violation:
+                    violations.append(str(violation))
+                    if len(violations) == 3:
+                        break
     except BaseException:  # noqa: BLE001 (told to the parent; a fork must not return into its stack)
         violations.append(traceback.format_exc())
     answer = json.dumps({"counts": counts, "violations": violations}).encode()
@@ -400,16 +438,16 @@ def main() -> int:
     arguments.add_argument("--server", action="store_true", help="the ledger lies on a server of its own")
     given = arguments.parse_args()
     killed_run.DEADLINE_S = given.deadline
-    schedules = systematic() if given.systematic else []
+    systematically = systematic(on_server=given.server) if given.systematic or given.name else []
+    schedules = systematically if given.systematic else []
     schedules += [random_schedule(given.first_seed + n) for n in range(given.random)]
     if given.seed is not None:
         schedules += [random_schedule(given.seed)] * given.repeat
     if given.name:
-        schedules += [s for s in systematic() if s.name == given.name] * given.repeat
+        schedules += [s for s in systematically if s.name == given.name] * given.repeat
     schedules = [of_several(schedule, given.producers) for schedule in schedules]
     try:
-        with ValkeyServer(new_folder()) if given.server else nullcontext() as server:
-            counts = execute_all(schedules, given.jobs, server.url if server else "")
+        counts = execute_all(schedules, given.jobs, on_server=given.server)
     except Violation as violation:
         sys.stderr.write(f"{violation}\n")
         return 1

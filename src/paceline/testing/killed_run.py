@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,12 @@ from paceline.training.checkpoint import CheckpointFolder
 DEADLINE_S = 60.0
 QUIET_MS = 40  # no news for so long: a stopped process may hold a lock, so it is woken up
 DONE, FENCED, STALE, FAILED, BROKEN = range(10, 15)
+FENCED_CALLS = frozenset(
+    (
+        *("extend", "lease", "give_back", "end_stream", "reserve", "commit", "swept", "report_lost"),
+        *("plan", "head", "fall_back", "retire", "quarantine", "release"),
+    )
+)
 NOTED = {
     "ledger.set_facts(isolation).after": "isolation held",
     "ledger.between_archives@retire": "history archived",
@@ -51,7 +57,8 @@ class Fault:
 
     kill; kill_both: the other role, too; stop: it is continued `wake_after` events after a successor has
     taken its role; reboot: everything dies and the features are gone; damage_head: killed, and the newest
-    checkpoint is deleted or altered; lose: a feature file is deleted or altered, nobody dies.
+    checkpoint is deleted or altered; lose: a feature file is deleted or altered, nobody dies; server: the
+    server that the ledger is on is killed and started again, while the victim holds still.
     """
 
     victim: str
@@ -114,11 +121,21 @@ class Watcher:
             self.send("noted", what=NOTED[name])
         if name == "ledger.acquire.after":
             self.send("acquired", epoch=kill_points.answer().epoch)
-        if self._stale[0] and name.startswith("ledger.after_commit") and not self._came_before_the_stop():
+        if self._stale[0] and self._is_accepted(name) and not self._came_before_the_stop():
             self.send("violation", what=f"a zombie committed {name}")
         if self._faults and name == self._faults[0].point and self.reached[name] == self._faults[0].turn:
             self.send("fired")
             self._strike(self._faults.pop(0))
+
+    def _is_accepted(self, name: str) -> bool:
+        """Whether the ledger has just made a change that carried this process's fence.
+
+        A file's ledger has a point in the transaction; a server has answered.
+        """
+        if not self._run.server:
+            return name.startswith("ledger.after_commit")
+        part, _, call = name.removesuffix(".after").partition(".")
+        return part == "ledger" and name.endswith(".after") and call in FENCED_CALLS
 
     def _came_before_the_stop(self) -> bool:
         """Stopped by its other thread, this one may have committed before and be about to say so."""
@@ -126,6 +143,10 @@ class Watcher:
         return before
 
     def _strike(self, fault: Fault) -> None:
+        if fault.kind == "server":
+            self.reached.clear()
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return
         if fault.kind == "lose":
             self.reached.clear()
             if self._run.feature_folder.exists():
@@ -186,6 +207,7 @@ class KilledRun:
     run: LightRun
     faults: Sequence[Fault]
     counts: Counter[str] = field(default_factory=Counter)
+    restart: Callable[[], None] = lambda: None  # kills the server, and starts it again
 
     def __post_init__(self) -> None:
         self.pending = list(self.faults)
@@ -296,6 +318,9 @@ class KilledRun:
             return
         if os.WIFSTOPPED(status):
             self._hear()
+            if child.fired is not None and child.fired.kind == "server":
+                self._kill_server(child)
+                return
             child.stopped, child.wake_in = True, child.fired.wake_after if child.fired else 0
             self.history.append(f"{child.role} {pid} is stopped at {child.fired}")
             return
@@ -344,6 +369,12 @@ class KilledRun:
             child.stale[0] = 1
             self.counts["zombies"] += 1
         self.history.append(f"{child.role} {child.pid} is continued, stale={child.stale[0]}")
+        os.kill(child.pid, signal.SIGCONT)
+
+    def _kill_server(self, child: Child) -> None:
+        self.restart()
+        child.fired = None
+        self.history.append(f"the server is killed and started again; {child.role} {child.pid} goes on")
         os.kill(child.pid, signal.SIGCONT)
 
     def _aftermath(self, fault: Fault) -> None:

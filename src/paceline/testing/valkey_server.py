@@ -80,6 +80,11 @@ class ValkeyServer:
         """SIGKILL, as the kernel does when memory runs out."""
         self._end(signal.SIGKILL)
 
+    def restart(self) -> None:
+        """Killed, and started on what it had written."""
+        self.kill()
+        self.start()
+
     def stop(self) -> None:
         self._end(signal.SIGTERM)
 
