@@ -17,7 +17,7 @@ def resolve_device(name: str) -> torch.device:
 
     Raises ConfigError for a device that does not exist.
     """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = _cuda_count()
     if name == "auto":
         return torch.device("cuda:0") if count else CPU
     device = torch.device(name)
@@ -28,6 +28,15 @@ def resolve_device(name: str) -> torch.device:
             next="set device to auto, to cpu, or to an existing device.",
         )
     return device
+
+
+def cuda_devices() -> list[str]:
+    """The names of the CUDA devices that this process can use."""
+    return [torch.cuda.get_device_name(number) for number in range(_cuda_count())]
+
+
+def _cuda_count() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def torch_dtype(name: str, device: torch.device, cpuinfo: Path = CPUINFO) -> torch.dtype:

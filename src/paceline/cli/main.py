@@ -236,6 +236,28 @@ def plan(
 
 @app.command()
 @advises
+def doctor(
+    run_file: Annotated[
+        Path | None, typer.Argument(metavar="[RUN.yaml]", help="A run to look at, too.", readable=False)
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Load the target, and prove its captured states.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="As JSON; docs/first-hour.md has the fields.")
+    ] = False,
+) -> None:
+    """Look whether this machine, and a run, have what they need.
+
+    Python, torch, GPUs, ledger, memory, disk, ports or the engine's server; each finding with its mend.
+    """
+    from paceline.cli.doctor import examine_and_tell
+
+    examine_and_tell(run_file, probe=probe, as_json=as_json)
+
+
+@app.command()
+@advises
 @takes(COMPARE_OPTIONS)
 def compare(
     run_file: RunFile,

@@ -18,7 +18,7 @@ def plan(run_file: Path, gpu: str | None, target_config: Path | None, *, as_json
     """Raises typer.Exit if something does not fit, PacelineError."""
     found = cost_plan(load_run_config(run_file), gpu=gpu or "", target_config=target_config)
     if as_json:
-        say_document(found.model_dump(mode="json"))
+        say_document({**found.model_dump(mode="json"), "fits": found.fits})
     else:
         show(out, found, run_file)
     if not found.fits:

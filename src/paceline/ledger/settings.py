@@ -54,6 +54,13 @@ class LedgerSection(Section):
     def advice(self, directory: Path) -> str:
         """What to do if the ledger is not the run's, or lacks what it had."""
 
+    def examined(self, directory: Path) -> list[str]:  # noqa: ARG002
+        """Look whether a ledger may be here, without making one; what could not be verified, in words.
+
+        Raises what a start would raise.
+        """
+        return []
+
     def movable(self, directory: Path, name: str) -> Movable:
         """The ledger's place, for copying it. Raises ConfigError if this store cannot do that."""
         raise ConfigError(
@@ -81,6 +88,10 @@ class SqliteSection(LedgerSection):
     def view(self, directory: Path, name: str, *, waits: bool = False) -> LedgerView:  # noqa: ARG002
         view: LedgerView = resolve("paceline.ledger.stores.sqlite.view:SQLiteView")(directory / FILE)
         return view
+
+    def examined(self, directory: Path) -> list[str]:
+        resolve("paceline.ledger.stores.sqlite:refuse_place")(directory / FILE)
+        return []
 
     def movable(self, directory: Path, name: str) -> Movable:  # noqa: ARG002
         image: Movable = resolve("paceline.ledger.stores.sqlite.image:FileImage")(directory / FILE)
@@ -121,6 +132,10 @@ class RedisSection(LedgerSection):
             server_url.complete(self.url), name, patience_s=ROLES_PATIENCE_S if waits else USERS_PATIENCE_S
         )
         return view
+
+    def examined(self, directory: Path) -> list[str]:  # noqa: ARG002
+        told: list[str] = _of_server("examined")(server_url.complete(self.url), self.durability)
+        return told
 
     def movable(self, directory: Path, name: str) -> Movable:  # noqa: ARG002
         image: Movable = _of_server("ServerImage")(server_url.complete(self.url), name)

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 from pydantic import Field
 
 from paceline.data.settings import DataSection
-from paceline.errors import PacelineError
-from paceline.roles.child import RoleFailedError
-from paceline.roles.plan import role_environment
+from paceline.roles.question import ask
 from paceline.section import Section
 from paceline.target.settings import TargetSection
-from paceline.terminal import one_line
 
 LOOKED_AT_MAX = 2000
 SAMPLES_SHOWN = 3
@@ -83,25 +76,5 @@ def check_with_target(request: CheckRequest) -> CheckResult:
 
     Raises the error of that process.
     """
-    command = [sys.executable, "-m", "paceline.roles.data_checker"]
-    environment = {**os.environ, **role_environment(len(os.sched_getaffinity(0)))}
-    ended = subprocess.run(
-        command,
-        input=request.model_dump_json(),
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if ended.returncode == 0:
-        return CheckResult.model_validate_json(ended.stdout)
-    try:
-        told: dict[str, Any] = json.loads(ended.stdout)
-        raise RoleFailedError(told["what"], told["why"], told["next"], int(told["exit_code"]))
-    except (ValueError, LookupError, TypeError):
-        said = one_line(ended.stderr.strip().rpartition("\n")[2][:400])
-        raise PacelineError(
-            f"The check ended with {ended.returncode}: {said or 'it printed nothing'}.",
-            why="Nothing was changed.",
-            next="check that this Python has all that Paceline needs, and that there is enough memory.",
-        ) from None
+    told = ask("paceline.roles.data_checker", request.model_dump_json(), "check")
+    return CheckResult.model_validate_json(told)

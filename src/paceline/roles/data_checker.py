@@ -6,7 +6,6 @@ those that would be trained.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -23,7 +22,6 @@ from paceline.data.opening import Data, open_data
 from paceline.data.prompts import Prompt
 from paceline.engines.engine import CaptureRequest, TargetEngine
 from paceline.engines.transformers import TransformersEngine
-from paceline.errors import explained
 from paceline.methods.table import METHODS
 from paceline.precision import resolve_device, torch_dtype
 from paceline.roles.committed import committed_in
@@ -36,6 +34,7 @@ from paceline.roles.data_check import (
     Problem,
     ShownSample,
 )
+from paceline.roles.question import answer
 from paceline.target.chat import Ids
 from paceline.target.chat_encoder import ChatEncoder
 from paceline.target.facts import TargetFacts
@@ -198,15 +197,7 @@ def _request(prompt: EncodedPrompt, settings: CaptureSettings) -> CaptureRequest
 
 
 def main() -> int:
-    try:
-        result = check(CheckRequest.model_validate_json(sys.stdin.read()))
-    except Exception as error:  # noqa: BLE001 (every error is reported)
-        told = explained(error)
-        parts = {name: getattr(told, name) for name in ("what", "why", "next", "exit_code")}
-        sys.stdout.write(json.dumps(parts))
-        return told.exit_code
-    sys.stdout.write(result.model_dump_json())
-    return 0
+    return answer(lambda request: check(CheckRequest.model_validate_json(request)).model_dump_json())
 
 
 if __name__ == "__main__":

@@ -102,12 +102,20 @@ def shared_memory_holds_the_budget(plan: RunPlan) -> Iterator[Finding]:
 
 def enough_files_can_be_open(_: RunPlan) -> Iterator[Finding]:
     """Check the limit of open files, which the roles inherit."""
+    limit = files_that_can_be_open()
+    if isinstance(limit, Finding):
+        yield limit
+
+
+def files_that_can_be_open() -> int | Finding:
+    """How many; a finding if they are too few. Negative: no limit."""
     limit, _most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= limit < OPEN_FILES_MIN:
-        yield Finding(
+        return Finding(
             f"Only {limit} files can be open at once, and a role needs up to {OPEN_FILES_MIN}.",
             "Raise the limit: `ulimit -n 1024`.",
         )
+    return limit
 
 
 def a_server_can_be_started(plan: RunPlan) -> Iterator[Finding]:

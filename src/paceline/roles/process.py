@@ -54,7 +54,7 @@ def run_role(
     stop = threading.Event()
     if stops_itself:
         _set_on_signals(stop)
-    _die_with_supervisor()
+    die_with_supervisor()
     events: EventLog | None = None
     try:
         config = load_run_config(run_file)
@@ -108,7 +108,7 @@ def stop_signals() -> list[signal.Signals]:
     return [signal.SIGINT, signal.SIGTERM, *hang_up]
 
 
-def _die_with_supervisor() -> None:
+def die_with_supervisor() -> None:
     """Ask the kernel for SIGTERM when the supervisor dies, so that no role outlives it."""
     supervisor = os.environ.get(SUPERVISOR_VARIABLE)
     if supervisor is None:

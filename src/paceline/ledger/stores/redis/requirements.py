@@ -9,10 +9,25 @@ from redis.exceptions import BusyLoadingError, NoPermissionError, ReadOnlyError,
 from paceline.errors import ConfigError, PacelineError, SchemaError
 from paceline.ledger.stores.redis.address import Address
 from paceline.ledger.stores.redis.link import Link
+from paceline.ledger.stores.redis.server import Server
 
 Durability = Literal["full", "head"]
 FLOOR = (7, 2)  # of Redis, and of Valkey, which began there: the first one with WAITAOF
 NO_EVICTION = "noeviction"
+
+
+def examined(url: str, durability: Durability, patience_s: float = 5.0) -> list[str]:
+    """Whether a ledger may lie on the server; what could not be verified, in words. Nothing is written.
+
+    Raises what opening the ledger would raise.
+    """
+    requirements = Requirements(address := Address(url), durability)
+    server = Server(address, patience_s, requirements.admit)
+    try:
+        server.ask(lambda _link, _whole: [["PING"]], repeatable=True)
+    finally:
+        server.close()
+    return list(requirements.unverified)
 
 
 class Requirements:

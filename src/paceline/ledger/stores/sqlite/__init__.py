@@ -6,6 +6,7 @@ from paceline.ledger.stores.sqlite.database import (
     SQLITE_FLOOR,
     Durability,
     check_sqlite_version,
+    refuse_place,
 )
 from paceline.ledger.stores.sqlite.ledger import SQLiteLedger
 from paceline.ledger.stores.sqlite.schema import APPLICATION_ID, SCHEMA_VERSION
@@ -19,4 +20,5 @@ __all__ = [
     "Durability",
     "SQLiteLedger",
     "check_sqlite_version",
+    "refuse_place",
 ]

@@ -57,6 +57,13 @@ def check_sqlite_version(version: str) -> None:
         )
 
 
+def refuse_place(path: Path) -> None:
+    """Raise what opening a ledger there would raise for its library, file or filesystem; change nothing."""
+    check_sqlite_version(apsw.sqlite_lib_version())
+    regular_file(path)
+    refuse_network_filesystem(path.parent)
+
+
 UNUSABLE = (
     apsw.IOError,
     apsw.BusyError,

@@ -1,0 +1,221 @@
+"""Every finding of the doctor comes with its mend, and one that cannot be made hides no other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import apsw
+import pytest
+
+from paceline.cli import plain
+from paceline.cli.main import app
+from paceline.config.load import load_run_config
+from paceline.errors import PacelineError
+from paceline.roles import doctor as module
+from paceline.roles import examined_server
+from paceline.roles.doctor import examine
+from paceline.roles.engine_prober import probe
+from paceline.roles.examined import Examined
+from paceline.roles.machine import Gpu
+from paceline.roles.question import ask
+from paceline.testing.tiny_folder import make_tiny_folder
+from paceline.testing.tiny_run import TinyRun
+from paceline.testing.valkey_server import ValkeyServer
+
+LIBRARIES = {"versions": {"torch": "2.9.0"}, "cuda": "", "devices": [], "warnings": []}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_folder(tmp_path_factory.mktemp("target") / "model")
+
+
+@pytest.fixture(autouse=True)
+def libraries_of_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ask", lambda *_, **__: json.dumps(LIBRARIES))
+    monkeypatch.setattr(module, "gpus_of_the_driver", lambda: ())
+
+
+def found(run: TinyRun | None = None) -> list[Examined]:
+    file = None if run is None else run.run_file
+    return list(examine(None if file is None else load_run_config(file), file))
+
+
+def bad(findings: list[Examined]) -> Examined:
+    """The only one that is bad; it says what to do."""
+    [one] = [finding for finding in findings if finding.state == "bad"]
+    assert one.mend
+    return one
+
+
+def test_a_sound_machine_and_run_have_nothing_to_mend(model: Path, tmp_path: Path) -> None:
+    """And nothing stays behind."""
+    run = TinyRun(tmp_path / "run", model)
+    before = sorted(tmp_path.rglob("*"))
+    findings = found(run)
+    assert [finding for finding in findings if finding.state == "bad"] == []
+    topics = {finding.topic for finding in findings}
+    assert topics == {"python", "libraries", "gpu", "ledger", "memory", "files", "disk", "ports", "run"}
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_gpus_that_torch_cannot_use_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch for processors, or a driver that is too old."""
+    monkeypatch.setattr(module, "gpus_of_the_driver", lambda: (Gpu("NVIDIA L4", 24 << 30, 8.9, "535.1"),))
+    one = bad(found())
+    assert "1 x NVIDIA L4, driver 535.1, and torch for CPUs can use none" in one.what
+    assert "torch build" in one.mend
+    libraries = {**LIBRARIES, "cuda": "12.8", "devices": ["NVIDIA L4"]}
+    monkeypatch.setattr(module, "ask", lambda *_, **__: json.dumps(libraries))
+    assert "1 x NVIDIA L4, torch for CUDA 12.8" in [finding.what for finding in found()]
+
+
+def test_a_library_that_cannot_be_imported_hides_no_other_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> str:
+        raise PacelineError("The import ended with 1.", next="repair it.")
+
+    monkeypatch.setattr(module, "ask", broken)
+    findings = found()
+    assert bad(findings) == Examined(
+        topic="libraries", state="bad", what="The import ended with 1.", mend="Repair it."
+    )
+    assert {"python", "disk", "ports"} <= {finding.topic for finding in findings}
+
+
+def test_an_old_sqlite_is_refused_as_the_start_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apsw, "sqlite_lib_version", lambda: "3.40.0")
+    one = bad(found())
+    assert "SQLite 3.40.0 may corrupt" in one.what
+    assert "apsw" in one.mend
+
+
+def test_a_server_that_may_lose_the_ledger_is_refused(model: Path, tmp_path: Path) -> None:
+    """With the setting to change; one that is away, too; and nothing is written to one that is sound."""
+    (folder := tmp_path / "server").mkdir()
+    with ValkeyServer(folder, appendonly="no") as server:
+        ledger = {"store": "redis", "url": server.url}
+        run = TinyRun(tmp_path / "run", model, ledger=ledger)
+        assert "CONFIG SET appendonly yes" in bad(found(run)).mend
+        client = server.client()
+        client.config_set("appendonly", "yes")
+        findings = found(run)
+        assert [finding.topic for finding in findings if finding.state == "bad"] == []
+        assert client.dbsize() == 0
+        client.close()
+
+
+@pytest.mark.parametrize("took", [0.5, OSError(30, "Read-only file system", "/runs")])
+def test_a_slow_or_broken_disk_is_told(monkeypatch: pytest.MonkeyPatch, took: float | OSError) -> None:
+    def sync(_: Path) -> float:
+        if isinstance(took, OSError):
+            raise took
+        return took
+
+    monkeypatch.setattr(module, "_sync_s", sync)
+    [one] = [finding for finding in found() if finding.topic == "disk"]
+    assert one.mend
+    assert ("a sync takes 500.0 ms" in one.what) or ("Read-only file system" in one.what)
+    assert one.state == ("bad" if isinstance(took, OSError) else "note")
+
+
+class Served(BaseHTTPRequestHandler):
+    """A vLLM server of some version, as far as the doctor asks."""
+
+    version = "0.32.0"
+
+    def do_GET(self) -> None:
+        body = json.dumps({"version": self.version} if self.path == "/version" else {}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Served) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_the_engines_server_must_answer_and_know_how(
+    model: Path, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is too old, and one that is not there, are told apart."""
+    target = {"model": str(model), "dtype": "bfloat16"}
+    run = TinyRun(tmp_path / "run", model, engine={"name": "vllm", "url": url}, target=target)
+    config = load_run_config(run.run_file)
+
+    def server() -> Examined:
+        [one] = examined_server.ports_can_be_opened(config)
+        return one
+
+    assert (server().state, server().what) == ("good", f"{url} answers, vllm 0.32.0")
+    monkeypatch.setattr(Served, "version", "0.17.1")
+    assert server().state == "bad"
+    assert "0.18 or newer" in server().mend
+    run.config["engine"]["url"] = "http://127.0.0.1:9"
+    run.write()
+    config = load_run_config(run.run_file)
+    assert "does not answer" in server().what
+    assert "paceline engine vllm" in server().mend
+
+
+def test_a_managed_servers_program_tells_its_version(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = {"model": str(model), "dtype": "bfloat16"}
+    run = TinyRun(tmp_path / "run", model, engine={"name": "vllm", "managed": True}, target=target)
+    config = load_run_config(run.run_file)
+    monkeypatch.setattr(examined_server.shutil, "which", lambda _: "/opt/vllm")
+    for said, code, state in (("INFO ...\n0.32.0\n", 0, "good"), ("0.17.0", 0, "bad"), ("", 1, "bad")):
+        told = subprocess.CompletedProcess([], code, said, "")
+        monkeypatch.setattr(examined_server.subprocess, "run", lambda *_, told=told, **__: told)
+        [one] = examined_server.the_servers_program_starts(config)
+        assert one.state == state
+
+
+def test_a_probe_proves_the_engine_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    (memory := tmp_path / "memory").mkdir()
+    run = TinyRun(tmp_path / "run", model, features={"directory": str(memory)})
+    told = probe(str(run.run_file))
+    assert (told["dtype"], told["device"]) == ("float32", "cpu")
+    assert list(memory.iterdir()) == []
+    assert not run.directory.exists()
+
+
+def test_a_process_that_ends_without_an_answer_is_one_clear_error() -> None:
+    with pytest.raises(PacelineError, match=r"The work ended with 1: .*No module named") as caught:
+        ask("paceline.nothing", "", "work", threads=1)
+    assert caught.value.next
+
+
+def test_the_command_tells_people_and_programs(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 80 columns, or as JSON; the exit code says whether something is bad."""
+    monkeypatch.setattr(plain.out, "_width", 80)
+    run = TinyRun(tmp_path / "run", model, features={"budget_mib": 1}, method={"first_samples": 200})
+    assert app(["doctor", str(run.run_file)], standalone_mode=False) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("bad   run        features.budget_mib gives 1 MiB") for line in lines)
+    assert any(line.startswith("           mend: Set features.budget_mib to") for line in lines)
+    assert lines[-1] == "1 to mend"
+    assert app(["doctor", str(run.run_file), "--json"], standalone_mode=False) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert (told["version"], told["healthy"]) == (1, False)
+    assert {"topic", "state", "what", "mend"} == told["findings"][0].keys()
+    assert (app(["doctor"], standalone_mode=False) or 0) == 0
+    assert capsys.readouterr().out.endswith("Nothing to mend.\n")
+    assert app(["doctor", "--probe"], standalone_mode=False) == 2
+    assert "next  paceline doctor RUN.yaml --probe" in capsys.readouterr().err
