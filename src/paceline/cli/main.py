@@ -23,7 +23,7 @@ from paceline.terminal import open_standard_streams, printable
 
 app = typer.Typer(
     invoke_without_command=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # half of the time of --help would be spent on importing what draws boxes
 )
@@ -167,6 +167,33 @@ def watch(
     from paceline.cli.watch import watch_run
 
     watch_run(run, every)
+
+
+@app.command()
+@advises
+def stop(
+    run: Run,
+    now: Annotated[bool, typer.Option("--now", help="Without a safe point; what is durable stays.")] = False,
+) -> None:
+    """Stop a run in good order, and wait for it.
+
+    Its processes on this host reach their next safe point and write a checkpoint.
+    """
+    from paceline.cli.stop import stop_run
+
+    stop_run(run, at_once=now)
+
+
+@app.command()
+@advises
+def runs(
+    base: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look.", readable=False)] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts; see docs/status.md.")] = False,
+) -> None:
+    """List the runs below a folder: state, progress, memory, disk."""
+    from paceline.cli.runs import show_runs
+
+    show_runs(base, as_json=as_json)
 
 
 @app.command()

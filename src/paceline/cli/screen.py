@@ -39,12 +39,12 @@ def screen(console: Console, s: RunStatus, problem: str = "", hint: str = "") ->
 
 def line(s: RunStatus) -> str:
     """The same for a log."""
-    step = f"step {_of(s.step.number, s.step.planned)}"
+    step = f"step {part_of(s.step.number, s.step.planned)}"
     parts = [
         s.state,
-        f"captured {_of(s.prompts.done, s.prompts.planned)}",
+        f"captured {part_of(s.prompts.done, s.prompts.planned)}",
         step if s.step.loss is None else f"{step}: loss {s.step.loss:.3f}",
-        f"features {_bytes(s.features.bytes)}",
+        f"features {amount(s.features.bytes)}",
         f"checkpoint {'-' if s.checkpoint.step is None else s.checkpoint.step}",
     ]
     if s.evaluation.curve:
@@ -57,12 +57,12 @@ def line(s: RunStatus) -> str:
     }
     parts += [f"{name} {count}" for name, count in counts.items() if count]
     if s.seconds_left is not None:
-        parts.append(f"about {_duration(s.seconds_left)} left")
+        parts.append(f"about {duration(s.seconds_left)} left")
     return " | ".join([*parts, *([s.waiting.words] if s.waiting.words else [])])
 
 
 def _title(s: RunStatus) -> Text:
-    left = "" if s.seconds_left is None else f"  about {_duration(s.seconds_left)} left"
+    left = "" if s.seconds_left is None else f"  about {duration(s.seconds_left)} left"
     return Text.assemble(plain(s.run, "bold"), "  ", (s.state, STATE_STYLES[s.state]), left)
 
 
@@ -75,13 +75,13 @@ class Drawing:
 
     def rows(self, s: RunStatus) -> Iterator[tuple[str, Text]]:
         p, f, m = s.prompts, s.features, s.samples
-        told = f"{_of(p.done, p.planned)} captured, {p.leased} being captured"
+        told = f"{part_of(p.done, p.planned)} captured, {p.leased} being captured"
         yield (
             "prompts",
             self._with_bar(p.done, p.planned, told + (f", {p.failed} failed" if p.failed else "")),
         )
         yield "capture", plain(_capture(s.processes))
-        room = _bytes(f.bytes) if f.budget_bytes is None else f"{_bytes(f.bytes)} of {_bytes(f.budget_bytes)}"
+        room = amount(f.bytes) if f.budget_bytes is None else f"{amount(f.bytes)} of {amount(f.budget_bytes)}"
         yield "features", self._with_bar(f.bytes, f.budget_bytes, f"{room}, {f.samples} samples")
         lost = f", {m.lost} to capture again" if m.lost else ""
         yield "ledger", plain(f"{m.committed} committed, {m.waiting} wait to be trained{lost}")
@@ -132,7 +132,7 @@ def _capture(processes: Sequence[Process]) -> str:
 def _training(s: RunStatus) -> str:
     samples = sum(one.samples_per_second or 0.0 for one in s.processes if one.role == "consumer")
     rate = "" if s.step.per_second is None else f": {samples:.1f} samples/s, {s.step.per_second:.2f} steps/s"
-    return f"step {_of(s.step.number, s.step.planned)}{rate}"
+    return f"step {part_of(s.step.number, s.step.planned)}{rate}"
 
 
 def _checkpoint(s: RunStatus) -> str:
@@ -191,15 +191,15 @@ def _remarks(s: RunStatus, problem: str) -> Iterator[tuple[str, str]]:
         yield problem, "red"
 
 
-def _of(part: int, whole: int | None) -> str:
+def part_of(part: int, whole: int | None) -> str:
     return str(part) if whole is None else f"{part} of {whole}"
 
 
-def _bytes(count: int) -> str:
+def amount(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from paceline.cli.named_run import directory_if_any
-from paceline.cli.plain import out, plain, say
+from paceline.cli.plain import out, plain, say, stdout
 from paceline.cli.screen import line, screen
 from paceline.monitoring.looking import Look, RunLooks
 
@@ -58,7 +58,7 @@ def _watch_lines(console: Console, looks: RunLooks, every: float) -> None:
         if look.status is not None and not look.problem and (now >= due or look.is_over):
             say(console, line(look.status))
             due = now + every
-        if look.is_over:
+        if look.is_over or stdout.lost is not None:
             break
         time.sleep(min(every, LOOK_EVERY_S))
     _say_end(console, look)

@@ -12,7 +12,8 @@ from paceline.monitoring.schema import RunStatus
 from paceline.monitoring.status import read_status
 from paceline.roles.snapshot import has_ledger, making_sense
 
-LINGER_S = 5.0  # between two processes of a run, such as the training and the evaluation after it
+LINGER_S = 5.0  # between two processes of a run
+EVALUATOR_S = 30.0  # between the end of training and the evaluation of it
 
 
 @dataclass(frozen=True)
@@ -48,5 +49,11 @@ class RunLooks:
         if lives or first or self._last is None or status.lsn != self._last.lsn:
             self._moved_at = self._clock()
         self._last = status
-        rests = not lives and self._clock() - self._moved_at >= LINGER_S
+        patience_s = EVALUATOR_S if _lacks_evaluation(status) else LINGER_S
+        rests = not lives and self._clock() - self._moved_at >= patience_s
         return Look(status, is_over=rests or (first and not lives and status.state == "complete"))
+
+
+def _lacks_evaluation(status: RunStatus) -> bool:
+    last = status.evaluation.curve[-1].step if status.evaluation.curve else -1
+    return status.state == "complete" and last < status.step.number

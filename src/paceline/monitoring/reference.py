@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from paceline.monitoring.runs import FoundRun
 from paceline.monitoring.schema import RunStatus
 
 BEGIN = "<!-- from here on written by `make reference` -->\n"
@@ -13,7 +14,7 @@ BEGIN = "<!-- from here on written by `make reference` -->\n"
 
 def status_tables() -> str:
     """A table for the document, and one for each of its parts, in Markdown."""
-    _, parts = msgspec.json.schema_components([RunStatus], ref_template="{name}")
+    _, parts = msgspec.json.schema_components([RunStatus, FoundRun], ref_template="{name}")
     names = ["RunStatus", *(name for name in parts if name != "RunStatus")]
     return "\n".join(_table(name, parts[name]) for name in names)
 

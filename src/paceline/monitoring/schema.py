@@ -78,6 +78,7 @@ class Samples(Struct, frozen=True, kw_only=True):
 class Features(Struct, frozen=True, kw_only=True):
     samples: Annotated[int, Meta(description="resident in the feature store")]
     bytes: Annotated[int, Meta(description="resident in the feature store")]
+    folder: Annotated[str, Meta(description="where the feature store is; empty before it is known")] = ""
     reserved_bytes: Annotated[int, Meta(description="promised to captures that go on")]
     budget_bytes: Annotated[int | None, Meta(description="features.budget_mib; null if not recorded")] = None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from paceline.config.load import setting
 from paceline.evaluation.curve import Point
-from paceline.ledger.facts import CONFIG, PROMPTS, RUN_ID
+from paceline.ledger.facts import CONFIG, FEATURES_LIE, PROMPTS, RUN_ID
 from paceline.ledger.locks import live_holder
 from paceline.ledger.records import CONSUMER, producer_role
 from paceline.monitoring.doing import doing_of
@@ -210,7 +210,9 @@ def _samples(s: RunSnapshot) -> Samples:
 def _features(s: RunSnapshot) -> Features:
     recorded = s.ledger.facts.get(CONFIG)
     budget = setting(recorded, "features.budget_mib") if isinstance(recorded, dict) else None
+    place = s.ledger.facts.get(FEATURES_LIE)
     return Features(
+        folder=str(place.get("folder", "")) if isinstance(place, dict) else "",
         samples=s.ledger.usage.resident_samples,
         bytes=s.ledger.usage.resident_bytes,
         reserved_bytes=s.ledger.usage.reserved_bytes,

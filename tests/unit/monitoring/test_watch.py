@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from paceline.cli.main import app
 from paceline.cli.screen import line, screen
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.locks import RoleLock
-from paceline.monitoring.looking import LINGER_S, RunLooks
+from paceline.monitoring.looking import EVALUATOR_S, LINGER_S, RunLooks
 from paceline.monitoring.schema import Evaluation, Measured, Process, RunStatus, Step, Waiting
 from paceline.monitoring.status import read_status
 from paceline.testing.run_by_hand import RunByHand
@@ -120,6 +122,31 @@ def test_a_stopped_run_is_left_with_the_command_that_goes_on(
     result = CliRunner().invoke(app, ["watch", str(run.folder)])
     assert result.output.splitlines()[-1].endswith("Go on with: paceline train RUN.yaml")
     assert clock.now >= LINGER_S
+
+
+def test_the_evaluation_after_training_belongs_to_the_run(tmp_path: Path) -> None:
+    """Its process takes a while to start."""
+    run = begun(tmp_path / "run")
+    looks, clock = looking(run.folder)
+    looks.look()
+    run.ledger.set_facts(None, {COMPLETED_STEP: 1})
+    clock.now += LINGER_S
+    looks.look()
+    clock.now += EVALUATOR_S - 1
+    assert not looks.look().is_over
+    clock.now += 1
+    assert looks.look().is_over
+    run.ledger.close()
+
+
+def test_a_watch_ends_with_its_reader(tmp_path: Path) -> None:
+    """`paceline watch RUN | head -1` does not stay behind."""
+    run = begun(tmp_path / "run")
+    lock = RoleLock(run.folder, "consumer")
+    script = f"{sys.executable} -m paceline.cli.main watch --every 0.1 {run.folder} | head -1"
+    assert subprocess.check_output(["/bin/sh", "-c", script], text=True).startswith("live | captured 2")
+    lock.release()
+    run.ledger.close()
 
 
 def test_ctrl_c_ends_the_view_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
