@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from paceline.monitoring.reference import BEGIN, status_tables
+from paceline.monitoring.reference import BEGIN, metrics_table, status_tables
 
 DOCS = Path(__file__).parents[1] / "docs"
-GENERATED: dict[str, Callable[[], str]] = {"status.md": status_tables}
+GENERATED: dict[str, Callable[[], str]] = {"status.md": status_tables, "metrics.md": metrics_table}
 
 
 def written(name: str, write: Callable[[], str]) -> str:

@@ -198,6 +198,27 @@ def runs(
 
 @app.command()
 @advises
+def metrics(
+    run: Run,
+    port: Annotated[
+        int | None, typer.Option(help="Serve them on this port; 0: a free one.", min=0, max=65535)
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to serve them on.")] = HOST,
+) -> None:
+    """Print a run's metrics in the OpenMetrics format, or serve them.
+
+    With --port at /metrics until Ctrl-C, on the loopback address unless --host says otherwise.
+    """
+    from paceline.cli import metrics as metering
+
+    if port is None:
+        metering.print_metrics(run)
+    else:
+        metering.serve_metrics(run, host, port)
+
+
+@app.command()
+@advises
 def engine(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The engine: vllm or sglang.")],
     run: Run,

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from paceline.monitoring.metrics import METRICS
 from paceline.monitoring.runs import FoundRun
 from paceline.monitoring.schema import RunStatus
 
@@ -17,6 +18,15 @@ def status_tables() -> str:
     _, parts = msgspec.json.schema_components([RunStatus, FoundRun], ref_template="{name}")
     names = ["RunStatus", *(name for name in parts if name != "RunStatus")]
     return "\n".join(_table(name, parts[name]) for name in names)
+
+
+def metrics_table() -> str:
+    rows = ["| `paceline_up` | gauge |  | 1 if the run could be read; 0 comes alone |"]
+    rows += [
+        f"| `{metric.sample_name}` | {metric.kind} | {', '.join(metric.labels)} | {metric.meaning} |"
+        for metric in METRICS
+    ]
+    return "\n".join(["| metric | kind | labels | meaning |", "|---|---|---|---|", *rows, ""])
 
 
 def _table(name: str, part: dict[str, Any]) -> str:
