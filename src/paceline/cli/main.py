@@ -110,6 +110,23 @@ def advises(command: Callable[P, None]) -> Callable[P, None]:
 
 @app.command()
 @advises
+def demo(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="A folder of its own.", readable=False)
+    ] = Path("paceline-demo"),
+) -> None:
+    """Show in a minute that a kill loses nothing, on a tiny target.
+
+    It needs no network, no GPU and no file of yours. Two runs of the same prompts; in the second one the
+    consumer is killed. Both end in the same weights, and the checker says that nothing was lost.
+    """
+    from paceline.cli.demo import demonstrate
+
+    demonstrate(folder)
+
+
+@app.command()
+@advises
 def train(run_file: RunFile) -> None:
     """Start both roles, watch them to the end, then evaluate. Continues a run that was stopped."""
     from paceline.cli.train import train_run

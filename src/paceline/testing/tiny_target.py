@@ -1,4 +1,4 @@
-"""A tiny random Llama and samples captured from it, shared by the tests of methods and evaluation."""
+"""Samples captured from the tiny random Llama, shared by the tests of methods and evaluation."""
 
 from __future__ import annotations
 
@@ -8,42 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-VOCAB, HIDDEN, LAYERS = 61, 32, 8
+from paceline.demo.target import HIDDEN, LAYERS, VOCAB, tiny_target
+
+__all__ = ["AUX_LAYER_IDS", "HIDDEN", "LAYERS", "VOCAB", "captured_sample", "save_target", "tiny_target"]
 AUX_LAYER_IDS = (2, 4, 5)
-
-
-def tiny_target(seed: int = 0, tied: bool = False) -> LlamaForCausalLM:
-    """An 8-layer float32 Llama whose weights are large enough for a peaked, varied output."""
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )
-    torch.manual_seed(seed)
-    model: LlamaForCausalLM = LlamaForCausalLM(config)
-    model.train(False)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0.0, 0.15)
-            else:
-                parameter.uniform_(0.5, 1.5)
-            if name == "lm_head.weight":
-                parameter.mul_(4.0)
-    return model
 
 
 def save_target(model: LlamaForCausalLM, folder: Path, max_shard_size: str = "1GB") -> Path:
