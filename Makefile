@@ -51,6 +51,11 @@ layers: install ## the dependency rule
 
 check: lint types layers ## all that is not a test
 
+docs: install ## the documentation's site, in build/site
+	$(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt -e ".[docs]"
+	$(BIN)/python scripts/lay_pages.py build/pages
+	$(BIN)/zensical build --strict --clean
+
 dist: install ## wheel and sdist of this commit, the same bytes everywhere
 	sh scripts/build_release.sh $(BIN)/python dist
 
