@@ -23,6 +23,7 @@
     │   └── CheckpointDamagedError it is missing, or not as it was written
     ├── TrainingError        the optimizer step itself failed (loss is not a number)                  8
     ├── ExportError          an exported folder does not draft as the checkpoint does                  10
+    ├── RanksError           a rank of the training died, is late, or contradicts another one         12
     └── UnforeseenError      any other exception, reported in the same three parts                    1
 
 The numbers are exit codes. A message has three parts: what happened, with ids and values; why it matters;
@@ -136,6 +137,10 @@ class TrainingError(PacelineError):
 
 class ExportError(PacelineError):
     exit_code = 10
+
+
+class RanksError(PacelineError):
+    exit_code = 12
 
 
 class UnforeseenError(PacelineError):

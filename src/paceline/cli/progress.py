@@ -114,6 +114,8 @@ def _table(s: RunSnapshot, plan: RunPlan, elapsed: float) -> Table:
         f"{_step_text(s) if s.last_step else 'waiting for the first samples'}, "
         f"blocked {s.blocked_s['consumer']:.0f} s",
     )
+    for role in sorted(s.live.keys() - s.blocked_s.keys()):  # the other ranks
+        table.add_row(role, _process(s, role), "", "")
     table.add_row(
         "ledger",
         "",
@@ -174,6 +176,7 @@ def describe(console: Console, s: RunSnapshot) -> None:
             for role, seconds in s.blocked_s.items()
         )
         + " (each since its last start)",
+        **({"ranks": s.ranks} if s.ranks else {}),
         "restarts": str(s.ledger.restarts),
         **({"ledger": s.ledger_at} if s.ledger_at else {}),
     }

@@ -215,6 +215,11 @@ def refuse_changes(recorded: Mapping[str, Any], config: RunConfig) -> None:
     )
 
 
+def binding(config: RunConfig) -> dict[str, Any]:
+    """The settings that may decide the weights, as `flat` gives them."""
+    return {key: value for key, value in flat(config).items() if not _is_changeable(key, config)}
+
+
 def _defaults(config: RunConfig) -> dict[str, Any]:
     """The default of every knob that has one."""
     sections = {name: type(section).model_construct().model_dump(mode="json") for name, section in config}

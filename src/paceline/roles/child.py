@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from paceline.config.run import RunConfig
@@ -18,7 +19,8 @@ from paceline.errors import PacelineError
 from paceline.ledger.locks import UNKNOWN, live_holder
 from paceline.roles.plan import log_path, role_environment
 from paceline.roles.process import REPORT_VARIABLE, SUPERVISOR_VARIABLE
-from paceline.roles.workers import PRODUCER, is_producer, worker_of
+from paceline.roles.trainers import without_place
+from paceline.roles.workers import is_producer, worker_of
 from paceline.telemetry import read_tail, shorten
 
 ORPHAN_S = 10.0  # time for an orphan to reach its next safe point
@@ -34,7 +36,7 @@ GRACE_S = {  # the consumer writes a checkpoint
 
 def grace_s(role: str) -> float:
     """How long the role may take to reach its next safe point once it is asked to stop."""
-    return GRACE_S[PRODUCER if is_producer(role) else role]
+    return GRACE_S[role.partition("-")[0]]
 
 
 WITHOUT_SAFE_POINT = ("evaluator", "exporter", "answers_exporter", "comparer")
@@ -52,9 +54,19 @@ class RoleFailedError(PacelineError):
 class Child:
     """One process of a role, in a session of its own, so that Ctrl-C reaches only the supervisor."""
 
-    def __init__(self, role: str, run_file: Path, config: RunConfig, threads: int, *arguments: str) -> None:
+    def __init__(
+        self,
+        role: str,
+        run_file: Path,
+        config: RunConfig,
+        threads: int,
+        *arguments: str,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        descriptors: Sequence[int] = (),
+    ) -> None:
+        """`environment`: variables besides the parent's; `descriptors`: open files that it inherits."""
         self.role = role
-        module = PRODUCER if is_producer(role) else role
+        module = role.partition("-")[0]
         if is_producer(role):
             arguments = (worker_of(role), *arguments)
         self._log = log_path(config, role)
@@ -66,7 +78,8 @@ class Child:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", f"paceline.roles.{module}", str(run_file), *arguments],
                 env={
-                    **os.environ,
+                    **without_place(os.environ),
+                    **environment,
                     **role_environment(threads),
                     SUPERVISOR_VARIABLE: str(os.getpid()),
                     REPORT_VARIABLE: str(other_end),
@@ -74,7 +87,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[other_end],
+                pass_fds=[other_end, *descriptors],
                 start_new_session=True,
             )
         except BaseException:

@@ -23,13 +23,13 @@ from paceline.config.run import RunConfig
 from paceline.durable_files import make_folder, replace_file, sync_folder, write_file
 from paceline.methods.method import DraftMethod
 from paceline.roles.comparison import PREPARED, RESULT, TRAINED, Comparison
-from paceline.roles.consumer import trainer_settings
 from paceline.roles.held_out import TemplateOnly
 from paceline.roles.kept_capture import capture_kept
 from paceline.roles.kept_features import Asked, KeptFeatures
 from paceline.roles.measured_draft import build_measured_draft, held_out_of, measure_held_out
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
+from paceline.roles.trainer_rank import trainer_settings
 from paceline.target.head import TargetHead
 from paceline.target.tokenizer import PromptEncoder
 from paceline.telemetry import EventLog
@@ -165,7 +165,8 @@ class _Variant:
         return min(whole, training.max_steps or whole)
 
     def _learner(self, num_steps: int) -> TorchLearner:
-        settings = trainer_settings(self._plan, (self._plan.stretch,))
+        totals = self._plan.num_steps((self._plan.stretch,))
+        settings = trainer_settings(self._plan.config, totals)
         return TorchLearner(self._method, self._asked.head, replace(settings, total_steps=num_steps))
 
     # -- measuring -----------------------------------------------------------------------------

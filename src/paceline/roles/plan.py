@@ -17,7 +17,8 @@ from paceline.data.prompts import asked
 from paceline.data.source import RunPrompts, Stretch
 from paceline.errors import ConfigError
 from paceline.roles.committed import committed_in
-from paceline.roles.workers import CONSUMER, started_roles
+from paceline.roles.trainers import trainer_roles
+from paceline.roles.workers import started_roles
 from paceline.target.folder import quantisation, read_config
 from paceline.target.hub import local_target
 from paceline.target.settings import TargetSection
@@ -95,6 +96,7 @@ def plan_run(
     )
     _refuse_shared(config, prompts)
     _refuse_repeats(config, prompts)
+    refuse_idle_ranks(config, config.machine.trainers)
     num_samples = prompts.size * config.data.rounds
     return RunPlan(given, config, prompts, num_samples, obstacle)
 
@@ -149,6 +151,17 @@ def _refuse_repeats(config: RunConfig, data: Data | KeptAnswers) -> None:
             )
 
 
+def refuse_idle_ranks(config: RunConfig, ranks: int) -> None:
+    """Raise ConfigError if a step has fewer samples than there are ranks."""
+    batch = config.training.batch_size
+    if ranks > batch:
+        raise ConfigError(
+            f"{ranks} ranks would divide training.batch_size {batch} among them.",
+            why="It is the batch of all ranks together, and some of them would have nothing to train.",
+            next=f"set machine.trainers to {batch} or less, or start a new run with a larger batch_size.",
+        )
+
+
 def window_size(config: RunConfig) -> int:
     """The most samples that must be resident before the consumer can free any."""
     blocks = (config.training.passes + 1) * config.capture.group_size
@@ -159,7 +172,7 @@ def processors_of_roles(config: RunConfig) -> dict[str, list[int]]:
     """Processors for each role that `paceline train` starts: disjoint sets if there are enough, else all."""
     available, machine = sorted(os.sched_getaffinity(0)), config.machine
     threads = dict.fromkeys(started_roles(config), machine.producer_threads)
-    threads[CONSUMER] = machine.consumer_threads
+    threads |= dict.fromkeys(trainer_roles(config), machine.consumer_threads)
     if sum(threads.values()) > len(available):
         return dict.fromkeys(threads, available)
     ends = list(accumulate(threads.values()))

@@ -17,7 +17,7 @@ from typing import Any
 from paceline.config.load import setting
 from paceline.errors import ConfigError, LedgerError, PacelineError
 from paceline.evaluation.curve import Curve, Point, read_curve
-from paceline.ledger.facts import COMPLETED_STEP, CONFIG, RUN_ID, STOPPED_FLAT, producers_in
+from paceline.ledger.facts import COMPLETED_STEP, CONFIG, RANKS, RUN_ID, STOPPED_FLAT, producers_in
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import live_holder
 from paceline.ledger.place import FILE as PLACE
@@ -26,6 +26,7 @@ from paceline.ledger.records import Snapshot, State
 from paceline.ledger.settings import FILE, SqliteSection
 from paceline.ledger.view import LedgerView
 from paceline.regular_files import kind_of, read_regular
+from paceline.roles.trainers import known_ranks
 from paceline.roles.workers import CONSUMER, PRODUCER, elsewhere, is_producer, known_roles, role_of
 from paceline.telemetry import read_events
 from paceline.training.held_drafts import held_names
@@ -73,6 +74,17 @@ class RunSnapshot:
     @property
     def checkpoint_step(self) -> int | None:
         return None if self.ledger.head is None else self.ledger.head.step
+
+    @property
+    def ranks(self) -> str:
+        """How many ranks train, and when there were others; "" if there was always one."""
+        changes = self.ledger.facts.get(RANKS) or []
+        if not changes:
+            return ""
+        parts = [f"{ranks} from step {after + 1} on" for after, ranks in changes]
+        if len(parts) == 1:
+            return parts[0]
+        return f"{', '.join(parts)} (the same global batches; another number sums in another order)"
 
     @property
     def is_complete(self) -> bool:
@@ -152,7 +164,7 @@ def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
         live=live,
         last_step=_last_step(events[CONSUMER]),
         last_group={role: _last(events[role], "group") for role in filter(is_producer, live)},
-        blocked_s={role: _blocked_s(recent[role]) for role in live},
+        blocked_s={role: _blocked_s(recent[role]) for role in live if role == CONSUMER or is_producer(role)},
         evaluation=read_evaluation(directory),
         newer_checkpoints=_newer(directory / "checkpoints", -1 if now.head is None else now.head.step),
         curve=curve,
@@ -171,8 +183,9 @@ def _ledger_at(directory: Path) -> str:
 
 
 def _live(directory: Path) -> dict[str, int | None]:
-    """Of the first producer, of every further one that is there, and of the consumer: see `live_holder`."""
-    found = {role: live_holder(directory, role) for role in known_roles(directory)}
+    """Of the first producer and the consumer, and of every further producer and rank: see `live_holder`."""
+    roles = [*known_roles(directory), *known_ranks(directory)]
+    found = {role: live_holder(directory, role) for role in roles}
     return {
         role: holder for role, holder in found.items() if role in (PRODUCER, CONSUMER) or holder is not None
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from paceline.config.run import RunConfig
-from paceline.errors import FencedError, PacelineError
+from paceline.errors import FencedError, PacelineError, RanksError
 from paceline.evaluation.settings import EvaluationRequest
 from paceline.exports.settings import ExportSection
 from paceline.ledger.facts import COMPLETED_STEP, STOPPED_FLAT
@@ -33,6 +33,8 @@ from paceline.roles.plan import RunPlan, log_path, spare_processors
 from paceline.roles.process import stop_signals
 from paceline.roles.snapshot import RunSnapshot, take_snapshot
 from paceline.roles.target_binding import bind_target
+from paceline.roles.trainer_group import TrainerGroup
+from paceline.roles.trainers import known_ranks
 from paceline.roles.workers import (
     CONSUMER,
     SUPERVISOR,
@@ -62,7 +64,7 @@ class Restarts:
 class StopSignals:
     """While entered, Ctrl-C, SIGTERM and SIGHUP ask the children to stop; a second signal kills them."""
 
-    def __init__(self, children: Callable[[], list[Child]]) -> None:
+    def __init__(self, children: Callable[[], Sequence[Child | TrainerGroup]]) -> None:
         self.count = 0
         self._children = children
         self._before: dict[signal.Signals, Any] = {}
@@ -96,7 +98,7 @@ class Supervisor:
         self._plan = plan
         self._config: RunConfig = plan.config
         self._show, self._tell = show, tell
-        self._children: dict[str, Child] = {}
+        self._children: dict[str, Child | TrainerGroup] = {}
         self._restarts: dict[str, Restarts] = {}  # by role: many producers may be killed at once
         self._signals = StopSignals(lambda: list(self._children.values()))
         self._store = self._config.open_ledger(tell)
@@ -112,9 +114,15 @@ class Supervisor:
             held.callback(RoleLock(self._config.run.directory, SUPERVISOR).release)
             held.enter_context(self._signals)
             try:
-                roles = [*known_roles(self._config.run.directory), *started_roles(self._config), EVALUATOR]
+                directory = self._config.run.directory
+                roles = [
+                    *known_roles(directory),
+                    *known_ranks(directory),
+                    *started_roles(self._config),
+                    EVALUATOR,
+                ]
                 for role in dict.fromkeys(roles):
-                    end_orphan(self._config.run.directory, role, lambda: self._signals.count > 0)
+                    end_orphan(directory, role, lambda: self._signals.count > 0)
                 bind_run(self._plan, self._store)
                 go_on_if_flat_no_more(self._config, self._store)
                 bind_target(self._store, self._config)
@@ -225,7 +233,9 @@ class Supervisor:
     def _restart(self, role: str, code: int, error: RoleFailedError | None = None) -> None:
         before, progress = self._restarts.get(role, Restarts()), self._progress()
         moves = progress != before.progress
-        if error is not None and error.what == before.error and not moves:
+        # A lost rank is no cause: the other ranks' words for it may be the same each time.
+        says_why = error is not None and code != RanksError.exit_code
+        if says_why and error is not None and error.what == before.error and not moves:
             raise error
         count = 1 if moves else before.count + 1
         self._restarts[role] = Restarts(count, progress, "" if error is None else error.what)
@@ -234,7 +244,7 @@ class Supervisor:
         self._start(role)
 
     def _restarted_too_often(self, role: str, code: int, count: int) -> PacelineError:
-        log = f"read {log_path(self._config, role)}"
+        log = f"read {log_path(self._config, self._children[role].role)}"
         ended = f"The {role} ended {count} times"
         why = "Everything that was checkpointed is safe."
         if code == 0:
@@ -267,7 +277,10 @@ class Supervisor:
         before = self._children.get(role)
         if before is not None:
             before.end(time.monotonic())
-        self._children[role] = Child(role, self._run_file, config, threads)
+        if role == CONSUMER and machine.trainers > 1:
+            self._children[role] = TrainerGroup(self._run_file, config, threads)
+        else:
+            self._children[role] = Child(role, self._run_file, config, threads)
 
     def _stop_all(self) -> None:
         now = time.monotonic()

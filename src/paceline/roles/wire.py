@@ -33,6 +33,7 @@ from paceline.methods.method import DraftMethod
 from paceline.target.head import TargetHead
 from paceline.target.version import TargetVersion
 from paceline.training.checkpoint import CheckpointFolder
+from paceline.training.group import Group
 from paceline.training.settings import TrainerSettings
 from paceline.training.torch_learner import TorchLearner
 from paceline.training.trainer import ConsumerSide, Trainer, take_over
@@ -182,6 +183,8 @@ def build_disagg_online_consumer(
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     idle_timeout_s: float | None = None,
+    group: Group | None = None,
+    about: Mapping[str, Any] | None = None,
     executor: Executor | None = None,
     report: Report = no_report,
 ) -> tuple[Trainer, StepLoader]:
@@ -190,6 +193,8 @@ def build_disagg_online_consumer(
     `resume=True` goes on from the newest valid checkpoint: samples that it covers are released and not
     read again; all others are trained. It needs a durable store (else ConfigError, a ValueError).
     `resume=False` is refused if the store has a checkpoint, because its samples would be trained twice.
+    `group`: the ranks that train together, of which this process is rank 0 (None: it trains alone); `about`:
+    what the others are told first. They wait in `training.ranks.Follower`; `trainer.ranks.end()` ends them.
     `executor` (two threads are enough; the caller shuts it down) writes checkpoints and reads the next
     step's features while training goes on; None: training waits for both.
     """
@@ -215,7 +220,9 @@ def build_disagg_online_consumer(
             session,
             feature_store,
             CheckpointFolder(parts.checkpoint_folder, run_id),
-            TorchLearner(parts.method, parts.head, parts.settings),
+            TorchLearner(parts.method, parts.head, parts.settings, group),
+            group,
+            about or {},
         ),
         parts.settings,
         LoaderSettings(

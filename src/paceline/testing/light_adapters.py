@@ -29,6 +29,7 @@ from paceline.features.store import Sealed, Usage, Written
 from paceline.features.stores.refusals import corrupt, elsewhere, missing, stale
 from paceline.target.facts import TargetFacts
 from paceline.training.learner import Sample
+from paceline.training.link import Alone, Link, meet
 from paceline.types import Feature, FeatureSpec, SampleRef, States, Targets, Tokens
 
 if TYPE_CHECKING:
@@ -114,11 +115,15 @@ class HashLearner:
     """A Learner whose weights are H(weights before, step, every byte of every sample in order).
 
     `trained` lists the sample ids of every step that the weights contain. `refuses` may raise
-    TrainingError (or kill) over the ids of a batch: a bad sample.
+    TrainingError (or kill) over the ids of a batch: a bad sample. Any number of ranks gives the same
+    weights, because their slices are in order.
     """
 
-    def __init__(self, refuses: Callable[[Sequence[str]], None] | None = None) -> None:
+    def __init__(
+        self, refuses: Callable[[Sequence[str]], None] | None = None, link: Link | None = None
+    ) -> None:
         self._refuses = refuses
+        self._link = link or Alone()
         self.weights = b""
         self.trained: list[list[str]] = []
 
@@ -134,10 +139,31 @@ class HashLearner:
         self.weights = _hashed(b"build", samples)
 
     def step(self, step: int, samples: Sequence[Sample], num_tokens: int | None = None) -> dict[str, Any]:
-        self.attempt(samples)
-        self.weights = _hashed(self.weights + step.to_bytes(8, "little"), samples)
-        self.trained.append([id_of(sample) for sample in samples])
+        if self._link.size == 1:
+            self.attempt(samples)
+            self.weights = _hashed(self.weights + step.to_bytes(8, "little"), samples)
+            self.trained.append([id_of(sample) for sample in samples])
+            return {"loss": self.weights[0] / 256}
+        chain, ids = hashlib.sha256(self.weights + step.to_bytes(8, "little")), []
+        for sample_id, digest in self._of_all_ranks(step, samples):
+            chain.update(bytes.fromhex(digest))
+            ids.append(sample_id)
+        self.weights = chain.digest()
+        self.trained.append(ids)
         return {"loss": self.weights[0] / 256}
+
+    def _of_all_ranks(self, step: int, samples: Sequence[Sample]) -> list[tuple[str, str]]:
+        """Id and digest of every rank's samples. Raises on every rank what one of them refuses."""
+        mine: dict[str, Any] = {"samples": [(id_of(s), _digest(_pack(s)).hex()) for s in samples]}
+        try:
+            self.attempt(samples)
+        except TrainingError as error:
+            mine = {"refuses": error.what}
+        said = [json.loads(one) for one in meet(self._link, f"step {step}", json.dumps(mine).encode())]
+        for part in said:
+            if "refuses" in part:
+                raise TrainingError(part["refuses"])
+        return [(sample_id, digest) for part in said for sample_id, digest in part["samples"]]
 
     def check_greedy(self, samples: Sequence[Sample]) -> None:
         """No target, nothing to check."""
@@ -151,7 +177,12 @@ class HashLearner:
     def probe(self, like: Sample) -> None:
         """A hash can always be made."""
 
+    def fingerprint(self) -> str:
+        return self.weights.hex()
+
     def files(self) -> dict[str, bytes]:
+        if self._link.rank:
+            return {f"rank-{self._link.rank}.json": b"{}"}
         return {"weights.bin": self.weights, "trained.json": json.dumps(self.trained).encode()}
 
     def load(self, files: Mapping[str, FileContent]) -> None:

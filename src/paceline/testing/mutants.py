@@ -74,7 +74,7 @@ from paceline.training import trainer as training
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.checkpoint_writer import CheckpointWriter
 from paceline.training.coordinator import Coordinator
-from paceline.training.worker import Ranks
+from paceline.training.ranks import Ranks
 
 MUTANTS: dict[str, Mutant] = {
     "commit without fence": Mutant(

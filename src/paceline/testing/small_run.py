@@ -26,6 +26,7 @@ from paceline.roles.wire import (
 from paceline.testing.kill_points import pointed
 from paceline.testing.memory_features import InMemoryFeatureStore
 from paceline.testing.synthetic import SyntheticEngine, synthetic_head
+from paceline.training.group import Group
 from paceline.training.settings import (
     CheckpointSection,
     TrainerSettings,
@@ -98,9 +99,8 @@ class SmallRun:
             **self.place,
         )
 
-    def consumer(
-        self, *, resume: bool = True, should_stop: Callable[[], bool] = lambda: False
-    ) -> tuple[Trainer, StepLoader]:
+    @property
+    def settings(self) -> TrainerSettings:
         training = TrainingSection.parse(
             {
                 "passes": self.passes,
@@ -111,17 +111,26 @@ class SmallRun:
                 **self.training,
             }
         )
-        settings = TrainerSettings(
+        return TrainerSettings(
             total_steps=5,
             first_samples=4,
             training=training,
             checkpoint=CheckpointSection(interval_steps=2),
         )
+
+    def consumer(
+        self,
+        *,
+        resume: bool = True,
+        should_stop: Callable[[], bool] = lambda: False,
+        group: Group | None = None,
+    ) -> tuple[Trainer, StepLoader]:
+        """`group`: of this process, rank 0, and others (ranks_of_a_run.py)."""
         parts = ConsumerParts(
             method=self.method,
             head=synthetic_head(),
             checkpoint_folder=self.folder / "checkpoints",
-            settings=settings,
+            settings=self.settings,
             block_size=4,
             starts=self.source.starts,
         )
@@ -133,15 +142,16 @@ class SmallRun:
             resume=resume,
             should_stop=should_stop,
             idle_timeout_s=60.0,
+            group=group,
         )
-        worker = trainer.ranks.workers[0]
+        worker = trainer.ranks.worker
         worker.learner = pointed(worker.learner, "learner")
         return trainer, loader
 
-    def run(self) -> Trainer:
+    def run(self, group: Group | None = None) -> Trainer:
         """Both sides to the end of the stream."""
         _, drive = self.producer()
-        trainer, loader = self.consumer()
+        trainer, loader = self.consumer(group=group)
         run_disagg_online(trainer=trainer, loader=loader, drive_producer=drive)
         return trainer
 

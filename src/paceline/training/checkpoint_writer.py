@@ -10,7 +10,7 @@ consumer adopts or sweeps.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -23,6 +23,8 @@ from paceline.ledger.facts import CHECKPOINT_WANTED
 from paceline.ledger.records import CheckpointRecord, TrainedStep, chain_of
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
 from paceline.training.recovery import Start
+
+WAIT_S = 1.0
 
 
 class InlineExecutor(Executor):
@@ -67,6 +69,7 @@ class CheckpointWriter:
         self._report = report
         self._begun: _Begun | None = None
         self._since_begun: list[TrainedStep] = []
+        self.while_waiting: Callable[[], None] | None = None  # called now and then while a disk is slow
 
     def add(self, trained: TrainedStep) -> None:
         """The weights contain the step."""
@@ -126,6 +129,8 @@ class CheckpointWriter:
         if begun is None:
             return
         waited_from = monotonic()
+        while self.while_waiting is not None and wait([begun.writing], WAIT_S).not_done:
+            self.while_waiting()
         record = begun.writing.result()
         stall_s = begun.stall_s + monotonic() - waited_from
         self._session.head(record)

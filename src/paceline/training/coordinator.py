@@ -18,9 +18,9 @@ from paceline.ledger.facts import CHECKPOINT_WANTED, QUARANTINED_IN_A_ROW
 from paceline.loader.planned import PlannedStep
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.checkpoint_writer import CheckpointWriter
+from paceline.training.ranks import Ranks
 from paceline.training.recovery import Start
 from paceline.training.settings import TrainerSettings
-from paceline.training.worker import Ranks
 
 
 class Coordinator:
@@ -48,6 +48,8 @@ class Coordinator:
         self._writer = CheckpointWriter(
             session, features, folder, start, executor, kept=settings.checkpoint.keep, report=report
         )
+        if ranks.size > 1:  # they wait for rank 0 no longer than for a step
+            self._writer.while_waiting = ranks.beat
 
     def clean_up(self) -> None:
         """Remove what an older consumer left: unrecorded checkpoints, and features that the head covers."""
@@ -67,6 +69,7 @@ class Coordinator:
     def before_wait(self) -> None:
         """Before a wait for samples: write the last ack, and do what the producer may be waiting for."""
         self.session.write_ack()
+        self._ranks.beat()
         self.relieve_pressure()
 
     # -- checkpoints -----------------------------------------------------------------------

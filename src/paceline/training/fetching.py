@@ -13,7 +13,8 @@ from paceline.errors import FeatureStoreElsewhereError, StoreError
 from paceline.loader.loader import QuarantinedError, StepLoader, StoppedError
 from paceline.loader.planned import PlannedStep
 from paceline.training.coordinator import Coordinator
-from paceline.training.worker import FIRST_WEIGHTS, Ranks
+from paceline.training.ranks import Ranks
+from paceline.training.worker import FIRST_WEIGHTS
 from paceline.types import SampleRef
 
 RECAPTURES_MAX = 5  # of one sample in one step; then it is quarantined

@@ -21,7 +21,7 @@ from paceline.loader.loader import StepLoader
 from paceline.loader.planned import PlannedStep
 from paceline.training.coordinator import Coordinator
 from paceline.training.fetching import Fetching
-from paceline.training.worker import Ranks
+from paceline.training.ranks import Ranks
 
 KILLS_THE_CONSUMER = "the consumer's process dies of this sample"
 FAILURES = (TrainingError, ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)

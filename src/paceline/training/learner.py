@@ -51,12 +51,16 @@ class Learner(Protocol):
         MemoryError or RuntimeError from here is not a sample's fault.
         """
 
+    def fingerprint(self) -> str:
+        """A digest of the weights, which all ranks have in common."""
+
     def files(self) -> Mapping[str, FileContent]:
-        """The whole state as files of a checkpoint, by name. The learner owns their memory; the bytes are
-        valid until the next call."""
+        """The whole state as files of a checkpoint, by name; on a rank other than 0, what only that rank has.
+
+        The learner owns their memory; the bytes are valid until the next call."""
 
     def load(self, files: Mapping[str, FileContent]) -> None:
-        """Restore the state that `files` returned."""
+        """Restore the state that the `files` of all ranks returned; there may have been more or fewer."""
 
     def describe(self) -> dict[str, Any]:
         """Small JSON values for the checkpoint's manifest."""

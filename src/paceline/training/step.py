@@ -1,8 +1,8 @@
 """One optimizer step: micro-batches in, one update out.
 
 Losses are sums over tokens, and the gradients are divided once by the step's token count. So neither the
-size of the micro-batches nor the number of processes changes the result; with several processes the caller
-passes the token count of the whole step.
+size of the micro-batches nor the number of ranks changes the result, up to the order of sums; with several
+ranks the caller passes the token count of the whole step (reduction.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from paceline.errors import TrainingError
 from paceline.methods.method import DraftMethod, LossSums
 from paceline.training.optimizer import learning_rate_at, set_learning_rate
+from paceline.training.reduction import Reduction, Sums
 from paceline.training.settings import TrainerSettings
 
 _LOSS = "loss sum"  # a key that no method uses for a metric
@@ -42,43 +43,74 @@ def accumulate_gradients(
     what: str,
     visit: int | None = None,
     num_tokens: float | None = None,
+    reduction: Reduction | None = None,
 ) -> Accumulated:
     """Leave the clipped mean gradients over the samples' tokens in the draft's parameters; no update.
 
-    The summed gradients are divided once, by `num_tokens` or else by the tokens of these samples. If a
-    wrapper of `draft` averages gradients over W processes, pass the tokens of all, divided by W. Every
-    micro-batch runs backward, so that the processes synchronise in each. `visit`: see `DraftMethod.collate`.
-    Raises TrainingError, which names `what`, if loss or gradient is not finite.
+    The summed gradients are divided once, by `num_tokens` or else by the tokens of these samples.
+    `reduction`: the samples are a part of the step's, and other ranks have the rest. If instead a wrapper of
+    `draft` averages gradients over W processes, pass the tokens of all, divided by W. Every micro-batch runs
+    backward, so that the processes synchronise in each. `visit`: see `DraftMethod.collate`. Raises
+    TrainingError, which names `what`, if loss or gradient is not finite; and on every rank what one of them
+    raises.
     """
     draft.zero_grad(set_to_none=True)
-    device, size = next(draft.parameters()).device, settings.training.micro_batch_size
-    # Summed on the device: reading a number would make the processor wait for it.
-    totals: dict[str, torch.Tensor] = {}
-    local_tokens = 0
-    for start in range(0, len(samples), size):
-        batch = method.collate(samples[start : start + size], device, visit)
-        with _autocast(device, settings.autocast_dtype):
-            sums: LossSums = draft(batch)
-        sums.loss_sum.backward()
-        local_tokens += sums.num_tokens
-        for name, value in {_LOSS: sums.loss_sum.detach(), **sums.metrics}.items():
-            totals[name] = totals[name] + value.double() if name in totals else value.double()
-    divisor = local_tokens if num_tokens is None else num_tokens
+    if reduction is None:
+        sums = _backward(samples, draft, method, settings, visit)
+    else:
+        sums = reduction(what, draft, _tried(samples, draft, method, settings, visit))
+    divisor = sums.num_tokens if num_tokens is None else num_tokens
     if not divisor:  # nothing to learn; without gradients the optimizer's momentum moves no weight
         draft.zero_grad(set_to_none=True)
     gradients = [p.grad for p in draft.parameters() if p.grad is not None]
     for gradient in gradients:
         gradient.div_(divisor)
     grad_norm = _clip(draft, settings.training.grad_clip)
-    metrics = {name: float(value) for name, value in totals.items()}
-    loss_sum = metrics.pop(_LOSS, 0.0)
-    if not (torch.isfinite(torch.tensor([loss_sum, grad_norm])).all()):
+    if not (torch.isfinite(torch.tensor([sums.loss_sum, grad_norm])).all()):
         raise TrainingError(
-            f"{what} has loss {loss_sum} and gradient norm {grad_norm}.",
+            f"{what} has loss {sums.loss_sum} and gradient norm {grad_norm}.",
             why="An update would destroy the weights. They are those of the step before.",
             next="lower training.learning_rate in a new run; the last checkpoint is unharmed.",
         )
-    return Accumulated(loss_sum, local_tokens, grad_norm, metrics)
+    return Accumulated(sums.loss_sum, sums.num_tokens, grad_norm, sums.metrics)
+
+
+def _backward(
+    samples: Sequence[Mapping[str, torch.Tensor]],
+    draft: nn.Module,
+    method: DraftMethod,
+    settings: TrainerSettings,
+    visit: int | None,
+) -> Sums:
+    """Add the gradients of the samples' losses to the draft's."""
+    device, size = next(draft.parameters()).device, settings.training.micro_batch_size
+    # Summed on the device: reading a number would make the processor wait for it.
+    totals: dict[str, torch.Tensor] = {}
+    num_tokens = 0
+    for start in range(0, len(samples), size):
+        batch = method.collate(samples[start : start + size], device, visit)
+        with _autocast(device, settings.autocast_dtype):
+            sums: LossSums = draft(batch)
+        sums.loss_sum.backward()
+        num_tokens += sums.num_tokens
+        for name, value in {_LOSS: sums.loss_sum.detach(), **sums.metrics}.items():
+            totals[name] = totals[name] + value.double() if name in totals else value.double()
+    metrics = {name: float(value) for name, value in totals.items()}
+    return Sums(metrics.pop(_LOSS, 0.0), num_tokens, metrics)
+
+
+def _tried(
+    samples: Sequence[Mapping[str, torch.Tensor]],
+    draft: nn.Module,
+    method: DraftMethod,
+    settings: TrainerSettings,
+    visit: int | None,
+) -> Sums | Exception:
+    """`_backward`, or what it raised: the other ranks wait to hear of it."""
+    try:
+        return _backward(samples, draft, method, settings, visit)
+    except Exception as error:  # noqa: BLE001 (raised again on every rank)
+        return error
 
 
 def train_step(
@@ -90,11 +122,12 @@ def train_step(
     settings: TrainerSettings,
     *,
     num_tokens: float | None = None,
+    reduction: Reduction | None = None,
 ) -> dict[str, Any]:
     """One update of the draft; returns the event log's figures: means over the step's counted tokens.
 
-    `num_tokens`: see `accumulate_gradients`. Raises TrainingError, with the weights unchanged, if loss or
-    gradient is not finite.
+    `num_tokens`, `reduction`: see `accumulate_gradients`. Raises TrainingError, with the weights unchanged,
+    if loss or gradient is not finite.
     """
     sums = accumulate_gradients(
         samples,
@@ -104,6 +137,7 @@ def train_step(
         what=f"Step {step}",
         visit=visit_of(step, settings),
         num_tokens=num_tokens,
+        reduction=reduction,
     )
     rate = learning_rate_at(step, settings)
     set_learning_rate(optimizer, rate)

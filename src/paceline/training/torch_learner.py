@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
 from paceline.durable_files import FileContent
@@ -24,17 +25,27 @@ from paceline.target.origin import origin_of
 from paceline.target.version import model_version
 from paceline.training import tensor_files
 from paceline.training.average import WeightAverage
+from paceline.training.group import Group
 from paceline.training.learner import DRAFT
 from paceline.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
+from paceline.training.reduction import Reduction
 from paceline.training.settings import TrainerSettings
 from paceline.training.step import accumulate_gradients, train_step, visit_of
 
 OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
+RNG_OF = "rng-{rank}.safetensors"  # of a rank other than 0
 WEIGHTS = "weights.safetensors"  # that are trained, where the draft holds their average
 
 
 class TorchLearner:
-    def __init__(self, method: DraftMethod, head: TargetHead, settings: TrainerSettings) -> None:
+    def __init__(
+        self,
+        method: DraftMethod,
+        head: TargetHead,
+        settings: TrainerSettings,
+        group: Group | None = None,
+    ) -> None:
+        """`group`: the ranks among which a step's samples are divided; None: there is one."""
         self.draft: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self._average: WeightAverage | None = None
@@ -43,6 +54,8 @@ class TorchLearner:
         self._settings = settings
         self._buffers = tensor_files.FileBuffers()
         self._device = resolve_device(settings.training.device)
+        self._rank = 0 if group is None else group.rank
+        self._reduction = None if group is None else Reduction(group, group.add)
 
     @cached_property
     def _target_version(self) -> str:
@@ -83,7 +96,7 @@ class TorchLearner:
         assert self.draft is not None
         assert self.optimizer is not None
         parts = self.draft, self._method, self.optimizer, self._settings
-        figures = train_step(step, samples, *parts, num_tokens=num_tokens)
+        figures = train_step(step, samples, *parts, num_tokens=num_tokens, reduction=self._reduction)
         if self._average is not None:
             self._average.update(step)
         return figures
@@ -112,9 +125,19 @@ class TorchLearner:
         generator = torch.Generator().manual_seed(0)
         self.attempt([{name: _harmless(tensor, generator) for name, tensor in like.items()}])
 
+    def fingerprint(self) -> str:
+        assert self.draft is not None
+        digest = xxhash.xxh3_128()
+        for weight in self.draft.parameters():
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
     def files(self) -> dict[str, FileContent]:
         assert self.draft is not None
         assert self.optimizer is not None
+        if self._rank:
+            name = rng_of(self._rank)
+            return {name: self._buffers.file(name, {"torch": torch.get_rng_state()})}
         given = self.draft if self._average is None else self._average
         kept = {} if self._average is None else {WEIGHTS: self._average.trained()}
         return {
@@ -131,7 +154,9 @@ class TorchLearner:
         if self._average is not None:
             self._average.restore_trained(tensor_files.from_bytes(WEIGHTS, files[WEIGHTS]))
         restore_optimizer(draft, self.optimizer, tensor_files.from_bytes(OPTIMIZER, files[OPTIMIZER]))
-        torch.set_rng_state(tensor_files.from_bytes(RNG, files[RNG])["torch"])
+        name = rng_of(self._rank)
+        name = name if name in files else RNG  # there were fewer ranks
+        torch.set_rng_state(tensor_files.from_bytes(name, files[name])["torch"])
 
     def describe(self) -> dict[str, Any]:
         assert self.draft is not None
@@ -141,6 +166,10 @@ class TorchLearner:
         origin = origin_of(self._head.folder) if self._head.folder else None
         # A local folder may lie elsewhere at the next start; a model of the hub is the same everywhere.
         return {**described, "target": asdict(origin)} if origin and origin.revision else described
+
+
+def rng_of(rank: int) -> str:
+    return RNG_OF.format(rank=rank) if rank else RNG
 
 
 def restore_draft(method: DraftMethod, head: TargetHead, files: Mapping[str, FileContent]) -> nn.Module:

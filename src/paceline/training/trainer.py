@@ -1,14 +1,14 @@
 """The consumer's loop: plan, fetch, train, ack; and at intervals a checkpoint that makes it durable.
 
-The coordinator records what happens (coordinator.py); the ranks own the weights (worker.py). isolation.py
+The coordinator records what happens (coordinator.py); the ranks own the weights (ranks.py). isolation.py
 handles a step that fails, fetching.py samples that cannot be read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
@@ -22,9 +22,12 @@ from paceline.training.coordinator import Coordinator
 from paceline.training.fetching import Fetching
 from paceline.training.isolation import Isolation
 from paceline.training.learner import Learner
+from paceline.training.link import Link
+from paceline.training.rank_history import record_ranks
+from paceline.training.ranks import Ranks
 from paceline.training.recovery import recover
 from paceline.training.settings import TrainerSettings
-from paceline.training.worker import Ranks, Worker
+from paceline.training.worker import Worker
 
 
 class Trainer:
@@ -53,7 +56,7 @@ class Trainer:
     @property
     def draft(self) -> Any:
         """The draft, once there is one; a torch module with the torch learner."""
-        return getattr(self.ranks.workers[0].learner, "draft", None)
+        return getattr(self.ranks.worker.learner, "draft", None)
 
     def checkpoint(self) -> None:
         """Write a checkpoint of this step, then free the features that it covers."""
@@ -133,6 +136,8 @@ class ConsumerSide:
     features: FeatureStore
     checkpoints: CheckpointFolder
     learner: Learner
+    link: Link | None = None  # to the other ranks, if there are any
+    about: Mapping[str, Any] = field(default_factory=dict)  # what these are told before anything else
 
 
 def take_over(
@@ -151,7 +156,11 @@ def take_over(
     step's features while training goes on; None: training waits for both.
     """
     start = recover(side.session, side.checkpoints, report)
-    ranks = Ranks([Worker(side.learner, side.features, executor)])
+    ranks = Ranks(Worker(side.learner, side.features, executor), side.link)
+    ranks.begin(epoch=side.session.epoch, **side.about)
+    before = record_ranks(side.session, start.step, ranks.size)
+    if ranks.size > 1 or before > 1:
+        report("ranks", ranks=ranks.size, before=before, step=start.step)
     if start.checkpoint is not None:
         ranks.load(start.checkpoint.files)
         report("resumed", step=start.step)
@@ -170,7 +179,7 @@ def take_over(
         side.session,
         loading,
         position=start.position,
-        should_stop=should_stop,
+        should_stop=lambda: should_stop() or ranks.asked_to_stop,
         on_wait=coordinator.before_wait,
         report=report,
         clock=clock,

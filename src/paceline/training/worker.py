@@ -1,19 +1,18 @@
-"""`Worker` is one rank that trains; `Ranks` is all ranks of a run, as the coordinator calls them.
+"""`Worker` is one rank that trains. ranks.py is all ranks of a run, as the coordinator calls them.
 
-The coordinator sends each rank one message a step, a plain record: `StepOrder`. The rank reads its slice of
-the step's samples and answers `Fetched`: that it holds them, or which of them it cannot read. No rank trains
-before all ranks hold their slices, so a step happens on all ranks or on none. A rank does not use the
-ledger or torch: the learner owns the weights (learner.py).
+A rank gets the planned step as a plain record, `StepOrder`. It reads its slice of the step's samples and
+answers `Fetched`: that it holds them, or which of them it cannot read. No rank trains before all ranks hold
+their slices, so a step happens on all ranks or on none. A rank does not use the ledger or torch: the learner
+owns the weights (learner.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-from paceline.durable_files import FileContent
 from paceline.errors import FeatureCorruptError, FeatureMissingError, StoreError
 from paceline.features.store import FeatureStore
 from paceline.loader.read_ahead import ReadAhead
@@ -21,12 +20,11 @@ from paceline.training.learner import Learner, Sample
 from paceline.types import SampleRef
 
 FIRST_WEIGHTS = 0  # the step number of an order to build the first weights
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class StepOrder:
-    """From the coordinator to one rank: the step, its samples in plan order, and this rank's slice."""
+    """The step, its samples in plan order, and one rank's slice of them."""
 
     step: int
     rev: int
@@ -34,9 +32,19 @@ class StepOrder:
     start: int
     stop: int
 
+    @classmethod
+    def of(cls, step: int, rev: int, refs: Sequence[SampleRef], rank: int, ranks: int) -> StepOrder:
+        """The order of one of so many ranks, a pure function of the step."""
+        return cls(step, rev, tuple(refs), *slice_of(len(refs), rank, ranks))
+
     @property
     def mine(self) -> tuple[SampleRef, ...]:
         return self.refs[self.start : self.stop]
+
+
+def slice_of(count: int, rank: int, ranks: int) -> tuple[int, int]:
+    """Begin and end of the rank's part of so many samples; parts differ by at most one sample."""
+    return rank * count // ranks, (rank + 1) * count // ranks
 
 
 @dataclass(frozen=True)
@@ -112,75 +120,3 @@ class Worker:
 
     def _samples(self, refs: Iterable[SampleRef]) -> list[Sample]:
         return [self._held[ref.sample_id][1] for ref in refs]
-
-
-class Ranks:
-    """All ranks of a run, in rank order; each call goes to all of them.
-
-    After a `fetch` without unreadable samples the ranks hold that step, and later calls are about it.
-    """
-
-    def __init__(self, workers: Sequence[Worker]) -> None:
-        self.workers = list(workers)
-        self._orders: list[StepOrder] = []
-        self._num_tokens = 0
-        # Ranks exchange gradients within a step, so they must run it at the same time.
-        self._threads = ThreadPoolExecutor(len(workers)) if len(workers) > 1 else None
-
-    @property
-    def ready(self) -> bool:
-        """Whether the ranks have weights."""
-        return all(worker.learner.ready for worker in self.workers)
-
-    def fetch(self, step: int, rev: int, refs: Sequence[SampleRef]) -> dict[str, StoreError]:
-        """Every rank reads its slice, or all samples for the first weights; returns the unreadable ones."""
-        bounds = self._slices(len(refs))
-        if step == FIRST_WEIGHTS:
-            bounds = [(0, len(refs)) for _ in bounds]
-        self._orders = [StepOrder(step, rev, tuple(refs), start, stop) for start, stop in bounds]
-        answers = self._each(lambda worker, order: worker.fetch(order))
-        self._num_tokens = sum(answer.num_tokens for answer in answers)
-        return {i: why for answer in answers for i, why in answer.unreadable.items()}
-
-    def read_ahead(self, refs: Sequence[SampleRef]) -> None:
-        for worker, (start, stop) in zip(self.workers, self._slices(len(refs)), strict=True):
-            worker.read_ahead(refs[start:stop])
-
-    def _slices(self, count: int) -> list[tuple[int, int]]:
-        shares = len(self.workers)
-        return [(rank * count // shares, (rank + 1) * count // shares) for rank in range(shares)]
-
-    def step(self) -> dict[str, Any]:
-        """One optimizer step on all ranks. If it raises, the weights of all ranks are unchanged."""
-        return self._each(lambda worker, order: worker.step(order, self._num_tokens))[0]
-
-    def build(self) -> None:
-        self._each(lambda worker, order: worker.build(order))
-
-    def attempt(self, sample_ids: Collection[str]) -> None:
-        """Try these of the step's samples without changing the weights; raises what training them would."""
-        self._each(lambda worker, order: worker.attempt(order, sample_ids))
-
-    def probe(self) -> bool:
-        """Raise if weights or machines cannot train any sample; whether real samples were trained."""
-        return all(self._each(lambda worker, order: worker.probe(order)))
-
-    def load(self, files: Mapping[str, FileContent]) -> None:
-        for worker in self.workers:
-            worker.learner.load(files)
-
-    def files(self) -> Mapping[str, FileContent]:
-        """A copy of the state of all ranks, as files of a checkpoint; valid until the next call."""
-        return {n: content for worker in self.workers for n, content in worker.learner.files().items()}
-
-    def describe(self) -> dict[str, Any]:
-        return self.workers[0].learner.describe()
-
-    def _each(self, act: Callable[[Worker, StepOrder], T]) -> list[T]:
-        """Every rank's answer. After all have ended, raises the error of the first rank that failed."""
-        pairs = list(zip(self.workers, self._orders, strict=True))
-        if self._threads is None:
-            return [act(worker, order) for worker, order in pairs]
-        answers = [self._threads.submit(act, worker, order) for worker, order in pairs]
-        wait(answers)
-        return [answer.result() for answer in answers]

@@ -57,7 +57,7 @@ def test_every_shipped_recipe_loads() -> None:
         ({"training": {"device": "gpu"}}, "training.device.*cuda: and its number, given 'gpu'"),
         ({"run": {"name": "../up", "directory": "x"}}, "run.name"),
         ({"machine": {"producer_threads": 10**9}}, "producer_threads.*less than or equal to 4096"),
-        ({"machine": {"zzz": 1}}, "known: producers, producer_timeout_s, producer_threads"),
+        ({"machine": {"zzz": 1}}, "known: producers, producer_timeout_s, trainers, trainer_timeout_s"),
     ],
 )
 def test_a_wrong_value_or_key_is_named(sections: dict[str, dict[str, Any]], message: str) -> None:

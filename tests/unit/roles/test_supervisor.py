@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-from paceline.errors import LedgerError, PacelineError
+from paceline.errors import LedgerError, PacelineError, RanksError
 from paceline.ledger.isolation import Isolation
 from paceline.ledger.records import CheckpointRecord
 from paceline.ledger.stores.sqlite import SQLiteLedger
@@ -22,6 +22,7 @@ class Ended:
 
     def __init__(self, code: int, error: RoleFailedError | None = None) -> None:
         self.code, self.said = code, error
+        self.role = "of its own"
 
     def poll(self) -> int:
         return self.code
@@ -92,6 +93,15 @@ def test_an_error_of_pacelines_own_ends_the_run_at_once(supervisor: Supervisor) 
     with pytest.raises(RoleFailedError) as caught:
         ended(supervisor, "consumer", 4, RoleFailedError("no model", "it is needed", "make model", 4))
     assert (caught.value.what, caught.value.next, caught.value.exit_code) == ("no model", "make model", 4)
+
+
+def test_ranks_that_only_lost_one_another_are_started_again_as_after_a_kill(supervisor: Supervisor) -> None:
+    """Their words are the same each time, and name no cause; restarts_max bounds them."""
+    error = RoleFailedError("A rank was lost", "why", "next", RanksError.exit_code)
+    for _ in range(2):
+        ended(supervisor, "consumer", RanksError.exit_code, error)
+    with pytest.raises(RoleFailedError, match="A rank was lost"):
+        ended(supervisor, "consumer", RanksError.exit_code, error)
 
 
 def test_a_run_whose_every_prompt_failed_ends_with_the_reason(supervisor: Supervisor) -> None:

@@ -1,0 +1,120 @@
+"""A process that trains as one of several ranks: it joins them; every rank but 0 follows rank 0 to its end.
+
+Ranks must train the same thing: before anything else they compare their run files, their targets, and the
+versions of what computes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paceline.config.load import binding
+from paceline.config.run import RunConfig
+from paceline.errors import ConfigError
+from paceline.precision import resolve_device, torch_dtype
+from paceline.roles.plan import RunPlan, refuse_idle_ranks
+from paceline.target.head import TargetHead
+from paceline.target.version import TargetVersion
+from paceline.telemetry import EventLog
+from paceline.training.determinism import compute_deterministically
+from paceline.training.group import Group
+from paceline.training.link import Place, meet
+from paceline.training.ranks import Follower, hear_begin
+from paceline.training.settings import TrainerSettings
+from paceline.training.torch_learner import TorchLearner
+from paceline.training.worker import Worker
+
+
+def alone(trainers: int) -> str:
+    return (
+        f"machine.trainers is {trainers}, and this consumer trains alone. `paceline train` starts all of "
+        f"them, and so does torchrun --nproc-per-node {trainers} -m paceline consume RUN.yaml"
+    )
+
+
+def trainer_settings(config: RunConfig, totals: Sequence[int], place: Place | None = None) -> TrainerSettings:
+    """`totals`: the optimizer steps of the whole run, as it began and after each extension."""
+    device = device_of(config, place)
+    dtype = torch_dtype(config.method.dtype, device)
+    *before, total_steps = totals
+    return TrainerSettings(
+        total_steps=total_steps,
+        totals_before=tuple(before),
+        first_samples=config.method.first_samples,
+        training=config.training.model_copy(update={"device": str(device)}),
+        checkpoint=config.checkpoint,
+        seed=config.run.seed,
+        autocast_dtype=torch.bfloat16 if dtype is torch.bfloat16 else None,
+    )
+
+
+def device_of(config: RunConfig, place: Place | None) -> torch.device:
+    """The run file's device; of the ranks on one host, each takes the next one. Raises ConfigError."""
+    device = resolve_device(config.training.device)
+    if place is None or device.type != "cuda":
+        return device
+    return resolve_device(f"cuda:{(device.index or 0) + place.on_host}")
+
+
+def joined(config: RunConfig, place: Place) -> Group:
+    """All ranks, once they are there and agree. Raises RanksError, ConfigError."""
+    refuse_idle_ranks(config, place.ranks)
+    device = device_of(config, place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    group = Group(place, timeout_s=config.machine.trainer_timeout_s, device=device)
+    target = TargetVersion.of(config.target.model)
+    mine = {
+        **binding(config),
+        "the number of ranks": place.ranks,
+        "the target's files": target.model,
+        "the tokenizer's files": target.tokenizer,
+        "the kind of device": device.type,
+        "the version of Paceline": version("paceline"),
+        "the version of torch": str(torch.__version__),
+    }
+    said = meet(group, "join", json.dumps(mine).encode())
+    _refuse_differences([json.loads(one) for one in said])
+    return group
+
+
+def _refuse_differences(ranks: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ConfigError on every rank, if one differs."""
+    first = ranks[0]
+    for rank, other in enumerate(ranks):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                raise ConfigError(
+                    f"Rank {rank} and rank 0 differ in {name}: {other.get(name)} and {first.get(name)}.",
+                    why="Together they would train neither the one nor the other. Nothing was changed.",
+                    next="give all ranks the same run file, the same target and the same installation.",
+                )
+
+
+def follow(
+    plan: RunPlan, events: EventLog, should_stop: Callable[[], bool], place: Place | None = None
+) -> None:
+    """Train as a rank other than 0, for as long as rank 0 says. Raises RanksError if it is lost."""
+    assert place is not None, "it has a rank"
+    config = plan.config
+    compute_deterministically(config.machine.consumer_threads)
+    group = joined(config, place)
+    told = hear_begin(group)
+    if told is None:
+        return
+    events.write("ranks", ranks=group.size, rank=group.rank, epoch=told["epoch"])
+    method, head = config.method.build(), TargetHead.load(config.target.model)
+    settings = trainer_settings(config, told["totals"], place)
+    features = config.features.build(Path(told["features"]), owner=False)
+    with ThreadPoolExecutor(1, thread_name_prefix="paceline-rank") as executor:
+        worker = Worker(TorchLearner(method, head, settings, group), features, executor)
+        Follower(worker, group, should_stop).follow()
+    features.close()
+    group.leave()

@@ -1,0 +1,182 @@
+"""The ranks of a consumer: where each stands, and how the supervisor sees them as one child."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+from paceline.errors import ConfigError, RanksError
+from paceline.roles import trainer_group
+from paceline.roles.child import RoleFailedError
+from paceline.roles.trainer_group import LAST_WORDS_S, TrainerGroup
+from paceline.roles.trainers import MeetingPoint, known_ranks, place_in, without_place
+from paceline.training.link import Place
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "10.0.0.7",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "none",
+}
+
+
+def test_torchruns_variables_name_the_place_of_a_rank() -> None:
+    place = place_in(TORCHRUN)
+    assert place == Place(5, 8, "10.0.0.7", 29500, on_host=1, ranks_on_host=4)
+    assert not place.is_one_host
+    assert place_in({}) is None
+    assert place_in({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}) is None
+
+
+@pytest.mark.parametrize("broken", [{"MASTER_PORT": ""}, {"RANK": "first"}])
+def test_a_place_that_makes_no_sense_is_refused(broken: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2 -m paceline consume"):
+        place_in({**TORCHRUN, **broken})
+
+
+def test_the_roles_of_a_run_that_is_started_within_torchrun_are_no_ranks() -> None:
+    """Only `paceline consume` is one: `paceline train` starts ranks of its own."""
+    assert without_place({**TORCHRUN, "HOME": "/root"}) == {"HOME": "/root"}
+
+
+def test_ranks_meet_on_loopback_at_a_port_that_is_already_taken() -> None:
+    """Rank 0 inherits the listening socket, so no other process can come in between."""
+    meeting = MeetingPoint(2)
+    places = [place_in(meeting.environment(rank)) for rank in range(2)]
+    assert [place and (place.rank, place.ranks, place.address) for place in places] == [
+        (0, 2, "127.0.0.1"),
+        (1, 2, "127.0.0.1"),
+    ]
+    assert places[0] is not None
+    assert places[1] is not None
+    assert places[0].port == places[1].port > 0
+    assert ([places[0].listens], places[1].listens) == (meeting.descriptors(0), None)
+    assert meeting.descriptors(1) == []
+    meeting.close()
+
+
+def test_every_rank_that_ever_was_here_is_known_by_its_lock(tmp_path: Path) -> None:
+    for name in ("consumer", "consumer-10", "consumer-2", "consumer-x", "producer-3"):
+        (tmp_path / f"{name}.lock").touch()
+    assert known_ranks(tmp_path) == ["consumer-2", "consumer-10"]
+
+
+class Rank:
+    """A process that ends when the test says so, or is killed."""
+
+    started: ClassVar[list[Rank]] = []
+
+    def __init__(self, role: str, *_: Any, environment: dict[str, str], **__: Any) -> None:
+        self.role, self.environment = role, environment
+        self.code: int | None = None
+        self.says: RoleFailedError | None = None
+        self.sent: list[signal.Signals] = []
+        self.started.append(self)
+
+    def ends(self, code: int) -> None:
+        self.code = code
+        if code > 0:
+            self.says = RoleFailedError(f"{self.role} ended with {code}", "why", "next", code)
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def wait(self, _: float) -> bool:
+        return self.code is not None
+
+    def send(self, number: signal.Signals) -> None:
+        self.sent.append(number)
+        if number == signal.SIGKILL and self.code is None:
+            self.code = -9
+
+    def error(self) -> RoleFailedError | None:
+        return self.says
+
+    def end(self, _: float) -> None:
+        assert self.code is not None
+
+    def keep_log_short(self) -> None:
+        """It has none."""
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The group's clock: its last value."""
+    clock = [100.0]
+    monkeypatch.setattr(trainer_group, "time", SimpleNamespace(monotonic=lambda: clock[-1]))
+    return clock
+
+
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch, now: list[float]) -> TrainerGroup:
+    Rank.started.clear()
+    monkeypatch.setattr(trainer_group, "Child", Rank)
+    config: Any = SimpleNamespace(machine=SimpleNamespace(trainers=3))
+    return TrainerGroup(Path("run.yaml"), config, threads=1)
+
+
+def test_every_rank_is_started_with_its_place(group: TrainerGroup) -> None:
+    assert [rank.role for rank in Rank.started] == ["consumer", "consumer-1", "consumer-2"]
+    assert [rank.environment["RANK"] for rank in Rank.started] == ["0", "1", "2"]
+    assert {rank.environment["WORLD_SIZE"] for rank in Rank.started} == {"3"}
+    assert group.poll() is None
+
+
+def test_the_group_has_ended_well_once_rank_0_and_then_all_have(group: TrainerGroup) -> None:
+    """A rank that is dismissed may end before rank 0, which has some work left."""
+    first, *others = Rank.started
+    others[0].ends(0)
+    assert group.poll() is None
+    first.ends(0)
+    assert group.poll() is None
+    others[1].ends(0)
+    assert (group.poll(), group.error()) == (0, None)
+
+
+LOST = RanksError.exit_code
+
+
+@pytest.mark.parametrize(
+    ("codes", "cause"),
+    [
+        ((LOST, -9, LOST), 1),  # killed: the others lost it
+        ((LOST, LOST, 2), 2),  # its own error
+        ((8, LOST, LOST), 0),
+        ((LOST, -9, 7), 2),  # an error of its own counts before a death
+        ((LOST, 1, LOST), 1),
+        ((LOST, LOST, LOST), 0),
+        ((11, LOST, LOST), 0),  # fenced
+    ],
+)
+def test_the_group_ends_as_the_rank_that_caused_it(
+    group: TrainerGroup, codes: tuple[int, ...], cause: int
+) -> None:
+    for rank, code in zip(Rank.started, codes, strict=True):
+        rank.ends(code)
+    assert group.poll() == codes[cause]
+    assert group.role == Rank.started[cause].role
+    assert group.error() is Rank.started[cause].says
+
+
+def test_a_rank_that_outlives_the_others_is_killed(group: TrainerGroup, now: list[float]) -> None:
+    """It hangs, or waits for something else; a kill undoes nothing that is committed."""
+    first, hangs, second = Rank.started
+    first.ends(LOST)
+    second.ends(LOST)
+    assert group.poll() is None
+    now.append(now[-1] + LAST_WORDS_S)
+    assert group.poll() == LOST
+    assert hangs.sent == [signal.SIGKILL]
+    assert group.role == "consumer"
+
+
+def test_all_ranks_are_asked_to_stop_together(group: TrainerGroup) -> None:
+    group.send(signal.SIGTERM)
+    assert [rank.sent for rank in Rank.started] == [[signal.SIGTERM]] * 3

@@ -1,0 +1,346 @@
+"""Two ranks, one of them in a thread: a step happens on both of them or on none."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paceline.durable_files import FileContent
+from paceline.errors import FeatureMissingError, RanksError, TrainingError, explained, is_want_of_memory
+from paceline.features.stores.refusals import missing
+from paceline.ledger.consumer_session import ConsumerSession
+from paceline.ledger.records import State
+from paceline.ledger.stores.sqlite import SQLiteLedger
+from paceline.loader.loader import LoaderSettings, StepLoader
+from paceline.testing.light_adapters import InMemoryLightFeatureStore, id_of
+from paceline.testing.light_run import RUN_ID, RunShape, build_producer, expected_steps, uninterrupted
+from paceline.testing.socket_link import SocketLink, socket_links
+from paceline.training.checkpoint import CheckpointFolder
+from paceline.training.coordinator import Coordinator
+from paceline.training.learner import Sample
+from paceline.training.link import Alone, Link, meet
+from paceline.training.ranks import Follower, Ranks, hear_begin
+from paceline.training.recovery import recover
+from paceline.training.told_errors import raised_again, told
+from paceline.training.trainer import Trainer
+from paceline.training.worker import FIRST_WEIGHTS, Fetched, StepOrder, Worker
+from paceline.types import SampleRef
+
+SHAPE = RunShape(prompts=12, group=4, batch=4, interval=2)
+WAIT_S = 60.0
+
+
+class SummingLearner:
+    """Its weight moves by the mean number of the samples that all ranks train; a sample counts 2 tokens."""
+
+    def __init__(self, link: Link, bad: Sequence[str] = ()) -> None:
+        self.weight: float | None = None
+        self.steps: list[tuple[int, list[str], int | None]] = []
+        self.bad = bad
+        self.breaks_late = False  # after the other ranks have taken its gradient
+        self._link = link
+
+    @property
+    def ready(self) -> bool:
+        return self.weight is not None
+
+    def num_tokens(self, samples: Sequence[Sample]) -> int:
+        return 2 * len(samples)
+
+    def build(self, samples: Sequence[Sample]) -> None:
+        self.weight = float(len(samples))
+
+    def step(self, step: int, samples: Sequence[Sample], num_tokens: int | None = None) -> dict[str, Any]:
+        try:
+            self.attempt(samples)
+            mine = str(2 * sum(number(id_of(sample)) for sample in samples))
+        except TrainingError as error:
+            mine = error.what
+        said = [one.decode() for one in meet(self._link, f"step {step}", mine.encode())]
+        for one in said:
+            if not one.isdecimal():
+                raise TrainingError(one)
+        assert self.weight is not None
+        assert num_tokens is not None
+        if self.breaks_late:
+            raise MemoryError
+        self.weight += sum(map(int, said)) / num_tokens
+        self.steps.append((step, [id_of(sample) for sample in samples], num_tokens))
+        return {"loss": self.weight}
+
+    def check_greedy(self, samples: Sequence[Sample]) -> None:
+        """It has no target."""
+
+    def attempt(self, samples: Sequence[Sample], step: int = 0) -> None:
+        for sample in samples:
+            if id_of(sample) in self.bad:
+                raise TrainingError(f"The loss of {id_of(sample)} is NaN.")
+
+    def probe(self, like: Sample) -> None:
+        """It can always add."""
+
+    def fingerprint(self) -> str:
+        return repr(self.weight)
+
+    def files(self) -> dict[str, bytes]:
+        rank = self._link.rank
+        return {f"of-rank-{rank}": b"its own"} if rank else {"weight": repr(self.weight).encode()}
+
+    def load(self, files: Mapping[str, FileContent]) -> None:
+        self.weight = float(bytes(files["weight"]))
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+def number(sample_id: str) -> int:
+    return int(sample_id.partition(":")[2])
+
+
+class Blind(InMemoryLightFeatureStore):
+    """One rank's way to the features, on which it cannot find some of them for a while."""
+
+    def __init__(self, features: InMemoryLightFeatureStore) -> None:
+        self.lost: set[str] = set()
+        self.reads: list[str] = []
+        self._features = features
+
+    def get(self, ref: SampleRef) -> dict[str, Any]:
+        self.reads.append(ref.sample_id)
+        if ref.sample_id in self.lost:
+            self.lost.remove(ref.sample_id)
+            raise missing(ref, "this rank does not find them")
+        return self._features.get(ref)
+
+
+class TwoRanks:
+    """A run with all its samples captured, and two ranks over it; rank 1 lives in a thread until `end`."""
+
+    def __init__(self, folder: Path, bad: Sequence[str] = ()) -> None:
+        self.ledger = SQLiteLedger()
+        self.features = InMemoryLightFeatureStore(SHAPE.budget_bytes)
+        build_producer(SHAPE, self.ledger, self.features).run()
+        self.links = socket_links(2, timeout_s=WAIT_S)
+        self.learners = [SummingLearner(link, bad) for link in self.links]
+        self.views = [Blind(self.features) for _ in range(2)]
+        first, second = (
+            Worker(learner, view) for learner, view in zip(self.learners, self.views, strict=True)
+        )
+        self.stops = False  # whether rank 1's process is asked to stop
+        self.told: dict[str, Any] | None = None  # what rank 1 heard first
+        self.failure: RanksError | None = None
+        self._thread = threading.Thread(target=self._follow, args=(second,), daemon=True)
+        self._thread.start()
+        session = ConsumerSession(self.ledger, RUN_ID)
+        self.folder = CheckpointFolder(folder, RUN_ID)
+        start = recover(session, self.folder, lambda *_, **__: None)
+        self.ranks = Ranks(first, self.links[0])
+        self.ranks.begin(epoch=session.epoch)
+        settings = SHAPE.settings()
+        coordinator = Coordinator(session, self.features, self.folder, self.ranks, start, settings)
+        self.trainer = Trainer(coordinator, self.ranks, settings)
+        loading = LoaderSettings(SHAPE.batch, SHAPE.passes, SHAPE.group)
+        self.loader = StepLoader(
+            session, loading, should_stop=lambda: self.ranks.asked_to_stop, on_wait=coordinator.before_wait
+        )
+
+    def _follow(self, worker: Worker) -> None:
+        try:
+            self.told = hear_begin(self.links[1])
+            Follower(worker, self.links[1], lambda: self.stops).follow()
+        except RanksError as error:
+            self.failure = error
+        self.links[1].leave()
+
+    def end(self) -> None:
+        self.ranks.end()
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive()
+
+    def fail(self) -> RanksError:
+        """Rank 0's process ends without a word; what becomes of rank 1."""
+        self.links[0].leave()
+        self._thread.join(WAIT_S)
+        assert self.failure is not None
+        return self.failure
+
+    @property
+    def refs(self) -> list[SampleRef]:
+        return [entry.ref for entry in self.ledger.read(0, 99).entries]
+
+
+@contextmanager
+def closing_links(*links: SocketLink) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for link in links:
+            link.leave()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[TwoRanks]:
+    two = TwoRanks(tmp_path)
+    with closing_links(*two.links):
+        yield two
+
+
+def test_an_order_is_all_that_a_rank_needs_to_know(run: TwoRanks) -> None:
+    """It fetches its own slice, counts it, and holds it; the same order again reads nothing."""
+    view = Blind(run.features)
+    worker = Worker(SummingLearner(Alone()), view)
+    order = StepOrder.of(7, 0, run.refs[:4], rank=1, ranks=2)
+    assert worker.fetch(order) == Fetched(num_tokens=4)
+    assert worker.fetch(order) == Fetched(num_tokens=4)
+    assert view.reads == ["light:2", "light:3"]
+
+
+def test_what_one_rank_cannot_fetch_leaves_both_unchanged(run: TwoRanks) -> None:
+    """The answer names it; nothing was trained anywhere, and the step is trained once it is there."""
+    assert run.ranks.fetch(FIRST_WEIGHTS, 0, run.refs[:4]) == {}
+    run.ranks.build()
+    run.views[1].lost = {"light:7"}
+    unreadable = run.ranks.fetch(1, 0, run.refs[4:8])
+    assert list(unreadable) == ["light:7"]
+    assert isinstance(unreadable["light:7"], FeatureMissingError)
+    assert [learner.weight for learner in run.learners] == [4.0, 4.0]
+    assert [learner.steps for learner in run.learners] == [[], []]
+    assert run.ranks.fetch(1, 0, run.refs[4:8]) == {}
+    run.ranks.step()
+    assert [learner.weight for learner in run.learners] == [4.0 + (4 + 5 + 6 + 7) / 4] * 2
+
+
+def test_what_fails_on_one_rank_happens_on_none(run: TwoRanks) -> None:
+    """The exchange of gradients comes before any weight changes; the error is that rank's."""
+    run.learners[1].bad = ["light:3"]
+    run.ranks.fetch(FIRST_WEIGHTS, 0, run.refs[:3])
+    run.ranks.build()
+    run.ranks.fetch(1, 0, run.refs[:4])
+    with pytest.raises(TrainingError, match="The loss of light:3 is NaN"):
+        run.ranks.step()
+    assert [learner.weight for learner in run.learners] == [3.0, 3.0]
+    assert [learner.steps for learner in run.learners] == [[], []]
+
+
+def test_a_rank_that_fails_after_another_one_trained_ends_the_attempt(run: TwoRanks) -> None:
+    """Their weights differ, and no sample is to blame: nothing is isolated, and no checkpoint is written."""
+    run.learners[1].breaks_late = True
+    with pytest.raises(RanksError, match="Rank 1 failed in step 1 after another rank had trained it"):
+        run.trainer.fit(run.loader)
+    assert [record.step for record in run.ledger.snapshot().checkpoints] == [0]
+    assert "closed the connection" in run.fail().what
+
+
+def test_ranks_whose_weights_differ_write_no_checkpoint(run: TwoRanks) -> None:
+    run.ranks.fetch(FIRST_WEIGHTS, 0, run.refs[:3])
+    run.ranks.build()
+    run.learners[1].weight = 3.5
+    with pytest.raises(RanksError, match="weights of rank 1 differ"):
+        run.trainer.checkpoint()
+    assert run.folder.unrecorded([]) == []
+
+
+def test_a_run_of_two_ranks_trains_every_sample_once_on_one_of_them(run: TwoRanks) -> None:
+    """Each step is divided by the tokens of both; the one head checkpoint holds the parts of both.
+
+    Rank 1 gets the first weights from rank 0, and has not read a sample of them.
+    """
+    assert run.trainer.fit(run.loader) == 3
+    run.end()
+    first, second = (learner.steps for learner in run.learners)
+    assert [ids for _, ids, _ in first] == [[f"light:{n}", f"light:{n + 1}"] for n in (0, 4, 8)]
+    assert [ids for _, ids, _ in second] == [[f"light:{n}", f"light:{n + 1}"] for n in (2, 6, 10)]
+    assert {tokens for _, _, tokens in [*first, *second]} == {8}
+    head = run.folder.read(run.ledger.snapshot().checkpoints[-1])
+    assert set(head.files) == {"weight", "of-rank-1"}
+    assert head.values["ranks"] == 2
+    assert run.learners[0].weight == run.learners[1].weight
+    assert run.features.usage().resident_samples == 0
+    assert run.views[1].reads == [f"light:{n}" for n in (2, 3, 6, 7, 10, 11)]
+    assert run.told == {"epoch": 1}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_culprit_on_any_rank_is_quarantined_and_its_step_trained_on_both(run: TwoRanks, rank: int) -> None:
+    """Isolation asks all ranks; the step without it is cut into slices anew."""
+    culprit = ("light:5", "light:6")[rank]
+    for learner in run.learners:
+        learner.bad = [culprit]
+    assert run.trainer.fit(run.loader) == 3
+    run.end()
+    [quarantined] = run.ledger.find(state=State.QUARANTINED).values()
+    assert (quarantined.sample_id, quarantined.reason) == (culprit, f"The loss of {culprit} is NaN.")
+    steps = [step for learner in run.learners for step in learner.steps if step[0] == 2]
+    left = [f"light:{n}" for n in range(4, 8) if f"light:{n}" != culprit]
+    assert [ids for _, ids, _ in steps] == [left[:1], left[1:]]
+    assert {tokens for _, _, tokens in steps} == {6}
+    assert run.learners[0].weight == run.learners[1].weight
+
+
+def test_a_process_of_any_rank_that_is_asked_to_stop_stops_all_at_a_safe_point(run: TwoRanks) -> None:
+    """Rank 0 hears of it with the next answer, and ends with a checkpoint."""
+    run.stops = True
+    assert run.trainer.fit(run.loader) < 3
+    run.end()
+    assert run.ledger.snapshot().head is not None
+
+
+def test_a_rank_whose_coordinator_dies_or_falls_silent_ends(run: TwoRanks) -> None:
+    assert "rank 0 closed the connection" in run.fail().what
+    first, second = socket_links(2, timeout_s=0.01)
+    with closing_links(first, second):
+        with pytest.raises(RanksError, match="rank 0: timed out"):
+            second.hear()
+        with pytest.raises(RanksError, match="rank 1: timed out"):
+            first.exchange(b"nobody comes")
+
+
+def test_ranks_that_are_in_different_calls_go_no_further() -> None:
+    first, second = socket_links(2, timeout_s=WAIT_S)
+    other = threading.Thread(target=lambda: second.exchange(b"step 4\0"))
+    other.start()
+    with closing_links(first, second):
+        with pytest.raises(RanksError, match="Rank 1 is at 'step 4', and rank 0 is at 'fetch'"):
+            meet(first, "fetch", b"")
+        other.join()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TrainingError("No number.", why="It is NaN.", next="look"),
+        FeatureMissingError("Gone.", next="wait"),
+        MemoryError("out of memory"),
+        KeyError("states"),
+        ZeroDivisionError("by 0"),
+    ],
+)
+def test_an_error_is_the_same_on_the_rank_that_hears_of_it(error: Exception) -> None:
+    """Its class decides whether a sample may be to blame, its text is the reason on record."""
+    again = raised_again(told(error), rank=3)
+    assert type(again) is type(error)
+    assert explained(again).what == explained(error).what
+    assert again.__notes__ == ["on rank 3"]
+
+
+def test_of_an_unknown_class_the_nearest_known_one_is_raised() -> None:
+    class OutOfMemoryError(RuntimeError):
+        """As torch's."""
+
+    again = raised_again(told(OutOfMemoryError("CUDA out of memory")), rank=1)
+    assert type(again) is RuntimeError
+    assert is_want_of_memory(again)
+    unicode = raised_again(told(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "why")), rank=1)
+    assert type(unicode) is UnicodeError
+
+
+def test_a_sample_that_a_step_visits_twice_is_trained_twice(tmp_path: Path) -> None:
+    """With batches larger than groups, two passes meet in one step; the sample is read once."""
+    shape = RunShape(prompts=8, group=2, batch=4, passes=2)
+    assert expected_steps(shape)[0].count("light:0") == 2
+    assert uninterrupted(shape, tmp_path).trained == expected_steps(shape)
