@@ -114,8 +114,8 @@ def _table(s: RunSnapshot, plan: RunPlan, elapsed: float) -> Table:
         f"{_step_text(s) if s.last_step else 'waiting for the first samples'}, "
         f"blocked {s.blocked_s['consumer']:.0f} s",
     )
-    for role in sorted(s.live.keys() - s.blocked_s.keys()):  # the other ranks
-        table.add_row(role, _process(s, role), "", "")
+    for role, process in s.other_ranks.items():
+        table.add_row(role, str(process), "", "")
     table.add_row(
         "ledger",
         "",
@@ -159,6 +159,7 @@ def describe(console: Console, s: RunSnapshot) -> None:
     rows = {
         "state": state,
         **{role: _process(s, role) for role in s.live},
+        **{role: str(process) for role, process in s.other_ranks.items()},
         **{role: _place(told) for role, told in s.away.items()},
         "engine": _engine_text(s),
         "prompts": _prompts_text(s.ledger.prompts),

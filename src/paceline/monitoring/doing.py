@@ -19,6 +19,7 @@ AT_WORK = {
     "taken_over": "captures",
     "made_room": "captures",
     "finished": "has captured everything",
+    "ranks": "trains",
     "resumed": "trains",
     "step": "trains",
     "step_failed": "looks for the sample that fails",

@@ -15,9 +15,12 @@ LISTED_MAX = 100  # prompts and samples that are named with their reasons
 
 
 class Process(Struct, frozen=True, kw_only=True):
-    """One process of the run: a producer, the consumer; supervisor and evaluator while they are live."""
+    """One process of the run: a producer, the consumer; while they are live, its other ranks, supervisor and
+    evaluator."""
 
-    role: Annotated[str, Meta(description="`producer`, `producer-1`, `consumer`, `evaluator`, `supervisor`")]
+    role: Annotated[
+        str, Meta(description="`producer`, `producer-1`, `consumer`, `consumer-1`, `evaluator`, ...")
+    ]
     state: Annotated[
         str, Meta(description="`live`, `ended`, or `elsewhere`: told of itself from another host")
     ]
@@ -162,6 +165,9 @@ class RunStatus(Struct, frozen=True, kw_only=True):
     stopped_flat: Annotated[str, Meta(description="why training ended early; empty if it did not")] = ""
     ledger: Annotated[str, Meta(description="where the ledger is, if it is no file of the run's folder")] = ""
     waits_for: Annotated[str, Meta(description="the group that training waits for, and who holds it")] = ""
+    ranks: Annotated[
+        str, Meta(description="how many ranks train since which step; empty if there was always one")
+    ] = ""
     lsn: Annotated[int, Meta(description="the ledger's log number: it grows with every change")]
     restarts: Annotated[int, Meta(description="starts of all roles beyond their first")]
     seconds_left: Annotated[float | None, Meta(description="at the present rate; null if not known")] = None

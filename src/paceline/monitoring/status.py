@@ -34,6 +34,7 @@ from paceline.monitoring.shares import Window
 from paceline.monitoring.waiting import waiting_of
 from paceline.roles.evaluation_schedule import EVALUATOR
 from paceline.roles.snapshot import RunSnapshot, finite_numbers, open_run, since_start, take_snapshot
+from paceline.roles.trainers import known_ranks
 from paceline.roles.workers import SUPERVISOR, is_producer, worker_of
 from paceline.telemetry import read_events
 
@@ -67,6 +68,7 @@ def status_of(directory: Path, s: RunSnapshot, now: float | None = None) -> RunS
         stopped_flat=s.stopped_flat,
         ledger=s.ledger_at,
         waits_for=s.waits_for,
+        ranks=s.ranks,
         lsn=s.ledger.lsn,
         restarts=s.ledger.restarts,
         seconds_left=_seconds_left(step) if state == "live" else None,
@@ -144,9 +146,9 @@ def _away(s: RunSnapshot, role: str) -> Process:
 
 
 def _beside(directory: Path, now: float) -> list[Process]:
-    """The supervisor and the evaluator, if they are live."""
+    """The ranks that train with the consumer, the supervisor and the evaluator, if they are live."""
     found = []
-    for role in (EVALUATOR, SUPERVISOR):
+    for role in (*known_ranks(directory), EVALUATOR, SUPERVISOR):
         holder = live_holder(directory, role)
         if holder is not None:
             events = since_start(read_events(directory / "events" / f"{role}.jsonl"))

@@ -65,6 +65,7 @@ class RunSnapshot:
     ledger_at: str = ""  # where the ledger is, if it is no file of the run's folder
     away: dict[str, dict[str, Any]] = field(default_factory=dict)
     waits_for: str = ""
+    other_ranks: dict[str, int] = field(default_factory=dict)  # that train with the consumer and are live
     events: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict, repr=False)
 
     @property
@@ -164,7 +165,7 @@ def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
         live=live,
         last_step=_last_step(events[CONSUMER]),
         last_group={role: _last(events[role], "group") for role in filter(is_producer, live)},
-        blocked_s={role: _blocked_s(recent[role]) for role in live if role == CONSUMER or is_producer(role)},
+        blocked_s={role: _blocked_s(recent[role]) for role in live},
         evaluation=read_evaluation(directory),
         newer_checkpoints=_newer(directory / "checkpoints", -1 if now.head is None else now.head.step),
         curve=curve,
@@ -173,6 +174,7 @@ def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
         ledger_at=_ledger_at(directory),
         away={role_of(worker): told[worker] for worker in elsewhere(now.facts)},
         waits_for=_waits_for(now),
+        other_ranks=_other_ranks(directory),
         events=events,
     )
 
@@ -183,12 +185,16 @@ def _ledger_at(directory: Path) -> str:
 
 
 def _live(directory: Path) -> dict[str, int | None]:
-    """Of the first producer and the consumer, and of every further producer and rank: see `live_holder`."""
-    roles = [*known_roles(directory), *known_ranks(directory)]
-    found = {role: live_holder(directory, role) for role in roles}
+    """Of the first producer, of every further one that is there, and of the consumer: see `live_holder`."""
+    found = {role: live_holder(directory, role) for role in known_roles(directory)}
     return {
         role: holder for role, holder in found.items() if role in (PRODUCER, CONSUMER) or holder is not None
     }
+
+
+def _other_ranks(directory: Path) -> dict[str, int]:
+    found = {role: live_holder(directory, role) for role in known_ranks(directory)}
+    return {role: holder for role, holder in found.items() if holder is not None}
 
 
 def _waits_for(now: Snapshot) -> str:

@@ -16,12 +16,13 @@ from paceline.errors import PacelineError
 from paceline.ledger.locks import UNKNOWN, live_holder
 from paceline.roles.child import WITHOUT_SAFE_POINT
 from paceline.roles.process import SUPERVISOR_VARIABLE
+from paceline.roles.trainers import known_ranks
 from paceline.roles.workers import SUPERVISOR, known_roles
 
 
 def live_roles(directory: Path) -> list[str]:
     """The roles of the run that are held on this host; the supervisor first, which stops those it started."""
-    roles = [SUPERVISOR, *known_roles(directory), *WITHOUT_SAFE_POINT]
+    roles = [SUPERVISOR, *known_roles(directory), *known_ranks(directory), *WITHOUT_SAFE_POINT]
     return [role for role in roles if live_holder(directory, role) is not None]
 
 
