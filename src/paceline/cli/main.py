@@ -17,7 +17,7 @@ from typing import Annotated, Any, ParamSpec
 import typer
 
 from paceline import __version__
-from paceline.cli.options import COMPARE_OPTIONS, DATA_OPTIONS, HOST, takes
+from paceline.cli.options import COMPARE_OPTIONS, DATA_OPTIONS, HOST, INIT_OPTIONS, takes
 from paceline.errors import DEBUG_VARIABLE, ConfigError, explained
 from paceline.terminal import open_standard_streams, printable
 
@@ -272,6 +272,25 @@ def evaluate(
     from paceline.cli.measure import measure_as_asked
 
     measure_as_asked(run, suite or [], temperature or [], max_prompts, step, report)
+
+
+@app.command()
+@advises
+@takes(INIT_OPTIONS)
+def init(
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The run file to write; run.yaml.", readable=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    **given: Any,
+) -> None:
+    """Write a run file for your target and data; asks at a terminal.
+
+    Without --heldout some prompts of the data are set aside to measure the draft on, in files of their own.
+    """
+    from paceline.cli.init import init as begin
+
+    begin({**given, "output": output, "overwrite": overwrite})
 
 
 @app.command()

@@ -28,6 +28,16 @@ COMPARE_OPTIONS: dict[str, tuple[Any, str]] = {
     "json": (Path, "Write all figures to this file."),
     "markdown": (Path, "Write the table to this file."),
 }
+INIT_OPTIONS: dict[str, tuple[Any, str]] = {
+    "target": (str, "The model: a folder, or organisation/name of the hub."),
+    "data": (Path, "Chats or prompts: a file or folder (docs/data.md)."),
+    "heldout": (Path, "Prompts to measure on that are not in the data."),
+    "method": (str, "eagle3 (the default), p-eagle, dflash, dspark, domino or dflash2."),
+    "gpus": (int, "How many the run may use; those of this machine."),
+    "serve": (str, "What runs the target: vllm, sglang or none (the producer)."),
+    "name": (str, "The run's name."),
+    "target_config": (Path, "A folder with the target's config.json and tokenizer."),
+}
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

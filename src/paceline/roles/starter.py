@@ -1,0 +1,224 @@
+"""What `paceline init` does: looks at target and data, sets prompts aside, writes a run file that plans.
+
+Nothing that exists is replaced unless that is asked for. The run file is written last, so a start that is
+interrupted leaves no run file. No torch.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from paceline.config.load import parse_run_config
+from paceline.config.run import RunConfig
+from paceline.data.opening import open_file, open_held_out
+from paceline.data.setting_aside import SetAside, set_aside
+from paceline.durable_files import replace_file
+from paceline.errors import ConfigError
+from paceline.methods.table import METHODS
+from paceline.regular_files import read_regular
+from paceline.roles.cost_plan import cost_plan
+from paceline.roles.machine import this_machine
+from paceline.roles.new_run import SERVERS, Wishes, run_file
+from paceline.target.hub import described_target
+from paceline.target.settings import TargetSection
+from paceline.target.shape import TargetShape, read_shape
+from paceline.terminal import one_line
+
+NONE = "none"  # no server: the target runs in the producer's process
+TEMPLATE_BYTES_MAX = 8 << 20
+DATA_BYTES_MAX = 4 << 30  # of a file that is copied
+BUDGET_STEP_MIB, BUDGET_SHARE = 256, 1.5  # of the least budget
+ROOMY_MIB = 1 << 40
+
+
+@dataclass(frozen=True)
+class Given:
+    """The command's options; None: to be chosen. `target_config`: where the target's files are, if the target
+    is not at hand."""
+
+    target: str
+    data: Path
+    output: Path
+    heldout: Path | None = None
+    method: str = "eagle3"
+    gpus: int | None = None
+    serve: str | None = None
+    name: str | None = None
+    target_config: Path | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Started:
+    """`files`: written, the run file last. `aside`: what was set aside; None: a held-out file was named."""
+
+    config: RunConfig
+    files: list[Path]
+    aside: SetAside | None
+    wishes: Wishes
+
+
+def start_run(given: Given, tell: Callable[[str], None] = lambda _: None) -> Started:
+    """Raises ConfigError, also for a file that is there already; then nothing was written."""
+    METHODS.find(given.method)  # a typing error is told before anything is fetched
+    name = given.name or _name(given)
+    _refuse_folder(given.output)
+    _refuse_existing(given, [given.output])
+    folder = target_folder(given)
+    shape = read_shape(folder)
+    with _held_out(given, name, tell) as (data, heldout, aside, written):
+        wishes = Wishes(
+            name=name,
+            target=given.target,
+            data=data,
+            heldout=heldout,
+            method=given.method,
+            gpus=len(this_machine().gpus) if given.gpus is None else given.gpus,
+            serve=_server(given, shape),
+            samples=open_file(data, format="auto").size,
+            processors=this_machine().processors,
+            thinks=_thinks(folder, given.target, shape),
+            command=_command(given, name),
+        )
+        text = _planned_text(given, wishes, shape)
+        config = parse_run_config(yaml.safe_load(text), source=str(given.output))
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(given.output, text.encode())
+    return Started(config, [*written, given.output], aside, wishes)
+
+
+def target_folder(given: Given) -> Path:
+    """Where the target's config.json is. Raises ConfigError."""
+    if given.target_config is not None:
+        return given.target_config
+    try:
+        return described_target(TargetSection(model=Path(given.target))).model
+    except ConfigError as error:
+        other = "or give a folder with its config.json and tokenizer: --target-config FOLDER."
+        raise ConfigError(error.what, why=error.why, next=f"{error.next.rstrip('.')}; {other}") from error
+
+
+def _planned_text(given: Given, wishes: Wishes, shape: TargetShape) -> str:
+    """The run file with the budget that its plan needs."""
+    roomy = parse_run_config(yaml.safe_load(run_file(wishes, shape, ROOMY_MIB)), source=str(given.output))
+    least = cost_plan(roomy, target_config=given.target_config).window.needed_bytes / 2**20
+    budget = max(1024, -int(-least * BUDGET_SHARE // BUDGET_STEP_MIB) * BUDGET_STEP_MIB)
+    return run_file(wishes, shape, budget)
+
+
+def _name(given: Given) -> str:
+    """The run file's, or the target's and the method's."""
+    stem = given.output.stem
+    told = f"{Path(given.target).name}-{given.method}" if stem in ("run", "") else stem
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", told).strip("-._")[:64].lower()
+    return slug or "draft"
+
+
+def _refuse_existing(given: Given, paths: list[Path]) -> None:
+    there = [path for path in paths if path.exists() or path.is_symlink()]
+    if there and not given.overwrite:
+        raise ConfigError(
+            f"{there[0]} exists.",
+            why="It may be the only copy of something; nothing was written.",
+            next="name another file with -o, or add --overwrite.",
+        )
+
+
+def _refuse_folder(output: Path) -> None:
+    if output.is_dir():
+        raise ConfigError(f"{output} is a folder.", next=f"name a file: -o {output / 'run.yaml'}")
+
+
+@contextmanager
+def _held_out(
+    given: Given, name: str, tell: Callable[[str], None]
+) -> Iterator[tuple[Path, Path, SetAside | None, list[Path]]]:
+    """Data and held-out file: those that are given, or two new ones that share no question.
+
+    New ones are removed again if the run file is not written.
+    """
+    if given.heldout is not None:
+        open_held_out(given.heldout)
+        yield given.data, given.heldout, None, []
+        return
+    base = given.output.parent
+    training, aside = base / f"{name}.train.jsonl", base / f"{name}.heldout.jsonl"
+    _refuse_existing(given, [training, aside])
+    with suppress(OSError):
+        if given.data.stat().st_size > DATA_BYTES_MAX:
+            raise ConfigError(
+                f"{given.data} has {given.data.stat().st_size >> 30} GiB.",
+                why="Without held-out prompts it would be copied, some of its prompts set aside.",
+                next="give prompts to measure on that are not in it: --heldout FILE.",
+            )
+    base.mkdir(parents=True, exist_ok=True)
+    parts = [path.with_name(f"{path.name}.new") for path in (training, aside)]
+    try:
+        for part in parts:
+            part.unlink(missing_ok=True)
+        tell(f"reading {given.data}, and setting prompts aside to measure the draft on ...")
+        found = set_aside(given.data, *parts)
+        for part, path in zip(parts, (training, aside), strict=True):
+            part.replace(path)
+    except BaseException:
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise
+    try:
+        yield training, aside, found, [training, aside]
+    except BaseException:
+        for path in (training, aside):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _server(given: Given, shape: TargetShape) -> str:
+    """The server that is asked for; of itself, vLLM where it is installed or the target needs one."""
+    if given.serve is None:
+        gpus = len(this_machine().gpus) if given.gpus is None else given.gpus
+        wanted = bool(shape.quantised) or (gpus > 0 and shutil.which("vllm") is not None)
+        return "vllm" if wanted else ""
+    if given.serve not in (*SERVERS, NONE):
+        raise ConfigError(
+            f"--serve is {given.serve!r}.",
+            why="A server runs the target, or the producer does.",
+            next=f"choose one of: {', '.join((*SERVERS, NONE))}.",
+        )
+    return "" if given.serve == NONE else given.serve
+
+
+def _thinks(folder: Path, target: str, shape: TargetShape) -> bool:
+    """Whether the target's chat template can leave a chain of thought out.
+
+    Without the template, by the family's name: the variable changes nothing where a template ignores it.
+    """
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        with suppress(OSError):
+            text = read_regular(folder / name, TEMPLATE_BYTES_MAX)
+            if b"chat_template" in text or name.endswith(".jinja"):
+                return b"enable_thinking" in text
+    return shape.model_type.startswith("qwen3") and "2507" not in target
+
+
+def _command(given: Given, name: str) -> str:
+    """The command with what decides the file, for its head."""
+    words = ["paceline", "init", "--target", given.target, "--data", str(given.data)]
+    options = {
+        "--heldout": given.heldout,
+        "--method": given.method if given.method != "eagle3" else None,
+        "--gpus": given.gpus,
+        "--serve": given.serve,
+        "--name": name if given.name else None,
+    }
+    for option, value in options.items():
+        if value is not None:
+            words += [option, str(value)]
+    return one_line(shlex.join([*words, "-o", str(given.output)]))
