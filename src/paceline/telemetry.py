@@ -161,10 +161,11 @@ def _readable(event: str, fields: dict[str, Any]) -> str:
 
 def read_events(path: Path, *, tail_bytes: int = READ_BYTES) -> list[dict[str, Any]]:
     """The newest events of a file, oldest first. Lines that are not events are left out."""
-    return _events_of(read_tail(path, tail_bytes))
+    return events_of(read_tail(path, tail_bytes))
 
 
-def _events_of(data: bytes) -> list[dict[str, Any]]:
+def events_of(data: bytes) -> list[dict[str, Any]]:
+    """The events in lines of a file. Lines that are not events are left out."""
     events = []
     for line in data.split(b"\n"):
         try:
@@ -192,7 +193,7 @@ class NewEvents:
             data = file.read(READ_BYTES)
             whole = data.rpartition(b"\n")[0]
             self._at = min(self._at, size) + len(whole) + bool(whole)
-            return _events_of(whole)
+            return events_of(whole)
         return []
 
 

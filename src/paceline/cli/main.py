@@ -236,6 +236,25 @@ def metrics(
 
 @app.command()
 @advises
+def track(
+    run: Run,
+    to: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb, mlflow or trackio; repeatable.")
+    ] = None,
+    project: Annotated[str | None, typer.Option(help="What the run is filed under.")] = None,
+) -> None:
+    """Send a run's curves to trackers, until the run ends.
+
+    Without --to those of the run file (tracking: {to: [...]}), to which `train` sends them anyway. Started
+    again, also after a crash, it continues the same run there; no step comes twice.
+    """
+    from paceline.cli.track import track_run
+
+    track_run(run, to or [], project)
+
+
+@app.command()
+@advises
 def engine(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The engine: vllm or sglang.")],
     run: Run,

@@ -11,6 +11,7 @@ from paceline.cli.export import write_exports
 from paceline.cli.measure import measure
 from paceline.cli.plain import INTERRUPTED, out, say
 from paceline.cli.progress import Progress, trained
+from paceline.cli.track import tracked
 from paceline.config.load import load_run_config
 from paceline.errors import ConfigError, PacelineError
 from paceline.roles.child import RoleFailedError
@@ -25,6 +26,11 @@ def train_run(run_file: Path) -> None:
     plan = plan_run(load_run_config(run_file))
     for note in [*plan.notes, *preflight(plan)]:
         say(out, note)
+    with tracked(run_file, plan.config):
+        _train(run_file, plan)
+
+
+def _train(run_file: Path, plan: RunPlan) -> None:
     with Progress(out, plan) as progress:
         supervisor = Supervisor(run_file, plan, show=progress.show, tell=partial(say, out))
         completed = supervisor.run()

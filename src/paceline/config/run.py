@@ -25,6 +25,7 @@ from paceline.ledger.settings import LedgerSection, SqliteSection
 from paceline.methods.settings import MethodSection
 from paceline.section import Section
 from paceline.target.settings import TargetSection
+from paceline.trackers.settings import TrackingSection
 from paceline.training.settings import CheckpointSection, TrainingSection
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection
     export: ExportSection = ExportSection()
+    tracking: TrackingSection = TrackingSection()
     machine: MachineSection = MachineSection()
     costs: CostsSection = CostsSection()
 

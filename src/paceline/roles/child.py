@@ -73,7 +73,7 @@ class Child:
         self._pipe, other_end = os.pipe()
         os.set_blocking(self._pipe, False)
         os.set_blocking(other_end, False)
-        log = _opened_log(self._log)
+        log = opened_log(self._log)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", f"paceline.roles.{module}", str(run_file), *arguments],
@@ -165,7 +165,7 @@ class Child:
         )
 
 
-def _opened_log(path: Path) -> int:
+def opened_log(path: Path) -> int:
     """The log, for appending; /dev/null if it cannot be opened."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,49 @@
+"""Weights & Biases. Where it sends to, and the key, are its own settings (`wandb login`, WANDB_MODE).
+
+A row of a training step has that step's number, and W&B takes no row of an earlier one, so a point cannot
+come twice. Held-out points come later than their steps; `heldout/step` is their axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from paceline.trackers.package import imported, reaching
+from paceline.trackers.tracker import HELDOUT, TRAIN, Point, TrackedRun
+
+NAME = "W&B"
+
+
+class WandB:
+    def __init__(self, run: TrackedRun) -> None:
+        """Raises ConfigError without the package, PacelineError."""
+        wandb = imported("wandb", "wandb")
+        with reaching(NAME, "open the run"):
+            self._run: Any = wandb.init(
+                project=run.project,
+                id=run.key,
+                name=run.name,
+                resume="allow",
+                dir=str(run.directory),
+                config=dict(run.settings),
+                settings=wandb.Settings(console="off"),
+            )
+            for series in (TRAIN, HELDOUT):
+                self._run.define_metric(f"{series}/*", step_metric=f"{series}/step")
+
+    def newest(self) -> Mapping[str, int]:
+        """What an earlier process has sent; nothing while W&B is offline."""
+        with reaching(NAME, "read the run"):
+            found = {series: self._run.summary.get(f"{series}/step") for series in (TRAIN, HELDOUT)}
+        return {series: int(step) for series, step in found.items() if step is not None}
+
+    def write(self, points: Sequence[Point]) -> None:
+        with reaching(NAME, "take the points"):
+            for point in points:
+                row = {**point.named, f"{point.series}/step": point.step}
+                self._run.log(row, **({"step": point.step} if point.series == TRAIN else {}))
+
+    def close(self) -> None:
+        with reaching(NAME, "send the last points"):
+            self._run.finish()
