@@ -16,6 +16,7 @@ from paceline.ledger.stores.redis.server import Server
 from paceline.testing.ledger_calls import capture, producer_of
 from paceline.testing.ledger_history import state_of
 from paceline.testing.ledger_under_faults import compare, play, undisturbed
+from paceline.testing.small_disk import NoDiskError, SmallDisk
 from paceline.testing.specification_of_steps import SpecificationLedger
 from paceline.testing.valkey_server import ValkeyServer
 
@@ -67,18 +68,40 @@ def when_waited(monkeypatch: pytest.MonkeyPatch, then: Callable[[], None]) -> li
 def test_a_full_disk_is_waited_for(make_server: MakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is refused, lost or repeated, and a later kill of the server takes nothing back."""
     server = make_server()
-    ledger = RedisLedger(server.url, "run0", durability="head")
     waits = when_waited(monkeypatch, lambda: server.limit_files(None))
-    known = SpecificationLedger()
+    go_on_after(server, lambda: fill(server), waits)
+
+
+@pytest.fixture
+def disk(memory: Path) -> Iterator[SmallDisk]:
+    try:
+        made = SmallDisk(memory / "disk", 1 << 20)
+    except NoDiskError as refused:
+        pytest.skip(f"this machine lets this user mount no disk: {refused}")
+    yield made
+    made.close()
+
+
+def test_a_disk_that_is_really_full_is_waited_for(
+    disk: SmallDisk, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing may be mounted, the limit on a file's size stands for it, above."""
+    with ValkeyServer(memory, disk.enter, dir=str(disk.folder)) as server:
+        waits = when_waited(monkeypatch, disk.empty)
+        go_on_after(server, lambda: disk.fill(ROOM), waits)
+
+
+def go_on_after(server: ValkeyServer, fill_up: Callable[[], None], waits: list[float]) -> None:
+    """Make changes until somebody waited, and more; the ledger is as the specification has it, to the end."""
+    ledger, known = RedisLedger(server.url, "run0", durability="head"), SpecificationLedger()
     producers = producer_of(ledger, prompts=PROMPTS), producer_of(known, prompts=PROMPTS)
-    fill(server)
+    fill_up()
     for number in range(PROMPTS):
         for producer in producers:
             capture(producer, number)
     assert waits
     assert (ledger.lsn(), state_of(ledger)) == (known.lsn(), state_of(known))
-    server.kill()
-    server.start()
+    server.restart()
     assert (ledger.lsn(), state_of(ledger)) == (known.lsn(), state_of(known))
     ledger.close()
 

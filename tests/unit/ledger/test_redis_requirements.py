@@ -13,7 +13,7 @@ import pytest
 from paceline.errors import ConfigError, PacelineError, SchemaError, UnknownResultError
 from paceline.ledger.stores.redis import RedisLedger, RedisView, address_of, calls, requirements
 from paceline.ledger.stores.redis.address import Address
-from paceline.ledger.stores.redis.scripts import keys_of
+from paceline.ledger.stores.redis.scripts import CHANGES, READING, _joined, keys_of
 from paceline.testing.ledger_calls import Training, capture, consumer_of, producer_of
 from paceline.testing.valkey_server import ValkeyServer
 
@@ -203,3 +203,11 @@ def test_neither_user_nor_password_is_ever_shown(own: ValkeyServer, monkeypatch:
     assert address_of("rediss://a:b@host/2?ssl_ca_certs=x") == "rediss://host:6379/2"
     assert address_of("redis://host?db=2") == "redis://host:6379/2", "the database in use"
     assert address_of("unix:///run/a.sock?db=2") == "unix:///run/a.sock?db=2"
+
+
+@pytest.mark.parametrize("parts", [CHANGES, READING])
+def test_no_script_reads_a_clock_or_draws_a_number(parts: tuple[str, ...]) -> None:
+    """A server's clock may jump; what a call does follows from the ledger and from what it is told."""
+    assert not re.search(
+        r"""['"](TIME|RANDOMKEY|\w*EXPIRE\w*)|\bos\.|math\.random""", _joined("#!lua", parts)
+    )

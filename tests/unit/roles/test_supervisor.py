@@ -121,6 +121,27 @@ def test_restarts_do_not_count_while_the_run_moves(supervisor: Supervisor) -> No
         supervisor._restart("producer", -9)
 
 
+def test_there_is_a_producer_that_watches_the_others_until_every_lease_has_ended(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost sample of a stream that had ended is captured again, by one that joined on another host. If that
+    one dies, only a producer that is alive can take it for dead."""
+    started = list[str]()
+    monkeypatch.setattr(supervisor, "_start", started.append)
+    producer, joined = (
+        producer_of(supervisor._store, prompts=1),
+        producer_of(supervisor._store, "9", prompts=1),
+    )
+    sample_ids = capture(producer, 0)
+    assert producer.end_stream()
+    ended(supervisor, "producer", 0)
+    assert started == []
+    producer.report_lost(sample_ids)
+    joined.lease(1)
+    ended(supervisor, "producer", 0)
+    assert started == ["producer"]
+
+
 def test_isolation_is_progress(supervisor: Supervisor) -> None:
     """It takes a death a halving; every halving brings the run closer to going on without the sample."""
     session = producer_of(supervisor._store)
