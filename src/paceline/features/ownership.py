@@ -117,6 +117,13 @@ class FolderLock:
         """`fd`: of the locked file; it is closed with the lock."""
         self._fd = fd
 
+    def is_of(self, folder: Path) -> bool:
+        """Whether the locked file is still the folder's: another process may have removed it meanwhile."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), (folder / OWNER_FILE).lstat())
+        except OSError:
+            return False
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

@@ -53,8 +53,9 @@ class Movable(Protocol):
     def standing(self) -> Standing | None:
         """That ledger; None if there is none."""
 
-    def write(self, rows: Iterable[Row]) -> None:
-        """Write a ledger beside the one that stands there; nobody can open it yet."""
+    def write(self, rows: Iterable[Row], over: Standing | None) -> None:
+        """Write a ledger that nobody can open yet. Raises LedgerError if it would take the place of another
+        ledger than `over`, which stood there when it was looked at (None: of none)."""
 
     def written(self) -> Iterator[Row]:
         """What `write` wrote."""
@@ -93,9 +94,10 @@ def copy_ledger(source: Movable, target: Movable) -> Digest:
     if before is None:
         next(source.rows())  # says what is missing
         raise LedgerError("The ledger appeared while it was looked for.", next="copy again.")
-    _refuse_to_replace(before, target.standing())
+    over = target.standing()
+    _refuse_to_replace(before, over)
     told, found = Digest(), Digest()
-    target.write(told.passing(source.rows()))
+    target.write(told.passing(source.rows()), over)
     for _ in found.passing(target.written()):
         pass
     if found != told or found.text != told.text or source.standing() != before:
@@ -106,6 +108,14 @@ def copy_ledger(source: Movable, target: Movable) -> Digest:
         )
     target.finish()
     return told
+
+
+def appeared(where: str) -> LedgerError:
+    return LedgerError(
+        f"A ledger appeared or changed in {where} while it was copied to.",
+        why="Another process works there, and its ledger would be lost.",
+        next="stop that process, or choose another place, and copy again.",
+    )
 
 
 def _refuse_to_replace(source: Standing, there: Standing | None) -> None:

@@ -48,7 +48,7 @@ def move_ledger(directory: Path, to: str) -> Moved:
         where, before = target.where(directory, place.name), source.where(directory, place.name)
         if where == before:
             raise ConfigError(f"{before} is where the ledger is already.", next="name another place.")
-        place.looked_at(source, directory)
+        place.looked_at(source, directory).close()
         copied = copy_ledger(source.movable(directory, place.name), target.movable(directory, place.name))
         with closing(target.open(directory, place.name)) as ledger:
             record(target, directory, place.name, ledger)

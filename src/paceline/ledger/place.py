@@ -23,7 +23,7 @@ import msgspec
 
 from paceline.durable_files import make_folder, sync_folder, write_file
 from paceline.errors import LedgerError, LedgerMissingError
-from paceline.ledger.facts import CONFIG, LEDGER
+from paceline.ledger.facts import LEDGER
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import advising
 from paceline.ledger.settings import LedgerSection, SqliteSection
@@ -76,6 +76,8 @@ class Known:
         found = facts.get(LEDGER)
         if found is None or self.identity not in (found["identity"], *found["replaces"]):
             where, what = section.where(directory, self.name), "empty" if found is None else "another one"
+            if view is not None:
+                view.close()
             raise LedgerError(
                 f"This is not the ledger that {directory / FILE} tells of, but {what}: {where}.",
                 why="Whoever goes on without the run's own trains samples again. Nothing was changed.",
@@ -127,7 +129,7 @@ def opened(
     with _alone(directory):
         before = known(directory)
         if before is not None:  # before a ledger is created where there was one
-            before.looked_at(section, directory, waits=True)
+            before.looked_at(section, directory, waits=True).close()
         ledger = section.open(directory, name)
         try:
             found = _identified(ledger, section, directory, joins=joins or before is not None)
@@ -174,18 +176,16 @@ def note(directory: Path, position: str) -> None:
 def _identified(ledger: Ledger, section: LedgerSection, directory: Path, *, joins: bool) -> dict[str, Any]:
     """The ledger's fact about itself; it is given one if it has none."""
     here = f"{socket.gethostname()}:{directory.absolute()}"
-    facts = ledger.facts()
-    found: dict[str, Any] | None = facts.get(LEDGER)
-    has_begun = CONFIG in facts
+    found: dict[str, Any] | None = ledger.facts().get(LEDGER)
     if found is None:
         own = {"identity": secrets.token_hex(16), "replaces": [], "folder": here}
-        found = ledger.set_facts(None, {LEDGER: own}, settle=True)[LEDGER]
-        has_begun = found != own  # in another folder, at this very moment
-    if section.is_shared and not joins and has_begun and found["folder"] != here:
+        found = ledger.set_facts(None, {LEDGER: own}, settle=True)[LEDGER]  # one of two starts at this moment
+    if section.is_shared and not joins and found["folder"] != here:
         raise LedgerError(
             f"The ledger is that of the run in {found['folder']}, and {directory} knows nothing of it.",
             why="Two runs of one name on one server would take each other's place. Nothing was changed.",
-            next=f"set another run.name; or, if the run was moved here, move its {FILE} with it.",
+            next=f"set another run.name; or, if the run was moved here (or begun there in vain), move its "
+            f"{FILE} with it.",
         )
     return found
 

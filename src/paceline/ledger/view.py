@@ -24,3 +24,6 @@ class LedgerView(Protocol):
 
     def history(self, *, step: int | None = None, sample_id: str | None = None) -> list[TrainedStep]:
         """That step, or the steps that contain the sample; archived ones too."""
+
+    def close(self) -> None:
+        """End its connections, if it keeps any between two questions. Idempotent."""

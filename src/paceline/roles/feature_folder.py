@@ -159,9 +159,13 @@ class EngineFolder:
         self._lock: FolderLock | None = None
 
     def take(self) -> Path:
-        """Create and sign it. Raises StoreError, also if another user took its name."""
-        sign(self._folder, self._owner)
-        self._lock = hold(self._folder)
+        """Create and sign it. Raises StoreError, also if another user took its name.
+
+        A producer that ends may remove it before this one holds it.
+        """
+        while self._lock is None or not self._lock.is_of(self._folder):
+            sign(self._folder, self._owner)
+            self._lock = hold(self._folder)
         return self._folder
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 from paceline.config.run import RunConfig
@@ -26,6 +27,7 @@ SUPERVISOR = "supervisor"
 JOIN = "--join"  # what stands for a worker's name that is yet to be chosen
 JOINING = "joining"  # the lock of whoever chooses a name; who keeps the roles out takes it, too
 LOOK_S = 1.0
+CHOOSING_S = 10.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -113,10 +115,28 @@ def take_from_the_dead(config: RunConfig, ledger: Ledger) -> None:
     ledger.set_facts(None, {**left, PRODUCERS_STARTED: config.machine.producers})
 
 
+def _alone_to_choose(directory: Path) -> RoleLock:
+    """Choosing a name takes a moment, and several may be started at once; a start that changes what binds the
+    run may take longer."""
+    deadline = monotonic() + CHOOSING_S
+    while True:
+        try:
+            return RoleLock(directory, JOINING)
+        except RunBusyError:
+            if monotonic() > deadline:
+                raise RunBusyError(
+                    f"For {CHOOSING_S:g} seconds another process has been choosing a producer's name in "
+                    f"{directory}, or changing what binds the run.",
+                    why="Two producers of one name would take each other's place.",
+                    next="run the same command again when that process has ended or gone on.",
+                ) from None
+            sleep(0.05)
+
+
 def join(config: RunConfig) -> RoleLock:
     """Take the first free name for one more producer of a run that is going on.
 
-    Raises ConfigError if the run has not begun or is complete; RunBusyError while another one chooses.
+    Raises ConfigError if the run has not begun or is complete; RunBusyError if another one keeps choosing.
     """
     directory = config.run.directory
     facts = config.view_ledger().facts()
@@ -126,7 +146,7 @@ def join(config: RunConfig) -> RoleLock:
             why="It needs no further producer.",
             next=f"paceline status {directory}",
         )
-    choosing = RoleLock(directory, JOINING)
+    choosing = _alone_to_choose(directory)
     try:
         taken = {producer_fact(worker) for worker in elsewhere(facts)}
         for number in count(max(1, config.machine.producers, facts.get(PRODUCERS_STARTED, 0))):

@@ -29,7 +29,6 @@ from paceline.errors import CheckpointError, FencedError, PacelineError
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.locks import RoleLock
 from paceline.ledger.records import Snapshot
-from paceline.ledger.stores.redis import RedisView
 from paceline.testing import kill_points
 from paceline.testing.light_adapters import LightFeatureStore
 from paceline.testing.light_run import RUN_ID, LightRun, RunShape
@@ -196,8 +195,7 @@ def look(run: LightRun) -> Snapshot | None:
     try:
         return view.snapshot()
     finally:
-        if isinstance(view, RedisView):
-            view.close()
+        view.close()
 
 
 @dataclass

@@ -13,7 +13,7 @@ import pytest
 
 from paceline.errors import ConfigError, LedgerError, LedgerMissingError, RunBusyError
 from paceline.ledger.facts import LEDGER
-from paceline.ledger.image import Movable, Row, copy_ledger
+from paceline.ledger.image import Movable, Row, Standing, copy_ledger
 from paceline.ledger.locks import RoleLock
 from paceline.ledger.moving import move_ledger
 from paceline.ledger.place import opened
@@ -85,7 +85,7 @@ def test_a_copy_that_is_not_whole_is_not_found(tmp_path: Path, target: ServerIma
     """Its maker was killed; the next copy begins anew."""
     source = file_of(tmp_path / "ledger.db")
     rows = list(source.rows())
-    target.write(rows[:-1])
+    target.write(rows[:-1], None)
     assert target.standing() is None
     with pytest.raises(LedgerMissingError):
         list(target.rows())
@@ -125,11 +125,42 @@ def test_only_an_older_copy_of_the_same_ledger_is_replaced(
     assert list(place.rows()) == list(newer.rows())
 
 
+@pytest.mark.parametrize("direction", ["to a server", "to a file"])
+def test_a_ledger_that_appears_meanwhile_is_not_replaced(
+    direction: str, tmp_path: Path, target: ServerImage
+) -> None:
+    """A run may begin there after the copy has looked, or another copy be made."""
+    source, path = file_of(tmp_path / "ledger.db"), tmp_path / "copy.db"
+    rows = list(source.rows())
+    place: Movable = target if direction == "to a server" else FileImage(path)
+    if direction == "to a server":
+        RedisLedger(target._url, target._name, durability="head").close()
+    else:
+        place.write(rows, None)
+        SQLiteLedger(path).close()
+    with pytest.raises(LedgerError, match="appeared or changed"):
+        place.write(rows, None) if direction == "to a server" else place.finish()
+    standing = place.standing()
+    assert standing is not None
+    assert standing.facts == {}
+
+
+def test_of_two_copies_to_one_place_the_later_one_counts(tmp_path: Path, target: ServerImage) -> None:
+    rows = list(file_of(tmp_path / "ledger.db").rows())
+    target.write(rows, None)
+    later = ServerImage(target._url, target._name)
+    later.write(rows, None)
+    with pytest.raises(LedgerError, match="appeared or changed"):
+        target.finish()
+    later.finish()
+    assert list(target.rows()) == rows
+
+
 class Careless(FileImage):
     """Loses the last row that it is given."""
 
-    def write(self, rows: Iterable[Row]) -> None:
-        super().write(list(rows)[:-1])
+    def write(self, rows: Iterable[Row], over: Standing | None) -> None:
+        super().write(list(rows)[:-1], over)
 
 
 class Busy(FileImage):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from paceline.errors import LedgerError
-from paceline.ledger.facts import CONFIG, LEDGER
+from paceline.ledger.facts import LEDGER
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.place import FILE, known, note, opened, record, viewed
 from paceline.ledger.settings import SqliteSection
@@ -123,8 +123,7 @@ class SharedSection(SqliteSection):
 
 def test_two_runs_of_one_name_do_not_share_a_ledger_by_accident(tmp_path: Path) -> None:
     """A producer may join from another folder, and a run may be moved with its file."""
-    ledger = opened(SharedSection(), tmp_path / "first", "run")
-    ledger.set_facts(None, {CONFIG: {}})
+    opened(SharedSection(), tmp_path / "first", "run").close()  # and is about to bind its settings
     with pytest.raises(LedgerError, match=r"is that of the run in .*first, and .*second knows nothing of it"):
         opened(SharedSection(), tmp_path / "second", "run")
     opened(SharedSection(), tmp_path / "joined", "run", joins=True).close()

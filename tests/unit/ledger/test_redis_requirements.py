@@ -56,6 +56,7 @@ def waited_for(server: ValkeyServer) -> int:
         ("appendonly", "no", "head"),
         ("appendfsync", "no", "head"),
         ("appendfsync", "everysec", "full"),
+        ("no-appendfsync-on-rewrite", "yes", "head"),
     ],
 )
 def test_a_server_that_could_lose_the_ledger_is_refused(

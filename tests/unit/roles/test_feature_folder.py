@@ -14,8 +14,9 @@ from paceline.cli.clean import clean_folder
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
-from paceline.features.ownership import Owner, hold, owner_of, sign
+from paceline.features.ownership import FolderLock, Owner, hold, owner_of, sign
 from paceline.ledger.locks import RoleLock
+from paceline.roles import feature_folder
 from paceline.roles.feature_folder import (
     EngineFolder,
     folder_of,
@@ -197,6 +198,28 @@ def test_a_place_that_cannot_be_listed_is_an_error_with_advice(tmp_path: Path) -
     """Not an empty list."""
     with pytest.raises(ConfigError, match=r"features\.directory"):
         cleaned(tmp_path / "none")
+
+
+def test_a_folder_that_another_producers_end_removes_is_made_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After this one has signed it, and before it holds it; or before the lock is on the new file."""
+    other, place, real = EngineFolder(run.config), EngineFolder(run.config), feature_folder.hold
+    folder = other.take()
+    meanwhile = [lambda: None, lambda: (shutil.rmtree(folder), other.take()), other.close]
+
+    def hold(folder: Path) -> FolderLock | None:
+        before = real(folder) if len(meanwhile) == 2 else None
+        if meanwhile:
+            meanwhile.pop()()
+        return before or real(folder)
+
+    monkeypatch.setattr(feature_folder, "hold", hold)
+    assert place.take() == folder
+    other.close()
+    assert owner_of(folder) is not None, "it is in use"
+    place.close()
+    assert not folder.exists()
 
 
 def test_files_that_an_engine_has_left_go_with_their_folder(run: Run, memory: Path, tmp_path: Path) -> None:

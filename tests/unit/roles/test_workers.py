@@ -11,12 +11,13 @@ import pytest
 
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
-from paceline.errors import ConfigError, FencedError, StoreError
+from paceline.errors import ConfigError, FencedError, RunBusyError, StoreError
 from paceline.ledger.facts import producers_in
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import RoleLock
 from paceline.ledger.producer_session import ProducerSession
 from paceline.ledger.records import SourceBlock
+from paceline.roles import workers
 from paceline.roles.binding import others_kept_out
 from paceline.roles.feature_folder import take_folder
 from paceline.roles.plan import processors_of_roles, spare_processors
@@ -70,6 +71,20 @@ def test_who_joins_takes_a_name_that_nobody_has_here_or_elsewhere(config: RunCon
     assert known_roles(config.run.directory) == ["producer", "producer-2", "producer-4", "consumer"]
     first.release()
     assert join(config).role == "producer-2"
+
+
+def test_producers_that_join_at_the_same_moment_take_turns(
+    config: RunConfig, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who chooses is done in a moment; a start that changes what binds the run may take longer."""
+    choosing = RoleLock(config.run.directory, JOINING)
+    monkeypatch.setattr(workers, "sleep", lambda _: choosing.release())
+    assert join(config).role == "producer-2"
+    choosing = RoleLock(config.run.directory, JOINING)
+    monkeypatch.setattr(workers, "CHOOSING_S", -1.0)
+    with pytest.raises(RunBusyError, match="choosing a producer's name"):
+        join(config)
+    choosing.release()
 
 
 def test_nobody_joins_a_run_that_has_not_begun_or_is_complete(config: RunConfig) -> None:

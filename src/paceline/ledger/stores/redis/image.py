@@ -25,6 +25,7 @@ class ServerImage:
     def __init__(self, url: str, name: str) -> None:
         """Raises ConfigError, LedgerError."""
         self._url, self._name = url, name
+        self._identity = secrets.token_hex(8)  # of the copy
 
     def _opened(self) -> Reading:
         address = Address(self._url)
@@ -45,11 +46,12 @@ class ServerImage:
             snapshot = ledger.snapshot()
             return Standing(dict(snapshot.facts), snapshot.lsn, ledger.identity)
 
-    def write(self, rows: Iterable[Row]) -> None:
+    def write(self, rows: Iterable[Row], over: Standing | None) -> None:
+        seen = (None, None) if over is None else (over.itself, over.changes)
         with closing(self._opened()) as ledger:
-            ledger._call("clear", None, secrets.token_hex(8))
+            ledger._call("clear", None, self._identity, *seen)
             for chunk in chunked(rows):
-                ledger._call("load", None, [_stored(*row) for row in chunk])
+                ledger._call("load", None, self._identity, [_stored(*row) for row in chunk])
 
     def written(self) -> Iterator[Row]:
         with closing(self._opened()) as ledger:
@@ -57,7 +59,7 @@ class ServerImage:
 
     def finish(self) -> None:
         with closing(self._opened()) as ledger:
-            ledger._call("loaded", None, final=True)
+            ledger._call("loaded", None, self._identity, final=True)
 
 
 def chunked(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from paceline.errors import LedgerRegressedError, PacelineError, SchemaError
 from paceline.ledger import refusals
+from paceline.ledger.image import appeared
 from paceline.ledger.records import Fence, StepPlan
 
 SCHEMA_VERSION = 1
@@ -48,6 +49,7 @@ REFUSALS: dict[str, Callable[[Detail, Any], Exception]] = {
         ack, detail[0], None if detail[1] is None else StepPlan(ack.step, (), detail[1])
     ),
     "moved": lambda _, __: BasisMovedError(),
+    "appeared": lambda _, __: appeared("this place on the server"),
     "behind_head": lambda detail, checkpoint: refusals.behind_head(checkpoint.step, detail[0]),
     "contradicts": lambda detail, checkpoint: refusals.contradicts(checkpoint, detail[0]),
 }

@@ -80,11 +80,12 @@ class Requirements:
 
     def _check_syncs(self, link: Link) -> None:
         try:
-            [[_, found]] = link.ask([["CONFIG", "GET", "appendfsync"]])
-        except (NoPermissionError, ResponseError, ValueError):
+            [flat] = link.ask([["CONFIG", "GET", "appendfsync", "no-appendfsync-on-rewrite"]])
+            found = {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
+            syncs = found["appendfsync"]
+        except (NoPermissionError, ResponseError, LookupError, ValueError):
             self.unverified = ("appendfsync: the server does not let this user read its configuration",)
             return
-        syncs = found.decode()
         self.unverified = ()
         if syncs == "no" or (self.durability == "full" and syncs != "always"):
             wanted = "always" if self.durability == "full" else "everysec"
@@ -93,6 +94,13 @@ class Requirements:
                 f"The run asks for durability {self.durability!r} (docs/guarantees.md).",
                 f"CONFIG SET appendfsync {wanted}, and the same in the server's configuration; "
                 "or set ledger.durability: head in the run file",
+            )
+
+        if found.get("no-appendfsync-on-rewrite") == "yes":
+            raise self._refused(
+                "does not sync its append-only file while it rewrites it (no-appendfsync-on-rewrite yes)",
+                "A checkpoint would wait for each rewrite, and a power failure take all since its start.",
+                "CONFIG SET no-appendfsync-on-rewrite no, and the same in the server's configuration",
             )
 
     def _check_wait(self, link: Link) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.durable_files import sync_folder
-from paceline.ledger.image import Row, Standing
+from paceline.ledger.image import Row, Standing, appeared
 from paceline.ledger.stores.sqlite.ledger import SQLiteLedger
 from paceline.ledger.stores.sqlite.run_row import READ, RunRow
 from paceline.ledger.stores.sqlite.view import SQLiteView
@@ -75,6 +75,7 @@ class FileImage:
 
     def __init__(self, path: Path) -> None:
         self.path, self._copy = path, path.with_name(path.name + ".copy")
+        self._over: Standing | None = None
 
     def rows(self) -> Iterator[Row]:
         SQLiteView(self.path)  # raises before a ledger is created
@@ -87,7 +88,8 @@ class FileImage:
         snapshot = SQLiteView(self.path).snapshot()
         return Standing(dict(snapshot.facts), snapshot.lsn, str(self.path.resolve()))
 
-    def write(self, rows: Iterable[Row]) -> None:
+    def write(self, rows: Iterable[Row], over: Standing | None) -> None:
+        self._over = over
         _remove(self._copy)
         with closing(SQLiteLedger(self._copy)) as ledger, ledger._mutation(None, final=True) as operation:
             for table, row in rows:
@@ -102,6 +104,8 @@ class FileImage:
             yield from rows_of(ledger)
 
     def finish(self) -> None:
+        if self.standing() != self._over:
+            raise appeared(str(self.path))
         _remove(self.path)
         self._copy.rename(self.path)
         _remove(self._copy)

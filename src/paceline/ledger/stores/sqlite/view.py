@@ -56,6 +56,9 @@ class SQLiteView:
         """That step, or the steps that contain the sample; archived ones too."""
         return self._ask(lambda ledger: list(ledger.history(step=step, sample_id=sample_id)))
 
+    def close(self) -> None:
+        """It keeps nothing open between two questions."""
+
     # -- opening ---------------------------------------------------------------------------
 
     def _ask(self, question: Callable[[SQLiteLedger], T]) -> T:

@@ -22,13 +22,10 @@ end
 
 -- Planned steps after one and through another, in order.
 local function planned_after(after, through)
-  local steps = {}
-  for step in pairs(plans:load_all()) do
-    if step > after and step <= through then
-      steps[#steps + 1] = step
-    end
+  local steps = plans:numbers_from(after + 1)
+  while #steps > 0 and steps[#steps] > through do
+    steps[#steps] = nil
   end
-  table.sort(steps)
   return steps
 end
 

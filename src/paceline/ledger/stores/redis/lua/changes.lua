@@ -140,6 +140,10 @@ end
 local function make_change(name, arguments)
   run = read_run()
   if name == 'clear' then
+    local _, seen, changes = unpack(arguments, 1, 3)
+    if run and not run.loading and (run.identity ~= seen or run.lsn ~= changes) then
+      return answer('appeared', NULL)
+    end
     redis.call('UNLINK', unpack(KEYS))
     return create(arguments[1], 1)
   end

@@ -5,19 +5,25 @@ local function bit_of(value)
   return value and 1 or 0
 end
 
--- The next rows of a table with numbered rows, each shown by `show(row, number)`.
-local function numbered(rows, after, show)
-  local numbers, found = {}, {}
-  for number in pairs(rows:load_all()) do
-    if number > after then
+-- The next rows of a table with numbered rows, each shown by `show(row, number)`. `elsewhere`: the numbers of
+-- those that have no row in the hash.
+local function numbered(rows, after, show, elsewhere)
+  local numbers, page, found = rows:numbers_from(after + 1), {}, {}
+  local packed = is_member(numbers)
+  for _, number in ipairs(elsewhere or {}) do
+    if number > after and not packed[number] then
       numbers[#numbers + 1] = number
     end
   end
   table.sort(numbers)
   for at = 1, math.min(#numbers, PAGE) do
-    found[at] = show(rows:get(numbers[at]), numbers[at])
+    page[at] = numbers[at]
   end
-  return {found, #numbers > PAGE and numbers[PAGE] or NULL}
+  rows:load(page)
+  for at, number in ipairs(page) do
+    found[at] = show(rows:get(number), number)
+  end
+  return {found, #numbers > PAGE and page[PAGE] or NULL}
 end
 
 local DUMP = {}
@@ -65,12 +71,11 @@ function DUMP.prompt(after)
   for at, pair in ipairs(pairs_in(KEY.leases)) do
     leased[at] = tonumber(pair[1])
   end
-  prompts:load(leased)
   return numbered(prompts, after, function(prompt, ordinal)
     return {
       ordinal, prompt.state, bit_of(prompt.again), prompt.worker, prompt.attempt, prompt.deaths, prompt.reason,
     }
-  end)
+  end, leased)
 end
 
 function DUMP.intent(after)

@@ -72,15 +72,24 @@ function LOADED.archive(steps)
   later('ZADD', KEY.blocks, steps[#steps][1], steps[1][1])
 end
 
+-- The copy that the caller began; another one may have taken its place.
+local function check_copy(identity)
+  if not run.loading or run.identity ~= identity then
+    refuse('appeared')
+  end
+end
+
 -- Until `loaded` nobody finds a ledger here.
-function change.load(rows)
+function change.load(identity, rows)
+  check_copy(identity)
   for _, row in ipairs(rows) do
     LOADED[row[1]](row[2])
   end
   return NULL
 end
 
-function change.loaded()
+function change.loaded(identity)
+  check_copy(identity)
   run.loading = nil
   return NULL
 end

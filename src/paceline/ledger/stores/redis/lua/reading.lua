@@ -1,7 +1,7 @@
 -- Questions: they write nothing, and each is answered from one state of the ledger.
 
 local ask = {}
-local PAGE = 2000
+local PAGE, STEPS = 2000, 64
 
 -- The first place that a sample may still take.
 local function settled()
@@ -170,9 +170,13 @@ function ask.history(after, through, sample_id)
     local is_told = not sample_id or string.find(packed, sample_id, 1, true)
     return {is_told and cmsgpack.unpack(packed) or {}, last}
   end
-  local found, steps = {}, planned_after(after, through)
-  for at = 1, math.min(#steps, 64) do
-    found[at] = trained_step(steps[at], plans:get(steps[at]))
+  local found, steps, page = {}, planned_after(after, through), {}
+  for at = 1, math.min(#steps, STEPS) do
+    page[at] = steps[at]
   end
-  return {found, #steps > 64 and steps[64] or NULL}
+  plans:load(page)
+  for at, step in ipairs(page) do
+    found[at] = trained_step(step, plans:get(step))
+  end
+  return {found, #steps > STEPS and page[STEPS] or NULL}
 end

@@ -94,6 +94,19 @@ function Rows:load(ids)
   end
 end
 
+-- The numbers of all rows from `first` on, in order.
+function Rows:numbers_from(first)
+  local found = {}
+  for _, text in ipairs(redis.call('HKEYS', self.key)) do
+    local number = tonumber(text)
+    if number >= first then
+      found[#found + 1] = number
+    end
+  end
+  table.sort(found)
+  return found
+end
+
 function Rows:load_all()
   local known = self.known
   for _, pair in ipairs(pairs_in(self.key)) do
