@@ -339,6 +339,26 @@ def plan(
 
 @app.command()
 @advises
+def bench(
+    run_file: RunFile,
+    seconds: Annotated[
+        float, typer.Option(help="For capture, store and training together.", min=1.0, max=3600.0)
+    ] = 120.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="As JSON; docs/first-hour.md has the fields.")
+    ] = False,
+) -> None:
+    """Time a run's engine, store and training step here.
+
+    The figures lie in the run's directory, and `paceline plan` reads them. The run itself is not touched.
+    """
+    from paceline.cli.bench import bench as measure
+
+    measure(run_file, seconds, as_json=as_json)
+
+
+@app.command()
+@advises
 def doctor(
     run_file: Annotated[
         Path | None, typer.Argument(metavar="[RUN.yaml]", help="A run to look at, too.", readable=False)

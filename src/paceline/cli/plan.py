@@ -135,9 +135,11 @@ def _time(found: CostPlan) -> Iterator[str]:
     yield f"{_clock(time.total_s)}, evaluations and starts not counted"
     order = "side by side" if time.together else "in turns, for they share processors or a GPU"
     yield f"capture {_clock(time.capture_s)}, training {_clock(time.training_s)}, {order}"
-    yield {"capture": "capture binds", "training": "training binds", "both": "both sides are busy"}[
-        time.binds
-    ]
+    yield {
+        "capture": "capture binds",
+        "training": "training binds",
+        "both": "both sides are busy: neither waits long for the other",
+    }[time.binds]
     if time.advice:
         yield time.advice
     yield f"by {time.source}"

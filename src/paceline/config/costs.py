@@ -16,7 +16,7 @@ class CostsSection(Section):
 
     `capture_tokens_per_s`: tokens that one producer's target writes (or, of given answers, reads) a second.
     `train_tokens_per_s`: tokens to predict that are trained a second, each visit counted. `store_mib_per_s`:
-    into the feature store and out of it again. `measured`: where and when, in words.
+    into the feature store. `measured`: where and when, in words.
     """
 
     changeable: ClassVar[tuple[str, ...]] = ("*",)

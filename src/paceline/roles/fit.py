@@ -10,6 +10,7 @@ from paceline.config.run import RunConfig
 from paceline.engines.served.settings import ServedSection
 from paceline.errors import ConfigError
 from paceline.roles.footprint import Disk, Process
+from paceline.roles.forecast import threads_of
 from paceline.roles.machine import Machine
 from paceline.roles.plan import RunPlan, window_size
 from paceline.roles.preflight import CHECKS, ON_THIS_MACHINE, Finding
@@ -135,13 +136,12 @@ def _host_memory(layout: Layout) -> Iterator[Finding]:
 
 
 def _processors(layout: Layout) -> Iterator[Finding]:
-    machine, there = layout.plan.config.machine, layout.machine.processors
-    asked = machine.producers * machine.producer_threads + machine.consumer_threads
+    asked, there = threads_of(layout.plan.config), layout.machine.processors
     if asked > there:
         yield Finding(
             f"The roles compute with {asked} threads, and this machine has {there} processors: they take "
             "turns.",
-            "Lower machine.producers, producer_threads or consumer_threads.",
+            "Lower machine.producers, machine.trainers, producer_threads or consumer_threads.",
         )
 
 

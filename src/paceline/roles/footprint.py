@@ -19,6 +19,7 @@ from paceline.engines.vllm.settings import VllmSection
 from paceline.roles.lengths import Lengths
 from paceline.roles.machine import Machine
 from paceline.roles.plan import RunPlan, window_size
+from paceline.roles.trainers import trainer_roles
 from paceline.section import Section
 from paceline.target.facts import TargetFacts
 from paceline.target.shape import BYTES, LayerSizes, TargetShape
@@ -175,18 +176,25 @@ def processes_of(
                 memory_bytes=shape.weights_bytes,
             )
         )
-    found.append(
+    return [*found, *_trainers(config, shape, machine, trained)]
+
+
+def _trainers(config: RunConfig, shape: TargetShape, machine: Machine, trained: int | None) -> list[Process]:
+    """The consumer, and the other ranks: each has the draft, and on GPUs the next device."""
+    device, memory = machine.device(config.training.device), None
+    if trained is not None:
+        memory = TRAINED_BYTES * trained + _head_bytes(shape.sizes, shape)
+    first = int(device.partition(":")[2] or 0) if device != "cpu" else 0
+    return [
         Process(
-            role="consumer",
-            device=machine.device(config.training.device),
-            threads=threads.consumer_threads,
+            role=role,
+            device="cpu" if device == "cpu" else f"cuda:{first + rank}",
+            threads=config.machine.consumer_threads,
             what="the draft, its optimizer, the target's embedding and lm_head",
-            memory_bytes=None
-            if trained is None
-            else TRAINED_BYTES * trained + _head_bytes(shape.sizes, shape),
+            memory_bytes=memory,
         )
-    )
-    return found
+        for rank, role in enumerate(trainer_roles(config))
+    ]
 
 
 def _target_bytes(shape: TargetShape, config: RunConfig, machine: Machine) -> int:
@@ -231,7 +239,7 @@ def disk_of(plan: RunPlan, shape: TargetShape, lengths: Lengths, trained: int | 
             for name in config.export.formats
         )
     answers = int(samples * (ANSWER_BYTES + TOKEN_BYTES * lengths.sample))
-    logs = FILE_BYTES_MAX * 2 * (config.machine.producers + 2)
+    logs = FILE_BYTES_MAX * 2 * (config.machine.producers + config.machine.trainers + 1)
     in_flight = min(samples, window_of(config, 1 + (config.features.budget_mib << 10)).samples)
     ledger = in_flight * LEDGER_BYTES + samples * ARCHIVED_BYTES
     fetched = shape.weights_bytes if download else 0

@@ -7,6 +7,7 @@ from paceline.engines.served.settings import ServedSection
 from paceline.roles.footprint import Process
 from paceline.roles.lengths import Lengths
 from paceline.roles.rates import Rates
+from paceline.roles.trainers import trainer_roles
 from paceline.section import Section
 
 EVEN = 1.25  # sides whose times differ by less are both busy
@@ -51,7 +52,7 @@ def time_of(
     samples = num_samples * config.training.passes
     if config.training.max_steps is not None:
         samples = min(samples, config.training.max_steps * config.training.batch_size)
-    training_s = samples * lengths.answers / rates.train_tokens_per_s
+    training_s = samples * lengths.answers / rates.train_tokens_per_s / config.machine.trainers
     first_s = capture_s * min(1.0, config.method.first_samples / max(1, num_samples))
     together = not _share(config, processes, room)
     beside = max(capture_s - first_s, training_s)
@@ -71,12 +72,19 @@ def time_of(
 
 def _share(config: RunConfig, processes: list[Process], room: int) -> bool:
     """Whether producers and consumer take turns on one GPU or on too few processors."""
-    consumer = processes[-1].device
-    others = {part for one in processes[:-1] for part in one.device.split(", ")}
-    if consumer != "cpu":
-        return consumer in others
-    threads = config.machine.producers * config.machine.producer_threads + config.machine.consumer_threads
-    return "cpu" in others and threads > room
+    trainers = {one.device for one in processes if one.role in trainer_roles(config)}
+    others = {
+        part for one in processes if one.role not in trainer_roles(config) for part in one.device.split(", ")
+    }
+    if trainers != {"cpu"}:
+        return bool(trainers & others)
+    return "cpu" in others and threads_of(config) > room
+
+
+def threads_of(config: RunConfig) -> int:
+    """Threads that compute at the same time, of all roles."""
+    machine = config.machine
+    return machine.producers * machine.producer_threads + machine.trainers * machine.consumer_threads
 
 
 def _binds(capture_s: float, training_s: float) -> str:
@@ -88,7 +96,7 @@ def _binds(capture_s: float, training_s: float) -> str:
 def _advice(config: RunConfig, capture_s: float, training_s: float) -> str:
     """One sentence, for a side that waits for the other."""
     if _binds(capture_s, training_s) == "both":
-        return "Neither side waits long for the other."
+        return ""
     if capture_s > training_s:
         most = max(1, int(config.training.passes * capture_s / training_s))
         more = f"training.passes up to {most} cost no time" if most > config.training.passes else ""
@@ -100,5 +108,5 @@ def _advice(config: RunConfig, capture_s: float, training_s: float) -> str:
         if config.data.answers == "target":
             how += ", or lower data.max_answer_tokens"
         return f"The trainer waits for samples: {how}{'; ' if more else ''}{more}."
-    fewer = " or lower training.passes" if config.training.passes > 1 else ""
-    return f"The producers wait for the trainer: give it another device or more threads{fewer}."
+    fewer = ", and so do fewer training.passes" if config.training.passes > 1 else ""
+    return f"The producers wait for the trainer: more threads, a GPU or machine.trainers help{fewer}."
