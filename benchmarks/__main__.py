@@ -30,6 +30,7 @@ MODULES = (
     "growth",
     "checkpoint",
     "training_step",
+    "trainers",
     "capture",
     "pipeline",
 )

@@ -26,6 +26,7 @@ SUITES = [
     "simulation",
     "kill_schedules",
     "random_kills",
+    "ranks",
     "mutants",
     "ledger_model",
     "ledger_on_a_server",

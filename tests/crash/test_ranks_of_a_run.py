@@ -40,7 +40,7 @@ class Broken(SyntheticEngine):
         return captured
 
 def start(name, ranks, victim, point, turn, stops, breaks):
-    def prepare(_, run):
+    def prepare(run):
         run.engine = Broken() if breaks else run.engine
     strike = Strike(victim, point, turn, signal.SIGSTOP if stops else signal.SIGKILL)
     codes = one_attempt(

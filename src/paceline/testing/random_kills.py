@@ -1,6 +1,6 @@
 """The real command on a tiny real target, with its processes killed at random times until it has finished.
 
-    python -m paceline.testing.random_kills --seed 3 [--kills 6]
+    python -m paceline.testing.random_kills --seed 3 [--kills 6] [--ranks 2]
 
 The kills strike anywhere: in imports, while a model loads, in the middle of a system call. The seed fixes
 which process dies after how long, not what it is doing then. The run must end in the weights of the
@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 
 from paceline.ledger.locks import live_holder
-from paceline.roles.workers import known_roles
+from paceline.roles.trainers import known_ranks
+from paceline.roles.workers import is_producer, known_roles
 from paceline.testing.small_run import same_bits
 from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.testing.tiny_run import TinyRun
@@ -69,14 +70,15 @@ def train_with_kills(run: TinyRun, rng: random.Random, kills: int) -> Counter[st
 
 def _strike(run: TinyRun, train: subprocess.Popen[str], victim: str, rng: random.Random) -> bool:
     """Whether it was there to be killed."""
-    roles = known_roles(run.directory)
+    producers = [role for role in known_roles(run.directory) if is_producer(role)]
+    ranks = ["consumer", *known_ranks(run.directory)]
     if victim == "consumer":
-        return _kill(live_holder(run.directory, victim))
+        return _kill(live_holder(run.directory, ranks[rng.randrange(len(ranks)) if ranks[1:] else 0]))
     if victim == "producer":  # one of several
-        return _kill(live_holder(run.directory, rng.choice([role for role in roles if role != "consumer"])))
+        return _kill(live_holder(run.directory, rng.choice(producers)))
     if victim == "everything":
         train.send_signal(signal.SIGSTOP)  # so that it cannot start a role again
-        for role in roles:
+        for role in (*producers, *ranks):
             _kill(live_holder(run.directory, role))
     train.kill()
     return True
@@ -110,35 +112,40 @@ def check(run: TinyRun, wanted: dict[str, torch.Tensor]) -> None:
         raise Violation(f"after the run in {run.folder}: {wrong}")
 
 
-def undisturbed(folder: Path, model: Path) -> dict[str, torch.Tensor]:
-    run = make_run(folder, model)
+def undisturbed(folder: Path, model: Path, ranks: int = 1) -> dict[str, torch.Tensor]:
+    run = make_run(folder, model, trainers=ranks)
     train_with_kills(run, random.Random(0), kills=0)
     return run.final_weights()
 
 
-def execute(seed: int, kills: int, model: Path, wanted: dict[str, torch.Tensor]) -> Counter[str]:
-    """One run in a folder of its own; of every second seed with three producers. Raises Violation, with the
-    command that repeats it."""
+def execute(
+    seed: int, kills: int, model: Path, wanted: dict[str, torch.Tensor], ranks: int = 1
+) -> Counter[str]:
+    """One run in a folder of its own; of every second seed with three producers, with several ranks two.
+
+    Raises Violation, with the command that repeats it.
+    """
     folder = Path(tempfile.mkdtemp(prefix="paceline-killed-"))
-    run = make_run(folder, model, producers=3 if seed % 2 else 1, producer_timeout_s=5)
+    producers = 2 if ranks > 1 else 3 if seed % 2 else 1
+    run = make_run(folder, model, producers=producers, producer_timeout_s=5, trainers=ranks)
     try:
         counts = train_with_kills(run, random.Random(seed), kills)
         check(run, wanted)
     except Violation as violation:
-        command = f"python -m {__spec__.name} --seed {seed} --kills {kills}"
+        command = f"python -m {__spec__.name} --seed {seed} --kills {kills} --ranks {ranks}"
         raise Violation(f"{violation}\nthe run is in {folder}\nrepeat: {command}") from violation
     shutil.rmtree(folder)
     return counts
 
 
-def execute_all(seeds: range, kills: int) -> Counter[str]:
-    """One run a seed, against one that nothing happened to. Raises Violation."""
+def execute_all(seeds: range, kills: int, ranks: int = 1) -> Counter[str]:
+    """One run a seed, against one of as many ranks that nothing happened to. Raises Violation."""
     total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         model = make_tiny_folder(Path(name) / "model")
-        wanted = undisturbed(Path(name) / "undisturbed", model)
+        wanted = undisturbed(Path(name) / "undisturbed", model, ranks)
         for seed in seeds:
-            total += execute(seed, kills, model, wanted)
+            total += execute(seed, kills, model, wanted, ranks)
     total["runs"] = len(seeds)
     return total
 
@@ -147,8 +154,9 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--kills", type=int, default=6)
+    arguments.add_argument("--ranks", type=int, default=1)
     given = arguments.parse_args()
-    counts = execute_all(range(given.seed, given.seed + 1), given.kills)
+    counts = execute_all(range(given.seed, given.seed + 1), given.kills, given.ranks)
     sys.stdout.write(f"{dict(counts)}\n")
 
 

@@ -10,6 +10,7 @@ import signal
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from paceline.testing.synthetic import synthetic_head
 from paceline.training.group import Group
 from paceline.training.ranks import Follower, hear_begin
 from paceline.training.torch_learner import TorchLearner
+from paceline.training.trainer import Trainer
 from paceline.training.worker import Worker
 
 BUDGET_BYTES = 8 << 20
@@ -33,12 +35,15 @@ BUDGET_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Strike:
-    """`victim` gets the signal when it reaches `point` for the `turn`-th time."""
+    """`victim` (a rank, or a producer's role) gets the signal at `point`, reached for the `turn`-th time."""
 
-    victim: int = -1
+    victim: int | str = -1
     point: str = ""
     turn: int = 1
     number: signal.Signals = signal.SIGKILL
+
+    def arm(self) -> None:
+        watch(Armed(self.point, self.turn, self.number))
 
 
 def one_attempt(
@@ -47,21 +52,22 @@ def one_attempt(
     strike: Strike | None = None,
     *,
     timeout_s: float = 60.0,
-    prepare: Callable[[int, SmallRun], None] = lambda _, __: None,
+    prepare: Callable[[SmallRun], None] = lambda _: None,
     **shape: Any,
 ) -> list[int]:
     """All ranks from the newest checkpoint on, until each has ended; their exit codes, in rank order.
 
-    A rank that was stopped is killed once the others have ended. `prepare` is called in each rank before it
-    begins; `shape`: of the run. The weights of a run that came to its end lie in final.safetensors.
+    Rank 0 also captures. A rank that was stopped is killed once the others have ended. `prepare` is called in
+    each rank before it begins; `shape`: of the run. The weights of a run that came to its end lie in
+    final.safetensors.
     """
     meeting = MeetingPoint(ranks)
     pids: dict[int, int] = {}
     for rank in range(ranks):
-        pid = os.fork()
-        if pid == 0:
-            _life(folder, meeting.environment(rank), strike or Strike(), timeout_s, prepare, shape)
-        pids[pid] = rank
+        armed = strike if strike is not None and strike.victim == rank else None
+        pids[forked(folder, partial(_rank, meeting.environment(rank), timeout_s, prepare), armed, shape)] = (
+            rank
+        )
     meeting.close()
     codes: dict[int, int] = {}
     while len(codes) < ranks:
@@ -74,37 +80,19 @@ def one_attempt(
     return [codes[rank] for rank in range(ranks)]
 
 
-def _life(
-    folder: Path,
-    environment: Mapping[str, str],
-    strike: Strike,
-    timeout_s: float,
-    prepare: Callable[[int, SmallRun], None],
-    shape: Mapping[str, Any],
-) -> None:
-    """A rank's. Never returns."""
+def forked(
+    folder: Path, work: Callable[[SmallRun], None], strike: Strike | None, shape: Mapping[str, Any]
+) -> int:
+    """Fork a process of the run; returns its id. What it ended with is told in the folder."""
+    pid = os.fork()
+    if pid:
+        return pid
     code = 1
     try:
         torch.set_num_threads(1)
-        place = place_in(environment)
-        rank = 0 if place is None else place.rank
-        if rank == strike.victim:
-            watch(Armed(strike.point, strike.turn, strike.number))
-        store = SharedMemoryFeatureStore(folder / "features", budget_bytes=BUDGET_BYTES, owner=rank == 0)
-        run = SmallRun(folder, features=store, **shape)
-        prepare(rank, run)
-        device = torch.device("cpu")
-        group = None if place is None else Group(place, timeout_s=timeout_s, device=device)
-        if group is None or rank == 0:
-            trainer = run.run(group)
-            trainer.ranks.end()
-            assert store.usage().resident_samples == 0, "nothing may stay behind"
-            save_file(weights(trainer), folder / "final.safetensors")
-        else:
-            hear_begin(group)
-            learner = TorchLearner(run.method, synthetic_head(), run.settings, group)
-            worker = Worker(pointed(learner, "learner"), pointed(store, "features"))
-            Follower(worker, group, lambda: False).follow()
+        if strike is not None:
+            strike.arm()
+        work(SmallRun(folder, **shape))
         code = 0
     except PacelineError as error:
         (folder / f"ended-{os.getpid()}.txt").write_text(str(error))
@@ -113,3 +101,49 @@ def _life(
         (folder / f"broken-{os.getpid()}.txt").write_text(traceback.format_exc())
     finally:
         os._exit(code)
+
+
+def _rank(
+    environment: Mapping[str, str], timeout_s: float, prepare: Callable[[SmallRun], None], run: SmallRun
+) -> None:
+    group, store = join(run, environment, timeout_s, captures=True)
+    prepare(run)
+    if group is not None and group.rank:
+        follow(run, group)
+        return
+    trainer = run.run(group)
+    trainer.ranks.end()
+    finish(run, trainer, store)
+
+
+def join(
+    run: SmallRun, environment: Mapping[str, str], timeout_s: float, *, captures: bool
+) -> tuple[Group | None, SharedMemoryFeatureStore]:
+    """`captures`: rank 0 is also the producer."""
+    place = place_in(environment)
+    is_first = place is None or place.rank == 0
+    store = open_store(run, owner=captures and is_first)
+    device = torch.device("cpu")
+    return None if place is None else Group(place, timeout_s=timeout_s, device=device), store
+
+
+def open_store(run: SmallRun, *, owner: bool, writer: int = 0) -> SharedMemoryFeatureStore:
+    folder = run.folder / "features"
+    run.features = store = SharedMemoryFeatureStore(
+        folder, budget_bytes=BUDGET_BYTES, owner=owner, writer=writer
+    )
+    return store
+
+
+def follow(run: SmallRun, group: Group) -> None:
+    """As a rank other than 0."""
+    hear_begin(group)
+    learner = TorchLearner(run.method, synthetic_head(), run.settings, group)
+    worker = Worker(pointed(learner, "learner"), pointed(run.features, "features"))
+    Follower(worker, group, lambda: False).follow()
+
+
+def finish(run: SmallRun, trainer: Trainer, store: SharedMemoryFeatureStore) -> None:
+    """Check that nothing stays behind, and keep the weights."""
+    assert store.usage().resident_samples == 0, "nothing may stay behind"
+    save_file(weights(trainer), run.folder / "final.safetensors")
