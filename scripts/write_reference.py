@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from paceline.cli.error_reference import error_tables
 from paceline.cli.reference import command_tables
 from paceline.config.reference import run_file_tables
 from paceline.monitoring.reference import BEGIN, metrics_table, status_tables
@@ -12,6 +13,7 @@ from paceline.monitoring.reference import BEGIN, metrics_table, status_tables
 DOCS = Path(__file__).parents[1] / "docs"
 GENERATED: dict[str, Callable[[], str]] = {
     "cli.md": command_tables,
+    "errors.md": error_tables,
     "metrics.md": metrics_table,
     "run-file.md": run_file_tables,
     "status.md": status_tables,

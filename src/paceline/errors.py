@@ -1,32 +1,6 @@
-"""Every error Paceline raises on purpose.
+"""Every error Paceline raises on purpose: one tree, and docs/errors.md is written from it and its texts.
 
-    PacelineError
-    ├── ConfigError          the run file, the prompt file or the machine does not fit  (ValueError) 2
-    │   └── LedgerMissingError     there is no ledger where one is looked at
-    ├── RunBusyError         another live process already holds this role of the run                  3
-    ├── EngineError          the target model cannot be loaded or run                                 4
-    │   ├── CaptureMismatchError   captured states do not reproduce the model's own argmax
-    │   └── ServerUnavailableError the engine's server does not answer; no prompt is to blame
-    ├── StoreError           the feature store (data plane)                                           5
-    │   ├── FeatureMissingError    no sealed bytes under that key                         (KeyError)
-    │   │   └── FeatureStoreElsewhereError   the ref names another store than the one here
-    │   ├── FeatureCorruptError    sealed bytes do not match their digest
-    │   └── StoreFullError         no room for another sample                             (OSError)
-    ├── LedgerError          the metadata store (control plane)                                       6
-    │   ├── FencedError            a newer process took over this role                              11
-    │   ├── IllegalTransitionError the protocol forbids this change of state
-    │   ├── IntentRevokedError     the byte intents of this commit were revoked; write the bytes again
-    │   ├── UnknownResultError     it is unknown whether the change was made; repeat it
-    │   ├── LedgerRegressedError   the ledger has lost changes that this process knows of
-    │   └── SchemaError            this version cannot open the database
-    ├── CheckpointError      no valid checkpoint where one is needed                                  7
-    │   └── CheckpointDamagedError it is missing, or not as it was written
-    ├── TrainingError        the optimizer step itself failed (loss is not a number)                  8
-    ├── ExportError          an exported folder does not draft as the checkpoint does                  10
-    ├── RanksError           a rank of the training died, is late, or contradicts another one         12
-    └── UnforeseenError      any other exception, reported in the same three parts                    1
-
-The numbers are exit codes. A message has three parts: what happened, with ids and values; why it matters;
+A message has three parts: what happened, with ids and values; why it matters;
 the next command to type. They are separate arguments so that every error comes with advice.
 """
 
@@ -52,99 +26,119 @@ class PacelineError(Exception):
 
 
 class ConfigError(PacelineError, ValueError):
+    """The run file, the data, an option or the machine does not fit."""
+
     exit_code = 2
 
 
 class LedgerMissingError(ConfigError):
-    pass
+    """There is no ledger where one is looked at."""
 
 
 class RunBusyError(PacelineError):
+    """Another live process holds this role of the run."""
+
     exit_code = 3
 
 
 class EngineError(PacelineError):
+    """The target cannot be loaded or run."""
+
     exit_code = 4
 
 
 class CaptureMismatchError(EngineError):
-    pass
+    """Captured states do not reproduce what the model itself computes."""
 
 
 class ServerUnavailableError(EngineError):
-    pass
+    """The engine's server does not answer; no prompt is to blame."""
 
 
 class StoreError(PacelineError):
+    """The feature store, which holds the tensors, fails."""
+
     exit_code = 5
 
 
 class FeatureMissingError(StoreError, KeyError):
-    pass
+    """No sealed bytes lie under that key."""
 
 
 class FeatureStoreElsewhereError(FeatureMissingError):
-    pass
+    """The features lie in another store than the one here."""
 
 
 class FeatureCorruptError(StoreError):
-    pass
+    """Sealed bytes do not match their digest."""
 
 
 class StoreFullError(StoreError, OSError):
-    pass
+    """There is no room for another sample."""
 
 
 class LedgerError(PacelineError):
+    """The ledger, which holds the metadata, fails or does not fit the run."""
+
     exit_code = 6
 
 
 class FencedError(LedgerError):
+    """A newer process has taken over this role."""
+
     exit_code = 11
 
 
 class IllegalTransitionError(LedgerError):
-    pass
+    """The protocol forbids this change of state."""
 
 
 class IntentRevokedError(LedgerError):
-    pass
+    """The right to write these bytes was revoked; they are to be written again."""
 
 
 class UnknownResultError(LedgerError):
-    pass
+    """It is unknown whether the change was made; it may be repeated."""
 
 
 class LedgerRegressedError(LedgerError):
-    pass
+    """The ledger has lost changes that this process knows of."""
 
 
 class SchemaError(LedgerError):
-    pass
+    """This version cannot open the database, or it is damaged."""
 
 
 class CheckpointError(PacelineError):
+    """There is no valid checkpoint where one is needed."""
+
     exit_code = 7
 
 
 class CheckpointDamagedError(CheckpointError):
-    pass
+    """A checkpoint is missing, or not as it was written."""
 
 
 class TrainingError(PacelineError):
+    """The optimizer step itself failed, as by a loss that is not a number."""
+
     exit_code = 8
 
 
 class ExportError(PacelineError):
+    """An exported folder does not draft as the checkpoint does."""
+
     exit_code = 10
 
 
 class RanksError(PacelineError):
+    """A rank of the training died, is late, or contradicts another one."""
+
     exit_code = 12
 
 
 class UnforeseenError(PacelineError):
-    pass
+    """Any other exception, told in the same three parts."""
 
 
 _OF_THE_SYSTEM = {

@@ -81,8 +81,8 @@ def speculative_generate(
     """
     if not 1 <= drafting.num_tokens <= MAX_DRAFT_TOKENS:
         raise ConfigError(
-            f"{drafting.num_tokens} draft tokens lie outside 1..{MAX_DRAFT_TOKENS}",
-            why="the cache reserves room for one chain past the end of the answer",
+            f"{drafting.num_tokens} draft tokens lie outside 1..{MAX_DRAFT_TOKENS}.",
+            why="The cache reserves room for one chain past the end of the answer.",
             next="use 3 or 4 for a chain, 7 for a tree",
         )
     choose = _Chooser(decoding, target.device)
@@ -171,8 +171,8 @@ def _tree_cycle(
 def _prefill(target: Verifier, prompt_ids: tuple[int, ...], decoding: Decoding) -> TargetStep:
     if not prompt_ids or decoding.max_new_tokens < 1:
         raise ConfigError(
-            f"nothing to decode: {len(prompt_ids)} prompt tokens, max_new_tokens={decoding.max_new_tokens}",
-            why="a decoder needs at least one token to start from and one to produce",
+            f"Nothing to decode: {len(prompt_ids)} prompt tokens, max_new_tokens={decoding.max_new_tokens}.",
+            why="A decoder needs at least one token to start from and one to produce.",
             next="give a prompt and max_new_tokens >= 1",
         )
     target.start(len(prompt_ids) + decoding.max_new_tokens + MAX_DRAFT_TOKENS)

@@ -219,7 +219,7 @@ class LlamaTarget:
 def _require_plain_llama(head: TargetHead) -> None:
     if reason := why_not_plain_llama(head.config):
         raise ConfigError(
-            f"cannot evaluate on this target: {reason}",
-            why="acceptance would be measured against another model than the one that was captured",
+            f"This target cannot be evaluated: {reason}.",
+            why="Acceptance would be measured against another model than the one that was captured.",
             next="evaluate in the serving engine; evaluation.unsupported: skip trains without measuring",
         )

@@ -45,7 +45,7 @@ def refuse_too_long(capacity: int, positions: int | None) -> None:
     """Raise ConfigError for a sequence of more tokens than the target has positions (None: no limit)."""
     if positions is not None and capacity > positions:
         raise ConfigError(
-            f"a sequence of {capacity} tokens exceeds the target's {positions} positions",
-            why="positions past the trained range give meaningless logits",
+            f"A sequence of {capacity} tokens exceeds the target's {positions} positions.",
+            why="Positions past the trained range give meaningless logits.",
             next="lower max_new_tokens or shorten the prompt",
         )

@@ -146,8 +146,8 @@ class TensorFiles:
         if missing:
             raise ConfigError(
                 f"{self.folder} has no tensor named {missing[0]} "
-                f"({len(missing)} of {len(names)} names missing)",
-                why="the draft reads the target's embedding, final norm and lm_head by their names",
+                f"({len(missing)} of {len(names)} names missing).",
+                why="The draft reads the target's embedding, final norm and lm_head by their names.",
                 next="check that the folder is complete, or use a target of another family",
             )
         tensors: dict[str, torch.Tensor] = {}

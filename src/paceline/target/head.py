@@ -164,8 +164,8 @@ class TargetHead:
             missing = next((name for name in names if files and name not in files), "a model folder")
             missing = "plain RMSNorm" if other_norms else missing
             raise ConfigError(
-                f"the target's layer {index} cannot be read as a Llama layer: there is no {missing}",
-                why="its weights have other names (mixture of experts, fused projections, other norms)",
+                f"The target's layer {index} cannot be read as a Llama layer: there is no {missing}.",
+                why="Its weights have other names (mixture of experts, fused projections, other norms).",
                 next='set method.init to "regression" or "random"',
             )
         tensors = files.read(names)

@@ -200,8 +200,8 @@ def _refuse_other_shapes(middle: nn.Module, layer: Mapping[str, torch.Tensor], h
         shape = (mine[0], mine[1] - hidden) if name.startswith(_READ_BY_BOTH_HALVES) else tuple(mine)
         if tuple(tensor.shape) != shape:
             raise ConfigError(
-                f"the target's last layer has {name} of shape {tuple(tensor.shape)}, the draft needs {shape}",
-                why='init = "target" copies that layer into the draft',
+                f"The target's last layer has {name} of shape {tuple(tensor.shape)}, not {shape}.",
+                why='init = "target" copies that layer into the draft.',
                 next='set method.init to "regression" or "random"',
             )
 

@@ -31,14 +31,14 @@ def choose_draft_vocab(
     forced = sorted(set(always))
     if not len(forced) <= draft_vocab_size <= vocab_size or draft_vocab_size < 1:
         raise ConfigError(
-            f"draft_vocab_size={draft_vocab_size} does not fit {vocab_size} tokens, {len(forced)} required",
-            why="the draft vocabulary is a subset of the target's that holds every required token",
+            f"draft_vocab_size={draft_vocab_size} does not fit {vocab_size} tokens, {len(forced)} required.",
+            why="The draft vocabulary is a subset of the target's that holds every required token.",
             next=f"set draft_vocab_size between {max(1, len(forced))} and {vocab_size}",
         )
     if forced and not 0 <= forced[0] <= forced[-1] < vocab_size:
         raise ConfigError(
-            f"required token ids {forced} do not lie in 0..{vocab_size - 1}",
-            why="a token outside the target vocabulary can never be generated",
+            f"Required token ids {forced} do not lie in 0..{vocab_size - 1}.",
+            why="A token outside the target vocabulary can never be generated.",
             next="check eos_token_id in the target's config.json",
         )
     weights = token_weights.to(torch.float64).clone()
