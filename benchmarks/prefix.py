@@ -135,7 +135,7 @@ def rows_of(
 
 def run(quick: bool) -> list[Row]:
     with tempfile.TemporaryDirectory(dir=os.environ.get("PACELINE_BENCH_DIR")) as place:
-        folder, seconds = Path(place), 0.5 if quick else 2.0
+        folder, seconds = Path(place), 1.0 if quick else 2.0
         disk = Disk(folder / "files", seconds)
         rows = list(
             rows_of("SQLite", "plain SQLite", lambda n: on_a_disk(disk, n), lambda: fresh(disk), quick)

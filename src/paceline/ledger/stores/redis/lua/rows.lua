@@ -11,6 +11,9 @@ local function in_chunks(command, key, values)
 end
 
 local function hmget(key, fields)
+  if #fields > 0 and #fields <= CHUNK then
+    return redis.call('HMGET', key, unpack(fields))
+  end
   local found = {}
   for first = 1, #fields, CHUNK do
     local last = math.min(first + CHUNK - 1, #fields)
