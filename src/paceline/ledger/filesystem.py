@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -22,16 +23,20 @@ def filesystem_of(path: Path) -> str:
     mounts = Path("/proc/self/mountinfo")
     if not mounts.exists():
         return ""
-    target = path.resolve()
-    best, kind = -1, ""
-    for line in mounts.read_text().splitlines():
+    target = os.path.join(path.resolve(), "")  # noqa: PTH118 (ends with a slash)
+    deepest, kind = "", ""
+    for line in os.fsdecode(mounts.read_bytes()).split("\n")[:-1]:
         left, _, right = line.partition(" - ")
-        point = Path(left.split()[4].replace("\\040", " "))
-        depth = len(point.parts)
-        # Later lines are mounted over earlier ones, so an equal depth replaces.
-        if depth >= best and (target == point or point in target.parents):
-            best, kind = depth, right.split()[0]
+        point = os.path.join(_unescaped(left.split(" ")[4]), "")  # noqa: PTH118
+        # Later lines are mounted over earlier ones, so the same point replaces.
+        if target.startswith(point) and len(point) >= len(deepest):
+            deepest, kind = point, right.split(" ")[0]
     return kind
+
+
+def _unescaped(point: str) -> str:
+    """A mount point, in which the kernel writes spaces, tabs, newlines and backslashes as octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), point) if "\\" in point else point
 
 
 def refuse_network_filesystem(path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from paceline.durable_files import sync_folder
 from paceline.ledger.image import Row, Standing, appeared
+from paceline.ledger.stores.sqlite.archive import compressed
 from paceline.ledger.stores.sqlite.ledger import SQLiteLedger
 from paceline.ledger.stores.sqlite.run_row import READ, RunRow
 from paceline.ledger.stores.sqlite.view import SQLiteView
@@ -63,7 +64,7 @@ def _stored(table: str, row: list[Any]) -> tuple[Any, ...]:
     if table == "archive":
         data = json.dumps(row, separators=(",", ":")).encode()
         finished = sum(visit[3] for _, _, visits in row for visit in visits)
-        return row[0][0], row[-1][0], finished, hashlib.sha256(data).hexdigest(), lzma.compress(data)
+        return row[0][0], row[-1][0], finished, hashlib.sha256(data).hexdigest(), compressed(data)
     if table == "plan":
         step, rev, sample_ids, deaths = row
         return step, rev, json.dumps(sample_ids), deaths
