@@ -14,6 +14,8 @@ from paceline.monitoring.waiting import MUCH, percent
 
 BAR = 16  # characters
 CURVE = 32
+PROCESSES_SHOWN = 12  # more would push the rest out of the window
+REASON_MAX = 300  # characters
 HEIGHTS = "▁▂▃▄▅▆▇█"
 STATE_STYLES = {
     "live": "bold green",
@@ -31,9 +33,11 @@ def screen(console: Console, s: RunStatus, problem: str = "", hint: str = "") ->
     flow.add_column()
     for name, text in draw.rows(s):
         flow.add_row(name, text)
-    parts: list[RenderableType] = [_title(s), Text(), flow, Text(), _processes(s)]
-    for line, style in _remarks(s, problem):
-        parts.append(plain(line, style))
+    parts: list[RenderableType] = [_title(s)]
+    if s.waiting.words:
+        parts.append(plain(s.waiting.words, "" if s.waiting.limits == "nothing" else "yellow"))
+    parts += [Text(), flow, Text(), _processes(s), Text()]
+    parts += [plain(_shortened(line), style) for line, style in _remarks(s, problem)]
     return Group(*parts, *([plain(hint, "dim")] if hint else []))
 
 
@@ -148,7 +152,7 @@ def _processes(s: RunStatus) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("process", "id", "does", "waits"):
         table.add_column(name)
-    for one in s.processes:
+    for one in s.processes[:PROCESSES_SHOWN]:
         pid = "" if one.pid is None else str(one.pid)
         place = f"{pid} on {one.host}" if one.host else pid
         much = any(share is not None and share >= MUCH for share in (one.waiting_share, one.idle_share))
@@ -158,6 +162,9 @@ def _processes(s: RunStatus) -> Table:
             plain(one.doing),
             plain(_waits(one), "yellow" if much and one.state == "live" else ""),
         )
+    more = len(s.processes) - PROCESSES_SHOWN
+    if more > 0:
+        table.add_row(plain(f"and {more} more"))
     return table
 
 
@@ -169,9 +176,8 @@ def _waits(one: Process) -> str:
 
 
 def _remarks(s: RunStatus, problem: str) -> Iterator[tuple[str, str]]:
-    yield "", ""
-    if s.waiting.words:
-        yield s.waiting.words, "bold" if s.waiting.limits != "nothing" else ""
+    if s.ranks:
+        yield f"ranks: {s.ranks}", ""
     if s.waits_for:
         yield f"training waits for {s.waits_for}", "yellow"
     if s.restarts:
@@ -189,6 +195,10 @@ def _remarks(s: RunStatus, problem: str) -> Iterator[tuple[str, str]]:
         yield f"early stop: {s.stopped_flat}", "yellow"
     if problem:
         yield problem, "red"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= REASON_MAX else f"{text[:REASON_MAX]} ..."
 
 
 def part_of(part: int, whole: int | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from paceline.roles.snapshot import finite_numbers
 
 WINDOW_S = 60.0
+LEAST_S = 2.0  # of a shorter time a share or a rate says nothing
 Events = Sequence[Mapping[str, Any]]
 
 
@@ -59,7 +60,7 @@ class Window:
             for event in self.events
             if name in (figures := finite_numbers(event)) and (time := time_of(event)) is not None
         ]
-        if self.seconds <= 0 or not told:
+        if self.seconds < LEAST_S or not told:
             return None
         before = next((value for time, value in reversed(told) if time <= self.begin), told[0][1])
         return min(1.0, max(0.0, (told[-1][1] - before) / self.seconds))
@@ -67,7 +68,7 @@ class Window:
     def rate(self, kind: str, name: str) -> float | None:
         """The sum of a figure of the events of a kind, a second; None if there were none."""
         total = self.total(kind, name)
-        return total / self.seconds if total and self.seconds > 0 else None
+        return total / self.seconds if total and self.seconds >= LEAST_S else None
 
 
 def time_of(event: Mapping[str, Any]) -> float | None:

@@ -30,7 +30,7 @@ from paceline.monitoring.schema import (
     Samples,
     Step,
 )
-from paceline.monitoring.shares import Window
+from paceline.monitoring.shares import LEAST_S, Window
 from paceline.monitoring.waiting import waiting_of
 from paceline.roles.evaluation_schedule import EVALUATOR
 from paceline.roles.snapshot import RunSnapshot, finite_numbers, open_run, since_start, take_snapshot
@@ -236,7 +236,7 @@ def _step(s: RunSnapshot, window: Window, consumer: Process) -> Step:
         tokens=int(last["num_tokens"]) if "num_tokens" in last else None,
         seconds=last.get("step_seconds"),
         wait_seconds=last.get("wait_seconds"),
-        per_second=steps / window.seconds if works and steps and window.seconds else None,
+        per_second=steps / window.seconds if works and steps and window.seconds >= LEAST_S else None,
     )
 
 
@@ -273,7 +273,9 @@ def _checkpoint(s: RunSnapshot) -> Checkpoint:
 
 
 def _checkpoint_share(window: Window) -> float | None:
-    return min(1.0, window.total("checkpoint", "stall_seconds") / window.seconds) if window.seconds else None
+    if window.seconds < LEAST_S:
+        return None
+    return min(1.0, window.total("checkpoint", "stall_seconds") / window.seconds)
 
 
 def _evaluation(s: RunSnapshot) -> Evaluation:

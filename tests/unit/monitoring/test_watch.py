@@ -243,3 +243,11 @@ def test_a_line_of_a_log_has_the_same_figures(status: RunStatus) -> None:
     text = line(status)
     assert "step 3 of 12: loss 2.500 | " in text
     assert "acceptance length 1.30 at 3 | restarts 2 | about 67 min left | the trainer waits 38 %" in text
+
+
+def test_many_producers_push_nothing_out_of_the_window(status: RunStatus) -> None:
+    """And a long reason takes no screen of its own."""
+    crowd = tuple(Process(role=f"producer-{number}", state="live") for number in range(40))
+    text = drawn(replace(status, processes=(*crowd, *status.processes), quarantined={"r/3": "x" * 9000}), 80)
+    assert "and 31 more" in text
+    assert len(text.splitlines()) < 45
