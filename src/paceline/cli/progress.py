@@ -1,4 +1,4 @@
-"""Shows a run's progress: a live table on a terminal, a line at intervals in a log."""
+"""Shows a run to the person who trains it: live on a terminal, as lines in a log, once as text."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from msgspec.structs import replace
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from paceline.cli.evaluate import verdict, with_interval
 from paceline.cli.plain import plain, say
+from paceline.cli.screen import is_live, line, screen
 from paceline.ledger.facts import ENGINE, TARGET_VARIES
 from paceline.ledger.records import PromptCounts
+from paceline.monitoring.status import status_of
 from paceline.roles.plan import RunPlan
 from paceline.roles.snapshot import RunSnapshot
-from paceline.roles.workers import CONSUMER, PRODUCER
+from paceline.roles.workers import CONSUMER
 
 LINE_EVERY_S = 15.0
+HINT = "Ctrl-C stops the run in good order; the same command goes on from there."
 POINTS_SHOWN = 8  # of the curve
 
 
@@ -29,7 +33,7 @@ class Progress:
     def __init__(self, console: Console, plan: RunPlan) -> None:
         self._console = console
         self._plan = plan
-        self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+        self._live = Live(console=console, auto_refresh=False) if is_live(console) else None
         self._started = time.monotonic()
         self._next_line = 0.0
         self._told: set[str] = set()
@@ -51,33 +55,17 @@ class Progress:
             if note not in self._told:
                 self._told.add(note)
                 say(self._console, note)
+        status = status_of(self._plan.config.run.directory, snapshot)
+        status = replace(status, prompts=replace(status.prompts, planned=self._plan.num_samples))
         if self._live:
-            self._live.update(_table(snapshot, self._plan, elapsed))
+            self._live.update(screen(self._console, status, hint=HINT), refresh=True)
         elif elapsed >= self._next_line:
             self._next_line = elapsed + LINE_EVERY_S
-            say(self._console, _line(snapshot, self._plan, elapsed))
+            say(self._console, f"{_clock(elapsed)} | {line(status)}")
 
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60:d}:{int(seconds) % 60:02d}"
-
-
-def _line(s: RunSnapshot, plan: RunPlan, elapsed: float) -> str:
-    parts = [
-        _clock(elapsed),
-        f"captured {s.ledger.committed}/{plan.num_samples}",
-        f"trained {s.ledger.samples_trained}",
-        f"resident {s.ledger.usage.resident_bytes / 2**20:.0f} MiB",
-        f"checkpoint {s.checkpoint_step if s.checkpoint_step is not None else '-'}",
-        "blocked " + ", ".join(f"{role} {seconds:.0f} s" for role, seconds in s.blocked_s.items()),
-    ]
-    if s.last_step:
-        parts.append(_step_text(s))
-    if s.best is not None:
-        parts.append(f"best acceptance length {s.best.acceptance_length:.2f}, step {s.best.step}")
-    if s.ledger.restarts:
-        parts.append(f"restarts {s.ledger.restarts}")
-    return " | ".join(parts)
 
 
 def _step_text(s: RunSnapshot) -> str:
@@ -88,43 +76,6 @@ def _step_text(s: RunSnapshot) -> str:
     estimate = step.get("acceptance_length_estimate")
     tail = f", estimated acceptance length {estimate:.2f}" if estimate is not None else ""
     return f"step {number}: loss {step['loss']:.3f}{tail}"
-
-
-def _table(s: RunSnapshot, plan: RunPlan, elapsed: float) -> Table:
-    table = Table(
-        title=plain(f"paceline train  {plan.config.run.name}  {_clock(elapsed)}"), title_justify="left"
-    )
-    for name in ("role", "process", "progress", "now"):
-        table.add_column(name)
-    for role, group in s.last_group.items():
-        tokens, seconds = group.get("num_tokens"), group.get("seconds")
-        rate = f"{tokens / seconds:.0f} tokens/s" if tokens is not None and seconds else "starting"
-        table.add_row(
-            role,
-            _process(s, role),
-            f"{s.ledger.committed}/{plan.num_samples} samples" if role == PRODUCER else "",
-            f"{rate}, blocked {s.blocked_s[role]:.0f} s",
-        )
-    for role, told in s.away.items():
-        table.add_row(plain(role), plain(f"host {told.get('host', '?')}"), "", "")
-    table.add_row(
-        "consumer",
-        _process(s, "consumer"),
-        f"{s.ledger.samples_trained}/{plan.num_samples} samples",
-        f"{_step_text(s) if s.last_step else 'waiting for the first samples'}, "
-        f"blocked {s.blocked_s['consumer']:.0f} s",
-    )
-    for role, process in s.other_ranks.items():
-        table.add_row(role, str(process), "", "")
-    table.add_row(
-        "ledger",
-        "",
-        f"checkpoint at step {s.checkpoint_step}" if s.checkpoint_step is not None else "no checkpoint yet",
-        f"{s.ledger.usage.resident_bytes / 2**20:.0f} MiB resident, "
-        f"{s.ledger.usage.provisional_samples} samples provisional, "
-        f"{s.ledger.restarts} restarts",
-    )
-    return table
 
 
 def _process(s: RunSnapshot, role: str) -> str:

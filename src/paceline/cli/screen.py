@@ -43,17 +43,17 @@ def screen(console: Console, s: RunStatus, problem: str = "", hint: str = "") ->
 
 def line(s: RunStatus) -> str:
     """The same for a log."""
-    step = f"step {part_of(s.step.number, s.step.planned)}"
     parts = [
-        s.state,
         f"captured {part_of(s.prompts.done, s.prompts.planned)}",
-        step if s.step.loss is None else f"{step}: loss {s.step.loss:.3f}",
+        f"step {part_of(s.step.number, s.step.planned)}{_figures(s)}",
         f"features {amount(s.features.bytes)}",
         f"checkpoint {'-' if s.checkpoint.step is None else s.checkpoint.step}",
     ]
     if s.evaluation.curve:
         last = s.evaluation.curve[-1]
-        parts.append(f"acceptance length {last.acceptance_length:.2f} at {last.step}")
+        parts.append(f"acceptance length {last.acceptance_length:.2f} at step {last.step}")
+    if (best := s.evaluation.best) is not None and best.step != s.evaluation.curve[-1].step:
+        parts.append(f"best {best.acceptance_length:.2f} at step {best.step}")
     counts = {
         "restarts": s.restarts,
         "failed prompts": s.prompts.failed,
@@ -63,6 +63,17 @@ def line(s: RunStatus) -> str:
     if s.seconds_left is not None:
         parts.append(f"about {duration(s.seconds_left)} left")
     return " | ".join([*parts, *([s.waiting.words] if s.waiting.words else [])])
+
+
+def _figures(s: RunStatus) -> str:
+    length = s.step.acceptance_length
+    estimate = "" if length is None else f", estimated acceptance length {length:.2f}"
+    return "" if s.step.loss is None else f": loss {s.step.loss:.3f}{estimate}"
+
+
+def is_live(console: Console) -> bool:
+    """Whether a picture can be drawn anew in place there."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def _title(s: RunStatus) -> Text:

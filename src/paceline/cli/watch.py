@@ -11,7 +11,7 @@ from rich.live import Live
 
 from paceline.cli.named_run import directory_if_any
 from paceline.cli.plain import out, plain, say, stdout
-from paceline.cli.screen import line, screen
+from paceline.cli.screen import is_live, line, screen
 from paceline.monitoring.looking import Look, RunLooks
 
 LIVE_EVERY_S, LINES_EVERY_S, LOOK_EVERY_S = 1.0, 15.0, 2.0
@@ -22,7 +22,7 @@ def watch_run(run: Path, every: float | None) -> None:
     """`every`: seconds between two looks. Raises ConfigError for a run file that is none."""
     directory_if_any(run)  # a run file that is none is an error, and waiting would not mend it
     looks = RunLooks(partial(directory_if_any, run))
-    if out.is_terminal and not out.is_dumb_terminal:
+    if is_live(out):
         _watch_live(out, looks, every or LIVE_EVERY_S)
     else:
         _watch_lines(out, looks, every or LINES_EVERY_S)
@@ -56,7 +56,7 @@ def _watch_lines(console: Console, looks: RunLooks, every: float) -> None:
             say(console, look.problem)
         told, now = look.problem, time.monotonic()
         if look.status is not None and not look.problem and (now >= due or look.is_over):
-            say(console, line(look.status))
+            say(console, f"{look.status.state} | {line(look.status)}")
             due = now + every
         if look.is_over or stdout.lost is not None:
             break

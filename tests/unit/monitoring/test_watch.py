@@ -241,8 +241,9 @@ def test_a_terminal_without_unicode_gets_ascii(status: RunStatus, monkeypatch: p
 def test_a_line_of_a_log_has_the_same_figures(status: RunStatus) -> None:
     """And stays one line."""
     text = line(status)
-    assert "step 3 of 12: loss 2.500 | " in text
-    assert "acceptance length 1.30 at 3 | restarts 2 | about 67 min left | the trainer waits 38 %" in text
+    assert "step 3 of 12: loss 2.500, estimated acceptance length 1.70 | " in text
+    assert "acceptance length 1.30 at step 3 | best 1.20 at step 2 | restarts 2 | about 67 min" in text
+    assert text.endswith(status.waiting.words)
 
 
 def test_many_producers_push_nothing_out_of_the_window(status: RunStatus) -> None:

@@ -27,6 +27,10 @@ def snapshot_of(folder: Path, **events: list[tuple[str, dict[str, Any]]]) -> Run
     return snapshot
 
 
+def plan_of(folder: Path) -> Any:
+    return SimpleNamespace(num_samples=1, config=SimpleNamespace(run=SimpleNamespace(directory=folder)))
+
+
 def test_both_sides_blocked_time_is_that_of_their_newest_process(tmp_path: Path) -> None:
     """Their events carry the sum so far: while they wait, and with all that they do."""
     started = ("role_started", {"pid": 1})
@@ -41,14 +45,14 @@ def test_both_sides_blocked_time_is_that_of_their_newest_process(tmp_path: Path)
     assert snapshot_of(tmp_path, producer=[started]).blocked_s["producer"] == 0.0
 
 
-def test_both_sides_blocked_time_is_shown_wherever_a_run_is(tmp_path: Path) -> None:
-    """In status, in a line of a log, and in the table on a terminal."""
+def test_a_run_is_shown_in_every_place_by_the_same_figures(tmp_path: Path) -> None:
+    """In status, with how long each side was blocked; in a line of a log; on a terminal as watch draws it."""
     snapshot = snapshot_of(
         tmp_path,
         producer=[("blocked", {"blocked_seconds": 7.0})],
         consumer=[("blocked", {"blocked_seconds": 41.0})],
     )
-    plan: Any = SimpleNamespace(num_samples=1, config=SimpleNamespace(run=SimpleNamespace(name="r")))
+    plan = plan_of(tmp_path)
     status, log, live = (Console(width=200, force_terminal=n == 2) for n in range(3))
     with log.capture() as logged:
         Progress(log, plan).show(snapshot)
@@ -56,11 +60,10 @@ def test_both_sides_blocked_time_is_shown_wherever_a_run_is(tmp_path: Path) -> N
         describe(status, snapshot)
     with live.capture() as shown, Progress(live, plan) as progress:
         progress.show(snapshot)
-    assert "blocked producer 7 s, consumer 41 s" in logged.get()
+    assert "captured 0 of 1 | step 0 | " in logged.get()
     both = "producer 7.0 s for room, consumer 41.0 s for samples (each since its last start)"
     assert both in described.get()
-    assert "blocked 7 s" in shown.get()
-    assert "blocked 41 s" in shown.get()
+    assert "0 of 1 captured" in shown.get()
 
 
 def test_the_shown_estimate_is_the_mean_of_the_newest_steps(tmp_path: Path) -> None:
@@ -75,7 +78,7 @@ def test_what_the_producer_says_of_the_prompts_is_shown_once(tmp_path: Path) -> 
     """That of its newest start, also after the looks that follow."""
     note = ("note", {"message": "2 prompts fail"})
     snapshot = snapshot_of(tmp_path, producer=[("note", {"message": "old"}), ("role_started", {}), note])
-    plan: Any = SimpleNamespace(num_samples=1, config=SimpleNamespace(run=SimpleNamespace(name="r")))
+    plan = plan_of(tmp_path)
     log = Console(width=200)
     with log.capture() as logged:
         progress = Progress(log, plan)
@@ -97,13 +100,13 @@ def test_the_best_draft_the_curve_and_an_early_stop_are_shown(tmp_path: Path) ->
         record_point(tmp_path, Point(step, "today", name, "m", "d", "c", {**way, "chain": way}, 100))
     (tmp_path / "checkpoints" / "best" / "step-00000300-000001-abc").mkdir(parents=True)
     snapshot = snapshot_of(tmp_path)
-    plan: Any = SimpleNamespace(num_samples=1, config=SimpleNamespace(run=SimpleNamespace(name="r")))
+    plan = plan_of(tmp_path)
     status, log = (Console(width=200) for _ in range(2))
     with log.capture() as logged:
         Progress(log, plan).show(snapshot)
     with status.capture() as described:
         describe(status, snapshot)
-    assert "best acceptance length 1.60, step 300" in logged.get()
+    assert "acceptance length 1.50 at step 400 | best 1.60 at step 300" in logged.get()
     for told in (
         "step 300: acceptance length 1.60 (chain of 3), exported by default",
         "4 evaluations, the last: 1.40 at 100, 1.70 at 200, 1.60 at 300, 1.50 at 400",
