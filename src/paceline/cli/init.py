@@ -17,7 +17,7 @@ from paceline.methods.table import METHODS
 from paceline.roles.cost_plan import cost_plan
 from paceline.roles.machine import this_machine
 from paceline.roles.new_run import SERVERS
-from paceline.roles.starter import NONE, Given, Started, start_run, target_folder
+from paceline.roles.starter import GPUS_MAX, NONE, Given, Started, start_run, target_folder
 from paceline.target.shape import read_shape
 
 METHODS_TOLD = "eagle3 is the widest supported; dflash guesses a block of tokens in one pass"
@@ -132,5 +132,5 @@ def _known_server(text: str) -> None:
 
 
 def _count(text: str) -> None:
-    if not text.isdecimal() or int(text) > 64:
+    if not text.isdecimal() or int(text) > GPUS_MAX:
         raise ConfigError(f"{text!r} is no number of GPUs.", next="0 for processors alone.")

@@ -89,6 +89,12 @@ def _first_samples(plan: RunPlan) -> Iterator[Finding]:
 
 def _devices(layout: Layout) -> Iterator[Finding]:
     """Compare the devices that the run file names with those of the machine."""
+    if layout.machine.has_unknown_gpus:
+        yield Finding(
+            "There are GPUs, and no nvidia-smi that tells how many and how large: they are not compared.",
+            "paceline doctor shows what torch can use.",
+        )
+        return
     there = len(layout.machine.gpus)
     for process in layout.processes:
         for device in process.device.split(", "):

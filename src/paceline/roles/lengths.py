@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from paceline.target.chat import is_answer
 LOOKED_AT = 200  # samples, spread over the data
 MARKS_OF_A_MESSAGE = 5  # tokens
 CHARACTERS_PER_TOKEN = 4.0  # where there is no tokenizer
+CHARACTERS_MAX = 50_000  # of a text that are encoded; the rest is taken to be alike
 Count = Callable[[str], float]
 
 
@@ -105,11 +105,29 @@ def _text(message: Mapping[str, Any]) -> str:
 
 def _tokenizer(folder: Path) -> Count | None:
     """Counts the tokens of a text; None where the folder has no tokenizer.json that can be read."""
-    with suppress(Exception):  # the library raises a plain Exception
-        found = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        found.no_truncation()
-        return lambda text: float(len(found.encode(text, add_special_tokens=False).ids))
-    return None
+    found = _caught(lambda: Tokenizer.from_file(str(folder / "tokenizer.json")))
+    if found is None:
+        return None
+    found.no_truncation()
+
+    def count(text: str) -> float:
+        part = text[:CHARACTERS_MAX]
+        encoded = _caught(lambda: found.encode(part, add_special_tokens=False))
+        if encoded is None:
+            return len(text) / CHARACTERS_PER_TOKEN
+        return len(encoded.ids) * len(text) / max(1, len(part))
+
+    return count
+
+
+def _caught(work: Callable[[], Any]) -> Any:
+    """What it returns; None if the library fails, which may also panic: that is no Exception."""
+    try:
+        return work()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # noqa: BLE001
+        return None
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 from paceline.processor import multiplies_bfloat16
 
 MEMORY = Path("/proc/meminfo")
+DEVICES = (Path("/dev/nvidia0"), Path("/dev/kfd"))
 ASKED = ("name", "memory.total", "compute_cap", "driver_version")
 PATIENCE_S = 10.0  # of a driver that hangs
 
@@ -27,16 +28,20 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """`memory_bytes`: of the host; 0 if unknown. `bfloat16`: whether the processors multiply it."""
+    """`memory_bytes`: of the host; 0 if unknown. `bfloat16`: whether the processors multiply it.
+
+    `has_unknown_gpus`: there are some, and no nvidia-smi that tells of them.
+    """
 
     processors: int
     memory_bytes: int
     gpus: tuple[Gpu, ...]
     bfloat16: bool
+    has_unknown_gpus: bool = False
 
     def device(self, name: str) -> str:
         """What "auto" stands for here (precision.py decides at the start)."""
-        return ("cuda:0" if self.gpus else "cpu") if name == "auto" else name
+        return ("cuda:0" if self.gpus or self.has_unknown_gpus else "cpu") if name == "auto" else name
 
     def dtype(self, name: str, device: str) -> str:
         """What "auto" stands for on a device of this machine."""
@@ -50,11 +55,13 @@ class Machine:
 
 
 def this_machine() -> Machine:
+    gpus = gpus_of_the_driver()
     return Machine(
         processors=len(os.sched_getaffinity(0)),
         memory_bytes=_memory(),
-        gpus=_visible(gpus_of_the_driver()),
+        gpus=_visible(gpus),
         bfloat16=multiplies_bfloat16(),
+        has_unknown_gpus=not gpus and any(path.exists() for path in DEVICES),
     )
 
 

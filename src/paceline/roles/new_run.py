@@ -14,17 +14,10 @@ from typing import Any
 
 import yaml
 
+from paceline.exports.drafted_methods import servers_of
 from paceline.target.shape import TargetShape
 
 COMMENTS_AT = 34  # column
-EXPORTS = {  # the servers that load a draft of the method
-    "eagle3": ["vllm", "sglang"],
-    "p-eagle": ["vllm"],
-    "dflash": ["vllm", "sglang"],
-    "dspark": ["vllm", "sglang"],
-    "domino": ["sglang"],
-    "dflash2": ["vllm", "sglang"],
-}
 SERVERS = ("vllm", "sglang")
 
 
@@ -81,7 +74,7 @@ def run_file(wishes: Wishes, shape: TargetShape, budget_mib: int) -> str:
         "training": _training(wishes, sizes),
         "checkpoint": [("interval_steps", sizes.interval, "a crash costs at most so many steps again")],
         "evaluation": _evaluation(wishes, shape),
-        "export": [("formats", EXPORTS.get(wishes.method, []), "folders that these servers load")],
+        "export": [("formats", servers_of(wishes.method), "folders that these servers load")],
         "machine": _machine(wishes),
     }
     lines = list(_head(wishes, shape))

@@ -16,11 +16,13 @@ from paceline.config.run import RunConfig
 from paceline.engines.served.settings import ServedSection
 from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import ConfigError
+from paceline.exports.drafted_methods import TAKEN
 from paceline.exports.drafted_targets import RELEASES, SAYS, architectures_of, refusals, refused_class
 from paceline.features.ownership import bytes_of
 from paceline.roles.plan import RunPlan
 from paceline.target.folder import read_config
 
+KNOWN = {method for taken in TAKEN.values() for method in taken}  # another package may export its own
 STATES_MAX, STATE_BYTES = 8, 4  # of each token: more layers than a method asks for, in float32
 OPEN_FILES_MIN = 256  # for the ledger, locks, checkpoints, and the files of libraries
 
@@ -159,6 +161,19 @@ def servers_draft_for_the_target(plan: RunPlan) -> Iterator[Finding]:
         yield Finding(note, "The export is written and checked all the same.")
 
 
+def exports_take_the_draft(plan: RunPlan) -> Iterator[Finding]:
+    """Look whether an export that ends the run takes drafts of another kind alone."""
+    method, formats = plan.config.method.name, plan.config.export.formats
+    for name in dict.fromkeys(formats):
+        taken = TAKEN.get(name)
+        if taken is not None and method in KNOWN and method not in taken:
+            yield Finding(
+                f"The export {name} takes no draft of the method {method} (it takes {', '.join(taken)}): the "
+                "run would end with an error after training.",
+                f"Remove {name} from export.formats.",
+            )
+
+
 def the_server_gives_states_of_the_target(plan: RunPlan) -> Iterator[Finding]:
     """Look whether vLLM is known to give no states of the target's inner layers."""
     config = plan.config
@@ -190,6 +205,7 @@ CHECKS: list[Check] = [
     enough_files_can_be_open,
     a_server_can_be_started,
     states_on_their_way_find_room,
+    exports_take_the_draft,
     servers_draft_for_the_target,
     the_server_gives_states_of_the_target,
     the_method_knows_where_it_starts,

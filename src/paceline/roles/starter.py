@@ -20,7 +20,6 @@ from paceline.config.load import parse_run_config
 from paceline.config.run import RunConfig
 from paceline.data.opening import open_file, open_held_out
 from paceline.data.setting_aside import SetAside, set_aside
-from paceline.durable_files import replace_file
 from paceline.errors import ConfigError
 from paceline.methods.table import METHODS
 from paceline.regular_files import read_regular
@@ -34,6 +33,7 @@ from paceline.terminal import one_line
 
 NONE = "none"  # no server: the target runs in the producer's process
 TEMPLATE_BYTES_MAX = 8 << 20
+GPUS_MAX = 64  # of one host
 DATA_BYTES_MAX = 4 << 30  # of a file that is copied
 BUDGET_STEP_MIB, BUDGET_SHARE = 256, 1.5  # of the least budget
 ROOMY_MIB = 1 << 40
@@ -69,6 +69,8 @@ class Started:
 def start_run(given: Given, tell: Callable[[str], None] = lambda _: None) -> Started:
     """Raises ConfigError, also for a file that is there already; then nothing was written."""
     METHODS.find(given.method)  # a typing error is told before anything is fetched
+    if given.gpus is not None and not 0 <= given.gpus <= GPUS_MAX:
+        raise ConfigError(f"--gpus is {given.gpus}.", next=f"a number from 0 to {GPUS_MAX}.")
     name = given.name or _name(given)
     _refuse_folder(given.output)
     _refuse_existing(given, [given.output])
@@ -89,9 +91,11 @@ def start_run(given: Given, tell: Callable[[str], None] = lambda _: None) -> Sta
             command=_command(given, name),
         )
         text = _planned_text(given, wishes, shape)
-        config = parse_run_config(yaml.safe_load(text), source=str(given.output))
+        config = _parsed(text)
         given.output.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(given.output, text.encode())
+        part = given.output.with_name(f"{given.output.name}.new")
+        part.write_text(text)
+        part.replace(given.output)
     return Started(config, [*written, given.output], aside, wishes)
 
 
@@ -108,10 +112,19 @@ def target_folder(given: Given) -> Path:
 
 def _planned_text(given: Given, wishes: Wishes, shape: TargetShape) -> str:
     """The run file with the budget that its plan needs."""
-    roomy = parse_run_config(yaml.safe_load(run_file(wishes, shape, ROOMY_MIB)), source=str(given.output))
+    roomy = _parsed(run_file(wishes, shape, ROOMY_MIB))
     least = cost_plan(roomy, target_config=given.target_config).window.needed_bytes / 2**20
     budget = max(1024, -int(-least * BUDGET_SHARE // BUDGET_STEP_MIB) * BUDGET_STEP_MIB)
     return run_file(wishes, shape, budget)
+
+
+def _parsed(text: str) -> RunConfig:
+    try:
+        return parse_run_config(yaml.safe_load(text), source="The run file")
+    except ConfigError as error:
+        raise ConfigError(
+            error.what, why="It was not written.", next="give other options: paceline init --help."
+        ) from error
 
 
 def _name(given: Given) -> str:

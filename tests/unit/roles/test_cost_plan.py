@@ -74,6 +74,9 @@ def test_bytes_and_window_are_those_of_the_run(
     folders = [path for path in (run.directory / "checkpoints").glob("step-*") if path.is_dir()]
     real = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
     assert max(real) == pytest.approx(found.disk.checkpoint_bytes, rel=0.1)
+    again = planned(TinyRun(tmp_path / "again", model, data={"answers": str(run.directory)}))
+    assert (again.run.samples, again.sample.answers_known) == (found.run.samples, True)
+    assert again.sample.bytes_about == pytest.approx(a_sample, rel=0.25)
 
 
 def test_the_time_follows_from_the_rates_of_the_run_file(model: Path, tmp_path: Path) -> None:
@@ -180,6 +183,26 @@ def test_auto_is_the_first_gpu_and_what_the_hardware_multiplies() -> None:
         "bfloat16",
     ]
     assert LAPTOP.dtype("bfloat16", "cpu") == "bfloat16"
+
+
+def test_gpus_that_nobody_tells_of_refuse_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container without nvidia-smi, or GPUs of another maker."""
+    hidden = Machine(2, 8 << 30, (), bfloat16=True, has_unknown_gpus=True)
+    monkeypatch.setattr(module, "this_machine", lambda: hidden)
+    found = planned(TinyRun(tmp_path / "run", model, training={"device": "cuda:1"}))
+    assert found.fits
+    assert any("not compared" in finding.what for finding in found.findings)
+
+
+def test_a_tokenizer_that_fails_leaves_characters(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}')
+    run = TinyRun(tmp_path / "run", model)
+    config = load_run_config(run.run_file)
+    lengths = mean_lengths(plan_run(config).prompts, config.data, tmp_path)
+    assert not lengths.tokenizer
+    assert lengths.prompt > 1
 
 
 def test_lengths_are_those_of_the_data(model: Path, tmp_path: Path) -> None:

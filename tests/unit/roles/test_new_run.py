@@ -12,12 +12,12 @@ import yaml
 
 from paceline.config.load import load_run_config, parse_run_config
 from paceline.errors import ConfigError
-from paceline.exports.servers import SGLANG, VLLM
+from paceline.exports.drafted_methods import TAKEN, servers_of
+from paceline.exports.table import EXPORTS
 from paceline.methods.table import METHODS
 from paceline.roles import starter
 from paceline.roles.cost_plan import cost_plan
 from paceline.roles.machine import Machine
-from paceline.roles.new_run import EXPORTS
 from paceline.roles.starter import Given, start_run
 
 ROOT = Path(__file__).parents[3]
@@ -78,11 +78,11 @@ def test_every_wish_gives_a_file_that_plans(tmp_path: Path, method: str, gpus: i
 
 
 def test_exports_are_those_that_take_the_method() -> None:
-    """No run ends with an export that refuses its draft."""
-    taken = {
-        name: [server.server for server in (VLLM, SGLANG) if name in server.layouts] for name in METHODS.own
-    }
-    assert taken == EXPORTS
+    """What is known before there is a draft is what the exports themselves take; each ends with one."""
+    assert EXPORTS.own.keys() == TAKEN.keys()
+    for name in EXPORTS.own:
+        assert list(EXPORTS.find(name).layouts) == list(TAKEN[name])
+    assert all(servers_of(method) for method in METHODS.own)
 
 
 def test_small_and_short_targets_get_small_figures(tmp_path: Path) -> None:
@@ -128,6 +128,8 @@ def test_nothing_that_exists_is_replaced_unless_told(tmp_path: Path) -> None:
     [
         ({"method": "eagel3"}, "did you mean 'eagle3'"),
         ({"serve": "ollama"}, "--serve is 'ollama'"),
+        ({"gpus": -1}, "--gpus is -1"),
+        ({"name": "no name: at all"}, "The run file has 1 problem: run.name"),
         ({"data": Path("nowhere.jsonl")}, "nowhere.jsonl"),
         ({"heldout": Path("nowhere.jsonl")}, "nowhere.jsonl"),
         ({"target_config": Path("nowhere")}, "There is no model in nowhere"),

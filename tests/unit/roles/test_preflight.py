@@ -20,6 +20,7 @@ from paceline.roles.preflight import (
     Finding,
     a_server_can_be_started,
     enough_files_can_be_open,
+    exports_take_the_draft,
     preflight,
     servers_draft_for_the_target,
     shared_memory_holds_the_budget,
@@ -54,6 +55,26 @@ def test_few_open_files_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, count in ((64, 1), (4096, 0), (resource.RLIM_INFINITY, 0)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
         assert len(list(enough_files_can_be_open(plan_with(Path(), 1, Path())))) == count
+
+
+@pytest.mark.parametrize(
+    ("method", "formats", "noted"),
+    [
+        ("domino", ["vllm", "sglang"], 1),
+        ("eagle3", ["vllm"], 0),
+        ("mine", ["vllm"], 0),
+        ("domino", ["own"], 0),
+    ],
+)
+def test_an_export_that_takes_no_such_draft_is_noted_before_training(
+    method: str, formats: list[str], noted: int
+) -> None:
+    """Not after it. What other packages export or train is theirs to know."""
+    config = SimpleNamespace(
+        method=SimpleNamespace(name=method), export=SimpleNamespace(formats=tuple(formats))
+    )
+    plan: Any = SimpleNamespace(config=config)
+    assert len(list(exports_take_the_draft(plan))) == noted
 
 
 def test_every_refusal_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
