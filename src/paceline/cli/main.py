@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any
 
 import typer
 
 from paceline import __version__
-from paceline.cli.options import COMPARE_OPTIONS, DATA_OPTIONS, HOST, INIT_OPTIONS, takes
-from paceline.errors import DEBUG_VARIABLE, ConfigError, explained
-from paceline.terminal import open_standard_streams, printable
+from paceline.cli.advice import INTERRUPTED, advises
+from paceline.cli.before_a_run import BEFORE_A_RUN
+from paceline.cli.options import COMPARE_OPTIONS, DATA_OPTIONS, HOST, Run, RunFile, takes
+from paceline.errors import DEBUG_VARIABLE, ConfigError
+from paceline.terminal import open_standard_streams
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -31,13 +30,6 @@ data_app = typer.Typer(help="Look at what a run would read.", no_args_is_help=Tr
 app.add_typer(data_app, name="data")
 ledger_app = typer.Typer(help="Move a run's ledger.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(ledger_app, name="ledger")
-
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", readable=False)]
-Run = Annotated[
-    Path, typer.Argument(metavar="RUN", help="The run file, or the run's directory.", readable=False)
-]
-INTERRUPTED = 130  # exit code
-P = ParamSpec("P")
 
 
 def main() -> None:
@@ -82,32 +74,6 @@ def options(
         typer.echo(context.get_help())
 
 
-def advises(command: Callable[P, None]) -> Callable[P, None]:
-    """Print an error as what, why and next; exit with its code."""
-
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        from paceline.cli.plain import exit_code_of_lost_output, say_error, stderr
-
-        code = 0
-        try:
-            command(*args, **kwargs)
-        except typer.Exit as end:
-            code = end.exit_code
-        except KeyboardInterrupt:
-            code = INTERRUPTED
-        except Exception as error:  # noqa: BLE001 (every error is reported)
-            if DEBUG_VARIABLE in os.environ:
-                stderr.write(printable(traceback.format_exc()))
-            advice = explained(error)
-            say_error(advice)
-            code = advice.exit_code
-        if code := code or exit_code_of_lost_output():
-            raise typer.Exit(code)
-
-    return run
-
-
 @app.command()
 @advises
 def demo(
@@ -123,6 +89,10 @@ def demo(
     from paceline.cli.demo import demonstrate
 
     demonstrate(folder)
+
+
+for verb in BEFORE_A_RUN:
+    app.command()(verb)
 
 
 @app.command()
@@ -291,92 +261,6 @@ def evaluate(
     from paceline.cli.measure import measure_as_asked
 
     measure_as_asked(run, suite or [], temperature or [], max_prompts, step, report)
-
-
-@app.command()
-@advises
-@takes(INIT_OPTIONS)
-def init(
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The run file to write; run.yaml.", readable=False)
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
-    **given: Any,
-) -> None:
-    """Write a run file for your target and data; asks at a terminal.
-
-    Without --heldout some prompts of the data are set aside to measure the draft on, in files of their own.
-    """
-    from paceline.cli.init import init as begin
-
-    begin({**given, "output": output, "overwrite": overwrite})
-
-
-@app.command()
-@advises
-def plan(
-    run_file: RunFile,
-    gpu: Annotated[
-        str | None, typer.Option(help="Plan for a machine with such GPUs, e.g. H200, not for this one.")
-    ] = None,
-    target_config: Annotated[
-        Path | None,
-        typer.Option(help="A folder with the target's config.json and tokenizer.", readable=False),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="As JSON; docs/first-hour.md has the fields.")
-    ] = False,
-) -> None:
-    """Show what a run will take, and what does not fit. Starts nothing.
-
-    Devices, memory, disk and hours. The target's configuration and tokenizer are enough; no weights are read
-    or fetched.
-    """
-    from paceline.cli import plan as planning
-
-    planning.plan(run_file, gpu, target_config, as_json=as_json)
-
-
-@app.command()
-@advises
-def bench(
-    run_file: RunFile,
-    seconds: Annotated[
-        float, typer.Option(help="For capture, store and training together.", min=1.0, max=3600.0)
-    ] = 120.0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="As JSON; docs/first-hour.md has the fields.")
-    ] = False,
-) -> None:
-    """Time a run's engine, store and training step here.
-
-    The figures lie in the run's directory, and `paceline plan` reads them. The run itself is not touched.
-    """
-    from paceline.cli.bench import bench as measure
-
-    measure(run_file, seconds, as_json=as_json)
-
-
-@app.command()
-@advises
-def doctor(
-    run_file: Annotated[
-        Path | None, typer.Argument(metavar="[RUN.yaml]", help="A run to look at, too.", readable=False)
-    ] = None,
-    probe: Annotated[
-        bool, typer.Option("--probe", help="Load the target, and prove its captured states.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="As JSON; docs/first-hour.md has the fields.")
-    ] = False,
-) -> None:
-    """Look whether this machine, and a run, have what they need.
-
-    Python, torch, GPUs, ledger, memory, disk, ports or the engine's server; each finding with its mend.
-    """
-    from paceline.cli.doctor import examine_and_tell
-
-    examine_and_tell(run_file, probe=probe, as_json=as_json)
 
 
 @app.command()

@@ -9,6 +9,10 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", readable=False)]
+Run = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The run file, or the run's directory.", readable=False)
+]
 HOST = "127.0.0.1"  # what `paceline serve` listens on
 DATA_OPTIONS: dict[str, tuple[Any, str]] = {
     "target": (Path, "The target's folder, for tokens and masks."),
