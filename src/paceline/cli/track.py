@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -17,10 +18,10 @@ from paceline.cli.plain import out, say
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
-from paceline.monitoring.looking import RunLooks
+from paceline.monitoring.looking import Look, RunLooks
 from paceline.monitoring.tracking import Tracking, track
 from paceline.roles.child import opened_log
-from paceline.roles.process import stop_signals
+from paceline.roles.process import SUPERVISOR_VARIABLE, stop_signals
 from paceline.trackers.table import TRACKERS
 
 LOOK_S = 2.0
@@ -46,13 +47,19 @@ def track_run(run: Path, to: Sequence[str], project: str | None) -> None:
     asked = Event()
     before = {number: signal.signal(number, lambda *_: asked.set()) for number in stop_signals()}
     try:
-        look = RunLooks(partial(directory_if_any, run)).look
-        track(trackings, look, lambda: asked.wait(LOOK_S), partial(say, out))
+        looks = RunLooks(partial(directory_if_any, run))
+        track(trackings, lambda: _look(looks), lambda: asked.wait(LOOK_S), partial(say, out))
     finally:
         for one in trackings:
             one.close()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _look(looks: RunLooks) -> Look:
+    """The run is not over while the `train` that started this process lives: it may be about to go on."""
+    look = looks.look()
+    return replace(look, is_over=look.is_over and os.environ.get(SUPERVISOR_VARIABLE) != str(os.getppid()))
 
 
 @contextmanager
@@ -67,7 +74,12 @@ def tracked(run_file: Path, config: RunConfig) -> Iterator[None]:
     command = [sys.executable, "-m", "paceline", "track", str(run_file)]
     with os.fdopen(opened_log(log), "wb") as file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            command,
+            env={**os.environ, SUPERVISOR_VARIABLE: str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, process.pid, 10)

@@ -6,7 +6,6 @@ holds a step twice, nor one that was rolled back, and none needs to know how to 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from paceline.roles.snapshot import finite_numbers
 from paceline.telemetry import FILE_BYTES_MAX, events_of
 from paceline.trackers.tracker import HELDOUT, TRAIN, Point
 
+RECOGNISED_BY = 512  # bytes; a line of an event has fewer, and a time in it
 LEFT_OUT = ("event", "time", "step", "blocked_seconds")  # of a step: no figures of it
 
 
@@ -54,24 +54,26 @@ class DurablePoints:
 
 
 class AllEvents:
-    """Every event of a file, and then those that are added. A file that was shortened is read anew."""
+    """Every event of a file, and then those that are added. A file that was cut to its tail is read anew."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._at, self._inode = 0, 0
+        self._at, self._before = 0, b""  # how far it was read, and the bytes before that
 
     def read(self) -> list[dict[str, Any]]:
         """What was not read yet; after a shortening, what is left and may have been read."""
         try:
             with open_regular(self._path) as file:
-                found = os.fstat(file.fileno())
-                if found.st_size < self._at or found.st_ino != self._inode:
-                    self._at, self._inode = 0, found.st_ino
-                file.seek(self._at)
-                whole = file.read(2 * FILE_BYTES_MAX).rpartition(b"\n")[0]
+                file.seek(self._at - len(self._before))
+                if file.read(len(self._before)) != self._before:
+                    self._at, self._before = 0, b""
+                    file.seek(0)
+                data = file.read(2 * FILE_BYTES_MAX)
         except OSError:
             return []
-        self._at += len(whole) + bool(whole)
+        whole = data[: data.rfind(b"\n") + 1]
+        self._at += len(whole)
+        self._before = (self._before + whole)[-RECOGNISED_BY:]
         return events_of(whole)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from paceline.cli import track as tracking_command
 from paceline.cli.main import app
 from paceline.errors import PacelineError, RunBusyError
 from paceline.ledger.facts import COMPLETED_STEP, LEDGER
-from paceline.monitoring.looking import Look
+from paceline.monitoring.looking import Look, RunLooks
 from paceline.monitoring.status import read_status
 from paceline.monitoring.tracking import Tracking, track
+from paceline.roles.process import SUPERVISOR_VARIABLE
 from paceline.telemetry import EventLog
 from paceline.testing.run_by_hand import RunByHand
 from paceline.trackers.tracker import Point, TrackedRun
@@ -170,7 +173,7 @@ def test_a_run_that_begins_anew_in_the_same_folder_is_another_run(run: Run) -> N
 
 
 def test_events_that_were_cut_short_bring_no_step_twice(run: Run) -> None:
-    """A long file of events is cut to its tail in place."""
+    """A long file of events is cut to its tail in place, and may have grown beyond its old size since."""
     there = Remembering()
     tracking = Tracking("there", there.open, "paceline")
     for loss in (3.0, 2.0):
@@ -181,6 +184,7 @@ def test_events_that_were_cut_short_bring_no_step_twice(run: Run) -> None:
     path.write_bytes(path.read_bytes().splitlines(keepends=True)[-1])
     run.train(1.0)
     run.by_hand.checkpoint()
+    run.log.write("note", message="x" * 500)
     assert sent(tracking, run) == 1
     assert there.steps == [1, 2, 3]
     tracking.close()
@@ -254,3 +258,12 @@ def test_the_command_sends_a_finished_run_to_tensorboard(run: Run) -> None:
     unknown = CliRunner().invoke(app, ["track", str(run.folder), "--to", "tensorbord", "--project", "p"])
     assert unknown.exit_code == 2
     assert "tensorboard, wandb, mlflow, trackio" in unknown.output
+
+
+def test_a_tracker_that_train_started_ends_with_train(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A complete run that is about to go on, with more data, is not over."""
+    run.by_hand.ledger.set_facts(None, {COMPLETED_STEP: 0})
+    monkeypatch.setenv(SUPERVISOR_VARIABLE, str(os.getppid()))
+    assert not tracking_command._look(RunLooks(lambda: run.folder)).is_over
+    monkeypatch.setenv(SUPERVISOR_VARIABLE, "1000000000")  # it is gone
+    assert tracking_command._look(RunLooks(lambda: run.folder)).is_over
