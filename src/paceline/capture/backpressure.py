@@ -9,7 +9,7 @@ and a capture group fits beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
@@ -17,7 +17,7 @@ from paceline.errors import ConfigError
 from paceline.features.store import FeatureStore
 from paceline.ledger.facts import CHECKPOINT_WANTED
 from paceline.ledger.producer_session import ProducerSession
-from paceline.ledger.records import Budget
+from paceline.ledger.records import Budget, SampleRecord
 from paceline.telemetry import BlockedTime
 
 LOW = 0.75
@@ -29,7 +29,8 @@ class Watermarks:
     """Pause when the next group would not fit into a budget; resume below `low` of it.
 
     The budget of bytes always applies, that of samples unless it is None. `window_samples`: how many samples
-    the consumer must collect before it can go on.
+    the consumer must collect before it can go on; `window_bytes`: how many bytes, if it is less than so many
+    of the largest samples.
     """
 
     budget_bytes: int
@@ -38,6 +39,7 @@ class Watermarks:
     budget_samples: int | None = None
     group_samples: int = 1
     window_samples: int = 0
+    window_bytes: int | None = None
 
     @property
     def resume_bytes(self) -> int:
@@ -51,8 +53,9 @@ class Watermarks:
         So many that a group fits, whatever the others hold, as soon as the consumer has freed all but the
         samples that it collects. At least 1, if `check_feasible` allows these budgets.
         """
-        size = self.group_bytes // max(1, self.group_samples)
-        ahead = (self.resume_bytes - self.window_samples * size) // self.group_bytes
+        size, window = self.group_bytes // max(1, self.group_samples), self.window_bytes
+        window = self.window_samples * size if window is None else window
+        ahead = (self.resume_bytes - window) // self.group_bytes
         if self.budget_samples is not None:
             ahead = min(ahead, (self.resume_samples - self.window_samples) // self.group_samples)
         return max(0, ahead) + 1
@@ -71,11 +74,13 @@ def check_feasible(
     group_size: int,
     window_size: int,
     budget_samples: int | None = None,
+    window_bytes: int | None = None,
 ) -> None:
     """Raise ConfigError if producer and consumer could deadlock within these budgets.
 
-    `sample_bytes` is the largest one sample can be. Needed at once: one capture group, the samples
-    the consumer must collect before it can go on, and the slack of the low watermark.
+    `sample_bytes` is the largest one sample can be; `window_bytes`: see `Watermarks`. Needed at once: one
+    capture group, the samples the consumer must collect before it can go on, and the slack of the low
+    watermark.
     """
     least_samples = math.ceil((group_size + window_size) / LOW) + 1
     if budget_samples is not None and budget_samples < least_samples:
@@ -85,14 +90,17 @@ def check_feasible(
             why="With fewer, producer and consumer could wait for each other for ever.",
             next=f"set features.budget_samples to {least_samples}, or lower capture.group_size.",
         )
-    needed = int((group_size + window_size) * sample_bytes / LOW) + 1
+    collected = window_size * sample_bytes if window_bytes is None else window_bytes
+    needed = int((group_size * sample_bytes + collected) / LOW) + 1
     if needed > budget_bytes:
+        what = f"{window_size} samples" if window_bytes is None else f"{window_bytes >> 20} MiB"
+        or_lower = "" if window_bytes is None else " or training.tokens_per_step"
         raise ConfigError(
             f"features.budget_mib gives {budget_bytes >> 20} MiB, but a group of {group_size} and the "
-            f"{window_size} samples the consumer collects, of up to {sample_bytes >> 10} KiB each, need "
+            f"{what} the consumer collects, of up to {sample_bytes >> 10} KiB a sample, need "
             f"{(needed >> 20) + 1} MiB.",
             why="With less, producer and consumer could wait for each other for ever.",
-            next=f"set features.budget_mib to {(needed >> 20) + 1}, or lower capture.group_size.",
+            next=f"set features.budget_mib to {(needed >> 20) + 1}, or lower capture.group_size{or_lower}.",
         )
 
 
@@ -116,9 +124,12 @@ class Backpressure:
             lambda _, blocked_seconds: report("idle", idle_seconds=blocked_seconds), clock
         )
 
-    @property
-    def window_samples(self) -> int:
-        return self._marks.window_samples
+    def consumer_can_go_on(self, records: Sequence[SampleRecord]) -> bool:
+        """Whether these samples are certainly more than it must collect."""
+        samples, num_bytes = self._marks.window_samples, self._marks.window_bytes
+        if num_bytes is not None and sum(record.ref.estimated_bytes for record in records) > num_bytes:
+            return True
+        return 0 < samples < len(records)
 
     @property
     def budget(self) -> Budget:

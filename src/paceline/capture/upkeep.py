@@ -95,7 +95,7 @@ class Upkeep:
         needed = min([settled, *(record.place for record in lost)])
         present = self._session.present()
         behind = [record for record in present if record.place > needed and not record.durable]
-        if 0 < self._backpressure.window_samples < sum(record.place < needed for record in present):
+        if self._backpressure.consumer_can_go_on([record for record in present if record.place < needed]):
             return
         if not behind or (not lost and behind[-1].place < settled) or self._backpressure.has_credit():
             return

@@ -57,7 +57,10 @@ def _run(found: CostPlan) -> Iterator[str]:
     rounds = f" in {run.rounds} rounds" if run.rounds > 1 else ""
     visits = f", each visited {run.passes} times" if run.passes > 1 else ""
     yield f"{run.name}: {run.samples:,} samples{rounds}{visits}"
-    yield f"{run.steps:,} steps of {run.batch_size}, in {run.directory}"
+    if run.tokens_per_step is None:
+        yield f"{run.steps:,} steps of {run.batch_size}, in {run.directory}"
+    else:
+        yield f"about {run.steps:,} steps of {run.tokens_per_step:,} tokens, in {run.directory}"
 
 
 def _target(found: CostPlan) -> Iterator[str]:

@@ -10,71 +10,23 @@ read is captured again, and the step goes on with the same samples in the same o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import monotonic
 
 from paceline.errors import ConfigError, StoreError
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.records import Entry, Page, State
-from paceline.loader.passes import START, Block, Position, VisitOrder
-from paceline.loader.planned import PlannedStep, as_planned, differs, plan_of
+from paceline.loader.lengths import Lengths, QuarantinedError, StoppedError, by_tokens
+from paceline.loader.passes import START, Block, Cut, Position, Visit, VisitOrder, at_most
+from paceline.loader.planned import PlannedStep, as_planned, differs, goes_on, plan_of
+from paceline.loader.settings import LoaderSettings
 from paceline.target.version import TargetVersion
 from paceline.telemetry import BlockedTime
 from paceline.types import SampleRef
 
 ARCHIVED = TargetVersion("unknown", "unknown")
 WAIT_S = 1.0
-
-
-class StoppedError(Exception):
-    """The consumer was asked to stop while it waited for a sample."""
-
-
-class QuarantinedError(Exception):
-    """The sample that the consumer waited for is quarantined."""
-
-    def __init__(self, sample_id: str) -> None:
-        super().__init__(sample_id)
-        self.sample_id = sample_id
-
-
-@dataclass(frozen=True)
-class LoaderSettings:
-    """The settings that decide the plans (passes.py explains passes and blocks), and the loader's timeouts.
-
-    `starts`: the places at which prompts were added to a complete run; a block begins at each.
-    """
-
-    batch_size: int
-    passes: int = 1
-    block_size: int = 64
-    starts: Sequence[int] = (0,)
-    idle_timeout_s: float | None = None
-    recapture_timeout_s: float = 1800.0
-    target: TargetVersion | None = None  # only its samples may be planned; None: any
-
-    def block(self, number: int) -> range:
-        """The places of a block of the log.
-
-        After the end of a run that was extended, `passes` - 1 empty blocks follow, in which the blocks
-        before them had their last visits.
-        """
-        begin = 0
-        for bound in (start for start in self.starts if start > 0):
-            blocks = -(-(bound - begin) // self.block_size)
-            if number < blocks:
-                first = begin + number * self.block_size
-                return range(first, min(first + self.block_size, bound))
-            number -= blocks
-            if number < self.passes - 1:
-                return range(bound, bound)
-            number, begin = number - (self.passes - 1), bound
-        first = begin + number * self.block_size
-        return range(first, first + self.block_size)
-
-    def first_place(self, position: Position) -> int:
-        """Where a consumer that resumes at `position` begins to read the log."""
-        return self.block(VisitOrder.first_block(position, self.passes)).start
+ONE: Cut[Entry] = at_most(1)
 
 
 class StepLoader:
@@ -99,6 +51,12 @@ class StepLoader:
         self._interrupted = False  # the producer is gone and did not end the stream: no new sample will come
         self.exhausted = False  # whether the stream has ended and every visit has been planned
         self._order: VisitOrder[Entry] = VisitOrder(passes=settings.passes, position=position)
+        self._cut: Cut[Entry] = at_most(settings.batch_size)
+        self._cut_so_far = self._cut
+        if settings.tokens_per_step is not None:
+            lengths = Lengths(self.captured_again)
+            self._cut = by_tokens(settings.tokens_per_step, lengths.learn)
+            self._cut_so_far = by_tokens(settings.tokens_per_step, lengths.known)
 
     @property
     def blocked_seconds(self) -> float:
@@ -115,27 +73,47 @@ class StepLoader:
         """
         if self._should_stop():
             return None
-        taken = self._order.visits(self._settings.batch_size, self._read_block)
+        try:
+            taken = self._order.visits(self._cut, self._read_block)
+        except StoppedError:
+            return None
         if not taken:
             self.exhausted = taken is not None
             return None
-        quarantined = self._quarantined([visit.item.sample_id for visit in taken])
+        quarantined = self._quarantined(taken)
         on_record = self._session.step_plan(step)
         if on_record is None:
             visits = [visit for visit in taken if visit.item.sample_id not in quarantined]
             plan = plan_of(step, visits)
         else:
+            # A sample that was captured again may be longer or shorter than when the step was planned.
+            while goes_on(on_record, taken, quarantined):
+                more = self._order.visits(ONE, self._read_block)
+                if more is None:
+                    self._order.put_back(taken)
+                    return None
+                taken, quarantined = [*taken, *more], quarantined | self._quarantined(more)
+                if not more:
+                    break
             visits, rest = as_planned(on_record, taken, quarantined)
             plan, taken = on_record, taken[: len(taken) - len(rest)]
             self._order.put_back(rest)
         begun = self._session.plan(plan)
         if begun.plan.sample_ids != plan.sample_ids:
             raise differs(begun.plan, plan.sample_ids)
-        first = self._settings.first_place(taken[-1].after)
-        return PlannedStep(step, plan.rev, begun.deaths, tuple(visits), tuple(taken), first)
+        after, settings = taken[-1].after, self._settings
+        return PlannedStep(
+            step,
+            plan.rev,
+            begun.deaths,
+            tuple(visits),
+            tuple(taken),
+            settings.first_place(after),
+            settings.progress(after),
+        )
 
-    def _quarantined(self, sample_ids: Sequence[str]) -> set[str]:
-        records = self._session.find(sample_ids).values()
+    def _quarantined(self, visits: Sequence[Visit[Entry]]) -> set[str]:
+        records = self._session.find([visit.item.sample_id for visit in visits]).values()
         return {record.sample_id for record in records if record.state == State.QUARANTINED}
 
     def revise(self, planned: PlannedStep, quarantined: Collection[str]) -> PlannedStep:
@@ -152,7 +130,7 @@ class StepLoader:
 
     def following(self) -> list[SampleRef]:
         """The refs of the next step, as far as they are committed; plans nothing."""
-        visits = self._order.look_ahead(self._settings.batch_size, self._block_if_there)
+        visits = self._order.look_ahead(self._cut_so_far, self._block_if_there)
         return [visit.item.ref for visit in visits]
 
     # -- the stream ------------------------------------------------------------------------

@@ -45,6 +45,15 @@ class Visit(Generic[T]):
     after: Position
 
 
+# How many of the next visits make a step; None if there is room for more.
+Cut = Callable[[Sequence[Visit[T]]], int | None]
+
+
+def at_most(count: int) -> Cut[T]:
+    """Steps of `count` visits."""
+    return lambda ready: count if len(ready) >= count else None
+
+
 class VisitOrder(Generic[T]):
     """Turns consecutive blocks of the log into visits."""
 
@@ -62,30 +71,30 @@ class VisitOrder(Generic[T]):
         """The oldest block that a run at `position` may still visit."""
         return max(0, position.stage - passes + 1)
 
-    def visits(self, count: int, read_block: Callable[[int], Block[T] | None]) -> list[Visit[T]] | None:
-        """The next `count` visits; fewer only at the end of the log.
+    def visits(self, cut: Cut[T], read_block: Callable[[int], Block[T] | None]) -> list[Visit[T]] | None:
+        """The next visits, as many as `cut` says; all that are left at the end of the log.
 
         `read_block(number)` returns a block of the log, or None if it was interrupted; then no visit is
         taken and the result is None.
         """
-        if not self._fill(count, read_block):
+        count = self._fill(cut, read_block)
+        if count is None:
             return None
         taken, self._ready = self._ready[:count], self._ready[count:]
         return taken
 
-    def look_ahead(self, count: int, read_block: Callable[[int], Block[T] | None]) -> list[Visit[T]]:
-        """Up to `count` of the next visits, without taking them; fewer if `read_block` has no more now."""
-        self._fill(count, read_block)
-        return self._ready[:count]
+    def look_ahead(self, cut: Cut[T], read_block: Callable[[int], Block[T] | None]) -> list[Visit[T]]:
+        """The next visits, without taking them; fewer than `cut` asks for if `read_block` has no more now."""
+        return self._ready[: self._fill(cut, read_block)]
 
-    def _fill(self, count: int, read_block: Callable[[int], Block[T] | None]) -> bool:
-        while len(self._ready) < count and not self._is_over():
+    def _fill(self, cut: Cut[T], read_block: Callable[[int], Block[T] | None]) -> int | None:
+        while (count := cut(self._ready)) is None and not self._is_over():
             block = Block[T]([], ends=True) if self._ended else read_block(self._stage)
             if block is None:
-                return False
+                return None
             self._ended = block.ends
             self._enter_stage(list(block.items))
-        return True
+        return len(self._ready) if count is None else count
 
     def put_back(self, visits: Sequence[Visit[T]]) -> None:
         """Return visits that were not made; the next call of `visits` begins with them."""

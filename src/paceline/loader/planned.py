@@ -19,6 +19,7 @@ class PlannedStep:
 
     `taken`: the visits that it took from the order; `visits`: those of them that it trains. `deaths` counts
     consumers that died in it. `first_place`: where a consumer that resumes after it begins to read the log.
+    `progress`: see `LoaderSettings.progress`, after the step.
     """
 
     step: int
@@ -27,6 +28,7 @@ class PlannedStep:
     visits: Visits
     taken: Visits
     first_place: int = 0
+    progress: float | None = None
 
     @property
     def refs(self) -> tuple[SampleRef, ...]:
@@ -63,6 +65,18 @@ class PlannedStep:
 
 def plan_of(step: int, visits: Sequence[Visit[Entry]]) -> StepPlan:
     return StepPlan(step, tuple(visit.item.sample_id for visit in visits))
+
+
+def goes_on(plan: StepPlan, taken: Sequence[Visit[Entry]], quarantined: Collection[str]) -> bool:
+    """Whether the plan on record names these visits, except quarantined ones, and others after them."""
+    names = iter(plan.sample_ids)
+    wanted = next(names, None)
+    for visit in taken:
+        if visit.item.sample_id == wanted:
+            wanted = next(names, None)
+        elif visit.item.sample_id not in quarantined:
+            return False
+    return wanted is not None
 
 
 def as_planned(

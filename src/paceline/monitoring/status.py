@@ -183,18 +183,29 @@ def _planned_prompts(facts: Mapping[str, Any]) -> int | None:
 
 
 def _planned_steps(s: RunSnapshot) -> int | None:
-    """Of a run that was never extended; else the blocks of its extensions would count, too."""
+    """Of a run that was never extended; else the blocks of its extensions would count, too. Where steps are
+    cut by tokens it is an estimate, by the share of the run that is done."""
     facts = s.ledger.facts
     recorded, prompts = facts.get(CONFIG, {}), _planned_prompts(facts)
     if prompts is None or len(facts[PROMPTS]["stretches"]) > 1:
         return None
     batch, passes = (setting(recorded, f"training.{name}", 1) for name in ("batch_size", "passes"))
     most = setting(recorded, "training.max_steps")
+    if setting(recorded, "training.tokens_per_step") is not None:
+        return _estimated_steps(s.last_step, most if isinstance(most, int) else None)
     if not isinstance(batch, int) or not isinstance(passes, int) or batch < 1:
         return None
     lost = len(s.failed_prompts) * passes
     steps = math.ceil(max(0, prompts * passes - lost) / batch)
     return min(steps, most) if isinstance(most, int) else steps
+
+
+def _estimated_steps(last: Mapping[str, float], most: int | None) -> int | None:
+    number, share = last.get("step"), last.get("progress")
+    if not number or not share:
+        return most
+    steps = math.ceil(number / share)
+    return steps if most is None else min(steps, most)
 
 
 def _samples(s: RunSnapshot) -> Samples:

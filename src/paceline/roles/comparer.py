@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from paceline.training.replay import (
     batches_of_run,
     for_tokens,
     judged,
+    progress_of_run,
     steps_within,
     train,
 )
@@ -65,7 +66,7 @@ def compare(
         kept, samples = capture_kept(comparison.directory, asked, events)
         told = {
             "features": kept.folder.name,
-            "samples": [[sample.sample_id, sample.place, sample.num_targets] for sample in samples],
+            "samples": [list(astuple(sample)) for sample in samples],
             "tokens": sum(sample.num_targets for sample in samples),
             "bytes": kept.store.usage().resident_bytes,
         }
@@ -136,6 +137,7 @@ class _Variant:
             batches,
             self._read,
             seconds=seconds,
+            progress=self._progress(samples),
             greedy=self._kept.is_greedy,
             report=events.write,
         )
@@ -155,12 +157,23 @@ class _Variant:
         count = steps_within(60 * self._comparison.minutes, timed, first, batches, self._read)
         return [batches[step % len(batches)] for step in range(count)]
 
+    @property
+    def _has_budget(self) -> bool:
+        return self._comparison.tokens is not None or self._comparison.minutes is not None
+
+    def _progress(self, samples: list[KeptSample]) -> list[float] | None:
+        """With which the learning rate falls: without a budget that of a run."""
+        config, size = self._config, self._asked.source.size or 0
+        if self._has_budget:
+            return None
+        return progress_of_run(samples, config.capture.group_size, config.training, size)
+
     def _total_steps(self, batches: list[Batch]) -> int:
         """Where the learning rate reaches its end: without a budget where that of a run does, which cannot
         know of prompts that fail."""
-        if self._comparison.tokens is not None or self._comparison.minutes is not None:
-            return len(batches)
         training = self._config.training
+        if self._has_budget or training.tokens_per_step is not None:
+            return len(batches)
         whole = math.ceil((self._asked.source.size or 0) * training.passes / training.batch_size)
         return min(whole, training.max_steps or whole)
 

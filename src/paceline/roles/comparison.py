@@ -26,6 +26,7 @@ from paceline.section import Count, Section, nearest
 from paceline.target.version import files_version
 
 VARIED = ("method", "training")  # sections
+SIZES = ({"tokens_per_step", "batch_size"}, {"micro_batch_tokens", "micro_batch_size"})
 PREPARED, RESULT, TRAINED = "features.json", "result.json", "training.json"
 VARIANTS_MAX = 256
 
@@ -159,8 +160,8 @@ def swept(config: RunConfig, settings: Sequence[str]) -> list[Variant]:
 def overridden(given: Mapping[str, Any], changes: Mapping[str, Any], *, source: str) -> dict[str, Any]:
     """The sections `method` and `training` of `given` with `changes`.
 
-    Where a method of another name is chosen, the settings that it shares with the run file's stay. Raises
-    ConfigError for another section.
+    Where a method of another name is chosen, the settings that it shares with the run file's stay. A size in
+    tokens replaces that in samples, and the other way round. Raises ConfigError for another section.
     """
     for name, values in changes.items():
         if name not in VARIED:
@@ -177,10 +178,11 @@ def overridden(given: Mapping[str, Any], changes: Mapping[str, Any], *, source: 
     if new.get("name", method.get("name", "eagle3")) != method.get("name", "eagle3"):
         known = METHODS.find(str(new["name"])).model_fields
         method = {key: value for key, value in method.items() if key in known and key != "name"}
-    return {
-        "method": {**method, **new},
-        "training": {**sections["training"], **dict(changes.get("training", {}))},
-    }
+    training, chosen = sections["training"], dict(changes.get("training", {}))
+    for pair in SIZES:
+        if chosen.keys() & pair:
+            training = {key: value for key, value in training.items() if key not in pair}
+    return {"method": {**method, **new}, "training": {**training, **chosen}}
 
 
 def _varied(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

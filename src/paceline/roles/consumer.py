@@ -51,7 +51,7 @@ def consume(
     target = bind_target(ledger, config, "consumer")
     method, head = config.method.build(), TargetHead.load(config.target.model)
     method.check_target(head)
-    totals = plan.num_steps(stretches)
+    totals, source = plan.num_steps(stretches), plan.source(stretches)
     settings = trainer_settings(config, totals, place)
 
     def stops_early() -> bool:
@@ -72,7 +72,8 @@ def consume(
                 checkpoint_folder=config.checkpoint_folder,
                 settings=settings,
                 block_size=config.capture.group_size,
-                starts=plan.source(stretches).starts,
+                starts=source.starts,
+                size=source.size,
             ),
             metadata_store=ledger,
             resume=True,

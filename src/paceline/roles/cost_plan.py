@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,10 +22,10 @@ from paceline.roles.footprint import (
     sample_sizes,
     window_of,
 )
-from paceline.roles.forecast import Time, time_of
-from paceline.roles.lengths import mean_lengths
+from paceline.roles.forecast import Time, samples_per_step, time_of
+from paceline.roles.lengths import Lengths, mean_lengths
 from paceline.roles.machine import Gpu, Machine, this_machine
-from paceline.roles.plan import plan_run
+from paceline.roles.plan import RunPlan, plan_run
 from paceline.roles.rates import data_sheet, named_data_sheet, rates_of
 from paceline.section import Section
 from paceline.target.hub import described_target, is_of_hub
@@ -43,6 +44,8 @@ class Told(Section):
 
 
 class RunTold(Section):
+    """`steps`: about, if each takes `tokens_per_step` tokens instead of `batch_size` samples."""
+
     name: str
     directory: str
     samples: int
@@ -50,6 +53,7 @@ class RunTold(Section):
     passes: int
     steps: int
     batch_size: int
+    tokens_per_step: int | None = None
 
 
 class TargetTold(Section):
@@ -146,8 +150,9 @@ def cost_plan(config: RunConfig, *, gpu: str = "", target_config: Path | None = 
             samples=samples,
             rounds=config.data.rounds,
             passes=config.training.passes,
-            steps=plan.num_steps([plan.stretch])[-1],
+            steps=_steps(plan, lengths),
             batch_size=config.training.batch_size,
+            tokens_per_step=config.training.tokens_per_step,
         ),
         target=_target(config, shape, sizes.dtype),
         draft=DraftTold(method=config.method.name, parameters=trained),
@@ -161,7 +166,7 @@ def cost_plan(config: RunConfig, *, gpu: str = "", target_config: Path | None = 
             bytes_about=round(sizes.bytes_about),
             answers_known=lengths.answers_known,
         ),
-        window=window_of(config, sizes.bytes_max),
+        window=window_of(config, sizes),
         features=FeaturesTold(
             store=config.features.store,
             directory=str(config.features.directory),
@@ -171,11 +176,17 @@ def cost_plan(config: RunConfig, *, gpu: str = "", target_config: Path | None = 
         time=time,
         findings=[
             Told(what=found.what, next=found.next, refuses=found.refuses)
-            for found in findings(
-                Layout(plan, machine, shape, sizes.bytes_max, processes, disk, elsewhere=bool(gpu))
-            )
+            for found in findings(Layout(plan, machine, shape, sizes, processes, disk, elsewhere=bool(gpu)))
         ],
     )
+
+
+def _steps(plan: RunPlan, lengths: Lengths) -> int:
+    known, training = plan.num_steps([plan.stretch]), plan.config.training
+    if known is not None:
+        return known[-1]
+    steps = math.ceil((plan.num_samples or 0) * training.passes / samples_per_step(training, lengths))
+    return min(steps, training.max_steps or steps)
 
 
 def _finder(target_config: Path | None) -> Callable[[TargetSection], TargetSection]:

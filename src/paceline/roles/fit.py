@@ -9,10 +9,10 @@ from paceline.capture.backpressure import check_feasible
 from paceline.config.run import RunConfig
 from paceline.engines.served.settings import ServedSection
 from paceline.errors import ConfigError
-from paceline.roles.footprint import Disk, Process
+from paceline.roles.footprint import Disk, Process, SampleSizes
 from paceline.roles.forecast import threads_of
 from paceline.roles.machine import Machine
-from paceline.roles.plan import RunPlan, window_size
+from paceline.roles.plan import RunPlan
 from paceline.roles.preflight import CHECKS, ON_THIS_MACHINE, Finding
 from paceline.target.folder import read_config, refuse_quantised
 from paceline.target.shape import TargetShape
@@ -28,7 +28,7 @@ class Layout:
     plan: RunPlan
     machine: Machine
     shape: TargetShape
-    sample_bytes: int
+    sizes: SampleSizes
     processes: list[Process]
     disk: Disk
     elsewhere: bool
@@ -39,7 +39,7 @@ def findings(layout: Layout) -> Iterator[Finding]:
     plan = layout.plan
     for note in plan.notes:
         yield Finding(f"{note[:1].upper()}{note[1:]}.", "")
-    yield from _budget(plan.config, layout.sample_bytes)
+    yield from _budget(plan.config, layout.sizes)
     yield from _quantised(plan.config, layout.shape)
     yield from _first_samples(plan)
     for check in CHECKS:
@@ -56,14 +56,15 @@ def findings(layout: Layout) -> Iterator[Finding]:
         yield from _disk(layout)
 
 
-def _budget(config: RunConfig, sample_bytes: int) -> Iterator[Finding]:
+def _budget(config: RunConfig, sizes: SampleSizes) -> Iterator[Finding]:
     try:
         check_feasible(
             budget_bytes=config.features.budget_mib << 20,
-            sample_bytes=sample_bytes,
+            sample_bytes=sizes.bytes_max,
             group_size=config.capture.group_size,
-            window_size=window_size(config),
+            window_size=sizes.collected.samples,
             budget_samples=config.features.budget_samples,
+            window_bytes=sizes.collected.num_bytes,
         )
     except ConfigError as error:
         yield Finding(error.what, f"{error.next[:1].upper()}{error.next[1:]}", refuses=True)

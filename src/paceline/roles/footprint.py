@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from paceline.capture.backpressure import LOW
 from paceline.capture.settings import CaptureSettings
-from paceline.capture.sizing import payload_bytes, reserved_sample_bytes
+from paceline.capture.sizing import Collected, collected_at_most, payload_bytes, reserved_sample_bytes
 from paceline.config.run import RunConfig
 from paceline.engines.served.settings import ServedSection
 from paceline.engines.vllm.settings import VllmSection
@@ -37,7 +38,8 @@ STATE_BYTES = 12  # a parameter in a checkpoint: weight and two moments
 
 @dataclass(frozen=True)
 class SampleSizes:
-    """`bytes_max`: what is reserved for each sample. `about`: at the lengths that the data suggests."""
+    """`bytes_max`: what is reserved for each sample. `about`: at the lengths that the data suggests.
+    `collected`: what the trainer must have before it can go on."""
 
     dtype: str
     layers: int
@@ -45,6 +47,7 @@ class SampleSizes:
     bytes_max: int
     tokens_about: float
     bytes_about: float
+    collected: Collected
 
 
 def facts_of(config: RunConfig, shape: TargetShape, machine: Machine) -> TargetFacts:
@@ -77,15 +80,19 @@ def sample_sizes(plan: RunPlan, facts: TargetFacts, lengths: Lengths) -> SampleS
     about = payload_bytes(
         features, hidden, num_tokens=round(lengths.sample), num_targets=round(lengths.answers)
     )
+    bytes_max = reserved_sample_bytes(
+        capture, hidden, longest_prompt=longest, has_chats=plan.prompts.has_chats
+    )
     return SampleSizes(
         dtype=facts.dtype,
         layers=states_of_a_token(features),
         tokens_max=longest + config.data.max_answer_tokens,
-        bytes_max=reserved_sample_bytes(
-            capture, hidden, longest_prompt=longest, has_chats=plan.prompts.has_chats
-        ),
+        bytes_max=bytes_max,
         tokens_about=lengths.sample,
         bytes_about=about * SLACK + 4096,
+        collected=collected_at_most(
+            window_size(config), bytes_max, features, hidden, step_tokens=config.training.tokens_per_step
+        ),
     )
 
 
@@ -106,20 +113,23 @@ class Window(Section):
     needed_bytes: int
 
 
-def window_of(config: RunConfig, sample_bytes: int) -> Window:
+def window_of(config: RunConfig, sizes: SampleSizes) -> Window:
     budget = config.features.budget_mib << 20
-    fitting = budget // sample_bytes
-    if config.features.budget_samples is not None:
-        fitting = min(fitting, config.features.budget_samples)
-    collected, group = window_size(config), config.capture.group_size
-    needed = int((group + collected) * sample_bytes / 0.75) + 1
+    collected, group = sizes.collected, config.capture.group_size
+    needed = group * sizes.bytes_max + collected.bytes_at_most(sizes.bytes_max)
     return Window(
         budget_bytes=budget,
-        samples=fitting,
+        samples=_resident_samples(config, sizes.bytes_max),
         group_samples=group,
-        collected_samples=collected,
-        needed_bytes=needed,
+        collected_samples=collected.samples,
+        needed_bytes=int(needed / LOW) + 1,
     )
+
+
+def _resident_samples(config: RunConfig, sample_bytes: int) -> int:
+    """How many samples of that size the budget holds."""
+    fitting = (config.features.budget_mib << 20) // sample_bytes
+    return min(fitting, config.features.budget_samples or fitting)
 
 
 class Process(Section):
@@ -240,7 +250,7 @@ def disk_of(plan: RunPlan, shape: TargetShape, lengths: Lengths, trained: int | 
         )
     answers = int(samples * (ANSWER_BYTES + TOKEN_BYTES * lengths.sample))
     logs = FILE_BYTES_MAX * 2 * (config.machine.producers + config.machine.trainers + 1)
-    in_flight = min(samples, window_of(config, 1 + (config.features.budget_mib << 10)).samples)
+    in_flight = min(samples, _resident_samples(config, 1 + (config.features.budget_mib << 10)))
     ledger = in_flight * LEDGER_BYTES + samples * ARCHIVED_BYTES
     fetched = shape.weights_bytes if download else 0
     parts = [answers, logs, ledger, fetched, checkpoints, exports]

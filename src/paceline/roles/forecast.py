@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from paceline.config.run import RunConfig
 from paceline.engines.served.settings import ServedSection
 from paceline.roles.footprint import Process
@@ -9,6 +11,7 @@ from paceline.roles.lengths import Lengths
 from paceline.roles.rates import Rates
 from paceline.roles.trainers import trainer_roles
 from paceline.section import Section
+from paceline.training.settings import TrainingSection
 
 EVEN = 1.25  # sides whose times differ by less are both busy
 
@@ -51,7 +54,8 @@ def time_of(
     capture_s = num_samples * whole / rates.capture_tokens_per_s / config.machine.producers
     samples = num_samples * config.training.passes
     if config.training.max_steps is not None:
-        samples = min(samples, config.training.max_steps * config.training.batch_size)
+        most = config.training.max_steps * samples_per_step(config.training, lengths)
+        samples = min(samples, math.ceil(most))
     training_s = samples * lengths.answers / rates.train_tokens_per_s / config.machine.trainers
     first_s = capture_s * min(1.0, config.method.first_samples / max(1, num_samples))
     together = not _share(config, processes, room)
@@ -68,6 +72,13 @@ def time_of(
         advice=_advice(config, capture_s, training_s),
         **figures,
     )
+
+
+def samples_per_step(training: TrainingSection, lengths: Lengths) -> float:
+    """About how many samples a step takes."""
+    if training.tokens_per_step is None:
+        return training.batch_size
+    return max(1.0, training.tokens_per_step / lengths.sample)
 
 
 def _share(config: RunConfig, processes: list[Process], room: int) -> bool:

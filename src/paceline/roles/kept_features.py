@@ -97,7 +97,7 @@ class KeptFeatures:
             if count is None:
                 damaged.append(entry.sample_id)
             else:
-                found.append(KeptSample(entry.sample_id, entry.place, count))
+                found.append(KeptSample(entry.sample_id, entry.place, count, entry.ref.num_tokens))
         if damaged:
             raise FeatureMissingError(
                 f"{len(damaged)} of {len(self._entries)} kept samples are damaged (first: {damaged[0]}).",

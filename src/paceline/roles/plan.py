@@ -63,9 +63,14 @@ class RunPlan:
         prompts, sizes = self.ordered(stretches)
         return RunPrompts(prompts, self.config.data.rounds, sizes)
 
-    def num_steps(self, stretches: Sequence[Stretch]) -> list[int]:
-        """The optimizer steps of the whole run: as it began, and after each extension."""
+    def num_steps(self, stretches: Sequence[Stretch]) -> list[int] | None:
+        """The optimizer steps of the whole run: as it began, and after each extension.
+
+        None if they depend on the lengths of the samples, which are not captured yet.
+        """
         training, totals, before = self.config.training, [0], 0
+        if training.tokens_per_step is not None:
+            return None
         for size in self.ordered(stretches)[1]:
             visits = (size - before) * self.config.data.rounds * training.passes
             totals.append(totals[-1] + math.ceil(visits / training.batch_size))
@@ -163,9 +168,14 @@ def refuse_idle_ranks(config: RunConfig, ranks: int) -> None:
 
 
 def window_size(config: RunConfig) -> int:
-    """The most samples that must be resident before the consumer can free any."""
-    blocks = (config.training.passes + 1) * config.capture.group_size
-    return max(blocks + config.training.batch_size, config.method.first_samples)
+    """The most samples that must be resident before the consumer can free any.
+
+    A step that is cut by its tokens comes to that: see `build_disagg_online_producer`.
+    """
+    training = config.training
+    blocks = (training.passes + 1) * config.capture.group_size
+    step = training.batch_size if training.tokens_per_step is None else 0
+    return max(blocks + step, config.method.first_samples)
 
 
 def processors_of_roles(config: RunConfig) -> dict[str, list[int]]:

@@ -118,6 +118,7 @@ def _producer(
             features=config.method.build().features(engine.facts),
         ),
         window_size=window_size(config),
+        step_tokens=config.training.tokens_per_step,
         budget_samples=config.features.budget_samples,
         answers_folder=config.run.directory / "answers",
         metadata_store=ledger,

@@ -161,7 +161,9 @@ def estimated_rates(
     if trained is not None:
         rows = config.method.rows_per_target(lengths.answers)
         judged = 2.0 * shape.sizes.vocab_size * shape.sizes.hidden_size  # the target's own logits
-        targets = config.training.micro_batch_size * lengths.answers
+        tokens = config.training.micro_batch_tokens
+        samples = config.training.micro_batch_size if tokens is None else max(1.0, tokens / lengths.sample)
+        targets = samples * lengths.answers
         a_batch = targets * (6.0 * trained * rows + judged) / (flops * TRAINING_SHARE) + MICRO_BATCH_S
         train = targets / a_batch
     return Rates(capture, train, None, f"the data sheet of {sheet.name}, not measured")

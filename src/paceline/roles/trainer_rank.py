@@ -39,14 +39,16 @@ def alone(trainers: int) -> str:
     )
 
 
-def trainer_settings(config: RunConfig, totals: Sequence[int], place: Place | None = None) -> TrainerSettings:
-    """`totals`: the optimizer steps of the whole run, as it began and after each extension."""
+def trainer_settings(
+    config: RunConfig, totals: Sequence[int] | None, place: Place | None = None
+) -> TrainerSettings:
+    """`totals`: the optimizer steps of the whole run, as it began and after each extension; None: unknown."""
     device = device_of(config, place)
     dtype = torch_dtype(config.method.dtype, device)
-    *before, total_steps = totals
+    totals = totals or []
     return TrainerSettings(
-        total_steps=total_steps,
-        totals_before=tuple(before),
+        total_steps=totals[-1] if totals else None,
+        totals_before=tuple(totals[:-1]),
         first_samples=config.method.first_samples,
         training=config.training.model_copy(update={"device": str(device)}),
         checkpoint=config.checkpoint,

@@ -18,7 +18,7 @@ from paceline.capture.encoding import Encoding
 from paceline.capture.neighbours import Neighbours
 from paceline.capture.producer import Producer
 from paceline.capture.settings import CaptureSettings
-from paceline.capture.sizing import reserved_sample_bytes
+from paceline.capture.sizing import collected_at_most, reserved_sample_bytes
 from paceline.data.answers import AnswerFiles
 from paceline.data.source import PromptList, PromptSource
 from paceline.engines.engine import TargetEngine
@@ -28,7 +28,8 @@ from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.producer_session import WORKER, ProducerSession
 from paceline.ledger.stores.sqlite import SQLiteLedger
-from paceline.loader.loader import LoaderSettings, StepLoader
+from paceline.loader.loader import StepLoader
+from paceline.loader.settings import LoaderSettings
 from paceline.methods.method import DraftMethod
 from paceline.target.head import TargetHead
 from paceline.target.version import TargetVersion
@@ -73,6 +74,7 @@ def build_disagg_online_producer(
     prompts: PromptSource | Sequence[PromptTask | Mapping[str, Any] | str],
     capture: CaptureSettings,
     window_size: int = 64,
+    step_tokens: int | None = None,
     budget_samples: int | None = None,
     answers_folder: Path | None = None,
     metadata_store: Ledger | None = None,
@@ -88,9 +90,9 @@ def build_disagg_online_producer(
     `prompts`, in run order: a source that is read by ordinal, or a list of tasks, mappings or plain texts
     (see `PromptList`). `window_size`: how many samples the consumer must collect before it can go on (its
     batch, or the samples that choose its draft vocabulary); the start-up check uses it to prove that the
-    budget cannot deadlock. `budget_samples`: the most samples that may be resident (None: only bytes are
-    limited). `answers_folder`: where the tokens of answers are kept; an engine that does not repeat its bits
-    needs it.
+    budget cannot deadlock. `step_tokens`: `training.tokens_per_step`; the samples of a step come to that.
+    `budget_samples`: the most samples that may be resident (None: only bytes are limited). `answers_folder`:
+    where the tokens of answers are kept; an engine that does not repeat its bits needs it.
     `worker`: this producer's name, which no other live producer of the run has. `timeout_s`: a producer of
     the run without a sign of life for so long is taken for dead by the others; None: there are no others.
     `about`: what people should know of this producer.
@@ -105,19 +107,24 @@ def build_disagg_online_producer(
         capture, engine.facts.hidden_size, longest_prompt=longest, has_chats=source.has_chats
     )
     budget = feature_store.usage().budget_bytes
+    window = collected_at_most(
+        window_size, sample_bytes, capture.features, engine.facts.hidden_size, step_tokens=step_tokens
+    )
     check_feasible(
         budget_bytes=budget,
         sample_bytes=sample_bytes,
         group_size=capture.group_size,
-        window_size=window_size,
+        window_size=window.samples,
         budget_samples=budget_samples,
+        window_bytes=window.num_bytes,
     )
     marks = Watermarks(
         budget_bytes=budget,
         group_bytes=capture.group_size * sample_bytes,
         budget_samples=budget_samples,
         group_samples=capture.group_size,
-        window_samples=window_size,
+        window_samples=window.samples,
+        window_bytes=window.num_bytes,
     )
     backpressure = Backpressure(feature_store, session, marks, report=report)
     if answers_folder is None and not engine.facts.repeats_bits:
@@ -171,6 +178,7 @@ class ConsumerParts:
     block_size: int = 64
     target: TargetVersion | None = None  # of the samples that may be trained; None: of any
     starts: Sequence[int] = (0,)  # see LoaderSettings
+    size: int | None = None  # the same
 
 
 def build_disagg_online_consumer(
@@ -232,6 +240,8 @@ def build_disagg_online_consumer(
             parts.starts,
             idle_timeout_s,
             target=parts.target,
+            tokens_per_step=training.tokens_per_step,
+            size=parts.size,
         ),
         executor=executor,
         should_stop=should_stop,

@@ -35,6 +35,7 @@ from paceline.ledger.records import State
 from paceline.ledger.stores.redis import RedisView
 from paceline.testing import killed_run
 from paceline.testing.killed_run import Fault, KilledRun, Violation, producers_of, qualified
+from paceline.testing.light_adapters import tokens_per_step
 from paceline.testing.light_run import LightRun, Outcome, RunShape, expected_steps, head_of, uninterrupted
 from paceline.testing.valkey_server import ValkeyServer
 from paceline.training.checkpoint import epoch_of
@@ -210,6 +211,7 @@ def random_schedule(seed: int) -> Schedule:
         bad_prompt=rng.randint(0, 5) if rng.random() < 0.15 else -1,
         bad_sample=rng.randint(0, 5) if rng.random() < 0.15 else -1,
         threads=rng.random() < 0.7,
+        tokens=tokens_per_step(seed),
     )
     faults: list[Fault] = []
     deaths: Counter[str] = Counter()

@@ -44,6 +44,7 @@ LIGHT_FEATURES = (
 )
 NAMES = tuple(feature.name for feature in LIGHT_FEATURES)
 SAMPLE_BYTES = 256  # at least as many as any sample of `light_sample` takes
+BY_TOKENS = (2, 7, 10, 12, 17)  # none of the seeds of which a test says what happens in them
 MAGIC = b"PLLIGHT1"
 HEADER = struct.Struct("<8sQI32s")  # magic, generation, bytes of the id, digest of both and what follows
 
@@ -59,16 +60,32 @@ class LightTensor:
         return (len(self.data),)
 
 
-def light_sample(request: CaptureRequest, group: Sequence[str] = ()) -> Captured:
-    """What the engine captures; the tokens begin with the sample's id, so that a learner can name it."""
+def light_sample(request: CaptureRequest, group: Sequence[str] = (), tail: int = 8) -> Captured:
+    """What the engine captures; the tokens begin with the sample's id, so that a learner can name it, and
+    `tail` more follow."""
     key = json.dumps([request.sample_id, request.seed, request.temperature, list(group)]).encode()
 
     def bytes_of(name: str, size: int) -> Any:
         return LightTensor(hashlib.shake_128(name.encode() + key).digest(size))
 
-    tensors = {name: bytes_of(name, size) for name, size in zip(NAMES, (8, 8, 64, 32), strict=True)}
+    tensors = {name: bytes_of(name, size) for name, size in zip(NAMES, (tail, 8, 64, 32), strict=True)}
     tensors[TOKENS] = LightTensor(request.sample_id.encode() + b"\0" + tensors[TOKENS].data)
     return Captured(request.sample_id, tensors)
+
+
+def uneven_tail(sample_id: str) -> int:
+    """The tail of a sample of a run whose samples differ in length: 8, 13, 18 or 23 tokens."""
+    return 8 + 5 * (int(sample_id.rpartition(":")[2]) * 7 % 4)
+
+
+def uneven_length(sample_id: str) -> int:
+    """The tokens that the target processed of such a sample: 15 to about 33."""
+    return len(sample_id) + uneven_tail(sample_id)
+
+
+def tokens_per_step(seed: int) -> int | None:
+    """The tokens of a step, in a quarter of the seeds; drawn by itself, so that other draws stay the same."""
+    return random.Random(f"tokens {seed}").choice((16, 30, 50)) if seed % 20 in BY_TOKENS else None
 
 
 def id_of(sample: Sample) -> str:
@@ -78,10 +95,13 @@ def id_of(sample: Sample) -> str:
 
 
 class LightEngine:
-    """A TargetEngine. `refuses` may raise (or kill) over a group: a bad prompt."""
+    """A TargetEngine. `refuses` may raise (or kill) over a group: a bad prompt. `uneven`: samples differ in
+    length (`uneven_length`)."""
 
-    def __init__(self, refuses: Callable[[Sequence[str]], None] | None = None) -> None:
-        self._refuses = refuses
+    def __init__(
+        self, refuses: Callable[[Sequence[str]], None] | None = None, *, uneven: bool = False
+    ) -> None:
+        self._refuses, self._tail = refuses, uneven_tail if uneven else lambda _: 8
         self.captured: list[list[str]] = []
 
     @property
@@ -108,7 +128,7 @@ class LightEngine:
             self._refuses(ids)
         assert tuple(features) == LIGHT_FEATURES, "the run's own"
         self.captured.append(ids)
-        return [light_sample(request, ids) for request in group]
+        return [light_sample(request, ids, self._tail(request.sample_id)) for request in group]
 
 
 class HashLearner:
@@ -138,7 +158,13 @@ class HashLearner:
         self.attempt(samples)
         self.weights = _hashed(b"build", samples)
 
-    def step(self, step: int, samples: Sequence[Sample], num_tokens: int | None = None) -> dict[str, Any]:
+    def step(
+        self,
+        step: int,
+        samples: Sequence[Sample],
+        num_tokens: int | None = None,
+        progress: float | None = None,
+    ) -> dict[str, Any]:
         if self._link.size == 1:
             self.attempt(samples)
             self.weights = _hashed(self.weights + step.to_bytes(8, "little"), samples)

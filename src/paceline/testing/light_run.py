@@ -31,7 +31,8 @@ from paceline.ledger.producer_session import WORKER, ProducerSession
 from paceline.ledger.stores.redis import RedisLedger, RedisView
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.ledger.stores.sqlite.view import SQLiteView
-from paceline.loader.loader import LoaderSettings, StepLoader
+from paceline.loader.loader import StepLoader
+from paceline.loader.settings import LoaderSettings
 from paceline.testing.kill_points import pointed
 from paceline.testing.light_adapters import (
     LIGHT_FEATURES,
@@ -40,6 +41,7 @@ from paceline.testing.light_adapters import (
     InMemoryLightFeatureStore,
     LightEngine,
     LightFeatureStore,
+    uneven_length,
 )
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.settings import CheckpointSection, TrainerSettings
@@ -47,6 +49,7 @@ from paceline.training.trainer import ConsumerSide, Trainer, take_over
 from paceline.types import PromptTask
 
 RUN_ID = "light"
+SHORTEST = uneven_length(f"{RUN_ID}:0")
 ARCHIVE_FROM = 6  # so few samples are archived already, so that runs this small have an archive
 
 
@@ -59,7 +62,8 @@ class RunShape:
     written and features read ahead in threads, as the consumer's process does it. `producers`: how many
     processes capture; the weights do not depend on it. `timeout_s`: a producer that is silent for so long is
     taken for dead by the others. `heartbeats`: a thread of each tells that it lives; without, that is told
-    between two groups.
+    between two groups. `tokens`: a step holds so many, instead of `batch` samples, and samples differ in
+    length.
     """
 
     prompts: int = 12
@@ -75,11 +79,13 @@ class RunShape:
     producers: int = 1
     timeout_s: float = 3600.0
     heartbeats: bool = False
+    tokens: int | None = None
 
     @property
     def window(self) -> int:
-        """As in roles/plan.py."""
-        return max((self.passes + 1) * self.group + self.batch, self.first_samples)
+        """As in roles/plan.py and roles/wire.py, with the shortest sample there is."""
+        step = self.batch if self.tokens is None else self.tokens // SHORTEST + 2
+        return max((self.passes + 1) * self.group + step, self.first_samples)
 
     @property
     def first_samples(self) -> int:
@@ -107,7 +113,7 @@ class RunShape:
             if f"{RUN_ID}:{self.bad_prompt}" in sample_ids:
                 raise EngineError("The target cannot bear this prompt.")
 
-        return LightEngine(refuse)
+        return LightEngine(refuse, uneven=self.tokens is not None)
 
     def learner(self) -> HashLearner:
         def refuse(sample_ids: Sequence[str]) -> None:
@@ -115,6 +121,11 @@ class RunShape:
                 raise TrainingError("The loss is no number.")
 
         return HashLearner(refuse)
+
+    def loading(self) -> LoaderSettings:
+        return LoaderSettings(
+            self.batch, self.passes, self.group, tokens_per_step=self.tokens, size=self.prompts
+        )
 
     def settings(self) -> TrainerSettings:
         return TrainerSettings(
@@ -200,9 +211,8 @@ def build_consumer(
         pointed(CheckpointFolder(checkpoints, RUN_ID), "checkpoints"),
         pointed(shape.learner(), "learner"),
     )
-    loading = LoaderSettings(shape.batch, shape.passes, shape.group)
     return take_over(
-        side, shape.settings(), loading, executor=executor, should_stop=should_stop, report=report
+        side, shape.settings(), shape.loading(), executor=executor, should_stop=should_stop, report=report
     )
 
 
@@ -300,5 +310,13 @@ def expected_steps(shape: RunShape) -> list[list[str]]:
         window = [blocks[stage - age] for age in range(shape.passes) if 0 <= stage - age < len(blocks)]
         for place in range(shape.group):
             visits += [block[place] for block in window if place < len(block)]
-    batches = [visits[i : i + shape.batch] for i in range(0, len(visits), shape.batch)]
+    if shape.tokens is None:
+        batches = [visits[i : i + shape.batch] for i in range(0, len(visits), shape.batch)]
+    else:
+        batches, room = [], 0
+        for visit in visits:
+            if not batches or uneven_length(visit) > room:
+                batches, room = [*batches, []], shape.tokens
+            batches[-1].append(visit)
+            room -= uneven_length(visit)
     return [[i for i in batch if i != f"{RUN_ID}:{shape.bad_sample}"] for batch in batches]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from time import monotonic
@@ -15,13 +15,21 @@ from paceline.capture.settings import CaptureSettings
 from paceline.data.source import PromptList
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.producer_session import ProducerSession
-from paceline.loader.loader import LoaderSettings, StepLoader
-from paceline.testing.light_adapters import LIGHT_FEATURES, SAMPLE_BYTES, HashLearner, LightEngine
+from paceline.loader.loader import StepLoader
+from paceline.loader.settings import LoaderSettings
+from paceline.testing.light_adapters import (
+    LIGHT_FEATURES,
+    SAMPLE_BYTES,
+    HashLearner,
+    LightEngine,
+    uneven_length,
+)
 from paceline.training.settings import CheckpointSection, TrainerSettings
 from paceline.training.trainer import ConsumerSide, Trainer, take_over
 from paceline.types import PromptTask
 
 RUN_ID = "light"
+SHORTEST = uneven_length(f"{RUN_ID}:0")
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,8 @@ class Shape:
 
     `spare`: samples of room beyond the least that is allowed; None: all that anyone could want.
     `patience_s`: how long a consumer waits for a lost sample before it stops. `producers`: how many there
-    are at a time. `timeout_s`: after which a silent producer is taken for dead by the others.
+    are at a time. `timeout_s`: after which a silent producer is taken for dead by the others. `tokens`: see
+    `RunShape`.
     """
 
     prompts: int = 12
@@ -42,10 +51,12 @@ class Shape:
     patience_s: float = 1800.0
     producers: int = 1
     timeout_s: float = 3600.0
+    tokens: int | None = None
 
     @property
     def window(self) -> int:
-        return max((self.passes + 1) * self.group + self.batch, self.group)
+        step = self.batch if self.tokens is None else self.tokens // SHORTEST + 2
+        return max((self.passes + 1) * self.group + step, self.group)
 
     @property
     def least_samples(self) -> int:
@@ -66,7 +77,10 @@ class Shape:
     @property
     def weights_only(self) -> Shape:
         """The part that decides the weights."""
-        return Shape(self.prompts, self.group, self.batch, self.passes, interval=1)
+        return Shape(self.prompts, self.group, self.batch, self.passes, interval=1, tokens=self.tokens)
+
+    def engine(self, refuses: Callable[[Sequence[str]], None] | None = None) -> LightEngine:
+        return LightEngine(refuses, uneven=self.tokens is not None)
 
     def tasks(self) -> list[PromptTask]:
         return [PromptTask(str(n), RUN_ID, "prompts", {"prompt_ids": [n]}, n) for n in range(self.prompts)]
@@ -132,5 +146,12 @@ def simulated_consumer(
         checkpoint=CheckpointSection(interval_steps=shape.interval),
     )
     side = ConsumerSide(ConsumerSession(ledger, RUN_ID), features, folder, learner)
-    loading = LoaderSettings(shape.batch, shape.passes, shape.group, recapture_timeout_s=shape.patience_s)
+    loading = LoaderSettings(
+        shape.batch,
+        shape.passes,
+        shape.group,
+        recapture_timeout_s=shape.patience_s,
+        tokens_per_step=shape.tokens,
+        size=shape.prompts,
+    )
     return take_over(side, settings, loading, executor=executor, report=report, clock=clock)

@@ -33,7 +33,7 @@ from paceline.errors import (
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.records import CONSUMER, CheckpointRecord, State, producer_role
 from paceline.loader.loader import WAIT_S
-from paceline.testing.light_adapters import HashLearner, InMemoryLightFeatureStore, LightEngine
+from paceline.testing.light_adapters import HashLearner, InMemoryLightFeatureStore, tokens_per_step
 from paceline.testing.simulated_parts import (
     SimulatedDisk,
     SimulatedFeatures,
@@ -209,7 +209,7 @@ class World:
     def _produce(self, actor: Actor) -> None:
         ledger, features = self._parts(actor)
         worker = actor.role.partition(":")[2]
-        engine = LightEngine(
+        engine = self.shape.engine(
             self._refuses(actor, self.culprits.engine_fails, self.culprits.engine_dies, RuntimeError)
         )
         producer = simulated_producer(
@@ -454,6 +454,7 @@ def draw(seed: int, place: Place | None = None) -> World:
     patience_s = random.Random(f"patience {seed}").choice((Shape.patience_s, Shape.patience_s, 1.5, 0.5))
     timeout_s = random.Random(f"timeout {seed}").choice((Shape.timeout_s, 30.0, 3.0))
     shape = replace(shape, patience_s=patience_s, timeout_s=timeout_s, producers=3 if seed % 2 else 1)
+    shape = replace(shape, tokens=tokens_per_step(seed))
     culprits = Culprits()
     if rng.random() < 0.2:
         kind = rng.choice(tuple(vars(culprits)))

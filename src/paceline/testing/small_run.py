@@ -93,6 +93,7 @@ class SmallRun:
                 **{"group_size": 4, "max_answer_tokens": 6, "first_round_temperature": 1.0, **self.capture},
             ),
             window_size=16,
+            step_tokens=self.training.get("tokens_per_step"),
             answers_folder=self.folder / "answers",
             metadata_store=pointed(SQLiteLedger(self.db), "ledger"),
             report=self.report,
@@ -101,11 +102,12 @@ class SmallRun:
 
     @property
     def settings(self) -> TrainerSettings:
+        sizes = {"batch_size": self.batch_size, "micro_batch_size": min(2, self.batch_size)}
+        by_tokens = "tokens_per_step" in self.training
         training = TrainingSection.parse(
             {
                 "passes": self.passes,
-                "batch_size": self.batch_size,
-                "micro_batch_size": min(2, self.batch_size),
+                **({} if by_tokens else sizes),
                 "warmup_steps": 1,
                 "max_steps": self.max_steps,
                 **self.training,
@@ -133,6 +135,7 @@ class SmallRun:
             settings=self.settings,
             block_size=4,
             starts=self.source.starts,
+            size=self.source.size,
         )
         trainer, loader = build_disagg_online_consumer(
             run_id=RUN_ID,

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from paceline.errors import FeatureStoreElsewhereError, StoreError
-from paceline.loader.loader import QuarantinedError, StepLoader, StoppedError
+from paceline.loader.lengths import QuarantinedError, StoppedError
+from paceline.loader.loader import StepLoader
 from paceline.loader.planned import PlannedStep
 from paceline.training.coordinator import Coordinator
 from paceline.training.ranks import Ranks
@@ -34,7 +35,9 @@ class Fetching:
         """
         while True:
             try:
-                return planned.with_refs(self._hold(planned.step, planned.rev, planned.refs))
+                return planned.with_refs(
+                    self._hold(planned.step, planned.rev, planned.refs, planned.progress)
+                )
             except QuarantinedError as gone:
                 planned = self._loader.revise(planned, {gone.sample_id})
             except StoppedError:
@@ -55,11 +58,13 @@ class Fetching:
                 break
         return None
 
-    def _hold(self, step: int, rev: int, refs: Sequence[SampleRef]) -> dict[str, SampleRef]:
+    def _hold(
+        self, step: int, rev: int, refs: Sequence[SampleRef], progress: float | None = None
+    ) -> dict[str, SampleRef]:
         """The current refs by sample id; `refs` may name a sample twice."""
         current = {ref.sample_id: ref for ref in refs}
         tries: Counter[str] = Counter()
-        while unreadable := self._ranks.fetch(step, rev, [current[ref.sample_id] for ref in refs]):
+        while unreadable := self._ranks.fetch(step, rev, [current[ref.sample_id] for ref in refs], progress):
             for sample_id, why in unreadable.items():
                 tries[sample_id] += 1
                 if isinstance(why, FeatureStoreElsewhereError) and tries[sample_id] > ELSEWHERE_MAX:

@@ -33,10 +33,17 @@ class Learner(Protocol):
         not fit the target.
         """
 
-    def step(self, step: int, samples: Sequence[Sample], num_tokens: int | None = None) -> dict[str, Any]:
+    def step(
+        self,
+        step: int,
+        samples: Sequence[Sample],
+        num_tokens: int | None = None,
+        progress: float | None = None,
+    ) -> dict[str, Any]:
         """One optimizer step; returns figures for the event log. If it raises, the weights are unchanged.
 
-        `num_tokens` divides the gradients: the tokens of all ranks' samples (None: of these). Several
+        `num_tokens` divides the gradients: the tokens of all ranks' samples (None: of these). `progress`: the
+        share of the run that is done after the step, if its number of steps is not known. Several
         ranks exchange gradients in here before any of them changes a weight, so it raises on all or on
         none. Raises TrainingError if loss or gradient is not finite.
         """

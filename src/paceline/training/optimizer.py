@@ -12,21 +12,31 @@ from torch import nn
 from paceline.training.settings import TrainerSettings, TrainingSection
 
 
-def learning_rate_at(step: int, settings: TrainerSettings) -> float:
+def learning_rate_at(step: int, settings: TrainerSettings, progress: float | None = None) -> float:
     """The rate of optimizer step `step` (the first is 1).
 
     A linear warm-up, then a cosine down to the final rate at `total_steps`; later steps keep the final rate.
     Without `total_steps` the rate is constant after the warm-up. The steps up to each of `totals_before` keep
     the rates that they had before the run was extended.
+
+    `progress`: the share of the run that is done after the step, where nobody knows the number of steps. Then
+    the cosine falls with it (or up to `max_steps`, if that comes first), and the warm-up is a factor on it.
     """
     section = settings.training
+    if progress is not None:
+        most = section.max_steps
+        done = progress if most is None else min(1.0, max(progress, step / most))
+        return _cosine(section, done) * min(1.0, step / max(1, section.warmup_steps))
     if step <= section.warmup_steps:
         return section.learning_rate * step / section.warmup_steps
     total = next((before for before in settings.totals_before if step <= before), settings.total_steps)
     if total is None:
         return section.learning_rate
     span = max(1, total - section.warmup_steps)
-    done = min(1.0, (step - section.warmup_steps) / span)
+    return _cosine(section, min(1.0, (step - section.warmup_steps) / span))
+
+
+def _cosine(section: TrainingSection, done: float) -> float:
     fall = section.learning_rate - section.final_learning_rate
     return section.final_learning_rate + fall * 0.5 * (1.0 + math.cos(math.pi * done))
 

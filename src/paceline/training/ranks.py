@@ -39,6 +39,7 @@ class Message(msgspec.Struct, omit_defaults=True):
     num_tokens: int = 0
     sample_ids: list[str] = []
     sizes: dict[str, int] = {}
+    progress: float | None = None
     about: dict[str, Any] = {}
 
 
@@ -96,19 +97,23 @@ class Ranks:
 
     # -- a step ----------------------------------------------------------------------------
 
-    def fetch(self, step: int, rev: int, refs: Sequence[SampleRef]) -> dict[str, StoreError]:
-        """Every rank reads its slice; for the first weights rank 0 reads all. Returns the unreadable ones."""
+    def fetch(
+        self, step: int, rev: int, refs: Sequence[SampleRef], progress: float | None = None
+    ) -> dict[str, StoreError]:
+        """Every rank reads its slice; for the first weights rank 0 reads all. Returns the unreadable ones.
+
+        `progress`: see `PlannedStep`.
+        """
         if step == FIRST_WEIGHTS:
             self._order = StepOrder.of(step, rev, refs, 0, 1)
             return dict(self.worker.fetch(self._order).unreadable)
-        self._order = order = StepOrder.of(step, rev, refs, 0, self.size)
+        self._order = order = StepOrder.of(step, rev, refs, 0, self.size, progress)
         if self.size == 1:
             fetched = self.worker.fetch(order)
             self._num_tokens = fetched.num_tokens
             return dict(fetched.unreadable)
-        answers = self._all(
-            Message(FETCH, step, rev, refs=_packed(refs)), lambda: _of_fetched(self.worker.fetch(order))
-        )
+        message = Message(FETCH, step, rev, refs=_packed(refs), progress=progress)
+        answers = self._all(message, lambda: _of_fetched(self.worker.fetch(order)))
         self._num_tokens = sum(answer.num_tokens for answer in answers)
         unreadable: dict[str, StoreError] = {}
         for rank, answer in enumerate(answers):
@@ -120,7 +125,7 @@ class Ranks:
     def read_ahead(self, refs: Sequence[SampleRef]) -> None:
         """Each rank begins to read its slice when the step that all hold begins."""
         self._ahead = refs
-        start, stop = slice_of(len(refs), 0, self.size)
+        start, stop = slice_of(refs, 0, self.size)
         self.worker.read_ahead(refs[start:stop])
 
     def step(self) -> dict[str, Any]:
@@ -291,12 +296,13 @@ class Follower:
 
     def _fetch(self, message: Message) -> Answer:
         refs = _unpacked(message.refs)
-        self._order = StepOrder.of(message.step, message.rev, refs, self._link.rank, self._link.size)
+        place = self._link.rank, self._link.size
+        self._order = StepOrder.of(message.step, message.rev, refs, *place, message.progress)
         return _of_fetched(self._worker.fetch(self._order))
 
     def _step(self, message: Message) -> Answer:
         ahead = _unpacked(message.ahead)
-        start, stop = slice_of(len(ahead), self._link.rank, self._link.size)
+        start, stop = slice_of(ahead, self._link.rank, self._link.size)
         self._worker.read_ahead(ahead[start:stop])
         self._worker.step(self._held, message.num_tokens)
         return Answer()

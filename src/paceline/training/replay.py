@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from paceline.errors import ConfigError
-from paceline.loader.passes import Block, VisitOrder
+from paceline.loader.packing import packs
+from paceline.loader.passes import Block, Visit, VisitOrder, at_most
+from paceline.loader.settings import LoaderSettings
 from paceline.methods.method import DraftMethod
 from paceline.training.learner import Learner, Sample
 from paceline.training.settings import TrainingSection
@@ -29,11 +31,13 @@ TIMED_MIN = 4  # steps, the first of which is slower and does not count
 
 @dataclass(frozen=True)
 class KeptSample:
-    """`place`: in the log of the run that would have captured it; `num_targets`: tokens to predict."""
+    """`place`: in the log of the run that would have captured it; `num_targets`: tokens to predict;
+    `num_tokens`: those that the target processed."""
 
     sample_id: str
     place: int
     num_targets: int
+    num_tokens: int = 0
 
 
 Batch = tuple[KeptSample, ...]
@@ -56,6 +60,29 @@ class Trained:
 
 def batches_of_run(samples: Sequence[KeptSample], block_size: int, training: TrainingSection) -> list[Batch]:
     """The steps of a run over these samples, in order; `max_steps` does not bound them."""
+    return [tuple(visit.item for visit in step) for step in _steps(samples, block_size, training)]
+
+
+def progress_of_run(
+    samples: Sequence[KeptSample], block_size: int, training: TrainingSection, size: int
+) -> list[float] | None:
+    """The progress of a run of `size` prompts after each of its steps; see `LoaderSettings.progress`."""
+    if training.tokens_per_step is None:
+        return None
+    settings = LoaderSettings(
+        training.batch_size,
+        training.passes,
+        block_size,
+        tokens_per_step=training.tokens_per_step,
+        size=size,
+    )
+    found = [settings.progress(step[-1].after) for step in _steps(samples, block_size, training)]
+    return [share for share in found if share is not None]
+
+
+def _steps(
+    samples: Sequence[KeptSample], block_size: int, training: TrainingSection
+) -> list[list[Visit[KeptSample]]]:
     blocks: dict[int, list[KeptSample]] = {}
     for sample in samples:
         blocks.setdefault(sample.place // block_size, []).append(sample)
@@ -65,9 +92,12 @@ def batches_of_run(samples: Sequence[KeptSample], block_size: int, training: Tra
         return Block(blocks.get(number, []), ends=number >= last)
 
     order = VisitOrder[KeptSample](passes=training.passes)
-    visits = order.visits(len(samples) * training.passes, read) or []
-    items, size = [visit.item for visit in visits], training.batch_size
-    return [tuple(items[first : first + size]) for first in range(0, len(items), size)]
+    visits = order.visits(at_most(len(samples) * training.passes), read) or []
+    if training.tokens_per_step is None:
+        cuts = packs([1] * len(visits), training.batch_size)
+    else:
+        cuts = packs([visit.item.num_tokens for visit in visits], training.tokens_per_step)
+    return [visits[cut] for cut in cuts]
 
 
 def again_and_again(batches: Sequence[Batch]) -> Iterator[Batch]:
@@ -119,13 +149,15 @@ def train(
     read: Read,
     *,
     seconds: float | None = None,
+    progress: Sequence[float] | None = None,
     greedy: Callable[[KeptSample], bool] = lambda _: False,
     report: Callable[..., None] = lambda *_, **__: None,
 ) -> Trained:
     """Build the first weights and train the batches, but no longer than `seconds`.
 
-    `greedy`: whether the target chose its answer greedily, so that it can be checked. Raises TrainingError,
-    CaptureMismatchError, StoreError for a sample that cannot be read.
+    `progress`: of the run after each batch, if the learning rate falls with it. `greedy`: whether the target
+    chose its answer greedily, so that it can be checked. Raises TrainingError, CaptureMismatchError,
+    StoreError for a sample that cannot be read.
     """
     began = told = monotonic()
     samples = {sample: read(sample) for sample in first}
@@ -135,7 +167,8 @@ def train(
     trained, spent = list[Batch](), 0.0
     for step, batch in enumerate(batches, 1):
         tensors, at = [read(sample) for sample in batch], monotonic()
-        figures = learner.step(step, tensors)
+        share = None if progress is None else progress[step - 1]
+        figures = learner.step(step, tensors, progress=share)
         now = monotonic()
         trained.append(batch)
         spent += now - at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -49,6 +50,9 @@ class OptimizerSection(Section):
 class TrainingSection(Section):
     """The optimizer's knobs, and `batch_size` samples a step of it, in micro-batches of `micro_batch_size`.
 
+    `tokens_per_step` (instead of `batch_size`): a step takes the next samples as long as the target processed
+    at most so many tokens of them all; a longer sample is a step of its own. `micro_batch_tokens` (instead of
+    `micro_batch_size`): the same for a micro-batch.
     `beta1` and `beta2` are AdamW's; the rates, `weight_decay` (of matrices) and `grad_clip` are every
     optimizer's.
     `passes`: how often each sample is trained on while its features are resident (loader/passes.py).
@@ -71,16 +75,29 @@ class TrainingSection(Section):
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     passes: Count = 1
     batch_size: Count = 8
+    tokens_per_step: Count | None = None
     micro_batch_size: Count = 8
+    micro_batch_tokens: Count | None = None
     max_steps: Count | None = None
     quarantine_max_in_a_row: Annotated[int, Field(ge=0)] = 8
     device: Device = "auto"
     stop_when_flat: FlatSection | None = None
 
     @model_validator(mode="after")
-    def _micro_batches_fit(self) -> TrainingSection:
-        if self.micro_batch_size > self.batch_size:
-            raise ValueError("training.micro_batch_size must not exceed training.batch_size")
+    def _sizes_fit(self) -> TrainingSection:
+        # A recorded run file names the defaults, too.
+        for tokens, samples in (
+            ("tokens_per_step", "batch_size"),
+            ("micro_batch_tokens", "micro_batch_size"),
+        ):
+            is_default = getattr(self, samples) == type(self).model_fields[samples].default
+            if getattr(self, tokens) is not None and not is_default:
+                raise ValueError(f"training.{tokens} is instead of training.{samples}: give one of them")
+        if self.tokens_per_step is None and self.micro_batch_tokens is None:
+            if self.micro_batch_size > self.batch_size:
+                raise ValueError("training.micro_batch_size must not exceed training.batch_size")
+        elif (self.micro_batch_tokens or 0) > (self.tokens_per_step or math.inf):
+            raise ValueError("training.micro_batch_tokens must not exceed training.tokens_per_step")
         return self
 
 

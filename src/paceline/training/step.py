@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from paceline.errors import TrainingError
+from paceline.loader.packing import packs
 from paceline.methods.method import DraftMethod, LossSums
 from paceline.training.optimizer import learning_rate_at, set_learning_rate
 from paceline.training.reduction import Reduction, Sums
-from paceline.training.settings import TrainerSettings
+from paceline.training.settings import TrainerSettings, TrainingSection
 
 _LOSS = "loss sum"  # a key that no method uses for a metric
 
@@ -83,12 +84,12 @@ def _backward(
     visit: int | None,
 ) -> Sums:
     """Add the gradients of the samples' losses to the draft's."""
-    device, size = next(draft.parameters()).device, settings.training.micro_batch_size
+    device = next(draft.parameters()).device
     # Summed on the device: reading a number would make the processor wait for it.
     totals: dict[str, torch.Tensor] = {}
     num_tokens = 0
-    for start in range(0, len(samples), size):
-        batch = method.collate(samples[start : start + size], device, visit)
+    for part in micro_batches(samples, settings.training):
+        batch = method.collate(part, device, visit)
         with _autocast(device, settings.autocast_dtype):
             sums: LossSums = draft(batch)
         sums.loss_sum.backward()
@@ -113,6 +114,27 @@ def _tried(
         return error
 
 
+def micro_batches(
+    samples: Sequence[Mapping[str, torch.Tensor]], training: TrainingSection
+) -> list[Sequence[Mapping[str, torch.Tensor]]]:
+    """The samples in order, in parts of `micro_batch_tokens` or `micro_batch_size`."""
+    if training.micro_batch_tokens is None:
+        size = training.micro_batch_size
+        return [samples[start : start + size] for start in range(0, len(samples), size)]
+    # The longest tensor of a sample is that of its tokens, the last of which the target did not process.
+    lengths = [max(len(tensor) for tensor in sample.values()) - 1 for sample in samples]
+    return [samples[part] for part in packs(lengths, training.micro_batch_tokens)]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a rank's own samples do not tell of a step. `num_tokens`: see `accumulate_gradients`.
+    `progress`: see `learning_rate_at`."""
+
+    num_tokens: float | None = None
+    progress: float | None = None
+
+
 def train_step(
     step: int,
     samples: Sequence[Mapping[str, torch.Tensor]],
@@ -120,14 +142,13 @@ def train_step(
     method: DraftMethod,
     optimizer: torch.optim.Optimizer,
     settings: TrainerSettings,
-    *,
-    num_tokens: float | None = None,
+    whole: Whole = Whole(),
     reduction: Reduction | None = None,
 ) -> dict[str, Any]:
     """One update of the draft; returns the event log's figures: means over the step's counted tokens.
 
-    `num_tokens`, `reduction`: see `accumulate_gradients`. Raises TrainingError, with the weights unchanged,
-    if loss or gradient is not finite.
+    `reduction`: see `accumulate_gradients`. Raises TrainingError, with the weights unchanged, if loss or
+    gradient is not finite.
     """
     sums = accumulate_gradients(
         samples,
@@ -136,10 +157,10 @@ def train_step(
         settings,
         what=f"Step {step}",
         visit=visit_of(step, settings),
-        num_tokens=num_tokens,
+        num_tokens=whole.num_tokens,
         reduction=reduction,
     )
-    rate = learning_rate_at(step, settings)
+    rate = learning_rate_at(step, settings, whole.progress)
     set_learning_rate(optimizer, rate)
     optimizer.step()
     return {

@@ -30,7 +30,7 @@ from paceline.training.learner import DRAFT
 from paceline.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from paceline.training.reduction import Reduction
 from paceline.training.settings import TrainerSettings
-from paceline.training.step import accumulate_gradients, train_step, visit_of
+from paceline.training.step import Whole, accumulate_gradients, train_step, visit_of
 
 OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
 RNG_OF = "rng-{rank}.safetensors"  # of a rank other than 0
@@ -91,12 +91,16 @@ class TorchLearner:
         return self._method.num_tokens(samples)
 
     def step(
-        self, step: int, samples: Sequence[Mapping[str, torch.Tensor]], num_tokens: int | None = None
+        self,
+        step: int,
+        samples: Sequence[Mapping[str, torch.Tensor]],
+        num_tokens: int | None = None,
+        progress: float | None = None,
     ) -> dict[str, Any]:
         assert self.draft is not None
         assert self.optimizer is not None
         parts = self.draft, self._method, self.optimizer, self._settings
-        figures = train_step(step, samples, *parts, num_tokens=num_tokens, reduction=self._reduction)
+        figures = train_step(step, samples, *parts, Whole(num_tokens, progress), self._reduction)
         if self._average is not None:
             self._average.update(step)
         return figures

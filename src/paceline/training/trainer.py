@@ -16,7 +16,8 @@ from paceline.errors import TrainingError
 from paceline.features.store import FeatureStore
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.records import State
-from paceline.loader.loader import LoaderSettings, StepLoader
+from paceline.loader.loader import StepLoader
+from paceline.loader.settings import LoaderSettings
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.coordinator import Coordinator
 from paceline.training.fetching import Fetching
@@ -97,6 +98,7 @@ class Trainer:
             step=trained.step,
             **figures,
             samples=len(trained.refs),
+            **({} if trained.progress is None else {"progress": trained.progress}),
             wait_seconds=fetched - began,
             step_seconds=monotonic() - fetched,
             blocked_seconds=loader.blocked_seconds,

@@ -15,6 +15,7 @@ from typing import Any
 
 from paceline.errors import FeatureCorruptError, FeatureMissingError, StoreError
 from paceline.features.store import FeatureStore
+from paceline.loader.packing import shares
 from paceline.loader.read_ahead import ReadAhead
 from paceline.training.learner import Learner, Sample
 from paceline.types import SampleRef
@@ -31,20 +32,29 @@ class StepOrder:
     refs: tuple[SampleRef, ...]
     start: int
     stop: int
+    progress: float | None = None  # see PlannedStep
 
     @classmethod
-    def of(cls, step: int, rev: int, refs: Sequence[SampleRef], rank: int, ranks: int) -> StepOrder:
+    def of(
+        cls,
+        step: int,
+        rev: int,
+        refs: Sequence[SampleRef],
+        rank: int,
+        ranks: int,
+        progress: float | None = None,
+    ) -> StepOrder:
         """The order of one of so many ranks, a pure function of the step."""
-        return cls(step, rev, tuple(refs), *slice_of(len(refs), rank, ranks))
+        return cls(step, rev, tuple(refs), *slice_of(refs, rank, ranks), progress)
 
     @property
     def mine(self) -> tuple[SampleRef, ...]:
         return self.refs[self.start : self.stop]
 
 
-def slice_of(count: int, rank: int, ranks: int) -> tuple[int, int]:
-    """Begin and end of the rank's part of so many samples; parts differ by at most one sample."""
-    return rank * count // ranks, (rank + 1) * count // ranks
+def slice_of(refs: Sequence[SampleRef], rank: int, ranks: int) -> tuple[int, int]:
+    """Begin and end of the rank's part of a step's samples; parts have about the same number of tokens."""
+    return shares([ref.num_tokens for ref in refs], ranks)[rank]
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class Worker:
     def step(self, order: StepOrder, num_tokens: int) -> dict[str, Any]:
         """Train the slice; `num_tokens`: of the whole step. Returns figures for the event log."""
         samples = self._samples(order.mine)
-        figures = self.learner.step(order.step, samples, num_tokens)
+        figures = self.learner.step(order.step, samples, num_tokens, order.progress)
         self._trained_well = samples[:1]
         return figures
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from paceline.ledger.stores.sqlite import SQLiteLedger
-from paceline.loader.loader import LoaderSettings
 from paceline.loader.passes import Position
+from paceline.loader.settings import LoaderSettings
 from paceline.testing.small_run import SmallRun, same_bits, weights
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.loader.passes import START, Block, Position, Visit, VisitOrder
+from paceline.loader.passes import START, Block, Position, Visit, VisitOrder, at_most
 
 
 def blocks_of(log: Sequence[int], size: int, holes: Collection[int] = ()) -> Callable[[int], Block[int]]:
@@ -29,7 +29,7 @@ def all_visits(
 ) -> list[Visit[int]]:
     order: VisitOrder[int] = VisitOrder(passes=passes, position=position)
     read, taken = blocks_of(range(total), block_size, holes), list[Visit[int]]()
-    while visits := order.visits(count, read):
+    while visits := order.visits(at_most(count), read):
         taken += visits
     return taken
 
@@ -96,9 +96,9 @@ def test_any_position_continues_the_same_order(total: int, passes: int, block_si
 def test_an_interrupted_read_takes_nothing() -> None:
     """A stop while waiting for a block leaves the order where it was."""
     order: VisitOrder[int] = VisitOrder(passes=1)
-    assert order.visits(1, lambda _: Block([1, 2], ends=False)) == [Visit(1, True, Position(0, 1))]
-    assert order.visits(2, lambda _: None) is None
-    taken = order.visits(2, lambda _: Block([3, 4], ends=False))
+    assert order.visits(at_most(1), lambda _: Block([1, 2], ends=False)) == [Visit(1, True, Position(0, 1))]
+    assert order.visits(at_most(2), lambda _: None) is None
+    taken = order.visits(at_most(2), lambda _: Block([3, 4], ends=False))
     assert taken is not None
     assert [v.item for v in taken] == [2, 3]
 

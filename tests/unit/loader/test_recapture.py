@@ -12,7 +12,8 @@ from paceline.errors import FencedError, StoreError
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.records import State
 from paceline.ledger.stores.sqlite import SQLiteLedger
-from paceline.loader.loader import LoaderSettings, StepLoader
+from paceline.loader.loader import StepLoader
+from paceline.loader.settings import LoaderSettings
 from paceline.testing.ledger_calls import Training, capture, consumer_of, plan_of, producer_of
 from paceline.testing.light_adapters import InMemoryLightFeatureStore
 

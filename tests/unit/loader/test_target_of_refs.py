@@ -8,7 +8,8 @@ import pytest
 
 from paceline.errors import ConfigError
 from paceline.ledger.stores.sqlite import SQLiteLedger
-from paceline.loader.loader import LoaderSettings, StepLoader
+from paceline.loader.loader import StepLoader
+from paceline.loader.settings import LoaderSettings
 from paceline.target.version import TargetVersion
 from paceline.testing.ledger_calls import consumer_of, producer_of, refs_of
 

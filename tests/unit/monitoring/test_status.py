@@ -16,7 +16,7 @@ from paceline.monitoring.doing import doing_of
 from paceline.monitoring.reference import BEGIN, status_tables
 from paceline.monitoring.schema import Process, RunStatus
 from paceline.monitoring.shares import WINDOW_S, Window
-from paceline.monitoring.status import read_status
+from paceline.monitoring.status import _estimated_steps, read_status
 from paceline.monitoring.waiting import waiting_of
 from paceline.telemetry import EventLog
 from paceline.testing.run_by_hand import RunByHand
@@ -234,3 +234,10 @@ def test_every_field_is_described() -> None:
     allowed = {"processes", "waiting", "prompts", "samples", "features", "step", "checkpoint", "evaluation"}
     allowed |= {"loss", "learning_rate", "grad_norm"}
     assert {line.split("`")[1] for line in bare} <= allowed
+
+
+def test_where_steps_are_cut_by_tokens_their_number_follows_from_the_share_that_is_done() -> None:
+    """The most that the run file allows bounds it, and is all that is known at first."""
+    at = {"step": 30, "progress": 0.25}
+    assert [_estimated_steps(at, most) for most in (None, 500, 100)] == [120, 120, 100]
+    assert [_estimated_steps({}, most) for most in (None, 100)] == [None, 100]

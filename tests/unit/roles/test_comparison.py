@@ -67,6 +67,14 @@ def test_a_variant_keeps_what_it_does_not_change(config: RunConfig, tmp_path: Pa
     assert slow.method == config.method
 
 
+def test_a_size_in_tokens_replaces_one_in_samples(config: RunConfig, tmp_path: Path) -> None:
+    sizes = {"tokens_per_step": 64, "micro_batch_tokens": 32}
+    path = written(tmp_path, "packed.yaml", {"training": sizes})
+    [_, packed] = configs(config, variants_of_files(config, Path("run.yaml"), [path]))
+    assert {name: getattr(packed.training, name) for name in sizes} == sizes
+    assert packed.training.learning_rate == 0.01
+
+
 def test_another_method_keeps_the_settings_that_both_have(config: RunConfig, tmp_path: Path) -> None:
     """Its own settings, of which the run file knows nothing, have their defaults."""
     paths = [

@@ -220,3 +220,20 @@ def test_lengths_are_those_of_the_data(model: Path, tmp_path: Path) -> None:
     run = TinyRun(tmp_path / "prompts", model)
     config = load_run_config(run.run_file)
     assert mean_lengths(plan_run(config).prompts, config.data, model).answers == 12
+
+
+def test_a_plan_of_steps_in_tokens_estimates_them_and_asks_for_room(model: Path, tmp_path: Path) -> None:
+    """Of samples however short, and of the one that no longer fits."""
+    sizes = {"tokens_per_step": 256, "batch_size": 8, "micro_batch_size": 8}
+    run = TinyRun(tmp_path / "run", model, training=sizes, features={"budget_mib": 64})
+    found = planned(run)
+    assert found.fits, found.findings
+    mean = found.sample.prompt_tokens_about + found.sample.answer_tokens_about
+    assert found.run.steps == pytest.approx(40 * mean / 256, abs=1)
+    assert found.window.collected_samples == 2 * 8 + 256 + 1
+    least = -(-found.window.needed_bytes >> 20)
+    for budget, fits in ((least + 1, True), (least - 1, False)):
+        other = TinyRun(tmp_path / str(budget), model, training=sizes, features={"budget_mib": budget})
+        told = planned(other)
+        assert told.fits is fits
+        assert fits or "tokens_per_step" in told.findings[0].next

@@ -55,7 +55,13 @@ class SummingLearner:
     def build(self, samples: Sequence[Sample]) -> None:
         self.weight = float(len(samples))
 
-    def step(self, step: int, samples: Sequence[Sample], num_tokens: int | None = None) -> dict[str, Any]:
+    def step(
+        self,
+        step: int,
+        samples: Sequence[Sample],
+        num_tokens: int | None = None,
+        progress: float | None = None,
+    ) -> dict[str, Any]:
         try:
             self.attempt(samples)
             mine = str(2 * sum(number(id_of(sample)) for sample in samples))

@@ -31,7 +31,13 @@ class Learner:
     def build(self, samples: Sequence[Any]) -> None:
         self.built, self.now = len(samples), self.now + 5
 
-    def step(self, step: int, samples: Sequence[Any], num_tokens: int | None = None) -> dict[str, Any]:
+    def step(
+        self,
+        step: int,
+        samples: Sequence[Any],
+        num_tokens: int | None = None,
+        progress: float | None = None,
+    ) -> dict[str, Any]:
         self.steps.append((step, list(samples)))
         self.now += 1
         return {"loss": 1.0}

@@ -80,7 +80,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     run = captured(tmp_path, batch_size=1)
     trainer, loader = run.consumer()
     step = TorchLearner.step
-    learner = trainer.ranks.workers[0].learner
+    learner = trainer.ranks.worker.learner
 
     def spoil(number: int, *args: Any) -> dict[str, Any]:
         if number == 3:
