@@ -22,6 +22,7 @@ from benchmarks.plot import draw
 from benchmarks.record import commit, keep, place
 
 MODULES = (
+    "start",
     "data_plane",
     "control_plane",
     "ledger_server",

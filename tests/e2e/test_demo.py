@@ -29,4 +29,4 @@ def test_the_demo_kills_a_consumer_and_ends_in_the_same_weights(tmp_path: Path, 
     assert len(starts) == 1
     again = TinyRun.execute(command, dict(os.environ))
     assert again.returncode == 0, again.stderr
-    assert "it was over already" in again.stdout
+    assert "nothing was killed: the run was over before" in again.stdout

@@ -81,4 +81,4 @@ def _train(folder: Path, run_file: Path, plan: RunPlan, *, kills: bool = False) 
             f"   its successor went on from checkpoint {resumed_from(plan.config)}, by the recorded plans",
         )
     elif kills:
-        say(out, "   it was over already, so nothing was killed now")
+        say(out, "   nothing was killed: the run was over before")
