@@ -1,4 +1,4 @@
-"""What every verb does with an error: readable advice on stderr, and an exit code."""
+"""What all verbs share: how they stand together, and what becomes of an error."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ from paceline.terminal import printable
 
 INTERRUPTED = 130  # exit code
 P = ParamSpec("P")
+
+
+def group(told: str = "") -> typer.Typer:
+    """Verbs that stand together; with a help text, under a name of their own.
+
+    Help is plain text: half of its time would be spent on importing what draws boxes.
+    """
+    return typer.Typer(help=told or None, no_args_is_help=bool(told), rich_markup_mode=None)
 
 
 def advises(command: Callable[P, None]) -> Callable[P, None]:

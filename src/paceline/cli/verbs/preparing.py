@@ -1,4 +1,4 @@
-"""The verbs before a run: they write its file, and tell what it takes, how fast it is here and what lacks."""
+"""What a person does before a run: see what is promised, write a run file, look at machine and data."""
 
 from __future__ import annotations
 
@@ -7,10 +7,32 @@ from typing import Annotated, Any
 
 import typer
 
-from paceline.cli.advice import advises
-from paceline.cli.options import INIT_OPTIONS, RunFile, takes
+from paceline.cli.options import DATA_OPTIONS, INIT_OPTIONS, Run, RunFile, takes
+from paceline.cli.verbs.verb import advises, group
+
+verbs = group()
+data = group("Look at what a run would read.")
+verbs.add_typer(data, name="data")
 
 
+@verbs.command()
+@advises
+def demo(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="A folder of its own.", readable=False)
+    ] = Path("paceline-demo"),
+) -> None:
+    """Show in a minute that a kill loses nothing, on a tiny target.
+
+    It needs no network, no GPU and no file of yours. Two runs of the same prompts; in the second one the
+    consumer is killed. Both end in the same weights, and the checker says that nothing was lost.
+    """
+    from paceline.cli.demo import demonstrate
+
+    demonstrate(folder)
+
+
+@verbs.command()
 @advises
 @takes(INIT_OPTIONS)
 def init(
@@ -29,6 +51,7 @@ def init(
     begin({**given, "output": output, "overwrite": overwrite})
 
 
+@verbs.command()
 @advises
 def plan(
     run_file: RunFile,
@@ -53,6 +76,7 @@ def plan(
     planning.plan(run_file, gpu, target_config, as_json=as_json)
 
 
+@verbs.command()
 @advises
 def bench(
     run_file: RunFile,
@@ -72,6 +96,7 @@ def bench(
     measure(run_file, seconds, as_json=as_json)
 
 
+@verbs.command()
 @advises
 def doctor(
     run_file: Annotated[
@@ -93,4 +118,36 @@ def doctor(
     examine_and_tell(run_file, probe=probe, as_json=as_json)
 
 
-BEFORE_A_RUN = (init, plan, bench, doctor)
+@data.command("check")
+@advises
+@takes(DATA_OPTIONS)
+def check_data(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A run file, or a file or folder of samples.", readable=False),
+    ],
+    measure: Annotated[bool, typer.Option("--measure", help="Load the target and time it.")] = False,
+    **given: Any,
+) -> None:
+    """Show what a file is taken for, what in it cannot be used, and what the target sees of it.
+
+    Of a run file, as that run would: with its sources, target, answers and limits.
+    """
+    from paceline.cli.data import check
+    from paceline.cli.plain import out
+
+    check(
+        out, path, {name: value for name, value in given.items() if value not in (None, [])}, measure=measure
+    )
+
+
+@data.command("export")
+@advises
+def export_data(
+    run: Run,
+    to: Annotated[Path | None, typer.Option(help="The file; answers.jsonl in the run's directory.")] = None,
+) -> None:
+    """Write a run's kept answers as JSON lines that a run can read."""
+    from paceline.cli.answers import export_answers
+
+    export_answers(run, to)

@@ -1,0 +1,146 @@
+"""Looks at runs, and measures their drafts. None of them changes a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paceline.cli.options import HOST, Run
+from paceline.cli.verbs.verb import advises, group
+
+verbs = group()
+
+
+@verbs.command()
+@advises
+def status(
+    run: Run,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts; see docs/status.md.")] = False,
+) -> None:
+    """Show what a run has done and what it is doing."""
+    from paceline.cli.status import show_status
+
+    show_status(run, as_json=as_json)
+
+
+@verbs.command()
+@advises
+def watch(
+    run: Run,
+    every: Annotated[
+        float | None, typer.Option(help="Seconds between two looks; 1, or 15 if not at a terminal.", min=0.1)
+    ] = None,
+) -> None:
+    """Show a run as it flows, from before its start to its end.
+
+    Lines, if the output is no terminal. Ctrl-C ends the view, not the run.
+    """
+    from paceline.cli.watch import watch_run
+
+    watch_run(run, every)
+
+
+@verbs.command()
+@advises
+def runs(
+    base: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look.", readable=False)] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts; see docs/status.md.")] = False,
+) -> None:
+    """List the runs below a folder: state, progress, memory, disk."""
+    from paceline.cli.runs import show_runs
+
+    show_runs(base, as_json=as_json)
+
+
+@verbs.command()
+@advises
+def inspect(
+    run: Run,
+    step: Annotated[int | None, typer.Option(help="Show the samples of this step.")] = None,
+    sample: Annotated[str | None, typer.Option(help="Show what became of this sample or prompt.")] = None,
+) -> None:
+    """Show what was trained, what failed or is quarantined, and why."""
+    from paceline.cli.inspect_run import inspect_run
+
+    inspect_run(run, step, sample)
+
+
+@verbs.command()
+@advises
+def fsck(run: Run) -> None:
+    """Check that a run has kept its guarantee. Changes nothing.
+
+    The checker shares no code with the trainer. Exit code 9: the promise is broken.
+    """
+    from paceline.cli.fsck import fsck_directory
+    from paceline.cli.named_run import directory_of
+    from paceline.cli.plain import out
+
+    raise typer.Exit(fsck_directory(out, directory_of(run)))
+
+
+@verbs.command()
+@advises
+def evaluate(
+    run: Run,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="heldout, humaneval or a file of prompts; repeatable.")
+    ] = None,
+    temperature: Annotated[list[str] | None, typer.Option(help="0 (the default), or 0,1.")] = None,
+    max_prompts: Annotated[int | None, typer.Option(help="Of each suite.", min=1)] = None,
+    step: Annotated[int | None, typer.Option(help="A kept checkpoint's step; the newest.", min=1)] = None,
+    report: Annotated[
+        Path | None, typer.Option("--json", help="The report; evaluation-suites.json of the run.")
+    ] = None,
+) -> None:
+    """Measure a checkpoint by lossless decoding, beside prompt lookup.
+
+    Acceptance length and speed-up, with intervals.
+
+    Without options: the newest checkpoint on the run's held-out prompts, as at the end of training.
+    """
+    from paceline.cli.measure import measure_as_asked
+
+    measure_as_asked(run, suite or [], temperature or [], max_prompts, step, report)
+
+
+@verbs.command()
+@advises
+def metrics(
+    run: Run,
+    port: Annotated[
+        int | None, typer.Option(help="Serve them on this port; 0: a free one.", min=0, max=65535)
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to serve them on.")] = HOST,
+) -> None:
+    """Print a run's metrics in the OpenMetrics format, or serve them.
+
+    With --port at /metrics until Ctrl-C, on the loopback address unless --host says otherwise.
+    """
+    from paceline.cli import metrics as metering
+
+    if port is None:
+        metering.print_metrics(run)
+    else:
+        metering.serve_metrics(run, host, port)
+
+
+@verbs.command()
+@advises
+def track(
+    run: Run,
+    to: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb, mlflow or trackio; repeatable.")
+    ] = None,
+    project: Annotated[str | None, typer.Option(help="What the run is filed under.")] = None,
+) -> None:
+    """Send a run's curves to trackers, until the run ends.
+
+    Without --to those of the run file (tracking: {to: [...]}), to which `train` sends them anyway. Started
+    again, also after a crash, it continues the same run there; no step comes twice.
+    """
+    from paceline.cli.track import track_run
+
+    track_run(run, to or [], project)

@@ -1,0 +1,113 @@
+"""A run: train, its roles alone, its end, and several runs on the same features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from paceline.cli.options import COMPARE_OPTIONS, Run, RunFile, takes
+from paceline.cli.verbs.verb import advises, group
+
+verbs = group()
+
+
+@verbs.command()
+@advises
+def train(run_file: RunFile) -> None:
+    """Start both roles, watch them to the end, then evaluate. Continues a run that was stopped."""
+    from paceline.cli.train import train_run
+
+    train_run(run_file)
+
+
+@verbs.command()
+@advises
+def produce(
+    run: Run,
+    join: Annotated[
+        bool, typer.Option("--join", help="Add a producer to a run that is going on; it may end at any time.")
+    ] = False,
+) -> None:
+    """Run a producer alone, in the foreground."""
+    from paceline.cli.foreground import become_producer
+
+    become_producer(run, joins=join)
+
+
+@verbs.command()
+@advises
+def consume(run_file: RunFile) -> None:
+    """Run the consumer alone, in the foreground."""
+    from paceline.cli.foreground import become_consumer
+
+    become_consumer(run_file)
+
+
+@verbs.command()
+@advises
+def stop(
+    run: Run,
+    now: Annotated[bool, typer.Option("--now", help="Without a safe point; what is durable stays.")] = False,
+) -> None:
+    """Stop a run in good order, and wait for it.
+
+    Its processes on this host reach their next safe point and write a checkpoint.
+    """
+    from paceline.cli.stop import stop_run
+
+    stop_run(run, at_once=now)
+
+
+@verbs.command()
+@advises
+def engine(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The engine: vllm or sglang.")],
+    run: Run,
+) -> None:
+    """Print the command that starts the engine's server for a run.
+
+    The run file then has: engine: {name: NAME, url: ...}
+    """
+    from paceline.cli.foreground import print_engine_command
+
+    print_engine_command(name, run)
+
+
+@verbs.command()
+@advises
+@takes(COMPARE_OPTIONS)
+def compare(
+    run_file: RunFile,
+    variants: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="VARIANT.yaml", help="Overrides of method and training; or a run file."),
+    ] = None,
+    **given: Any,
+) -> None:
+    """Train several methods on the same features, and measure each.
+
+    Or several settings. The target answers once, and its features are kept. The run file is
+    the first variant, and gives target, data and evaluation to all.
+    """
+    from paceline.cli import compare as comparison
+
+    comparison.compare(run_file, variants or [], **given)
+
+
+@verbs.command()
+@advises
+@takes(COMPARE_OPTIONS)
+def sweep(
+    run_file: RunFile,
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE,...", help="A setting's values; repeatable.")
+    ],
+    metric: Annotated[str, typer.Option(help="What the table is sorted by.")] = "acceptance",
+    **given: Any,
+) -> None:
+    """Compare every combination of some settings' values."""
+    from paceline.cli import compare as comparison
+
+    comparison.sweep(run_file, settings, metric, **given)
