@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -49,12 +50,16 @@ def demonstrate(folder: Path) -> None:
     say(out, f"   {steps} steps; SHA-256 of the draft's weights: {found[:SHOWN]}: {verdict}")
 
     directory = folder / KILLED
-    say(out, f"4. A checker that shares no code with the trainer: paceline fsck {directory}")
+    named = shlex.quote(str(directory))
+    say(out, f"4. A checker that shares no code with the trainer: paceline fsck {named}")
     code = fsck_directory(out, directory)
     if code or not same:
         raise typer.Exit(code or DIFFERENT)
-    say(out, f"Look around: paceline status {directory}, paceline inspect {directory} --step {KILL_FROM + 1}")
-    say(out, f"The target's weights are random, so the draft is of no use. Remove it all: rm -r {folder}")
+    say(out, f"Look around: paceline status {named}, paceline inspect {named} --step {KILL_FROM + 1}")
+    say(
+        out,
+        f"The target is random, and the draft useless. Remove both: rm -r {shlex.quote(str(folder))}",
+    )
     say(out, "Next, a draft for your own model: paceline init")
 
 
@@ -69,7 +74,7 @@ def _train(folder: Path, run_file: Path, plan: RunPlan, *, kills: bool = False) 
     else:
         completed = supervisor.run()
     if not completed:
-        say(out, f"Stopped; nothing is lost. Go on with: paceline demo {folder}")
+        say(out, f"Stopped; nothing is lost. Go on with: paceline demo {shlex.quote(str(folder))}")
         raise typer.Exit(INTERRUPTED)
     if killer.killed is not None:
         pid, trained, head = killer.killed
