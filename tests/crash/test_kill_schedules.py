@@ -18,9 +18,9 @@ from paceline.testing.kill_schedules import places
 
 MODULE = "paceline.testing.kill_schedules"
 PLACES = 172  # of a role and a point
-RANDOM = 250
+RANDOM = 150
 HAPPENED = {  # and how often at least, over all schedules
-    "schedules": 1000,
+    "schedules": 650,
     "zombies": 100,
     "zombie rejected at give_back": 1,  # after its commit or reserve, which is refused first
     "zombie rejected at extend": 1,
@@ -29,16 +29,16 @@ HAPPENED = {  # and how often at least, over all schedules
     "zombie rejected at release": 1,
     "steps replayed": 50,
     "orphan checkpoints found": 50,
-    "orphan features swept": 20,
+    "orphan features swept": 10,
     "intents revoked": 50,
     "rolled forward": 20,
     "fell back": 3,
-    "missed by the consumer": 50,
+    "missed by the consumer": 20,
     "gave up samples to make room": 1,
     "checkpoints on pressure": 5,
     "history archived": 100,
     "isolation held": 50,
-    "faults: kill": 500,
+    "faults: kill": 400,
     "faults: stop": 200,
     "faults: kill_both": 3,
     "faults: reboot": 3,
@@ -47,10 +47,11 @@ HAPPENED = {  # and how often at least, over all schedules
 }
 
 
-@pytest.mark.timeout(900)  # over two minutes of processor time, and the machine may be busy
-def test_a_thousand_schedules_end_in_the_same_weights() -> None:
-    """Every point at its first three reaches: killed once, killed twice, stopped; and mixtures by seed."""
-    command = [sys.executable, "-m", MODULE, "--systematic", "--random", str(RANDOM), "--jobs", "2"]
+@pytest.mark.timeout(900)  # over a minute of processor time, and the machine may be busy
+def test_schedules_at_every_place_end_in_the_same_weights() -> None:
+    """Every point: killed twice and stopped at its first reach, killed at its second, stopped at its third;
+    and mixtures by seed. `make reliability` does all three at each of these reaches."""
+    command = [sys.executable, "-m", MODULE, "--systematic", "part", "--random", str(RANDOM), "--jobs", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)

@@ -30,7 +30,7 @@ HOSTS = (SERVER, CONSUMER, *PRODUCERS)
 PORT = 6379
 REPLY_S = 0.6  # how long a client waits for a reply: less than most partitions last
 PATIENCE_S = 2.0  # how long for a server that is away: less than some last
-DEADLINE_S = 90.0
+DEADLINE_S = 240.0
 LOOK_S = 0.01
 DONE, GAVE_UP, FENCED, BROKEN = range(10, 14)
 SHAPE = RunShape(prompts=60, group=3, batch=3, passes=1, interval=2)

@@ -389,8 +389,9 @@ class LightFeatureStore:
 
     def _newest(self, sample_id: str) -> int:
         """The newest generation of the sample that was ever sealed here."""
-        sealed = self._newest_folder.glob(f"{sample_id.encode().hex()}.*")
-        return max((int(path.suffix[1:]) for path in sealed), default=0)
+        wanted = sample_id.encode().hex()
+        sealed = (entry.name.partition(".") for entry in os.scandir(self._newest_folder))
+        return max((int(generation) for name, _, generation in sealed if name == wanted), default=0)
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
         if ref.feature_store_uri != self._uri():
@@ -417,21 +418,26 @@ class LightFeatureStore:
                 known = _read(path)
                 if known is None or generation in (0, known[0]):
                     path.unlink(missing_ok=True)
-                for aside in self.folder.glob(f"{path.stem}.{generation}.*.new"):
+                for aside in self._files(f"{path.stem}.{generation}.", ".new"):
                     aside.unlink()
 
     def written(self) -> list[Written]:
         """Sealed ones with a whole header: a damaged one is found by its reader. Then those written aside,
         half perhaps, so their names say whose they are."""
-        sealed = [(bytes.fromhex(path.stem).decode(), _read(path)) for path in self._files("*.sample")]
+        sealed = [(bytes.fromhex(path.stem).decode(), _read(path)) for path in self._files("", ".sample")]
         found = [(sample_id, known[0]) for sample_id, known in sealed if known is not None]
-        for path in self._files("*.new"):
+        for path in self._files("", ".new"):
             name, generation, *_ = path.name.split(".")
             found.append((bytes.fromhex(name).decode(), int(generation)))
         return found
 
-    def _files(self, pattern: str) -> list[Path]:
-        return sorted(self.folder.glob(pattern))
+    def _files(self, start: str, end: str) -> list[Path]:
+        """Those whose names start and end so; without patterns, whose making costs more than the search."""
+        try:
+            names = sorted(entry.name for entry in os.scandir(self.folder))
+        except FileNotFoundError:
+            return []
+        return [self.folder / name for name in names if name.startswith(start) and name.endswith(end)]
 
     def usage(self) -> Usage:
         try:
@@ -443,7 +449,7 @@ class LightFeatureStore:
     def damage(self, rng: random.Random) -> None:
         """Delete or alter one sample's file, if there is any."""
         with self._locked():
-            files = sorted(self.folder.glob("*.sample"))
+            files = self._files("", ".sample")
             if not files:
                 return
             path = rng.choice(files)
