@@ -13,7 +13,13 @@ from paceline.errors import ConfigError
 from paceline.evaluation.acceptance import AcceptanceReport, Way, decode_prompts, summarise
 from paceline.evaluation.heldout import Asked
 from paceline.evaluation.lookup import LookupDrafter
-from paceline.evaluation.speculative import Decoding, plain_generate, speculative_generate
+from paceline.evaluation.speculative import (
+    Decoding,
+    _Chooser,
+    _verify_sampled,
+    plain_generate,
+    speculative_generate,
+)
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting, DraftTree
 from paceline.methods.drafter import Drafter
@@ -248,6 +254,22 @@ def test_training_predicts_real_acceptance(target: LlamaTarget, trained_draft: E
     assert sum(kept == 3 for kept in accepted) > 0.8 * len(accepted)
 
 
+@pytest.mark.parametrize("proposal", [torch.tensor([0.5, 0.1, 0.4]), None])
+def test_a_guess_that_is_kept_or_replaced_is_the_targets_own_draw(proposal: torch.Tensor | None) -> None:
+    """The rule alone, in ten times as many draws as with models below: a draft that guesses three of five
+    tokens, and one whose guess is certain. The draws are the same in every run of this test."""
+    wanted = torch.tensor([0.4, 0.3, 0.1, 0.15, 0.05])
+    target_ids, draws = torch.tensor([1, 2, 4]), 6000
+    chooser = _Chooser(Decoding(max_new_tokens=1, temperature=1.0), torch.device("cpu"))
+    counts = torch.zeros(5)
+    for _ in range(draws):
+        guess = int(target_ids[1 if proposal is None else chooser.draw(proposal)])
+        kept, own = _verify_sampled(wanted.log().repeat(2, 1), [guess], [proposal], target_ids, chooser)
+        counts[guess if kept else own] += 1
+    statistic = float(((counts - wanted * draws) ** 2 / (wanted * draws)).sum())
+    assert statistic < 4 + 5 * 8**0.5  # as below
+
+
 @pytest.mark.parametrize("which", ["random_draft", "trained_draft", "lookup"])
 def test_sampled_output_has_the_targets_distribution(
     request: pytest.FixtureRequest, target: LlamaTarget, which: str
@@ -258,7 +280,7 @@ def test_sampled_output_has_the_targets_distribution(
         prompt: tuple[int, ...] = (1, *range(VOCAB), 12, 30)
     else:
         drafter, prompt = Eagle3Decoder(request.getfixturevalue(which), torch.float32), PROMPTS[1]
-    draws, temperature = 1500, 0.6
+    draws, temperature = 500, 0.6
     target.start(128)
     after_prompt = target.forward(torch.tensor(prompt), last_only=True).logits[0]
     first = int(after_prompt.argmax())
@@ -270,9 +292,9 @@ def test_sampled_output_has_the_targets_distribution(
         tokens = speculative_generate(target, drafter, forced, decoding, Drafting(2)).tokens
         counts[tokens[1], tokens[2]] += 1
     expected = _pair_probabilities(target, forced, temperature) * draws
-    common = expected >= 5
+    common = expected >= 2
     observed = torch.cat([counts[common], counts[~common].sum().reshape(1)])
-    wanted = torch.cat([expected[common], expected[~common].sum().reshape(1)])
+    wanted = torch.cat([expected[common], (draws - expected[common].sum()).reshape(1)])
     statistic = float(((observed - wanted) ** 2 / wanted.clamp_min(1e-9)).sum())
     freedom = observed.numel() - 1
     # Mean `freedom`, standard deviation sqrt(2 * freedom); five of them is far beyond chance.
@@ -281,17 +303,20 @@ def test_sampled_output_has_the_targets_distribution(
 
 
 def _pair_probabilities(target: LlamaTarget, prompt: tuple[int, ...], temperature: float) -> torch.Tensor:
-    """Exact probability [V, V] of the second and third new token, summed over the first."""
+    """Probability [V, V] of the second and third new token, summed over the first; exact to one in 250.
+
+    Beginnings that hardly occur would cost 3,600 passes of the target, and are left out.
+    """
     pairs = torch.zeros(VOCAB, VOCAB)
     target.start(128)
     first = (target.forward(torch.tensor(prompt), last_only=True).logits[0] / temperature).softmax(-1)
     for a in range(VOCAB):
+        if float(first[a]) < 1e-4:
+            continue
         target.truncate(len(prompt))
         second = (target.forward(torch.tensor([a])).logits[0] / temperature).softmax(-1)
-        if float(first[a]) < 1e-7:
-            continue
         for b in range(VOCAB):
-            if float(first[a] * second[b]) < 1e-8:
+            if float(first[a] * second[b]) < 1e-4:
                 continue
             target.truncate(len(prompt) + 1)
             third = (target.forward(torch.tensor([b])).logits[0] / temperature).softmax(-1)
