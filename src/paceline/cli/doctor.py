@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from paceline.cli.named_run import run_file_of
 from paceline.cli.plain import out, plain, say, say_document, say_wrapped
 from paceline.config.load import load_run_config
 from paceline.errors import ConfigError
@@ -16,10 +17,11 @@ from paceline.roles.examined import Examined
 STYLES = {"good": "green", "note": "bold yellow", "bad": "bold red"}
 
 
-def examine_and_tell(run_file: Path | None, *, probe: bool, as_json: bool) -> None:
-    """Raises typer.Exit if something is bad, ConfigError for a file that is no run file."""
-    if probe and run_file is None:
+def examine_and_tell(run: Path | None, *, probe: bool, as_json: bool) -> None:
+    """`run`: a run file or a run's directory. Raises typer.Exit if something is bad, ConfigError."""
+    if probe and run is None:
         raise ConfigError("--probe needs a run.", next="paceline doctor RUN.yaml --probe")
+    run_file = None if run is None else run_file_of(run)
     config = None if run_file is None else load_run_config(run_file)
     findings = []
     for finding in examine(config, run_file, probe=probe):

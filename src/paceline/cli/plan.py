@@ -108,7 +108,10 @@ def _features(found: CostPlan) -> Iterator[str]:
     )
     yield f"the least budget for them: {_bytes(window.needed_bytes)}"
     if features.traffic_mib_per_s is not None:
-        yield f"traffic: {_rate(features.traffic_mib_per_s)} written and read, within one host: no network"
+        where = (
+            "on one host: no network" if features.network_mib_per_s == 0 else "over the network, if it is one"
+        )
+        yield f"traffic: {_rate(features.traffic_mib_per_s)} written and read, {where}"
 
 
 def _disk(found: CostPlan) -> Iterator[str]:

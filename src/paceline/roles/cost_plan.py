@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from paceline.config.run import RunConfig
-from paceline.errors import ConfigError
+from paceline.features.settings import SharedMemorySection
 from paceline.roles.fit import Layout, findings
 from paceline.roles.footprint import (
     Disk,
     Process,
+    SampleSizes,
     Window,
     disk_of,
     facts_of,
@@ -27,9 +27,9 @@ from paceline.roles.lengths import Lengths, mean_lengths
 from paceline.roles.machine import Gpu, Machine, this_machine
 from paceline.roles.plan import RunPlan, plan_run
 from paceline.roles.rates import data_sheet, named_data_sheet, rates_of
+from paceline.roles.target_at_hand import finder
 from paceline.section import Section
-from paceline.target.hub import described_target, is_of_hub
-from paceline.target.settings import TargetSection
+from paceline.target.hub import is_of_hub
 from paceline.target.shape import TargetShape, read_shape
 
 GPUS = 8  # of another machine that is planned for
@@ -90,11 +90,13 @@ class SampleTold(Section):
 
 
 class FeaturesTold(Section):
-    """`traffic_mib_per_s`: through the store at the run's speed, written and read; None if it is unknown."""
+    """`traffic_mib_per_s`: through the store at the run's speed, written and read; `network_mib_per_s`: how
+    much of it leaves the host, if `directory` lies on another one. None: unknown."""
 
     store: str
     directory: str
     traffic_mib_per_s: float | None
+    network_mib_per_s: float | None
 
 
 class CostPlan(Section):
@@ -122,62 +124,46 @@ def cost_plan(config: RunConfig, *, gpu: str = "", target_config: Path | None = 
 
     Raises ConfigError for a run file that no machine can run.
     """
-    plan = plan_run(config, _finder(target_config))
+    plan = plan_run(config, finder(target_config))
     machine = _machine_with(gpu) if gpu else this_machine()
     shape = read_shape(plan.config.target.model)
-    facts = facts_of(plan.config, shape, machine)
     lengths = mean_lengths(plan.prompts, config.data, plan.config.target.model)
-    sizes = sample_sizes(plan, facts, lengths)
+    sizes = sample_sizes(plan, facts_of(plan.config, shape, machine), lengths)
     trained = config.method.num_parameters(shape.sizes)
     processes = processes_of(config, shape, machine, trained)
-    download = not gpu and is_of_hub(config.target) and not shape.has_weights
-    disk = disk_of(plan, shape, lengths, trained, download)
-    disk = disk.model_copy(update={"free_bytes": None}) if gpu else disk
-    sheet = data_sheet(machine.gpus[0].name) if machine.gpus else None
-    rates = rates_of(config, shape, lengths, sheet if _uses_gpu(processes) else None, trained)
-    samples = plan.num_samples or 0
-    time = time_of(config, samples, lengths, rates, processes, machine.processors)
-    traffic = None
-    if time.total_s:
-        moved = samples * sizes.bytes_about * (1 + config.training.passes)
-        traffic = moved / time.total_s / 2**20
-    answers = lengths.answers
+    disk = _disk(plan, shape, lengths, trained, gpu)
+    sheet = data_sheet(machine.gpus[0].name) if machine.gpus and _uses_gpu(processes) else None
+    rates = rates_of(config, shape, lengths, sheet, trained)
+    time = time_of(config, plan.num_samples or 0, lengths, rates, processes, machine.processors)
+    layout = Layout(plan, machine, shape, sizes, processes, disk, elsewhere=bool(gpu))
     return CostPlan(
         machine=_described(machine, gpu),
-        run=RunTold(
-            name=config.run.name,
-            directory=str(config.run.directory),
-            samples=samples,
-            rounds=config.data.rounds,
-            passes=config.training.passes,
-            steps=_steps(plan, lengths),
-            batch_size=config.training.batch_size,
-            tokens_per_step=config.training.tokens_per_step,
-        ),
+        run=_run(plan, lengths),
         target=_target(config, shape, sizes.dtype),
         draft=DraftTold(method=config.method.name, parameters=trained),
         processes=processes,
-        sample=SampleTold(
-            states=sizes.layers,
-            tokens_max=sizes.tokens_max,
-            bytes_max=sizes.bytes_max,
-            prompt_tokens_about=round(lengths.prompt, 1),
-            answer_tokens_about=round(answers, 1),
-            bytes_about=round(sizes.bytes_about),
-            answers_known=lengths.answers_known,
-        ),
+        sample=_sample(sizes, lengths),
         window=window_of(config, sizes),
-        features=FeaturesTold(
-            store=config.features.store,
-            directory=str(config.features.directory),
-            traffic_mib_per_s=traffic,
-        ),
+        features=_features(plan, sizes, time),
         disk=disk,
         time=time,
         findings=[
-            Told(what=found.what, next=found.next, refuses=found.refuses)
-            for found in findings(Layout(plan, machine, shape, sizes, processes, disk, elsewhere=bool(gpu)))
+            Told(what=found.what, next=found.next, refuses=found.refuses) for found in findings(layout)
         ],
+    )
+
+
+def _run(plan: RunPlan, lengths: Lengths) -> RunTold:
+    config = plan.config
+    return RunTold(
+        name=config.run.name,
+        directory=str(config.run.directory),
+        samples=plan.num_samples or 0,
+        rounds=config.data.rounds,
+        passes=config.training.passes,
+        steps=_steps(plan, lengths),
+        batch_size=config.training.batch_size,
+        tokens_per_step=config.training.tokens_per_step,
     )
 
 
@@ -189,18 +175,36 @@ def _steps(plan: RunPlan, lengths: Lengths) -> int:
     return min(steps, training.max_steps or steps)
 
 
-def _finder(target_config: Path | None) -> Callable[[TargetSection], TargetSection]:
-    if target_config is not None:
-        return lambda target: target.model_copy(update={"model": target_config, "revision": None})
+def _sample(sizes: SampleSizes, lengths: Lengths) -> SampleTold:
+    return SampleTold(
+        states=sizes.layers,
+        tokens_max=sizes.tokens_max,
+        bytes_max=sizes.bytes_max,
+        prompt_tokens_about=round(lengths.prompt, 1),
+        answer_tokens_about=round(lengths.answers, 1),
+        bytes_about=round(sizes.bytes_about),
+        answers_known=lengths.answers_known,
+    )
 
-    def of_the_hub(target: TargetSection) -> TargetSection:
-        try:
-            return described_target(target)
-        except ConfigError as error:
-            other = "or give a folder with its config.json and tokenizer: --target-config FOLDER."
-            raise ConfigError(error.what, why=error.why, next=f"{error.next.rstrip('.')}; {other}") from error
 
-    return of_the_hub
+def _features(plan: RunPlan, sizes: SampleSizes, time: Time) -> FeaturesTold:
+    features, traffic = plan.config.features, None
+    if time.total_s:
+        moved = (plan.num_samples or 0) * sizes.bytes_about * (1 + plan.config.training.passes)
+        traffic = moved / time.total_s / 2**20
+    return FeaturesTold(
+        store=features.store,
+        directory=str(features.directory),
+        traffic_mib_per_s=traffic,
+        network_mib_per_s=0.0 if isinstance(features, SharedMemorySection) else traffic,
+    )
+
+
+def _disk(plan: RunPlan, shape: TargetShape, lengths: Lengths, trained: int | None, gpu: str) -> Disk:
+    """Of another machine nothing is known of the disk, nor of the hub's cache there."""
+    download = not gpu and is_of_hub(plan.given.target) and not shape.has_weights
+    disk = disk_of(plan, shape, lengths, trained, download)
+    return disk.model_copy(update={"free_bytes": None}) if gpu else disk
 
 
 def _machine_with(gpu: str) -> Machine:

@@ -26,7 +26,7 @@ from paceline.regular_files import read_regular
 from paceline.roles.cost_plan import cost_plan
 from paceline.roles.machine import this_machine
 from paceline.roles.new_run import SERVERS, Wishes, run_file
-from paceline.target.hub import described_target
+from paceline.roles.target_at_hand import finder
 from paceline.target.settings import TargetSection
 from paceline.target.shape import TargetShape, read_shape
 from paceline.terminal import one_line
@@ -101,13 +101,7 @@ def start_run(given: Given, tell: Callable[[str], None] = lambda _: None) -> Sta
 
 def target_folder(given: Given) -> Path:
     """Where the target's config.json is. Raises ConfigError."""
-    if given.target_config is not None:
-        return given.target_config
-    try:
-        return described_target(TargetSection(model=Path(given.target))).model
-    except ConfigError as error:
-        other = "or give a folder with its config.json and tokenizer: --target-config FOLDER."
-        raise ConfigError(error.what, why=error.why, next=f"{error.next.rstrip('.')}; {other}") from error
+    return finder(given.target_config)(TargetSection(model=Path(given.target))).model
 
 
 def _planned_text(given: Given, wishes: Wishes, shape: TargetShape) -> str:

@@ -15,6 +15,7 @@ from paceline.errors import ConfigError
 from paceline.exports.drafted_methods import TAKEN, servers_of
 from paceline.exports.table import EXPORTS
 from paceline.methods.table import METHODS
+from paceline.roles import cost_plan as cost_plans
 from paceline.roles import starter
 from paceline.roles.cost_plan import cost_plan
 from paceline.roles.machine import Machine
@@ -62,6 +63,19 @@ def test_the_recipes_are_what_init_writes(tmp_path: Path, name: str) -> None:
     plan = cost_plan(load_run_config(recipe), gpu="H200", target_config=TARGETS / name)
     assert plan.fits, plan.findings
     assert plan.time.total_s is not None
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("name", ["smollm2-cpu", "chat-cpu"])
+def test_the_recipes_of_processors_fit_every_processor(
+    name: str, bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without bfloat16 keeps states in float32, and a sample takes twice the bytes."""
+    monkeypatch.setattr(cost_plans, "this_machine", lambda: Machine(2, 0, (), bfloat16=bfloat16))
+    config = load_run_config(ROOT / "recipes" / f"{name}.yaml")
+    plan = cost_plan(config, target_config=TARGETS / "smollm2-135m")
+    assert plan.target.dtype == ("bfloat16" if bfloat16 else "float32")
+    assert plan.window.budget_bytes > plan.window.needed_bytes
 
 
 @pytest.mark.parametrize("method", METHODS.own)

@@ -99,8 +99,11 @@ def bench(
 @verbs.command()
 @advises
 def doctor(
-    run_file: Annotated[
-        Path | None, typer.Argument(metavar="[RUN.yaml]", help="A run to look at, too.", readable=False)
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[RUN]", help="A run file, or a run's directory, to look at, too.", readable=False
+        ),
     ] = None,
     probe: Annotated[
         bool, typer.Option("--probe", help="Load the target, and prove its captured states.")
@@ -115,7 +118,7 @@ def doctor(
     """
     from paceline.cli.doctor import examine_and_tell
 
-    examine_and_tell(run_file, probe=probe, as_json=as_json)
+    examine_and_tell(run, probe=probe, as_json=as_json)
 
 
 @data.command("check")
