@@ -6,7 +6,7 @@ Ours is what the ranks of a run do in a step: messages, reading the slice, micro
 the sums of gradients, clipping, the update, the answers. Plain DDP is torch's `DistributedDataParallel` over
 the same draft and the same samples, which every rank has at hand: the gradients are sent while the last
 micro-batch runs backward, and nothing is checked. Both take turns in the same processes, one thread each. The
-draft is that of benchmarks/training_step.py, in float32 and from bfloat16 autocast.
+draft is that of benchmarks/training_step.py, in bfloat16 autocast where the processor multiplies that.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import nn
 
 from benchmarks.rows import Row, against, row
 from benchmarks.training_step import CPU, Sample, new_draft, spread_samples, target_head
+from paceline.precision import has_bfloat16
 from paceline.roles.plan import role_environment
 from paceline.roles.trainers import MeetingPoint, place_in
 from paceline.training.determinism import compute_deterministically
@@ -38,7 +39,8 @@ from paceline.training.torch_learner import TorchLearner
 from paceline.training.worker import FIRST_WEIGHTS, Worker
 from paceline.types import SampleRef
 
-BATCH, MICRO_BATCH, DEPTH = 16, 4, 4
+BATCH, MICRO_BATCH, DEPTH = 8, 2, 4
+AUTOCAST = torch.bfloat16 if has_bfloat16(CPU) else None
 TRAINING = TrainingSection(batch_size=BATCH, micro_batch_size=MICRO_BATCH)
 
 
@@ -58,7 +60,7 @@ def refs(count: int) -> list[SampleRef]:
 
 class Ours:
     def __init__(self, samples: Sequence[Sample], group: Group | None) -> None:
-        settings = TrainerSettings(None, 1, training=TRAINING, autocast_dtype=torch.bfloat16)
+        settings = TrainerSettings(None, 1, training=TRAINING, autocast_dtype=AUTOCAST)
         method, _ = new_draft(DEPTH)
         self.learner = TorchLearner(method, target_head(), settings, group)
         self.worker = Worker(self.learner, AtHand(samples))  # type: ignore[arg-type]
@@ -96,7 +98,7 @@ class PlainDDP:
             batch = self._method.collate(self._mine[start : start + MICRO_BATCH], CPU)
             waits = start != starts[-1] and isinstance(self._draft, nn.parallel.DistributedDataParallel)
             with self._draft.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                with torch.autocast("cpu", dtype=torch.bfloat16):
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=AUTOCAST is not None):
                     loss = self._draft(batch).loss_sum
                 loss.backward()
         for parameter in self._draft.parameters():
@@ -144,7 +146,7 @@ def measured(ranks: int, quick: bool) -> dict[str, Any]:
     meeting = MeetingPoint(ranks)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.trainers", "--rank", "3" if quick else "6", "2"],
+            [sys.executable, "-m", "benchmarks.trainers", "--rank", "3" if quick else "8", "1"],
             env={**os.environ, **role_environment(1), **meeting.environment(rank)},
             pass_fds=meeting.descriptors(rank),
             stdout=subprocess.PIPE,

@@ -71,6 +71,16 @@ def test_schedules_of_three_producers_end_in_the_same_weights_on_a_server() -> N
     assert not rare, f"these did not happen: {rare}"
 
 
+def test_schedules_of_two_ranks_end_in_the_same_weights() -> None:
+    """Either is killed, or stopped until the other one has given it up; `make reliability` runs hundreds."""
+    command = [sys.executable, "-m", MODULE, "--random", "24", "--ranks", "2", "--deadline", "200"]
+    done = subprocess.run([*command, "--jobs", "2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    rare = [what for what in ("other ranks struck", "faults: stop", "steps replayed") if not counts[what]]
+    assert not rare, f"these did not happen: {rare}"
+
+
 def test_the_schedules_strike_everywhere() -> None:
     """A part that loses its kill points, or a detour that leads nowhere new, shows here."""
     assert len(places()) >= PLACES

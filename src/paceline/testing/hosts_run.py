@@ -19,8 +19,8 @@ from pathlib import Path
 
 from paceline.errors import FencedError, LedgerError, UnknownResultError
 from paceline.ledger.facts import COMPLETED_STEP
-from paceline.testing.killed_run import look
 from paceline.testing.light_run import LightRun, RunShape, expected_steps, head_of, uninterrupted
+from paceline.testing.light_state import look
 from paceline.testing.network import Network
 from paceline.testing.valkey_server import ValkeyServer
 

@@ -33,6 +33,7 @@ from paceline.fsck.checker import check_view
 from paceline.fsck.report import Report
 from paceline.ledger.records import State
 from paceline.ledger.stores.redis import RedisView
+from paceline.roles.trainers import role_of_rank
 from paceline.testing import killed_run
 from paceline.testing.killed_run import Fault, KilledRun, Violation, producers_of, qualified
 from paceline.testing.light_adapters import tokens_per_step
@@ -57,6 +58,7 @@ class Schedule:
     def command(self) -> str:
         how = f"--seed {self.name}" if self.name.isdecimal() else f'--name "{self.name}"'
         several = f" --producers {self.shape.producers}" if self.shape.producers > 1 else ""
+        several += f" --ranks {self.shape.ranks}" if self.shape.ranks > 1 else ""
         return f"python -m {MODULE} {how} --repeat 50{several}"
 
 
@@ -132,6 +134,11 @@ DETOURS: list[tuple[str, str, RunShape, tuple[Fault, ...]]] = [
         PLAIN,
         tuple(Fault("consumer", "kill", "learner.step.after") for _ in range(3)),
     ),
+]
+OF_ANOTHER_RANK = [
+    f"{call}.{side}"
+    for call in ("learner.load", "learner.step", "learner.files", "learner.fingerprint", "features.get")
+    for side in ("before", "after")
 ]
 IN_TRANSACTION = ("ledger.after_begin", "ledger.before_commit", "ledger.after_commit")
 
@@ -256,6 +263,19 @@ def of_several(schedule: Schedule, producers: int) -> Schedule:
     return replace(schedule, shape=shape, faults=tuple(faults))
 
 
+def of_ranks(schedule: Schedule, ranks: int) -> Schedule:
+    """The same with so many ranks; of the faults of the consumer, every second one strikes another rank."""
+    if ranks == 1:
+        return schedule
+    rng, faults = random.Random(schedule.name), []
+    for fault in schedule.faults:
+        if fault.victim == "consumer" and fault.kind != "damage_head" and rng.random() < 0.5:
+            victim, point = role_of_rank(rng.randrange(1, ranks)), rng.choice(OF_ANOTHER_RANK)
+            fault = replace(fault, victim=victim, point=point, turn=rng.randint(1, 4))
+        faults.append(fault)
+    return replace(schedule, shape=replace(schedule.shape, ranks=ranks), faults=tuple(faults))
+
+
 def deaths_max(shape: RunShape, role: str) -> int:
     """A death during a trial counts against who was tried; where trials are held anyway, one is enough."""
     return 1 if role == "consumer" and shape.bad_sample >= 0 else DEATHS_MAX
@@ -301,7 +321,9 @@ def execute(schedule: Schedule, server: ValkeyServer | None = None) -> Counter[s
     """
     folder = new_folder()
     # The weights do not depend on how much room there is, nor on how often they are made durable.
-    wanted = reference(replace(schedule.shape, tight=False, interval=4, kept=2, threads=False, producers=1))
+    wanted = reference(
+        replace(schedule.shape, tight=False, interval=4, kept=2, threads=False, producers=1, ranks=1)
+    )
     run = LightRun(folder, schedule.shape, server.url if server else "")
     killed = KilledRun(run, schedule.faults, restart=server.restart if server else nothing)
     try:
@@ -454,6 +476,7 @@ def main() -> int:
         "--deadline", type=float, default=killed_run.DEADLINE_S, help="seconds a run may take"
     )
     arguments.add_argument("--producers", type=int, default=1)
+    arguments.add_argument("--ranks", type=int, default=1)
     arguments.add_argument("--server", action="store_true", help="the ledger lies on a server of its own")
     given = arguments.parse_args()
     killed_run.DEADLINE_S = given.deadline
@@ -465,7 +488,7 @@ def main() -> int:
         schedules += [random_schedule(given.seed)] * given.repeat
     if given.name:
         schedules += [s for s in systematically if s.name == given.name] * given.repeat
-    schedules = [of_several(schedule, given.producers) for schedule in schedules]
+    schedules = [of_ranks(of_several(schedule, given.producers), given.ranks) for schedule in schedules]
     try:
         counts = execute_all(schedules, given.jobs, on_server=given.server)
     except Violation as violation:

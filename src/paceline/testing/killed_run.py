@@ -25,18 +25,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paceline import crashpoints
-from paceline.errors import CheckpointError, FencedError, PacelineError
+from paceline.errors import FencedError, PacelineError, RanksError
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.locks import RoleLock
-from paceline.ledger.records import Snapshot
+from paceline.roles.trainers import role_of_rank
 from paceline.testing import kill_points
 from paceline.testing.light_adapters import LightFeatureStore
-from paceline.testing.light_run import RUN_ID, LightRun, RunShape
-from paceline.training.checkpoint import CheckpointFolder
+from paceline.testing.light_run import LightRun, RunShape
+from paceline.testing.light_state import damage_head, look
+from paceline.testing.socket_link import SocketLink, socket_links
 
 DEADLINE_S = 240.0  # a tenth of a second does on an idle machine; on a busy one a minute may not
 QUIET_MS = 40  # no news for so long: a stopped process may hold a lock, so it is woken up
-DONE, FENCED, STALE, FAILED, BROKEN = range(10, 15)
+LINK_S = 4.0  # the others wait for a rank that is stopped
+DONE, FENCED, STALE, FAILED, BROKEN, LOST = range(10, 16)
 FENCED_CALLS = frozenset(
     (
         *("extend", "lease", "give_back", "end_stream", "reserve", "commit", "swept", "report_lost"),
@@ -89,6 +91,11 @@ class Violation(AssertionError):  # noqa: N818 (it is what the tests look for)
 def producers_of(shape: RunShape) -> list[str]:
     """The names of its producers' roles, and of the workers."""
     return ["producer"] if shape.producers == 1 else [f"producer-{n}" for n in range(shape.producers)]
+
+
+def ranks_of(shape: RunShape) -> list[str]:
+    """The names of its ranks' roles."""
+    return [role_of_rank(rank) for rank in range(shape.ranks)]
 
 
 def patience_ms(fault: Fault | None) -> int:
@@ -166,38 +173,6 @@ class Watcher:
         os.write(self._tell, line.encode())  # below PIPE_BUF, so it arrives whole
 
 
-def damage_head(run: LightRun, rng: random.Random) -> bool:
-    """Delete or alter the newest checkpoint on record, if a whole one is left to fall back to."""
-    now = look(run)
-    records = () if now is None else now.checkpoints
-    checkpoints = CheckpointFolder(run.checkpoints, RUN_ID)
-    try:
-        checkpoints.read(records[-2])
-        folder = run.checkpoints / records[-1].name
-        if rng.random() < 0.5:
-            shutil.rmtree(folder)
-            return True
-        path = folder / rng.choice(sorted(file.name for file in folder.iterdir()))
-    except (IndexError, CheckpointError, FileNotFoundError):
-        return False
-    data = bytearray(path.read_bytes())
-    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
-    return True
-
-
-def look(run: LightRun) -> Snapshot | None:
-    """What a reader sees: a stopped process may hold the writers' gate. None: the ledger is not begun yet."""
-    try:
-        view = run.view()
-    except PacelineError:
-        return None
-    try:
-        return view.snapshot()
-    finally:
-        view.close()
-
-
 @dataclass
 class KilledRun:
     """Drives `run` through `faults` to its end; `counts` and `points` say what happened on the way."""
@@ -223,9 +198,15 @@ class KilledRun:
         self.has_zombies = any(fault.kind == "stop" for fault in self.faults)
         self.history: list[str] = []
 
+        self._ranks_struck = False  # since they were started last
+
     @property
     def producers(self) -> list[str]:
         return producers_of(self.run.shape)
+
+    @property
+    def ranks(self) -> list[str]:
+        return ranks_of(self.run.shape)
 
     # -- the supervisor --------------------------------------------------------------------
 
@@ -251,10 +232,17 @@ class KilledRun:
             for child in self._stopped():
                 self._wake(child)
             return
-        for role in (*self.producers, "consumer"):
-            running = [c for c in self._children.values() if c.role == role and not c.stopped]
-            if not running and not (role != "consumer" and self._producer_done):
+        running = {child.role for child in self._children.values() if not child.stopped}
+        for role in self.producers:
+            if role not in running and not self._producer_done:
                 self._start(role)
+        if running.isdisjoint(self.ranks):
+            self._ranks_struck = False
+            links = socket_links(len(self.ranks), LINK_S if self.has_zombies else DEADLINE_S)
+            for role in self.ranks:
+                self._start(role, links)
+            for link in links:
+                link.leave()
 
     def _look(self, timeout_ms: int) -> None:
         ready = self._poll.poll(timeout_ms)
@@ -274,19 +262,19 @@ class KilledRun:
 
     # -- processes -------------------------------------------------------------------------
 
-    def _start(self, role: str) -> None:
+    def _start(self, role: str, links: Sequence[SocketLink] = ()) -> None:
         faults = [fault for fault in self.pending if fault.victim == role]
         stale = mmap.mmap(-1, 1)
         pid = os.fork()
         if pid == 0:
-            self._work(role, faults, stale)
+            self._work(role, faults, stale, links)
         pidfd = os.pidfd_open(pid)
         self._poll.register(pidfd, select.POLLIN)
         self._children[pid] = Child(pid, role, faults, pidfd, stale)
         self.counts["processes"] += 1
         self.history.append(f"{role} {pid} starts, armed with {faults[:1]}")
 
-    def _work(self, role: str, faults: list[Fault], stale: mmap.mmap) -> None:
+    def _work(self, role: str, faults: list[Fault], stale: mmap.mmap, links: Sequence[SocketLink]) -> None:
         """The child's life. Never returns."""
         watcher = Watcher(self.run, self._write, faults, stale)
         code = FAILED
@@ -294,11 +282,13 @@ class KilledRun:
             if not self.has_zombies:
                 RoleLock(self.run.folder, role)
             crashpoints.watch(watcher)
-            if role == "consumer":
-                self.run.consume(watcher.report)
+            if role in self.ranks:
+                self._train(self.ranks.index(role), watcher, links)
             else:
                 self.run.produce(watcher.report, worker=role)
             code = DONE
+        except RanksError:
+            code = LOST
         except FencedError as error:
             watcher.send("refused", what=_refused_method(error))
             code = FENCED
@@ -309,6 +299,15 @@ class KilledRun:
             watcher.send("failed", what=traceback.format_exc()[-3000:])
         finally:
             os._exit(code)
+
+    def _train(self, rank: int, watcher: Watcher, links: Sequence[SocketLink]) -> None:
+        for link in links:
+            if link.rank != rank:
+                link.leave()  # or nobody would learn that its owner is dead
+        if rank:
+            self.run.follow(links[rank])
+        else:
+            self.run.consume(watcher.report, links[0])
 
     def _look_after(self, child: Child) -> None:
         pid, status = os.waitpid(child.pid, os.WNOHANG | os.WUNTRACED)
@@ -338,13 +337,15 @@ class KilledRun:
             raise Violation(f"the {child.role} failed: {self.history[-2:]}")
         if code in (FENCED, STALE) and not self.has_zombies:
             raise Violation(f"the {child.role} was fenced, and nobody took its role: {self.history[-2:]}")
+        if code == LOST and not (self._ranks_struck or self.has_zombies):
+            raise Violation(f"the {child.role} lost a rank to which nothing had happened")
         if code == DONE:
             self._ended(child)
 
     def _ended(self, child: Child) -> None:
         if child.role == "consumer":
             self._complete = self._complete or self._is_true(COMPLETED_STEP)
-        else:
+        elif child.role not in self.ranks:
             self._producer_done = not self._producer_has_work()
 
     def _bury(self, child: Child) -> None:
@@ -354,6 +355,7 @@ class KilledRun:
         del self._children[child.pid]
 
     def _kill(self, child: Child) -> None:
+        self._ranks_struck = self._ranks_struck or child.role in self.ranks
         os.kill(child.pid, signal.SIGKILL)
         os.waitpid(child.pid, 0)
         self._hear()
@@ -413,6 +415,8 @@ class KilledRun:
             child.fired = child.faults.pop(0)
             self.pending.remove(child.fired)
             self.counts[f"faults: {child.fired.kind}"] += 1
+            self._ranks_struck = self._ranks_struck or child.role in self.ranks
+            self.counts["other ranks struck"] += child.role in self.ranks[1:]
         elif kind == "acquired":
             child.acquired = True
             # One that was stopped in between may tell it long after its successor did.

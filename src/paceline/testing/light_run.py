@@ -44,8 +44,11 @@ from paceline.testing.light_adapters import (
     uneven_length,
 )
 from paceline.training.checkpoint import CheckpointFolder
+from paceline.training.link import Alone, Link
+from paceline.training.ranks import Follower, dismiss, hear_begin
 from paceline.training.settings import CheckpointSection, TrainerSettings
 from paceline.training.trainer import ConsumerSide, Trainer, take_over
+from paceline.training.worker import Worker
 from paceline.types import PromptTask
 
 RUN_ID = "light"
@@ -59,11 +62,11 @@ class RunShape:
 
     `tight`: the fewest resident samples with which the run cannot wait for itself. `bad_prompt` is one
     the engine cannot bear, `bad_sample` one that cannot be trained (-1: none). `threads`: checkpoints are
-    written and features read ahead in threads, as the consumer's process does it. `producers`: how many
-    processes capture; the weights do not depend on it. `timeout_s`: a producer that is silent for so long is
-    taken for dead by the others. `heartbeats`: a thread of each tells that it lives; without, that is told
-    between two groups. `tokens`: a step holds so many, instead of `batch` samples, and samples differ in
-    length.
+    written and features read ahead in threads, as the consumer's process does it. `producers`, `ranks`: how
+    many processes capture and train; the weights do not depend on them. `timeout_s`: a producer that is
+    silent for so long is taken for dead by the others. `heartbeats`: a thread of each tells that it lives;
+    without, that is told between two groups. `tokens`: a step holds so many, instead of `batch` samples, and
+    samples differ in length.
     """
 
     prompts: int = 12
@@ -80,6 +83,7 @@ class RunShape:
     timeout_s: float = 3600.0
     heartbeats: bool = False
     tokens: int | None = None
+    ranks: int = 1
 
     @property
     def window(self) -> int:
@@ -115,12 +119,12 @@ class RunShape:
 
         return LightEngine(refuse, uneven=self.tokens is not None)
 
-    def learner(self) -> HashLearner:
+    def learner(self, link: Link | None = None) -> HashLearner:
         def refuse(sample_ids: Sequence[str]) -> None:
             if f"{RUN_ID}:{self.bad_sample}" in sample_ids:
                 raise TrainingError("The loss is no number.")
 
-        return HashLearner(refuse)
+        return HashLearner(refuse, link)
 
     def loading(self) -> LoaderSettings:
         return LoaderSettings(
@@ -204,12 +208,15 @@ def build_consumer(
     executor: Executor | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     report: Callable[..., None] = no_report,
+    link: Link | None = None,
 ) -> tuple[Trainer, StepLoader]:
+    """`link`: to the other ranks, if there are any."""
     side = ConsumerSide(
         ConsumerSession(ledger, RUN_ID),
         features,
         pointed(CheckpointFolder(checkpoints, RUN_ID), "checkpoints"),
-        pointed(shape.learner(), "learner"),
+        pointed(shape.learner(link), "learner"),
+        link,
     )
     return take_over(
         side, shape.settings(), shape.loading(), executor=executor, should_stop=should_stop, report=report
@@ -260,21 +267,32 @@ class LightRun:
             producer.run(should_stop=lambda: COMPLETED_STEP in ledger.facts())
         ledger.close()
 
-    def consume(self, report: Callable[..., None] = no_report) -> None:
-        """The consumer's process."""
+    def consume(self, report: Callable[..., None] = no_report, link: Link | None = None) -> None:
+        """The consumer's process. `link`: to the other ranks, if there are any."""
         ledger = self.open_ledger()
-        if COMPLETED_STEP not in ledger.facts():
+        if COMPLETED_STEP in ledger.facts():
+            dismiss(link or Alone())
+        else:
             known = {record.name for record in ledger.snapshot().checkpoints}
             report("found", orphan_checkpoints=len(self.checkpoint_names() - known))
             features = self.open_features(owner=False)
             with ThreadPoolExecutor(2) if self.shape.threads else nullcontext() as executor:
-                trainer, loader = build_consumer(
-                    self.shape, ledger, features, self.checkpoints, executor=executor, report=report
-                )
+                parts = self.shape, ledger, features, self.checkpoints
+                trainer, loader = build_consumer(*parts, executor=executor, report=report, link=link)
                 step = trainer.fit(loader)
+            trainer.ranks.end()
             if loader.exhausted and ledger.snapshot().usage.waiting_samples == 0:
                 trainer.session.set_facts({COMPLETED_STEP: step})
         ledger.close()
+
+    def follow(self, link: Link) -> None:
+        """The process of another rank."""
+        if hear_begin(link) is None:
+            return
+        features = self.open_features(owner=False)
+        with ThreadPoolExecutor(1) if self.shape.threads else nullcontext() as executor:
+            worker = Worker(pointed(self.shape.learner(link), "learner"), features, executor)
+            Follower(worker, link, lambda: False).follow()
 
     def checkpoint_names(self) -> set[str]:
         return {path.name for path in self.checkpoints.glob("step-*")}

@@ -23,6 +23,7 @@ from paceline.training.link import Place, lost
 FRAME = 1 << 12  # bytes of a message that travel in one piece; longer ones take a second
 LENGTH = 8  # of these, the first hold the message's length
 LOOPBACK = "lo"
+JOIN_S = 120.0  # ranks may come so far apart, however short the time-out is: they load what they need first
 T = TypeVar("T")
 
 
@@ -30,7 +31,10 @@ class Group:
     """A Link; also sums tensors over the ranks."""
 
     def __init__(self, place: Place, *, timeout_s: float, device: torch.device) -> None:
-        """Waits for all ranks to come. Raises RanksError if one does not come in time."""
+        """Waits for all ranks to come. Raises RanksError if one does not come within `timeout_s` or `JOIN_S`.
+
+        `timeout_s`: how long each later call waits for the others.
+        """
         self.rank, self.size = place.rank, place.ranks
         if place.is_one_host:  # nobody else needs to reach these sockets
             os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
@@ -163,7 +167,6 @@ def _store(place: Place, timeout: timedelta) -> TCPStore:
         place.port,
         place.ranks,
         is_first,
-        timeout,
-        wait_for_workers=False,
+        max(timeout, timedelta(seconds=JOIN_S)),
         master_listen_fd=place.listens if is_first else None,
     )

@@ -20,6 +20,7 @@ from paceline.testing.light_run import (
     head_of,
     uninterrupted,
 )
+from paceline.training import checkpoint_writer
 
 SHAPE = RunShape(prompts=18, group=3, batch=3, passes=1, interval=2)
 WAIT_S = 60.0
@@ -39,6 +40,32 @@ class HeldUp:
                 self.waits.set()
                 assert self.go.wait(WAIT_S)
             self._first = False
+
+
+def test_the_other_ranks_are_told_that_rank_0_lives_while_a_disk_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would take it for lost; the time between two beats is that of a wait for samples."""
+    monkeypatch.setattr(checkpoint_writer, "WAIT_S", 0.0)
+    run, held, beats = LightRun(tmp_path / "run", SHAPE), HeldUp(), list[int]()
+    run.produce()
+    ledger, features = run.open_ledger(), run.open_features(owner=False)
+
+    def beat() -> None:
+        beats.append(1)
+        if len(beats) == 3:
+            held.go.set()
+
+    crashpoints.watch(held)
+    try:
+        with ThreadPoolExecutor(2) as executor:
+            trainer, loader = build_consumer(SHAPE, ledger, features, run.checkpoints, executor=executor)
+            trainer.coordinator._writer.while_waiting = beat
+            trainer.fit(loader)
+    finally:
+        held.go.set()
+        crashpoints.watch(None)
+    assert len(beats) >= 3
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
