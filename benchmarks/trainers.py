@@ -36,7 +36,7 @@ from paceline.training.optimizer import build_optimizer
 from paceline.training.ranks import Follower, Ranks
 from paceline.training.settings import TrainerSettings, TrainingSection
 from paceline.training.torch_learner import TorchLearner
-from paceline.training.worker import FIRST_WEIGHTS, Worker
+from paceline.training.worker import FIRST_WEIGHTS, Worker, slice_of
 from paceline.types import SampleRef
 
 BATCH, MICRO_BATCH, DEPTH = 8, 2, 4
@@ -54,8 +54,9 @@ class AtHand:
         return dict(self._samples[int(ref.sample_id)])
 
 
-def refs(count: int) -> list[SampleRef]:
-    return [SampleRef(str(n), "bench", None, "memory", {}, {}, "eagle3") for n in range(count)]
+def refs(samples: Sequence[Sample]) -> list[SampleRef]:
+    tokens = [len(sample["input_ids"]) - 1 for sample in samples]
+    return [SampleRef(str(n), "bench", None, "", {}, {}, "eagle3", count) for n, count in enumerate(tokens)]
 
 
 class Ours:
@@ -66,7 +67,7 @@ class Ours:
         self.worker = Worker(self.learner, AtHand(samples))  # type: ignore[arg-type]
         self.group, self.number = group, 0
         self.ranks = Ranks(self.worker, group)
-        self.refs = refs(len(samples))
+        self.refs = refs(samples)
 
     def follow(self) -> None:
         assert self.group is not None
@@ -88,8 +89,8 @@ class PlainDDP:
         self._optimizer = build_optimizer(draft, TRAINING)
         self._draft = nn.parallel.DistributedDataParallel(draft) if ranks > 1 else draft
         self._share = self._method.num_tokens(samples) / ranks  # DDP averages
-        count = len(samples)
-        self._mine = samples[rank * count // ranks : (rank + 1) * count // ranks]
+        start, stop = slice_of(refs(samples), rank, ranks)
+        self._mine = samples[start:stop]
 
     def step(self) -> None:
         self._draft.zero_grad(set_to_none=True)

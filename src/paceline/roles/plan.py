@@ -159,7 +159,7 @@ def _refuse_repeats(config: RunConfig, data: Data | KeptAnswers) -> None:
 def refuse_idle_ranks(config: RunConfig, ranks: int) -> None:
     """Raise ConfigError if a step has fewer samples than there are ranks."""
     batch = config.training.batch_size
-    if ranks > batch:
+    if ranks > batch and config.training.tokens_per_step is None:
         raise ConfigError(
             f"{ranks} ranks would divide training.batch_size {batch} among them.",
             why="It is the batch of all ranks together, and some of them would have nothing to train.",
