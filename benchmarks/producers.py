@@ -193,7 +193,7 @@ def threefold(runs: Runs, store: str, repeats: int, groups: int, group_s: float)
 
 
 def run(quick: bool) -> list[Row]:
-    repeats, groups, group_s = (2, 8, 0.4) if quick else (5, 20, 0.4)
+    repeats, groups, group_s = (1, 8, 1.0) if quick else (5, 16, 1.0)
     rows: list[Row] = []
     with ExitStack() as held:
         place = held.enter_context(tempfile.TemporaryDirectory(dir=os.environ.get("PACELINE_BENCH_DIR")))

@@ -66,12 +66,12 @@ def ready() -> None:
 
 def timed(seconds: float, work: Callable[[], int]) -> Counts:
     """Call `work`, which returns how many refs it moved, until the time is over or it returns 0."""
-    moved = 0
+    moved, before = 0, time.process_time()
     started = now = time.perf_counter()
     while now - started < seconds and (refs := work()):
         moved += refs
         now = time.perf_counter()
-    return {"refs": moved, "seconds": now - started}
+    return {"refs": moved, "seconds": now - started, "processor_seconds": time.process_time() - before}
 
 
 def rate(counts: list[Counts]) -> float:
