@@ -15,7 +15,7 @@ from paceline.testing.tiny_run import TinyRun
 def test_the_demo_kills_a_consumer_and_ends_in_the_same_weights(tmp_path: Path, tiny_model: Path) -> None:
     """A demo that has begun goes on with the prompts and the target that it has; here they are smaller."""
     folder = tmp_path / "paceline-demo"
-    prepare(folder, prompts=40)
+    prepare(folder, prompts=32)
     shutil.copytree(tiny_model, folder / TARGET)
     command = [sys.executable, "-m", "paceline", "demo", str(folder)]
     shown = TinyRun.execute(command, {**os.environ, "COLUMNS": "200"})

@@ -46,7 +46,7 @@ WORDS = (
 PROMPTS, HELD_OUT = 96, 4
 INTERVAL = 6  # steps between checkpoints
 KILL_FROM = INTERVAL  # the head's step
-LOOK_S = 0.02
+LOOK_S = 0.01
 
 
 def prepare(folder: Path, prompts: int = PROMPTS) -> dict[str, Path]:
