@@ -1,7 +1,8 @@
 """Whole runs over real processes that are killed and stopped everywhere: the same weights, every time.
 
 No torch, so that a run takes less than a tenth of a second; everything else is the product. What may
-happen is in paceline.testing.killed_run, what must hold afterwards in paceline.testing.kill_schedules.
+happen is in paceline.testing.killed_run, what must hold afterwards in
+paceline.testing.check_of_killed_runs.
 """
 
 from __future__ import annotations

@@ -28,18 +28,13 @@ from pathlib import Path
 
 from paceline import crashpoints
 from paceline.errors import PacelineError
-from paceline.fsck.checker import check as fsck
-from paceline.fsck.checker import check_view
-from paceline.fsck.report import Report
-from paceline.ledger.records import State
-from paceline.ledger.stores.redis import RedisView
 from paceline.roles.trainers import role_of_rank
 from paceline.testing import killed_run
+from paceline.testing.check_of_killed_runs import check
 from paceline.testing.killed_run import Fault, KilledRun, Violation, producers_of, qualified
 from paceline.testing.light_adapters import tokens_per_step
-from paceline.testing.light_run import LightRun, Outcome, RunShape, expected_steps, head_of, uninterrupted
+from paceline.testing.light_run import LightRun, Outcome, RunShape, expected_steps, uninterrupted
 from paceline.testing.valkey_server import ValkeyServer
-from paceline.training.checkpoint import epoch_of
 
 DEATHS_MAX = 4  # of one role in a schedule: five kills at one place may make a sample the culprit
 PLAIN = RunShape(prompts=11, group=3, batch=3, passes=2, interval=2, threads=True)
@@ -344,64 +339,6 @@ def execute(schedule: Schedule, server: ValkeyServer | None = None) -> Counter[s
 
 def nothing() -> None:
     """There is no server."""
-
-
-def check(killed: KilledRun, wanted: Outcome) -> None:
-    """The weights, the ledger, and nothing left behind. Raises Violation."""
-    run, shape = killed.run, killed.run.shape
-    bad = [f"light:{shape.bad_sample}"] if 0 <= shape.bad_sample < shape.prompts else []
-    bad = [sample_id for sample_id in bad if shape.bad_sample != shape.bad_prompt]
-    ledger = run.open_ledger()
-    now = ledger.snapshot()
-    prompts, usage = now.prompts, now.usage
-    found = head_of(ledger, run.checkpoints)
-    records = {record.name for record in now.checkpoints}
-    epoch = now.epochs["consumer"]
-    losses = {"lose", "reboot", "damage_head"} & {fault.kind for fault in killed.faults}
-    facts = {key for key, value in ledger.facts().items() if key.startswith("isolation.") and value}
-    quarantined = {sample.place: sample.sample_id for sample in ledger.find(state=State.QUARANTINED).values()}
-    visits = [sample for trained in ledger.history() for sample in trained.samples]
-    log = quarantined | {sample.place: sample.sample_id for sample in visits}
-    left = {
-        "weights that differ": found.weights != wanted.weights,
-        "steps that differ": found.trained != wanted.trained,
-        "lineage that differs": found.chain != wanted.chain,
-        "log that differs": [log[place] for place in sorted(log)] != shape.sample_ids,
-        "samples not trained to their end": set(shape.sample_ids)
-        - {sample.sample_id for sample in visits if sample.finished}
-        - set(bad),
-        "samples quarantined": set(quarantined.values()) ^ set(bad),
-        "prompts failed": set(ledger.failed()) - {shape.bad_prompt} - {int(b[6:]) for b in bad},
-        "prompts open": prompts.open,
-        "intents": ledger.ownership().promised or ledger.ownership().revoked,
-        "bytes on the books": usage.resident_bytes + usage.reserved_bytes + usage.waiting_samples,
-        "lost samples": now.lost,
-        "features missed that nobody took away": not losses and killed.counts["missed by the consumer"],
-        "isolations": facts,
-        "what the checker finds": checked(run).errors,
-        "features": [path.name for path in run.feature_folder.glob("*.*")],
-        "checkpoints missing": records - run.checkpoint_names(),
-        # A zombie's last checkpoint, never on record, lies there until the next start sweeps it.
-        "folders": [
-            name
-            for name in run.checkpoint_names() - records
-            if not (killed.has_zombies and epoch_of(name) < epoch)
-        ],
-    }
-    ledger.close()
-    wrong = {what: value for what, value in left.items() if value}
-    if wrong:
-        raise Violation(f"after the run: {wrong}")
-
-
-def checked(run: LightRun) -> Report:
-    if not run.server:
-        return fsck(run.folder, passes=run.shape.passes)
-    view = run.view()
-    assert isinstance(view, RedisView)
-    report = check_view(view, run.folder)
-    view.close()
-    return report
 
 
 def execute_all(schedules: Sequence[Schedule], jobs: int, *, on_server: bool = False) -> Counter[str]:
