@@ -37,6 +37,7 @@ from paceline.types import Feature, Targets, name_of
 ANSWER_TOKENS_MAX = 64  # longer answers are timed by as many of their tokens
 TRIAL_TOKENS = 4  # of each answer of the group that tells how long answers can be
 PROMPTS_MAX = 512  # that are encoded
+KEPT_BYTES_MAX = 4 << 30  # of samples, for the store and training
 CAPTURE_SHARE, STORE_SHARE = 0.5, 0.05  # of the time that is left
 STEPS_MIN = 2  # that are timed, after one that warms up
 Sample = Mapping[str, torch.Tensor]
@@ -81,15 +82,16 @@ def _capture(
     # As long answers as the time allows: one group at least is answered whole.
     most = max(1, min(most, int(TRIAL_TOKENS * seconds / (monotonic() - trial))))
     groups = _groups(prompts, size, most, settings)
-    samples, tokens, began = list[Sample](), 0, monotonic()
+    samples, kept_bytes, tokens, began = list[Sample](), 0, 0, monotonic()
     with ThreadPoolExecutor(at_once) as pool:
         while not samples or monotonic() - began < seconds:
             asked = list(islice(groups, at_once))
             for group in pool.map(lambda one: engine.capture(one, features), asked):
                 new = [sample.tensors for sample in group]
                 tokens += sum(_written(sample, features, whole=settings.answers == "data") for sample in new)
-                if len(samples) < PROMPTS_MAX:
+                if kept_bytes < KEPT_BYTES_MAX:
                     samples += new
+                    kept_bytes += sum(part.nbytes for sample in new for part in sample.values())
     return samples, tokens / (monotonic() - began)
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import yaml
 
@@ -76,27 +77,32 @@ def start_run(given: Given, tell: Callable[[str], None] = lambda _: None) -> Sta
     _refuse_existing(given, [given.output])
     folder = target_folder(given)
     shape = read_shape(folder)
-    with _held_out(given, name, tell) as (data, heldout, aside, written):
+    gpus = len(this_machine().gpus) if given.gpus is None else given.gpus
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".paceline-init-", dir=given.output.parent) as aside:
+        prompts = _prompts(given, name, Path(aside), tell)
         wishes = Wishes(
             name=name,
             target=given.target,
-            data=data,
-            heldout=heldout,
+            data=prompts.data,
+            heldout=prompts.heldout,
             method=given.method,
-            gpus=len(this_machine().gpus) if given.gpus is None else given.gpus,
-            serve=_server(given, shape),
-            samples=open_file(data, format="auto").size,
+            gpus=gpus,
+            serve=_server(given, shape, gpus),
+            samples=open_file(prompts.data_now, format="auto").size,
             processors=this_machine().processors,
             thinks=_thinks(folder, given.target, shape),
             command=_command(given, name),
         )
-        text = _planned_text(given, wishes, shape)
+        here = replace(wishes, data=prompts.data_now, heldout=prompts.heldout_now)
+        text = run_file(wishes, shape, _budget_mib(given, here, shape))
         config = _parsed(text)
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        part = given.output.with_name(f"{given.output.name}.new")
-        part.write_text(text)
-        part.replace(given.output)
-    return Started(config, [*written, given.output], aside, wishes)
+        written = Path(aside) / "run.yaml"
+        written.write_text(text)
+        for path, final in (*prompts.moves, (written, given.output)):
+            path.replace(final)
+    files = [*(final for _, final in prompts.moves), given.output]
+    return Started(config, files, prompts.aside, wishes)
 
 
 def target_folder(given: Given) -> Path:
@@ -104,12 +110,11 @@ def target_folder(given: Given) -> Path:
     return finder(given.target_config)(TargetSection(model=Path(given.target))).model
 
 
-def _planned_text(given: Given, wishes: Wishes, shape: TargetShape) -> str:
-    """The run file with the budget that its plan needs."""
+def _budget_mib(given: Given, wishes: Wishes, shape: TargetShape) -> int:
+    """What the plan of such a run needs, and some more. Raises what the plan raises."""
     roomy = _parsed(run_file(wishes, shape, ROOMY_MIB))
     least = cost_plan(roomy, target_config=given.target_config).window.needed_bytes / 2**20
-    budget = max(1024, -int(-least * BUDGET_SHARE // BUDGET_STEP_MIB) * BUDGET_STEP_MIB)
-    return run_file(wishes, shape, budget)
+    return max(1024, -int(-least * BUDGET_SHARE // BUDGET_STEP_MIB) * BUDGET_STEP_MIB)
 
 
 def _parsed(text: str) -> RunConfig:
@@ -144,21 +149,32 @@ def _refuse_folder(output: Path) -> None:
         raise ConfigError(f"{output} is a folder.", next=f"name a file: -o {output / 'run.yaml'}")
 
 
-@contextmanager
-def _held_out(
-    given: Given, name: str, tell: Callable[[str], None]
-) -> Iterator[tuple[Path, Path, SetAside | None, list[Path]]]:
-    """Data and held-out file: those that are given, or two new ones that share no question.
+@dataclass(frozen=True)
+class _Prompts:
+    """Data and held-out prompts: where they will lie, and where they lie until the run file is written."""
 
-    New ones are removed again if the run file is not written.
-    """
+    data: Path
+    heldout: Path
+    data_now: Path
+    heldout_now: Path
+    aside: SetAside | None = None
+
+    @property
+    def moves(self) -> list[tuple[Path, Path]]:
+        pairs = [(self.data_now, self.data), (self.heldout_now, self.heldout)]
+        return [(now, later) for now, later in pairs if now != later]
+
+
+def _prompts(given: Given, name: str, folder: Path, tell: Callable[[str], None]) -> _Prompts:
+    """Data and held-out file: those that are given, or two new ones in `folder` that share no question."""
     if given.heldout is not None:
         open_held_out(given.heldout)
-        yield given.data, given.heldout, None, []
-        return
+        _refuse_own(given, [given.output])
+        return _Prompts(given.data, given.heldout, given.data, given.heldout)
     base = given.output.parent
-    training, aside = base / f"{name}.train.jsonl", base / f"{name}.heldout.jsonl"
-    _refuse_existing(given, [training, aside])
+    final = base / f"{name}.train.jsonl", base / f"{name}.heldout.jsonl"
+    _refuse_existing(given, list(final))
+    _refuse_own(given, [given.output, *final])
     with suppress(OSError):
         if given.data.stat().st_size > DATA_BYTES_MAX:
             raise ConfigError(
@@ -166,31 +182,26 @@ def _held_out(
                 why="Without held-out prompts it would be copied, some of its prompts set aside.",
                 next="give prompts to measure on that are not in it: --heldout FILE.",
             )
-    base.mkdir(parents=True, exist_ok=True)
-    parts = [path.with_name(f"{path.name}.new") for path in (training, aside)]
-    try:
-        for part in parts:
-            part.unlink(missing_ok=True)
-        tell(f"reading {given.data}, and setting prompts aside to measure the draft on ...")
-        found = set_aside(given.data, *parts)
-        for part, path in zip(parts, (training, aside), strict=True):
-            part.replace(path)
-    except BaseException:
-        for part in parts:
-            part.unlink(missing_ok=True)
-        raise
-    try:
-        yield training, aside, found, [training, aside]
-    except BaseException:
-        for path in (training, aside):
-            path.unlink(missing_ok=True)
-        raise
+    tell(f"reading {given.data}, and setting prompts aside to measure the draft on ...")
+    now = folder / "train.jsonl", folder / "heldout.jsonl"
+    return _Prompts(*final, *now, aside=set_aside(given.data, *now))
 
 
-def _server(given: Given, shape: TargetShape) -> str:
+def _refuse_own(given: Given, written: list[Path]) -> None:
+    """Raise ConfigError if a file that is read would be written, whatever it is called."""
+    for source in filter(None, (given.data, given.heldout)):
+        for path in written:
+            if source.exists() and path.exists() and source.samefile(path):
+                raise ConfigError(
+                    f"{source} would be read and replaced.",
+                    why="The data would be lost. Nothing was written.",
+                    next="name another run file with -o, or another run with --name.",
+                )
+
+
+def _server(given: Given, shape: TargetShape, gpus: int) -> str:
     """The server that is asked for; of itself, vLLM where it is installed or the target needs one."""
     if given.serve is None:
-        gpus = len(this_machine().gpus) if given.gpus is None else given.gpus
         wanted = bool(shape.quantised) or (gpus > 0 and shutil.which("vllm") is not None)
         return "vllm" if wanted else ""
     if given.serve not in (*SERVERS, NONE):

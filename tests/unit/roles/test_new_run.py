@@ -137,6 +137,28 @@ def test_nothing_that_exists_is_replaced_unless_told(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_read_is_never_replaced(tmp_path: Path) -> None:
+    """Not even with --overwrite, or by another name of the same file; and a failure leaves the old files."""
+    data = tmp_path / "mine.train.jsonl"
+    data.write_bytes(PROMPTS.read_bytes())
+    (tmp_path / "link").symlink_to(data)
+    (tmp_path / "mine.heldout.jsonl").write_text("precious")
+    for read in (data, tmp_path / "link"):
+        with pytest.raises(ConfigError, match="would be read and replaced"):
+            start_run(given(tmp_path, name="mine", data=read, heldout=None, overwrite=True))
+    with pytest.raises(ConfigError, match="would be read and replaced"):
+        start_run(given(tmp_path, data=data, output=data, overwrite=True))
+    with pytest.raises(ConfigError):
+        start_run(given(tmp_path, name="../mine", data=data, heldout=None, overwrite=True))
+    assert data.read_bytes() == PROMPTS.read_bytes()
+    assert (tmp_path / "mine.heldout.jsonl").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "link",
+        "mine.heldout.jsonl",
+        "mine.train.jsonl",
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
