@@ -19,6 +19,7 @@ from paceline.testing import random_kills
 from paceline.testing.random_kills import make_run
 from paceline.testing.small_run import same_bits
 from paceline.testing.tiny_run import TinyRun, wait_until
+from paceline.testing.tracker_suite import scalars
 
 NUM_SAMPLES = 120
 
@@ -87,15 +88,19 @@ def test_everything_killed_at_once_goes_on_with_the_same_command(
     check(run, uninterrupted)
 
 
-def test_an_interrupted_run_stops_at_a_checkpoint_and_goes_on(
+def test_a_run_that_is_stopped_ends_at_a_checkpoint_and_goes_on(
     tiny_model: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:
-    """Ctrl-C: both roles end at a safe point, nothing provisional is left, the command resumes."""
+    """Both roles end at a safe point, nothing provisional is left, the command resumes; its tracker, too."""
     run = make_run(tmp_path, tiny_model)
+    run.config["tracking"] = {"to": ["tensorboard"]}
+    run.write()
     with run.start("train") as train:
         wait_until(in_the_middle(run), train)
-        train.send_signal(signal.SIGINT)
+        stopped = run.command("stop")
         out, _ = train.communicate(timeout=200)
+    assert stopped.returncode == 0, stopped.stderr
+    assert f"with a checkpoint at step {run.ledger().snapshot().trained_step}.\n" in stopped.stdout
     assert train.returncode == 130
     assert "nothing is lost" in out
     assert live_holder(run.directory, "consumer") is None
@@ -104,6 +109,9 @@ def test_an_interrupted_run_stops_at_a_checkpoint_and_goes_on(
     result = run.command("train")
     assert result.returncode == 0, result.stderr
     check(run, uninterrupted)
+    [there] = (run.directory / "tensorboard").iterdir()
+    losses = [step for tag, step in scalars(there) if tag == "train/loss"]
+    assert losses == list(range(1, run.ledger().snapshot().trained_step + 1))
 
 
 def test_kills_at_random_times_leave_the_same_weights(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from paceline.trackers.tensorboard import fields_of, records
 from paceline.trackers.tracker import HELDOUT, TRAIN, Point, TrackedRun, Tracker
 
 Rows = dict[tuple[str, int], list[dict[str, float]]]
@@ -18,6 +19,17 @@ def trained(*steps: int) -> list[Point]:
 
 def measured(*steps: int) -> list[Point]:
     return [Point(HELDOUT, step, 2000.0 + step, {"acceptance_length": 1.5}) for step in steps]
+
+
+def scalars(folder: Path) -> list[tuple[str, int]]:
+    """Tag and step of every scalar in TensorBoard's files of a folder, in the order of the files."""
+    found = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        for data in records(path.read_bytes()):
+            fields = dict(fields_of(data))
+            for _, value in fields_of(fields.get(5, b"")):
+                found.append((dict(fields_of(value))[1].decode(), int.from_bytes(fields[2], "little")))
+    return found
 
 
 class TrackerSuite:
@@ -49,6 +61,18 @@ class TrackerSuite:
         [row] = found[TRAIN, 4]
         assert math.isclose(row["train/loss"], 0.25)
         assert found[HELDOUT, 2][0]["heldout/acceptance_length"] == 1.5
+
+    def test_points_of_both_series_may_come_in_any_order(self, run: TrackedRun) -> None:
+        """Of a run that is tracked late, all measurements come together, and training goes on afterwards."""
+        tracker = self.open(run)
+        tracker.write([*trained(1, 2, 3), *measured(1, 2, 3)])
+        tracker.write([*trained(4), *measured(4), *trained(5)])
+        tracker.close()
+        found = self.rows(run)
+        assert found.keys() == {(series, n) for series in (TRAIN, HELDOUT) for n in range(1, 6)} - {
+            (HELDOUT, 5)
+        }
+        assert all(len(rows) == 1 for rows in found.values())
 
     def test_another_process_goes_on_in_the_same_run(self, run: TrackedRun) -> None:
         """After a crash, too: nothing was closed then."""

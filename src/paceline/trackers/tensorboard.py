@@ -99,9 +99,9 @@ def _newest(folder: Path) -> dict[str, int]:
     for path in sorted(folder.glob("events.out.tfevents.*")):
         with suppress(OSError, ValueError, IndexError, struct.error):
             for data in records(read_regular(path, FILE_BYTES_MAX)):
-                fields = dict(_fields(data))
-                for _, value in _fields(fields.get(5, b"")):
-                    series = dict(_fields(value))[1].decode().partition("/")[0]
+                fields = dict(fields_of(data))
+                for _, value in fields_of(fields.get(5, b"")):
+                    series = dict(fields_of(value))[1].decode().partition("/")[0]
                     found[series] = max(found.get(series, -1), int.from_bytes(fields.get(2, b""), "little"))
     return found
 
@@ -148,7 +148,7 @@ def _bytes(number: int, value: bytes) -> bytes:
     return _varint(number << 3 | 2) + _varint(len(value)) + value
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
+def fields_of(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Number and content of each field; an integer as little-endian bytes. Raises ValueError, IndexError."""
     at = 0
     while at < len(data):

@@ -1,7 +1,7 @@
 """Weights & Biases. Where it sends to, and the key, are its own settings (`wandb login`, WANDB_MODE).
 
-A row of a training step has that step's number, and W&B takes no row of an earlier one, so a point cannot
-come twice. Held-out points come later than their steps; `heldout/step` is their axis.
+`train/step` and `heldout/step` are the axes, since held-out points come later than their steps: with W&B's
+own step, which only grows, they would take the place of training steps that follow.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ class WandB:
     def write(self, points: Sequence[Point]) -> None:
         with reaching(NAME, "take the points"):
             for point in points:
-                row = {**point.named, f"{point.series}/step": point.step}
-                self._run.log(row, **({"step": point.step} if point.series == TRAIN else {}))
+                self._run.log({**point.named, f"{point.series}/step": point.step})
 
     def close(self) -> None:
         with reaching(NAME, "send the last points"):
