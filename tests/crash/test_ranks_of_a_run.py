@@ -119,10 +119,8 @@ def test_a_run_of_any_number_of_ranks_trains_the_same_up_to_the_order_of_sums(
 @pytest.mark.parametrize(
     ("victim", "where"),
     [
-        (1, "learner.step.before:3"),
         (1, "learner.step.after:3"),
         (1, "learner.files.after:2"),
-        (0, "learner.step.after:2"),
         (0, "checkpoint.before_rename:2"),
     ],
 )
