@@ -31,6 +31,7 @@ MODULES = (
     "growth",
     "checkpoint",
     "training_step",
+    "long_samples",
     "trainers",
     "capture",
     "pipeline",

@@ -69,24 +69,78 @@ def attention_over(layout: Layout) -> Attend:
 
 
 def _tiled(layout: Layout) -> Attend:
-    masks = [_mask(layout, tile) for tile in layout.tiles]
-
     def attend(query: torch.Tensor, context: KeyValue, own: KeyValue) -> torch.Tensor:
-        parts = []
-        for tile, mask in zip(layout.tiles, masks, strict=True):
-            slots = slice(tile.blocks.start * layout.block_size, tile.blocks.stop * layout.block_size)
-            keys, values = (
-                torch.cat((before[:, :, tile.rows], block[:, :, slots]), dim=2)
-                for before, block in zip(context, own, strict=True)
-            )
-            parts.append(
-                F.scaled_dot_product_attention(
-                    query[:, :, slots], keys, values, attn_mask=mask, enable_gqa=True
-                )
-            )
-        return torch.cat(parts, dim=2) if parts else query
+        parts: tuple[torch.Tensor, ...] = query, *context, *own
+        kind = query.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            # Backward computes a second time, outside of autocast, and must do so in the same dtype.
+            parts = tuple(part.to(torch.get_autocast_dtype(kind)) for part in parts)
+        return TiledAttention.apply(layout, *parts)  # type: ignore[no-untyped-call, no-any-return]
 
     return attend
+
+
+class TiledAttention(torch.autograd.Function):
+    """Use `attention_over`; this class only carries the gradients.
+
+    Plain autograd keeps mask, keys and values of every tile, which grow with the square of a sample's length
+    where its anchors do. This function keeps its inputs; backward computes each tile again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layout: Layout,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        own_keys: torch.Tensor,
+        own_values: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.layout = layout
+        ctx.save_for_backward(query, keys, values, own_keys, own_values)
+        output = torch.empty_like(query)
+        for tile in layout.tiles:
+            slots = _slots(layout, tile)
+            pair = _seen(tile, slots, keys, own_keys), _seen(tile, slots, values, own_values)
+            output[:, :, slots] = _of_tile(layout, tile, query[:, :, slots], *pair)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        layout, (query, keys, values, own_keys, own_values) = ctx.layout, ctx.saved_tensors
+        query_grad = torch.empty_like(query)
+        own_grads = torch.empty_like(own_keys), torch.empty_like(own_values)
+        grads_of_rows = [torch.zeros_like(part, dtype=torch.float32) for part in (keys, values)]
+        for tile in layout.tiles:
+            slots = _slots(layout, tile)
+            seen = [_seen(tile, slots, *pair) for pair in ((keys, own_keys), (values, own_values))]
+            with torch.enable_grad():
+                inputs = [part.detach().requires_grad_() for part in (query[:, :, slots], *seen)]
+                mixed = _of_tile(layout, tile, *inputs)
+            query_grad[:, :, slots], *of_seen = torch.autograd.grad(mixed, inputs, grads[0][:, :, slots])
+            rows = tile.rows.stop - tile.rows.start
+            for grad, of_rows, of_own in zip(of_seen, grads_of_rows, own_grads, strict=True):
+                of_rows[:, :, tile.rows] += grad[:, :, :rows]
+                of_own[:, :, slots] = grad[:, :, rows:]
+        key_grad, value_grad = (grad.to(keys.dtype) for grad in grads_of_rows)
+        return None, query_grad, key_grad, value_grad, *own_grads
+
+
+def _slots(layout: Layout, tile: Tile) -> slice:
+    """The places of the tile's blocks."""
+    return slice(tile.blocks.start * layout.block_size, tile.blocks.stop * layout.block_size)
+
+
+def _seen(tile: Tile, slots: slice, context: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    return torch.cat((context[:, :, tile.rows], own[:, :, slots]), dim=2)
+
+
+def _of_tile(
+    layout: Layout, tile: Tile, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    mask = _mask(layout, tile)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
 
 
 def _mask(layout: Layout, tile: Tile) -> torch.Tensor:
