@@ -120,4 +120,6 @@ def _advice(config: RunConfig, capture_s: float, training_s: float) -> str:
             how += ", or lower data.max_answer_tokens"
         return f"The trainer waits for samples: {how}{'; ' if more else ''}{more}."
     fewer = ", and so do fewer training.passes" if config.training.passes > 1 else ""
-    return f"The producers wait for the trainer: more threads, a GPU or machine.trainers help{fewer}."
+    on_gpu = config.training.device.startswith("cuda")
+    more = "more GPUs (machine.trainers)" if on_gpu else "more consumer_threads, machine.trainers or a GPU"
+    return f"The producers wait for the trainer: {more} help{fewer}."
