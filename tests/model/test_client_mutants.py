@@ -116,19 +116,29 @@ FINDS: dict[str, Callable[[Checks], None]] = {
 }
 
 
+Make = Callable[[], Checks]
+
+
 @pytest.fixture
-def checks(valkey: ValkeyServer, memory: Path) -> Iterator[Checks]:
-    made = Checks(valkey, memory)
-    yield made
-    for ledger in made.opened:
+def make_checks(valkey: ValkeyServer, memory: Path) -> Iterator[Make]:
+    """Each with a folder of its own."""
+    made: list[Checks] = []
+
+    def make() -> Checks:
+        folder = memory / str(len(made))
+        folder.mkdir()
+        made.append(Checks(valkey, folder))
+        return made[-1]
+
+    yield make
+    for ledger in (ledger for checks in made for ledger in checks.opened):
         ledger.close()
 
 
 @pytest.mark.parametrize("name", CLIENT_MUTANTS)
-def test_the_planted_bug_is_found(name: str, checks: Checks) -> None:
+def test_the_planted_bug_is_found(name: str, make_checks: Make) -> None:
     """And only the bug: without it the check passes."""
-    FINDS[name](checks)
-    for path in checks.folder.iterdir():
-        path.rename(checks.folder.with_name(f"{checks.folder.name}-{path.name}"))
+    FINDS[name](make_checks())
+    checks = make_checks()
     with CLIENT_MUTANTS[name].planted(), pytest.raises(FOUND):
         FINDS[name](checks)
