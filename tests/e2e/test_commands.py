@@ -243,19 +243,22 @@ def test_odd_surroundings_change_no_bit_and_a_second_start_is_refused(
 
 
 def test_an_end_of_the_command_while_it_measures_does_not_keep_the_next_one_out(finished: TinyRun) -> None:
-    """The evaluator ends with its supervisor; the same command again measures from the start.
+    """Killed, or by `paceline stop`: the evaluator ends, too, and the same command measures from the start.
 
     The finished run is not trained again: no weight and no count changes.
     """
     weights = (finished.directory / "checkpoints").stat().st_mtime_ns
     events = finished.directory / "events" / "evaluator.jsonl"
     pids = []
-    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 130)):
+    for code in (-9, 130):
         events.unlink(missing_ok=True)
         with finished.start("train") as command:
             _wait_until(lambda: any(event["event"] == "role_started" for event in read_events(events)))
             pids += [event["pid"] for event in read_events(events) if event["event"] == "role_started"]
-            command.send_signal(number)
+            if code == -signal.SIGKILL:
+                command.kill()
+            else:
+                assert "stopping the evaluator" in finished.command("stop").stdout
             command.communicate()
         assert command.returncode == code
     again = finished.command("train")
