@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from paceline.errors import FeatureCorruptError
+from paceline.features.sample_files import key_of
 from paceline.features.store import FeatureStore
+from paceline.features.stores.directory import DirectoryFeatureStore
 from paceline.features.stores.files import FileFeatureStore
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.features.stores.slots import HEADER_BYTES
@@ -91,3 +93,21 @@ class TestFileFeatureStore(FeatureStoreSuite):
         with pytest.raises(FeatureCorruptError):
             again.get(ref)
         assert_same(again.get(feature_ref("a", again.put("a", features(1), generation=5))), features(1))
+
+
+class TestDirectoryFeatureStore(FeatureStoreSuite):
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path: Path) -> None:
+        self.folder, self.made = tmp_path, 0
+
+    def make(self, budget_bytes: int = 8 * MIB) -> FeatureStore:
+        self.made += 1
+        folder = self.folder / f"store-{self.made}"
+        return DirectoryFeatureStore(folder, budget_bytes=budget_bytes, owner=True, sleep=lambda _: None)
+
+    def flip_bit(self, store: FeatureStore, ref: SampleRef) -> None:
+        assert isinstance(store, DirectoryFeatureStore)
+        [path] = [found.path for found in store._files.list() if found.key == key_of(ref.sample_id)]
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)

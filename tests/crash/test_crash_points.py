@@ -22,15 +22,18 @@ RUN = """
 from pathlib import Path
 import torch._dynamo  # the optimizer would import it in every start
 from safetensors.torch import save_file
+from paceline.features.stores.directory import DirectoryFeatureStore
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.testing.forked_starts import serve
 from paceline.testing.kill_points import arm
 from paceline.testing.small_run import SmallRun, weights
 
-def start(name, crash_at):
+STORES = {"shm": SharedMemoryFeatureStore, "directory": DirectoryFeatureStore}
+
+def start(name, crash_at, store):
     folder = Path(name)
     arm(crash_at)
-    features = SharedMemoryFeatureStore(folder / "features", budget_bytes=8 << 20, owner=True)
+    features = STORES[store](folder / "features", budget_bytes=8 << 20, owner=True)
     run = SmallRun(folder, features=features, passes=2)
     trainer = run.run()
     assert features.usage().resident_samples == 0, "nothing may stay behind"
@@ -56,6 +59,7 @@ POINTS = [
     "ledger.before_commit:20",
     "ledger.after_commit:20",
 ]
+OF_FEATURES = ["features.put.before_seal:5", "ledger.commit.before:2", "ledger.release.after:4"]
 KILLS = 2
 
 
@@ -70,15 +74,17 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.T
     return weights(SmallRun(tmp_path_factory.mktemp("plain"), passes=2).run())
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    ("store", "point"), [*(("shm", p) for p in POINTS), *(("directory", p) for p in OF_FEATURES)]
+)
 def test_repeated_kills_end_in_the_same_weights(
-    tmp_path: Path, uninterrupted: dict[str, torch.Tensor], starts: ForkedStarts, point: str
+    tmp_path: Path, uninterrupted: dict[str, torch.Tensor], starts: ForkedStarts, store: str, point: str
 ) -> None:
     """Nothing is lost, nothing is trained twice, and no slot or folder is left behind."""
-    deaths = [starts.start(str(tmp_path), point) for _ in range(KILLS)]
+    deaths = [starts.start(str(tmp_path), point, store) for _ in range(KILLS)]
     assert deaths[0] == -9, "the point was never reached"
     assert set(deaths) <= {-9, 0}
-    assert starts.start(str(tmp_path), "") == 0
+    assert starts.start(str(tmp_path), "", store) == 0
     assert same_bits(load_file(tmp_path / "final.safetensors"), uninterrupted)
     store = SQLiteMetadataStore(tmp_path / "ledger.db")
     assert store.all_committed_ids() == [f"small:{n}" for n in range(14)]

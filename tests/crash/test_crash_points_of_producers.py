@@ -22,16 +22,20 @@ RUN = """
 from pathlib import Path
 import torch._dynamo  # the optimizer would import it in every start
 from safetensors.torch import save_file
+from paceline.features.stores.directory import DirectoryFeatureStore
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.testing.forked_starts import serve
 from paceline.testing.kill_points import arm
 from paceline.testing.small_run import SmallRun, weights
 
-def start(name, crash_at, worker):
+def start(name, crash_at, worker, store):
     folder = Path(name)
     arm(crash_at)
-    writer = int(worker)
-    features = SharedMemoryFeatureStore(folder / "features", budget_bytes=8 << 20, owner=True, writer=writer)
+    if store == "shm":
+        kind, more = SharedMemoryFeatureStore, {"writer": int(worker)}
+    else:
+        kind, more = DirectoryFeatureStore, {}
+    features = kind(folder / "features", budget_bytes=8 << 20, owner=True, **more)
     run = SmallRun(folder, features=features, passes=2)
     run.place = {"worker": worker, "timeout_s": 0.5}
     if crash_at:
@@ -64,16 +68,18 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.T
     return weights(SmallRun(tmp_path_factory.mktemp("plain"), passes=2).run())
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    ("store", "point"), [*(("shm", p) for p in POINTS), ("directory", POINTS[2]), ("directory", POINTS[3])]
+)
 def test_producers_that_die_anywhere_cost_nothing(
-    tmp_path: Path, uninterrupted: dict[str, torch.Tensor], starts: ForkedStarts, point: str
+    tmp_path: Path, uninterrupted: dict[str, torch.Tensor], starts: ForkedStarts, store: str, point: str
 ) -> None:
     """No sample is lost or trained twice, and neither bytes nor leases are left behind.
 
     A name may be, if its holder had nothing that the third producer had to wait for.
     """
-    assert [starts.start(str(tmp_path), point, worker) for worker in ("1", "2")] == [-9, -9]
-    assert starts.start(str(tmp_path), "", "0") == 0
+    assert [starts.start(str(tmp_path), point, worker, store) for worker in ("1", "2")] == [-9, -9]
+    assert starts.start(str(tmp_path), "", "0", store) == 0
     assert same_bits(load_file(tmp_path / "final.safetensors"), uninterrupted)
     ledger = SQLiteLedger(tmp_path / "ledger.db")
     now, owned = ledger.snapshot(), ledger.ownership()

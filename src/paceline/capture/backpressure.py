@@ -116,6 +116,7 @@ class Backpressure:
     ) -> None:
         """`blocked` counts the waits for room; `idle` those for prompts that other producers hold."""
         self._features = features
+        self._store_counts = features.usage().is_current
         self._session = session
         self._marks = marks
         self._paused = False
@@ -167,7 +168,8 @@ class Backpressure:
         marks, ledger = self._marks, self._session.snapshot().usage
         # The ledger also counts bytes that are only reserved; the store also counts its slack.
         promised = ledger.resident_bytes + ledger.reserved_bytes
-        resident = max(self._features.usage().resident_bytes, promised)
+        stored = self._features.usage().resident_bytes if self._store_counts else 0
+        resident = max(stored, promised)
         limit = marks.resume_bytes if self._paused else marks.budget_bytes - marks.group_bytes
         full = resident > limit
         if marks.budget_samples is not None:

@@ -182,7 +182,7 @@ class Producer:
     def _begin(self, group: CaptureGroup, in_flight: CapturesInFlight) -> None:
         """Reserve bytes for the group's wanted samples, and let the engine capture the whole group."""
         began_at = monotonic()
-        if self._neighbours is not None:  # one of them may have written these bytes
+        if group.lost:  # another process may have written these bytes
             self._features.free(list(group.lost.values()))
         try:
             group = self._isolation.without_known(group)
@@ -206,7 +206,7 @@ class Producer:
         by_id = {one.prompt.task_id: one for one in captured}
         wanted = [by_id[prompt.task_id] for prompt in group.wanted]
         if self._answers is not None:
-            self._answers.keep(group.wanted, wanted, self.session.refuse_if_replaced)
+            self._answers.keep(group.wanted, wanted, self.session.refuse_if_replaced, generations)
         refs = self._stored(wanted, group, generations)
         if refs is None:
             return 0

@@ -130,7 +130,7 @@ def write(layout: Layout, description: bytes, tensors: Mapping[str, Any], payloa
             else:
                 _copy_rows(source, room, digest)
         else:
-            _typed(place, payload).copy_(tensor)
+            typed(place, payload).copy_(tensor)
             digest.update(room)
     return digest.hexdigest()
 
@@ -142,7 +142,7 @@ def read(layout: Layout, description: bytes, payload: memoryview) -> tuple[dict[
     tensors = {}
     for place in layout.places:
         _copy(payload[place.offset : place.stop], copy[place.offset : place.stop], digest)
-        tensors[place.name] = _typed(place, copy)
+        tensors[place.name] = typed(place, copy)
     return tensors, digest.hexdigest()
 
 
@@ -164,7 +164,7 @@ def _copy_rows(source: np.ndarray, room: memoryview, digest: Any) -> None:
         digest.update(block)
 
 
-def _typed(place: Place, payload: memoryview) -> torch.Tensor:
+def typed(place: Place, payload: memoryview) -> torch.Tensor:
     """The tensor at `place`, as a view that keeps `payload` alive."""
     if not place.count:
         return torch.empty(place.shape, dtype=place.dtype)

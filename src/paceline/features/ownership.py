@@ -12,31 +12,49 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from paceline.durable_files import sync_folder, write_file
 from paceline.errors import StoreError
+from paceline.mounts import LOOK, look_anew
 from paceline.regular_files import open_regular
 
 OWNER_FILE = "owner.json"
 IDENTITY = "identity"
 WRITER_LOCK = "writer.lock"
 SLOT_NAME = re.compile(r"slot-(\d+-)?\d{8,}")
+SEALED, ASIDE = ".safetensors", ".part"  # endings of a sample's file, whole and half-written
+SAMPLE_FILE = re.compile(r"\d+-[0-9a-f]{24}\.(safetensors|part)")
+BLOCK = re.compile(r"\d{8,}")  # a folder of such files
+STORE_ID = "store-id"
 ENGINES_FILE = re.compile(r"[\w.-]+\.safetensors(\.lock)?")  # what an engine's server leaves
-HALF_MADE = re.compile(rf"({IDENTITY}|{OWNER_FILE}(\.\d+)?|{SLOT_NAME.pattern})\.new")
+HALF_MADE = re.compile(
+    rf"({IDENTITY}|{STORE_ID}(\.[0-9a-f]+)?|{OWNER_FILE}(\.[0-9a-f]+)?|{SLOT_NAME.pattern})\.new"
+)
+LEFT_BY_A_LOOK = re.compile(rf"{re.escape(LOOK)}[0-9a-f]+")
 OWNER_BYTES_MAX = 1 << 16
+STORE_ID_BYTES = 32
 OTHERS_MAY_WRITE = 0o022
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The run that a folder serves, and the run's directory at the time of `sign`."""
+    """The run that a folder serves, and the run's directory at the time of `sign`.
+
+    Of a folder that hosts share also `host`, on which that directory lies, and `ledger`, where the run's
+    ledger is if other hosts reach it; else "" and None.
+    """
 
     run: str
     directory: Path
+    host: str = ""
+    ledger: Mapping[str, Any] | None = None
 
 
 def is_strangers(folder: Path) -> bool:
@@ -86,9 +104,8 @@ def sign(folder: Path, owner: Owner) -> None:
     try:
         make_private(folder)
         if owner_of(folder) != owner:
-            aside = folder / f"{OWNER_FILE}.{os.getpid()}.new"  # several roles may sign it at the same time
-            aside.unlink(missing_ok=True)
-            content = {"run": owner.run, "directory": str(owner.directory)}
+            aside = folder / f"{OWNER_FILE}.{secrets.token_hex(8)}.new"  # several roles may do it at a time
+            content = {**asdict(owner), "directory": str(owner.directory)}
             with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 json.dump(content, file)
             aside.rename(folder / OWNER_FILE)
@@ -105,8 +122,10 @@ def owner_of(folder: Path) -> Owner | None:
     try:
         with open_regular(folder / OWNER_FILE, os.O_NOFOLLOW) as file:
             content = json.loads(file.read(OWNER_BYTES_MAX))
-        return Owner(str(content["run"]), Path(content["directory"]))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        host, ledger = str(content.get("host", "")), content.get("ledger")
+        known = ledger if isinstance(ledger, dict) else None
+        return Owner(str(content["run"]), Path(content["directory"]), host, known)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -150,7 +169,8 @@ def take(folder: Path) -> FolderLock | None:
 
 
 def _locked(folder: Path, how: int) -> FolderLock | None:
-    with suppress(OSError), open_regular(folder / OWNER_FILE, os.O_NOFOLLOW) as file:
+    flags = os.O_NOFOLLOW | (os.O_RDWR if how & fcntl.LOCK_EX else 0)  # as network filesystems want it
+    with suppress(OSError), open_regular(folder / OWNER_FILE, flags) as file:
         fcntl.flock(file, how)
         return FolderLock(os.dup(file.fileno()))  # both descriptors share the open file, and so its lock
     return None
@@ -194,20 +214,64 @@ def remove(folder: Path) -> None:
         return
     with suppress(FileNotFoundError):
         names = [path.name for path in folder.iterdir()]
-        ours = (SLOT_NAME, HALF_MADE, ENGINES_FILE)
-        slots = [name for name in names if any(kind.fullmatch(name) for kind in ours)]
-        for name in (*slots, WRITER_LOCK, IDENTITY, OWNER_FILE):  # last those that identify the rest
+        for block in filter(BLOCK.fullmatch, names):
+            _remove_files(folder / block, SAMPLE_FILE, LEFT_BY_A_LOOK)
+            _remove_if_empty(folder / block)
+        _remove_files(folder, SLOT_NAME, HALF_MADE, ENGINES_FILE, LEFT_BY_A_LOOK)
+        for name in (WRITER_LOCK, IDENTITY, STORE_ID, OWNER_FILE):  # last those that identify the rest
             (folder / name).unlink(missing_ok=True)
+    _remove_if_empty(folder)
+
+
+def _remove_files(folder: Path, *kinds: re.Pattern[str]) -> None:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for path in folder.iterdir():
+            if any(kind.fullmatch(path.name) for kind in kinds):
+                path.unlink(missing_ok=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Files of other programs stay, and those that a network filesystem keeps for who has them open."""
     try:
         folder.rmdir()
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # files of other programs stay
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
 
 
 def bytes_of(folder: Path) -> int:
-    """Bytes that the folder occupies."""
+    """Bytes that the folder occupies, with the folders in it."""
     try:
-        return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(folder))
+        entries = list(os.scandir(folder))
+        return sum(
+            bytes_of(Path(entry.path))
+            if entry.is_dir(follow_symlinks=False)
+            else entry.stat(follow_symlinks=False).st_blocks * 512
+            for entry in entries
+        )
     except OSError:
         return 0
+
+
+def store_id(folder: Path) -> str:
+    """What identifies the store in a folder that hosts share; "" if there is none. Raises StoreError."""
+    if not is_private(folder):
+        return ""
+    try:
+        with open_regular(folder / STORE_ID, os.O_NOFOLLOW) as file:
+            found = file.read(STORE_ID_BYTES + 1).decode(errors="replace")
+    except OSError:
+        return ""
+    return found if len(found) == STORE_ID_BYTES else ""
+
+
+def make_store_id(folder: Path) -> str:
+    """That of a new store, unless there is one. Raises OSError, StoreError."""
+    make_private(folder)
+    look_anew(folder)
+    if not store_id(folder):
+        aside = folder / f"{STORE_ID}.{secrets.token_hex(8)}.new"
+        write_file(aside, secrets.token_hex(STORE_ID_BYTES // 2).encode())
+        aside.rename(folder / STORE_ID)
+        sync_folder(folder)
+    return store_id(folder)

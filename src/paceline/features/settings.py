@@ -11,6 +11,8 @@ from paceline.table import resolve
 if TYPE_CHECKING:
     from paceline.features.store import FeatureStore
 
+MEMORY = Path("/dev/shm")  # noqa: S108 (shared memory is what it is for)
+
 
 class FeaturesSection(Section):
     """Base of each store's section; a subclass names the class to build from it in `component`.
@@ -20,11 +22,17 @@ class FeaturesSection(Section):
     """
 
     component: ClassVar[str]  # "module:class", a FeatureStore with `of_run(section, folder, owner, writer)`
+    is_shared: ClassVar[bool] = False  # whether other hosts may reach `directory`, perhaps by another path
     changeable: ClassVar[tuple[str, ...]] = ("directory", "budget_mib", "budget_samples")
     store: str
     directory: Path
     budget_mib: Count = 1024
     budget_samples: Count | None = None
+
+    @property
+    def memory(self) -> Path:
+        """Where files lie that only processes of this host exchange."""
+        return self.directory
 
     def build(self, folder: Path, *, owner: bool, writer: int = 0) -> FeatureStore:
         """The run's store in `folder`, which lies below `directory`; `owner`: for a producer, whose number is
@@ -38,4 +46,20 @@ class SharedMemorySection(FeaturesSection):
 
     component: ClassVar[str] = "paceline.features.stores.shm:SharedMemoryFeatureStore"
     store: Literal["shm"] = "shm"
-    directory: Path = Path("/dev/shm")  # noqa: S108 (shared memory is what it is for)
+    directory: Path = MEMORY
+
+
+class DirectorySection(FeaturesSection):
+    """A file for each sample in a folder that every host of the run reaches, such as a network filesystem.
+
+    `directory` has no default; it may be mounted in another place on each host. On one host it may be a
+    disk, so that features outlive a reboot.
+    """
+
+    component: ClassVar[str] = "paceline.features.stores.directory:DirectoryFeatureStore"
+    is_shared: ClassVar[bool] = True
+    store: Literal["directory"] = "directory"
+
+    @property
+    def memory(self) -> Path:
+        return MEMORY

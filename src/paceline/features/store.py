@@ -17,11 +17,15 @@ from paceline.types import FeatureSpec, SampleRef
 
 @dataclass(frozen=True)
 class Usage:
-    """Resident bytes and samples, and the most bytes that this store will hold."""
+    """Resident bytes and samples, and the most bytes that this store will hold.
+
+    `is_current`: False where what other hosts change may show late; then the ledger's count alone decides.
+    """
 
     resident_bytes: int
     resident_samples: int
     budget_bytes: int
+    is_current: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ Written = tuple[str, int]
 
 
 class FeatureStore(Protocol):
-    """Tensors by sample id. Adapters: stores/shm.py, and for one process testing/memory_features.py."""
+    """Tensors by sample id. Adapters: stores/shm.py, stores/directory.py, testing/memory_features.py."""
 
     def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:
         """Copy the tensors in and seal them. Raises StoreFullError, and then holds nothing new.

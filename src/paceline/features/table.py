@@ -9,5 +9,6 @@ STORES = Table(
     "paceline.stores",
     {
         "shm": "paceline.features.settings:SharedMemorySection",
+        "directory": "paceline.features.settings:DirectorySection",
     },
 )

@@ -1,6 +1,6 @@
 """The checker decides whether a run's files keep the guarantee. It shares no code with what it checks.
 
-It reads a run's ledger, checkpoints and slots, and imports nothing of Paceline but its own package. The rules
+It reads a run's ledger, checkpoints and features, and imports nothing of Paceline but its package. The rules
 are written from the documents (docs/guarantees.md, ledger/stores/sqlite/schema.sql), so a bug in the product
 is not also a bug here. It never writes. It may check a live run: it ignores what was added or removed after
 the moment of the check. The rules are in report.py.
@@ -20,6 +20,7 @@ from paceline.fsck.best import check_best
 from paceline.fsck.files import refuse_what_is_no_database
 from paceline.fsck.lineage import check_folders, check_lineage
 from paceline.fsck.report import Report
+from paceline.fsck.sample_files import files_in_use, is_shared
 from paceline.fsck.viewed import AnyLedger, ChangingError, ViewedLedger, check_counts
 
 STATES = ("present", "lost", "released", "quarantined")
@@ -245,7 +246,7 @@ def _check_slots(ledger: AnyLedger, folder: Path, report: Report) -> None:
     if folder.lstat().st_uid != ledger.owner:
         report.note(f"{folder} belongs to another user than the ledger, and was not looked at")
         return
-    slots, damaged = slots_in_use(folder)
+    slots, damaged = files_in_use(folder) if is_shared(folder) else slots_in_use(folder)
     resident = {s.sample_id: s for s in ledger.samples.values() if s.resident}
     by_generation = {s.generation: s for s in resident.values() if s.generation}
     held, left = set(), []

@@ -3,40 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from pathlib import Path
 
 from paceline.errors import ConfigError, LedgerError, SchemaError
-
-NETWORK_FILESYSTEMS = frozenset(
-    [
-        *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4"),
-        *("orangefs", "panfs", "smb2", "smb3", "smbfs"),
-        *("fuse.gcsfuse", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs"),
-    ]
-)
-
-
-def filesystem_of(path: Path) -> str:
-    """The type of the filesystem that holds `path`, as the kernel names it; "" if unknown."""
-    mounts = Path("/proc/self/mountinfo")
-    if not mounts.exists():
-        return ""
-    target = os.path.join(path.resolve(), "")  # noqa: PTH118 (ends with a slash)
-    deepest, kind = "", ""
-    for line in os.fsdecode(mounts.read_bytes()).split("\n")[:-1]:
-        left, _, right = line.partition(" - ")
-        point = os.path.join(_unescaped(left.split(" ")[4]), "")  # noqa: PTH118
-        # Later lines are mounted over earlier ones, so the same point replaces.
-        if target.startswith(point) and len(point) >= len(deepest):
-            deepest, kind = point, right.split(" ")[0]
-    return kind
-
-
-def _unescaped(point: str) -> str:
-    """A mount point, in which the kernel writes spaces, tabs, newlines and backslashes as octal numbers."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), point) if "\\" in point else point
+from paceline.mounts import NETWORK_FILESYSTEMS, filesystem_of
 
 
 def refuse_network_filesystem(path: Path) -> None:

@@ -45,7 +45,7 @@ def check(killed: KilledRun, wanted: Outcome) -> None:
         "features missed that nobody took away": not losses and killed.counts["missed by the consumer"],
         "isolations": facts,
         "what the checker finds": checked(run).errors,
-        "features": [path.name for path in run.feature_folder.glob("*.*")],
+        "features": run.open_features(owner=False).left(),
         "checkpoints missing": records - run.checkpoint_names(),
         # A zombie's last checkpoint, never on record, lies there until the next start sweeps it.
         "folders": [

@@ -190,7 +190,7 @@ class HostsRun:
             "intents": owned.promised or owned.revoked,
             "samples and bytes": now.usage.resident_samples or now.usage.resident_bytes or now.lost,
             "failed prompts": now.prompts.failed or now.prompts.open,
-            "features": [path.name for path in run.feature_folder.glob("*.*")],
+            "features": run.open_features(owner=False).left(),
         }
         if found_wrong := {what: value for what, value in wrong.items() if value}:
             raise Violation(f"after the run: {found_wrong}")

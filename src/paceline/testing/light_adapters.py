@@ -3,20 +3,18 @@
 A captured "tensor" is a string of bytes that follows from the sample's id, its seed and its capture
 group; the "weights" are a hash chain over every step's samples. So a sample that is lost, repeated, out
 of order or of other bytes changes the final 32 bytes. The file store serves processes that are killed and
-stopped anywhere: it writes each sample's file aside, renames it, and judges it by its header.
+stopped anywhere; its files are those of the store that hosts share (features/sample_files.py).
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import random
 import struct
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,8 @@ from paceline.crashpoints import reach
 from paceline.durable_files import FileContent
 from paceline.engines.engine import Captured, CaptureRequest
 from paceline.errors import EngineError, StoreFullError, TrainingError
+from paceline.features.ownership import make_store_id, store_id
+from paceline.features.sample_files import SampleFiles
 from paceline.features.store import Sealed, Usage, Written
 from paceline.features.stores.refusals import corrupt, elsewhere, missing, stale
 from paceline.target.facts import TargetFacts
@@ -319,148 +319,92 @@ class InMemoryLightFeatureStore:
 
 
 class LightFeatureStore:
-    """A file for each sample in one folder, for several processes.
-
-    A file appears whole, by a rename, and its header names the generation. Renames and removals are
-    judged under a lock of the folder, so a process that was stopped for long can neither put bytes
-    over newer ones nor free them. No crash point lies inside the lock: a stopped process never holds it.
-    """
+    """A file for each sample in one folder, for several processes: those of the store that hosts share."""
 
     def __init__(self, folder: Path, *, budget_bytes: int = 1 << 20, owner: bool) -> None:
         self.folder = folder
         self._budget_bytes = budget_bytes
-        self._owner = owner
+        self._files = SampleFiles(folder, sleep=lambda _: None)
         if owner:
-            self._newest_folder.mkdir(parents=True, exist_ok=True)
-            if not self._uri_path.exists():
-                aside = folder / f"uri-{os.getpid()}"
-                aside.write_text(f"light://{uuid.uuid4().hex}")
-                with suppress(FileExistsError):  # another producer was faster
-                    os.link(aside, self._uri_path)
-                aside.unlink()
-
-    @property
-    def _uri_path(self) -> Path:
-        return self.folder / "uri"
+            make_store_id(folder)
 
     def _uri(self) -> str:
-        try:
-            return self._uri_path.read_text()
-        except FileNotFoundError:
-            return ""
-
-    def path_of(self, sample_id: str) -> Path:
-        return self.folder / f"{sample_id.encode().hex()}.sample"
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
+        found = store_id(self.folder)
+        return f"light://{found}" if found else ""
 
     def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:
-        known = _read(self.path_of(sample_id))
-        if known is not None and generation in (0, known[0]):
-            return _sealed(self._uri(), sample_id, known[1], known[0])
+        """`generation`: that of the ledger, which also counts the bytes."""
+        known = self._read(sample_id, generation) if self._files.is_there(sample_id, generation) else None
+        if known is not None:
+            return _sealed(self._uri(), sample_id, known, generation)
         payload = _pack(tensors)
-        if self.usage().resident_bytes + len(payload) > self._budget_bytes:
-            raise _full(sample_id, self._budget_bytes)
-        aside = self.folder / f"{sample_id.encode().hex()}.{generation}.{os.getpid()}.new"
-        aside.write_bytes(_with_header(sample_id, payload, generation))
-        reach("features.put.before_seal")
-        with self._locked():
-            newest = self._newest(sample_id)
-            if generation < newest:
-                aside.unlink(missing_ok=True)
-                raise stale(sample_id, generation, newest)
-            try:
-                aside.rename(self.path_of(sample_id))
-            except FileNotFoundError:  # a successor swept it
-                raise stale(sample_id, generation, newest) from None
-            (self._newest_folder / f"{sample_id.encode().hex()}.{generation}").touch()
+        data = _with_header(sample_id, payload, generation)
+        self._files.write(sample_id, generation, lambda fd: _write(fd, data))
         return _sealed(self._uri(), sample_id, payload, generation)
 
-    @property
-    def _newest_folder(self) -> Path:
-        return self.folder / "newest"
-
-    def _newest(self, sample_id: str) -> int:
-        """The newest generation of the sample that was ever sealed here."""
-        wanted = sample_id.encode().hex()
-        sealed = (entry.name.partition(".") for entry in os.scandir(self._newest_folder))
-        return max((int(generation) for name, _, generation in sealed if name == wanted), default=0)
+    def _read(self, sample_id: str, generation: int) -> bytes | None:
+        """The payload; None if the file is damaged. Raises FileNotFoundError."""
+        with self._files.open(sample_id, generation) as file:
+            known = _parsed(file.read())
+        return known[1] if known is not None and known[0] == generation else None
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
         if ref.feature_store_uri != self._uri():
             raise elsewhere(ref, self._uri() or "no store")
-        path = self.path_of(ref.sample_id)
-        known = _read(path)
-        if known is None:
-            if path.exists():
-                raise corrupt(ref, "the header is damaged")
-            raise missing(ref, "they were freed, or never sealed here")
-        generation, payload = known
-        if generation != ref.generation:
-            raise missing(ref, f"generation {generation} lies there")
+        try:
+            payload = self._read(ref.sample_id, ref.generation)
+        except FileNotFoundError as error:
+            raise missing(ref, "they were freed, or never sealed here") from error
+        if payload is None:
+            raise corrupt(ref, "the header is damaged")
         if _digest(payload).hex() != ref.metadata.get("digest"):
             raise corrupt(ref, "other bytes lie there")
         return _unpack(payload)
 
     def free(self, written: Iterable[Written]) -> None:
         """Damaged files, too, and what was written aside and never renamed."""
-        for sample_id, generation in written:
+        for one in written:
             reach("features.free.between")
-            path = self.path_of(sample_id)
-            with self._locked():
-                known = _read(path)
-                if known is None or generation in (0, known[0]):
-                    path.unlink(missing_ok=True)
-                for aside in self._files(f"{path.stem}.{generation}.", ".new"):
-                    aside.unlink()
+            self._files.free([one])
 
     def written(self) -> list[Written]:
-        """Sealed ones with a whole header: a damaged one is found by its reader. Then those written aside,
-        half perhaps, so their names say whose they are."""
-        sealed = [(bytes.fromhex(path.stem).decode(), _read(path)) for path in self._files("", ".sample")]
-        found = [(sample_id, known[0]) for sample_id, known in sealed if known is not None]
-        for path in self._files("", ".new"):
-            name, generation, *_ = path.name.split(".")
-            found.append((bytes.fromhex(name).decode(), int(generation)))
+        """Whole ones: a damaged one is found by its reader. Of those half-written no id is known."""
+        found: list[Written] = []
+        for file in self._files.list(anew=True):
+            if not file.is_sealed:
+                found.append(("", file.generation))
+                continue
+            with suppress(FileNotFoundError):
+                data = file.path.read_bytes()
+                if (known := _parsed(data)) is not None:
+                    found.append((_id_in(data), known[0]))
         return found
 
-    def _files(self, start: str, end: str) -> list[Path]:
-        """Those whose names start and end so; without patterns, whose making costs more than the search."""
-        try:
-            names = sorted(entry.name for entry in os.scandir(self.folder))
-        except FileNotFoundError:
-            return []
-        return [self.folder / name for name in names if name.startswith(start) and name.endswith(end)]
-
     def usage(self) -> Usage:
-        try:
-            sizes = [entry.stat().st_size for entry in os.scandir(self.folder) if ".sample" in entry.name]
-        except FileNotFoundError:
-            sizes = []
-        return Usage(sum(sizes), len(sizes), self._budget_bytes)
+        sizes = []
+        for file in self._files.list():
+            with suppress(FileNotFoundError):
+                sizes.append(file.path.stat().st_size)
+        return Usage(sum(sizes), len(sizes), self._budget_bytes, is_current=False)
+
+    def left(self) -> list[str]:
+        """The names of all files that samples have here."""
+        return [file.path.name for file in self._files.list()]
 
     def damage(self, rng: random.Random) -> None:
         """Delete or alter one sample's file, if there is any."""
-        with self._locked():
-            files = self._files("", ".sample")
-            if not files:
-                return
-            path = rng.choice(files)
+        files = [file.path for file in self._files.list() if file.is_sealed]
+        if not files:
+            return
+        path = rng.choice(files)
+        with suppress(FileNotFoundError):  # freed meanwhile
             if rng.random() < 0.5:
                 path.unlink()
                 return
-            data = bytearray(path.read_bytes())
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-            altered = path.with_suffix(".flipped")
-            altered.write_bytes(data)
-            altered.rename(path)  # in one piece: a reader must meet the damage, not our writing of it
+            with path.open("r+b", buffering=0) as file:  # one byte: a reader meets all of the damage or none
+                at = rng.randrange(os.fstat(file.fileno()).st_size)
+                [byte] = os.pread(file.fileno(), 1, at)
+                os.pwrite(file.fileno(), bytes([byte ^ 1 << rng.randrange(8)]), at)
 
     def close(self) -> None:
         """Nothing to detach from."""
@@ -469,18 +413,18 @@ class LightFeatureStore:
         self.free(self.written())
 
 
+def _write(fd: int, data: bytes) -> None:
+    os.write(fd, data)
+
+
 def _with_header(sample_id: str, payload: bytes, generation: int) -> bytes:
     rest = sample_id.encode() + payload
     size = len(sample_id.encode())
     return HEADER.pack(MAGIC, generation, size, _digest(b"%d %d " % (generation, size) + rest)) + rest
 
 
-def _read(path: Path) -> tuple[int, bytes] | None:
-    """Generation and payload; None if there is no such file or it is damaged."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
+def _parsed(data: bytes) -> tuple[int, bytes] | None:
+    """Generation and payload; None if the file is damaged."""
     if len(data) < HEADER.size:
         return None
     magic, generation, size, digest = HEADER.unpack_from(data)
@@ -488,3 +432,8 @@ def _read(path: Path) -> tuple[int, bytes] | None:
     if magic != MAGIC or _digest(b"%d %d " % (generation, size) + rest) != digest:
         return None
     return generation, rest[size:]
+
+
+def _id_in(data: bytes) -> str:
+    size: int = HEADER.unpack_from(data)[2]
+    return data[HEADER.size : HEADER.size + size].decode()

@@ -91,6 +91,7 @@ def test_a_reader_reads_and_frees_what_another_process_wrote(directory: Path, pe
         "resident_bytes": usage.resident_bytes,
         "resident_samples": 4,
         "budget_bytes": 8 * MIB,
+        "is_current": True,
     }
     files = slot_files(directory)
     again = writer.put(6)

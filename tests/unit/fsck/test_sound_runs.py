@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from paceline import crashpoints
+from paceline.features.stores.directory import DirectoryFeatureStore
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.fsck.checker import check, check_view
 from paceline.ledger.stores.sqlite.view import SQLiteView
@@ -201,6 +202,32 @@ def test_slots_are_held_against_the_ledger(by_hand: RunByHand, directory: Path) 
     report = check(by_hand.folder, features=directory)
     assert report.errors == []
     assert any("captured again at the next start: run0:s0" in note for note in report.notes)
+
+
+def test_files_that_hosts_share_are_held_against_the_ledger(by_hand: RunByHand, directory: Path) -> None:
+    """As slots are. A file that is cut off or has another one's name is as good as missing."""
+    features = DirectoryFeatureStore(directory, budget_bytes=1 << 20, owner=True)
+    ids = by_hand.capture(3)
+    generations = by_hand.ledger.ownership().present
+    by_hand.producer.lease(2)
+    intent = {ref.sample_id: ref.generation for ref in refs_of(by_hand.producer, 3, 4)}
+    for sample_id, generation in [*generations.items(), *intent.items()]:
+        features.put(sample_id, {"x": torch.zeros(3)}, generation=generation)
+    report = check(by_hand.folder, features=directory)
+    assert (report.errors, report.notes, report.counts["slots"]) == ([], [], 5)
+    by_hand.producer.give_back([3])
+    first, second, third, *_ = (found.path for found in features._files.list())
+    second.write_bytes(second.read_bytes()[:-1])
+    shutil.copy(first, third)
+    report = check(by_hand.folder, features=directory)
+    assert report.errors == []
+    assert any(note.startswith("2 samples have no sealed bytes") and ids[1] in note for note in report.notes)
+    [left] = [note for note in report.notes if note.startswith("slots without an owner")]
+    assert "run0:s3" in left
+    assert second.name in left
+    features.put("run0:s7", {"x": torch.zeros(3)}, generation=generations[ids[1]])
+    [error] = check(by_hand.folder, features=directory).errors
+    assert "holds run0:s7 under the generation of: run0:s1" in error
 
 
 @pytest.mark.parametrize("seed", range(4))

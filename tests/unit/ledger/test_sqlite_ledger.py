@@ -10,6 +10,7 @@ from pathlib import Path
 import apsw
 import pytest
 
+from paceline import mounts
 from paceline.errors import ConfigError, LedgerError, SchemaError, UnknownResultError
 from paceline.ledger import filesystem
 from paceline.ledger.stores.sqlite import SQLiteLedger, check_sqlite_version
@@ -38,7 +39,7 @@ def test_a_network_filesystem_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_filesystem_of_a_folder_is_found() -> None:
     """/proc is a filesystem everyone knows the name of."""
-    assert filesystem.filesystem_of(Path("/proc/self")) == "proc"
+    assert mounts.filesystem_of(Path("/proc/self")) == "proc"
 
 
 def test_a_newer_schema_is_refused_and_untouched(tmp_path: Path) -> None:

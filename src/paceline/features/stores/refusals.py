@@ -27,7 +27,7 @@ def elsewhere(ref: SampleRef, here: str) -> FeatureStoreElsewhereError:
     return FeatureStoreElsewhereError(
         f"The features of {ref.sample_id!r} are in {ref.feature_store_uri}, but this process reads {here}.",
         why="Either they are lost with that store, or the producer writes to another place.",
-        next="give both roles the same features.directory, on the same machine.",
+        next="give both roles the same features.directory, on one machine or a filesystem that they share.",
     )
 
 
@@ -76,4 +76,29 @@ def replaced(directory: Path) -> StoreError:
         f"The feature store in {directory} was removed or made anew while this process wrote to it.",
         why="What this process writes could not be read by others.",
         next="run the same command again: it opens the store that is there now.",
+    )
+
+
+def fails(directory: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"The feature store in {directory} cannot be used ({error}).",
+        why="The place is at fault, not a sample: none was lost, failed or quarantined for it.",
+        next="check that filesystem, its server and this user's rights, then run the same command again.",
+    )
+
+
+def no_disk(directory: Path, size: int, error: OSError, waited_s: float) -> StoreFullError:
+    return StoreFullError(
+        f"There was no room for {size} bytes in {directory} for {waited_s:g} s ({error.strerror}).",
+        why="Others fill that filesystem, or the quota is below features.budget_mib. Nothing of the sample "
+        "was stored, and no sample is to blame.",
+        next="make room there (`df -h`, `quota`), or lower features.budget_mib, and run it again.",
+    )
+
+
+def over_budget(sample_id: str, size: int, directory: Path, budget_bytes: int) -> StoreFullError:
+    return StoreFullError(
+        f"Sample {sample_id!r} of {size} bytes does not fit in {directory}, which may hold {budget_bytes}.",
+        why="A sample's bytes stay until a durable checkpoint covers it.",
+        next="raise features.budget_mib, or lower checkpoint.interval_steps.",
     )
