@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import msgspec
 
 from paceline.capture.encoding import EncodedPrompt, rendering_of
 from paceline.capture.settings import CaptureSettings
@@ -42,7 +44,7 @@ class FirstAnswers:
         `is_lost`: its sample was committed before, so it must have that answer. Raises ConfigError if the
         lost sample was captured of other token ids than the prompt's.
         """
-        answer = self._files.get(prompt.ordinal)
+        answer = self._files.get(prompt.ordinal, anew=is_lost)
         if answer is None:
             return None
         has_same_ids = answer.prompt == rendering_of([prompt])
@@ -73,10 +75,12 @@ class FirstAnswers:
         wanted: Sequence[EncodedPrompt],
         captured: Sequence[CapturedPrompt],
         refuse_if_replaced: Callable[[], None],
+        generations: Mapping[str, int],
     ) -> None:
         """Write the answers to disk. Raises EngineError if given tokens came back as others.
 
         A producer that was replaced must not write after its successor: `refuse_if_replaced` raises then.
+        `generations`: of the captures, by sample id.
         """
         by_id = {prompt.task_id: prompt for prompt in wanted}
         new = []
@@ -86,7 +90,7 @@ class FirstAnswers:
             if ids[:given] != asked.token_ids or (asked.is_whole and len(ids) > given):
                 raise _other_tokens(asked.task_id)
             if not asked.is_kept:
-                new.append(answer)
+                new.append(msgspec.structs.replace(answer, generation=generations[one.sample.sample_id]))
         self._files.keep(new, refuse_if_replaced)
 
     def _answer(self, prompt: EncodedPrompt, captured: CapturedPrompt) -> Answer:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from paceline.cli.plain import say
-from paceline.roles.feature_folder import feature_folders, free_abandoned
+from paceline.roles.abandoned_folders import feature_folders, free_abandoned
 
 
 def clean_folder(console: Console, base: Path, *, free: bool) -> None:

@@ -10,8 +10,10 @@ sample was not committed, and the next writer cuts it off. If most of a file is 
 the next writer writes it anew without them. Answers of samples that were never committed are there, too: who
 reads another run's answers asks its ledger which samples were.
 
-Several producers write to the same files, in turns under a file lock. A producer makes sure in its turn that
-it is not replaced, so a record of a replaced one stands before every record of its successor.
+Several producers of one host write to the same files, in turns under a file lock. A producer makes sure in
+its turn that it is not replaced, so a record of a replaced one stands before every record of its successor.
+On several hosts nobody relies on locks: each producer's process has files of its own in a folder that they
+share (`writer`), and the record of the highest generation counts.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ import msgspec
 
 from paceline.durable_files import make_folder, replace_file, sync_folder, write_whole
 from paceline.errors import StoreError
+from paceline.mounts import look_anew
 
 ORDINALS_PER_FILE = 4096
 SUFFIX = ".answers"
 TURNS = "turns.lock"
+OPEN_OF_OTHERS = 64  # files that stay open where each producer has its own
 _LENGTH = struct.Struct("<I")
 _DIGEST_BYTES = 8
 
@@ -41,7 +45,7 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
 
     `prompt`: digest of what the sample was captured from. `turns`: the texts of earlier answers that the
     target wrote, in the order of the chat; they need not stand unchanged in the tokens. `conditions`: digest
-    of the target and the settings that the answer follows from.
+    of the target and the settings that the answer follows from. `generation`: that of the capture.
     """
 
     ordinal: int
@@ -51,6 +55,7 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
     prompt: str = ""
     turns: tuple[str, ...] = ()
     conditions: str = ""
+    generation: int = 0
 
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -67,6 +72,7 @@ class _File:
         """Raises OSError."""
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.places: dict[int, tuple[int, int]] = {}
+        self.generations: dict[int, int] = {}
         self.end = 0
 
     def __del__(self) -> None:
@@ -83,6 +89,7 @@ class _File:
         begin = self.end
         for answer, start, stop in _records(self.read(begin, os.fstat(self._fd).st_size)):
             self.places[answer.ordinal] = begin + start, begin + stop
+            self.generations[answer.ordinal] = answer.generation
             self.end = begin + stop
 
     def read(self, start: int, stop: int) -> bytes:
@@ -90,43 +97,54 @@ class _File:
 
 
 class AnswerFiles:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._known: dict[int, _File] = {}  # by file number, of the newest file and one older
+    def __init__(self, folder: Path, writer: str = "") -> None:
+        """`writer`: a name that no other process has, if those of other hosts write into the folder, too."""
+        self._folder, self._writer = folder, writer
+        self._known: dict[Path, _File] = {}  # the newest files
+        self._listed: dict[int, list[Path]] = {}  # the files that cover a range, by its number
 
-    def get(self, ordinal: int) -> Answer | None:
-        """The answer that is kept for the prompt; None if there is none. Raises StoreError."""
+    def get(self, ordinal: int, *, anew: bool = False) -> Answer | None:
+        """The answer that is kept for the prompt; None if there is none. Raises StoreError.
+
+        `anew`: also one that another host has just written.
+        """
         number = ordinal // ORDINALS_PER_FILE
+        if anew and self._writer:
+            look_anew(self._folder)
+            self._known, self._listed = {}, {}
         for _ in range(2):
+            path = self._path(number)
             try:
-                file = self._file(number)
-                if file is None or ordinal not in file.places:
+                files = {path: self._file(path) for path in self._paths(number)}
+                having = {path: file for path, file in files.items() if file and ordinal in file.places}
+                if not having:
                     return None
+                path, file = max(having.items(), key=lambda one: one[1].generations[ordinal])
                 record = file.read(*file.places[ordinal])
             except OSError as error:
-                raise _unreadable(self._path(number), error) from error
+                raise _unreadable(path, error) from error
             for answer, _, _ in _records(record):
                 if answer.ordinal == ordinal:
                     return answer
-            del self._known[number]  # it was damaged since
-        raise _unreadable(self._path(number), f"the record of prompt {ordinal} is damaged")
+            self._known.pop(path, None)  # it was damaged since
+        raise _unreadable(path, f"the record of prompt {ordinal} is damaged")
 
     def all(self, is_wanted: Callable[[int], bool] = lambda _: True) -> Iterator[Answer]:
         """The answers of these ordinals, in their order. Raises StoreError."""
-        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
-            found = {answer.ordinal: answer for answer, _, _ in _records(_content(path))}
+        for paths in self._all_paths():
+            found: dict[int, Answer] = {}
+            for answer, _ in _newest(paths):
+                found[answer.ordinal] = answer
             for ordinal in sorted(filter(is_wanted, found)):
                 yield found[ordinal]
 
     def digests(self, is_wanted: Callable[[int], bool]) -> dict[int, tuple[bytes, int]]:
         """A digest of each of these answers, and the tokens up to its end, by ordinal. Raises StoreError."""
         found = {}
-        for path in self._folder.glob(f"*{SUFFIX}"):
-            data = _content(path)
-            for answer, start, stop in _records(data):
+        for paths in self._all_paths():
+            for answer, body in _newest(paths):
                 if is_wanted(answer.ordinal):
                     end = answer.spans[-1][1] if answer.spans else len(answer.token_ids)
-                    body = data[start + _LENGTH.size : stop - _DIGEST_BYTES]
                     found[answer.ordinal] = _digest(body), end
         return found
 
@@ -135,7 +153,7 @@ class AnswerFiles:
 
         `check` is called in this process's turn, before anything is written, and may raise.
         """
-        new = [answer for answer in answers if self.get(answer.ordinal) != answer]
+        new = [answer for answer in answers if not _is_same(self.get(answer.ordinal), answer)]
         if not new:
             return
         by_file: dict[int, list[Answer]] = {}
@@ -155,8 +173,11 @@ class AnswerFiles:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """The kernel ends the turn of a process that dies."""
+        """The kernel ends the turn of a process that dies. Who has files of its own needs none."""
         make_folder(self._folder)
+        if self._writer:
+            yield
+            return
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(self._folder / TURNS, flags, 0o600)
         try:
@@ -166,22 +187,35 @@ class AnswerFiles:
             os.close(fd)
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"{number:08d}{SUFFIX}"
+        """The file that this process writes."""
+        return self._folder / f"{number:08d}{'-' if self._writer else ''}{self._writer}{SUFFIX}"
 
-    def _file(self, number: int) -> _File | None:
+    def _paths(self, number: int) -> list[Path]:
+        if number not in self._listed:
+            self._listed = {_number_of(paths[0]): paths for paths in self._all_paths()}
+        return list(dict.fromkeys([*self._listed.get(number, ()), self._path(number)]))
+
+    def _all_paths(self) -> list[list[Path]]:
+        """The files of each range, in the order of the ranges."""
+        found: dict[int, list[Path]] = {}
+        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
+            found.setdefault(_number_of(path), []).append(path)
+        return [found[number] for number in sorted(found)]
+
+    def _file(self, path: Path) -> _File | None:
         """The file, after a look at what was written since the last one; None if there is none yet."""
-        path = self._path(number)
         try:
-            known = self._known.get(number)
+            known = self._known.get(path)
             if known is None or not known.is_at(path):  # another process may have written the file anew
-                self._known.pop(number, None)
+                self._known.pop(path, None)
                 known = _File(path)
             known.look()
         except FileNotFoundError:
             return None
-        while len(self._known) > 1 and number not in self._known:
+        most = OPEN_OF_OTHERS if self._writer else 1
+        while len(self._known) > most and path not in self._known:
             del self._known[min(self._known)]  # one older file stays, for a sample captured again
-        self._known[number] = known
+        self._known[path] = known
         return known
 
     def _append(self, number: int, answers: list[Answer]) -> None:
@@ -190,11 +224,11 @@ class AnswerFiles:
         if not path.exists():
             path.touch(mode=0o600)
             sync_folder(self._folder)
-        file = self._file(number)
+        file = self._file(path)
         assert file is not None, "it was there a moment ago, and this process has the turn"
         if 2 * sum(stop - start for start, stop in file.places.values()) < file.end:
             replace_file(path, b"".join(file.read(*place) for place in sorted(file.places.values())))
-            file = self._file(number)
+            file = self._file(path)
             assert file is not None
         records = []
         for answer in answers:
@@ -207,6 +241,30 @@ class AnswerFiles:
             write_whole(fd, b"".join(records))
         finally:
             os.close(fd)
+
+
+def _number_of(path: Path) -> int:
+    """Of the range that a file covers; -1 for a foreign file."""
+    number = path.name.removesuffix(SUFFIX).partition("-")[0]
+    return int(number) if number.isdecimal() else -1
+
+
+def _is_same(kept: Answer | None, answer: Answer) -> bool:
+    """Whether they differ in nothing but the capture."""
+    return kept is not None and msgspec.structs.replace(kept, generation=answer.generation) == answer
+
+
+def _newest(paths: Iterable[Path]) -> Iterator[tuple[Answer, bytes]]:
+    """The record that counts of each ordinal, and its bytes: the last one of the highest generation."""
+    found: dict[int, tuple[Answer, bytes]] = {}
+    for path in paths:
+        data, of_file = _content(path), dict[int, tuple[Answer, bytes]]()
+        for answer, start, stop in _records(data):
+            of_file[answer.ordinal] = answer, data[start + _LENGTH.size : stop - _DIGEST_BYTES]
+        for ordinal, one in of_file.items():
+            if ordinal not in found or one[0].generation > found[ordinal][0].generation:
+                found[ordinal] = one
+    yield from found.values()
 
 
 def _content(path: Path) -> bytes:

@@ -148,7 +148,7 @@ def others_kept_out(config: RunConfig, role: str | None, ledger: Ledger) -> Iter
         except RunBusyError:
             yield False
         else:
-            take_from(ledger, elsewhere(ledger.facts()), "a start that changes what binds the run")
+            take_from(ledger, elsewhere(ledger.facts(), directory), "a start that changes what binds the run")
             yield True
 
 

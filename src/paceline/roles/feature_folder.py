@@ -8,19 +8,16 @@ and its producer frees the old one.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from paceline.config.run import RunConfig
-from paceline.errors import ConfigError, PacelineError, StoreError
+from paceline.errors import StoreError
 from paceline.features.ownership import (
-    IDENTITY,
     FolderLock,
     Owner,
-    bytes_of,
     hold,
     is_strangers,
     owner_of,
@@ -28,18 +25,27 @@ from paceline.features.ownership import (
     sign,
     take,
 )
-from paceline.ledger.facts import COMPLETED_STEP, FEATURES_LIE, FEATURES_NAME, producers_in
+from paceline.ledger.facts import FEATURES_LIE, FEATURES_NAME, producers_in
 from paceline.ledger.ledger import Ledger
-from paceline.ledger.locks import live_holder
-from paceline.roles.snapshot import has_ledger, open_run
-from paceline.roles.workers import boot_id, elsewhere, known_roles, role_of, speaks, take_from
-
-PREFIX = "paceline-"
+from paceline.roles.feature_place import (
+    is_on_several_hosts,
+    is_seen,
+    looks_elsewhere,
+    name_on_all_hosts,
+    on_another_host,
+    owner_now,
+    place_now,
+    would_move,
+)
+from paceline.roles.snapshot import has_ledger
+from paceline.roles.workers import elsewhere, role_of, speaks, take_from
 
 
 def folder_of(config: RunConfig, ledger: Ledger) -> Path:
     """The folder of the run's features; it need not exist yet."""
     usual = config.feature_folder
+    if is_on_several_hosts(config):
+        return usual.with_name(name_on_all_hosts(config, ledger))
     name = ledger.facts().get(FEATURES_NAME)
     if name is not None and name.startswith(usual.name) and not is_strangers(usual.with_name(name)):
         return usual.with_name(name)
@@ -63,19 +69,21 @@ def take_folder(
 ) -> Path:
     """Create and sign the folder, and free the one that the run used before. For a producer.
 
-    Raises StoreError if live producers on another host keep the features in that host's memory. Whether they
-    live, it may have to wait for: `tell` says so. A producer that `joins` never moves the features.
+    Raises StoreError if live producers on another host keep the features where this one does not see them.
+    Whether they live, it may have to wait for: `tell` says so. A producer that `joins` moves nothing.
     """
-    folder, run = folder_of(config, ledger), config.run.directory.absolute()
-    recorded = ledger.facts().get(FEATURES_LIE)
-    if recorded is not None and recorded != _place(config, ledger):
-        if joins:
-            raise _would_move(recorded["folder"], folder)
-        _take_from_silent(config, ledger, recorded, tell, should_stop)
-    if recorded is not None and Path(recorded["folder"]) != folder.absolute():
-        _free_left(Path(recorded["folder"]), config.run.name, run)
-    record_place(config, ledger)
-    sign(folder, Owner(config.run.name, run))
+    folder, recorded = folder_of(config, ledger), ledger.facts().get(FEATURES_LIE)
+    if recorded is None or not is_seen(config, folder, recorded):
+        if joins and (recorded is not None or is_on_several_hosts(config)):
+            raise would_move(config, recorded, folder)
+        if recorded is not None:
+            _take_from_silent(config, ledger, recorded, tell, should_stop)
+            if Path(recorded["folder"]) != folder.absolute():
+                _free_left(Path(recorded["folder"]), config.run.name, config.run.directory.absolute())
+    if not joins or owner_of(folder) is None:
+        sign(folder, owner_now(config))
+    if not joins or recorded is None:
+        record_place(config, ledger)
     return folder
 
 
@@ -88,39 +96,24 @@ def _take_from_silent(
 ) -> None:
     """The run goes on here if nobody lives where its features lie. Raises StoreError if somebody does."""
     facts, timeout_s = ledger.facts(), config.machine.producer_timeout_s
-    for worker in elsewhere(facts):
+    for worker in elsewhere(facts, config.run.directory):
         about = producers_in(facts)[worker]
-        if about.get("boot") != recorded["boot"]:
+        if not config.features.is_shared and about.get("boot") != recorded["boot"]:
             continue
         host = about.get("host", "?")
         tell(f"waiting up to {timeout_s:g} s for a sign of life of {role_of(worker)} on host {host}")
         if speaks(ledger, worker, timeout_s, should_stop):
-            raise _on_another_host(recorded["folder"], host)
+            raise on_another_host(config, recorded["folder"], host)
         take_from(ledger, [worker], "it was not heard of, and the run goes on elsewhere")
-
-
-def _would_move(theirs: str, ours: Path) -> StoreError:
-    return StoreError(
-        f"The features of this run lie in {theirs}, and this producer would keep its own in {ours}, "
-        "another place or mount.",
-        why="The consumer could not read them: each would be a lost sample, again and again.",
-        next="join on the host of the run's other roles, with the run's own folder (containers: one shared "
-        "/dev/shm). After a restart of that host start the run first: `paceline train RUN.yaml`.",
-    )
-
-
-def _on_another_host(folder: str, host: object) -> StoreError:
-    return StoreError(
-        f"The features of this run lie in {folder} on host {host}.",
-        why="The consumer could not read what a producer of this host keeps in its own memory.",
-        next="start this producer on that host, or choose a feature store that hosts share.",
-    )
 
 
 def free_if_nothing_was_captured(config: RunConfig, ledger: Ledger) -> None:
     """Free the folder that a start made in vain. For the supervisor, once its roles have ended."""
-    if not ledger.snapshot().committed and not is_strangers(folder := folder_of(config, ledger)):
-        _remove_unused(folder)
+    now = ledger.snapshot()
+    if now.committed or (config.features.is_shared and elsewhere(now.facts, config.run.directory)):
+        return
+    if not is_strangers(folder := folder_of(config, ledger)):
+        remove_unused(folder)
 
 
 def _free_left(folder: Path, run: str, directory: Path) -> None:
@@ -129,10 +122,10 @@ def _free_left(folder: Path, run: str, directory: Path) -> None:
     if owner is None or owner.run != run:
         return
     if owner.directory == directory or not has_ledger(owner.directory):
-        _remove_unused(folder)
+        remove_unused(folder)
 
 
-def _remove_unused(folder: Path) -> bool:
+def remove_unused(folder: Path) -> bool:
     """Remove the folder; False if a process uses it."""
     lock = take(folder)
     if lock is None:
@@ -147,7 +140,7 @@ def _remove_unused(folder: Path) -> bool:
 
 def engine_folder(config: RunConfig) -> Path:
     """The folder for the files of the run's engine, if it has any; it need not exist yet."""
-    return config.feature_folder.with_name(f"{config.feature_folder.name}-engine")
+    return config.features.memory / f"{config.feature_folder.name}-engine"
 
 
 class EngineFolder:
@@ -171,105 +164,27 @@ class EngineFolder:
     def close(self) -> None:
         if self._lock is not None:
             self._lock.close()
-            _remove_unused(self._folder)
+            remove_unused(self._folder)
 
 
-# -- the same folder for both roles ---------------------------------------------------------
+# -- the same folder for all roles ----------------------------------------------------------
 
 
 def record_place(config: RunConfig, ledger: Ledger) -> None:
-    """Record where the producer keeps the features. For the producer."""
-    place = _place(config, ledger)
+    """Record where the producers keep the features. For a producer."""
+    place = place_now(config, folder_of(config, ledger))
     if ledger.facts().get(FEATURES_LIE) != place:
         ledger.set_facts(None, {FEATURES_LIE: place})
 
 
 def refuse_other_place(config: RunConfig, ledger: Ledger) -> None:
-    """Raise StoreError if this consumer looks for the features in another place than the producer's.
-
-    A record from another boot of the machine counts only by its folder.
-    """
-    theirs, ours = ledger.facts().get(FEATURES_LIE), _place(config, ledger)
-    if theirs is None or theirs == ours:
+    """Raise StoreError if this consumer looks for the features in another place than the producers'."""
+    theirs, folder = ledger.facts().get(FEATURES_LIE), folder_of(config, ledger)
+    if theirs is None or is_seen(config, folder, theirs):
         return
-    if theirs["folder"] == ours["folder"] and theirs["boot"] != ours["boot"]:
-        return
-    mount = "" if theirs["folder"] != ours["folder"] else ", which is another mount there"
-    raise StoreError(
-        f"The producer keeps the features in {theirs['folder']}{mount}, and this consumer looks for them in "
-        f"{ours['folder']}.",
-        why="The consumer would find none of them. Nothing was trained, and no sample was quarantined.",
-        next="give both roles the same features.directory (containers: one shared /dev/shm). If it was "
-        "changed for both, start the producer first.",
-    )
-
-
-def _place(config: RunConfig, ledger: Ledger) -> dict[str, Any]:
-    try:
-        device = config.features.directory.stat().st_dev
-    except OSError:
-        device = 0
-    return {"folder": str(folder_of(config, ledger).absolute()), "device": device, "boot": boot_id()}
-
-
-# -- abandoned folders ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FoundFolder:
-    """`why`: what is known about its run; `abandoned`: no run needs it, so it may be freed."""
-
-    folder: Path
-    num_bytes: int
-    why: str
-    abandoned: bool
-
-
-def feature_folders(base: Path) -> Iterator[FoundFolder]:
-    """Every feature folder of this user in `base`. Raises ConfigError if it cannot be listed."""
-    try:
-        entries = sorted(path for path in base.iterdir() if path.name.startswith(PREFIX))
-    except OSError as error:
-        raise ConfigError(
-            f"{base} cannot be listed ({error.strerror}).",
-            why="Paceline looks for feature folders there.",
-            next="pass the folder of features.directory; its default is /dev/shm.",
-        ) from error
-    for folder in entries:
-        if not is_strangers(folder) and (owner_of(folder) or (folder / IDENTITY).exists()):
-            why, abandoned = _judged(folder)
-            yield FoundFolder(folder, bytes_of(folder), why, abandoned)
-
-
-def free_abandoned(found: FoundFolder) -> bool:
-    """Free the folder, unless a process began to use it; returns whether it is gone."""
-    return _judged(found.folder)[1] and _remove_unused(found.folder)
-
-
-def _judged(folder: Path) -> tuple[str, bool]:
-    owner = owner_of(folder)
-    if owner is None:
-        return "it does not name its run", False
-    lock = take(folder)
-    if lock is None:
-        return f"run {owner.run} in {owner.directory} uses it", False
-    with lock:
-        return _judged_by_run(folder, owner)
-
-
-def _judged_by_run(folder: Path, owner: Owner) -> tuple[str, bool]:
-    run = f"run {owner.run} in {owner.directory}"
-    if not has_ledger(owner.directory):
-        return f"{run} is gone, or was moved", True
-    if any(live_holder(owner.directory, role) is not None for role in known_roles(owner.directory)):
-        return f"{run} is at work", False
-    try:
-        facts = open_run(owner.directory).facts()
-    except (PacelineError, OSError) as error:
-        return f"the ledger of {run} cannot be read: {error}", False
-    if facts.get(COMPLETED_STEP) is not None:
-        return f"{run} is complete", True
-    lies = facts.get(FEATURES_LIE)
-    if lies is not None and Path(lies["folder"]) != folder.absolute():
-        return f"{run} keeps its features in {lies['folder']} now", True
-    return f"{run} can go on from it", False
+    if not config.features.is_shared:
+        ours = place_now(config, folder)
+        # A record from another boot of the machine counts only by its folder.
+        if theirs["folder"] == ours["folder"] and theirs["boot"] != ours["boot"]:
+            return
+    raise looks_elsewhere(config, theirs["folder"], folder)

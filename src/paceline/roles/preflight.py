@@ -69,7 +69,7 @@ def an_early_stop_is_measured(plan: RunPlan) -> Iterator[Finding]:
         )
 
 
-def shared_memory_holds_the_budget(plan: RunPlan) -> Iterator[Finding]:
+def the_features_find_room(plan: RunPlan) -> Iterator[Finding]:
     """Compare the budget with the space: a container's /dev/shm has 64 MiB by default."""
     features = plan.config.features
     try:
@@ -77,13 +77,17 @@ def shared_memory_holds_the_budget(plan: RunPlan) -> Iterator[Finding]:
     except OSError as error:
         yield Finding(
             f"features.directory {features.directory} cannot be used ({error.strerror}).",
-            "Set features.directory to a folder in memory, such as /dev/shm.",
+            "Mount it, or create it."
+            if features.is_shared
+            else "Set features.directory to a folder in memory, such as /dev/shm.",
             refuses=True,
         )
         return
     total = space.f_blocks * space.f_frsize  # 0 where there is no limit
     other = f"Give more (`docker run --shm-size={features.budget_mib + 64}m`), set features.directory to a "
     other += "folder on a disk, or lower features.budget_mib to"
+    if features.is_shared:
+        other = "Free some, or lower features.budget_mib to"
     if 0 < total < features.budget_mib << 20:
         yield Finding(
             f"{features.directory} holds {total >> 20} MiB in all, and features.budget_mib is "
@@ -136,8 +140,8 @@ def states_on_their_way_find_room(plan: RunPlan) -> Iterator[Finding]:
     engine, features = plan.config.engine, plan.config.features
     if not isinstance(engine, ServedSection) or not (engine.directory or isinstance(engine, VllmSection)):
         return
-    place = engine.directory or features.directory
-    budget = 0 if engine.directory else features.budget_mib << 20
+    place = engine.directory or features.memory
+    budget = features.budget_mib << 20 if place == features.directory else 0
     needed = _bytes_on_their_way(plan.config, engine)
     try:
         space = os.statvfs(place)
@@ -201,7 +205,7 @@ def _bytes_on_their_way(config: RunConfig, engine: ServedSection) -> int:
 
 CHECKS: list[Check] = [
     an_early_stop_is_measured,
-    shared_memory_holds_the_budget,
+    the_features_find_room,
     enough_files_can_be_open,
     a_server_can_be_started,
     states_on_their_way_find_room,
@@ -214,7 +218,7 @@ CHECKS: list[Check] = [
 # What these look at is this machine's; the others look at the run file and the target alone.
 ON_THIS_MACHINE: frozenset[Check] = frozenset(
     [
-        shared_memory_holds_the_budget,
+        the_features_find_room,
         enough_files_can_be_open,
         a_server_can_be_started,
         states_on_their_way_find_room,

@@ -22,6 +22,7 @@ from paceline.ledger.locks import RoleLock
 from paceline.ledger.producer_session import WORKER
 from paceline.roles.binding import bind_date, bind_run
 from paceline.roles.feature_folder import EngineFolder, take_folder
+from paceline.roles.feature_place import answers_place
 from paceline.roles.held_out import look_at_held_out
 from paceline.roles.plan import RunPlan, window_size
 from paceline.roles.process import run_role
@@ -79,7 +80,8 @@ def produce(
             if not ledger.snapshot().committed:
                 _note_held_out(plan, engine, events)
             features = config.features.build(folder, owner=True, writer=int(worker))
-            drive_producer = _producer(plan, stretches, ledger, features, engine, events, worker)
+            answers = answers_place(config, folder, worker)
+            drive_producer = _producer(plan, stretches, ledger, features, engine, events, worker, answers)
             _capture_all(ledger, features, drive_producer, should_stop)
         except ServerUnavailableError:
             if not should_stop():  # the stop ended the wait for the server
@@ -103,6 +105,7 @@ def _producer(
     engine: TargetEngine,
     events: EventLog,
     worker: str,
+    answers: tuple[Path, str],
 ) -> DriveProducer:
     config = plan.config
     return build_disagg_online_producer(
@@ -120,12 +123,13 @@ def _producer(
         window_size=window_size(config),
         step_tokens=config.training.tokens_per_step,
         budget_samples=config.features.budget_samples,
-        answers_folder=config.run.directory / "answers",
+        answers_folder=answers[0],
+        answers_writer=answers[1],
         metadata_store=ledger,
         attempt_max=config.capture.attempt_max,
         worker=worker,
         timeout_s=config.machine.producer_timeout_s,
-        about=about_this_process(),
+        about=about_this_process(config.run.directory),
         report=events.write,
     )[1]
 

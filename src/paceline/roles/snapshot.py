@@ -172,7 +172,7 @@ def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
         best=_best(directory, curve),
         notes=tuple(notes),
         ledger_at=_ledger_at(directory),
-        away={role_of(worker): told[worker] for worker in elsewhere(now.facts)},
+        away={role_of(worker): told[worker] for worker in elsewhere(now.facts, directory)},
         waits_for=_waits_for(now),
         other_ranks=_other_ranks(directory),
         events=events,

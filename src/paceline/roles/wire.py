@@ -77,6 +77,7 @@ def build_disagg_online_producer(
     step_tokens: int | None = None,
     budget_samples: int | None = None,
     answers_folder: Path | None = None,
+    answers_writer: str = "",
     metadata_store: Ledger | None = None,
     metadata_db_path: str | os.PathLike[str] | None = None,
     attempt_max: int = 3,
@@ -93,6 +94,7 @@ def build_disagg_online_producer(
     budget cannot deadlock. `step_tokens`: `training.tokens_per_step`; the samples of a step come to that.
     `budget_samples`: the most samples that may be resident (None: only bytes are limited). `answers_folder`:
     where the tokens of answers are kept; an engine that does not repeat its bits needs it.
+    `answers_writer`: this process's name in that folder, if other hosts write into it, too.
     `worker`: this producer's name, which no other live producer of the run has. `timeout_s`: a producer of
     the run without a sign of life for so long is taken for dead by the others; None: there are no others.
     `about`: what people should know of this producer.
@@ -129,7 +131,7 @@ def build_disagg_online_producer(
     backpressure = Backpressure(feature_store, session, marks, report=report)
     if answers_folder is None and not engine.facts.repeats_bits:
         raise _nowhere_to_keep_answers()
-    answers = None if answers_folder is None else AnswerFiles(answers_folder)
+    answers = None if answers_folder is None else AnswerFiles(answers_folder, answers_writer)
     producer = Producer(
         session, engine, feature_store, source, capture, backpressure, answers=answers, report=report
     )

@@ -7,8 +7,10 @@ Worker "0" has the role `producer`, worker "2" the role `producer-2`, with lock,
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 from time import monotonic, sleep
@@ -55,9 +57,10 @@ def known_roles(directory: Path) -> list[str]:
     return [PRODUCER, *(role_of(str(number)) for number in joined), CONSUMER]
 
 
-def about_this_process() -> dict[str, Any]:
-    """What a producer tells of itself."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "boot": boot_id()}
+def about_this_process(directory: Path) -> dict[str, Any]:
+    """What a producer tells of itself. `directory`: the run's on this host."""
+    place = {"host": socket.gethostname(), "directory": str(directory.absolute())}
+    return {**place, "pid": os.getpid(), "boot": boot_id()}
 
 
 def boot_id() -> str:
@@ -68,13 +71,17 @@ def boot_id() -> str:
         return ""
 
 
-def elsewhere(facts: Mapping[str, Any]) -> list[str]:
-    """The workers that have told of themselves from other hosts, and are not known to have ended.
+def elsewhere(facts: Mapping[str, Any], directory: Path) -> list[str]:
+    """The workers that have told of themselves from other places, and are not known to have ended.
 
-    Of a worker of this host its lock says whether it is live.
+    A place is a host and the run's directory on it. Whether a worker of this place is live its lock says.
     """
-    here = socket.gethostname()
-    return [worker for worker, told in producers_in(facts).items() if told.get("host", here) != here]
+    here = about_this_process(directory)
+    return [
+        worker
+        for worker, told in producers_in(facts).items()
+        if any(told.get(key, here[key]) != here[key] for key in ("host", "directory"))
+    ]
 
 
 def take_from(ledger: Ledger, workers: Iterable[str], why: str) -> None:
@@ -108,7 +115,7 @@ def take_from_the_dead(config: RunConfig, ledger: Ledger) -> None:
     now, started = ledger.snapshot(), started_roles(config)
     told = producers_in(now.facts)
     ever = {role.partition(":")[2] for role in now.epochs if role != CONSUMER}
-    workers = (ever if now.prompts.leased else told.keys()) - set(elsewhere(now.facts))
+    workers = (ever if now.prompts.leased else told.keys()) - set(elsewhere(now.facts, config.run.directory))
     dead = sorted(w for w in workers if live_holder(config.run.directory, role_of(w)) is None)
     take_from(ledger, (w for w in dead if role_of(w) not in started), "its process was gone at a start")
     left = {producer_fact(w): None for w in dead if w in told and role_of(w) in started}
@@ -148,14 +155,29 @@ def join(config: RunConfig) -> RoleLock:
         )
     choosing = _alone_to_choose(directory)
     try:
-        taken = {producer_fact(worker) for worker in elsewhere(facts)}
-        for number in count(max(1, config.machine.producers, facts.get(PRODUCERS_STARTED, 0))):
-            if producer_fact(str(number)) in taken:
-                continue
-            try:
-                return RoleLock(directory, role_of(str(number)))
-            except RunBusyError:
-                continue
-        raise AssertionError("there is a free number")
+        with closing(config.open_ledger(joins=True)) as ledger:
+            return _first_free(config, ledger)
     finally:
         choosing.release()
+
+
+def _first_free(config: RunConfig, ledger: Ledger) -> RoleLock:
+    """The lock says that nobody has the name here, and the ledger that nobody has it elsewhere."""
+    directory, facts = config.run.directory, ledger.facts()
+    about = {**about_this_process(directory), "claim": secrets.token_hex(8)}
+    for number in count(max(1, config.machine.producers, facts.get(PRODUCERS_STARTED, 0))):
+        worker = str(number)
+        if worker in elsewhere(facts, directory):
+            continue
+        try:
+            lock = RoleLock(directory, role_of(worker))
+        except RunBusyError:
+            continue
+        name = producer_fact(worker)
+        if facts.get(name) is not None:  # a dead process of this place has left it
+            ledger.set_facts(None, {name: about})
+            return lock
+        if ledger.set_facts(None, {name: about}, settle=True)[name] == about:
+            return lock
+        lock.release()  # another host was faster
+    raise AssertionError("there is a free number")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from paceline.data.answers import ORDINALS_PER_FILE, Answer, AnswerFiles
 from paceline.errors import FencedError, StoreError
@@ -149,3 +150,33 @@ def test_another_producers_torn_record_is_cut_off(tmp_path: Path) -> None:
     assert path.stat().st_size > whole
     assert [AnswerFiles(tmp_path).get(n) for n in (3, 4)] == [ONE, None]
     assert AnswerFiles(tmp_path).get(5) is not None
+
+
+def test_producers_of_several_hosts_have_files_of_their_own_and_the_newest_capture_counts(
+    tmp_path: Path,
+) -> None:
+    """No lock orders them. What one host has just written another one finds, where it must."""
+    first, second = AnswerFiles(tmp_path, "1-a"), AnswerFiles(tmp_path, "2-b")
+    late, counts = replace(ONE, generation=5), replace(ONE, token_ids=(5, 6, 1, 1), generation=9)
+    assert second.get(3) is None
+    first.keep([replace(THREE, generation=4)])
+    second.keep([counts])
+    first.keep([late])  # by a producer that was held up, and is refused when it commits
+    assert first.get(3, anew=True) == second.get(3) == counts
+    assert second.get(4, anew=True) == replace(THREE, generation=4)
+    reader = AnswerFiles(tmp_path)
+    assert [answer.ordinal for answer in reader.all()] == [3, 4]
+    assert reader.get(3) == counts
+    assert set(reader.digests(lambda _: True)) == {3, 4}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "00000000-1-a.answers",
+        "00000000-2-b.answers",
+    ]
+
+
+def test_an_answer_that_differs_in_its_capture_alone_is_not_written_again(tmp_path: Path) -> None:
+    """As for a sample that was lost and came back with the same tokens."""
+    files = AnswerFiles(tmp_path, "1-a")
+    files.keep([replace(ONE, generation=5)])
+    files.keep([replace(ONE, generation=8)])
+    assert files.get(3) == replace(ONE, generation=5)

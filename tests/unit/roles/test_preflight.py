@@ -23,15 +23,15 @@ from paceline.roles.preflight import (
     exports_take_the_draft,
     preflight,
     servers_draft_for_the_target,
-    shared_memory_holds_the_budget,
     states_on_their_way_find_room,
+    the_features_find_room,
     the_method_knows_where_it_starts,
     the_server_gives_states_of_the_target,
 )
 
 
 def plan_with(directory: Path, budget_mib: int, folder: Path) -> Any:
-    features = SimpleNamespace(directory=directory, budget_mib=budget_mib)
+    features = SimpleNamespace(directory=directory, memory=directory, budget_mib=budget_mib, is_shared=False)
     return SimpleNamespace(config=SimpleNamespace(features=features, feature_folder=folder))
 
 
@@ -41,13 +41,20 @@ def test_shared_memory_that_is_smaller_than_the_budget_is_told_before_the_start(
     space = os.statvfs(tmp_path)
     total_mib, free_mib = (n * space.f_frsize >> 20 for n in (space.f_blocks, space.f_bavail))
     for budget_mib, refuses in ((total_mib + 1, True), (min(free_mib + 100, total_mib), False)):
-        [finding] = shared_memory_holds_the_budget(plan_with(tmp_path, budget_mib, tmp_path / "f"))
+        [finding] = the_features_find_room(plan_with(tmp_path, budget_mib, tmp_path / "f"))
         assert finding.refuses == refuses
         for advice in ("lower features.budget_mib", "--shm-size=", "set features.directory to a folder on"):
             assert advice in finding.next
-    assert not list(shared_memory_holds_the_budget(plan_with(tmp_path, 1, tmp_path / "f")))
-    [finding] = shared_memory_holds_the_budget(plan_with(tmp_path / "none", 1, tmp_path / "f"))
-    assert finding.refuses
+    assert not list(the_features_find_room(plan_with(tmp_path, 1, tmp_path / "f")))
+    shared = plan_with(tmp_path, total_mib + 1, tmp_path / "f")
+    shared.config.features.is_shared = True
+    [finding] = the_features_find_room(shared)
+    assert finding.next.startswith("Free some, or lower features.budget_mib to")
+    for is_shared in (False, True):
+        missing = plan_with(tmp_path / "none", 1, tmp_path / "f")
+        missing.config.features.is_shared = is_shared
+        [finding] = the_features_find_room(missing)
+        assert finding.refuses
 
 
 def test_few_open_files_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:

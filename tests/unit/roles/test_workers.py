@@ -112,12 +112,12 @@ def test_whoever_changes_what_binds_a_run_keeps_every_producer_out(config: RunCo
         assert alone
         with pytest.raises(FencedError):
             distant.lease(1)
-    assert elsewhere(ledger.facts()) == []
+    assert elsewhere(ledger.facts(), config.run.directory) == []
 
 
 def test_a_start_returns_the_work_of_dead_producers_of_this_host(config: RunConfig, ledger: Ledger) -> None:
     """A lock says that they have no process. Of other hosts it says nothing."""
-    here = about_this_process()
+    here = about_this_process(config.run.directory)
     for worker, about in (("0", here), ("2", here), ("3", here), ("4", FAR)):
         producer(ledger, worker, about)
     live = RoleLock(config.run.directory, role_of("3"))
@@ -131,7 +131,7 @@ def test_a_start_returns_the_work_of_dead_producers_of_this_host(config: RunConf
 
 def test_a_start_returns_leases_of_which_no_fact_is_left(config: RunConfig, ledger: Ledger) -> None:
     """An earlier start was killed while it cleared up; nobody else would ever return them."""
-    producer(ledger, "5", about_this_process()).tell(None)
+    producer(ledger, "5", about_this_process(config.run.directory)).tell(None)
     take_from_the_dead(config, ledger)
     assert ledger.snapshot().prompts.leased == 0
 
