@@ -11,6 +11,7 @@ used once; see transports.py and usual_transports.py for what each way does.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import torch
 import xxhash
+from safetensors.torch import load_file, save_file
 
 from benchmarks.rows import Row, against, row
 from benchmarks.transports import (
@@ -38,6 +40,7 @@ from benchmarks.transports import (
     sample,
 )
 from benchmarks.usual_transports import RedisStream, SafetensorsFiles, SharedMemoryBlocks, TorchQueue
+from paceline.features.stores.directory import DirectoryFeatureStore
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.testing.feature_store_suite import feature_ref
 
@@ -130,6 +133,51 @@ def overhead(folder: Path, rounds: int) -> list[Row]:
     return [
         row("get, besides copy and digest", micro["get"], "us", **reached("get")),
         row("put and abort, besides copy and digest", micro["put"], "us"),
+    ]
+
+
+# -- a folder that hosts share ---------------------------------------------------------------
+
+
+def shared_folder(disk: Path, label: str, num_bytes: int, rounds: int) -> list[Row]:
+    """Put and get of the shared-directory store against safetensors files as a user writes and reads them.
+
+    Both publish by a rename, neither syncs, and both hand out tensors that own their memory; the store also
+    digests on both sides.
+    """
+    tensors = sample(num_bytes)
+    size = payload_bytes(tensors)
+    store = DirectoryFeatureStore(disk / "store", budget_bytes=2 << 30, owner=True)
+    plain = disk / "plain"
+    plain.mkdir()
+    refs = [feature_ref(f"s{n}", store.put(f"s{n}", tensors, generation=n + 1)) for n in range(RING)]
+    generations = itertools.count(RING + 1)
+
+    def put(n: int) -> None:
+        number = next(generations)
+        store.put(f"t{n}", tensors, generation=number)
+        store.free([(f"t{n}", number)])
+
+    def write(n: int) -> None:
+        save_file(tensors, plain / f"{n}.new")
+        (plain / f"{n}.new").rename(plain / f"t{n}")
+        (plain / f"t{n}").unlink()
+
+    for n in range(RING):
+        save_file(tensors, plain / f"s{n}")
+    works: dict[str, Callable[[int], object]] = {
+        "put": put,
+        "write": write,
+        "get": lambda n: store.get(refs[n]),
+        "read": lambda n: {name: t.clone() for name, t in load_file(plain / f"s{n}").items()},
+    }
+    seconds = rounds_of(works, rounds, repeats=max(1, (8 << 20) // (RING * num_bytes)))
+    store.destroy()
+    speed = {name: [size / s / 1e9 for s in taken] for name, taken in seconds.items()}
+    told = {"limit_name": "plain safetensors file", "goal": 0.9}
+    return [
+        against(f"shared folder: put {label}", speed["put"], speed["write"], "GB/s", **told),
+        against(f"shared folder: get {label}", speed["get"], speed["read"], "GB/s", **told),
     ]
 
 
@@ -262,6 +310,9 @@ def run(quick: bool) -> list[Row]:
     rows = overhead(folder, rounds=10 if quick else 40)
     for label, num_bytes in SIZES.items():
         rows += put_and_get(folder, label, num_bytes, rounds=15 if quick else 25)
+    for label in ("1 MB", "8 MB"):
+        with tempfile.TemporaryDirectory(dir=os.environ.get("PACELINE_BENCH_DIR")) as disk:
+            rows += shared_folder(Path(disk), label, SIZES[label], rounds=5 if quick else 15)
     for label, (num_bytes, group) in STREAMS.items():
         rows += streams(label, num_bytes, group, rounds=3 if quick else 9)
     return rows + leftovers(folder, before_run)

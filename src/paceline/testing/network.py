@@ -1,7 +1,8 @@
 """Several hosts on one machine: a network namespace each, joined by a wire that this process can harm.
 
 Every host has one interface (a TUN device). What a host sends arrives here as packets, and this process hands
-them on: late, twice, or not at all. TCP above them is the kernel's own.
+them on: late, twice, or not at all. TCP above them is the kernel's own. A host may also have a name, memory
+(/dev/shm) and mounts of its own.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-CLONE_NEWNET = 0x40000000
+CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWUTS = 0x40000000, 0x00020000, 0x04000000
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 PACKET_MAX = 65_536
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -35,41 +38,54 @@ class NoNetworkError(Exception):
 class Host:
     name: str
     address: str
-    namespace: int  # an open file of it
     wire: int  # the other end of its interface: packets of bytes
+    namespaces: tuple[int, ...]  # an open file of each
 
     def enter(self) -> None:
-        """This process, which must have one thread, and its children are on that host from now on."""
-        if _libc.setns(self.namespace, CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"cannot enter the network of {self.name}")
+        """This process, which must have one thread, and its children are on that host from now on.
+
+        If the host has mounts of its own, the working directory is the root afterwards.
+        """
+        for namespace in self.namespaces:
+            if _libc.setns(namespace, 0):
+                raise OSError(ctypes.get_errno(), f"cannot enter {self.name}")
 
 
-def make_host(name: str, address: str) -> Host:
-    """Raises NoNetworkError."""
+def make_host(name: str, address: str, mounts: Mapping[str, Path] | None = None) -> Host:
+    """`mounts`: the host has a name and memory of its own, and these files and folders at these paths.
+
+    Raises NoNetworkError.
+    """
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with here, there:
         pid = os.fork()
         if pid == 0:
-            _make_namespace(there, address)
+            _make_namespace(there, name, address, mounts)
         os.waitpid(pid, 0)
         here.setblocking(False)
-        said, files, _, _ = socket.recv_fds(here, 1000, 2)
+        said, files, _, _ = socket.recv_fds(here, 1000, 4)
     if len(files) < 2:
         raise NoNetworkError(said.decode())
-    return Host(name, address, *files)
+    wire, *namespaces = files
+    return Host(name, address, wire, tuple(namespaces))
 
 
-def _make_namespace(parent: socket.socket, address: str) -> None:
+def _make_namespace(
+    parent: socket.socket, name: str, address: str, mounts: Mapping[str, Path] | None
+) -> None:
     """In a child: a namespace with one interface, whose ends go to the parent. Never returns."""
     files, said = list[int](), b"a network"
+    kinds = {"net": CLONE_NEWNET} | ({} if mounts is None else {"uts": CLONE_NEWUTS, "mnt": CLONE_NEWNS})
     try:
-        if _libc.unshare(CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET) is refused")
+        if _libc.unshare(sum(kinds.values())):
+            raise OSError(ctypes.get_errno(), f"unshare of {', '.join(kinds)} is refused")
+        if mounts is not None:
+            _make_place(name, mounts)
         wire = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
         fcntl.ioctl(wire, TUNSETIFF, struct.pack("16sH14x", b"wire", IFF_TUN | IFF_NO_PI))
         for what in (f"addr add {address}/24 dev wire", "link set wire up", "link set lo up"):
             subprocess.run(["ip", *what.split()], check=True, capture_output=True)  # noqa: S607
-        files = [os.open("/proc/self/ns/net", os.O_RDONLY), wire]
+        files = [wire, *(os.open(f"/proc/self/ns/{kind}", os.O_RDONLY) for kind in kinds)]
     except (OSError, subprocess.CalledProcessError) as error:
         said = str(error).encode()
     finally:
@@ -77,12 +93,40 @@ def _make_namespace(parent: socket.socket, address: str) -> None:
         os._exit(0)
 
 
+def _make_place(name: str, mounts: Mapping[str, Path]) -> None:
+    """In new namespaces: a name, memory, and mounts. What is not on the machine is made in a new /mnt."""
+    socket.sethostname(name)
+    _mount("none", "/", "", MS_REC | MS_PRIVATE)
+    for path in ("/dev/shm", "/mnt"):  # noqa: S108 (as every host has them)
+        _mount("tmpfs", path, "tmpfs", 0)
+    for path, source in mounts.items():
+        if source.is_dir():
+            Path(path).mkdir(parents=True, exist_ok=True)
+        _mount(str(source), path, "", MS_BIND)
+
+
+def _mount(source: str, path: str, kind: str, flags: int) -> None:
+    if _libc.mount(source.encode(), path.encode(), kind.encode(), flags, None):
+        raise OSError(ctypes.get_errno(), f"mount of {path} is refused")
+
+
+def address_of(number: int) -> str:
+    """Of the host of this number, from 0."""
+    return f"10.77.0.{number + 1}"
+
+
 class Network:
     """Hosts by name. Packets go where they should until something is changed."""
 
-    def __init__(self, names: tuple[str, ...], seed: int = 0) -> None:
-        """Raises NoNetworkError."""
-        self.hosts = {name: make_host(name, f"10.77.0.{n + 1}") for n, name in enumerate(names)}
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        seed: int = 0,
+        mounts: Mapping[str, Mapping[str, Path]] | None = None,
+    ) -> None:
+        """`mounts`: by host, see `make_host`. Raises NoNetworkError."""
+        given = mounts or {}
+        self.hosts = {name: make_host(name, address_of(n), given.get(name)) for n, name in enumerate(names)}
         self.lost = 0.0  # share of packets that disappear
         self.doubled = 0.0  # and that arrive twice
         self.delay_s = 0.0  # at most; packets overtake each other
@@ -130,8 +174,8 @@ class Network:
         os.write(self._wake[1], b"x")
         self._thread.join()
         for host in self.hosts.values():
-            os.close(host.namespace)
-            os.close(host.wire)
+            for fd in (host.wire, *host.namespaces):
+                os.close(fd)
         for end in self._wake:
             os.close(end)
 
