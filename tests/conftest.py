@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from paceline.testing.forked_commands import ForkedCommands
+from paceline.testing.forked_templates import ForkedTemplates
 from paceline.testing.valkey_server import ValkeyServer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,3 +43,17 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
     server = ValkeyServer(tmp_path_factory.mktemp("valkey"), appendfsync="always")
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_templates() -> Iterator[ForkedTemplates]:
+    """One process whose forks render all chat templates; it starts with the first of them."""
+    with ForkedTemplates() as templates:
+        yield templates
+
+
+@pytest.fixture(scope="session")
+def forked_commands(forked_templates: ForkedTemplates) -> Iterator[ForkedCommands]:
+    """One process whose forks are all commands and scripts that tests start; it starts with the first."""
+    with ForkedCommands(forked_templates) as commands:
+        yield commands

@@ -1,15 +1,23 @@
-"""Commands that run as forks (src/paceline/testing/forked_commands.py) are the processes that a user gets."""
+"""Forked commands (src/paceline/testing/forked_commands.py) and template workers are what a user gets."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from paceline.ledger.locks import live_holder
+from paceline.target.template import ChatTemplate
 from paceline.telemetry import read_events
+from paceline.testing.forked_commands import ForkedCommands
+from paceline.testing.forked_templates import ForkedTemplates
 from paceline.testing.tiny_run import TinyRun, executed
 
 
@@ -57,3 +65,49 @@ def test_a_forked_command_says_what_a_user_reads(tiny_model: Path, tmp_path: Pat
         assert forked.stdout == real.stdout
         assert forked.stderr == real.stderr
         assert "Next:" in real.stderr or "next " in real.stderr
+
+
+def test_a_forked_process_is_what_proc_says_of_it(forked_commands: ForkedCommands) -> None:
+    """Its arguments and its environment, and nothing of those of the process that it was forked from."""
+    environment = {"FIRST": "of two", "SECOND": "\u00fc"}
+    code = (
+        "import json; words = lambda name: open(f'/proc/self/{name}').read().rstrip(chr(0)).split(chr(0))\n"
+    )
+    code += "print(json.dumps([words('cmdline'), words('environ')]))"
+    arguments = [sys.executable, "-c", code, "an argument"]
+    told = forked_commands.run(arguments, environment)
+    assert json.loads(told.stdout) == [arguments, ["FIRST=of two", "SECOND=\u00fc"]], told.stderr
+
+
+def test_forked_processes_live_beside_each_other(forked_commands: ForkedCommands) -> None:
+    """One that sleeps keeps no other one waiting, and is killed alone."""
+    code = "import time; print('here', flush=True); time.sleep(600)"
+    with forked_commands.begin([sys.executable, "-c", code], os.environ) as sleeper:
+        assert forked_commands.script("import sys; sys.exit(3)").returncode == 3
+        while not sleeper.out.read_text():
+            time.sleep(0.005)
+        with pytest.raises(subprocess.TimeoutExpired):
+            sleeper.wait(timeout=0)
+        assert sleeper.poll() is None
+        sleeper.kill()
+        assert sleeper.communicate() == ("here\n", "")
+        assert sleeper.returncode == -signal.SIGKILL
+
+
+def test_a_forked_worker_renders_what_a_started_one_renders(forked_templates: ForkedTemplates) -> None:
+    """The same text and spans, and an end when nobody needs it any more."""
+    chat = [{"role": "user", "content": "hello"}]
+    told = []
+    for start in (forked_templates.start, forked_templates.executed):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("paceline.target.template._start", start)
+            template = ChatTemplate()
+        template.use("{% generation %}{{ messages[0].content }}{% endgeneration %}{{ kind }}", {"kind": "x"})
+        rendered = template.render(chat)
+        process = template._process
+        assert process is not None
+        process.stdin.close()
+        told.append((rendered, process.wait()))
+        template.close()
+    assert told[0] == told[1]
+    assert told[0][0].text == "hellox"

@@ -98,7 +98,7 @@ def test_roles_and_the_server_are_killed_and_the_run_goes_on_by_itself(
         for role in ("consumer", "producer"):
             wait_until(lambda role=role: bool(live_holder(run.directory, role)), train)
             os.kill(live_holder(run.directory, role) or 0, signal.SIGKILL)
-        out, err = train.communicate(timeout=250)
+        out, err = train.communicate(timeout=500)
     assert train.returncode == 0, err
     assert out.strip().endswith(f"{NUM_SAMPLES} samples trained | 2 restarts")
     check(run, uninterrupted)
@@ -138,7 +138,7 @@ def test_three_producers_share_a_ledger_on_a_server(
         server.start()
         wait_until(lambda: bool(live_holder(run.directory, "producer-1")), train)
         os.kill(live_holder(run.directory, "producer-1") or 0, signal.SIGKILL)
-        _, err = train.communicate(timeout=250)
+        _, err = train.communicate(timeout=500)
     assert train.returncode == 0, err
     check(run, uninterrupted)
 
@@ -158,7 +158,7 @@ def test_a_server_that_lost_changes_stops_the_run_which_then_goes_on(
         shutil.rmtree(server.folder / "appendonlydir")
         shutil.copytree(tmp_path / "older", server.folder / "appendonlydir")
         server.start()
-        out, err = train.communicate(timeout=250)
+        out, err = train.communicate(timeout=500)
     assert train.returncode == 6, out + err
     assert "which were made before" in err
     done = run.command("train")
@@ -176,7 +176,7 @@ def test_another_or_an_empty_server_does_not_begin_the_run_anew(
     with run.start("train") as train:
         wait_until(has_head(run), train)
         train.send_signal(signal.SIGINT)
-        train.communicate(timeout=200)
+        train.communicate(timeout=500)
     with server.client() as client:
         client.flushall()
         for verb in ("train", "status"):
@@ -195,7 +195,7 @@ def test_a_server_may_move_with_its_data(
     with run.start("train") as train:
         wait_until(has_head(run), train)
         train.send_signal(signal.SIGINT)
-        train.communicate(timeout=200)
+        train.communicate(timeout=500)
     server.stop()
     server.socket = server.folder / "moved.sock"
     server.start()

@@ -6,7 +6,6 @@ import fcntl
 import os
 import random
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from paceline.ledger.locks import live_holder
 from paceline.telemetry import read_events
 from paceline.testing import random_kills
 from paceline.testing.random_kills import make_run
-from paceline.testing.tiny_run import TinyRun, wait_until
+from paceline.testing.tiny_run import Begun, TinyRun, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +35,8 @@ def test_three_producers_that_die_at_random_times_leave_the_same_weights(
 ) -> None:
     """Each is started again by itself; the others go on meanwhile. Which of them captures is not fixed."""
     run = make_run(tmp_path, tiny_model, producers=3, producer_timeout_s=5)
-    counts = random_kills.train_with_kills(run, random.Random(5), kills=3)
-    assert sum(count for what, count in counts.items() if what.endswith("killed")) >= 2, counts
+    counts = random_kills.train_with_kills(run, random.Random(5), kills=3, longest_pause_s=1.5)
+    assert any(what.endswith("killed") for what in +counts), "the first pause is shorter than any run"
     random_kills.check(run, uninterrupted)
 
 
@@ -55,29 +54,25 @@ def test_producers_are_held_up_and_join_and_are_killed_and_leave(
     with run.start("train") as train:
         wait_until(lambda: told(run, "producer", "group") > 0, train)
         held_up = stop_with_a_group(run, train)
-        with joined(run) as first:
+        with run.start("produce", "--join") as first:
             wait_until(lambda: told(run, "producer-1", "taken_over") > 0, train)
             captured = told(run, "producer-1", "group")
             wait_until(lambda: told(run, "producer-1", "group") > captured, train)
             first.kill()
-        with joined(run) as second:
+        with run.start("produce", "--join") as second:
             captured = told(run, "producer-1", "group")
             wait_until(lambda: told(run, "producer-1", "group") > captured, train)
             second.terminate()
-            assert second.wait(timeout=100) == 0
+            assert second.wait(timeout=500) == 0
         os.kill(held_up, signal.SIGCONT)
-        out, err = train.communicate(timeout=200)
+        out, err = train.communicate(timeout=500)
     assert train.returncode == 0, err
     assert "120 samples trained" in out
     random_kills.check(run, uninterrupted)
     assert producers_in(run.ledger().facts()) == {}, "everybody has left, or was given up"
 
 
-def joined(run: TinyRun) -> subprocess.Popen[str]:
-    return subprocess.Popen([*run.arguments("produce"), "--join"], env=run.environment(), text=True)
-
-
-def stop_with_a_group(run: TinyRun, process: subprocess.Popen[str]) -> int:
+def stop_with_a_group(run: TinyRun, process: Begun) -> int:
     """Stop the producer while it holds a group, and nothing that would delay others until it goes on."""
     features = load_run_config(run.run_file).feature_folder
     locks = ["ledger.db-gate", "answers/turns.lock", features / "writer.lock"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ from paceline.evaluation.curve import Point, beginning_of, read_curve, record_po
 from paceline.ledger.locks import live_holder
 from paceline.testing import random_kills
 from paceline.testing.random_kills import make_run
-from paceline.testing.tiny_run import TinyRun, wait_until
+from paceline.testing.tiny_run import Begun, TinyRun, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def measured_run(folder: Path, model: Path) -> TinyRun:
     return run
 
 
-def evaluator_of(train: subprocess.Popen[str]) -> int | None:
+def evaluator_of(train: Begun) -> int | None:
     """The process that measures beside training, as soon as there is one."""
     for children in Path(f"/proc/{train.pid}/task").glob("*/children"):
         for pid in map(int, children.read_text().split()):
@@ -42,7 +41,7 @@ def evaluator_of(train: subprocess.Popen[str]) -> int | None:
     return None
 
 
-def awaited_evaluator(train: subprocess.Popen[str]) -> int:
+def awaited_evaluator(train: Begun) -> int:
     wait_until(lambda: evaluator_of(train) is not None, train)
     pid = evaluator_of(train)
     assert pid is not None
@@ -86,7 +85,7 @@ def test_an_evaluator_that_is_killed_costs_nothing(
     run = measured_run(tmp_path, tiny_model)
     with run.start("train") as train:
         os.kill(awaited_evaluator(train), signal.SIGKILL)
-        out, err = train.communicate(timeout=200)
+        out, err = train.communicate(timeout=500)
     assert train.returncode == 0, err
     assert "a measurement beside training failed (it ended by SIGKILL)" in out
     check(run, unmeasured)
@@ -135,7 +134,7 @@ def test_a_flat_curve_ends_training_early_and_the_run_can_go_on_later(
     with run.start("train") as train:
         awaited_evaluator(train)
         train.send_signal(signal.SIGINT)
-        train.communicate(timeout=200)
+        train.communicate(timeout=500)
     assert train.returncode == 130
     step = flat_points(run)
     assert step < 30

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import torch
 from paceline.config.load import load_run_config
 from paceline.ledger.locks import live_holder
 from paceline.telemetry import read_events
+from paceline.testing.forked_commands import ForkedCommands
 from paceline.testing.tiny_run import TinyRun, executed
 
 
@@ -62,12 +62,11 @@ sys.exit(run_role("producer", Path(sys.argv[1]), producer.produce))
 
 
 def test_a_producer_that_comes_when_all_is_trained_leaves_no_feature_store(
-    tiny_model: Path, tmp_path: Path
+    tiny_model: Path, tmp_path: Path, forked_commands: ForkedCommands
 ) -> None:
     """It was started again at the very end, and still loaded its model when the consumer freed everything."""
     run = TinyRun(tmp_path, tiny_model)
-    command = [sys.executable, "-c", COMES_LATE, str(run.run_file), str(run.directory / "ledger.db")]
-    done = subprocess.run(command, env=run.environment(), capture_output=True, text=True, check=False)
+    done = forked_commands.script(COMES_LATE, str(run.run_file), str(run.directory / "ledger.db"))
     assert done.returncode == 0, done.stderr
     assert not load_run_config(run.run_file).feature_folder.exists()
 
@@ -198,7 +197,7 @@ def test_a_second_trainer_is_refused_and_disturbs_nothing(tiny_model: Path, tmp_
         assert f"process {first.pid}" in second.stderr
         assert "paceline status" in second.stderr
         assert run.command("produce").returncode == 0
-        assert first.wait(timeout=120) == 0
+        assert first.wait(timeout=500) == 0
     assert run.ledger().facts()["completed_step"] == 10
 
 
@@ -315,7 +314,7 @@ def _epochs(run: TinyRun) -> dict[str, int]:
 def _wait_until(condition: object) -> None:
     import time
 
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 500
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.05)

@@ -42,7 +42,7 @@ def test_a_managed_server_that_is_killed_costs_no_sample(tiny_model: Path, tmp_p
                 pids = list(session_members(told["session"], told["started"]))
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        out, err = produce.communicate(timeout=200)
+        out, err = produce.communicate(timeout=500)
     config = load_run_config(run.run_file)
     assert produce.returncode == 0, out + err
     now = run.ledger().snapshot()

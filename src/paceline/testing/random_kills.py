@@ -28,7 +28,7 @@ from paceline.roles.trainers import known_ranks
 from paceline.roles.workers import is_producer, known_roles
 from paceline.testing.small_run import same_bits
 from paceline.testing.tiny_folder import make_tiny_folder
-from paceline.testing.tiny_run import TinyRun
+from paceline.testing.tiny_run import Begun, TinyRun
 
 VICTIMS = ("producer", "consumer", "supervisor", "everything")
 PAUSE_S = (0.1, 10.0)  # between two kills
@@ -46,14 +46,16 @@ def make_run(folder: Path, model: Path, **machine: float) -> TinyRun:
     return TinyRun(folder, model, prompts=prompts, machine=machine, **more)
 
 
-def train_with_kills(run: TinyRun, rng: random.Random, kills: int) -> Counter[str]:
+def train_with_kills(
+    run: TinyRun, rng: random.Random, kills: int, longest_pause_s: float = PAUSE_S[1]
+) -> Counter[str]:
     """`paceline train`, started again whenever it was killed itself, to its end; how often who was killed."""
     counts: Counter[str] = Counter()
     while True:
         counts["starts"] += 1
         with run.start("train") as train:
             while True:
-                pause = rng.uniform(*PAUSE_S) if kills else None
+                pause = rng.uniform(PAUSE_S[0], longest_pause_s) if kills else None
                 try:
                     out, err = train.communicate(timeout=pause)
                     break
@@ -68,7 +70,7 @@ def train_with_kills(run: TinyRun, rng: random.Random, kills: int) -> Counter[st
             raise Violation(f"paceline train ended with {train.returncode}: {out[-2000:]}\n{err[-2000:]}")
 
 
-def _strike(run: TinyRun, train: subprocess.Popen[str], victim: str, rng: random.Random) -> bool:
+def _strike(run: TinyRun, train: Begun, victim: str, rng: random.Random) -> bool:
     """Whether it was there to be killed."""
     producers = [role for role in known_roles(run.directory) if is_producer(role)]
     ranks = ["consumer", *known_ranks(run.directory)]

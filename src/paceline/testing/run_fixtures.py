@@ -9,7 +9,7 @@ import pytest
 
 from paceline.testing.forked_commands import ForkedCommands
 from paceline.testing.tiny_folder import make_tiny_folder
-from paceline.testing.tiny_run import TinyRun, executed
+from paceline.testing.tiny_run import TinyRun, begun, executed
 
 
 @pytest.fixture(scope="session")
@@ -19,12 +19,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def forked_commands() -> Iterator[None]:
-    """Commands that a test waits for are forks; those that it starts, to disturb them, are not."""
-    with ForkedCommands() as commands:
-        TinyRun.execute = staticmethod(commands.run)
-        yield
-    TinyRun.execute = staticmethod(executed)
+def commands_are_forks(forked_commands: ForkedCommands) -> Iterator[None]:
+    """For one that is started from nothing there are `executed` and `begun` of tiny_run.py."""
+    TinyRun.execute, TinyRun.begin = staticmethod(forked_commands.run), staticmethod(forked_commands.begin)
+    yield
+    TinyRun.execute, TinyRun.begin = staticmethod(executed), staticmethod(begun)
 
 
 @pytest.fixture(autouse=True)

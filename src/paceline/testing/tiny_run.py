@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import yaml
@@ -48,13 +48,39 @@ def executed(arguments: Sequence[str], environment: Mapping[str, str]) -> subpro
     return subprocess.run(arguments, env=environment, text=True, capture_output=True, check=False)
 
 
+class Begun(Protocol):
+    """What tests use of a process that they have started: of subprocess.Popen."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | Any: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def communicate(self, *, timeout: float | None = None) -> tuple[str, str]: ...
+    def send_signal(self, number: int, /) -> None: ...
+    def kill(self) -> None: ...
+    def terminate(self) -> None: ...
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *error: Any) -> None: ...
+
+
+def begun(arguments: Sequence[str], environment: Mapping[str, str]) -> Begun:
+    """Start a command as a user does; what it writes is read through pipes."""
+    return subprocess.Popen(
+        arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
 class TinyRun:
     """A run folder with its run file. `name` must be its own: features lie under it in shared memory.
 
-    `execute` runs what `command` and `run` are asked for; see forked_commands.py for another way.
+    `execute` and `begin` start the commands that it is asked for; see forked_commands.py for another way.
     """
 
-    execute = staticmethod(executed)
+    execute: Callable[[Sequence[str], Mapping[str, str]], subprocess.CompletedProcess[str]]
+    begin: Callable[[Sequence[str], Mapping[str, str]], Begun]
+    execute, begin = staticmethod(executed), staticmethod(begun)
     made: ClassVar[list[TinyRun]] = []  # in this process
 
     def __init__(self, folder: Path, model: Path, **sections: dict[str, Any]) -> None:
@@ -101,14 +127,9 @@ class TinyRun:
     def run(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
         return self.execute(arguments, self.environment())
 
-    def start(self, verb: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.arguments(verb),
-            env=self.environment(),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+    def start(self, verb: str, *options: str) -> Begun:
+        """Start `paceline <verb> run.yaml`."""
+        return self.begin([*self.arguments(verb), *options], self.environment())
 
     def arguments(self, verb: str) -> list[str]:
         return [sys.executable, "-m", "paceline.cli.main", verb, str(self.run_file)]
@@ -145,7 +166,7 @@ class TinyRun:
         return load_file(self.directory / "checkpoints" / head.name / "draft.safetensors")
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(condition: Callable[[], bool], process: Begun) -> None:
     """Look again and again until it is so; the process must not end before."""
     while not condition():
         assert process.poll() is None, "the run ended before it could be killed"

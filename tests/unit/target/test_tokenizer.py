@@ -13,6 +13,7 @@ from paceline.errors import ConfigError, EngineError
 from paceline.target import template_worker
 from paceline.target.template import ChatTemplate, TemplateError
 from paceline.target.tokenizer import PromptEncoder
+from paceline.testing.forked_templates import ForkedTemplates
 
 PROMPT = "the wind turns a wheel"
 
@@ -61,13 +62,16 @@ def test_a_template_that_fails_is_one_clear_error(folder: Path, template: str, r
     assert caught.value.exit_code == 4
 
 
-def test_a_template_without_end_is_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_without_end_is_stopped(
+    folder: Path, forked_templates: ForkedTemplates, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its process is killed at the limit; the role lives on with an error."""
     loops = "".join(f"{{% for i{n} in range(99999) %}}" for n in range(4)) + "{% endfor %}" * 4
     script = Path(template_worker.__file__)
     quick = folder / "worker.py"
     quick.write_text(script.read_text().replace("RENDER_S = 10", "RENDER_S = 1"))
     monkeypatch.setattr("paceline.target.template.WORKER", [str(quick)])
+    monkeypatch.setattr("paceline.target.template._start", forked_templates.executed)
     with pytest.raises(TemplateError, match="was stopped after"):
         PromptEncoder(with_template(folder, loops))
 
