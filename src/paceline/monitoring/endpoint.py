@@ -33,7 +33,7 @@ class MetricsServer(ThreadingHTTPServer):
                 why="The port is taken, or the address is not of this machine.",
                 next="choose another one: paceline metrics RUN --port 9465",
             ) from error
-        self.is_loopback = _is_loopback(str(self.server_address[0]))
+        self.is_loopback = is_loopback(str(self.server_address[0]))
 
     @property
     def url(self) -> str:
@@ -59,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
         """The page, or what is wrong with the request."""
         if self.path.partition("?")[0] != "/metrics":
             self.send_error(404, "The metrics are at /metrics")
-        elif self.server.is_loopback and not _names_this_machine(self.headers.get("Host", "")):
+        elif self.server.is_loopback and not names_this_machine(self.headers.get("Host", "")):
             # Else any web page could have a browser of this machine read them under a name of its own.
             self.send_error(403, "Ask for 127.0.0.1 or localhost")
         else:
@@ -74,12 +74,13 @@ class _Handler(BaseHTTPRequestHandler):
         """Not a line for every scrape."""
 
 
-def _names_this_machine(host: str) -> bool:
+def names_this_machine(host: str) -> bool:
+    """Whether a request's Host header is a loopback address or localhost, with or without a port."""
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-    return name in ("", "localhost") or _is_loopback(name.strip("[]"))
+    return name in ("", "localhost") or is_loopback(name.strip("[]"))
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -39,11 +39,11 @@ def find_runs(base: Path) -> Iterator[FoundRun]:
             why="Runs are looked for in it and below.",
             next="check the path; paceline runs [DIR]",
         ) from error
-    for directory in _run_folders(base, DEPTH_MAX):
+    for directory in run_folders(base):
         yield _found(directory)
 
 
-def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
+def run_folders(folder: Path, depth: int = DEPTH_MAX) -> Iterator[Path]:
     """What a run holds is no run, and links are not followed, so that nothing comes twice."""
     if has_ledger(folder):
         yield folder
@@ -55,7 +55,7 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
         return
     for name in below if depth else ():
         if not name.startswith("."):
-            yield from _run_folders(folder / name, depth - 1)
+            yield from run_folders(folder / name, depth - 1)
 
 
 def _found(directory: Path) -> FoundRun:
