@@ -7,10 +7,10 @@ TRAINED ?= runs/smollm2-cpu
 SCALE ?= 1
 BIN := $(VENV)/bin
 
-.PHONY: help install model train evaluate test lint types layers reference check dist sbom docs bench quality test-vllm gpu reliability clean
+.PHONY: help install model train evaluate test lint types layers reference check dist sbom docs bench quality test-vllm test-dashboard gpu reliability clean
 
 help: ## show this
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: pyproject.toml constraints.txt scripts/install.sh
 	sh scripts/install.sh $(PYTHON) $(VENV)
@@ -86,6 +86,14 @@ test-vllm: install model .venv-vllm/.installed ## a real vLLM on the CPU (3.4 GB
 	test ! -d $(TRAINED) || PYTHONPATH=. $(BIN)/python tests/vllm/check_exports.py $(TRAINED) $(VLLM) \
 		--record $(KEPT)-exports.json $(if $(SPECULATORS),--speculators $(SPECULATORS))
 	PYTHONPATH=. $(BIN)/python tests/vllm/check_quantised.py $(VLLM) --record $(KEPT)-quantised.json
+
+$(VENV)/.browser: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt -e ".[browser]"
+	touch $@
+
+test-dashboard: install $(VENV)/.browser ## the dashboard in a headless Chromium (Debian: apt-get install chromium)
+	@command -v chromium >/dev/null || $(BIN)/playwright install --with-deps chromium
+	PYTHONPATH=. $(BIN)/python -m pytest -q tests/browser/check_dashboard.py
 
 gpu: install ## three minutes on a CUDA device: everything a run does there, and where a step waits
 	$(BIN)/python scripts/gpu_check.py

@@ -44,6 +44,29 @@ def watch(
 
 @verbs.command()
 @advises
+def dashboard(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|DIR", help="A run, as elsewhere, or a folder of runs.", readable=False),
+    ],
+    port: Annotated[int, typer.Option(help="0: a free one.", min=0, max=65535)] = 8000,
+    host: Annotated[str, typer.Option(help="The address to serve it on; another one needs a token.")] = HOST,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="A file with the token to ask for; else PACELINE_DASHBOARD_TOKEN.", readable=False),
+    ] = None,
+) -> None:
+    """Show runs in a browser: flow, curves, the timeline of every process, lineage.
+
+    It needs paceline[dashboard]. Ctrl-C ends the view, not the runs.
+    """
+    from paceline.cli.dashboard import serve_dashboard
+
+    serve_dashboard(run, host, port, token_file)
+
+
+@verbs.command()
+@advises
 def runs(
     base: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look.", readable=False)] = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="For scripts; see docs/status.md.")] = False,
