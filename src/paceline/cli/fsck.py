@@ -21,6 +21,33 @@ UNSOUND = 9  # exit code
 def fsck_directory(console: Console, directory: Path) -> int:
     """Print what the checker finds in the run; returns 0 if it is sound, else UNSOUND.
 
+    Raises what `checked` raises.
+    """
+    report = checked(directory)
+    counted = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.counts.items())
+    say(console, f"looked at {counted or 'what could be read'}")
+    for rule, promise in RULES.items():
+        errors = report.errors_of(rule)
+        # If nothing could be read, no rule was checked.
+        if errors or report.counts:
+            say(console, f"{rule} {f'{len(errors)} ERRORS' if errors else 'ok'}: {promise}")
+        for error in errors:
+            say(console, f"   ERROR {error}")
+    for note in report.notes:
+        say(console, f"note   {note}")
+    if not report.errors:
+        say(console, "sound: no sample is lost or trained twice, and every checkpoint is as recorded")
+        return 0
+    say(
+        console,
+        f"UNSOUND: {len(report.errors)} errors. Nothing was changed. {_advice(directory, report)}",
+    )
+    return UNSOUND
+
+
+def checked(directory: Path) -> Report:
+    """What the checker finds in the run.
+
     Raises SchemaError for a ledger that is empty or of another version, ConfigError or OSError for files that
     this user may not read.
     """
@@ -44,25 +71,7 @@ def fsck_directory(console: Console, directory: Path) -> int:
             why="Nothing was changed, and nothing in it was judged.",
             next="use the version of Paceline that wrote it; or start the run, if it has not begun.",
         )
-    counted = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.counts.items())
-    say(console, f"looked at {counted or 'what could be read'}")
-    for rule, promise in RULES.items():
-        errors = report.errors_of(rule)
-        # If nothing could be read, no rule was checked.
-        if errors or report.counts:
-            say(console, f"{rule} {f'{len(errors)} ERRORS' if errors else 'ok'}: {promise}")
-        for error in errors:
-            say(console, f"   ERROR {error}")
-    for note in report.notes:
-        say(console, f"note   {note}")
-    if not report.errors:
-        say(console, "sound: no sample is lost or trained twice, and every checkpoint is as recorded")
-        return 0
-    say(
-        console,
-        f"UNSOUND: {len(report.errors)} errors. Nothing was changed. {_advice(directory, report)}",
-    )
-    return UNSOUND
+    return report
 
 
 def _advice(directory: Path, report: Report) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator
+from html import escape
 from pathlib import Path
 from typing import Any, cast
 
 import anyio
 import pytest
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
 from paceline.cli.dashboard import _shown, _token
+from paceline.cli.main import app
 from paceline.dashboard.access import COOKIE, is_named
 from paceline.dashboard.runs import Runs
 from paceline.dashboard.server import PAGE, _told, dashboard, listen
@@ -236,3 +239,13 @@ def test_a_run_or_a_folder_of_runs_is_shown(base: Path) -> None:
     """A run's own folder is one run."""
     assert list(_shown(base / "one")[1]()) == [base / "one"]
     assert set(_shown(base)[1]()) == {base / "one", base / "more" / "two"}
+
+
+def test_a_report_stands_alone(base: Path) -> None:
+    """One file without scripts and addresses, with the checker's verdict; foreign text is escaped."""
+    result = CliRunner().invoke(app, ["report", str(base / "one"), "--to", str(base / "r.html")])
+    assert result.exit_code == 0, result.output
+    page = (base / "r.html").read_text()
+    assert not re.search(r"<script|<img|https?://|url\(", page)
+    for words in ("Sound: every rule holds.", "Loss by step", "samples committed", escape(ODD)):
+        assert words in page, words

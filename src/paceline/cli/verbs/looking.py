@@ -67,6 +67,23 @@ def dashboard(
 
 @verbs.command()
 @advises
+def report(
+    run: Run,
+    to: Annotated[
+        Path | None, typer.Option(help="The file; report.html in the run's directory.", readable=False)
+    ] = None,
+) -> None:
+    """Write a run as one HTML file.
+
+    With its settings, curves, acceptance with intervals, the guarantee's check, lineage and cost.
+    """
+    from paceline.cli.report import write_report
+
+    write_report(run, to)
+
+
+@verbs.command()
+@advises
 def runs(
     base: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look.", readable=False)] = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="For scripts; see docs/status.md.")] = False,
