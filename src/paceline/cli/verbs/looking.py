@@ -56,7 +56,7 @@ def dashboard(
         typer.Option(help="A file with the token to ask for; else PACELINE_DASHBOARD_TOKEN.", readable=False),
     ] = None,
 ) -> None:
-    """Show runs in a browser: flow, curves, the timeline of every process, lineage.
+    """Show runs in a browser: flow, curves, timeline, lineage.
 
     It needs paceline[dashboard]. Ctrl-C ends the view, not the runs.
     """
@@ -135,7 +135,7 @@ def evaluate(
         Path | None, typer.Option("--json", help="The report; evaluation-suites.json of the run.")
     ] = None,
 ) -> None:
-    """Measure a checkpoint by lossless decoding, beside prompt lookup.
+    """Measure a draft by lossless decoding, beside prompt lookup.
 
     Acceptance length and speed-up, with intervals.
 
