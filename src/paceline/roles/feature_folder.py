@@ -25,7 +25,7 @@ from paceline.features.ownership import (
     sign,
     take,
 )
-from paceline.ledger.facts import FEATURES_LIE, FEATURES_NAME, producers_in
+from paceline.ledger.facts import COMPLETED_STEP, FEATURES_LIE, FEATURES_NAME, producers_in
 from paceline.ledger.ledger import Ledger
 from paceline.roles.feature_place import (
     is_on_several_hosts,
@@ -175,6 +175,19 @@ def record_place(config: RunConfig, ledger: Ledger) -> None:
     place = place_now(config, folder_of(config, ledger))
     if ledger.facts().get(FEATURES_LIE) != place:
         ledger.set_facts(None, {FEATURES_LIE: place})
+
+
+def refuse_lost_place(config: RunConfig, ledger: Ledger, folder: Path) -> None:
+    """Raise StoreError if the shared store went away since `take_folder`. For a producer that opens it.
+
+    An engine may take minutes to start. A new store in an empty mount point would make every sample lost.
+    """
+    facts = ledger.facts()
+    recorded = facts.get(FEATURES_LIE)
+    if not config.features.is_shared or recorded is None or facts.get(COMPLETED_STEP) is not None:
+        return
+    if not is_seen(config, folder, recorded):
+        raise would_move(config, recorded, folder)
 
 
 def refuse_other_place(config: RunConfig, ledger: Ledger) -> None:

@@ -115,7 +115,7 @@ def would_move(config: RunConfig, recorded: Mapping[str, Any] | None, ours: Path
             "here is another one, or none.",
             why="The consumer could not read what this producer stored. Nothing was changed.",
             next=f"mount the same filesystem at {config.features.directory}, or set features.directory to "
-            "where it is mounted here, and join again.",
+            "where it is mounted here, and run the same command again.",
         )
     return StoreError(
         f"The features of this run lie in {theirs}, and this producer would keep its own in {ours}, "

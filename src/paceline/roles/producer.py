@@ -21,7 +21,7 @@ from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import RoleLock
 from paceline.ledger.producer_session import WORKER
 from paceline.roles.binding import bind_date, bind_run
-from paceline.roles.feature_folder import EngineFolder, take_folder
+from paceline.roles.feature_folder import EngineFolder, refuse_lost_place, take_folder
 from paceline.roles.feature_place import answers_place
 from paceline.roles.held_out import look_at_held_out
 from paceline.roles.plan import RunPlan, window_size
@@ -79,6 +79,7 @@ def produce(
             events.write("engine_ready", dtype=facts.dtype, model_version=facts.model_version)
             if not ledger.snapshot().committed:
                 _note_held_out(plan, engine, events)
+            refuse_lost_place(config, ledger, folder)
             features = config.features.build(folder, owner=True, writer=int(worker))
             answers = answers_place(config, folder, worker)
             drive_producer = _producer(plan, stretches, ledger, features, engine, events, worker, answers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from paceline.errors import FeatureCorruptError, FeatureMissingError, StoreError, StoreFullError
+from paceline.errors import (
+    FeatureCorruptError,
+    FeatureMissingError,
+    FeatureStoreElsewhereError,
+    StoreError,
+    StoreFullError,
+)
 from paceline.features import sample_files
-from paceline.features.stores import sample_format
+from paceline.features.stores import directory, sample_format
 from paceline.features.stores.directory import DirectoryFeatureStore
 from paceline.testing.feature_store_suite import MIB, assert_same, feature_ref, features
 from paceline.types import SampleRef
@@ -259,6 +266,52 @@ def test_a_store_that_was_removed_under_its_writer_is_told(tmp_path: Path) -> No
         put(store, 1, 5)
     with pytest.raises(StoreError, match="as a reader"):
         put(reader_of(tmp_path / "store"), 1, 5)
+
+
+def test_a_mount_that_went_away_makes_no_sample_a_miss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A miss is captured again, and quarantined if it stays one; and what a start does not list is lost."""
+    folder, away = tmp_path / "mnt" / "store", tmp_path / "away"
+    folder.parent.mkdir()
+    writer = writer_of(folder)
+    ref, reader = put(writer, 1, 5), reader_of(folder)
+    folder.rename(away)
+    with pytest.raises(StoreError, match="not mounted any more") as caught:
+        reader.get(ref)
+    assert not isinstance(caught.value, FeatureMissingError)
+    with pytest.raises(StoreError, match="was removed"):
+        writer.written()
+    writer_of(folder)
+    with pytest.raises(FeatureStoreElsewhereError):
+        reader.get(ref)
+    with pytest.raises(StoreError, match="was removed"):
+        writer.written()
+    shutil.rmtree(folder)
+    away.rename(folder)
+    assert_same(reader.get(ref), features(1))
+    assert writer.written() == [("s1", 5)]
+    writer.free([("s1", 5)])
+    with pytest.raises(FeatureMissingError):
+        reader.get(ref)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_a_file_that_cannot_be_looked_into_is_not_taken_for_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """At a start all that is not listed is captured again."""
+    put(writer_of(tmp_path), 1, 5)
+    real = directory.open_regular
+
+    def fail(path: Path, flags: int = 0) -> Any:
+        if path.suffix == ".safetensors":
+            raise OSError(code, os.strerror(code))
+        return real(path, flags)
+
+    monkeypatch.setattr(directory, "open_regular", fail)
+    with pytest.raises(StoreError, match="place is at fault"):
+        writer_of(tmp_path).written()
 
 
 def test_a_file_on_a_network_filesystem_is_on_its_server_before_it_has_its_name(

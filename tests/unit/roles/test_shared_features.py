@@ -25,6 +25,7 @@ from paceline.roles.feature_folder import (
     engine_folder,
     folder_of,
     free_if_nothing_was_captured,
+    refuse_lost_place,
     refuse_other_place,
     take_folder,
 )
@@ -116,6 +117,18 @@ def test_who_has_not_mounted_the_shared_folder_neither_stores_nor_trains(hosts: 
         refuse_other_place(config, ledger)
     assert take_folder(config, ledger) == folder, "a start makes the store anew"
     refuse_other_place(config, ledger)
+
+
+def test_a_mount_that_went_away_while_an_engine_started_gets_no_new_store(hosts: Hosts) -> None:
+    """In it every sample would be lost, and the consumer would not read what comes."""
+    config, ledger, folder = begun(hosts)
+    refuse_lost_place(config, ledger, folder)
+    hosts.lose_mount("a")
+    with pytest.raises(StoreError, match="another one, or none"):
+        refuse_lost_place(config, ledger, folder)
+    assert list(config.features.directory.iterdir()) == []
+    ledger.set_facts(None, {COMPLETED_STEP: 3})
+    refuse_lost_place(config, ledger, folder)
 
 
 def test_nobody_joins_before_the_store_is_there(hosts: Hosts) -> None:

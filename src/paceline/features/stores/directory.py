@@ -35,6 +35,7 @@ from paceline.features.stores.refusals import (
     over_budget,
     replaced,
     stale,
+    unmounted,
 )
 from paceline.regular_files import open_regular
 from paceline.types import SampleRef
@@ -110,7 +111,7 @@ class DirectoryFeatureStore:
 
     def get(self, ref: SampleRef) -> dict[str, Any]:
         if ref.feature_store_uri != self.uri:
-            self._id = store_id(self._folder)  # a writer may have made it since
+            self._id = self._identity()  # a writer may have made it since
             if ref.feature_store_uri != self.uri:
                 raise elsewhere(ref, f"{self.uri if self._id else 'no store'} in {self._folder}")
         layout = codec.layout_of_specs(ref.sample_id, ref.feature_specs)
@@ -125,12 +126,12 @@ class DirectoryFeatureStore:
                     raise corrupt(ref, "the file's header tells of other tensors or another digest")
                 tensors, found = sample_format.read(file, ref.sample_id, layout, len(header))
         except FileNotFoundError as error:
-            raise missing(ref, "the file was freed, or never written") from error
+            raise self._not_here(ref, "the file was freed, or never written") from error
         except EOFError as error:
             raise corrupt(ref, "the file is cut off") from error
         except OSError as error:
             if error.errno == errno.ESTALE:
-                raise missing(ref, "the file was removed on its server") from error
+                raise self._not_here(ref, "the file was removed on its server") from error
             if error.errno in NO_FILE:
                 raise corrupt(ref, f"something else lies in its place: {error.strerror}") from error
             raise fails(self._folder, error) from error
@@ -165,6 +166,8 @@ class DirectoryFeatureStore:
                     found.append((sample_id, file.generation))
         except OSError as error:
             raise fails(self._folder, error) from error
+        if self._identity() != self._id:  # what is not listed would be lost
+            raise replaced(self._folder)
         self._read = known
         return found
 
@@ -180,6 +183,20 @@ class DirectoryFeatureStore:
 
     def close(self) -> None:
         """Nothing to detach from."""
+
+    def _not_here(self, ref: SampleRef, because: str) -> StoreError:
+        """A miss only if the store is here: without its mount every sample would be one, again and again."""
+        now = self._identity()
+        if now == self._id:
+            return missing(ref, because)
+        return elsewhere(ref, f"another store in {self._folder}") if now else unmounted(self._folder)
+
+    def _identity(self) -> str:
+        """Of the store that is here now; "" if there is none. Raises StoreError."""
+        try:
+            return store_id(self._folder)
+        except OSError as error:
+            raise fails(self._folder, error) from error
 
     def destroy(self) -> None:
         try:
@@ -257,10 +274,17 @@ def _keys(layout: codec.Layout, generation: int) -> dict[str, str]:
 
 
 def _id_in(found: Found) -> str:
-    """The sample id in a whole file's header; "" if it is gone, cut off or not what its name says."""
+    """The sample id in a whole file's header; "" if it is gone, cut off or not what its name says.
+
+    Raises OSError if that cannot be known: the sample may be sound.
+    """
     try:
         with open_regular(found.path, os.O_NOFOLLOW) as file:
             sample_id, generation, *_ = sample_format.read_header(file)
-    except (OSError, ValueError):
+    except ValueError:
         return ""
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE, *NO_FILE):
+            return ""
+        raise
     return sample_id if (key_of(sample_id), generation) == (found.key, found.generation) else ""

@@ -79,6 +79,15 @@ def replaced(directory: Path) -> StoreError:
     )
 
 
+def unmounted(directory: Path) -> StoreError:
+    return StoreError(
+        f"The feature store in {directory} is no longer there: it was removed, or is not mounted any more.",
+        why="The place is at fault, not a sample: none was lost, failed or quarantined for it.",
+        next="mount it again, then run the same command again. If it was removed, that makes it anew, and "
+        "the features are captured again.",
+    )
+
+
 def fails(directory: Path, error: OSError) -> StoreError:
     return StoreError(
         f"The feature store in {directory} cannot be used ({error}).",
