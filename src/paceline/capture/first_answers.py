@@ -89,8 +89,10 @@ class FirstAnswers:
             ids, given = answer.token_ids, len(asked.token_ids)
             if ids[:given] != asked.token_ids or (asked.is_whole and len(ids) > given):
                 raise _other_tokens(asked.task_id)
-            if not asked.is_kept:
-                new.append(msgspec.structs.replace(answer, generation=generations[one.sample.sample_id]))
+            kept = self._files.get(answer.ordinal) if asked.is_kept else None
+            conditions = answer.conditions if kept is None else kept.conditions
+            generation = generations[one.sample.sample_id]
+            new.append(msgspec.structs.replace(answer, generation=generation, conditions=conditions))
         self._files.keep(new, refuse_if_replaced)
 
     def _answer(self, prompt: EncodedPrompt, captured: CapturedPrompt) -> Answer:

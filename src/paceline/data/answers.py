@@ -153,7 +153,7 @@ class AnswerFiles:
 
         `check` is called in this process's turn, before anything is written, and may raise.
         """
-        new = [answer for answer in answers if not _is_same(self.get(answer.ordinal), answer)]
+        new = [answer for answer in answers if not self._is_kept(answer)]
         if not new:
             return
         by_file: dict[int, list[Answer]] = {}
@@ -170,6 +170,14 @@ class AnswerFiles:
                 why="Each answer is kept before its sample is committed.",
                 next="check that disk, then run the same command again; nothing was committed.",
             ) from error
+
+    def _is_kept(self, answer: Answer) -> bool:
+        """Another host may have written another answer since, of a lower generation: so on several hosts the
+        record of an earlier capture is not enough."""
+        kept = self.get(answer.ordinal)
+        if self._writer and kept is not None and kept.generation != answer.generation:
+            return False
+        return _is_same(kept, answer)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

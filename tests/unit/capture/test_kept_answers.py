@@ -16,6 +16,7 @@ from paceline.errors import ConfigError, EngineError
 from paceline.ledger.records import State
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.methods.eagle3.method import Eagle3Method
+from paceline.roles import wire
 from paceline.roles.wire import build_disagg_online_producer
 from paceline.target.facts import TargetFacts
 from paceline.testing.memory_features import InMemoryFeatureStore
@@ -110,6 +111,25 @@ def test_answers_are_on_the_disk_before_their_samples_are_committed(
     assert {sample_id: tokens["input_ids"].tolist() for sample_id, tokens in run.captured().items()} == dict(
         written
     )
+
+
+def test_on_several_hosts_the_newest_record_of_an_answer_is_that_of_the_committed_capture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of one that a dead producer had written: an answer of another one may lie between the two."""
+    run, names = Run(tmp_path), iter(["0-a", "1-b"])
+    monkeypatch.setattr(wire, "AnswerFiles", lambda folder, _: AnswerFiles(folder, next(names)))
+    with monkeypatch.context() as patch:
+        patch.setattr(run.features, "put", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.producer()[1]()
+    run.producer()[1]()
+    committed = SQLiteLedger(run.db).find(state=State.PRESENT).values()
+    files = AnswerFiles(run.folder / "answers", "2-c")
+    kept = {r.ref.ordinal: files.get(r.ref.ordinal, anew=True) for r in committed}
+    assert {n: answer and answer.generation for n, answer in kept.items()} == {
+        r.ref.ordinal: r.ref.generation for r in committed
+    }
 
 
 def test_a_lost_sample_whose_answer_is_gone_is_quarantined(tmp_path: Path) -> None:

@@ -176,7 +176,22 @@ def test_producers_of_several_hosts_have_files_of_their_own_and_the_newest_captu
 
 def test_an_answer_that_differs_in_its_capture_alone_is_not_written_again(tmp_path: Path) -> None:
     """As for a sample that was lost and came back with the same tokens."""
-    files = AnswerFiles(tmp_path, "1-a")
+    files = AnswerFiles(tmp_path)
     files.keep([replace(ONE, generation=5)])
     files.keep([replace(ONE, generation=8)])
     assert files.get(3) == replace(ONE, generation=5)
+
+
+def test_on_several_hosts_the_committed_capture_has_the_newest_record(tmp_path: Path) -> None:
+    """One of a producer that died before its commit was unseen here, and is newer than the one known here."""
+    first, second, third = (
+        AnswerFiles(tmp_path, "1-a"),
+        AnswerFiles(tmp_path, "2-b"),
+        AnswerFiles(tmp_path, "3-c"),
+    )
+    first.keep([replace(ONE, generation=5)])
+    assert third.get(3) == replace(ONE, generation=5)
+    second.keep([replace(ONE, token_ids=(5, 6, 1, 1), generation=6)])
+    committed = replace(ONE, generation=7)
+    third.keep([committed])
+    assert AnswerFiles(tmp_path, "4-d").get(3, anew=True) == committed
