@@ -9,6 +9,7 @@ in a place of its own.
 from __future__ import annotations
 
 import secrets
+import shlex
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -55,6 +56,9 @@ def answers_place(config: RunConfig, features: Path, worker: str) -> tuple[Path,
     shared = features.absolute().with_name(f"{features.name}-answers")
     make_private(shared)
     if own.is_symlink() and own.readlink() != shared:
+        before = {path.name for path in own.glob("*.answers")}
+        if left := before - {path.name for path in shared.glob("*.answers")}:
+            raise _answers_left(own.readlink(), shared, len(left))
         own.unlink(missing_ok=True)
     with suppress(FileExistsError):
         own.symlink_to(shared)
@@ -124,6 +128,17 @@ def would_move(config: RunConfig, recorded: Mapping[str, Any] | None, ours: Path
         next="join on the host of the run's other roles, with the run's own folder (containers: one shared "
         "/dev/shm). After a restart of that host start the run first: `paceline train RUN.yaml`. For several "
         "hosts: features: {store: directory, directory: ...}, docs/producers.md.",
+    )
+
+
+def _answers_left(before: Path, now: Path, count: int) -> StoreError:
+    """features.directory was changed, and the answers are still where it was."""
+    return StoreError(
+        f"{count} files of the run's answers lie in {before} and not in {now}.",
+        why="A lost sample must be captured again with the tokens that were written first. Nothing was "
+        "captured.",
+        next=f"`cp -p {shlex.quote(str(before))}/*.answers {shlex.quote(str(now))}/`, then run the same "
+        "command again.",
     )
 
 

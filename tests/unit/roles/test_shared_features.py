@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import socket
+import subprocess
 import uuid
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from paceline.roles.feature_folder import (
     refuse_other_place,
     take_folder,
 )
+from paceline.roles.feature_place import answers_place
 from paceline.roles.workers import about_this_process, elsewhere, join
 from paceline.testing.tiny_run import TinyRun
 from paceline.testing.valkey_server import ValkeyServer
@@ -129,6 +131,23 @@ def test_a_mount_that_went_away_while_an_engine_started_gets_no_new_store(hosts:
     assert list(config.features.directory.iterdir()) == []
     ledger.set_facts(None, {COMPLETED_STEP: 3})
     refuse_lost_place(config, ledger, folder)
+
+
+def test_answers_go_along_when_the_shared_folder_is_changed(hosts: Hosts, tmp_path: Path) -> None:
+    """Without them lost samples would come back with other tokens."""
+    config, _, folder = begun(hosts)
+    before, _ = answers_place(config, folder, "0")
+    (before / "00000000-0-a.answers").write_bytes(b"kept")
+    (tmp_path / "mounted elsewhere").symlink_to(hosts.shared)
+    answers_place(config, tmp_path / "mounted elsewhere" / folder.name, "0")
+    changed = tmp_path / "other" / folder.name
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"^1 files of the run's answers lie in") as caught:
+            answers_place(config, changed, "0")
+    subprocess.run(caught.value.next.split("`")[1], shell=True, check=True)  # noqa: S602
+    now, _ = answers_place(config, changed, "0")
+    assert (now / "00000000-0-a.answers").read_bytes() == b"kept"
+    assert (config.run.directory / "answers").resolve() == now
 
 
 def test_nobody_joins_before_the_store_is_there(hosts: Hosts) -> None:
