@@ -184,8 +184,8 @@ def _identified(ledger: Ledger, section: LedgerSection, directory: Path, *, join
         raise LedgerError(
             f"The ledger is that of the run in {found['folder']}, and {directory} knows nothing of it.",
             why="Two runs of one name on one server would take each other's place. Nothing was changed.",
-            next=f"set another run.name; or, if the run was moved here (or begun there in vain), move its "
-            f"{FILE} with it.",
+            next="if it is one run, add a producer to it with `paceline produce RUN.yaml --join`; else set "
+            f"another run.name. If the run was moved here (or begun there in vain), move its {FILE} with it.",
         )
     return found
 
