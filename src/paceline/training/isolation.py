@@ -3,9 +3,9 @@
 An error of the step (NaN or infinite loss, a shape that does not fit) is isolated at once. A death of the
 process cannot be caught, so a step in which several consumers died is tried before it is trained. A culprit
 is quarantined, and the step is trained without it. If no sample fails by itself, the step is trained as
-planned and the weights are unaffected. If every sample fails, a harmless sample is probed first: if weights,
-target or machine cannot train that either, no sample is quarantined and training stops. Lack of memory is
-never a sample's fault.
+planned and the weights are unaffected. If every sample fails, or every sample of a rank, a harmless sample is
+probed first: if weights, target or machine cannot train that either, no sample is quarantined and training
+stops. Lack of memory is never a sample's fault.
 """
 
 from __future__ import annotations
@@ -112,14 +112,21 @@ class Isolation:
         found = RecordedTrials(self._coordinator.session, name, sample_ids).run(is_harmless)
         culprits = {sample_id: reasons.get(sample_id, KILLS_THE_CONSUMER) for sample_id in found}
         if culprits and len(culprits) == len(sample_ids):  # no sample shows that training works here
-            self._probe_harmless(name, culprits)
+            self._probe_harmless(name, culprits, everywhere=True)
+        elif culprits and self._ranks.has_a_rank_with_only(culprits):  # none shows that it works on that rank
+            self._probe_harmless(name, culprits, everywhere=False)
         return culprits
 
-    def _probe_harmless(self, name: str, culprits: dict[str, str]) -> None:
-        """Raise TrainingError if weights, target or machine may be at fault, and not the samples."""
+    def _probe_harmless(self, name: str, culprits: dict[str, str], *, everywhere: bool) -> None:
+        """Raise TrainingError if weights, target or machine may be at fault, and not the samples.
+
+        `everywhere`: every sample of the trial fails; else other ranks show that the weights can be trained.
+        """
         count = len(culprits)
         what = f"The trial {name} fails with " + (
-            f"each of its {count} samples" if count > 1 else "its one sample"
+            "every sample that one rank holds"
+            if not everywhere
+            else (f"each of its {count} samples" if count > 1 else "its one sample")
         )
         reason = next(iter(culprits.values()))
         if not self._coordinator.begin(PROBES_BEGUN, DEATHS_OF_A_CULPRIT):
@@ -134,7 +141,7 @@ class Isolation:
             advice = getattr(error, "next", "")
             raise _no_sample_at_fault(what, reason, f"and so does a harmless one: {told}", advice) from error
         self._coordinator.end(PROBES_BEGUN)
-        if len(culprits) > 1 and not trained_before:
+        if everywhere and len(culprits) > 1 and not trained_before:
             raise _no_sample_at_fault(what, reason, "and no sample has been trained since this start")
 
 

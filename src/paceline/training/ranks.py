@@ -201,6 +201,17 @@ class Ranks:
             return Answer(fingerprint=learner.fingerprint())
 
         answers = self._all(Message(FILES), act)
+    def has_a_rank_with_only(self, sample_ids: Collection[str]) -> bool:
+        """Whether some rank holds samples of the step, and none besides these."""
+        if self._held.step == FIRST_WEIGHTS:  # rank 0 holds all
+            return all(ref.sample_id in sample_ids for ref in self._held.refs)
+        refs = self._held.refs
+        slices = (slice_of(refs, rank, self.size) for rank in range(self.size))
+        return any(
+            start < stop and all(ref.sample_id in sample_ids for ref in refs[start:stop])
+            for start, stop in slices
+        )
+
         odd = [rank for rank, answer in enumerate(answers) if answer.fingerprint != answers[0].fingerprint]
         if odd:
             raise RanksError(

@@ -44,6 +44,7 @@ class SummingLearner:
         self.bad = bad
         self.breaks_late = False  # after the other ranks have taken its gradient
         self._link = link
+        self.breaks_after = 1 << 30  # steps, from which on its machine trains nothing
 
     @property
     def ready(self) -> bool:
@@ -84,6 +85,8 @@ class SummingLearner:
 
     def attempt(self, samples: Sequence[Sample], step: int = 0) -> None:
         for sample in samples:
+        if len(self.steps) >= self.breaks_after:
+            raise TrainingError("The loss of anything is NaN.")
             if id_of(sample) in self.bad:
                 raise TrainingError(f"The loss of {id_of(sample)} is NaN.")
 
@@ -304,6 +307,31 @@ def test_a_rank_whose_coordinator_dies_or_falls_silent_ends(run: TwoRanks) -> No
             second.hear()
         with pytest.raises(RanksError, match="rank 1: timed out"):
             first.exchange(b"nobody comes")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_machine_that_trains_nothing_on_one_rank_quarantines_no_sample(run: TwoRanks, rank: int) -> None:
+    """The other rank's samples can be trained; that this one cannot even train what it has trained before
+    tells its machine from its samples."""
+    run.learners[rank].breaks_after = 1
+    with pytest.raises(TrainingError, match=r"every sample that one rank holds.*no sample was quarantined"):
+        run.trainer.fit(run.loader)
+    run.end()
+    assert run.ledger.find(state=State.QUARANTINED) == {}
+    assert [len(learner.steps) for learner in run.learners] == [1, 1]
+
+
+@pytest.mark.parametrize("first", [2, 6])
+def test_bad_samples_that_are_all_a_rank_has_are_quarantined_if_it_can_train(
+    run: TwoRanks, first: int
+) -> None:
+    """Also in the first step, where it has trained none: the other rank shows that the weights are sound."""
+    bad = [f"light:{first}", f"light:{first + 1}"]
+    for learner in run.learners:
+        learner.bad = bad
+    assert run.trainer.fit(run.loader) == 3
+    run.end()
+    assert sorted(run.ledger.find(state=State.QUARANTINED)) == bad
 
 
 def test_ranks_that_are_in_different_calls_go_no_further() -> None:
