@@ -7,7 +7,9 @@ together, and one that is lost or late ends it for all (link.py). With one rank 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,6 +24,7 @@ from paceline.types import SampleRef, ref_from_json, ref_to_json
 
 BEGIN, BEAT, FETCH, STEP, ATTEMPT, PROBE = "begin", "beat", "fetch", "step", "attempt", "probe"
 LOAD, FILES, END = "load", "files", "end"
+BEAT_S = 1.0
 
 
 class Message(msgspec.Struct, omit_defaults=True):
@@ -91,6 +94,31 @@ class Ranks:
         if self.size > 1:
             self._meet(Message(BEAT), Answer())
 
+    @contextmanager
+    def _beating(self) -> Iterator[None]:
+        """The others hear that rank 0 lives while it does, perhaps for long, what they have no part in."""
+        if self.size == 1:
+            yield
+            return
+        done, failures = threading.Event(), list[Exception]()
+
+        def beat() -> None:
+            try:
+                while not done.wait(BEAT_S):
+                    self.beat()
+            except Exception as error:  # noqa: BLE001 (raised again in the caller's thread)
+                failures.append(error)
+
+        thread = threading.Thread(target=beat, name="paceline-beat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+
     def end(self) -> None:
         """The others end in good order."""
         dismiss(self._link)
@@ -106,7 +134,8 @@ class Ranks:
         """
         if step == FIRST_WEIGHTS:
             self._order = StepOrder.of(step, rev, refs, 0, 1)
-            return dict(self.worker.fetch(self._order).unreadable)
+            with self._beating():
+                return dict(self.worker.fetch(self._order).unreadable)
         self._order = order = StepOrder.of(step, rev, refs, 0, self.size, progress)
         if self.size == 1:
             fetched = self.worker.fetch(order)
@@ -145,7 +174,8 @@ class Ranks:
 
     def build(self) -> None:
         """The first weights, on rank 0; the others get a copy."""
-        self.worker.build(self._held)
+        with self._beating():
+            self.worker.build(self._held)
         if self.size > 1:
             self._send(self.worker.learner.files())
 
@@ -153,7 +183,8 @@ class Ranks:
         """Try these of the step's samples without changing the weights; raises what training them would."""
         order = self._held
         if order.step == FIRST_WEIGHTS:
-            self.worker.attempt(order, sample_ids)
+            with self._beating():
+                self.worker.attempt(order, sample_ids)
             return
 
         def act() -> Answer:
@@ -169,6 +200,17 @@ class Ranks:
             return self.worker.probe(order)
         answers = self._all(Message(PROBE), lambda: Answer(trained_before=self.worker.probe(order)))
         return all(answer.trained_before for answer in answers)
+
+    def has_a_rank_with_only(self, sample_ids: Collection[str]) -> bool:
+        """Whether some rank holds samples of the step, and none besides these."""
+        if self._held.step == FIRST_WEIGHTS:  # rank 0 holds all
+            return all(ref.sample_id in sample_ids for ref in self._held.refs)
+        refs = self._held.refs
+        slices = (slice_of(refs, rank, self.size) for rank in range(self.size))
+        return any(
+            start < stop and all(ref.sample_id in sample_ids for ref in refs[start:stop])
+            for start, stop in slices
+        )
 
     @property
     def _held(self) -> StepOrder:
@@ -201,17 +243,6 @@ class Ranks:
             return Answer(fingerprint=learner.fingerprint())
 
         answers = self._all(Message(FILES), act)
-    def has_a_rank_with_only(self, sample_ids: Collection[str]) -> bool:
-        """Whether some rank holds samples of the step, and none besides these."""
-        if self._held.step == FIRST_WEIGHTS:  # rank 0 holds all
-            return all(ref.sample_id in sample_ids for ref in self._held.refs)
-        refs = self._held.refs
-        slices = (slice_of(refs, rank, self.size) for rank in range(self.size))
-        return any(
-            start < stop and all(ref.sample_id in sample_ids for ref in refs[start:stop])
-            for start, stop in slices
-        )
-
         odd = [rank for rank, answer in enumerate(answers) if answer.fingerprint != answers[0].fingerprint]
         if odd:
             raise RanksError(

@@ -20,6 +20,7 @@ from paceline.loader.loader import LoaderSettings, StepLoader
 from paceline.testing.light_adapters import InMemoryLightFeatureStore, id_of
 from paceline.testing.light_run import RUN_ID, RunShape, build_producer, expected_steps, uninterrupted
 from paceline.testing.socket_link import SocketLink, socket_links
+from paceline.training import ranks as ranks_module
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.coordinator import Coordinator
 from paceline.training.learner import Sample
@@ -141,6 +142,7 @@ class TwoRanks:
             Worker(learner, view) for learner, view in zip(self.learners, self.views, strict=True)
         )
         self.stops = False  # whether rank 1's process is asked to stop
+        self.answers = threading.Event()  # set with each answer of rank 1
         self.told: dict[str, Any] | None = None  # what rank 1 heard first
         self.failure: RanksError | None = None
         self._thread = threading.Thread(target=self._follow, args=(second,), daemon=True)
@@ -161,10 +163,14 @@ class TwoRanks:
     def _follow(self, worker: Worker) -> None:
         try:
             self.told = hear_begin(self.links[1])
-            Follower(worker, self.links[1], lambda: self.stops).follow()
+            Follower(worker, self.links[1], self._asked).follow()
         except RanksError as error:
             self.failure = error
         self.links[1].leave()
+
+    def _asked(self) -> bool:
+        self.answers.set()
+        return self.stops
 
     def end(self) -> None:
         self.ranks.end()
@@ -291,24 +297,6 @@ def test_a_culprit_on_any_rank_is_quarantined_and_its_step_trained_on_both(run: 
     assert run.learners[0].weight == run.learners[1].weight
 
 
-def test_a_process_of_any_rank_that_is_asked_to_stop_stops_all_at_a_safe_point(run: TwoRanks) -> None:
-    """Rank 0 hears of it with the next answer, and ends with a checkpoint."""
-    run.stops = True
-    assert run.trainer.fit(run.loader) < 3
-    run.end()
-    assert run.ledger.snapshot().head is not None
-
-
-def test_a_rank_whose_coordinator_dies_or_falls_silent_ends(run: TwoRanks) -> None:
-    assert "rank 0 closed the connection" in run.fail().what
-    first, second = socket_links(2, timeout_s=0.01)
-    with closing_links(first, second):
-        with pytest.raises(RanksError, match="rank 0: timed out"):
-            second.hear()
-        with pytest.raises(RanksError, match="rank 1: timed out"):
-            first.exchange(b"nobody comes")
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_machine_that_trains_nothing_on_one_rank_quarantines_no_sample(run: TwoRanks, rank: int) -> None:
     """The other rank's samples can be trained; that this one cannot even train what it has trained before
@@ -346,6 +334,41 @@ def test_ranks_that_are_in_different_calls_go_no_further() -> None:
 
 @pytest.mark.parametrize(
     "error",
+def test_a_process_of_any_rank_that_is_asked_to_stop_stops_all_at_a_safe_point(run: TwoRanks) -> None:
+    """Rank 0 hears of it with the next answer, and ends with a checkpoint."""
+    run.stops = True
+    assert run.trainer.fit(run.loader) < 3
+    run.end()
+    assert run.ledger.snapshot().head is not None
+
+
+def test_the_other_ranks_hear_of_rank_0_while_it_builds_the_first_weights(
+    run: TwoRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a large target may take longer than the time-out, which would look like its death."""
+    monkeypatch.setattr(ranks_module, "BEAT_S", 0.001)
+    build = run.learners[0].build
+
+    def slowly(samples: Sequence[Sample]) -> None:
+        run.answers.clear()
+        assert run.answers.wait(WAIT_S)
+        build(samples)
+
+    monkeypatch.setattr(run.learners[0], "build", slowly)
+    assert run.trainer.fit(run.loader) == 3
+    run.end()
+
+
+def test_a_rank_whose_coordinator_dies_or_falls_silent_ends(run: TwoRanks) -> None:
+    assert "rank 0 closed the connection" in run.fail().what
+    first, second = socket_links(2, timeout_s=0.01)
+    with closing_links(first, second):
+        with pytest.raises(RanksError, match="rank 0: timed out"):
+            second.hear()
+        with pytest.raises(RanksError, match="rank 1: timed out"):
+            first.exchange(b"nobody comes")
+
+
     [
         TrainingError("No number.", why="It is NaN.", next="look"),
         FeatureMissingError("Gone.", next="wait"),
