@@ -98,7 +98,7 @@ class Worker:
         """Train the slice; `num_tokens`: of the whole step. Returns figures for the event log."""
         samples = self._samples(order.mine)
         figures = self.learner.step(order.step, samples, num_tokens, order.progress)
-        self._trained_well = samples[:1]
+        self._trained_well = samples[:1] or self._trained_well  # a short step has none for some ranks
         return figures
 
     def build(self, order: StepOrder) -> None:

@@ -44,8 +44,8 @@ class SummingLearner:
         self.steps: list[tuple[int, list[str], int | None]] = []
         self.bad = bad
         self.breaks_late = False  # after the other ranks have taken its gradient
-        self._link = link
         self.breaks_after = 1 << 30  # steps, from which on its machine trains nothing
+        self._link = link
 
     @property
     def ready(self) -> bool:
@@ -85,9 +85,9 @@ class SummingLearner:
         """It has no target."""
 
     def attempt(self, samples: Sequence[Sample], step: int = 0) -> None:
-        for sample in samples:
         if len(self.steps) >= self.breaks_after:
             raise TrainingError("The loss of anything is NaN.")
+        for sample in samples:
             if id_of(sample) in self.bad:
                 raise TrainingError(f"The loss of {id_of(sample)} is NaN.")
 
@@ -215,6 +215,18 @@ def test_an_order_is_all_that_a_rank_needs_to_know(run: TwoRanks) -> None:
     assert view.reads == ["light:2", "light:3"]
 
 
+def test_a_rank_that_a_short_step_leaves_out_still_knows_a_sample_that_it_trained(run: TwoRanks) -> None:
+    learner = SummingLearner(Alone())
+    learner.weight = 0.0
+    worker = Worker(learner, run.features)
+    for step, ranks in ((1, 1), (2, 2)):
+        order = StepOrder.of(step, 0, run.refs[:1], rank=ranks - 1, ranks=ranks)
+        worker.fetch(order)
+        worker.step(order, num_tokens=2)
+    assert order.mine == ()
+    assert worker.probe(order)
+
+
 def test_what_one_rank_cannot_fetch_leaves_both_unchanged(run: TwoRanks) -> None:
     """The answer names it; nothing was trained anywhere, and the step is trained once it is there."""
     assert run.ranks.fetch(FIRST_WEIGHTS, 0, run.refs[:4]) == {}
@@ -322,18 +334,6 @@ def test_bad_samples_that_are_all_a_rank_has_are_quarantined_if_it_can_train(
     assert sorted(run.ledger.find(state=State.QUARANTINED)) == bad
 
 
-def test_ranks_that_are_in_different_calls_go_no_further() -> None:
-    first, second = socket_links(2, timeout_s=WAIT_S)
-    other = threading.Thread(target=lambda: second.exchange(b"step 4\0"))
-    other.start()
-    with closing_links(first, second):
-        with pytest.raises(RanksError, match="Rank 1 is at 'step 4', and rank 0 is at 'fetch'"):
-            meet(first, "fetch", b"")
-        other.join()
-
-
-@pytest.mark.parametrize(
-    "error",
 def test_a_process_of_any_rank_that_is_asked_to_stop_stops_all_at_a_safe_point(run: TwoRanks) -> None:
     """Rank 0 hears of it with the next answer, and ends with a checkpoint."""
     run.stops = True
@@ -369,6 +369,18 @@ def test_a_rank_whose_coordinator_dies_or_falls_silent_ends(run: TwoRanks) -> No
             first.exchange(b"nobody comes")
 
 
+def test_ranks_that_are_in_different_calls_go_no_further() -> None:
+    first, second = socket_links(2, timeout_s=WAIT_S)
+    other = threading.Thread(target=lambda: second.exchange(b"step 4\0"))
+    other.start()
+    with closing_links(first, second):
+        with pytest.raises(RanksError, match="Rank 1 is at 'step 4', and rank 0 is at 'fetch'"):
+            meet(first, "fetch", b"")
+        other.join()
+
+
+@pytest.mark.parametrize(
+    "error",
     [
         TrainingError("No number.", why="It is NaN.", next="look"),
         FeatureMissingError("Gone.", next="wait"),
