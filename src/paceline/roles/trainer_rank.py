@@ -78,6 +78,7 @@ def joined(config: RunConfig, place: Place) -> Group:
         "the number of ranks": place.ranks,
         "the target's files": target.model,
         "the tokenizer's files": target.tokenizer,
+        "the numbers' type": str(torch_dtype(config.method.dtype, device)).removeprefix("torch."),
         "the kind of device": device.type,
         "the version of Paceline": version("paceline"),
         "the version of torch": str(torch.__version__),

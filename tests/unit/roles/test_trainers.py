@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 
 import pytest
 
+from paceline import precision
 from paceline.errors import ConfigError, RanksError
-from paceline.roles import trainer_group
+from paceline.roles import trainer_group, trainer_rank
 from paceline.roles.child import RoleFailedError
 from paceline.roles.trainer_group import LAST_WORDS_S, TrainerGroup
 from paceline.roles.trainers import MeetingPoint, known_ranks, place_in, without_place
+from paceline.target.version import TargetVersion
 from paceline.training.link import Place
 
 TORCHRUN = {
@@ -180,3 +182,38 @@ def test_a_rank_that_outlives_the_others_is_killed(group: TrainerGroup, now: lis
 def test_all_ranks_are_asked_to_stop_together(group: TrainerGroup) -> None:
     group.send(signal.SIGTERM)
     assert [rank.sent for rank in Rank.started] == [[signal.SIGTERM]] * 3
+
+
+class Joining:
+    """The link of a rank that joins; the first that joined is rank 0."""
+
+    rank, size = 0, 2
+    said: ClassVar[list[bytes]] = []
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Nobody has to come."""
+
+    def exchange(self, message: bytes) -> list[bytes]:
+        self.said.append(message)
+        return [self.said[0], message]
+
+
+def test_ranks_that_would_compute_in_other_types_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dtype: auto` follows from the processor of each host, and a run has one type."""
+    Joining.said.clear()
+    monkeypatch.setattr(trainer_rank, "Group", Joining)
+    monkeypatch.setattr(trainer_rank, "binding", lambda _: {})
+    monkeypatch.setattr(trainer_rank, "refuse_idle_ranks", lambda *_: None)
+    monkeypatch.setattr(trainer_rank.TargetVersion, "of", lambda _: TargetVersion("m", "t"))
+    config: Any = SimpleNamespace(
+        target=SimpleNamespace(model=Path()),
+        training=SimpleNamespace(device="cpu"),
+        method=SimpleNamespace(dtype="auto"),
+        machine=SimpleNamespace(trainer_timeout_s=1.0),
+    )
+    place = Place(0, 2, "127.0.0.1", 1)
+    monkeypatch.setattr(precision, "has_bfloat16", lambda *_: True)
+    trainer_rank.joined(config, place)
+    monkeypatch.setattr(precision, "has_bfloat16", lambda *_: False)
+    with pytest.raises(ConfigError, match="the numbers' type: float32 and bfloat16"):
+        trainer_rank.joined(config, place)
