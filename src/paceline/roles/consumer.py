@@ -79,7 +79,7 @@ def consume(
             resume=True,
             should_stop=lambda: should_stop() or stops_early(),
             group=group,
-            about={"features": str(features_at), "totals": totals},
+            about={"features": features_at.name, "totals": totals},
             executor=executor,
             report=events.write,
         )

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,8 +77,8 @@ def joined(config: RunConfig, place: Place) -> Group:
         "the number of ranks": place.ranks,
         "the target's files": target.model,
         "the tokenizer's files": target.tokenizer,
-        "the numbers' type": str(torch_dtype(config.method.dtype, device)).removeprefix("torch."),
         "the kind of device": device.type,
+        "the numbers' type": str(torch_dtype(config.method.dtype, device)).removeprefix("torch."),
         "the version of Paceline": version("paceline"),
         "the version of torch": str(torch.__version__),
     }
@@ -115,7 +114,9 @@ def follow(
     events.write("ranks", ranks=group.size, rank=group.rank, epoch=told["epoch"])
     method, head = config.method.build(), TargetHead.load(config.target.model)
     settings = trainer_settings(config, told["totals"], place)
-    features = config.features.build(Path(told["features"]), owner=False)
+    # Each host may have mounted a shared folder in a place of its own.
+    folder = config.feature_folder.with_name(told["features"])
+    features = config.features.build(folder, owner=False)
     with ThreadPoolExecutor(1, thread_name_prefix="paceline-rank") as executor:
         worker = Worker(TorchLearner(method, head, settings, group), features, executor)
         Follower(worker, group, should_stop).follow()

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 
@@ -217,3 +218,17 @@ def test_ranks_that_would_compute_in_other_types_are_refused(monkeypatch: pytest
     monkeypatch.setattr(precision, "has_bfloat16", lambda *_: False)
     with pytest.raises(ConfigError, match="the numbers' type: float32 and bfloat16"):
         trainer_rank.joined(config, place)
+
+
+def test_a_rank_looks_for_the_features_where_its_own_run_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 tells the folder's name; another host may have mounted the shared folder elsewhere."""
+    for name in ("compute_deterministically", "joined", "TargetHead", "trainer_settings"):
+        monkeypatch.setattr(trainer_rank, name, Mock())
+    told = {"epoch": 1, "totals": None, "features": "paceline-a-run-1234"}
+    monkeypatch.setattr(trainer_rank, "hear_begin", lambda _: told)
+    plan = Mock()
+    plan.config.feature_folder = Path("/mnt/here/paceline-a-run-99")
+    plan.config.features.build.side_effect = EOFError  # no more of it
+    with pytest.raises(EOFError):
+        trainer_rank.follow(plan, Mock(), lambda: False, Place(1, 2, "", 1))
+    assert plan.config.features.build.call_args.args == (Path("/mnt/here/paceline-a-run-1234"),)
