@@ -202,11 +202,15 @@ def _kill_orphan(pid: int) -> None:
 
 
 def _was_orphaned(pid: int) -> bool:
-    """Whether the process has outlived the supervisor that started it."""
+    """Whether the process has outlived the supervisor that started it, or was killed and is just ending.
+
+    A process that ends loses its memory, and with it its environment, a moment before its locks.
+    """
     try:
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
         parent = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1]
     except (OSError, IndexError):
         return False
     name = f"{SUPERVISOR_VARIABLE}=".encode()
-    return any(item.startswith(name) and item[len(name) :] != parent for item in environment)
+    told = [item[len(name) :] for item in environment.split(b"\0") if item.startswith(name)]
+    return not environment or any(supervisor != parent for supervisor in told)

@@ -158,13 +158,21 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("is_orphan", [True, False])
-def test_a_start_ends_an_orphan_and_nothing_else(tmp_path: Path, is_orphan: bool) -> None:
-    """One with a live supervisor, or without any, keeps its role; the start is refused instead."""
-    supervisor = "1" if is_orphan else str(os.getpid())
+@pytest.mark.parametrize("holder_is", ["an orphan", "ending", "supervised"])
+def test_a_start_ends_an_orphan_and_nothing_else(tmp_path: Path, holder_is: str) -> None:
+    """One with a live supervisor, or without any, keeps its role; the start is refused instead.
+
+    The kernel takes memory and environment from a killed process, and its locks a moment later. A start in
+    that moment waits. Here a process without an environment stands for it.
+    """
+    environments = {
+        "an orphan": {**os.environ, SUPERVISOR_VARIABLE: "1"},
+        "ending": {},
+        "supervised": {**os.environ, SUPERVISOR_VARIABLE: str(os.getpid())},
+    }
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)],
-        env={**os.environ, SUPERVISOR_VARIABLE: supervisor},
+        env=environments[holder_is],
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -172,7 +180,7 @@ def test_a_start_ends_an_orphan_and_nothing_else(tmp_path: Path, is_orphan: bool
         assert holder.stdout is not None
         assert holder.stdout.readline() == "ready\n"
         end_orphan(tmp_path, "evaluator")
-        if is_orphan:
+        if holder_is != "supervised":
             assert holder.wait() == -signal.SIGKILL
             RoleLock(tmp_path, "evaluator").release()
         else:
