@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from paceline.cli import main
+from paceline.cli import export, main, measure
 from paceline.config.run import RunConfig
 from paceline.errors import EngineError
 from paceline.exports.settings import ExportSection
@@ -114,12 +114,12 @@ def test_a_failed_evaluation_does_not_cancel_the_exports(
 
     exported: list[tuple[str, ...]] = []
 
-    def export(_: object, __: Path, ___: RunConfig, request: ExportSection) -> bool:
+    def written(_: object, __: Path, ___: RunConfig, request: ExportSection) -> bool:
         exported.append(request.formats)
         return True
 
-    monkeypatch.setattr(main, "evaluate_run", killed)
-    monkeypatch.setattr(main, "export_checkpoint", export)
+    monkeypatch.setattr(measure, "evaluate_run", killed)
+    monkeypatch.setattr(export, "export_checkpoint", written)
     ended = CliRunner().invoke(main.app, ["train", str(finished.run_file)])
     assert (ended.exit_code, exported) == (4, [("vllm", "speculators")])
     assert "not measured: The evaluation was killed (-9). | 40 samples trained" in ended.output

@@ -239,6 +239,7 @@ DIRECTED: dict[str, Callable[[], None]] = {
     "the silent keep their work": the_work_of_a_silent_producer_returns_and_it_is_refused,
     "given up without a new epoch": the_work_of_a_silent_producer_returns_and_it_is_refused,
     "late answers kept": a_replaced_producer_keeps_no_answer,
+    "stream ended early": Calls().test_the_stream_ends_when_every_prompt_is_settled,
 }
 
 

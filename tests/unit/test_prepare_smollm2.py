@@ -54,10 +54,10 @@ def test_a_folder_that_is_something_else_is_refused_and_kept(tmp_path: Path) -> 
     assert (out / "chapter").read_text() == "words"
 
 
-def test_what_only_the_demo_needs_is_no_dependency_of_the_product() -> None:
+def test_what_only_make_model_needs_is_no_dependency_of_the_product() -> None:
     """`pip install paceline` brings no reader of GGUF; `make model` asks for it."""
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     names = {re.split(r"[<>=]", line)[0] for line in project["dependencies"]}
-    demo = {re.split(r"[<>=]", line)[0] for line in project["optional-dependencies"]["demo"]}
-    assert demo == {"accelerate", "gguf"}
-    assert not names & demo
+    reader = {re.split(r"[<>=]", line)[0] for line in project["optional-dependencies"]["gguf"]}
+    assert reader == {"accelerate", "gguf"}
+    assert not names & reader

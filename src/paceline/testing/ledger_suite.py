@@ -315,9 +315,11 @@ class LedgerSuite(LedgerBytesSuite):
         capture(a, 0)
         a.lease(1)
         assert (a.end_stream(), b.end_stream()) == (False, False)
+        b.lease(1)
+        assert (a.end_stream(), b.end_stream()) == (False, False)
         a.commit(refs_of(a, 1))
         assert b.end_stream() is False
-        capture(b, 2)
+        b.commit(refs_of(b, 2))
         assert b.end_stream() is True
         assert ledger.read(0, 9).closed
         assert ledger.end_stream(None, False) is False

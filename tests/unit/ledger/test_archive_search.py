@@ -33,7 +33,7 @@ def rows() -> Iterator[Row]:
 
 
 def write(image: Movable) -> None:
-    image.write(rows())
+    image.write(rows(), over=None)
     image.finish()
 
 

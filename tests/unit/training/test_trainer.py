@@ -22,6 +22,7 @@ from paceline.testing.small_run import SmallRun, same_bits, weights
 from paceline.testing.synthetic import SyntheticEngine
 from paceline.training import torch_learner
 from paceline.training.checkpoint import CheckpointFolder
+from paceline.training.step import Whole
 
 
 @pytest.fixture(scope="module")
@@ -418,9 +419,10 @@ def test_gradients_are_divided_by_the_tokens_that_the_loss_counts(
     given: list[tuple[float | None, int]] = []
     real = torch_learner.train_step
 
-    def noted(*args: Any, num_tokens: float | None = None, **kwargs: Any) -> Any:
-        result = real(*args, num_tokens=num_tokens, **kwargs)
-        given.append((num_tokens, result["num_tokens"]))
+    def noted(*args: Any) -> Any:
+        result = real(*args)
+        [whole] = [one for one in args if isinstance(one, Whole)]
+        given.append((whole.num_tokens, result["num_tokens"]))
         return result
 
     monkeypatch.setattr(torch_learner, "train_step", noted)
