@@ -23,7 +23,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -111,7 +111,10 @@ class AnswerFiles:
         number = ordinal // ORDINALS_PER_FILE
         if anew and self._writer:
             look_anew(self._folder)
-            self._known, self._listed = {}, {}
+            self._listed = {}
+            for path in filter(lambda path: _number_of(path) == number, self._known):
+                with suppress(OSError):  # an open has the client of a network filesystem ask its server
+                    os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         for _ in range(2):
             path = self._path(number)
             try:

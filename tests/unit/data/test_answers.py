@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from paceline.data import answers
 from paceline.data.answers import ORDINALS_PER_FILE, Answer, AnswerFiles
 from paceline.errors import FencedError, StoreError
 
@@ -195,3 +196,24 @@ def test_on_several_hosts_the_committed_capture_has_the_newest_record(tmp_path: 
     committed = replace(ONE, generation=7)
     third.keep([committed])
     assert AnswerFiles(tmp_path, "4-d").get(3, anew=True) == committed
+
+
+def test_a_lost_sample_does_not_cost_another_look_at_all_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only at what was written since, by whatever host."""
+    first, second = AnswerFiles(tmp_path, "1-a"), AnswerFiles(tmp_path, "2-b")
+    first.keep([replace(ONE, generation=1)])
+    assert second.get(3, anew=True) == replace(ONE, generation=1)
+    read, real = [], answers._File.read
+
+    def counted(file: answers._File, start: int, stop: int) -> bytes:
+        read.append(stop - start)
+        return real(file, start, stop)
+
+    monkeypatch.setattr(answers._File, "read", counted)
+    first.keep([replace(THREE, generation=2)])
+    read.clear()
+    assert second.get(4, anew=True) == replace(THREE, generation=2)
+    path = tmp_path / "00000000-1-a.answers"
+    assert max(read) < path.stat().st_size
