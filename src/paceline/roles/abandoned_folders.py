@@ -106,7 +106,13 @@ def _judged_by_facts(folder: Path, run: str, facts: Mapping[str, Any]) -> tuple[
         return f"{run} is complete", True
     lies: dict[str, Any] = facts.get(FEATURES_LIE) or {}
     if STORE in lies:
-        moved = lies[STORE] != store_id(folder)
+        try:
+            here = store_id(folder)
+        except (PacelineError, OSError) as error:
+            return f"the store of {run} cannot be read: {error}", False
+        if not here:
+            return f"the store of {run} has no identity that can be read", False
+        moved = lies[STORE] != here
     else:
         moved = bool(lies) and Path(lies["folder"]) != folder.absolute()
     if moved:
