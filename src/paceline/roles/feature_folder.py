@@ -78,6 +78,12 @@ def take_folder(
             raise would_move(config, recorded, folder)
         if recorded is not None:
             _take_from_silent(config, ledger, recorded, tell, should_stop)
+            if config.features.is_shared and ledger.snapshot().committed:
+                tell(
+                    f"the features of this run are not in {folder}: they were removed, features.directory "
+                    "was changed, or the shared folder is not mounted here. A new store is made there, and "
+                    "what was captured and is not yet in a checkpoint is captured again"
+                )
             if Path(recorded["folder"]) != folder.absolute():
                 _free_left(Path(recorded["folder"]), config.run.name, config.run.directory.absolute())
     if not joins or owner_of(folder) is None:

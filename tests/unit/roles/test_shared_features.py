@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,10 @@ def test_who_has_not_mounted_the_shared_folder_neither_stores_nor_trains(hosts: 
     shutil.rmtree(folder)
     with pytest.raises(StoreError, match="Nothing was trained"):
         refuse_other_place(config, ledger)
-    assert take_folder(config, ledger) == folder, "a start makes the store anew"
+    told, now = list[str](), replace(ledger.snapshot(), committed=1)
+    hosts.monkeypatch.setattr(ledger, "snapshot", lambda: now)
+    assert take_folder(config, ledger, told.append) == folder, "a start makes the store anew"
+    assert "not mounted here" in told[0], "and says so: it may be on the disk below a missing mount"
     refuse_other_place(config, ledger)
 
 
@@ -223,6 +227,17 @@ def test_clean_leaves_a_folder_whose_ledger_it_cannot_ask(hosts: Hosts) -> None:
     assert "is one of host a" in cleaned(hosts.shared)
     assert folder.exists()
     assert local.exists()
+
+
+def test_clean_leaves_a_store_whose_identity_it_cannot_read(hosts: Hosts) -> None:
+    """It may be the run's own, behind a filesystem that fails."""
+    _, _, folder = begun(hosts)
+    identity = (folder / "store-id").rename(folder / "aside")
+    (folder / "store-id").mkdir()
+    assert "no identity that can be read" in cleaned(hosts.shared)
+    (folder / "store-id").rmdir()
+    identity.rename(folder / "store-id")
+    assert folder.exists()
 
 
 def test_a_start_in_vain_frees_its_folder_only_if_no_other_host_uses_it(hosts: Hosts) -> None:
