@@ -19,6 +19,7 @@ from paceline.roles.trainers import MeetingPoint, role_of_rank
 from paceline.roles.workers import CONSUMER
 
 LAST_WORDS_S = 5.0  # for the others to end, once one rank has
+LOOK_S = 0.1
 
 
 class TrainerGroup:
@@ -93,7 +94,13 @@ class TrainerGroup:
             rank.send(number)
 
     def end(self, deadline: float) -> None:
-        """Kill what has not ended by `deadline` (time.monotonic), and release all."""
+        """Kill what has not ended by `deadline` (time.monotonic), and release all.
+
+        A rank that waits for one that died while they met hears no signal: `poll` ends it before.
+        """
+        while (left := deadline - time.monotonic()) > 0 and self.poll() is None:
+            late = next((rank for rank in self._ranks if rank.poll() is None), self._ranks[0])
+            late.wait(min(LOOK_S, left))
         for rank in self._ranks:
             rank.end(deadline)
 

@@ -185,6 +185,20 @@ def test_all_ranks_are_asked_to_stop_together(group: TrainerGroup) -> None:
     assert [rank.sent for rank in Rank.started] == [[signal.SIGTERM]] * 3
 
 
+def test_a_stop_does_not_wait_for_ranks_that_wait_for_a_dead_one(
+    group: TrainerGroup, now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One was asked to stop before it could hear it, and died; the others still wait for it to join."""
+    first, dead, second = Rank.started
+    dead.ends(-signal.SIGTERM)
+    monkeypatch.setattr(Rank, "wait", lambda _, seconds: now.append(now[-1] + seconds))
+    began = now[-1]
+    group.send(signal.SIGTERM)
+    group.end(began + 60)
+    assert first.sent == second.sent == [signal.SIGTERM, signal.SIGKILL]
+    assert now[-1] - began < 4 * LAST_WORDS_S
+
+
 class Joining:
     """The link of a rank that joins; the first that joined is rank 0."""
 
