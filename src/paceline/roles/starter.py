@@ -98,9 +98,8 @@ def start_run(given: Given, tell: Callable[[str], None] = lambda _: None) -> Sta
         text = run_file(wishes, shape, _budget_mib(given, here, shape))
         config = _parsed(text)
         written = Path(aside) / "run.yaml"
-        written.write_text(text)
-        for path, final in (*prompts.moves, (written, given.output)):
-            path.replace(final)
+        written.write_bytes(text.encode())  # as it is read, whatever the locale
+        _publish(given, [*prompts.moves, (written, given.output)])
     files = [*(final for _, final in prompts.moves), given.output]
     return Started(config, files, prompts.aside, wishes)
 
@@ -137,11 +136,35 @@ def _name(given: Given) -> str:
 def _refuse_existing(given: Given, paths: list[Path]) -> None:
     there = [path for path in paths if path.exists() or path.is_symlink()]
     if there and not given.overwrite:
-        raise ConfigError(
-            f"{there[0]} exists.",
-            why="It may be the only copy of something; nothing was written.",
-            next="name another file with -o, or add --overwrite.",
-        )
+        raise _exists(there[0])
+
+
+def _exists(path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path} exists.",
+        why="It may be the only copy of something; nothing was written.",
+        next="name another file with -o, or add --overwrite.",
+    )
+
+
+def _publish(given: Given, moves: list[tuple[Path, Path]]) -> None:
+    """Give the files their names: all of them, or none if one appeared since it was looked for.
+
+    Raises ConfigError, OSError.
+    """
+    made = list[Path]()
+    try:
+        for path, final in moves:
+            if not given.overwrite:
+                final.touch(exist_ok=False)
+                made.append(final)
+            path.replace(final)
+    except BaseException as error:
+        for one in made:
+            one.unlink(missing_ok=True)
+        if isinstance(error, FileExistsError):
+            raise _exists(final) from error
+        raise
 
 
 def _refuse_folder(output: Path) -> None:

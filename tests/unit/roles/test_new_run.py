@@ -137,6 +137,36 @@ def test_nothing_that_exists_is_replaced_unless_told(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_two_at_once_one_writes_all_and_the_other_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data may take minutes to read; a file that appears meanwhile is somebody's, and stays."""
+    output = tmp_path / "run.yaml"
+
+    def meanwhile(*_: Any) -> int:
+        output.write_text("theirs")
+        return 1024
+
+    monkeypatch.setattr(starter, "_budget_mib", meanwhile)
+    with pytest.raises(ConfigError, match=f"{output} exists"):
+        start_run(given(tmp_path, heldout=None))
+    assert output.read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_run_file_is_utf8_in_every_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read as UTF-8 whatever wrote it."""
+    data = tmp_path / "räder.jsonl"
+    data.write_text("".join(f'{{"prompt": "question {n}"}}\n' for n in range(40)))
+    monkeypatch.setattr(Path, "write_text", _written_as_latin)
+    start_run(given(tmp_path, data=data))
+    assert load_run_config(tmp_path / "run.yaml").data.sources[0].path == data
+
+
+def _written_as_latin(path: Path, text: str) -> None:
+    path.write_bytes(text.encode("latin-1"))
+
+
 def test_what_is_read_is_never_replaced(tmp_path: Path) -> None:
     """Not even with --overwrite, or by another name of the same file; and a failure leaves the old files."""
     data = tmp_path / "mine.train.jsonl"
