@@ -32,6 +32,9 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+OUTPUTS = (("stdout", os.O_WRONLY, "w"), ("stderr", os.O_WRONLY, "w"))
+
+
 class Output:
     """stdout or stderr. Once it takes no more text, further text is dropped without an error.
 
@@ -79,7 +82,8 @@ def open_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
-    for name in ("stdout", "stderr"):
+    for name, flag, mode in (("stdin", os.O_RDONLY, "r"), *OUTPUTS):
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flag), mode))
+    for name, _, _ in OUTPUTS:
         getattr(sys, name).reconfigure(errors="backslashreplace")

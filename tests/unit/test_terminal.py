@@ -53,6 +53,6 @@ def test_no_file_takes_the_place_of_a_closed_stream() -> None:
     code = (
         "import os\nfrom paceline.terminal import open_standard_streams\nopen_standard_streams()\nprint(1)\n"
     )
-    code += "assert os.open('/dev/null', 0) > 2"
+    code += "import sys\nassert os.open('/dev/null', 0) > 2\nassert sys.stdin.read() == ''"
     script = f'exec {sys.executable} -c "$0" <&- >&- 2>&-'
     assert subprocess.run(["/bin/sh", "-c", script, code], check=False).returncode == 0
