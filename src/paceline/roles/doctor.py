@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -88,14 +89,15 @@ def python_is_new_enough(_: RunConfig | None) -> Iterator[Examined]:
         yield Examined(
             topic="python",
             state="bad",
-            what=f"{told}; {', '.join(wrong)}",
-            mend="pip install --upgrade paceline",
+            what=f"{told}; {', '.join(what for what, _ in wrong)}",
+            mend=f"pip install {shlex.join(wanted for _, wanted in wrong)}",
         )
     else:
         yield Examined(topic="python", state="good", what=f"{told}, with all packages")
 
 
-def _unmet() -> Iterator[str]:
+def _unmet() -> Iterator[tuple[str, str]]:
+    """What is wrong with a package, and what to ask pip for."""
     try:
         asked = requires("paceline") or []
     except PackageNotFoundError:  # a checkout that was not installed
@@ -107,10 +109,10 @@ def _unmet() -> Iterator[str]:
         try:
             there = version(wanted.name)
         except PackageNotFoundError:
-            yield f"{wanted.name} is missing"
+            yield f"{wanted.name} is missing", f"{wanted.name}{wanted.specifier}"
             continue
         if not wanted.specifier.contains(there, prereleases=True):
-            yield f"{wanted.name} is {there}, not {wanted.specifier}"
+            yield f"{wanted.name} is {there}, not {wanted.specifier}", f"{wanted.name}{wanted.specifier}"
 
 
 def torch_fits_the_gpus(_: RunConfig | None) -> Iterator[Examined]:

@@ -65,6 +65,15 @@ def test_a_sound_machine_and_run_have_nothing_to_mend(model: Path, tmp_path: Pat
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_what_is_missing_of_the_packages_is_asked_of_pip_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not Paceline itself, which no index has."""
+    asked = ["no-such-package>=2,<3", "pytest>=999", "rich>=1", "redis>=8; extra == 'redis'"]
+    monkeypatch.setattr(module, "requires", lambda _: asked)
+    [one] = module.python_is_new_enough(None)
+    assert "no-such-package is missing" in one.what
+    assert one.mend == "pip install 'no-such-package<3,>=2' 'pytest>=999'"
+
+
 def test_gpus_that_torch_cannot_use_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch for processors, or a driver that is too old."""
     monkeypatch.setattr(module, "gpus_of_the_driver", lambda: (Gpu("NVIDIA L4", 24 << 30, 8.9, "535.1"),))
