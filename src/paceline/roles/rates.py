@@ -7,6 +7,7 @@ the data sheet. Without any of them the time is unknown, and the plan says so.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,9 +79,8 @@ class Rates:
 
 
 def data_sheet(name: str) -> DataSheet | None:
-    """That of a GPU whose driver calls it so."""
-    asked = name.lower()
-    return next((sheet for sheet in DATA_SHEETS if sheet.name.lower() in asked), None)
+    """That of a GPU whose driver calls it so. An L40 is no L4, and an RTX A1000 no A100."""
+    return next((s for s in DATA_SHEETS if re.search(rf"{s.name}(?!\d)", name, re.IGNORECASE)), None)
 
 
 def named_data_sheet(name: str) -> DataSheet:

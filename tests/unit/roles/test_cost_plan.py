@@ -170,7 +170,8 @@ def test_a_gpu_is_known_by_its_driver_name() -> None:
         sheet = data_sheet(name)
         assert sheet is not None
         assert sheet.name == known
-    assert data_sheet("Quadro P400") is None
+    for name in ("Quadro P400", "NVIDIA L40", "NVIDIA RTX A1000 Laptop GPU"):
+        assert data_sheet(name) is None
 
 
 def test_auto_is_the_first_gpu_and_what_the_hardware_multiplies() -> None:
