@@ -27,6 +27,7 @@ from paceline.trackers.tracker import TrackedRun, Tracker
 
 RECORD_BYTES_MAX = 1 << 16
 SENT = ("method", "training", "checkpoint", "capture", "machine")  # sections; others may hold paths
+PLACES = ("method.start_from",)  # a path in them
 POINTS_AT_ONCE = 500
 
 
@@ -83,7 +84,7 @@ class Tracking:
         self._lock = RoleLock(directory, f"tracker-{self._name}")
         self._identity = _identity(now)
         recorded = now.facts.get(CONFIG, {})
-        settings = {key: value for key, value in recorded.items() if key.partition(".")[0] in SENT}
+        settings = {key: value for key, value in recorded.items() if _may_be_sent(key, value)}
         name = str(recorded.get("run.name", directory.name))
         run = TrackedRun(name, self._identity, directory, settings, self._project)
         self._record = directory / "trackers" / f"{self._name}.json"
@@ -138,6 +139,11 @@ def track(
         is_asked_to_end = wait()
     if errors:
         raise errors[-1]
+
+
+def _may_be_sent(key: str, value: object) -> bool:
+    """Not what names a place; a method of another package may have settings that do."""
+    return key.partition(".")[0] in SENT and key not in PLACES and "/" not in str(value)
 
 
 def _identity(now: Snapshot) -> str:

@@ -193,6 +193,7 @@ def test_events_that_were_cut_short_bring_no_step_twice(run: Run) -> None:
 def test_nothing_that_names_a_place_is_sent(run: Run) -> None:
     """Paths and addresses stay here."""
     recorded = {"run.directory": "/home/me", "ledger.url": "redis://x", "training.batch_size": 4}
+    recorded |= {"method.start_from": "my-draft", "method.of_another_package": "/home/me"}
     run.by_hand.ledger.set_facts(None, {"config": recorded})
     there = Remembering()
     tracking = Tracking("there", there.open, "paceline")
