@@ -69,7 +69,7 @@ def _say_end(console: Console, look: Look) -> None:
     if status is None:
         return
     if status.state == "complete":
-        say(console, f"The run is complete: paceline export {status.directory}")
+        say(console, f"The run is complete: paceline export {status.directory} --to vllm DIR")
         return
     say(
         console, f"{status.error or 'The run does not go on at present'}. Go on with: paceline train RUN.yaml"

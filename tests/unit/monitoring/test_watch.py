@@ -104,7 +104,7 @@ def test_a_finished_run_is_shown_once(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     first, last = result.output.splitlines()
     assert first.startswith("complete | captured 2 | step 1")
-    assert last == f"The run is complete: paceline export {run.folder}"
+    assert last == f"The run is complete: paceline export {run.folder} --to vllm DIR"
 
 
 def test_a_stopped_run_is_left_with_the_command_that_goes_on(
