@@ -266,12 +266,18 @@ def store_id(folder: Path) -> str:
 
 
 def make_store_id(folder: Path) -> str:
-    """That of a new store, unless there is one. Raises OSError, StoreError."""
+    """That of a new store, unless there is one: of starts at one moment, all get the same. Raises OSError,
+    StoreError."""
     make_private(folder)
     look_anew(folder)
     if not store_id(folder):
         aside = folder / f"{STORE_ID}.{secrets.token_hex(8)}.new"
         write_file(aside, secrets.token_hex(STORE_ID_BYTES // 2).encode())
-        aside.rename(folder / STORE_ID)
+        try:
+            (folder / STORE_ID).hardlink_to(aside)  # never over one that somebody has recorded
+        except OSError:  # another start was faster, or this filesystem knows no links
+            aside.unlink() if store_id(folder) else aside.rename(folder / STORE_ID)
+        else:
+            aside.unlink()
         sync_folder(folder)
     return store_id(folder)

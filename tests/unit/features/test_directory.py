@@ -20,7 +20,7 @@ from paceline.errors import (
     StoreError,
     StoreFullError,
 )
-from paceline.features import sample_files
+from paceline.features import ownership, sample_files
 from paceline.features.stores import directory, sample_format
 from paceline.features.stores.directory import DirectoryFeatureStore
 from paceline.testing.feature_store_suite import MIB, assert_same, feature_ref, features
@@ -256,6 +256,31 @@ def test_the_folder_of_another_user_or_open_to_others_is_refused(tmp_path: Path)
     (tmp_path / "real").chmod(0o777)
     with pytest.raises(StoreError, match="Other users may write"):
         reader_of(tmp_path / "real")
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_starts_at_one_moment_agree_on_the_stores_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    """The ledger records what one of them found; the other one must not replace it."""
+    real, found = ownership.write_file, list[str]()
+
+    def write(path: Path, data: bytes) -> None:
+        real(path, data)
+        if len(found) == 0:
+            found.append("")
+            found[0] = ownership.make_store_id(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "no links here")
+
+    if not has_links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    monkeypatch.setattr(ownership, "write_file", write)
+    assert ownership.make_store_id(tmp_path) == found[0] == ownership.store_id(tmp_path)
+    assert files_in(tmp_path) == ["store-id"]
+    (tmp_path / "store-id").write_bytes(b"")  # what a power failure may leave
+    assert len(ownership.make_store_id(tmp_path)) == 32
 
 
 def test_a_store_that_was_removed_under_its_writer_is_told(tmp_path: Path) -> None:
