@@ -53,6 +53,9 @@ class Upkeep:
         # After a reboot the ledger lists samples whose memory is gone; they are reported together.
         gone = self._without_bytes(owned, written)
         gone = self._without_bytes(owned, self._features.written() or []) if gone else []
+        if gone:  # listing takes long in a folder of another host, and others capture meanwhile
+            now = self._session.ownership().present
+            gone = [sample_id for sample_id in gone if now.get(sample_id) == owned.present[sample_id]]
         if gone:
             self._session.report_lost(gone)
         return len(orphans), gone
