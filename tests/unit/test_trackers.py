@@ -225,6 +225,18 @@ class TestMLflow(TrackerSuite):
 # -- what goes wrong -----------------------------------------------------------------------
 
 
+def test_wandb_adds_nothing_of_the_machine_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packages: dict[str, Any]
+) -> None:
+    """With these settings W&B 0.31 (offline) recorded no path; without them it did."""
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(sys.modules["wandb"], "Settings", lambda **given: asked.update(given))
+    WandB(TrackedRun("r", "1" * 32, tmp_path)).close()
+    told = ("disable_git", "x_disable_meta", "x_disable_machine_info", "x_disable_stats")
+    assert {name: asked.get(name) for name in told} == dict.fromkeys(told, True)
+    assert asked["save_code"] is False
+
+
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
 def test_a_package_that_is_not_installed_is_named_with_its_extra(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,15 @@ from paceline.trackers.package import imported, reaching
 from paceline.trackers.tracker import HELDOUT, TRAIN, Point, TrackedRun
 
 NAME = "W&B"
+# Of itself it records the paths of program and folder, the commit, and the load of the machine.
+SILENT = {
+    "console": "off",
+    "disable_git": True,
+    "save_code": False,
+    "x_disable_meta": True,
+    "x_disable_machine_info": True,
+    "x_disable_stats": True,
+}
 
 
 class WandB:
@@ -27,7 +36,7 @@ class WandB:
                 resume="allow",
                 dir=str(run.directory),
                 config=dict(run.settings),
-                settings=wandb.Settings(console="off"),
+                settings=wandb.Settings(**SILENT),
             )
             for series in (TRAIN, HELDOUT):
                 self._run.define_metric(f"{series}/*", step_metric=f"{series}/step")
