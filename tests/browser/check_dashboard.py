@@ -21,6 +21,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from paceline.evaluation.curve import Point, record_point
 from paceline.ledger.facts import RUN_ID
 from paceline.telemetry import EventLog
+from paceline.testing.ledger_calls import RUN_ID as RUN
 from paceline.testing.run_by_hand import RunByHand
 
 ODD = "<img src=x onerror=alert(1)>"
@@ -28,10 +29,11 @@ WIDTHS = (1280, 768, 375)
 TOKEN = "a token of more than sixteen characters"  # noqa: S105
 
 
-def made(folder: Path, name: str, steps: int) -> None:
+def made(folder: Path, steps: int, name: str = RUN) -> None:
     """A run with a curve, a producer and a consumer that was killed once."""
     run = RunByHand(folder, prompts=2 * steps + 2)
-    run.ledger.set_facts(None, {RUN_ID: name})
+    if name != RUN:
+        run.ledger.set_facts(None, {RUN_ID: name})
     log = EventLog(folder / "events" / "consumer.jsonl")
     log.write("role_started", pid=11)
     for step in range(1, steps + 1):
@@ -58,8 +60,8 @@ def made(folder: Path, name: str, steps: int) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("runs")
-    made(base / "one", "one", 16)
-    made(base / "two", ODD, 12)
+    made(base / "one", 16)
+    made(base / "two", 12, ODD)
     return base
 
 
@@ -71,8 +73,10 @@ def served(base: Path, *options: str, **environment: str) -> Iterator[str]:
         assert process.stdout is not None
         found = re.search(r"http://\S+", process.stdout.readline())
         assert found, "it says where it is"
-        yield found[0]
-        process.terminate()
+        try:
+            yield found[0]
+        finally:
+            process.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +129,11 @@ def test_runs_are_compared_opened_and_traced(
     check(page, f"runs-{scheme}-{width}")
     page.locator("#runs input").nth(1).click()
     page.wait_for_selector("#compared .line.c1", state="detached")
-    page.click("#runs a >> text=one")
+    page.click(f"#runs a >> text={RUN}")
     page.wait_for_selector("#timeline .cross")
     page.wait_for_selector("#curves .dot")
     assert page.locator("#flow li").count() == 8
-    assert page.locator("#run-title").inner_text() == "one"
+    assert page.locator("#run-title").inner_text() == RUN
     page.fill("#step", "3")
     page.press("#step", "Enter")
     page.click("#found button.link >> nth=0")
@@ -184,7 +188,7 @@ def test_a_folder_without_runs_says_how_one_begins(chromium: Browser, tmp_path: 
         page.goto(url)
         page.wait_for_selector("#empty >> text=paceline train")
         check(page, "empty")
-        made(tmp_path / "one", "one", 4)
+        made(tmp_path / "one", 4)
         page.wait_for_selector("#run-title")
     assert not [one for one in problems if "ERR_CONNECTION_REFUSED" not in one]
     page.context.close()

@@ -102,7 +102,7 @@ function draw() {
   at("run").hidden = !one?.status;
   at("overview").hidden = Boolean(one) || !runs.length;
   at("empty").hidden = !at("run").hidden || !at("overview").hidden;
-  at("empty").textContent = one ? one.problem : wanted && runs.length ? "There is no such run here any more." : "There is no run here yet. One begins with: paceline train RUN.yaml";
+  at("why").textContent = one ? one.problem : wanted && runs.length ? "There is no such run here any more." : "There is no run here yet. One begins with: paceline train RUN.yaml";
   show(at("crumb"), one && runs.length > 1 ? h("a", { href: "#" }, "← all runs") : `${runs.length} ${runs.length === 1 ? "run" : "runs"}`);
   document.title = one?.status ? `${one.status.run}, ${one.status.state}: Paceline` : "Paceline";
   if (one) drawRun(one); else if (runs.length) drawOverview();
