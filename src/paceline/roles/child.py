@@ -202,13 +202,12 @@ def _kill_orphan(pid: int) -> None:
 
 
 def _was_orphaned(pid: int) -> bool:
-    """Whether the process has outlived the supervisor that started it, or was killed and is just ending.
-
-    A process that ends loses its memory, and with it its environment, a moment before its locks.
-    """
+    """Whether the process has outlived the supervisor that started it, or was killed and is just ending."""
     try:
         environment = Path(f"/proc/{pid}/environ").read_bytes()
         parent = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1]
+    except ProcessLookupError:
+        return True  # a process that ends loses its memory, and its environment, before its locks
     except (OSError, IndexError):
         return False
     name = f"{SUPERVISOR_VARIABLE}=".encode()

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from paceline.ledger.locks import RoleLock, live_holder
+from paceline.roles import child
 from paceline.roles.child import Child, end_orphan
 from paceline.roles.process import REPORT_VARIABLE, SUPERVISOR_VARIABLE
 
@@ -158,21 +159,28 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("holder_is", ["an orphan", "ending", "supervised"])
-def test_a_start_ends_an_orphan_and_nothing_else(tmp_path: Path, holder_is: str) -> None:
-    """One with a live supervisor, or without any, keeps its role; the start is refused instead.
+def test_a_start_waits_for_a_killed_role_that_still_holds_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel takes memory and environment from a process that ends, and its locks a moment later.
 
-    The kernel takes memory and environment from a killed process, and its locks a moment later. A start in
-    that moment waits. Here a process without an environment stands for it.
+    A start in that moment would be refused for a process that is as good as gone. A zombie lost them, too.
     """
-    environments = {
-        "an orphan": {**os.environ, SUPERVISOR_VARIABLE: "1"},
-        "ending": {},
-        "supervised": {**os.environ, SUPERVISOR_VARIABLE: str(os.getpid())},
-    }
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        looks = iter([ended.pid, ended.pid, None])
+        monkeypatch.setattr(child, "live_holder", lambda *_: next(looks))
+        end_orphan(tmp_path, "producer")
+    assert list(looks) == [], "it waited until no process held the lock"
+
+
+@pytest.mark.parametrize("is_orphan", [True, False])
+def test_a_start_ends_an_orphan_and_nothing_else(tmp_path: Path, is_orphan: bool) -> None:
+    """One with a live supervisor, or without any, keeps its role; the start is refused instead."""
+    supervisor = "1" if is_orphan else str(os.getpid())
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)],
-        env=environments[holder_is],
+        env={**os.environ, SUPERVISOR_VARIABLE: supervisor},
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -180,7 +188,7 @@ def test_a_start_ends_an_orphan_and_nothing_else(tmp_path: Path, holder_is: str)
         assert holder.stdout is not None
         assert holder.stdout.readline() == "ready\n"
         end_orphan(tmp_path, "evaluator")
-        if holder_is != "supervised":
+        if is_orphan:
             assert holder.wait() == -signal.SIGKILL
             RoleLock(tmp_path, "evaluator").release()
         else:
@@ -193,8 +201,8 @@ def test_a_start_ends_an_orphan_and_nothing_else(tmp_path: Path, holder_is: str)
 def test_a_role_is_asked_to_stop_once_however_often_its_supervisor_asks() -> None:
     """At a second SIGTERM it would end at once, without the checkpoint that its safe point writes."""
     sent: list[signal.Signals] = []
-    child = object.__new__(Child)
-    child._process = SimpleNamespace(poll=lambda: None, send_signal=sent.append)  # type: ignore[assignment]
+    asked = object.__new__(Child)
+    asked._process = SimpleNamespace(poll=lambda: None, send_signal=sent.append)  # type: ignore[assignment]
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
-        child.send(number)
+        asked.send(number)
     assert sent == [signal.SIGTERM, signal.SIGKILL]
