@@ -56,7 +56,7 @@ def _ask(directory: Path, role: str, holder: int) -> bool:
             signal.pidfd_send_signal(handle, signal.SIGTERM)
     except PermissionError as error:
         raise _forbidden(directory, role, holder) from error
-    except ProcessLookupError:
+    except (ProcessLookupError, FileNotFoundError):  # its folder in /proc goes with it
         return False
     finally:
         if handle is not None:
