@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from paceline.config.load import load_run_config
+from paceline.demo.runs import WORDS
 from paceline.features.ownership import remove
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.roles.consumer import consume
@@ -25,22 +26,6 @@ from paceline.roles.process import Work
 from paceline.roles.producer import produce
 from paceline.roles.snapshot import open_run
 from paceline.telemetry import EventLog
-
-WORDS = [
-    "the",
-    "wind",
-    "turns",
-    "a",
-    "wheel",
-    "and",
-    "every",
-    "rider",
-    "follows",
-    "until",
-    "one",
-    "lets",
-    "go",
-]
 
 
 def executed(arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:

@@ -6,12 +6,14 @@ import random
 import shutil
 import tracemalloc
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
 from paceline import crashpoints
+from paceline.features.store import FeatureStore
 from paceline.features.stores.directory import DirectoryFeatureStore
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.fsck.checker import check, check_view
@@ -170,15 +172,21 @@ def test_several_passes_are_sound(tmp_path: Path, shape: RunShape) -> None:
     assert any(error.startswith("C2 visited more than 1") for error in check(tmp_path, passes=1).errors)
 
 
-def test_slots_are_held_against_the_ledger(by_hand: RunByHand, directory: Path) -> None:
-    """Orphans and missing bytes are notes; bytes under another sample's generation are an error."""
-    features = SharedMemoryFeatureStore(directory, budget_bytes=1 << 20, owner=True)
+def put_five(by_hand: RunByHand, features: FeatureStore) -> tuple[list[str], Mapping[str, int]]:
+    """Three committed samples and two that are promised; returns ids and generations of the three."""
     ids = by_hand.capture(3)
     generations = by_hand.ledger.ownership().present
     by_hand.producer.lease(2)
     intent = {ref.sample_id: ref.generation for ref in refs_of(by_hand.producer, 3, 4)}
     for sample_id, generation in [*generations.items(), *intent.items()]:
         features.put(sample_id, {"x": torch.zeros(3)}, generation=generation)
+    return ids, generations
+
+
+def test_slots_are_held_against_the_ledger(by_hand: RunByHand, directory: Path) -> None:
+    """Orphans and missing bytes are notes; bytes under another sample's generation are an error."""
+    features = SharedMemoryFeatureStore(directory, budget_bytes=1 << 20, owner=True)
+    ids, generations = put_five(by_hand, features)
     report = check(by_hand.folder, features=directory)
     assert (report.errors, report.notes, report.counts["slots"]) == ([], [], 5)
     by_hand.producer.give_back([3])
@@ -207,12 +215,7 @@ def test_slots_are_held_against_the_ledger(by_hand: RunByHand, directory: Path) 
 def test_files_that_hosts_share_are_held_against_the_ledger(by_hand: RunByHand, directory: Path) -> None:
     """As slots are. A file that is cut off or has another one's name is as good as missing."""
     features = DirectoryFeatureStore(directory, budget_bytes=1 << 20, owner=True)
-    ids = by_hand.capture(3)
-    generations = by_hand.ledger.ownership().present
-    by_hand.producer.lease(2)
-    intent = {ref.sample_id: ref.generation for ref in refs_of(by_hand.producer, 3, 4)}
-    for sample_id, generation in [*generations.items(), *intent.items()]:
-        features.put(sample_id, {"x": torch.zeros(3)}, generation=generation)
+    ids, generations = put_five(by_hand, features)
     report = check(by_hand.folder, features=directory)
     assert (report.errors, report.notes, report.counts["slots"]) == ([], [], 5)
     by_hand.producer.give_back([3])

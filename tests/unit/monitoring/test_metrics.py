@@ -21,19 +21,8 @@ from paceline.errors import ConfigError
 from paceline.monitoring.endpoint import MetricsServer
 from paceline.monitoring.metrics import CONTENT_TYPE, METRICS, exposition
 from paceline.monitoring.status import read_status
-from paceline.testing.run_by_hand import RunByHand
 
 BOARD = Path(__file__).parents[3] / "docs" / "grafana" / "paceline.json"
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    by_hand = RunByHand(tmp_path / "run")
-    by_hand.train(by_hand.capture(2))
-    by_hand.checkpoint()
-    by_hand.capture(2)
-    by_hand.ledger.close()
-    return by_hand.folder
 
 
 def parsed(text: str) -> dict[tuple[str, str], float]:

@@ -19,7 +19,6 @@ from paceline.monitoring.shares import WINDOW_S, Window
 from paceline.monitoring.status import _estimated_steps, read_status
 from paceline.monitoring.waiting import waiting_of
 from paceline.telemetry import EventLog
-from paceline.testing.run_by_hand import RunByHand
 
 ROOT = Path(__file__).parents[3]
 STARTED = {"event": "role_started", "time": 100.0, "pid": 1}
@@ -34,17 +33,6 @@ def written(run: Path, role: str, *events: dict[str, Any]) -> None:
     for event in events:
         log.write(**event)
     log.close()
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """One checkpoint of two samples, two more that are not trained."""
-    by_hand = RunByHand(tmp_path / "run")
-    by_hand.train(by_hand.capture(2))
-    by_hand.checkpoint()
-    by_hand.capture(2)
-    by_hand.ledger.close()
-    return by_hand.folder
 
 
 def document(run: Path) -> dict[str, Any]:
