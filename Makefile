@@ -7,7 +7,7 @@ TRAINED ?= runs/smollm2-cpu
 SCALE ?= 1
 BIN := $(VENV)/bin
 
-.PHONY: help install model train evaluate test lint types layers reference check dist sbom docs bench quality test-vllm test-dashboard gpu reliability clean
+.PHONY: help install model train evaluate test lint types layers reference check dist sbom docs bench quality test-vllm test-dashboard test-ray gpu reliability clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -94,6 +94,13 @@ $(VENV)/.browser: pyproject.toml constraints.txt | $(VENV)/.installed
 test-dashboard: install $(VENV)/.browser ## the dashboard in a headless Chromium (Debian: apt-get install chromium)
 	@command -v chromium >/dev/null || $(BIN)/playwright install --with-deps chromium
 	PYTHONPATH=. $(BIN)/python -m pytest -q tests/browser/check_dashboard.py
+
+$(VENV)/.ray: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt -e ".[ray]"
+	touch $@
+
+test-ray: install $(VENV)/.ray ## a Ray cluster of several hosts on this machine (as root: namespaces), its parts killed
+	PYTHONPATH=. $(BIN)/python -m pytest -q tests/ray/check_ray.py
 
 gpu: install ## three minutes on a CUDA device: everything a run does there, and where a step waits
 	$(BIN)/python scripts/gpu_check.py

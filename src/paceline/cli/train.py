@@ -17,12 +17,14 @@ from paceline.errors import ConfigError, PacelineError
 from paceline.roles.child import RoleFailedError
 from paceline.roles.plan import RunPlan, plan_run
 from paceline.roles.preflight import preflight
+from paceline.roles.process import die_with_supervisor
 from paceline.roles.snapshot import open_run, take_snapshot
 from paceline.roles.supervisor import Supervisor
 
 
 def train_run(run_file: Path) -> None:
     """Raises typer.Exit if the user stopped it, PacelineError."""
+    die_with_supervisor()  # where another process keeps this one going (placement/keeper.py)
     plan = plan_run(load_run_config(run_file))
     for note in [*plan.notes, *preflight(plan)]:
         say(out, note)

@@ -11,12 +11,25 @@ from paceline.cli.options import COMPARE_OPTIONS, Run, RunFile, takes
 from paceline.cli.verbs.verb import advises, group
 
 verbs = group()
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on",
+        metavar="ADDRESS",
+        help="A Ray cluster, whose nodes the run is placed on: ray://HOST:10001, HOST:6379, auto, or local.",
+    ),
+]
 
 
 @verbs.command()
 @advises
-def train(run_file: RunFile) -> None:
+def train(run_file: RunFile, on: On = None) -> None:
     """Start both roles, watch them to the end, then evaluate. Continues a run that was stopped."""
+    if on is not None:
+        from paceline.cli.train_on import train_on_cluster
+
+        train_on_cluster(run_file, on)
+        return
     from paceline.cli.train import train_run
 
     train_run(run_file)
@@ -50,11 +63,17 @@ def consume(run_file: RunFile) -> None:
 def stop(
     run: Run,
     now: Annotated[bool, typer.Option("--now", help="Without a safe point; what is durable stays.")] = False,
+    on: On = None,
 ) -> None:
     """Stop a run in good order, and wait for it.
 
-    Its processes on this host reach their next safe point and write a checkpoint.
+    Its processes on this host, or in the Ray cluster, reach their next safe point and write a checkpoint.
     """
+    if on is not None:
+        from paceline.cli.train_on import stop_on_cluster
+
+        stop_on_cluster(run, on, at_once=now)
+        return
     from paceline.cli.stop import stop_run
 
     stop_run(run, at_once=now)
