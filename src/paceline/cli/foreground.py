@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from paceline.cli.named_run import run_file_of
+from paceline.cli.plain import err, say
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
 from paceline.engines.table import ENGINES
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, LedgerMissingError
+from paceline.ledger.facts import COMPLETED_STEP
 from paceline.roles.plan import role_environment
 from paceline.roles.workers import CONSUMER, JOIN, PRODUCER
 from paceline.target.hub import local_target
 
 
 def become_producer(run: Path, *, joins: bool) -> None:
-    _become(PRODUCER, run_file_of(run), *([JOIN] if joins else []))
+    run_file = run_file_of(run)
+    if joins and _is_complete(load_run_config(run_file)):  # what starts producers again is then done
+        say(err, "The run is complete: it needs no further producer.")
+        return
+    _become(PRODUCER, run_file, *([JOIN] if joins else []))
 
 
 def become_consumer(run_file: Path) -> None:
@@ -32,6 +39,14 @@ def print_engine_command(name: str, run: Path) -> None:
     local_target(config.target)  # that process does not use the network
     command = [sys.executable, "-m", "paceline.roles.server_command", str(run_file)]
     os.execve(sys.executable, command, {**os.environ, **role_environment(1)})  # noqa: S606 (our own module)
+
+
+def _is_complete(config: RunConfig) -> bool:
+    try:
+        with closing(config.view_ledger()) as view:
+            return view.facts().get(COMPLETED_STEP) is not None
+    except LedgerMissingError:  # it has not begun, as the role will say
+        return False
 
 
 def _become(role: str, run_file: Path, *arguments: str) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from paceline import __version__
-from paceline.cli.verbs import giving, looking, preparing, running
+from paceline.cli.verbs import giving, launching, looking, preparing, running
 from paceline.cli.verbs.verb import INTERRUPTED
 from paceline.errors import DEBUG_VARIABLE, ConfigError
 from paceline.terminal import open_standard_streams
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # half of the time of --help would be spent on importing what draws boxes
 )
-for part in (preparing, running, looking, giving):  # the order of --help
+for part in (preparing, running, launching, looking, giving):  # the order of --help
     app.add_typer(part.verbs)
 
 

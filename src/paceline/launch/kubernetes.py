@@ -1,0 +1,406 @@
+"""A run as Kubernetes manifests: a Job that trains, a Job of producers that join, and the ledger's server.
+
+The run file lies in a ConfigMap, the server's password in a Secret that the user makes; no manifest holds it.
+Every process runs without root and without privileges; /dev/shm is memory of its own, sized for the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from paceline.errors import ConfigError
+from paceline.features.settings import MEMORY
+from paceline.launch.fleet import Fleet, Needs
+from paceline.ledger.server_url import IN_ENVIRONMENT
+from paceline.target.hub import is_of_hub
+
+Manifest = dict[str, Any]
+USER = 1000
+SETTINGS = "/etc/paceline"
+OWN_FOLDER = "/tmp/paceline/run"  # noqa: S108 (of the container alone)
+LEDGER_PORT, MEET_PORT = 6379, 29500
+LEDGER_IMAGE = "docker.io/valkey/valkey:8.1-alpine"
+LEDGER_MIB = 2048
+JOBS_RESTARTS = 1000  # of its containers, before a Job counts as failed
+NAME_MAX = 40  # characters: a pod's name gets more behind it
+
+# A pod that is asked to end has not finished its work, though its process ends in good order.
+FOLLOW = """
+asked=
+trap 'asked=yes; kill -TERM "$child"' TERM
+follow() {
+  code=0
+  wait "$child" || code=$?
+  if [ -n "$asked" ]; then
+    wait "$child"
+    exit 143
+  fi
+}
+"""
+PRODUCER = f"""{FOLLOW}
+paceline produce {SETTINGS}/elsewhere.yaml --join &
+child=$!
+follow
+exit "$code"
+"""
+# A rank's pod among several. The first one keeps the run's folder, and alone knows when the work is done.
+RANK = f"""{FOLLOW}
+run={SETTINGS}/elsewhere.yaml
+if [ "$JOB_COMPLETION_INDEX" = 0 ]; then
+  run={SETTINGS}/run.yaml
+  paceline produce "$run" &
+  first=$!
+fi
+torchrun --nnodes "$HOSTS" --node-rank "$JOB_COMPLETION_INDEX" --nproc-per-node "$RANKS" --max-restarts 0 \\
+  --master-addr "$MEET" --master-port {MEET_PORT} -m paceline consume "$run" &
+child=$!
+follow
+if [ "$JOB_COMPLETION_INDEX" != 0 ]; then exit 1; fi
+kill -TERM "$first" 2>/dev/null
+wait "$first"
+if [ "$code" != 0 ]; then exit "$code"; fi
+paceline status "$run" --json | grep -q '"state": "complete"' || exit 1
+exec paceline train "$run"
+"""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A claim, mounted at `path` in every container."""
+
+    claim: str
+    path: str
+
+
+def volumes_of(given: Sequence[str]) -> list[Volume]:
+    """From CLAIM=/PATH. Raises ConfigError."""
+    found = []
+    for text in given:
+        claim, _, path = text.partition("=")
+        if not claim or not path.startswith("/") or claim != claim.strip():
+            raise ConfigError(
+                f"{text!r} is no volume.",
+                why="A volume is a claim of the cluster's, and where the containers see it.",
+                next="write it as --volume CLAIM=/PATH",
+            )
+        found.append(Volume(claim, path))
+    return found
+
+
+def manifests(fleet: Fleet, *, image: str, volumes: Sequence[Volume]) -> list[Manifest]:
+    """Raises ConfigError for a run file whose folders the pods would lose."""
+    _refuse(fleet, volumes)
+    pods = Pods(fleet, image, volumes)
+    found = [pods.settings(), pods.trainer()]
+    if fleet.hosts > 1:
+        found.append(pods.meeting_point())
+    if fleet.producers:
+        found.append(pods.producers())
+    if pods.has_server:
+        found += pods.server()
+    return found
+
+
+def text_of(fleet: Fleet, found: Sequence[Manifest]) -> str:
+    """As YAML, with what to type in its first lines."""
+    lines = [f"The run {fleet.name} on Kubernetes, by `paceline launch kubernetes`."]
+    if fleet.config.ledger.is_shared:
+        lines += [
+            "First, a password for the ledger's server (one of your own: its password):",
+            f"  kubectl create secret generic {_name(fleet)}-ledger "
+            '--from-literal=password="$(openssl rand -hex 32)"',
+        ]
+    lines += ["Then: kubectl apply -f FILE. Deleting a Job stops it; applying it again goes on."]
+    return "".join(f"# {line}\n" for line in lines) + yaml.dump_all(found, Dumper=Readable, sort_keys=False)
+
+
+class Readable(yaml.SafeDumper):
+    """Texts of several lines, such as run files, stand as they are."""
+
+    def ignore_aliases(self, _: object) -> bool:
+        return True
+
+
+def _text(dumper: Readable, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+Readable.add_representer(str, _text)
+
+
+class Pods:
+    def __init__(self, fleet: Fleet, image: str, volumes: Sequence[Volume]) -> None:
+        self._fleet, self._image, self._volumes = fleet, image, volumes
+        self._name = _name(fleet)
+
+    @property
+    def has_server(self) -> bool:
+        """Whether the ledger's server is one of the manifests: the run file names none."""
+        ledger = self._fleet.config.ledger
+        return ledger.is_shared and getattr(ledger, "url", None) is None
+
+    def settings(self) -> Manifest:
+        fleet = self._fleet
+        # The same values as in the run file, which may have any encoding and comments.
+        own = yaml.safe_dump(fleet.sections, sort_keys=False)
+        elsewhere = {"run": fleet.section_elsewhere(OWN_FOLDER)}
+        files = {"run.yaml": own}
+        if fleet.is_wide:
+            section = yaml.safe_dump(elsewhere, sort_keys=False)
+            files["elsewhere.yaml"] = section + fleet.sections_elsewhere()
+        return {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": self._metadata("settings"),
+            "data": files,
+        }
+
+    def trainer(self) -> Manifest:
+        fleet, run = self._fleet, f"{SETTINGS}/run.yaml"
+        if fleet.hosts == 1:
+            command, more = ["paceline", "train", run], {}
+        else:
+            command = ["bash", "-c", RANK]
+            first = f"{self._name}-train-0.{self._name}-train"
+            more = {"HOSTS": fleet.hosts, "RANKS": fleet.config.machine.trainers, "MEET": first}
+        container = self._container("train", command, fleet.trainer, more)
+        # Not a liveness probe: the supervisor starts what dies again, and restarts would cost work.
+        container["readinessProbe"] = {
+            "exec": {"command": ["paceline", "status", run]},
+            "periodSeconds": 60,
+            "timeoutSeconds": 30,
+        }
+        job = self._job("train", container, fleet.trainer, fleet.hosts)
+        if fleet.hosts > 1:
+            job["spec"]["successPolicy"] = {"rules": [{"succeededIndexes": "0"}]}
+            job["spec"]["template"]["spec"]["subdomain"] = f"{self._name}-train"
+        return job
+
+    def producers(self) -> Manifest:
+        needs = self._fleet.producer
+        container = self._container("produce", ["bash", "-c", PRODUCER], needs, {})
+        return self._job("produce", container, needs, self._fleet.producers)
+
+    def meeting_point(self) -> Manifest:
+        """The names by which the ranks' pods find each other, also before they are ready."""
+        return {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": self._metadata("train"),
+            "spec": {
+                "clusterIP": "None",
+                "publishNotReadyAddresses": True,
+                "selector": self._labels("train"),
+                "ports": [{"name": "meet", "port": MEET_PORT}],
+            },
+        }
+
+    # -- the ledger's server -----------------------------------------------------------------
+
+    def server(self) -> list[Manifest]:
+        """It keeps its data in an append-only file on a volume of its own; this run's pods alone reach it."""
+        labels, role = self._labels("ledger"), self._metadata("ledger")
+        service = {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": role,
+            "spec": {"selector": labels, "ports": [{"name": "ledger", "port": LEDGER_PORT}]},
+        }
+        policy = {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": role,
+            "spec": {
+                "podSelector": {"matchLabels": labels},
+                "policyTypes": ["Ingress"],
+                "ingress": [
+                    {
+                        "from": [{"podSelector": {"matchLabels": self._labels()}}],
+                        "ports": [{"port": LEDGER_PORT}],
+                    }
+                ],
+            },
+        }
+        return [service, policy, self._stateful_set(labels, role)]
+
+    def _stateful_set(self, labels: Mapping[str, str], metadata: Manifest) -> Manifest:
+        ping = {"exec": {"command": ["sh", "-c", "valkey-cli ping | grep -q PONG"]}, "timeoutSeconds": 5}
+        # The password comes through standard input: every user of the node can read a command line.
+        serve = (
+            'printf "requirepass %s\\n" "$REDISCLI_AUTH" | exec valkey-server - --appendonly yes '
+            "--appendfsync everysec --maxmemory-policy noeviction --dir /data "
+            f"--maxmemory {LEDGER_MIB * 3 // 4}mb"
+        )
+        memory = {"memory": f"{LEDGER_MIB}Mi"}
+        container = {
+            "name": "valkey",
+            "image": LEDGER_IMAGE,
+            "command": ["sh", "-c", serve],
+            "env": [{"name": "REDISCLI_AUTH", "valueFrom": self._password()}],
+            "ports": [{"containerPort": LEDGER_PORT}],
+            "resources": {"requests": {"cpu": "1", **memory}, "limits": memory},
+            "readinessProbe": {**ping, "periodSeconds": 5},
+            # It loads its file before it answers, minutes if it is large.
+            "startupProbe": {**ping, "periodSeconds": 10, "failureThreshold": 60},
+            "livenessProbe": {**ping, "periodSeconds": 20, "failureThreshold": 6},
+            "securityContext": _unprivileged(),
+            "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+        }
+        claim = {
+            "metadata": {"name": "data"},
+            "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "10Gi"}}},
+        }
+        return {
+            "apiVersion": "apps/v1",
+            "kind": "StatefulSet",
+            "metadata": metadata,
+            "spec": {
+                "serviceName": metadata["name"],
+                "replicas": 1,
+                "selector": {"matchLabels": dict(labels)},
+                "template": {
+                    "metadata": {"labels": dict(labels)},
+                    "spec": {**_pod(), "terminationGracePeriodSeconds": 60, "containers": [container]},
+                },
+                "volumeClaimTemplates": [claim],
+            },
+        }
+
+    # -- what the jobs have in common --------------------------------------------------------
+
+    def _job(self, role: str, container: Manifest, needs: Needs, pods: int) -> Manifest:
+        volumes = [
+            {"name": "settings", "configMap": {"name": f"{self._name}-settings"}},
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{needs.shm_mib}Mi"}},
+            {"name": "tmp", "emptyDir": {}},
+            *(
+                {"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": one.claim}}
+                for number, one in enumerate(self._volumes)
+            ),
+        ]
+        pod = {
+            **_pod(),
+            # At a stop every process reaches a safe point and writes a checkpoint.
+            "terminationGracePeriodSeconds": 300,
+            "restartPolicy": "OnFailure",
+            "containers": [container],
+            "volumes": volumes,
+        }
+        return {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": self._metadata(role),
+            "spec": {
+                "completionMode": "Indexed",
+                "completions": pods,
+                "parallelism": pods,
+                "backoffLimit": JOBS_RESTARTS,
+                "template": {"metadata": {"labels": self._labels(role)}, "spec": pod},
+            },
+        }
+
+    def _container(
+        self, role: str, command: Sequence[str], needs: Needs, more: Mapping[str, object]
+    ) -> Manifest:
+        gpus = {"nvidia.com/gpu": str(needs.gpus)} if needs.gpus else {}
+        asked = {"memory": f"{needs.memory_mib}Mi", **gpus}
+        return {
+            "name": role,
+            "image": self._image,
+            "command": list(command),
+            "env": [
+                {"name": "HOME", "value": "/tmp"},  # noqa: S108 (of the container alone)
+                *({"name": name, "value": str(value)} for name, value in more.items()),
+                *self._ledger_of_the_environment(),
+            ],
+            "resources": {"requests": {"cpu": str(needs.processors), **asked}, "limits": asked},
+            "securityContext": _unprivileged(),
+            "volumeMounts": [
+                {"name": "settings", "mountPath": SETTINGS, "readOnly": True},
+                {"name": "shm", "mountPath": str(MEMORY)},
+                {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 (of the container alone)
+                *(
+                    {"name": f"volume-{number}", "mountPath": one.path}
+                    for number, one in enumerate(self._volumes)
+                ),
+            ],
+        }
+
+    def _ledger_of_the_environment(self) -> list[Manifest]:
+        if not self._fleet.config.ledger.is_shared:
+            return []
+        where = {"name": IN_ENVIRONMENT, "value": f"redis://{self._name}-ledger:{LEDGER_PORT}/0"}
+        password = {"name": "PACELINE_REDIS_PASSWORD", "valueFrom": self._password()}
+        return [*([where] if self.has_server else []), password]
+
+    def _password(self) -> Manifest:
+        return {"secretKeyRef": {"name": f"{self._name}-ledger", "key": "password"}}
+
+    def _labels(self, role: str = "") -> dict[str, str]:
+        labels = {"app.kubernetes.io/name": "paceline", "app.kubernetes.io/instance": self._name}
+        return labels | ({"app.kubernetes.io/component": role} if role else {})
+
+    def _metadata(self, role: str) -> Manifest:
+        return {"name": f"{self._name}-{role}", "labels": self._labels(role)}
+
+
+def _pod() -> Manifest:
+    return {
+        "automountServiceAccountToken": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+    }
+
+
+def _unprivileged() -> Manifest:
+    return {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def _name(fleet: Fleet) -> str:
+    """The run's name as Kubernetes takes one. Raises ConfigError if it is too long."""
+    name = fleet.name.lower().replace("_", "-").replace(".", "-").strip("-")
+    if len(name) > NAME_MAX or not name or not name[0].isalpha():
+        raise ConfigError(
+            f"run.name {fleet.name} makes no name of a Job.",
+            why=f"There it may have {NAME_MAX} characters, and begins with a letter.",
+            next="choose another run.name.",
+        )
+    return name
+
+
+def _refuse(fleet: Fleet, volumes: Sequence[Volume]) -> None:
+    """What lies outside of the volumes ends with its pod, or is not there."""
+    config = fleet.config
+    needed = {"run.directory": config.run.directory, "evaluation.prompts": config.evaluation.prompts}
+    if not is_of_hub(config.target):
+        needed["target.model"] = config.target.model
+    if config.features.is_shared:
+        needed["features.directory"] = config.features.directory
+    read = [config.data.other_run, *(source.path for source in config.data.sources)]
+    needed |= {f"data source {number}": path for number, path in enumerate(filter(None, read))}
+    outside = [
+        f"{name} {path}"
+        for name, path in needed.items()
+        if not any(path.is_relative_to(one.path) for one in volumes)
+    ]
+    if outside:
+        raise ConfigError(
+            f"No volume holds {', '.join(outside)}.",
+            why="Whatever lies in a pod alone ends with it, and what it has not mounted is not there.",
+            next="mount claims with --volume CLAIM=/PATH, and name paths below them in the run file.",
+        )

@@ -1,0 +1,180 @@
+"""The manifests are what Kubernetes takes, hold no secret, and ask for no privilege."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from run_of_hosts import ALONE, SHELLCHECK, Write
+
+from paceline.cli.main import app
+from paceline.config.load import binding, load_run_config
+from paceline.errors import ConfigError
+from paceline.launch.fleet import Fleet
+from paceline.launch.kubernetes import PRODUCER, RANK, manifests, text_of, volumes_of
+
+DATA = volumes_of(["data=/data"])
+VERSIONS = ("1.31", kubernetes_validate.latest_version())
+FLEETS: list[dict[str, Any]] = [{}, {"producers": 8}, {"hosts": 4, "producers": 64, "gpus": 8}]
+
+
+def read(run_file: Path, **given: Any) -> list[dict[str, Any]]:
+    """As kubectl reads what the command prints."""
+    fleet = Fleet.of(run_file, **given)
+    return list(yaml.safe_load_all(text_of(fleet, manifests(fleet, image="paceline:1", volumes=DATA))))
+
+
+def by_name(found: list[dict[str, Any]], kind: str) -> dict[str, dict[str, Any]]:
+    return {one["metadata"]["name"]: one for one in found if one["kind"] == kind}
+
+
+def pods(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [one["spec"]["template"]["spec"] for one in found if "template" in one.get("spec", {})]
+
+
+@pytest.mark.parametrize("given", FLEETS)
+def test_every_manifest_is_valid(write: Write, given: dict[str, Any]) -> None:
+    """By the schemas of the oldest version that they are for, and of the newest one."""
+    found = read(write(), **given)
+    assert found
+    for one in found:
+        for version in VERSIONS:
+            kubernetes_validate.validate(one, version, strict=True)
+
+
+def test_the_schemas_find_a_mistake(write: Write) -> None:
+    one = by_name(read(write()), "Job")["my-run-train"]
+    one["spec"]["template"]["spec"]["containers"][0]["readinesProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(one, VERSIONS[0], strict=True)
+
+
+@pytest.mark.parametrize("given", FLEETS)
+def test_no_pod_has_a_privilege(write: Write, given: dict[str, Any]) -> None:
+    for pod in pods(read(write(), **given)):
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["automountServiceAccountToken"] is False
+        assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC"}
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+        assert not any("hostPath" in volume for volume in pod.get("volumes", []))
+
+
+def test_shared_memory_holds_the_features_and_counts_as_memory(write: Write) -> None:
+    """A container has 64 MiB of it by default."""
+    [pod] = pods(read(write(**ALONE)))
+    [shm] = [volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm"]
+    assert shm == {"medium": "Memory", "sizeLimit": "5120Mi"}
+    [container] = pod["containers"]
+    assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+    assert container["resources"]["limits"] == {"memory": f"{5120 + 16 * 1024}Mi", "nvidia.com/gpu": "2"}
+
+
+def test_the_ledgers_server_wants_a_password_and_loses_nothing(write: Write) -> None:
+    """The password is a secret of the user's; only pods of this run reach the server."""
+    found = read(write(), producers=2)
+    [server] = by_name(found, "StatefulSet").values()
+    [container] = server["spec"]["template"]["spec"]["containers"]
+    command = container["command"][-1]
+    assert "requirepass" in command
+    for setting in ("--appendonly yes", "--appendfsync everysec", "--maxmemory-policy noeviction"):
+        assert setting in command
+    secret = {"secretKeyRef": {"name": "my-run-ledger", "key": "password"}}
+    assert container["env"] == [{"name": "REDISCLI_AUTH", "valueFrom": secret}]
+    [policy] = by_name(found, "NetworkPolicy").values()
+    [ingress] = policy["spec"]["ingress"]
+    [source] = ingress["from"]
+    assert source["podSelector"]["matchLabels"]["app.kubernetes.io/instance"] == "my-run"
+    for job in by_name(found, "Job").values():
+        [worker] = job["spec"]["template"]["spec"]["containers"]
+        environment = {one["name"]: one for one in worker["env"]}
+        assert environment["PACELINE_REDIS_URL"]["value"] == "redis://my-run-ledger:6379/0"
+        assert environment["PACELINE_REDIS_PASSWORD"]["valueFrom"] == secret
+
+
+def test_a_server_that_the_run_file_names_is_used(write: Write) -> None:
+    found = read(write(ledger={"store": "redis", "url": "redis://ledgers:6379/0"}), producers=2)
+    assert not by_name(found, "StatefulSet")
+    [container] = by_name(found, "Job")["my-run-train"]["spec"]["template"]["spec"]["containers"]
+    assert [one["name"] for one in container["env"]] == ["HOME", "PACELINE_REDIS_PASSWORD"]
+
+
+def test_the_run_files_of_the_pods_are_those_of_one_run(write: Write, tmp_path: Path) -> None:
+    """Foreign text in them comes through whole."""
+    data = {"path": "/data/ß\u202e 'x'\n- y", "max_answer_tokens": 64}
+    run_file = write(data=data)
+    [settings] = by_name(read(run_file, producers=2), "ConfigMap").values()
+    read_back = []
+    for name, text in settings["data"].items():
+        path = tmp_path / name
+        path.write_text(text)
+        read_back.append(load_run_config(path))
+    original = load_run_config(run_file)
+    assert [binding(config) for config in read_back] == [binding(original)] * 2
+    assert str(read_back[0].data.sources[0].path) == data["path"]
+    assert [str(config.run.directory) for config in read_back] == ["/data/runs/my-run", "/tmp/paceline/run"]
+
+
+def test_ranks_of_several_pods_meet_under_a_name(write: Write) -> None:
+    found = read(write(machine={"trainers": 2}), hosts=3, gpus=2)
+    job = by_name(found, "Job")["my-run-train"]["spec"]
+    assert (job["completions"], job["parallelism"]) == (3, 3)
+    assert job["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
+    pod = job["template"]["spec"]
+    service = by_name(found, "Service")["my-run-train"]["spec"]
+    assert pod["subdomain"] == "my-run-train"
+    assert (service["clusterIP"], service["publishNotReadyAddresses"]) == ("None", True)
+    assert service["selector"] == job["template"]["metadata"]["labels"]
+    environment = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
+    assert environment["MEET"] == "my-run-train-0.my-run-train"
+    assert (environment["HOSTS"], environment["RANKS"]) == ("3", "2")
+
+
+@pytest.mark.parametrize("script", [PRODUCER, RANK])
+def test_the_scripts_of_the_pods_pass_shellcheck(script: str) -> None:
+    command = [str(SHELLCHECK), "--shell=bash", "-"]
+    found = subprocess.run(command, input=script, text=True, capture_output=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"run": {"name": "my-run", "directory": "runs/x"}}, "run.directory runs/x"),
+        ({"target": {"model": "/models/m"}}, "target.model /models/m"),
+        ({"data": {"path": "/database/x.jsonl", "max_answer_tokens": 8}}, "data source 0 /database"),
+        ({"run": {"name": "1-run", "directory": "/data/x"}}, "makes no name of a Job"),
+        ({"run": {"name": "x" * 60, "directory": "/data/x"}}, "makes no name of a Job"),
+    ],
+)
+def test_what_a_pod_would_lose_is_refused(write: Write, sections: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        read(write(**sections))
+    assert caught.value.next
+
+
+@pytest.mark.parametrize("text", ["data", "=/data", "data=relative", ""])
+def test_a_volume_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no volume"):
+        volumes_of([text])
+
+
+def test_a_target_of_the_hub_needs_no_volume(write: Write) -> None:
+    assert read(write(target={"model": "Qwen/Qwen3-8B"}))
+
+
+def test_the_verb_writes_a_file(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    to = tmp_path / "run.k8s.yaml"
+    options = ["--image", "paceline:1", "--volume", "data=/data", "-o", str(to)]
+    app(["launch", "kubernetes", str(write()), *options], standalone_mode=False)
+    assert to.read_text().startswith("# The run my-run on Kubernetes")
+    assert "kubectl create secret" in to.read_text()
+    assert str(to) in capsys.readouterr().out
