@@ -7,7 +7,7 @@ TRAINED ?= runs/smollm2-cpu
 SCALE ?= 1
 BIN := $(VENV)/bin
 
-.PHONY: help install model train evaluate test lint types layers reference check dist sbom docs bench quality test-vllm test-dashboard test-ray gpu reliability clean
+.PHONY: help install model train evaluate test lint types layers reference check dist sbom docs bench quality test-vllm test-dashboard test-ray test-slurm gpu reliability clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -101,6 +101,9 @@ $(VENV)/.ray: pyproject.toml constraints.txt | $(VENV)/.installed
 
 test-ray: install $(VENV)/.ray ## a Ray cluster of several hosts on this machine (as root: namespaces), its parts killed
 	PYTHONPATH=. $(BIN)/python -m pytest -q tests/ray/check_ray.py
+
+test-slurm: install ## a real Slurm on this host, in namespaces: jobs that are killed end in the same weights (root, Debian)
+	PYTHONPATH=. $(BIN)/python tests/slurm/check_slurm.py --record benchmarks/results/$(shell date -u +%F)-slurm.json
 
 gpu: install ## three minutes on a CUDA device: everything a run does there, and where a step waits
 	$(BIN)/python scripts/gpu_check.py

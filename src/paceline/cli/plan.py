@@ -75,43 +75,43 @@ def _target(found: CostPlan) -> Iterator[str]:
     )
     held = "on this disk" if target.has_weights else "estimated, not fetched yet"
     how = f"quantised ({target.quantised})" if target.quantised else f"states in {target.dtype}"
-    yield f"{_bytes(target.weights_bytes)} of weights, {held}; {how}"
+    yield f"{as_size(target.weights_bytes)} of weights, {held}; {how}"
 
 
 def _processes(found: CostPlan) -> Iterator[str]:
     for one in found.processes:
         threads = f", {one.threads} thread{'s' * (one.threads != 1)}" if one.threads else ""
-        memory = f", {_bytes(one.memory_bytes)}" if one.memory_bytes else ""
+        memory = f", {as_size(one.memory_bytes)}" if one.memory_bytes else ""
         yield f"{one.role} on {one.device}{threads}{memory}: {one.what}"
 
 
 def _sample(found: CostPlan) -> Iterator[str]:
     sample = found.sample
-    yield f"at most {sample.tokens_max:,} tokens, {_bytes(sample.bytes_max)} reserved"
+    yield f"at most {sample.tokens_max:,} tokens, {as_size(sample.bytes_max)} reserved"
     known = (
         "as the data's answers suggest" if sample.answers_known else "if answers are as long as they may be"
     )
     yield (
         f"about {sample.prompt_tokens_about:.0f} + {sample.answer_tokens_about:.0f} tokens, "
-        f"{_bytes(sample.bytes_about)}, {known}"
+        f"{as_size(sample.bytes_about)}, {known}"
     )
 
 
 def _features(found: CostPlan) -> Iterator[str]:
     window, features = found.window, found.features
-    yield f"{features.store} in {features.directory}: budget {_bytes(window.budget_bytes)}"
+    yield f"{features.store} in {features.directory}: budget {as_size(window.budget_bytes)}"
     about = int(window.budget_bytes / max(1.0, found.sample.bytes_about))
     yield f"window: {window.samples:,} samples of the largest size, about {about:,} of these"
     yield (
         f"needed at once: groups of {window.group_samples} and {window.collected_samples:,} that the trainer "
         f"collects"
     )
-    yield f"the least budget for them: {_bytes(window.needed_bytes)}"
+    yield f"the least budget for them: {as_size(window.needed_bytes)}"
     if features.traffic_mib_per_s is not None:
         where = (
             "on one host: no network" if features.network_mib_per_s == 0 else "over the network, if it is one"
         )
-        yield f"traffic: {_rate(features.traffic_mib_per_s)} written and read, {where}"
+        yield f"traffic: {as_rate(features.traffic_mib_per_s)} written and read, {where}"
 
 
 def _disk(found: CostPlan) -> Iterator[str]:
@@ -123,14 +123,14 @@ def _disk(found: CostPlan) -> Iterator[str]:
         "ledger": disk.ledger_bytes,
         "events and logs up to": disk.logs_bytes,
     }
-    told = [f"{name} {_bytes(size)}" for name, size in parts.items() if size]
+    told = [f"{name} {as_size(size)}" for name, size in parts.items() if size]
     yield ", ".join(told[:3])
     yield ", ".join(told[3:])
     if disk.download_bytes:
-        yield f"to fetch from the hub: {_bytes(disk.download_bytes)}"
+        yield f"to fetch from the hub: {as_size(disk.download_bytes)}"
     if disk.free_bytes is not None:
-        total = "" if disk.total_bytes is None else f"{_bytes(disk.total_bytes)} in all, "
-        yield f"{total}{_bytes(disk.free_bytes)} free"
+        total = "" if disk.total_bytes is None else f"{as_size(disk.total_bytes)} in all, "
+        yield f"{total}{as_size(disk.free_bytes)} free"
 
 
 def _time(found: CostPlan) -> Iterator[str]:
@@ -138,9 +138,9 @@ def _time(found: CostPlan) -> Iterator[str]:
     if time.total_s is None or time.capture_s is None or time.training_s is None:
         yield time.source
         return
-    yield f"{_clock(time.total_s)}, evaluations and starts not counted"
+    yield f"{as_clock(time.total_s)}, evaluations and starts not counted"
     order = "side by side" if time.together else "in turns, for they share processors or a GPU"
-    yield f"capture {_clock(time.capture_s)}, training {_clock(time.training_s)}, {order}"
+    yield f"capture {as_clock(time.capture_s)}, training {as_clock(time.training_s)}, {order}"
     yield {
         "capture": "capture binds",
         "training": "training binds",
@@ -160,7 +160,7 @@ def _count(number: int | None) -> str:
     return str(number)
 
 
-def _bytes(size: float) -> str:
+def as_size(size: float) -> str:
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.3g} {unit}" if unit != "bytes" else f"{size:.0f} bytes"
@@ -168,13 +168,13 @@ def _bytes(size: float) -> str:
     return f"{size:,.1f} GiB"
 
 
-def _rate(mib: float) -> str:
+def as_rate(mib: float) -> str:
     return (
         f"{mib / 1024:.1f} GiB/s" if mib >= 1024 else f"{mib:.0f} MiB/s" if mib >= 10 else f"{mib:.1f} MiB/s"
     )
 
 
-def _clock(seconds: float) -> str:
+def as_clock(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

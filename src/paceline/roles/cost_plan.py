@@ -125,7 +125,7 @@ def cost_plan(config: RunConfig, *, gpu: str = "", target_config: Path | None = 
     Raises ConfigError for a run file that no machine can run.
     """
     plan = plan_run(config, finder(target_config))
-    machine = _machine_with(gpu) if gpu else this_machine()
+    machine = machine_with(gpu) if gpu else this_machine()
     shape = read_shape(plan.config.target.model)
     lengths = mean_lengths(plan.prompts, config.data, plan.config.target.model)
     sizes = sample_sizes(plan, facts_of(plan.config, shape, machine), lengths)
@@ -207,7 +207,7 @@ def _disk(plan: RunPlan, shape: TargetShape, lengths: Lengths, trained: int | No
     return disk.model_copy(update={"free_bytes": None}) if gpu else disk
 
 
-def _machine_with(gpu: str) -> Machine:
+def machine_with(gpu: str) -> Machine:
     sheet = named_data_sheet(gpu)
     one = Gpu(sheet.name, int(sheet.gigabytes * 1e9), 8.0)
     return Machine(processors=1 << 16, memory_bytes=0, gpus=(one,) * GPUS, bfloat16=True)

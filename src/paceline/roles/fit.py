@@ -9,7 +9,8 @@ from paceline.capture.backpressure import check_feasible
 from paceline.config.run import RunConfig
 from paceline.engines.served.settings import ServedSection
 from paceline.errors import ConfigError
-from paceline.roles.footprint import Disk, Process, SampleSizes
+from paceline.features.ownership import bytes_of
+from paceline.roles.footprint import Disk, Process, SampleSizes, standing
 from paceline.roles.forecast import threads_of
 from paceline.roles.machine import Machine
 from paceline.roles.plan import RunPlan
@@ -39,7 +40,7 @@ def findings(layout: Layout) -> Iterator[Finding]:
     plan = layout.plan
     for note in plan.notes:
         yield Finding(f"{note[:1].upper()}{note[1:]}.", "")
-    yield from _budget(plan.config, layout.sizes)
+    yield from budget(plan.config, layout.sizes)
     yield from _quantised(plan.config, layout.shape)
     yield from _first_samples(plan)
     for check in CHECKS:
@@ -54,9 +55,11 @@ def findings(layout: Layout) -> Iterator[Finding]:
         yield from _host_memory(layout)
         yield from _processors(layout)
         yield from _disk(layout)
+        yield from _one_disk(layout)
 
 
-def _budget(config: RunConfig, sizes: SampleSizes) -> Iterator[Finding]:
+def budget(config: RunConfig, sizes: SampleSizes) -> Iterator[Finding]:
+    """Whether the features' budget lets both sides go on."""
     try:
         check_feasible(
             budget_bytes=config.features.budget_mib << 20,
@@ -159,6 +162,25 @@ def _disk(layout: Layout) -> Iterator[Finding]:
             f"The disk of {layout.plan.config.run.directory} has {_gib(disk.free_bytes)} free, and the run "
             f"takes up to {_gib(disk.total_bytes)}.",
             "Free space, set run.directory to another disk, or lower checkpoint.keep.",
+            refuses=True,
+        )
+
+
+def _one_disk(layout: Layout) -> Iterator[Finding]:
+    """Add up what the run's directory and the features take where one filesystem has both."""
+    config, disk = layout.plan.config, layout.disk
+    places = [standing(path) for path in (config.run.directory, config.features.directory)]
+    if disk.total_bytes is None or disk.free_bytes is None or len({p.stat().st_dev for p in places}) > 1:
+        return
+    # The run reuses what an earlier start has left there.
+    features = max(0, (config.features.budget_mib << 20) - bytes_of(config.feature_folder))
+    needed = disk.total_bytes + features
+    if needed > disk.free_bytes >= max(disk.total_bytes, features):
+        yield Finding(
+            f"{config.run.directory} and features.directory {config.features.directory} lie on one filesystem"
+            f", {_gib(disk.free_bytes)} free: the run takes up to {_gib(disk.total_bytes)} there, and its "
+            f"features {_gib(features)}.",
+            "Free space, lower features.budget_mib or checkpoint.keep, or set one of them to another disk.",
             refuses=True,
         )
 

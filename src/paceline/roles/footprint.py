@@ -32,6 +32,7 @@ TOKEN_BYTES = 5  # of a kept answer: a MessagePack number
 ANSWER_BYTES = 120  # of its ids and digests
 LEDGER_BYTES = 2048  # a sample in flight and its rows; an archived one takes a twentieth
 ARCHIVED_BYTES = 100
+LEDGER_FILE_BYTES = 5 << 20  # of the smallest run: SQLite's log of 1,000 pages before it is written back
 TRAINED_BYTES = 16  # a parameter: weight, gradient and two moments in float32
 STATE_BYTES = 12  # a parameter in a checkpoint: weight and two moments
 
@@ -251,7 +252,9 @@ def disk_of(plan: RunPlan, shape: TargetShape, lengths: Lengths, trained: int | 
     answers = int(samples * (ANSWER_BYTES + TOKEN_BYTES * lengths.sample))
     logs = FILE_BYTES_MAX * 2 * (config.machine.producers + config.machine.trainers + 1)
     in_flight = min(samples, _resident_samples(config, 1 + (config.features.budget_mib << 10)))
-    ledger = in_flight * LEDGER_BYTES + samples * ARCHIVED_BYTES
+    ledger = LEDGER_FILE_BYTES + in_flight * LEDGER_BYTES + samples * ARCHIVED_BYTES
+    if config.ledger.is_shared:  # it lies on its server
+        ledger = 0
     fetched = shape.weights_bytes if download else 0
     parts = [answers, logs, ledger, fetched, checkpoints, exports]
     return Disk(
@@ -269,11 +272,13 @@ def disk_of(plan: RunPlan, shape: TargetShape, lengths: Lengths, trained: int | 
 
 def free_bytes(path: Path) -> int | None:
     """On the disk where `path` is or will be; None if it cannot be told."""
-    for folder in [path.absolute(), *path.absolute().parents]:
-        if folder.exists():
-            try:
-                space = os.statvfs(folder)
-            except OSError:
-                return None
-            return space.f_bavail * space.f_frsize
-    return None
+    try:
+        space = os.statvfs(standing(path))
+    except OSError:
+        return None
+    return space.f_bavail * space.f_frsize
+
+
+def standing(path: Path) -> Path:
+    """The innermost folder above `path` that exists, or `path` itself."""
+    return next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.exists())

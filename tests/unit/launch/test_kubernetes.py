@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from paceline.errors import ConfigError
 from paceline.launch.fleet import Fleet
 from paceline.launch.kubernetes import PRODUCER, RANK, manifests, text_of, volumes_of
 
+ROOT = Path(__file__).parents[3]
 DATA = volumes_of(["data=/data"])
 VERSIONS = ("1.31", kubernetes_validate.latest_version())
 FLEETS: list[dict[str, Any]] = [{}, {"producers": 8}, {"hosts": 4, "producers": 64, "gpus": 8}]
@@ -178,3 +180,9 @@ def test_the_verb_writes_a_file(write: Write, tmp_path: Path, capsys: pytest.Cap
     assert to.read_text().startswith("# The run my-run on Kubernetes")
     assert "kubectl create secret" in to.read_text()
     assert str(to) in capsys.readouterr().out
+
+
+def test_the_container_file_passes_its_linter() -> None:
+    linter = Path(sys.executable).with_name("hadolint")
+    found = subprocess.run([linter, ROOT / "Containerfile"], text=True, capture_output=True, check=False)
+    assert found.returncode == 0, found.stdout

@@ -11,7 +11,7 @@ from paceline.capture.backpressure import Watermarks
 from paceline.config.load import load_run_config
 from paceline.errors import ConfigError
 from paceline.roles import cost_plan as module
-from paceline.roles import wire
+from paceline.roles import footprint, wire
 from paceline.roles.consumer import consume
 from paceline.roles.cost_plan import CostPlan, cost_plan
 from paceline.roles.lengths import mean_lengths
@@ -72,6 +72,8 @@ def test_bytes_and_window_are_those_of_the_run(
     learned = [tensor for name, tensor in run.final_weights().items() if name not in ("d2t", "t2d")]
     assert found.draft.parameters == sum(tensor.numel() for tensor in learned)
     folders = [path for path in (run.directory / "checkpoints").glob("step-*") if path.is_dir()]
+    files = sum(path.stat().st_size for path in run.directory.glob("ledger.db*"))
+    assert files <= found.disk.ledger_bytes
     real = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
     assert max(real) == pytest.approx(found.disk.checkpoint_bytes, rel=0.1)
     again = planned(TinyRun(tmp_path / "again", model, data={"answers": str(run.directory)}))
@@ -138,6 +140,26 @@ def test_what_does_not_fit_is_told_with_what_to_change(model: Path, tmp_path: Pa
     assert "features.budget_mib gives 1 MiB" in refused
     assert "consumer is to run on cuda:1, and this machine has no GPU" in refused
     assert any("40 samples, and method.first_samples is 100" in finding.what for finding in found.findings)
+
+
+@pytest.mark.parametrize(("free_mib", "fits"), [(4096 + 700, True), (4096 + 40, False)])
+def test_what_lies_on_one_filesystem_is_added_up(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_mib: int, fits: bool
+) -> None:
+    """Features and checkpoints may each fit alone and not together."""
+    monkeypatch.setattr(footprint, "free_bytes", lambda _: free_mib << 20)
+    features = {"store": "directory", "directory": str(tmp_path), "budget_mib": 4096}
+    found = planned(TinyRun(tmp_path / "run", model, features=features))
+    assert 40 << 20 < found.disk.total_bytes < 700 << 20
+    assert found.fits is fits, found.findings
+    if not fits:
+        [told] = [finding for finding in found.findings if finding.refuses]
+        assert "lie on one filesystem" in told.what
+
+
+def test_a_ledger_on_a_server_takes_none_of_the_runs_disk(model: Path, tmp_path: Path) -> None:
+    run = TinyRun(tmp_path / "run", model, ledger={"store": "redis", "url": "redis://ledgers:6379/0"})
+    assert planned(run).disk.ledger_bytes == 0
 
 
 def test_a_plan_for_another_machine_leaves_this_one_out(model: Path, tmp_path: Path) -> None:

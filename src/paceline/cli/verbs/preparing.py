@@ -62,6 +62,9 @@ def plan(
         Path | None,
         typer.Option(help="A folder with the target's config.json and tokenizer.", readable=False),
     ] = None,
+    hosts: Annotated[
+        Path | None, typer.Option(help="Plan for the hosts of this file (docs/at-scale.md).", readable=False)
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="As JSON; docs/first-hour.md has the fields.")
     ] = False,
@@ -71,6 +74,11 @@ def plan(
     Devices, memory, disk and hours. The target's configuration and tokenizer are enough; no weights are read
     or fetched.
     """
+    if hosts is not None:
+        from paceline.cli.hosts_plan import plan_hosts
+
+        plan_hosts(run_file, hosts, target_config, as_json=as_json)
+        return
     from paceline.cli import plan as planning
 
     planning.plan(run_file, gpu, target_config, as_json=as_json)
