@@ -2,11 +2,11 @@
 
     PYTHONPATH=. python tests/slurm/check_slurm.py [--record FILE]
 
-Needs root, and Debian's slurmctld, slurmd, slurm-client and munge. The cluster is one host in namespaces of its
-own: nothing of it is seen outside, and everything ends with it. A run is trained without any Slurm; then again
-as `paceline launch slurm --submit` starts it, while its job is signalled as before a time limit, killed and
-queued again, with a ledger in a file; then with a ledger on a server and producers that join. Exits with 1 if
-weights differ.
+Needs root, and Debian's slurmctld, slurmd, slurm-client and munge. The cluster is one host in namespaces of
+its own: nothing of it is seen outside, and everything ends with it. A run is trained without any Slurm; then
+again as `paceline launch slurm --submit` starts it, with a ledger in a file, while its job is signalled as
+before a time limit, killed, and queued again; then with a ledger on a server and producers that join, killed,
+too. Exits with 1 if weights differ.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from typing import Any
 import torch
 
 from benchmarks.record import commit
-from paceline.config.load import load_run_config
 from paceline.durable_files import replace_file
 from paceline.monitoring.status import read_status
 from paceline.testing.tiny_folder import make_tiny_folder
@@ -38,8 +37,10 @@ INSIDE = "PACELINE_CHECK_SLURM"
 ADDRESS = "10.77.0.1"  # of the namespace's own loopback device: no address of one host alone
 LOOK_S, PATIENCE_S = 0.2, 300.0
 SHAPE: dict[str, dict[str, Any]] = {
-    "training": {"passes": 30, "batch_size": 4, "micro_batch_size": 2},
-    "checkpoint": {"interval_steps": 20},
+    "prompts": {"rounds": 10},
+    "features": {"budget_mib": 32},
+    "training": {"passes": 4, "batch_size": 4, "micro_batch_size": 2},
+    "checkpoint": {"interval_steps": 10},
 }
 CONFIGURATION = """
 ClusterName=paceline
@@ -155,11 +156,11 @@ def outputs(run: TinyRun) -> str:
 def on_one_host(cluster: Cluster, run: TinyRun) -> dict[str, Any]:
     """Signalled as before its time limit, then killed with everything that it started, then let end."""
     [job] = launched(run)
-    wait_until(lambda: step_of(run) >= 40, "a checkpoint")
+    wait_until(lambda: step_of(run) >= 20, "a checkpoint")
     cluster.told("scancel", "--batch", "--signal=USR1", job)
     requeued(cluster, job, 1)
     first = step_of(run)
-    wait_until(lambda: step_of(run) >= first + 40, "a later checkpoint")
+    wait_until(lambda: step_of(run) >= first + 20, "a later checkpoint")
     cluster.told("scontrol", "requeue", job)
     requeued(cluster, job, 2)
     second = step_of(run)
@@ -171,7 +172,7 @@ def with_producers(cluster: Cluster, run: TinyRun) -> dict[str, Any]:
     """Two that join; one of them is killed and queued again, and so is the trainer."""
     trainer, producers = launched(run, "--producers", "2")
     wait_until(lambda: cluster.state(f"{producers}_1") == "RUNNING", "a producer")
-    wait_until(lambda: step_of(run) >= 40, "a checkpoint")
+    wait_until(lambda: step_of(run) >= 20, "a checkpoint")
     cluster.told("scontrol", "requeue", f"{producers}_1")
     cluster.told("scontrol", "requeue", trainer)
     requeued(cluster, trainer, 1)
@@ -204,7 +205,7 @@ def check(folder: Path) -> dict[str, Any]:
         told["one host, ledger in a file"]["tensors that differ"] = differences(run, expected)
         server = {"port": "6379", "bind": ADDRESS, "protected-mode": "no"}
         with ValkeyServer(folder / "server", **server):
-            shared = {"store": "directory", "directory": str(folder / "features"), "budget_mib": 8}
+            shared = {"store": "directory", "directory": str(folder / "features"), "budget_mib": 32}
             ledger = {"store": "redis", "url": f"redis://{ADDRESS}:6379/0"}
             (folder / "features").mkdir()
             run = TinyRun(folder / "joined", model, **SHAPE, features=shared, ledger=ledger)
@@ -213,8 +214,6 @@ def check(folder: Path) -> dict[str, Any]:
             told[name]["tensors that differ"] = differences(run, expected)
     finally:
         cluster.end()
-    for one in (alone, run):
-        load_run_config(one.run_file)
     return told
 
 
