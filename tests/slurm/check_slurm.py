@@ -135,8 +135,10 @@ def launched(run: TinyRun, *options: str) -> list[str]:
     """The numbers of the jobs."""
     verb = [sys.executable, "-m", "paceline", "launch", "slurm", str(run.run_file), "--submit"]
     command = [*verb, "--time", "1:00:00", "--memory-gib", "1", *options]
-    told = subprocess.run(command, cwd=run.folder, text=True, capture_output=True, check=True).stdout
-    return [line.split()[1] for line in told.splitlines()]
+    told = subprocess.run(command, cwd=run.folder, text=True, capture_output=True, check=False)
+    if told.returncode:
+        raise SystemExit(told.stderr)
+    return [line.split()[1] for line in told.stdout.splitlines()]
 
 
 def requeued(cluster: Cluster, job: str, times: int) -> None:

@@ -42,6 +42,12 @@ INIT_OPTIONS: dict[str, tuple[Any, str]] = {
     "name": (str, "The run's name."),
     "target_config": (Path, "A folder with the target's config.json and tokenizer."),
 }
+LAUNCH_OPTIONS: dict[str, tuple[Any, str]] = {
+    "hosts": (int, "Hosts that train, each with machine.trainers ranks; 1."),
+    "producers": (int, "Producers that join, besides those of the first host; 0."),
+    "gpus": (int, "GPUs of each host that trains; as many as the run file names."),
+    "memory_gib": (int, "Memory of each host, besides /dev/shm; 16."),
+}
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -27,6 +27,7 @@ from paceline.section import without_secrets
 
 WRITERS_MIB = 1024  # of /dev/shm beside the budget: what a server writes before it is stored
 CUDA = "cuda:"
+LEAST = {"hosts": 1, "producers": 0, "gpus": 0, "memory_gib": 1}
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,16 @@ class Fleet:
     memory_gib: int = 16
 
     @classmethod
-    def of(cls, run_file: Path, **given: Any) -> Fleet:
-        """Raises ConfigError for settings that cannot work so."""
-        fleet = cls(run_file, load_run_config(run_file), read_sections(run_file), **given)
+    def of(cls, run_file: Path, **given: int | None) -> Fleet:
+        """`given`: the numbers; None: as by default. Raises ConfigError for settings that cannot work so."""
+        numbers = {name: number for name, number in given.items() if number is not None}
+        for name, number in numbers.items():
+            if number < LEAST[name]:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is {number}.",
+                    next=f"give at least {LEAST[name]}, or leave it out.",
+                )
+        fleet = cls(run_file, load_run_config(run_file), read_sections(run_file), **numbers)
         fleet._refuse()
         return fleet
 

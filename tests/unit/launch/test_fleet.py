@@ -61,6 +61,12 @@ def test_gpus_that_nobody_names_are_told_not_guessed(write: Write) -> None:
     assert not any("--gpus" in note for note in asked.notes())
 
 
+@pytest.mark.parametrize("given", [{"hosts": 0}, {"producers": -1}, {"gpus": -1}, {"memory_gib": 0}])
+def test_a_number_that_makes_no_sense_is_refused(write: Write, given: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="give at least"):
+        Fleet.of(write(), **given)
+
+
 def test_another_host_gets_the_same_run_on_its_own_devices(write: Write, tmp_path: Path) -> None:
     """Nothing that decides the weights differs."""
     engine = {"name": "vllm", "managed": True, "devices": [2, 3]}
