@@ -6,8 +6,9 @@ starts all ranks of this host together, and sees them as one child: if one of th
 
 from __future__ import annotations
 
+import ipaddress
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from paceline.config.run import RunConfig
@@ -18,6 +19,7 @@ from paceline.training.link import Place
 LISTENS = "PACELINE_RANKS_FD"  # the descriptor of the socket at which rank 0 waits for the others
 RANK, RANKS = "RANK", "WORLD_SIZE"  # these and the following are torchrun's names
 ON_HOST, RANKS_ON_HOST, ADDRESS, PORT = "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+ON_HOST_OF_OTHERS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")  # launchers that leave LOCAL_RANK out
 LOOPBACK = "127.0.0.1"
 
 
@@ -43,8 +45,9 @@ def place_in(environment: Mapping[str, str]) -> Place | None:
     names = (RANK, RANKS, PORT)
     try:
         rank, ranks, port = (int(environment[name]) for name in names)
-        on_host = int(environment.get(ON_HOST, rank))
-        ranks_on_host = int(environment.get(RANKS_ON_HOST, ranks))
+        meet_here = _is_loopback(environment.get(ADDRESS, LOOPBACK))
+        on_host = _first_number(environment, (ON_HOST, *ON_HOST_OF_OTHERS), rank if meet_here else None)
+        ranks_on_host = _first_number(environment, (RANKS_ON_HOST,), ranks if meet_here else None)
     except (KeyError, ValueError) as error:
         raise ConfigError(
             f"The environment names a rank, but not where the ranks meet ({error}).",
@@ -61,6 +64,18 @@ def place_in(environment: Mapping[str, str]) -> Place | None:
         ranks_on_host,
         None if listens is None else int(listens),
     )
+
+
+def _first_number(environment: Mapping[str, str], names: Sequence[str], default: int | None) -> int | None:
+    return next((int(environment[name]) for name in names if name in environment), default)
+
+
+def _is_loopback(address: str) -> bool:
+    """Whether ranks that meet there must all be on one host."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 def without_place(environment: Mapping[str, str]) -> dict[str, str]:

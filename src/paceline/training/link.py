@@ -21,15 +21,15 @@ class Place:
 
     `address`, `port`: where rank 0 listens while the ranks meet; `listens`: the descriptor of a socket that
     already listens there, if somebody has opened one. `on_host`, `ranks_on_host`: its number among the ranks
-    on its host, and how many these are.
+    on its host, and how many these are; None if the launcher does not say.
     """
 
     rank: int
     ranks: int
     address: str
     port: int
-    on_host: int = 0
-    ranks_on_host: int = 1
+    on_host: int | None = 0
+    ranks_on_host: int | None = 1
     listens: int | None = None
 
     @property
