@@ -1,7 +1,7 @@
 """The checker's rule for the drafts in `checkpoints/best` (C10): each is whole, and a measured one is there.
 
 Formats: training/held_drafts.py, evaluation/curve.py. A folder has the name of its checkpoint, the
-checkpoint's manifest, whose digest ends the name, and some of the manifest's files.
+checkpoint's manifest, whose digest ends the name, and of the manifest's files the draft, or all its parts.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from paceline.fsck.report import Report
 from paceline.fsck.viewed import AnyLedger
 
 NAME = re.compile(r"step-(\d{8,})-\d{6,}-[0-9a-f]+")
+DRAFT = re.compile(r"draft(-\d{5}-of-\d{5})?\.safetensors")
 UNREADABLE = (AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
@@ -57,6 +58,9 @@ def _problems(ledger: AnyLedger, folder: Path, report: Report) -> Iterator[str]:
             yield f"it belongs to the run {manifest['run_id']}"
         if not files:
             yield "it holds no file but the manifest"
+        for name in sorted(name for name in manifest["files"] if DRAFT.fullmatch(name)):
+            if name not in files:
+                yield f"{name} is missing"
         for name in sorted(files):
             yield from _compared(folder / name, manifest["files"][name])
     except PermissionError as error:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from paceline.fsck.report import SHOWN, Report
 from paceline.fsck.viewed import AnyLedger
 
 FORBIDDEN = "forbidden"  # in place of a rule: this user may not read the file
+PART = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.safetensors)")
 UNREADABLE = (AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
@@ -224,6 +226,8 @@ def _problems(
             yield "C5", "its manifest is not the one that was recorded"
             return
         manifest = json.loads(data)
+        for name in _missing_parts(manifest["files"]):
+            yield "C5", f"its manifest does not name {name}, and names other parts of that file"
         for name, expected in manifest["files"].items():
             if size_of(folder / name) != expected["bytes"]:
                 yield "C5", f"{name} is damaged: its size is not the recorded one"
@@ -249,6 +253,18 @@ def _problems(
             yield "C4", f"its lineage is not steps {before[0] + 1} to {step}"
     for number, rev, samples in lineage:
         yield from _problems_of_step(ledger, number, rev, samples)
+
+
+def _missing_parts(names: Iterable[str]) -> list[str]:
+    """The parts that belong to those among `names`: `draft-00002-of-00004.safetensors` to the other three."""
+    there = set(names)
+    wanted = {
+        f"{found[1]}-{part:05d}-of-{found[2]}{found[3]}"
+        for found in map(PART.fullmatch, there)
+        if found
+        for part in range(1, int(found[2]) + 1)
+    }
+    return sorted(wanted - there)
 
 
 def _problems_of_step(

@@ -19,6 +19,7 @@ from paceline.evaluation.heldout import HeldOut
 from paceline.ledger.facts import RENDERING_DATE
 from paceline.ledger.records import CheckpointRecord
 from paceline.ledger.view import LedgerView
+from paceline.parts import parts_of
 from paceline.roles.best_draft import best_held, held_drafts
 from paceline.roles.draft import hold_newest
 from paceline.roles.evaluation_schedule import marks_left_out
@@ -85,12 +86,20 @@ def point_of(
         began=beginning_of(facts),
         checkpoint=record.name,
         manifest=record.manifest_digest,
-        draft=hashlib.sha256(checkpoint.files[DRAFT]).hexdigest(),
+        draft=_digest(checkpoint),
         conditions=hashlib.sha256(json.dumps(conditions).encode()).hexdigest()[:16],
         report=_shortened(report or {}),
         every=every,
         left_out=marks_left_out(read_curve(config.run.directory, facts), every, record.step),
     )
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """Of the draft's bytes; a draft in parts has another one than the same draft in one file."""
+    digest = hashlib.sha256()
+    for name in parts_of(DRAFT, checkpoint.files):
+        digest.update(checkpoint.files[name])
+    return digest.hexdigest()
 
 
 def _shortened(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def _prepare(plan: RunPlan, section: ExportSection) -> _Work:
     checkpoint, choice = draft_to_give(config, view, section.step, only=(DRAFT,))
     method, head = config.method.build(), TargetHead.load(config.target.model)
     dtype = getattr(torch, section.dtype)
-    stored = tensor_files.from_bytes(DRAFT, checkpoint.files[DRAFT])
+    stored = tensor_files.read(DRAFT, checkpoint.files)
     tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in stored.items()}
     exact = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
     draft = method.restore(head, exact).to(CPU)

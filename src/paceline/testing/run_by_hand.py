@@ -28,6 +28,7 @@ class RunByHand:
         self.checkpoints = CheckpointFolder(folder / "checkpoints", RUN_ID)
         self.since_head: list[TrainedStep] = []
         self.weights = b"weights" * 50
+        self.names: tuple[str, ...] = ("weights.bin",)  # of the files that hold them
         self._prompts = prompts
         self.open()
         if "config" not in self.ledger.facts():
@@ -80,7 +81,7 @@ class RunByHand:
         written = Checkpoint(
             now.trained_step,
             max(places, default=-1) + 1,
-            {"weights.bin": self.weights},
+            dict.fromkeys(self.names, self.weights),
             {},
             tuple(self.since_head),
             now.head.name if now.head else "",

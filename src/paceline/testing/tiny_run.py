@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from paceline.config.load import load_run_config
 from paceline.demo.runs import WORDS
@@ -26,6 +25,8 @@ from paceline.roles.process import Work
 from paceline.roles.producer import produce
 from paceline.roles.snapshot import open_run
 from paceline.telemetry import EventLog
+from paceline.training import tensor_files
+from paceline.training.learner import DRAFT
 
 
 def executed(arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -148,7 +149,8 @@ class TinyRun:
     def final_weights(self) -> dict[str, torch.Tensor]:
         head = open_run(self.directory).snapshot().head
         assert head is not None, "the run has a checkpoint"
-        return load_file(self.directory / "checkpoints" / head.name / "draft.safetensors")
+        folder = self.directory / "checkpoints" / head.name
+        return tensor_files.read(DRAFT, {path.name: path.read_bytes() for path in folder.glob("draft*")})
 
 
 def wait_until(condition: Callable[[], bool], process: Begun) -> None:

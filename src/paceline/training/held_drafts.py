@@ -1,9 +1,9 @@
 """The drafts that are held beyond a run's newest checkpoints: the best one, and one that is being measured.
 
 They lie in `checkpoints/best`, each as a folder of its checkpoint's name with the manifest and the draft's
-file: hard links, which cost no bytes while the checkpoint is there and outlive its removal. Who holds a draft
-asks no process for it, so training never waits. No recovery looks there: a run goes on from its newest
-checkpoint, not from its best. No torch here.
+file, or all parts of it: hard links, which cost no bytes while the checkpoint is there and outlive its
+removal. Who holds a draft asks no process for it, so training never waits. No recovery looks there: a run
+goes on from its newest checkpoint, not from its best. No torch here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from paceline import durable_files
 from paceline.crashpoints import reach
 from paceline.ledger.records import CheckpointRecord
+from paceline.parts import parts_of
 from paceline.training.checkpoint import MANIFEST, NAME, Checkpoint, CheckpointFolder
 
 BEST = "best"
@@ -41,16 +42,23 @@ class HeldDrafts:
         """
         if record.name in self.names():
             return
+        names = self._files_of(self._checkpoints / record.name)
         held = CheckpointFolder(self.folder, self._run_id)
         held.sweep(self.names())  # what a crash left half-held
         aside = self.folder / f"{record.name}.new"
         aside.mkdir(mode=0o700)
-        for name in (MANIFEST, self._draft):
+        for name in names:
             _link(self._checkpoints / record.name / name, aside / name)
         durable_files.sync_folder(aside)
         reach("held.before_rename")
         aside.rename(self.folder / record.name)
         durable_files.sync_folder(self.folder)
+
+    def _files_of(self, checkpoint: Path) -> list[str]:
+        try:
+            return [MANIFEST, *parts_of(self._draft, [path.name for path in checkpoint.iterdir()])]
+        except KeyError as error:
+            raise FileNotFoundError(f"{checkpoint} lacks {error.args[0]}") from error
 
     def release(self, keep: Collection[str]) -> None:
         """Hold no other drafts than those. Raises CheckpointError if the disk fails."""

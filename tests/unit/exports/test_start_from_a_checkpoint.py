@@ -14,6 +14,7 @@ from paceline.methods.method import DraftMethod
 from paceline.methods.table import METHODS
 from paceline.target.head import TargetHead
 from paceline.target.version import files_version
+from paceline.testing.divided import in_parts
 from paceline.testing.tiny_target import captured_sample, tiny_target
 from paceline.training.checkpoint import Checkpoint, CheckpointFolder
 from paceline.training.settings import TrainerSettings, TrainingSection
@@ -48,6 +49,23 @@ def trained(head: TargetHead, name: str, folder: Path) -> tuple[Path, TorchLearn
     learner.step(1, [sample])
     record = CheckpointFolder(folder, "run0").write(Checkpoint(1, 0, learner.files(), learner.describe()))
     return folder / record.name, learner
+
+
+def test_a_run_goes_on_from_the_parts_that_several_ranks_wrote(head: TargetHead, tmp_path: Path) -> None:
+    """To the same bits; a part that is not the manifest's is refused."""
+    folder, learner = trained(head, "eagle3", tmp_path / "whole")
+    assert learner.draft is not None
+    wanted = learner.draft.state_dict()
+    checkpoint = Checkpoint(1, 0, in_parts("draft.safetensors", wanted, 3), learner.describe())
+    record = CheckpointFolder(tmp_path / "parts", "run0").write(checkpoint)
+    folder = tmp_path / "parts" / record.name
+    draft = method_of("eagle3", start_from=folder).build(head, [], seed=0)
+    found = draft.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    last = folder / "draft-00003-of-00003.safetensors"
+    last.write_bytes(last.read_bytes()[:-1] + b"?")
+    with pytest.raises(ConfigError, match=r"draft-00003-of-00003\.safetensors does not match its manifest"):
+        method_of("eagle3", start_from=folder).build(head, [], seed=0)
 
 
 @pytest.mark.parametrize("name", METHODS_TRIED)

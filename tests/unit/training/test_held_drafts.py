@@ -12,6 +12,7 @@ from paceline import crashpoints
 from paceline.errors import CheckpointDamagedError
 from paceline.fsck.checker import check
 from paceline.ledger.records import CheckpointRecord
+from paceline.parts import part_name
 from paceline.testing.recording_files import Killed
 from paceline.testing.run_by_hand import RunByHand
 from paceline.training.held_drafts import HeldDrafts
@@ -46,6 +47,33 @@ def test_a_held_draft_outlives_its_checkpoint(tmp_path: Path) -> None:
     assert (got.step, got.files["weights.bin"]) == (1, b"weights" * 50)
     assert held.names() == {record.name}
     assert check(tmp_path).errors == []
+
+
+def test_a_draft_in_parts_is_held_with_all_of_them(tmp_path: Path) -> None:
+    """Without one of them it is none; reader and checker say which is missing."""
+    run = RunByHand(tmp_path)
+    run.names = tuple(part_name("draft.safetensors", rank, 2) for rank in range(2))
+    record, held = trained(run, 1), HeldDrafts(run.folder / "checkpoints", "run0", "draft.safetensors")
+    held.hold(record)
+    trained(run, 3)
+    assert dict(held.read(record).files) == dict.fromkeys(run.names, run.weights)
+    assert check(tmp_path).errors == []
+    (held.folder / record.name / run.names[1]).unlink()
+    with pytest.raises(CheckpointDamagedError):
+        held.read(record)
+    assert check(tmp_path).errors_of("C10") == [
+        f"the held draft of checkpoint {record.name}: draft-00002-of-00002.safetensors is missing"
+    ]
+
+
+def test_a_checkpoint_that_lacks_a_part_is_not_held_and_the_checker_says_so(tmp_path: Path) -> None:
+    run = RunByHand(tmp_path)
+    run.names = (part_name("draft.safetensors", 0, 2),)
+    record, held = trained(run, 1), HeldDrafts(run.folder / "checkpoints", "run0", "draft.safetensors")
+    with pytest.raises(FileNotFoundError, match="of which there is draft-00001-of-00002"):
+        held.hold(record)
+    [told] = check(tmp_path).errors_of("C5")
+    assert "does not name draft-00002-of-00002.safetensors, and names other parts" in told
 
 
 def test_a_checkpoint_that_is_retired_meanwhile_is_not_held(tmp_path: Path) -> None:

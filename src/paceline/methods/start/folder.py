@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.errors import ConfigError
+from paceline.parts import parts_of
 from paceline.section import Section
 from paceline.target.folder import read_json
 from paceline.target.layer_ids import EAGLE_IDS
@@ -26,12 +27,12 @@ BIASES = ("attention_bias", "qkv_bias", "mlp_bias")
 
 @dataclass(frozen=True)
 class StartFolder:
-    """`config`: config.json, or what a checkpoint's manifest says, by the same names. `sha256`: of a
-    checkpoint's draft, by its manifest; "" for a public folder."""
+    """`config`: config.json, or what a checkpoint's manifest says, by the same names. `drafts`: the file of a
+    checkpoint's draft, or its parts in order, each with its SHA-256; () for a public folder."""
 
     path: Path
     config: Mapping[str, Any]
-    sha256: str = ""
+    drafts: tuple[tuple[str, str], ...] = ()
 
     @property
     def decoder(self) -> Mapping[str, Any]:
@@ -41,7 +42,7 @@ class StartFolder:
 
     @property
     def is_checkpoint(self) -> bool:
-        return bool(self.sha256)
+        return bool(self.drafts)
 
     @property
     def target_version(self) -> str:
@@ -82,7 +83,7 @@ def read_start_folder(path: Path) -> StartFolder:
 
 
 def _of_checkpoint(path: Path, manifest: Mapping[str, Any]) -> StartFolder:
-    empty = StartFolder(path, {}, sha256="unknown")
+    empty = StartFolder(path, {}, ((DRAFT, "unknown"),))
     with empty.reading():
         values, sizes = manifest["values"], dict(manifest["values"]["draft_config"])
         config = {
@@ -97,7 +98,9 @@ def _of_checkpoint(path: Path, manifest: Mapping[str, Any]) -> StartFolder:
                 },
             },
         }
-        return StartFolder(path, config, str(manifest["files"][DRAFT]["sha256"]))
+        files = manifest["files"]
+        drafts = tuple((name, str(files[name]["sha256"])) for name in parts_of(DRAFT, files))
+        return StartFolder(path, config, drafts)
 
 
 def refuse_other_method(start: StartFolder, method: str, architectures: Collection[str], kind: str) -> None:

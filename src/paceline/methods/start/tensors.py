@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from paceline.methods.rope import rope_scaling_of
-from paceline.methods.start.folder import DRAFT, StartFolder
+from paceline.methods.start.folder import StartFolder
+from paceline.parts import first_rows, joined
 from paceline.target.folder import TensorFiles
 from paceline.target.head import TargetHead
 from paceline.target.rope import rope_kind
@@ -85,13 +86,16 @@ def stored_tensors(start: StartFolder) -> dict[str, torch.Tensor]:
         files = TensorFiles(start.path)
         return files.read(sorted(files.shard_of))
     why = "A checkpoint's manifest holds the digest of its draft."
-    try:
-        data = (start.path / DRAFT).read_bytes()
-        if hashlib.sha256(data).hexdigest() != start.sha256:
-            raise start.refused(f"its {DRAFT} does not match its manifest", why)
-        return dict(load(data))
-    except (OSError, SafetensorError) as error:
-        raise start.refused(f"its {DRAFT} cannot be read ({error})", why) from error
+    parts = []
+    for name, sha256 in start.drafts:
+        try:
+            data = (start.path / name).read_bytes()
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise start.refused(f"its {name} does not match its manifest", why)
+            parts.append((dict(load(data)), first_rows(data)))
+        except (OSError, SafetensorError) as error:
+            raise start.refused(f"its {name} cannot be read ({error})", why) from error
+    return joined(parts)
 
 
 def exact(start: StartFolder, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
