@@ -60,8 +60,8 @@ def refs(samples: Sequence[Sample]) -> list[SampleRef]:
 
 
 class Ours:
-    def __init__(self, samples: Sequence[Sample], group: Group | None) -> None:
-        settings = TrainerSettings(None, 1, training=TRAINING, autocast_dtype=AUTOCAST)
+    def __init__(self, samples: Sequence[Sample], group: Group | None, *, sharded: bool = False) -> None:
+        settings = TrainerSettings(None, 1, training=TRAINING, autocast_dtype=AUTOCAST, sharded=sharded)
         method, _ = new_draft(DEPTH)
         self.learner = TorchLearner(method, target_head(), settings, group)
         self.worker = Worker(self.learner, AtHand(samples))  # type: ignore[arg-type]
@@ -123,16 +123,26 @@ def rank_of(place: Place | None, turns: int, steps: int) -> dict[str, Any]:
     group = None if place is None else Group(place, timeout_s=300, device=CPU)
     rank, ranks = (0, 1) if group is None else (group.rank, group.size)
     ours, plain = Ours(samples, group), PlainDDP(samples, rank, ranks)
-    told: dict[str, Any] = {"ours": [], "plain": [], "stall": []}
+    sharded = Ours(samples, group, sharded=True) if ranks > 1 else None
+    told: dict[str, Any] = {"ours": [], "plain": [], "stall": [], "sharded": []}
     for turn in range(turns + 1):
         if rank:
             ours.follow()
+            if sharded is not None:
+                sharded.follow()
         else:
             if turn == 0:
                 ours.build()
             took = seconds(ours.step, steps)
             stall = seconds(ours.ranks.files, 2)
             ours.ranks.end()
+            if sharded is not None:
+                if turn == 0:
+                    sharded.build()
+                sharded_took = seconds(sharded.step, steps)
+                sharded.ranks.end()
+                if turn:
+                    told["sharded"].append(sharded_took)
         plain_took = seconds(plain.step, steps)
         if turn and not rank:  # the first turn touches fresh memory
             told["ours"].append(took)
@@ -171,6 +181,13 @@ def run(quick: bool) -> list[Row]:
         rows.append(
             against(name, rates["ours"], rates["plain"], "tokens/s", limit_name=limit, goal=0.9, note=note)
         )
+        if told["sharded"]:
+            of_sharded = [told["tokens"] / took for took in told["sharded"]]
+            limit, note = "the same, not sharded", f"{note}; weights gathered, gradients divided"
+            name = f"{name}, sharded"
+            rows.append(
+                against(name, of_sharded, rates["ours"], "tokens/s", limit_name=limit, goal=0.8, note=note)
+            )
         stalls[ranks] = told["stall"]
     alone = statistics.median(stalls[1])
     rows.append(

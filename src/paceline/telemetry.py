@@ -41,7 +41,8 @@ EVENTS = {
     "made_room": "later samples were freed, for one that the consumer waits for",
     "finished": "every prompt is committed or failed",
     # consumer
-    "ranks": "so many ranks train, and so many did `before` (0: none); another number sums in another order",
+    "ranks": "so many ranks train, and so many did `before` (0: none); another number sums in another order; "
+    "`sharded`: each holds a part of the weights",
     "resumed": "training goes on after the checkpoint of this step",
     "step": "a step is trained: its figures, seconds of fetching and of training, seconds blocked in all",
     "step_failed": "a step raised; isolation looks for its culprits",

@@ -39,12 +39,13 @@ class Broken(SyntheticEngine):
                 sample.tensors["aux_hidden_states"].fill_(float("inf"))
         return captured
 
-def start(name, ranks, victim, point, turn, stops, breaks):
+def start(name, ranks, victim, point, turn, stops, breaks, sharded):
     def prepare(run):
         run.engine = Broken() if breaks else run.engine
     strike = Strike(victim, point, turn, signal.SIGSTOP if stops else signal.SIGKILL)
+    shape = {"batch_size": 4, "passes": 2, "sharded": sharded}
     codes = one_attempt(
-        Path(name), ranks, strike, timeout_s=2 if stops else 60, prepare=prepare, batch_size=4, passes=2
+        Path(name), ranks, strike, timeout_s=2 if stops else 60, prepare=prepare, **shape
     )
     (Path(name) / "codes.json").write_text(json.dumps(codes))
 
@@ -69,11 +70,27 @@ class Ranks:
         self._starts = starts
 
     def attempt(
-        self, ranks: int, victim: int = -1, where: str = "", *, stops: bool = False, breaks: bool = False
+        self,
+        ranks: int,
+        victim: int = -1,
+        where: str = "",
+        *,
+        stops: bool = False,
+        breaks: bool = False,
+        sharded: bool = False,
     ) -> list[int]:
         """Exit codes by rank. `where`: a point, and which time it is reached."""
         point, _, turn = where.partition(":")
-        arguments: list[Any] = [str(self.folder), ranks, victim, point, int(turn or 1), stops, breaks]
+        arguments: list[Any] = [
+            str(self.folder),
+            ranks,
+            victim,
+            point,
+            int(turn or 1),
+            stops,
+            breaks,
+            sharded,
+        ]
         assert self._starts.start(*arguments) == 0
         for broken in self.folder.glob("broken-*"):
             raise AssertionError(broken.read_text())
@@ -189,3 +206,74 @@ def test_a_bad_sample_on_rank_1_is_isolated_as_with_one_rank(tmp_path: Path, sta
     assert alone[0] == "small:11"
     assert together == alone
     assert far(its_weights, weights) < CLOSE
+
+
+# -- sharded: each rank holds a part of the weights and of the optimizer (training/sharding.py) -------------
+
+
+@pytest.fixture(scope="module")
+def sharded(starts: ForkedStarts, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """Undisturbed, of 2 ranks."""
+    run = Ranks(starts, tmp_path_factory.mktemp("sharded"))
+    assert run.attempt(2, sharded=True) == [0, 0]
+    return run
+
+
+def test_sharded_ranks_train_the_same_up_to_the_order_of_sums(
+    undisturbed: dict[int, Ranks], sharded: Ranks
+) -> None:
+    """And no rank writes more than its part: half of what one process would write, and its random state."""
+    assert far(sharded.weights(), undisturbed[1].weights()) < CLOSE
+    now, alone = sharded.ledger().snapshot(), undisturbed[1].ledger().snapshot()
+    assert [record.chain for record in now.checkpoints] == [record.chain for record in alone.checkpoints]
+    for stem in ("draft", "optimizer"):
+        path = undisturbed[1].folder / "checkpoints" / alone.checkpoints[-1].name / f"{stem}.safetensors"
+        tensors = load_file(path)
+        parts = sorted((sharded.folder / "checkpoints" / now.checkpoints[-1].name).glob(f"{stem}-*"))
+        for part in parts:
+            rows = {name: tensor for name, tensor in load_file(part).items() if tensor.ndim}
+            trained = [name for name in rows if name not in ("d2t", "t2d")]
+            assert trained
+            assert all(len(rows[name]) == -(-len(tensors[name]) // 2) for name in trained), part.name
+        assert len(parts) == 2
+
+
+@pytest.mark.parametrize(
+    ("victim", "where"),
+    [
+        (1, "checkpoint.after_file:4"),  # while it writes its part of the second checkpoint
+        (0, "checkpoint.before_manifest:2"),
+    ],
+)
+def test_a_sharded_rank_that_is_killed_ends_the_attempt_and_the_next_one_ends_in_the_same_bits(
+    tmp_path: Path, starts: ForkedStarts, sharded: Ranks, victim: int, where: str
+) -> None:
+    run = Ranks(starts, tmp_path)
+    codes = run.attempt(2, victim, where, sharded=True)
+    assert codes[victim] == KILLED, "the point was never reached"
+    assert codes[1 - victim] == LOST
+    assert run.attempt(2, sharded=True) == [0, 0]
+    assert same_bits(run.weights(), sharded.weights())
+
+
+def test_a_run_goes_on_with_another_number_of_sharded_ranks_and_with_whole_ones(
+    tmp_path: Path, starts: ForkedStarts, undisturbed: dict[int, Ranks]
+) -> None:
+    """From 2 parts to one whole to 3 parts, of which some have fewer rows than others."""
+    run = Ranks(starts, tmp_path)
+    assert run.attempt(2, 0, "learner.step.after:4", sharded=True) == [KILLED, LOST]
+    assert run.attempt(1, 0, "learner.step.after:3") == [KILLED]
+    assert run.attempt(3, sharded=True) == [0, 0, 0]
+    assert far(run.weights(), undisturbed[1].weights()) < CLOSE
+    assert run.ledger().facts()[RANKS] == [[0, 2, "sharded"], [2, 1], [4, 3, "sharded"]]
+
+
+def test_a_bad_sample_of_a_sharded_rank_is_isolated_as_with_one_rank(
+    tmp_path: Path, starts: ForkedStarts
+) -> None:
+    """No rank waits for another one in a pass, so nothing times out."""
+    run = Ranks(starts, tmp_path)
+    assert run.attempt(2, breaks=True, sharded=True) == [0, 0]
+    [record] = run.ledger().find(state=State.QUARANTINED).values()
+    assert record.sample_id == "small:11"
+    assert not run.said()

@@ -1,4 +1,4 @@
-"""`paceline train` with two trainers, one of which hangs."""
+"""`paceline train` with two sharded trainers, one of which hangs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def test_a_rank_that_hangs_is_killed_and_all_ranks_are_started_again(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     """By the supervisor, once the others have waited for the time-out; the weights are a calm run's."""
-    plain = make_run(tmp_path / "plain", tiny_model, trainers=2)
+    plain = make_run(tmp_path / "plain", tiny_model, trainers=2, shard=True)
     assert plain.command("train").returncode == 0
-    run = make_run(tmp_path / "struck", tiny_model, trainers=2, trainer_timeout_s=8)
+    run = make_run(tmp_path / "struck", tiny_model, trainers=2, shard=True, trainer_timeout_s=8)
     with run.start("train") as train:
         wait_until(lambda: steps(run) > 3, train)
         hangs = live_holder(run.directory, "consumer-1")
@@ -40,4 +40,4 @@ def test_a_rank_that_hangs_is_killed_and_all_ranks_are_started_again(
     random_kills.check(run, plain.final_weights())
     told = read_events(run.directory / "events" / "consumer.jsonl")
     assert any("machine.trainer_timeout_s" in event.get("message", "") for event in told)
-    assert "2 from step 1 on" in run.command("status").stdout
+    assert "2 sharded from step 1 on" in run.command("status").stdout

@@ -50,17 +50,19 @@ class MachineSection(Section):
     a sign of life for so long, a producer is taken for dead by the others; a short one may cost work.
     `trainers`: how many processes, the ranks, train the draft together, each with `consumer_threads`; another
     number sums the same gradients in another order. `trainer_timeout_s`: a rank that the others have waited
-    for so long is lost; then all start again from the newest checkpoint.
+    for so long is lost; then all start again from the newest checkpoint. `shard`: the ranks divide weights
+    and optimizer among them (FSDP2), and each writes its part of a checkpoint.
     """
 
     changeable: ClassVar[tuple[str, ...]] = (
         *("restarts_max", "producers", "producer_timeout_s"),
-        *("trainers", "trainer_timeout_s"),
+        *("trainers", "trainer_timeout_s", "shard"),
     )
     producers: Annotated[int, Field(ge=1, le=256)] = 1
     producer_timeout_s: Annotated[float, Field(ge=0.5, le=86_400.0)] = 60.0
     trainers: Annotated[int, Field(ge=1, le=4096)] = 1
     trainer_timeout_s: Annotated[float, Field(ge=2.0, le=86_400.0)] = 300.0
+    shard: bool = False
     producer_threads: Threads = 1
     consumer_threads: Threads = 1
     restarts_max: Annotated[int, Field(ge=0)] = 10

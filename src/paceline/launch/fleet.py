@@ -22,7 +22,7 @@ from paceline.config.run import RunConfig
 from paceline.engines.served.settings import ServedSection
 from paceline.errors import ConfigError
 from paceline.features.settings import MEMORY, SharedMemorySection
-from paceline.roles.plan import refuse_idle_ranks
+from paceline.roles.plan import refuse_unfit_ranks
 from paceline.section import without_secrets
 
 WRITERS_MIB = 1024  # of /dev/shm beside the budget: what a server writes before it is stored
@@ -161,7 +161,7 @@ class Fleet:
                 why="More people read what a job is started with than the run file. Nothing was written.",
                 next="take them out of ledger.url and set PACELINE_REDIS_USER and PACELINE_REDIS_PASSWORD.",
             )
-        refuse_idle_ranks(config, self.hosts * config.machine.trainers)
+        refuse_unfit_ranks(config, self.hosts * config.machine.trainers)
         if not self.is_wide:
             return
         if not config.ledger.is_shared:

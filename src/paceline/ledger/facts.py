@@ -22,7 +22,8 @@ BUILDS_BEGUN = "builds_begun"
 DAMAGED_CHECKPOINTS = "given_up"  # identities of recorded checkpoints that were damaged
 PROBES_BEGUN = "probes_begun"
 QUARANTINED_IN_A_ROW = "quarantined_in_a_row"
-RANKS = "ranks"  # pairs: after which step so many ranks trained; nothing, if there was always one
+# Lists of [step, ranks] or [step, ranks, "sharded"]: after that step so many trained; nothing if always one.
+RANKS = "ranks"
 PRODUCERS_STARTED = "producers_started"  # how many `paceline train` started last
 FEATURES_LIE = "features_lie"  # where the producer's feature store is
 FEATURES_NAME = "features_name"  # of its folder, if another user took the usual name

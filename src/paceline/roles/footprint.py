@@ -34,6 +34,7 @@ LEDGER_BYTES = 2048  # a sample in flight and its rows; an archived one takes a 
 ARCHIVED_BYTES = 100
 LEDGER_FILE_BYTES = 5 << 20  # of the smallest run: SQLite's log of 1,000 pages before it is written back
 TRAINED_BYTES = 16  # a parameter: weight, gradient and two moments in float32
+PASS_BYTES = 8  # of these in every rank during a step, if the state is sharded: the whole weight and gradient
 STATE_BYTES = 12  # a parameter in a checkpoint: weight and two moments
 
 
@@ -194,7 +195,7 @@ def _trainers(config: RunConfig, shape: TargetShape, machine: Machine, trained: 
     """The consumer, and the other ranks: each has the draft, and on GPUs the next device."""
     device, memory = machine.device(config.training.device), None
     if trained is not None:
-        memory = TRAINED_BYTES * trained + _head_bytes(shape.sizes, shape)
+        memory = _trained_bytes(config) * trained + _head_bytes(shape.sizes, shape)
     first = int(device.partition(":")[2] or 0) if device != "cpu" else 0
     return [
         Process(
@@ -206,6 +207,12 @@ def _trainers(config: RunConfig, shape: TargetShape, machine: Machine, trained: 
         )
         for rank, role in enumerate(trainer_roles(config))
     ]
+
+
+def _trained_bytes(config: RunConfig) -> int:
+    """Of a parameter in each rank. A sharded one has its part of weights and moments besides the whole."""
+    ranks = config.machine.trainers
+    return PASS_BYTES + -(-STATE_BYTES // ranks) if config.machine.shard and ranks > 1 else TRAINED_BYTES
 
 
 def _target_bytes(shape: TargetShape, config: RunConfig, machine: Machine) -> int:

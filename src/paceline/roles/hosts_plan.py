@@ -19,7 +19,7 @@ from paceline.roles.forecast import samples_per_step
 from paceline.roles.hosts import HostSection, HostsSection
 from paceline.roles.lengths import Lengths, mean_lengths
 from paceline.roles.machine import Machine, this_machine
-from paceline.roles.plan import plan_run, refuse_idle_ranks
+from paceline.roles.plan import plan_run, refuse_unfit_ranks
 from paceline.roles.preflight import Finding
 from paceline.roles.rates import Rates, data_sheet, estimated_rates, named_data_sheet, rates_of
 from paceline.roles.target_at_hand import finder
@@ -203,7 +203,7 @@ def _shared(config: RunConfig, hosts: HostsSection) -> Iterator[Finding]:
 
 def _ranks(config: RunConfig, hosts: HostsSection) -> Iterator[Finding]:
     try:
-        refuse_idle_ranks(config, hosts.trainers)
+        refuse_unfit_ranks(config, hosts.trainers)
     except ConfigError as error:
         yield Finding(error.what, f"{error.next[:1].upper()}{error.next[1:]}", refuses=True)
     shares = {host.trainers for host in hosts.hosts if host.trainers}

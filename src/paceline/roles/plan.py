@@ -101,7 +101,7 @@ def plan_run(
     )
     _refuse_shared(config, prompts)
     _refuse_repeats(config, prompts)
-    refuse_idle_ranks(config, config.machine.trainers)
+    refuse_unfit_ranks(config, config.machine.trainers)
     num_samples = prompts.size * config.data.rounds
     return RunPlan(given, config, prompts, num_samples, obstacle)
 
@@ -156,8 +156,15 @@ def _refuse_repeats(config: RunConfig, data: Data | KeptAnswers) -> None:
             )
 
 
-def refuse_idle_ranks(config: RunConfig, ranks: int) -> None:
-    """Raise ConfigError if a step has fewer samples than there are ranks."""
+def refuse_unfit_ranks(config: RunConfig, ranks: int) -> None:
+    """Raise ConfigError if a step has fewer samples than ranks, or they cannot divide the optimizer."""
+    if config.machine.shard and config.training.optimizer.name != "adamw":
+        raise ConfigError(
+            f"machine.shard does not go with training.optimizer {config.training.optimizer.name}.",
+            why="It makes whole matrices orthogonal, in bfloat16. Over rows of several ranks it would train "
+            "other weights, by more than the order of sums.",
+            next="leave machine.shard out, or start a new run with training.optimizer: adamw.",
+        )
     batch = config.training.batch_size
     if ranks > batch and config.training.tokens_per_step is None:
         raise ConfigError(

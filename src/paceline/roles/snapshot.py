@@ -82,10 +82,10 @@ class RunSnapshot:
         changes = self.ledger.facts.get(RANKS) or []
         if not changes:
             return ""
-        parts = [f"{ranks} from step {after + 1} on" for after, ranks in changes]
+        parts = [f"{' '.join(map(str, ranks))} from step {after + 1} on" for after, *ranks in changes]
         if len(parts) == 1:
             return parts[0]
-        return f"{', '.join(parts)} (the same global batches; another number sums in another order)"
+        return f"{', '.join(parts)} (the same global batches; each change sums in another order)"
 
     @property
     def is_complete(self) -> bool:

@@ -18,13 +18,15 @@ from paceline.config.load import binding
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
 from paceline.precision import resolve_device, torch_dtype
-from paceline.roles.plan import RunPlan, refuse_idle_ranks
+from paceline.roles.plan import RunPlan, refuse_unfit_ranks
 from paceline.target.head import TargetHead
 from paceline.target.version import TargetVersion
 from paceline.telemetry import EventLog
+from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.determinism import compute_deterministically
 from paceline.training.group import Group
 from paceline.training.link import Place, meet
+from paceline.training.part_writing import PartWriter
 from paceline.training.ranks import Follower, hear_begin
 from paceline.training.settings import TrainerSettings
 from paceline.training.torch_learner import TorchLearner
@@ -53,6 +55,7 @@ def trainer_settings(
         checkpoint=config.checkpoint,
         seed=config.run.seed,
         autocast_dtype=torch.bfloat16 if dtype is torch.bfloat16 else None,
+        sharded=config.machine.shard,
     )
 
 
@@ -61,12 +64,18 @@ def device_of(config: RunConfig, place: Place | None) -> torch.device:
     device = resolve_device(config.training.device)
     if place is None or device.type != "cuda":
         return device
+    if place.on_host is None:
+        raise ConfigError(
+            f"The launcher does not tell rank {place.rank} which of its host's ranks it is.",
+            why="Each rank of a host takes the next CUDA device, so two of them could take the same one.",
+            next="start with torchrun, or set LOCAL_RANK for every rank: 0, 1 and so on, on each host.",
+        )
     return resolve_device(f"cuda:{(device.index or 0) + place.on_host}")
 
 
 def joined(config: RunConfig, place: Place) -> Group:
     """All ranks, once they are there and agree. Raises RanksError, ConfigError."""
-    refuse_idle_ranks(config, place.ranks)
+    refuse_unfit_ranks(config, place.ranks)
     device = device_of(config, place)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -75,6 +84,7 @@ def joined(config: RunConfig, place: Place) -> Group:
     mine = {
         **binding(config),
         "the number of ranks": place.ranks,
+        "machine.shard": config.machine.shard,
         "the target's files": target.model,
         "the tokenizer's files": target.tokenizer,
         "the kind of device": device.type,
@@ -117,8 +127,11 @@ def follow(
     # Each host may have mounted a shared folder in a place of its own.
     folder = config.feature_folder.with_name(told["features"])
     features = config.features.build(folder, owner=False)
-    with ThreadPoolExecutor(1, thread_name_prefix="paceline-rank") as executor:
+    checkpoints = CheckpointFolder(config.checkpoint_folder, config.run.name) if settings.sharded else None
+    # One thread writes this rank's part of checkpoints, the other reads the next step's features.
+    with ThreadPoolExecutor(2, thread_name_prefix="paceline-rank") as executor:
         worker = Worker(TorchLearner(method, head, settings, group), features, executor)
-        Follower(worker, group, should_stop).follow()
+        writer = PartWriter(group.rank, checkpoints, executor) if checkpoints is not None else None
+        Follower(worker, group, should_stop, writer).follow()
     features.close()
     group.leave()

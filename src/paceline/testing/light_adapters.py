@@ -14,7 +14,7 @@ import os
 import random
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,9 +147,14 @@ class HashLearner:
         self.weights = b""
         self.trained: list[list[str]] = []
 
+    is_sharded = False
+
     @property
     def ready(self) -> bool:
         return bool(self.weights)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def num_tokens(self, samples: Sequence[Sample]) -> int:
         return len(samples)

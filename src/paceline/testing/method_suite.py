@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.tensor import DTensor
 
 from paceline.capture.settings import CaptureSettings
 from paceline.engines.engine import CaptureRequest
@@ -28,6 +30,7 @@ from paceline.target.head import TargetHead
 from paceline.testing.memory_features import InMemoryFeatureStore
 from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.training.settings import TrainerSettings, TrainingSection
+from paceline.training.sharding import Sharding
 from paceline.types import States, Targets, Tokens, name_of
 
 Sample = dict[str, torch.Tensor]
@@ -127,6 +130,24 @@ class MethodSuite(ABC):
             assert weight.grad is not None, name
             assert torch.isfinite(weight.grad).all(), name
             assert weight.grad.abs().sum() > 0, name
+
+    def test_a_draft_can_be_divided_among_ranks(self, tmp_path: Path) -> None:
+        """By rows: gathered, it has the gradients of the whole draft, and each rank gets its rows of them."""
+        samples, whole, divided = self.samples(), self.draft(), self.draft()
+        self.loss(whole, samples).loss_sum.backward()
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+        try:
+            sharding = Sharding(divided, rank=0, ranks=1)
+            sharding.gather()
+            self.loss(divided, samples).loss_sum.backward()
+            sharding.reduce(list(divided.parameters()))
+            found = {name: weight.grad for name, weight in divided.named_parameters()}
+            for name, weight in whole.named_parameters():
+                gradient = found[name]
+                assert isinstance(gradient, DTensor)
+                torch.testing.assert_close(gradient.to_local(), weight.grad)
+        finally:
+            distributed.destroy_process_group()
 
     def test_what_is_no_target_is_not_learned(self) -> None:
         """A sample without a target among its tokens has no token to learn, and a loss of 0."""

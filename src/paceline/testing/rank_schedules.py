@@ -1,11 +1,11 @@
 """A small run with 2 ranks and 2 producers as processes, killed and stopped at named points by a seed.
 
-    python -m paceline.testing.rank_schedules --seed 3 [--count 20]
+    python -m paceline.testing.rank_schedules --seed 3 [--count 20] [--sharded]
 
 torch, gloo, ledger, shared memory, checkpoints and signals are real. The parent is a supervisor that decides
 nothing: if a rank dies all ranks start again, a producer by itself. The run must end in the bits of the
 undisturbed run of 2 ranks, with every sample trained and nothing left behind. The seed fixes who is struck
-where, not how the processes interleave.
+where, not how the processes interleave. Sharded ranks are struck while they write their parts, too.
 """
 
 from __future__ import annotations
@@ -67,15 +67,26 @@ POINTS: dict[int | str, list[str]] = {
 }
 
 
-def strikes_of(seed: int) -> list[Strike]:
+SHARDED_POINTS: dict[int | str, list[str]] = {
+    **POINTS,
+    0: [
+        *(point for point in POINTS[0] if "fingerprint" not in point),
+        *("checkpoint.after_aside", "checkpoint.before_manifest"),
+    ],
+    1: [*(point for point in POINTS[1] if "fingerprint" not in point), *["checkpoint.after_file"] * 4],
+}
+
+
+def strikes_of(seed: int, *, sharded: bool = False) -> list[Strike]:
     """Two fifths of them hit rank 0, and as many rank 1."""
     rng, strikes = random.Random(seed), []
+    points = SHARDED_POINTS if sharded else POINTS
     for _ in range(rng.randint(1, STRIKES_MAX)):
         victims: list[int | str] = [1, 1, 0, 0, rng.choice(["producer-0", "producer-1"])]
         victim = rng.choice(victims)
         stops = victim in (0, 1) and rng.random() < STOPPED
         number = signal.SIGSTOP if stops else signal.SIGKILL
-        point = rng.choice(POINTS[victim])
+        point = rng.choice(points[victim])
         strikes.append(Strike(victim, point, 1 if point in ONCE else rng.randint(1, 4), number))
     return strikes
 
@@ -83,8 +94,9 @@ def strikes_of(seed: int) -> list[Strike]:
 class StruckRun:
     """Drives one run to its end; `counts` says what happened on the way."""
 
-    def __init__(self, folder: Path, strikes: list[Strike]) -> None:
+    def __init__(self, folder: Path, strikes: list[Strike], *, sharded: bool = False) -> None:
         self.folder = folder
+        self._shape = {**SHAPE, "sharded": sharded}
         self.counts: Counter[str] = Counter()
         self._left = list(strikes)
         self._live: dict[int, int | str] = {}  # ranks and producers by process
@@ -117,7 +129,7 @@ class StruckRun:
 
     def _start(self, name: int | str, work: partial[None]) -> None:
         strike = next((strike for strike in self._left if strike.victim == name), None)
-        pid = forked(self.folder, work, strike, SHAPE)
+        pid = forked(self.folder, work, strike, self._shape)
         self._live[pid] = name
         if strike is not None:
             self._armed[pid] = strike
@@ -229,12 +241,12 @@ def check(folder: Path, wanted: dict[str, torch.Tensor]) -> None:
 
 
 def play(
-    strikes: list[Strike], wanted: dict[str, torch.Tensor] | None
+    strikes: list[Strike], wanted: dict[str, torch.Tensor] | None, *, sharded: bool = False
 ) -> tuple[Counter[str], dict[str, torch.Tensor]]:
     """One run in a folder of its own, checked; what happened, and its weights. Raises Violation."""
     folder = Path(tempfile.mkdtemp(prefix="paceline-ranks-"))
     try:
-        run = StruckRun(folder, strikes)
+        run = StruckRun(folder, strikes, sharded=sharded)
         run.drive()
         found = load_file(folder / "final.safetensors")
         check(folder, found if wanted is None else wanted)
@@ -244,16 +256,16 @@ def play(
     return run.counts, found
 
 
-def execute_all(seeds: range) -> Counter[str]:
+def execute_all(seeds: range, *, sharded: bool = False) -> Counter[str]:
     """Raises Violation, with the command that repeats it."""
     import_module("torch._dynamo")  # the optimizer would import it in every process
-    _, wanted = play([], None)
+    _, wanted = play([], None, sharded=sharded)
     total: Counter[str] = Counter()
     for seed in seeds:
         try:
-            total += play(strikes_of(seed), wanted)[0]
+            total += play(strikes_of(seed, sharded=sharded), wanted, sharded=sharded)[0]
         except Violation as violation:
-            again = f"python -m paceline.testing.rank_schedules --seed {seed}"
+            again = f"python -m paceline.testing.rank_schedules --seed {seed}{' --sharded' * sharded}"
             raise Violation(f"{violation}\nrepeat: {again}") from violation
         total["schedules"] += 1
     return total
@@ -263,8 +275,9 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--count", type=int, default=1)
+    arguments.add_argument("--sharded", action="store_true")
     given = arguments.parse_args()
-    counts = execute_all(range(given.seed, given.seed + given.count))
+    counts = execute_all(range(given.seed, given.seed + given.count), sharded=given.sharded)
     sys.stdout.write(f"{json.dumps(dict(counts))}\n")
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,15 +23,20 @@ from paceline.errors import PacelineError
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.roles.trainers import MeetingPoint, place_in
 from paceline.testing.kill_points import Armed, pointed
-from paceline.testing.small_run import SmallRun, weights
+from paceline.testing.small_run import RUN_ID, SmallRun
 from paceline.testing.synthetic import synthetic_head
+from paceline.training import tensor_files
+from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.group import Group
+from paceline.training.learner import DRAFT
+from paceline.training.part_writing import PartWriter
 from paceline.training.ranks import Follower, hear_begin
 from paceline.training.torch_learner import TorchLearner
 from paceline.training.trainer import Trainer
 from paceline.training.worker import Worker
 
 BUDGET_BYTES = 8 << 20
+SHARDED = "sharded"
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,10 @@ def one_attempt(
 def forked(
     folder: Path, work: Callable[[SmallRun], None], strike: Strike | None, shape: Mapping[str, Any]
 ) -> int:
-    """Fork a process of the run; returns its id. What it ended with is told in the folder."""
+    """Fork a process of the run; returns its id. What it ended with is told in the folder.
+
+    `shape`: of the run, and under "sharded" whether ranks divide the draft among them.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -92,7 +101,9 @@ def forked(
         torch.set_num_threads(1)
         if strike is not None:
             strike.arm()
-        work(SmallRun(folder, **shape))
+        run = SmallRun(folder, **{name: value for name, value in shape.items() if name != SHARDED})
+        run.sharded = bool(shape.get(SHARDED))
+        work(run)
         code = 0
     except PacelineError as error:
         (folder / f"ended-{os.getpid()}.txt").write_text(str(error))
@@ -140,10 +151,15 @@ def follow(run: SmallRun, group: Group) -> None:
     hear_begin(group)
     learner = TorchLearner(run.method, synthetic_head(), run.settings, group)
     worker = Worker(pointed(learner, "learner"), pointed(run.features, "features"))
-    Follower(worker, group, lambda: False).follow()
+    with ThreadPoolExecutor(1) as executor:
+        checkpoints = CheckpointFolder(run.folder / "checkpoints", RUN_ID)
+        writer = PartWriter(group.rank, checkpoints, executor) if run.sharded else None
+        Follower(worker, group, lambda: False, writer).follow()
 
 
 def finish(run: SmallRun, trainer: Trainer, store: SharedMemoryFeatureStore) -> None:
-    """Check that nothing stays behind, and keep the weights."""
+    """Check that nothing stays behind, and keep the weights of the newest checkpoint, whole."""
     assert store.usage().resident_samples == 0, "nothing may stay behind"
-    save_file(weights(trainer), run.folder / "final.safetensors")
+    checkpoints = CheckpointFolder(run.folder / "checkpoints", RUN_ID)
+    files = checkpoints.read(trainer.session.checkpoints()[-1]).files
+    save_file(tensor_files.read(DRAFT, files), run.folder / "final.safetensors")

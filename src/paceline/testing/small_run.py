@@ -65,6 +65,7 @@ class SmallRun:
         self.batch_size = batch_size
         self.method = method or Eagle3Method({"draft_vocab_size": 32, "ttt_steps": 2, "init": "random"})
         self.training = training or {}
+        self.sharded = False  # whether several ranks divide the draft among them
         self.capture = {"max_prompt_tokens": 32, **capture}
         self.features = features or InMemoryFeatureStore(budget_bytes=8 << 20)
         self.engine = SyntheticEngine()
@@ -118,6 +119,7 @@ class SmallRun:
             first_samples=4,
             training=training,
             checkpoint=CheckpointSection(interval_steps=2),
+            sharded=self.sharded,
         )
 
     def consumer(

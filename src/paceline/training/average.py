@@ -6,11 +6,13 @@ of it, and the weights that are trained lie beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+Put = Callable[[torch.Tensor, torch.Tensor], Any]
 _WARM_UP = 10  # steps: at step n at most n / (n + 10) of the average is kept, or it would remember the first
 
 
@@ -36,7 +38,10 @@ class WeightAverage:
         return {name: weight.detach() for name, weight in self._draft.named_parameters()}
 
     @torch.no_grad()
-    def restore_trained(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Put back what `trained` gave, into a draft that holds the averages. Raises KeyError."""
+    def restore_trained(self, tensors: Mapping[str, torch.Tensor], put: Put | None = None) -> None:
+        """Put back what `trained` gave, into a draft that holds the averages. Raises KeyError.
+
+        `put`: copies a whole tensor into a weight that is divided among ranks.
+        """
         for name, weight in self._draft.named_parameters():
-            weight.copy_(tensors[name])
+            (put or torch.Tensor.copy_)(weight, tensors[name])

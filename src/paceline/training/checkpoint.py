@@ -16,7 +16,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from paceline.crashpoints import reach
 from paceline.durable_files import FileContent
 from paceline.errors import CheckpointDamagedError, CheckpointError
 from paceline.ledger.records import CheckpointRecord, TrainedSample, TrainedStep
+from paceline.parts import whole_name
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -91,35 +92,78 @@ class CheckpointFolder:
 
         Raises CheckpointError if the disk is full; older checkpoints stay.
         """
-        prefix = f"step-{checkpoint.step:08d}-{checkpoint.epoch:06d}"
-        aside = self.folder / f"{prefix}-{uuid.uuid4().hex[:8]}.new"  # unlike every earlier attempt
+        aside = self.set_aside(checkpoint.step, checkpoint.epoch)
         try:
-            return self._write(aside, checkpoint)
+            entries = self.write_files(aside, checkpoint.files)
+        except CheckpointError:
+            self.discard(aside)
+            raise
+        return self.seal(aside, checkpoint, entries)
+
+    def set_aside(self, step: int, epoch: int) -> str:
+        """Make the folder into which the files of a checkpoint are written, and return its name.
+
+        Several processes may write files into it. Raises CheckpointError, as the next two do.
+        """
+        aside = f"step-{step:08d}-{epoch:06d}-{uuid.uuid4().hex[:8]}.new"  # unlike every earlier attempt
+        with self._writing(aside):
+            (self.folder / aside).mkdir(mode=0o700)
+        return aside
+
+    def write_files(self, aside: str, files: Mapping[str, FileContent]) -> dict[str, FileEntry]:
+        """Write files into a folder that was set aside, durably; their entries for its manifest.
+
+        If it fails, `discard` the folder.
+        """
+        entries = {}
+        with self._writing(aside):
+            for name, content in files.items():
+                durable_files.write_file(self.folder / aside / name, content)
+                entries[name] = FileEntry(name, len(content), _sha256(content))
+                reach("checkpoint.after_file")
+        return entries
+
+    def seal(self, aside: str, checkpoint: Checkpoint, entries: Mapping[str, FileEntry]) -> CheckpointRecord:
+        """Write the manifest of a folder that holds the files of `entries`, and give the folder its name.
+
+        If it fails, the folder is removed.
+        """
+        reach("checkpoint.before_manifest")
+        with self._writing(aside, removes=True):
+            folder = self.folder / aside
+            for entry in entries.values():
+                if (folder / entry.name).stat().st_size != entry.num_bytes:
+                    raise OSError(f"{entry.name} has not the size that was written")
+            data = self._manifest(checkpoint, entries)
+            durable_files.write_file(folder / MANIFEST, data)
+            digest = _sha256(data)
+            name = f"{folder.stem}{digest[:DIGITS_IN_NAME]}"
+            durable_files.sync_folder(folder)
+            reach("checkpoint.before_rename")
+            folder.rename(self.folder / name)
+            reach("checkpoint.before_sync")
+            durable_files.sync_folder(self.folder)
+        return CheckpointRecord(checkpoint.step, name, digest, checkpoint.chain, checkpoint.first_place)
+
+    def discard(self, aside: str) -> None:
+        """Remove a folder that was set aside and is not going to be sealed, as far as the disk allows."""
+        shutil.rmtree(self.folder / aside, ignore_errors=True)
+
+    @contextmanager
+    def _writing(self, aside: str, *, removes: bool = False) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
+            if removes:
+                self.discard(aside)
             raise CheckpointError(
-                f"The checkpoint of step {checkpoint.step} could not be written to {self.folder} ({error}).",
+                f"The checkpoint of step {int(aside.split('-')[1])} could not be written to {self.folder} "
+                f"({error}).",
                 why="The checkpoint before it is untouched, and only features that it covers were freed.",
                 next="free space on that disk and run the same command again.",
             ) from error
 
-    def _write(self, aside: Path, checkpoint: Checkpoint) -> CheckpointRecord:
-        aside.mkdir(mode=0o700)
-        for file_name, content in checkpoint.files.items():
-            durable_files.write_file(aside / file_name, content)
-            reach("checkpoint.after_file")
-        data = self._manifest(checkpoint)
-        durable_files.write_file(aside / MANIFEST, data)
-        digest = _sha256(data)
-        name = f"{aside.stem}{digest[:DIGITS_IN_NAME]}"
-        durable_files.sync_folder(aside)
-        reach("checkpoint.before_rename")
-        aside.rename(self.folder / name)
-        reach("checkpoint.before_sync")
-        durable_files.sync_folder(self.folder)
-        return CheckpointRecord(checkpoint.step, name, digest, checkpoint.chain, checkpoint.first_place)
-
-    def _manifest(self, checkpoint: Checkpoint) -> bytes:
+    def _manifest(self, checkpoint: Checkpoint, entries: Mapping[str, FileEntry]) -> bytes:
         manifest: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "run_id": self.run_id,
@@ -132,8 +176,7 @@ class CheckpointFolder:
             "lineage": [_step_to_json(trained) for trained in checkpoint.lineage],
             "values": dict(checkpoint.values),
             "files": {
-                name: {"bytes": len(content), "sha256": _sha256(content)}
-                for name, content in checkpoint.files.items()
+                name: {"bytes": entry.num_bytes, "sha256": entry.sha256} for name, entry in entries.items()
             },
         }
         if checkpoint.ledger:
@@ -143,7 +186,7 @@ class CheckpointFolder:
     # -- reading ---------------------------------------------------------------------------
 
     def read(self, record: CheckpointRecord, names: Collection[str] | None = None) -> Checkpoint:
-        """Read a checkpoint, and compare the files `names` with their digests (None: all files).
+        """Read a checkpoint, and compare the files `names`, or their parts, with their digests (None: all).
 
         Raises CheckpointDamagedError if anything differs from what was written, CheckpointError if the
         disk or this process fails, so that damage cannot be told.
@@ -160,6 +203,10 @@ class CheckpointFolder:
         except OSError as error:
             raise self._disk_fails("read", error) from error
 
+    def open(self, name: str, manifest_digest: str) -> Checkpoint:
+        """A checkpoint whose files are compared with their digests when they are read. Raises as `read`."""
+        return self.read(CheckpointRecord(0, name, manifest_digest), names=())
+
     def _read(self, name: str, manifest: dict[str, Any], names: Collection[str] | None) -> Checkpoint:
         if manifest["run_id"] != self.run_id or manifest["format_version"] != FORMAT_VERSION:
             raise self._damaged(name, "it belongs to another run or another version")
@@ -170,7 +217,7 @@ class CheckpointFolder:
         for entry in entries.values():
             if not FILE_NAME.fullmatch(entry.name):
                 raise self._damaged(name, f"it names a file {entry.name!r}")
-            if names is None or entry.name in names:
+            if names is None or whole_name(entry.name) in names:
                 self._check(name, entry)
         return Checkpoint(
             manifest["step"],

@@ -1,9 +1,10 @@
 """CheckpointWriter writes a checkpoint while training goes on, and then makes it the head.
 
 `begin` copies the weights, and training waits only for that; the executor's thread writes and syncs the
-files. The rest happens in the trainer's thread at the end of a step: the ledger names the folder head, and
-then the features that it covers are freed and older checkpoints are retired. Until then the steps since the
-head are provisional. At most one checkpoint is being written. A crash leaves a folder that the next
+files. Where the state is divided among ranks, each writes its part, and the manifest follows when all have
+told their digests. The rest happens in the trainer's thread at the end of a step: the ledger names the folder
+head, and then the features that it covers are freed and older checkpoints are retired. Until then the steps
+since the head are provisional. At most one checkpoint is being written. A crash leaves a folder that the next
 consumer adopts or sweeps.
 """
 
@@ -13,15 +14,16 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
+from paceline.crashpoints import reach
 from paceline.durable_files import FileContent
-from paceline.errors import PacelineError
+from paceline.errors import CheckpointError, PacelineError
 from paceline.features.store import FeatureStore
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.facts import CHECKPOINT_WANTED
 from paceline.ledger.records import CheckpointRecord, TrainedStep, chain_of
-from paceline.training.checkpoint import Checkpoint, CheckpointFolder
+from paceline.training.checkpoint import Checkpoint, CheckpointFolder, FileEntry
 from paceline.training.recovery import Start
 
 WAIT_S = 1.0
@@ -39,12 +41,26 @@ class InlineExecutor(Executor):
         return done
 
 
-@dataclass(frozen=True)
+class OtherRanks(Protocol):
+    """The ranks that write parts of a checkpoint beside this process (ranks.py)."""
+
+    def parts(self, aside: str) -> Mapping[str, FileContent]:
+        """A copy of this rank's part; the others have copied theirs, and write them into `aside`."""
+
+    def written(self) -> Mapping[str, FileEntry] | None:
+        """What the others have written, by name; None before all have. Raises what one of them failed of."""
+
+
+@dataclass
 class _Begun:
-    step: int
-    writing: Future[CheckpointRecord]
+    """`aside`, `own`: the folder of a checkpoint in parts, and the writing of this rank's; else "", None."""
+
+    checkpoint: Checkpoint
+    aside: str
+    own: Future[dict[str, FileEntry]] | None
+    writing: Future[CheckpointRecord] | None
     began: float
-    stall_s: float
+    stall_s: float = 0.0
 
 
 class CheckpointWriter:
@@ -70,6 +86,7 @@ class CheckpointWriter:
         self._begun: _Begun | None = None
         self._since_begun: list[TrainedStep] = []
         self.while_waiting: Callable[[], None] | None = None  # called now and then while a disk is slow
+        self.others: OtherRanks | None = None  # that write parts of a checkpoint
 
     def add(self, trained: TrainedStep) -> None:
         """The weights contain the step."""
@@ -79,7 +96,7 @@ class CheckpointWriter:
     def step(self) -> int:
         """The step of the newest checkpoint, recorded or being written; -1: none."""
         if self._begun is not None:
-            return self._begun.step
+            return self._begun.checkpoint.step
         return -1 if self.head is None else self.head.step
 
     @property
@@ -105,7 +122,7 @@ class CheckpointWriter:
         checkpoint = Checkpoint(
             step=step,
             first_place=first_place,
-            files=copy(),
+            files={} if self.others else copy(),
             values=values,
             lineage=lineage,
             previous=head.name if head else "",
@@ -114,14 +131,37 @@ class CheckpointWriter:
             lsn=self._session.lsn(),
             ledger=next(iter(self._session.identities), ""),
         )
-        writing = self._executor.submit(self._folder.write, checkpoint)
-        self._begun = _Begun(step, writing, began, monotonic() - began)
-        self._since_begun = []
+        begun = _Begun(checkpoint, "", None, None, began)
+        if self.others is None:
+            begun.writing = self._executor.submit(self._folder.write, checkpoint)
+        else:
+            begun.aside = self._folder.set_aside(step, checkpoint.epoch)
+            reach("checkpoint.after_aside")
+            own = self.others.parts(begun.aside)
+            begun.own = self._executor.submit(self._folder.write_files, begun.aside, own)
+        begun.stall_s = monotonic() - began
+        self._begun, self._since_begun = begun, []
 
     def poll(self) -> None:
         """Record the checkpoint that is being written, if it is durable by now."""
-        if self._begun is not None and self._begun.writing.done():
+        if self._begun is not None and self._is_durable(self._begun):
             self.settle()
+
+    def _is_durable(self, begun: _Begun) -> bool:
+        """Once all ranks have written their parts, the manifest is begun. Raises CheckpointError."""
+        if begun.writing is None:
+            assert begun.own is not None
+            assert self.others is not None
+            try:
+                others = self.others.written()
+                if others is None or not begun.own.done():
+                    return False
+                entries = {**begun.own.result(), **others}
+            except CheckpointError:
+                self._folder.discard(begun.aside)
+                raise
+            begun.writing = self._executor.submit(self._folder.seal, begun.aside, begun.checkpoint, entries)
+        return begun.writing.done()
 
     def settle(self) -> None:
         """Wait for the checkpoint that is being written, and record it. Raises CheckpointError."""
@@ -129,8 +169,13 @@ class CheckpointWriter:
         if begun is None:
             return
         waited_from = monotonic()
-        while self.while_waiting is not None and wait([begun.writing], WAIT_S).not_done:
-            self.while_waiting()
+        while not self._is_durable(begun):
+            awaited: Future[Any] | None = begun.writing or begun.own
+            assert awaited is not None
+            is_late = bool(wait([awaited], WAIT_S if self.while_waiting else None).not_done)
+            if self.while_waiting and (is_late or begun.writing is None):
+                self.while_waiting()  # the other ranks say then whether they have written their parts
+        assert begun.writing is not None
         record = begun.writing.result()
         stall_s = begun.stall_s + monotonic() - waited_from
         self._session.head(record)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from functools import partial
 
 from paceline.errors import TrainingError
 from paceline.features.store import FeatureStore
@@ -18,6 +19,7 @@ from paceline.ledger.facts import CHECKPOINT_WANTED, QUARANTINED_IN_A_ROW
 from paceline.loader.planned import PlannedStep
 from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.checkpoint_writer import CheckpointWriter
+from paceline.training.part_writing import PATIENCE_S
 from paceline.training.ranks import Ranks
 from paceline.training.recovery import Start
 from paceline.training.settings import TrainerSettings
@@ -49,7 +51,9 @@ class Coordinator:
             session, features, folder, start, executor, kept=settings.checkpoint.keep, report=report
         )
         if ranks.size > 1:  # they wait for rank 0 no longer than for a step
-            self._writer.while_waiting = ranks.beat
+            self._writer.while_waiting = partial(ranks.beat, PATIENCE_S)
+        if ranks.are_sharded:
+            self._writer.others = ranks
 
     def clean_up(self) -> None:
         """Remove what an older consumer left: unrecorded checkpoints, and features that the head covers."""

@@ -7,6 +7,7 @@ does not know the ledger. Adapters: torch_learner.py, and one without torch in t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from paceline.durable_files import FileContent
@@ -19,6 +20,14 @@ class Learner(Protocol):
     @property
     def ready(self) -> bool:
         """Whether there are weights, built or loaded."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each of several ranks holds a part of the weights and of the optimizer, and no more."""
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Within, `attempt` and `probe` may be called. All ranks enter together, if it is sharded; there
+        the ranks collect the weights, which they drop at the end. Raises RanksError."""
 
     def num_tokens(self, samples: Sequence[Sample]) -> int:
         """How many tokens of the samples a step counts; the sum over all ranks divides the gradients."""
@@ -59,15 +68,17 @@ class Learner(Protocol):
         """
 
     def fingerprint(self) -> str:
-        """A digest of the weights, which all ranks have in common."""
+        """A digest of the weights, which all ranks have in common; not called if it is sharded."""
 
     def files(self) -> Mapping[str, FileContent]:
         """The whole state as files of a checkpoint, by name; on a rank other than 0, what only that rank has.
 
-        The learner owns their memory; the bytes are valid until the next call."""
+        If it is sharded, each rank's are parts (parts.py), and those of the first weights, which rank 0
+        builds, whole. The learner owns their memory; the bytes are valid until the next call."""
 
     def load(self, files: Mapping[str, FileContent]) -> None:
-        """Restore the state that the `files` of all ranks returned; there may have been more or fewer."""
+        """Restore the state that the `files` of all ranks returned; there may have been more or fewer, and
+        sharded or not. If it is sharded, keep this rank's part."""
 
     def describe(self) -> dict[str, Any]:
         """Small JSON values for the checkpoint's manifest."""

@@ -17,7 +17,10 @@ import msgspec
 
 from paceline.durable_files import FileContent
 from paceline.errors import RanksError, StoreError
+from paceline.ledger.records import CheckpointRecord
+from paceline.training.checkpoint import FileEntry
 from paceline.training.link import Alone, Link, meet
+from paceline.training.part_writing import PartsOfOthers, PartWriter, WrittenPart
 from paceline.training.told_errors import ToldError, raised_again, told
 from paceline.training.worker import FIRST_WEIGHTS, Fetched, StepOrder, Worker, slice_of
 from paceline.types import SampleRef, ref_from_json, ref_to_json
@@ -31,7 +34,8 @@ class Message(msgspec.Struct, omit_defaults=True):
     """From rank 0 to all others: what to do, with what it takes.
 
     `ahead`: the samples that the next step will probably name, to be read while this one trains. `sizes`: of
-    the files that follow, in bytes.
+    the files that follow, in bytes. `folder`: where every rank writes or reads its part of a checkpoint;
+    `digest`: of that checkpoint's manifest. `patience_s`: see `Ranks.beat`.
     """
 
     do: str
@@ -42,12 +46,16 @@ class Message(msgspec.Struct, omit_defaults=True):
     num_tokens: int = 0
     sample_ids: list[str] = []
     sizes: dict[str, int] = {}
+    folder: str = ""
+    digest: str = ""
+    patience_s: float = 0.0
     progress: float | None = None
     about: dict[str, Any] = {}
 
 
 class Answer(msgspec.Struct, omit_defaults=True):
-    """From every rank to all: what came of it. `stops`: this rank's process is asked to stop."""
+    """From every rank to all: what came of it. `stops`: this rank's process is asked to stop. `part`: what it
+    has written of a checkpoint since its last answer."""
 
     num_tokens: int = 0
     unreadable: dict[str, ToldError] = {}
@@ -56,6 +64,7 @@ class Answer(msgspec.Struct, omit_defaults=True):
     fingerprint: str = ""
     error: ToldError | None = None
     stops: bool = False
+    part: WrittenPart | None = None
 
 
 class Ranks:
@@ -72,10 +81,16 @@ class Ranks:
         self._order: StepOrder | None = None
         self._num_tokens = 0
         self._ahead: Sequence[SampleRef] = ()
+        self._parts = PartsOfOthers(self.size)
 
     @property
     def size(self) -> int:
         return self._link.size
+
+    @property
+    def are_sharded(self) -> bool:
+        """Whether each rank holds a part of the weights and of the optimizer, and writes it itself."""
+        return self.size > 1 and self.worker.learner.is_sharded
 
     @property
     def ready(self) -> bool:
@@ -89,10 +104,13 @@ class Ranks:
         if self.size > 1:
             self._meet(Message(BEGIN, about=about), Answer())
 
-    def beat(self) -> None:
-        """Rank 0 waits for something else, and lives; so do the others."""
+    def beat(self, patience_s: float = 0.0) -> None:
+        """Rank 0 waits for something else, and lives; so do the others.
+
+        `patience_s`: how long the others may wait with their answers for the parts that they write.
+        """
         if self.size > 1:
-            self._meet(Message(BEAT), Answer())
+            self._meet(Message(BEAT, patience_s=patience_s), Answer())
 
     @contextmanager
     def _beating(self) -> Iterator[None]:
@@ -173,7 +191,7 @@ class Ranks:
         return figures
 
     def build(self) -> None:
-        """The first weights, on rank 0; the others get a copy."""
+        """The first weights, on rank 0; the others get a copy, of which each keeps its part if sharded."""
         with self._beating():
             self.worker.build(self._held)
         if self.size > 1:
@@ -219,14 +237,38 @@ class Ranks:
 
     # -- checkpoints -----------------------------------------------------------------------
 
-    def load(self, files: Mapping[str, FileContent]) -> None:
-        """Go on from a checkpoint, of any number of ranks."""
+    def load(self, files: Mapping[str, FileContent], record: CheckpointRecord) -> None:
+        """Go on from a checkpoint, of any number of ranks, sharded or not."""
+        if self.are_sharded:
+            message = Message(LOAD, folder=record.name, digest=record.manifest_digest)
+            self._all(message, partial(self._load_part, files))
+            return
         if self.size == 1:
             self.worker.learner.load(files)
             return
         held = {name: files[name] for name in files}
         self.worker.learner.load(held)
         self._send(held)
+
+    def _load_part(self, files: Mapping[str, FileContent]) -> Answer:
+        self.worker.learner.load(files)
+        return Answer()
+
+    def parts(self, aside: str) -> Mapping[str, FileContent]:
+        """A copy of rank 0's part of the state; the others have copied theirs, and write them to `aside`."""
+        self._parts = PartsOfOthers(self.size)
+        own: dict[str, FileContent] = {}
+
+        def act() -> Answer:
+            own.update(self.worker.learner.files())
+            return Answer()
+
+        self._all(Message(FILES, folder=aside), act)
+        return own
+
+    def written(self) -> Mapping[str, FileEntry] | None:
+        """What the other ranks have written since `parts`; None before all have. Raises CheckpointError."""
+        return self._parts.entries()
 
     def files(self) -> Mapping[str, FileContent]:
         """A copy of the state of all ranks, as files of a checkpoint; valid until the next call.
@@ -265,6 +307,8 @@ class Ranks:
         def act() -> Answer:
             for content in files.values():
                 self._link.copy(content, len(content))
+            if self.are_sharded:  # rank 0 has the whole until here
+                self.worker.learner.load(files)
             return Answer()
 
         self._all(message, act)
@@ -299,6 +343,9 @@ class Ranks:
         said = meet(self._link, do, msgspec.json.encode(answer))
         answers = [msgspec.json.decode(one, type=Answer) for one in said]
         self.asked_to_stop = self.asked_to_stop or any(one.stops for one in answers)
+        for rank, one in enumerate(answers):
+            if one.part is not None:
+                self._parts.hear(rank, one.part)
         return answers
 
 
@@ -311,8 +358,16 @@ def dismiss(link: Link) -> None:
 class Follower:
     """What a rank other than 0 does with each message."""
 
-    def __init__(self, worker: Worker, link: Link, should_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        link: Link,
+        should_stop: Callable[[], bool],
+        part_writer: PartWriter | None = None,
+    ) -> None:
+        """`part_writer`: of ranks that are sharded."""
         self._worker, self._link, self._should_stop = worker, link, should_stop
+        self._part_writer = part_writer
         self._order: StepOrder | None = None
         self._acts: dict[str, Callable[[Message], Answer]] = {
             BEAT: lambda _: Answer(),
@@ -321,7 +376,7 @@ class Follower:
             ATTEMPT: self._attempt,
             PROBE: lambda _: Answer(trained_before=worker.probe(self._held)),
             LOAD: self._load,
-            FILES: lambda _: Answer(files=_small(worker), fingerprint=worker.learner.fingerprint()),
+            FILES: self._files,
         }
 
     def follow(self) -> None:
@@ -329,6 +384,8 @@ class Follower:
         while (message := _heard(self._link)).do != END:
             answer = _answered(partial(self._acts[message.do], message)).answer
             answer.stops = self._should_stop()
+            if self._part_writer is not None:
+                answer.part = self._part_writer.told(patience_s=message.patience_s)
             meet(self._link, message.do, msgspec.json.encode(answer))
 
     @property
@@ -353,7 +410,20 @@ class Follower:
         self._worker.attempt(self._held, message.sample_ids)
         return Answer()
 
+    def _files(self, message: Message) -> Answer:
+        learner = self._worker.learner
+        if not message.folder:
+            files = {name: bytes(content) for name, content in learner.files().items()}
+            return Answer(files=files, fingerprint=learner.fingerprint())
+        assert self._part_writer is not None
+        self._part_writer.begin(message.folder, learner.files())
+        return Answer()
+
     def _load(self, message: Message) -> Answer:
+        if message.folder:
+            assert self._part_writer is not None
+            self._worker.learner.load(self._part_writer.read(message.folder, message.digest).files)
+            return Answer()
         files = {name: self._link.copy(None, size) for name, size in message.sizes.items()}
         self._worker.learner.load(files)
         return Answer()
@@ -385,10 +455,6 @@ def _answered(act: Callable[[], Answer]) -> _Answered:
 
 def _heard(link: Link) -> Message:
     return msgspec.json.decode(link.hear(), type=Message)
-
-
-def _small(worker: Worker) -> dict[str, bytes]:
-    return {name: bytes(content) for name, content in worker.learner.files().items()}
 
 
 def _of_fetched(fetched: Fetched) -> Answer:

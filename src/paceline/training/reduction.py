@@ -41,13 +41,13 @@ class _Said(msgspec.Struct, omit_defaults=True):
 
 
 class Reduction:
-    def __init__(self, link: Link, add: Callable[[Sequence[torch.Tensor]], None]) -> None:
-        """`add` sums each of these tensors over all ranks, in place, with the same bits on each of them."""
+    def __init__(self, link: Link, exchange: Callable[[Sequence[nn.Parameter]], None]) -> None:
+        """`exchange` sums the gradients of these parameters over all ranks (one of them may have none)."""
         self._link = link
-        self._add = add
+        self._exchange = exchange
 
     def __call__(self, step: str, draft: nn.Module, own: Sums | Exception) -> Sums:
-        """The sums of all ranks; the draft's gradients become those of all ranks.
+        """The sums of all ranks; the gradients become those of all ranks, or this rank's rows of them.
 
         `own`: this rank's sums, or why it has none. Raises that error on every rank, before any gradient is
         exchanged.
@@ -62,7 +62,7 @@ class Reduction:
                     else raised_again(said.error, rank)
                 )
         reached = [any(said.reached[place] == "1" for said in parts) for place in range(len(parameters))]
-        self._add_gradients([p for p, is_reached in zip(parameters, reached, strict=True) if is_reached])
+        self._exchange([p for p, is_reached in zip(parameters, reached, strict=True) if is_reached])
         names = dict.fromkeys(name for said in parts for name in said.metrics)
         return Sums(
             sum(said.loss_sum for said in parts),
@@ -81,7 +81,15 @@ class Reduction:
             for one in meet(self._link, step, msgspec.msgpack.encode(said))
         ]
 
-    def _add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+
+class AddedGradients:
+    """Each rank gets all sums."""
+
+    def __init__(self, add: Callable[[Sequence[torch.Tensor]], None]) -> None:
+        """`add` sums each of these tensors over all ranks, in place, with the same bits on each of them."""
+        self._add = add
+
+    def __call__(self, parameters: Sequence[nn.Parameter]) -> None:
         large, small = list[torch.Tensor](), list[torch.Tensor]()
         for parameter in parameters:
             if parameter.grad is None:  # another rank's samples reach it

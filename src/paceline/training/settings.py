@@ -113,7 +113,8 @@ class TrainerSettings:
 
     `total_steps`: where the learning rate reaches its final value; None for a stream without an end.
     `totals_before`: the `total_steps` before each extension of the run, oldest first. `first_samples`: the
-    number of samples from which the first weights are built.
+    number of samples from which the first weights are built. `sharded`: several ranks divide the weights and
+    the optimizer among them (sharding.py).
     """
 
     total_steps: int | None
@@ -123,3 +124,4 @@ class TrainerSettings:
     seed: int = 0
     autocast_dtype: torch.dtype | None = None
     totals_before: tuple[int, ...] = ()
+    sharded: bool = False

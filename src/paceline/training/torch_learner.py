@@ -6,7 +6,8 @@ on the device of the settings. Training draws no random numbers on the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from paceline.durable_files import FileContent
 from paceline.errors import TrainingError
 from paceline.methods.method import DraftMethod
+from paceline.parts import part_name, parts_of
 from paceline.precision import resolve_device
 from paceline.target.agreement import refuse_disagreement
 from paceline.target.head import TargetHead
@@ -28,8 +30,9 @@ from paceline.training.average import WeightAverage
 from paceline.training.group import Group
 from paceline.training.learner import DRAFT
 from paceline.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
-from paceline.training.reduction import Reduction
+from paceline.training.reduction import AddedGradients, Reduction
 from paceline.training.settings import TrainerSettings
+from paceline.training.sharding import Sharding
 from paceline.training.step import Whole, accumulate_gradients, train_step, visit_of
 
 OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
@@ -55,7 +58,10 @@ class TorchLearner:
         self._buffers = tensor_files.FileBuffers()
         self._device = resolve_device(settings.training.device)
         self._rank = 0 if group is None else group.rank
-        self._reduction = None if group is None else Reduction(group, group.add)
+        self._group = group
+        self._reduction = None if group is None else Reduction(group, self._exchange)
+        self._add_gradients = None if group is None else AddedGradients(group.add)
+        self._sharding: Sharding | None = None  # once the draft is divided: not while rank 0 builds it
 
     @cached_property
     def _target_version(self) -> str:
@@ -65,6 +71,26 @@ class TorchLearner:
     @property
     def ready(self) -> bool:
         return self.draft is not None
+
+    @property
+    def is_sharded(self) -> bool:
+        return self._group is not None and self._settings.sharded
+
+    def _exchange(self, parameters: Sequence[nn.Parameter]) -> None:
+        exchange = self._add_gradients if self._sharding is None else self._sharding.reduce
+        assert exchange is not None
+        exchange(parameters)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        if self._sharding is None:
+            yield
+            return
+        self._sharding.gather()
+        try:
+            yield
+        finally:
+            self._sharding.release()
 
     def check_greedy(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
         refuse_disagreement(self._head, self._method.features(self._head.facts), samples)
@@ -80,8 +106,13 @@ class TorchLearner:
             )
         self._adopt(draft)
 
-    def _adopt(self, draft: nn.Module) -> None:
+    def _adopt(self, draft: nn.Module, *, divide: bool = False) -> None:
         self.draft = draft.to(self._device)
+        self._sharding = None
+        if divide:
+            assert self._group is not None
+            self._sharding = Sharding(self.draft, self._rank, self._group.size)
+            self._buffers = tensor_files.FileBuffers()  # those of the whole, if rank 0 has built it
         scales = self._method.learning_rate_scales()
         self.optimizer = build_optimizer(draft, self._settings.training, scales)
         decay = self._settings.training.ema_decay
@@ -100,7 +131,8 @@ class TorchLearner:
         assert self.draft is not None
         assert self.optimizer is not None
         parts = self.draft, self._method, self.optimizer, self._settings
-        figures = train_step(step, samples, *parts, Whole(num_tokens, progress), self._reduction)
+        with self.gathered():
+            figures = train_step(step, samples, *parts, Whole(num_tokens, progress), self._reduction)
         if self._average is not None:
             self._average.update(step)
         return figures
@@ -137,27 +169,48 @@ class TorchLearner:
         return digest.hexdigest()
 
     def files(self) -> dict[str, FileContent]:
+        own_rng = rng_of(self._rank)
+        rng = {own_rng: self._buffers.file(own_rng, {"torch": torch.get_rng_state()})}
+        if self._sharding is not None:
+            parts = {}
+            for whole, tensors in self._tensors().items():
+                name = part_name(whole, self._rank, self._sharding.ranks)
+                parts[name] = self._buffers.file(name, *self._sharding.part(tensors))
+            return {**parts, **rng}
+        if self._rank:
+            return {**rng}
+        return {
+            **{name: self._buffers.file(name, tensors) for name, tensors in self._tensors().items()},
+            **rng,
+        }
+
+    def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The state by file, but for the random one."""
         assert self.draft is not None
         assert self.optimizer is not None
-        if self._rank:
-            name = rng_of(self._rank)
-            return {name: self._buffers.file(name, {"torch": torch.get_rng_state()})}
         given = self.draft if self._average is None else self._average
         kept = {} if self._average is None else {WEIGHTS: self._average.trained()}
         return {
-            DRAFT: self._buffers.file(DRAFT, given.state_dict()),
-            **{name: self._buffers.file(name, tensors) for name, tensors in kept.items()},
-            OPTIMIZER: self._buffers.file(OPTIMIZER, optimizer_tensors(self.draft, self.optimizer)),
-            RNG: self._buffers.file(RNG, {"torch": torch.get_rng_state()}),
+            DRAFT: given.state_dict(),
+            **kept,
+            OPTIMIZER: optimizer_tensors(self.draft, self.optimizer),
         }
 
     def load(self, files: Mapping[str, FileContent]) -> None:
         draft = restore_draft(self._method, self._head, files)
-        self._adopt(draft)
+        self._adopt(draft, divide=self.is_sharded)
         assert self.optimizer is not None
         if self._average is not None:
-            self._average.restore_trained(tensor_files.from_bytes(WEIGHTS, files[WEIGHTS]))
-        restore_optimizer(draft, self.optimizer, tensor_files.from_bytes(OPTIMIZER, files[OPTIMIZER]))
+            put = None if self._sharding is None else self._sharding.put
+            self._average.restore_trained(tensor_files.read(WEIGHTS, files), put)
+        if self._sharding is None:
+            restore_optimizer(draft, self.optimizer, tensor_files.read(OPTIMIZER, files))
+        else:
+            names = parts_of(OPTIMIZER, files)
+            if len(names) == self._sharding.ranks:  # the first part has what is not divided
+                names = list(dict.fromkeys([names[0], names[self._rank]]))
+            parts = (tensor_files.read_part(name, files[name]) for name in names)
+            self._sharding.restore_optimizer(self.optimizer, parts)
         name = rng_of(self._rank)
         name = name if name in files else RNG  # there were fewer ranks
         torch.set_rng_state(tensor_files.from_bytes(name, files[name])["torch"])
@@ -178,7 +231,7 @@ def rng_of(rank: int) -> str:
 
 def restore_draft(method: DraftMethod, head: TargetHead, files: Mapping[str, FileContent]) -> nn.Module:
     """The draft from a checkpoint's files."""
-    return method.restore(head, tensor_files.from_bytes(DRAFT, files[DRAFT]))
+    return method.restore(head, tensor_files.read(DRAFT, files))
 
 
 def _harmless(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -160,11 +160,11 @@ def take_over(
     start = recover(side.session, side.checkpoints, report)
     ranks = Ranks(Worker(side.learner, side.features, executor), side.link)
     ranks.begin(epoch=side.session.epoch, **side.about)
-    before = record_ranks(side.session, start.step, ranks.size)
+    before = record_ranks(side.session, start.step, ranks.size, sharded=ranks.are_sharded)
     if ranks.size > 1 or before > 1:
-        report("ranks", ranks=ranks.size, before=before, step=start.step)
-    if start.checkpoint is not None:
-        ranks.load(start.checkpoint.files)
+        report("ranks", ranks=ranks.size, before=before, step=start.step, sharded=ranks.are_sharded)
+    if start.checkpoint is not None and start.head is not None:
+        ranks.load(start.checkpoint.files, start.head)
         report("resumed", step=start.step)
     coordinator = Coordinator(
         side.session,

@@ -112,11 +112,17 @@ class Worker:
         samples = self._samples(mine.values())
         if order.step == FIRST_WEIGHTS:
             self.learner.build(samples)
-        elif samples:
-            self.learner.attempt(samples, order.step)
+            return
+        with self.learner.gathered():
+            if samples:
+                self.learner.attempt(samples, order.step)
 
     def probe(self, order: StepOrder) -> bool:
         """Raise if weights or machine cannot train any sample; whether a real sample was trained."""
+        with self.learner.gathered():
+            return self._probe(order)
+
+    def _probe(self, order: StepOrder) -> bool:
         for sample in self._trained_well:
             try:
                 self.learner.attempt([sample])

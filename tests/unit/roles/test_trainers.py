@@ -9,15 +9,18 @@ from typing import Any, ClassVar
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from paceline import precision
 from paceline.errors import ConfigError, RanksError
 from paceline.roles import trainer_group, trainer_rank
 from paceline.roles.child import RoleFailedError
+from paceline.roles.plan import refuse_unfit_ranks
 from paceline.roles.trainer_group import LAST_WORDS_S, TrainerGroup
 from paceline.roles.trainers import MeetingPoint, known_ranks, place_in, without_place
 from paceline.target.version import TargetVersion
 from paceline.training.link import Place
+from paceline.training.settings import TrainingSection
 
 TORCHRUN = {
     "RANK": "5",
@@ -36,6 +39,32 @@ def test_torchruns_variables_name_the_place_of_a_rank() -> None:
     assert not place.is_one_host
     assert place_in({}) is None
     assert place_in({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}) is None
+
+
+def test_a_launcher_that_counts_no_ranks_of_a_host_is_not_taken_for_one_host() -> None:
+    """gloo would be told to use loopback alone, and ranks of another host would wait in vain."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    by_hand = {name: TORCHRUN[name] for name in names}
+    place = place_in(by_hand)
+    assert place is not None
+    assert (place.on_host, place.ranks_on_host, place.is_one_host) == (None, None, False)
+    for address in ("localhost", "127.0.0.1", "::1"):
+        here = place_in({**by_hand, "MASTER_ADDR": address})
+        assert here is not None
+        assert (here.on_host, here.ranks_on_host, here.is_one_host) == (5, 8, True)
+    for name in ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        place = place_in({**by_hand, name: "3"})
+        assert place is not None
+        assert place.on_host == 3
+
+
+def test_a_rank_that_does_not_know_its_number_on_its_host_takes_no_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trainer_rank, "resolve_device", lambda _: torch.device("cuda"))
+    config: Any = SimpleNamespace(training=SimpleNamespace(device="auto"))
+    with pytest.raises(ConfigError, match="set LOCAL_RANK for every rank"):
+        trainer_rank.device_of(config, Place(5, 8, "10.0.0.7", 29500, None, None))
 
 
 @pytest.mark.parametrize("broken", [{"MASTER_PORT": ""}, {"RANK": "first"}])
@@ -199,6 +228,15 @@ def test_a_stop_does_not_wait_for_ranks_that_wait_for_a_dead_one(
     assert now[-1] - began < 4 * LAST_WORDS_S
 
 
+def test_ranks_do_not_divide_an_optimizer_that_needs_whole_matrices() -> None:
+    training = TrainingSection.parse({"optimizer": "muon"})
+    config: Any = SimpleNamespace(training=training, machine=SimpleNamespace(shard=True))
+    with pytest.raises(ConfigError, match=r"machine\.shard does not go with training\.optimizer muon"):
+        refuse_unfit_ranks(config, 2)
+    config.machine.shard = False
+    refuse_unfit_ranks(config, 2)
+
+
 class Joining:
     """The link of a rank that joins; the first that joined is rank 0."""
 
@@ -218,13 +256,13 @@ def test_ranks_that_would_compute_in_other_types_are_refused(monkeypatch: pytest
     Joining.said.clear()
     monkeypatch.setattr(trainer_rank, "Group", Joining)
     monkeypatch.setattr(trainer_rank, "binding", lambda _: {})
-    monkeypatch.setattr(trainer_rank, "refuse_idle_ranks", lambda *_: None)
+    monkeypatch.setattr(trainer_rank, "refuse_unfit_ranks", lambda *_: None)
     monkeypatch.setattr(trainer_rank.TargetVersion, "of", lambda _: TargetVersion("m", "t"))
     config: Any = SimpleNamespace(
         target=SimpleNamespace(model=Path()),
         training=SimpleNamespace(device="cpu"),
         method=SimpleNamespace(dtype="auto"),
-        machine=SimpleNamespace(trainer_timeout_s=1.0),
+        machine=SimpleNamespace(trainer_timeout_s=1.0, shard=False),
     )
     place = Place(0, 2, "127.0.0.1", 1)
     monkeypatch.setattr(precision, "has_bfloat16", lambda *_: True)

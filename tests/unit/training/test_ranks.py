@@ -3,199 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from paceline.durable_files import FileContent
 from paceline.errors import FeatureMissingError, RanksError, TrainingError, explained, is_want_of_memory
-from paceline.features.stores.refusals import missing
-from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.records import State
-from paceline.ledger.stores.sqlite import SQLiteLedger
-from paceline.loader.loader import LoaderSettings, StepLoader
-from paceline.testing.light_adapters import InMemoryLightFeatureStore, id_of
-from paceline.testing.light_run import RUN_ID, RunShape, build_producer, expected_steps, uninterrupted
-from paceline.testing.socket_link import SocketLink, socket_links
+from paceline.testing.light_run import RunShape, expected_steps, uninterrupted
+from paceline.testing.socket_link import socket_links
+from paceline.testing.two_ranks import WAIT_S, Blind, SummingLearner, TwoRanks, closing_links
 from paceline.training import ranks as ranks_module
-from paceline.training.checkpoint import CheckpointFolder
-from paceline.training.coordinator import Coordinator
 from paceline.training.learner import Sample
-from paceline.training.link import Alone, Link, meet
-from paceline.training.ranks import Follower, Ranks, hear_begin
-from paceline.training.recovery import recover
+from paceline.training.link import Alone, meet
 from paceline.training.told_errors import raised_again, told
-from paceline.training.trainer import Trainer
 from paceline.training.worker import FIRST_WEIGHTS, Fetched, StepOrder, Worker
-from paceline.types import SampleRef
-
-SHAPE = RunShape(prompts=12, group=4, batch=4, interval=2)
-WAIT_S = 60.0
-
-
-class SummingLearner:
-    """Its weight moves by the mean number of the samples that all ranks train; a sample counts 2 tokens."""
-
-    def __init__(self, link: Link, bad: Sequence[str] = ()) -> None:
-        self.weight: float | None = None
-        self.steps: list[tuple[int, list[str], int | None]] = []
-        self.bad = bad
-        self.breaks_late = False  # after the other ranks have taken its gradient
-        self.breaks_after = 1 << 30  # steps, from which on its machine trains nothing
-        self._link = link
-
-    @property
-    def ready(self) -> bool:
-        return self.weight is not None
-
-    def num_tokens(self, samples: Sequence[Sample]) -> int:
-        return 2 * len(samples)
-
-    def build(self, samples: Sequence[Sample]) -> None:
-        self.weight = float(len(samples))
-
-    def step(
-        self,
-        step: int,
-        samples: Sequence[Sample],
-        num_tokens: int | None = None,
-        progress: float | None = None,
-    ) -> dict[str, Any]:
-        try:
-            self.attempt(samples)
-            mine = str(2 * sum(number(id_of(sample)) for sample in samples))
-        except TrainingError as error:
-            mine = error.what
-        said = [one.decode() for one in meet(self._link, f"step {step}", mine.encode())]
-        for one in said:
-            if not one.isdecimal():
-                raise TrainingError(one)
-        assert self.weight is not None
-        assert num_tokens is not None
-        if self.breaks_late:
-            raise MemoryError
-        self.weight += sum(map(int, said)) / num_tokens
-        self.steps.append((step, [id_of(sample) for sample in samples], num_tokens))
-        return {"loss": self.weight}
-
-    def check_greedy(self, samples: Sequence[Sample]) -> None:
-        """It has no target."""
-
-    def attempt(self, samples: Sequence[Sample], step: int = 0) -> None:
-        if len(self.steps) >= self.breaks_after:
-            raise TrainingError("The loss of anything is NaN.")
-        for sample in samples:
-            if id_of(sample) in self.bad:
-                raise TrainingError(f"The loss of {id_of(sample)} is NaN.")
-
-    def probe(self, like: Sample) -> None:
-        """It can always add."""
-
-    def fingerprint(self) -> str:
-        return repr(self.weight)
-
-    def files(self) -> dict[str, bytes]:
-        rank = self._link.rank
-        return {f"of-rank-{rank}": b"its own"} if rank else {"weight": repr(self.weight).encode()}
-
-    def load(self, files: Mapping[str, FileContent]) -> None:
-        self.weight = float(bytes(files["weight"]))
-
-    def describe(self) -> dict[str, Any]:
-        return {}
-
-
-def number(sample_id: str) -> int:
-    return int(sample_id.partition(":")[2])
-
-
-class Blind(InMemoryLightFeatureStore):
-    """One rank's way to the features, on which it cannot find some of them for a while."""
-
-    def __init__(self, features: InMemoryLightFeatureStore) -> None:
-        self.lost: set[str] = set()
-        self.reads: list[str] = []
-        self._features = features
-
-    def get(self, ref: SampleRef) -> dict[str, Any]:
-        self.reads.append(ref.sample_id)
-        if ref.sample_id in self.lost:
-            self.lost.remove(ref.sample_id)
-            raise missing(ref, "this rank does not find them")
-        return self._features.get(ref)
-
-
-class TwoRanks:
-    """A run with all its samples captured, and two ranks over it; rank 1 lives in a thread until `end`."""
-
-    def __init__(self, folder: Path, bad: Sequence[str] = ()) -> None:
-        self.ledger = SQLiteLedger()
-        self.features = InMemoryLightFeatureStore(SHAPE.budget_bytes)
-        build_producer(SHAPE, self.ledger, self.features).run()
-        self.links = socket_links(2, timeout_s=WAIT_S)
-        self.learners = [SummingLearner(link, bad) for link in self.links]
-        self.views = [Blind(self.features) for _ in range(2)]
-        first, second = (
-            Worker(learner, view) for learner, view in zip(self.learners, self.views, strict=True)
-        )
-        self.stops = False  # whether rank 1's process is asked to stop
-        self.answers = threading.Event()  # set with each answer of rank 1
-        self.told: dict[str, Any] | None = None  # what rank 1 heard first
-        self.failure: RanksError | None = None
-        self._thread = threading.Thread(target=self._follow, args=(second,), daemon=True)
-        self._thread.start()
-        session = ConsumerSession(self.ledger, RUN_ID)
-        self.folder = CheckpointFolder(folder, RUN_ID)
-        start = recover(session, self.folder, lambda *_, **__: None)
-        self.ranks = Ranks(first, self.links[0])
-        self.ranks.begin(epoch=session.epoch)
-        settings = SHAPE.settings()
-        coordinator = Coordinator(session, self.features, self.folder, self.ranks, start, settings)
-        self.trainer = Trainer(coordinator, self.ranks, settings)
-        loading = LoaderSettings(SHAPE.batch, SHAPE.passes, SHAPE.group)
-        self.loader = StepLoader(
-            session, loading, should_stop=lambda: self.ranks.asked_to_stop, on_wait=coordinator.before_wait
-        )
-
-    def _follow(self, worker: Worker) -> None:
-        try:
-            self.told = hear_begin(self.links[1])
-            Follower(worker, self.links[1], self._asked).follow()
-        except RanksError as error:
-            self.failure = error
-        self.links[1].leave()
-
-    def _asked(self) -> bool:
-        self.answers.set()
-        return self.stops
-
-    def end(self) -> None:
-        self.ranks.end()
-        self._thread.join(WAIT_S)
-        assert not self._thread.is_alive()
-
-    def fail(self) -> RanksError:
-        """Rank 0's process ends without a word; what becomes of rank 1."""
-        self.links[0].leave()
-        self._thread.join(WAIT_S)
-        assert self.failure is not None
-        return self.failure
-
-    @property
-    def refs(self) -> list[SampleRef]:
-        return [entry.ref for entry in self.ledger.read(0, 99).entries]
-
-
-@contextmanager
-def closing_links(*links: SocketLink) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for link in links:
-            link.leave()
 
 
 @pytest.fixture
