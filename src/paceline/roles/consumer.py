@@ -79,7 +79,11 @@ def consume(
             resume=True,
             should_stop=lambda: should_stop() or stops_early(),
             group=group,
-            about={"features": features_at.name, "totals": totals},
+            about={
+                "features": features_at.name,
+                "totals": totals,
+                "checkpoints": str(config.checkpoint_folder.absolute()),
+            },
             executor=executor,
             report=events.write,
         )

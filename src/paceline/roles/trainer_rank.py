@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from paceline.training.checkpoint import CheckpointFolder
 from paceline.training.determinism import compute_deterministically
 from paceline.training.group import Group
 from paceline.training.link import Place, meet
-from paceline.training.part_writing import PartWriter
+from paceline.training.part_writing import PartWriter, not_shared
 from paceline.training.ranks import Follower, hear_begin
 from paceline.training.settings import TrainerSettings
 from paceline.training.torch_learner import TorchLearner
@@ -127,11 +128,16 @@ def follow(
     # Each host may have mounted a shared folder in a place of its own.
     folder = config.feature_folder.with_name(told["features"])
     features = config.features.build(folder, owner=False)
-    checkpoints = CheckpointFolder(config.checkpoint_folder, config.run.name) if settings.sharded else None
+    # Each host has a run's folder of its own, and sharded ranks write into that of rank 0.
+    checkpoints = Path(told["checkpoints"]) if settings.sharded else None
+    if checkpoints is not None and not checkpoints.is_dir():
+        raise not_shared(group.rank, checkpoints)
     # One thread writes this rank's part of checkpoints, the other reads the next step's features.
     with ThreadPoolExecutor(2, thread_name_prefix="paceline-rank") as executor:
         worker = Worker(TorchLearner(method, head, settings, group), features, executor)
-        writer = PartWriter(group.rank, checkpoints, executor) if checkpoints is not None else None
+        writer = None
+        if checkpoints is not None:
+            writer = PartWriter(group.rank, CheckpointFolder(checkpoints, config.run.name), executor)
         Follower(worker, group, should_stop, writer).follow()
     features.close()
     group.leave()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future, wait
+from pathlib import Path
 
 import msgspec
 
@@ -57,12 +58,17 @@ class PartWriter:
 
     def _refuse_elsewhere(self, name: str) -> None:
         if not (self._folder.folder / name).is_dir():
-            raise CheckpointError(
-                f"Rank {self._rank} does not find {name}, which rank 0 has, in {self._folder.folder}.",
-                why="With machine.shard every rank writes and reads its own part of a checkpoint.",
-                next="mount the run's directory on all hosts, or set machine.shard: false, and run the same "
-                "command again.",
-            )
+            raise not_shared(self._rank, self._folder.folder, name)
+
+
+def not_shared(rank: int, folder: Path, name: str = "") -> CheckpointError:
+    """`name`: of a checkpoint, or of one that is being written, in rank 0's folder of checkpoints."""
+    return CheckpointError(
+        f"Rank {rank} does not find {folder / name}, which rank 0 has.",
+        why="With machine.shard every rank writes and reads its own part of a checkpoint.",
+        next=f"mount rank 0's {folder} at that path on every host, or set machine.shard: false, and run the "
+        "same command again.",
+    )
 
 
 class PartsOfOthers:
