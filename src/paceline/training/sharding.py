@@ -62,12 +62,12 @@ class Sharding:
         `reached`: the gathered parameters that have a gradient on some rank, the same ones on each. Raises
         RanksError.
         """
-        names = {id(parameter): name for name, parameter in self._draft.named_parameters()}
-        whole = {names[id(p)]: torch.zeros_like(p) if p.grad is None else p.grad for p in reached}
-        self.release()
-        divided = dict(self._draft.named_parameters())
 
         def act() -> None:
+            names = {id(parameter): name for name, parameter in self._draft.named_parameters()}
+            whole = {names[id(p)]: torch.zeros_like(p) if p.grad is None else p.grad for p in reached}
+            self.release()
+            divided = dict(self._draft.named_parameters())
             for name in list(whole):
                 gradient = DTensor.from_local(whole.pop(name), self._mesh, (Partial(),), run_check=False)
                 divided[name].grad = gradient.redistribute(placements=(Shard(0),))
