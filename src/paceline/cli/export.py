@@ -72,7 +72,7 @@ def export_as_asked(
 def write_exports(run_file: Path, config: RunConfig, request: ExportSection) -> None:
     """Raises typer.Exit if the user stopped it, PacelineError."""
     if not export_checkpoint(out, run_file, config, request):
-        say(out, f"Stopped; nothing is lost. Export again with: paceline export {run_file}")
+        say(out, f"Stopped; nothing is lost. Export again with: paceline export {config.run.directory}")
         raise typer.Exit(INTERRUPTED)
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from paceline.config.load import load_run_config, recorded_config
-from paceline.durable_files import replace_file
+import yaml
+
+from paceline.config.load import load_run_config, parse_run_config, recorded_config
 from paceline.errors import ConfigError
 from paceline.ledger.place import known
 from paceline.regular_files import kind_of
 from paceline.roles.snapshot import making_sense, open_run
 
+RECORDED = "the run's recorded settings"
+
 
 def run_file_of(run: Path) -> Path:
-    """The run file, written from the recorded settings if `run` is a run's directory."""
+    """The run file. Of a run's directory: a file in memory with the recorded settings, for this process and
+    its children, until this process ends. Nothing is written into the directory.
+    """
     if not _is_directory(run):
         return run
     with making_sense(run):
@@ -23,9 +28,23 @@ def run_file_of(run: Path) -> Path:
             recorded = {key: value for key, value in recorded.items() if not key.startswith("ledger.")}
             recorded |= {f"ledger.{key}": value for key, value in place.section.items()}
         text = recorded_config(recorded, run)
-    run_file = run / "evaluated-run.yaml"
-    replace_file(run_file, text.encode())  # a role that starts may be reading it
-    return run_file
+    _refuse_unreadable(text, run)
+    fd = os.memfd_create(RECORDED)
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(text.encode())
+    os.set_inheritable(fd, True)  # this process may become a role
+    return Path(f"/proc/{os.getpid()}/fd/{fd}")
+
+
+def _refuse_unreadable(text: str, run: Path) -> None:
+    try:
+        parse_run_config(yaml.safe_load(text), source=f"the run in {run}")
+    except ConfigError as error:
+        raise ConfigError(
+            f"The settings that {run} has recorded are not those of this version: {error.what}",
+            why="Another version of Paceline started the run. Nothing was changed.",
+            next="name its run file instead, or use the version that started it.",
+        ) from error
 
 
 def directory_of(run: Path) -> Path:

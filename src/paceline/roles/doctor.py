@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryFile
 
 from packaging.requirements import Requirement
 
@@ -175,7 +176,7 @@ def files_are_enough(_: RunConfig | None) -> Iterator[Examined]:
 
 
 def the_disk_is_fast_enough(config: RunConfig | None) -> Iterator[Examined]:
-    """Time the sync of a small file where checkpoints and ledger will lie; it is removed again."""
+    """Time the sync of a small file where checkpoints and ledger will lie; nothing of it stays."""
     place = _existing(Path() if config is None else config.run.directory)
     free = shutil.disk_usage(place).free
     took = [_sync_s(place) for _ in range(SYNCS)]
@@ -199,17 +200,13 @@ def _existing(path: Path) -> Path:
 
 
 def _sync_s(folder: Path) -> float:
-    """Raises OSError for a folder that cannot be written to."""
-    path = folder / f".paceline-doctor-{os.getpid()}"
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
+    """Of a file without a name, which is gone whatever happens. Raises OSError if the folder takes none."""
+    with TemporaryFile(dir=folder) as file:
         began = time.monotonic()
-        os.write(fd, bytes(4096))
-        os.fsync(fd)
+        file.write(bytes(4096))
+        file.flush()
+        os.fsync(file.fileno())
         return time.monotonic() - began
-    finally:
-        os.close(fd)
-        path.unlink()
 
 
 # -- the run ------------------------------------------------------------------------------------

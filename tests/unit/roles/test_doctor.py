@@ -134,6 +134,13 @@ def test_a_slow_or_broken_disk_is_told(monkeypatch: pytest.MonkeyPatch, took: fl
     assert one.state == ("bad" if isinstance(took, OSError) else "note")
 
 
+def test_timing_the_disk_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    """It may be a run's; not even its time of change moves."""
+    before = tmp_path.stat().st_mtime_ns
+    assert module._sync_s(tmp_path) > 0
+    assert (tmp_path.stat().st_mtime_ns, list(tmp_path.iterdir())) == (before, [])
+
+
 class Served(BaseHTTPRequestHandler):
     """A vLLM server of some version, as far as the doctor asks."""
 
