@@ -21,7 +21,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from paceline.errors import ConfigError
-from paceline.monitoring.endpoint import is_loopback, names_this_machine
+from paceline.monitoring.addresses import is_loopback, names_this_machine
 
 COOKIE = "paceline_dashboard"
 TOKEN_LEAST, FORM_BYTES_MAX, WRONG_S = 16, 4096, 0.5

@@ -19,7 +19,8 @@ from starlette.types import ASGIApp
 
 from paceline.dashboard.access import Access, check_token
 from paceline.dashboard.runs import Runs, RunShown
-from paceline.errors import ConfigError, PacelineError, explained
+from paceline.errors import PacelineError, explained
+from paceline.monitoring.addresses import refused_address
 
 PAGE = Path(__file__).parent / "page"
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -86,11 +87,7 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"The dashboard cannot be served on {host}, port {port} ({error}).",
-            why="The port is taken, or the address is not of this machine.",
-            next="choose another one: paceline dashboard RUN --port 8001",
-        ) from error
+        raise refused_address("dashboard", host, port, error) from error
 
 
 async def _told(runs: Runs, opened: str) -> AsyncIterator[bytes]:

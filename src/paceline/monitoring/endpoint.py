@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 
-from paceline.errors import ConfigError
+from paceline.monitoring.addresses import is_loopback, names_this_machine, refused_address
 from paceline.monitoring.metrics import CONTENT_TYPE
 
 FRESH_S = 1.0  # however often it is asked, the run is read once in this time
@@ -28,11 +27,7 @@ class MetricsServer(ThreadingHTTPServer):
         try:
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError) as error:
-            raise ConfigError(
-                f"The metrics cannot be served on {host}, port {port} ({error}).",
-                why="The port is taken, or the address is not of this machine.",
-                next="choose another one: paceline metrics RUN --port 9465",
-            ) from error
+            raise refused_address("metrics", host, port, error) from error
         self.is_loopback = is_loopback(str(self.server_address[0]))
 
     @property
@@ -72,16 +67,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Not a line for every scrape."""
-
-
-def names_this_machine(host: str) -> bool:
-    """Whether a request's Host header is a loopback address or localhost, with or without a port."""
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-    return name in ("", "localhost") or is_loopback(name.strip("[]"))
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -56,16 +56,8 @@ class Reading:
         self._target = target
         text = text_config(library_config(target.model))  # a family's defaults stand in no file
         dtype = str(torch_dtype(target.dtype, resolve_device("auto"))).removeprefix("torch.")
-        self.facts = TargetFacts(
-            hidden_size=text.hidden_size,
-            num_hidden_layers=text.num_hidden_layers,
-            vocab_size=text.vocab_size,
-            dtype=dtype,
-            eos_token_ids=(),
-            model_version="",
-            tokenizer_version="",
-            max_positions=getattr(text, "max_position_embeddings", None),
-        )
+        positions = getattr(text, "max_position_embeddings", None)
+        self.facts = TargetFacts.by_sizes(text, dtype, max_positions=positions)
         self.encoder = PromptEncoder.of(target)
         self.encode = self.encoder.encode
 

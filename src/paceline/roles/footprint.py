@@ -54,22 +54,13 @@ class SampleSizes:
 
 def facts_of(config: RunConfig, shape: TargetShape, machine: Machine) -> TargetFacts:
     """What the engine will say of the target, as far as a sample's size depends on it."""
-    sizes, engine = shape.sizes, config.engine
+    engine = config.engine
     if isinstance(engine, ServedSection):
         # A server computes in bfloat16, unless it is told otherwise.
         dtype = "bfloat16" if config.target.dtype == "auto" else str(config.target.dtype)
     else:
         dtype = machine.dtype(config.target.dtype, machine.device(str(getattr(engine, "device", "auto"))))
-    return TargetFacts(
-        hidden_size=sizes.hidden_size,
-        num_hidden_layers=sizes.num_hidden_layers,
-        vocab_size=sizes.vocab_size,
-        dtype=dtype,
-        eos_token_ids=(),
-        model_version="",
-        tokenizer_version="",
-        max_positions=shape.max_positions,
-    )
+    return TargetFacts.by_sizes(shape.sizes, dtype, max_positions=shape.max_positions)
 
 
 def sample_sizes(plan: RunPlan, facts: TargetFacts, lengths: Lengths) -> SampleSizes:

@@ -117,8 +117,7 @@ class TargetHead:
     def facts(self) -> TargetFacts:
         """The facts that follow from the head alone, without the target's family and version."""
         dtype = str(self.embed_tokens.dtype).removeprefix("torch.")
-        sizes = (self.hidden_size, self.num_hidden_layers, self.vocab_size)
-        return TargetFacts(*sizes, dtype, self.eos_token_ids, "unknown", "unknown")
+        return TargetFacts.by_sizes(self, dtype, eos_token_ids=self.eos_token_ids, version="unknown")
 
     @property
     def hidden_size(self) -> int:

@@ -214,7 +214,7 @@ def test_a_host_that_others_reach_needs_a_token() -> None:
     for host, token, words in (
         ("0.0.0.0", None, "there is no token"),  # noqa: S104
         ("127.0.0.1", "short", "16 are the least"),
-        ("192.0.2.1", TOKEN, "cannot be served on 192.0.2.1"),
+        ("192.0.2.1", TOKEN, "cannot listen on 192.0.2.1"),
     ):
         with pytest.raises(ConfigError, match=words) as raised:
             listen(host, 0, token)
