@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from paceline.cli.plain import plain, say
+from paceline.cli.plain import plain, say, table
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
 from paceline.evaluation.settings import EvaluationRequest
@@ -92,23 +92,27 @@ def show_report(console: Console, path: Path) -> None:
 
 def _table(report: Mapping[str, Any]) -> Table:
     title = f"checkpoint of step {report['checkpoint_step']}; in brackets: 95 % over prompts"
-    table = Table(title=plain(title), title_justify="left")
-    table.add_column("suite")
-    table.add_column("prompts", justify="right")
-    table.add_column("guesses")
-    table.add_column("acceptance length:\n1 + accepted / cycles")
-    table.add_column("kept at depth 1, 2, ...")
-    table.add_column("speed-up over\nplain decoding")
-    table.add_column("ms a cycle:\ndraft, target, rest")
+    shown = table(
+        "suite",
+        "prompts",
+        "guesses",
+        "acceptance length:\n1 + accepted / cycles",
+        "kept at depth 1, 2, ...",
+        "speed-up over\nplain decoding",
+        "ms a cycle:\ndraft, target, rest",
+        right=["prompts"],
+        title=plain(title),
+        title_justify="left",
+    )
     for part in report["suites"]:
         for group in part["groups"]:
             category = "" if group["category"] == "all" else f", {group['category']}"
             name = f"{part['suite']}{category}, t={part['temperature']:g}"
             for way, found in group["ways"].items():
                 cells = [name, str(group["prompts"]), f"{way} of {found['num_draft_tokens']}"]
-                table.add_row(*(plain(cell) for cell in [*cells, *_figures(found)]))
+                shown.add_row(*(plain(cell) for cell in [*cells, *_figures(found)]))
                 name = ""
-    return table
+    return shown
 
 
 def _figures(found: Mapping[str, Any]) -> list[str]:

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterable, Mapping
-from typing import IO, Any, cast
+from collections.abc import Collection, Iterable, Mapping
+from typing import IO, Any, Literal, cast
 
 import msgspec
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from paceline.errors import PacelineError
 from paceline.terminal import Output, one_line, printable
 
 INTERRUPTED = 130  # exit code
+BARE: Mapping[str, Any] = {
+    "box": None,
+    "padding": (0, 2, 0, 0),
+    "header_style": "dim",
+}  # a table without lines
 READER_GONE = 141  # exit code, as of a process that SIGPIPE ends
 
 
@@ -28,7 +34,20 @@ out, err = Console(file=cast(IO[str], stdout)), Console(file=cast(IO[str], stder
 
 def plain(text: str, style: str = "") -> Text:
     """Literal text for a table's cell or a part of a line."""
-    return Text(one_line(text), style)
+    return Text(one_line(text), style, overflow="fold")
+
+
+def table(*heads: str | Text, right: Collection[str] = (), **look: Any) -> Table:
+    """A table that folds where the console is narrow. Nothing is cut off with an ellipsis: ASCII has none.
+
+    `right`: the heads of columns of figures. `look`: of rich.table.Table.
+    """
+    made = Table(**look)
+    for head in heads:
+        justify: Literal["left", "right"] = "right" if str(head) in right else "left"
+        shown = Text(head, overflow="fold") if isinstance(head, str) else head
+        made.add_column(shown, justify=justify, overflow="fold")
+    return made
 
 
 def say(console: Console, text: str) -> None:

@@ -10,10 +10,9 @@ from typing import Any
 from msgspec.structs import replace
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
 from paceline.cli.evaluate import verdict, with_interval
-from paceline.cli.plain import plain, say
+from paceline.cli.plain import plain, say, table
 from paceline.cli.screen import is_live, line, screen
 from paceline.ledger.facts import ENGINE, FEATURES_LIE, TARGET_VARIES
 from paceline.ledger.records import PromptCounts
@@ -111,7 +110,7 @@ def _engine_text(s: RunSnapshot) -> str:
 
 def describe(console: Console, s: RunSnapshot) -> None:
     """Print the whole state of a run, for `paceline status`."""
-    table = Table(title=plain(f"run {s.run_id}"), title_justify="left", show_header=False)
+    shown = table("", "", title=plain(f"run {s.run_id}"), title_justify="left", show_header=False)
     state = "complete" if s.is_complete else "live" if s.is_live else "stopped"
     rows = {
         "state": state,
@@ -139,8 +138,8 @@ def describe(console: Console, s: RunSnapshot) -> None:
         **({"ledger": s.ledger_at} if s.ledger_at else {}),
     }
     for name, value in rows.items():
-        table.add_row(plain(name), plain(value))
-    console.print(table)
+        shown.add_row(plain(name), plain(value))
+    console.print(shown)
     if s.newer_checkpoints and not s.is_live:
         say(
             console,

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from paceline.cli.plain import out, plain, say
+from paceline.cli.plain import BARE, out, plain, say, table
 from paceline.cli.screen import STATE_STYLES, amount, part_of
 from paceline.monitoring.runs import FoundRun, find_runs
 
@@ -28,18 +27,18 @@ def show_runs(base: Path, *, as_json: bool) -> None:
 
 
 def _show(console: Console, base: Path, found: list[FoundRun]) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("run", "state", "step", "acceptance", "memory", "disk", "in"):
-        table.add_column(name, justify="right" if name in ("memory", "disk") else "left", overflow="fold")
+    sizes = ("memory", "disk")
+    shown = table("run", "state", "step", "acceptance", *sizes, "in", right=sizes, **BARE)
     for one in found:
-        table.add_row(*_row(base, one))
-    console.print(table)
+        shown.add_row(*_row(base, one))
+    console.print(shown)
     for one in found:
         if one.problem:
             say(console, f"{one.directory}: {one.problem}")
     memory, disk = (sum(getattr(one, name) for one in found) for name in ("memory_bytes", "disk_bytes"))
     live = sum(one.status is not None and one.status.state == "live" for one in found)
-    say(console, f"{len(found)} runs, {live} live; {amount(memory)} of memory, {amount(disk)} of disk")
+    count = f"{len(found)} run{'s' * (len(found) != 1)}"
+    say(console, f"{count}, {live} live; {amount(memory)} of memory, {amount(disk)} of disk")
 
 
 def _row(base: Path, one: FoundRun) -> list[Text]:

@@ -8,7 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from paceline.cli.plain import plain
+from paceline.cli.plain import BARE, plain, table
 from paceline.monitoring.schema import Process, RunStatus
 from paceline.monitoring.waiting import MUCH, percent
 
@@ -29,8 +29,8 @@ def screen(console: Console, s: RunStatus, problem: str = "", hint: str = "") ->
     """`problem`: why `s` is not of now. `hint`: what the reader may do."""
     draw = Drawing(ascii_only=console.options.ascii_only)
     flow = Table.grid(padding=(0, 2))
-    flow.add_column(style="bold", min_width=10, no_wrap=True)
-    flow.add_column()
+    flow.add_column(style="bold", min_width=10, no_wrap=True, overflow="fold")
+    flow.add_column(overflow="fold")
     for name, text in draw.rows(s):
         flow.add_row(name, text)
     parts: list[RenderableType] = [_title(s)]
@@ -125,11 +125,15 @@ class Drawing:
             told += f"; best {best.acceptance_length:.2f} at step {best.step}"
         return f"{self.curve(lengths)} {told}" if len(lengths) > 1 else told
 
-    def curve(self, values: Sequence[float]) -> str:
-        """The values, or means of neighbours if they are many, as characters of that height."""
+    def curve(self, values: Sequence[float], bounds: tuple[float, float] | None = None) -> str:
+        """The values, or means of neighbours if they are many, as characters of that height.
+
+        `bounds`: the values of the lowest and the highest character; by default those of the means.
+        """
         size = -(-len(values) // CURVE)
         means = [sum(part) / len(part) for n in range(0, len(values), size) if (part := values[n : n + size])]
-        low, span = min(means), max(means) - min(means)
+        low, high = bounds or (min(means), max(means))
+        span = high - low
         top = len(self._heights) - 1
         return "".join(self._heights[round(top * (mean - low) / span) if span else 0] for mean in means)
 
@@ -160,14 +164,12 @@ def _checkpoint(s: RunStatus) -> str:
 
 
 def _processes(s: RunStatus) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("process", "id", "does", "waits"):
-        table.add_column(name)
+    shown = table("process", "id", "does", "waits", **BARE)
     for one in s.processes[:PROCESSES_SHOWN]:
         pid = "" if one.pid is None else str(one.pid)
         place = f"{pid} on {one.host}" if one.host else pid
         much = any(share is not None and share >= MUCH for share in (one.waiting_share, one.idle_share))
-        table.add_row(
+        shown.add_row(
             plain(one.role),
             plain(place),
             plain(one.doing),
@@ -175,8 +177,8 @@ def _processes(s: RunStatus) -> Table:
         )
     more = len(s.processes) - PROCESSES_SHOWN
     if more > 0:
-        table.add_row(plain(f"and {more} more"))
-    return table
+        shown.add_row(plain(f"and {more} more"))
+    return shown
 
 
 def _waits(one: Process) -> str:

@@ -64,7 +64,10 @@ def _say_where(run: Path, directory: Path, *, stopped: bool) -> None:
     for one in status.processes:
         if one.state == "elsewhere":
             say(out, f"{one.role} on host {one.host} is not stopped by this: stop it there.")
-    if status.state == "complete":
+    again = f"paceline train {run if run != directory else 'RUN.yaml'}"
+    if status.state == "complete" and stopped:
+        say(out, f"The training is complete. What is left of measuring and exporting: {again}")
+    elif status.state == "complete":
         say(out, "The run is complete.")
     else:
-        say(out, f"Go on with: paceline train {run if run != directory else 'RUN.yaml'}")
+        say(out, f"Go on with: {again}")

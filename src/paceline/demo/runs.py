@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
 from paceline.durable_files import make_folder, replace_file
 from paceline.errors import ConfigError, EngineError
@@ -56,6 +58,7 @@ def prepare(folder: Path, prompts: int = PROMPTS) -> dict[str, Path]:
     """
     files = {name: folder / f"{name}.yaml" for name in (CALM, KILLED)}
     if kind_of(folder) == "folder" and (folder / MARK).exists():
+        _refuse_moved(folder, load_run_config(files[CALM]).run.directory.parent)
         return files
     if os.path.lexists(folder):
         raise ConfigError(
@@ -73,6 +76,17 @@ def prepare(folder: Path, prompts: int = PROMPTS) -> dict[str, Path]:
     replace_file(unfinished / MARK, TOLD.encode())
     unfinished.rename(folder)
     return files
+
+
+def _refuse_moved(folder: Path, made_as: Path) -> None:
+    """Its runs have recorded the paths of the place where they began. Raises ConfigError."""
+    if made_as.exists() and made_as.samefile(folder):
+        return
+    raise ConfigError(
+        f"The demo in {folder} was made as {made_as}, and moved since.",
+        why="Its runs would go on there: their settings are the paths of that place.",
+        next=f"rm -r {shlex.quote(str(folder))}, and begin anew: paceline demo {shlex.quote(str(folder))}",
+    )
 
 
 def make_target(folder: Path) -> None:

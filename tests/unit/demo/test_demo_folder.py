@@ -31,6 +31,16 @@ def test_what_a_killed_start_left_is_made_whole(tmp_path: Path) -> None:
     assert prepare(tmp_path / "demo") == files
 
 
+def test_a_demo_that_was_moved_is_refused_and_not_gone_on_with_elsewhere(tmp_path: Path) -> None:
+    """Its run files hold the old place's paths; by another path to the same place it goes on."""
+    prepare(tmp_path / "demo")
+    (tmp_path / "link").symlink_to(tmp_path / "demo")
+    prepare(tmp_path / "link")
+    (tmp_path / "demo").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=f"was made as {tmp_path / 'demo'}, and moved since"):
+        prepare(tmp_path / "moved")
+
+
 def test_both_runs_have_the_same_settings(tmp_path: Path) -> None:
     """So their weights may be compared; they differ in name and folder, which decide no bit."""
     calm, killed = (load_run_config(path) for path in (prepare(tmp_path / "demo")[n] for n in (CALM, KILLED)))

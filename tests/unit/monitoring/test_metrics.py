@@ -100,9 +100,9 @@ def test_the_endpoint_reads_the_run_once_a_second_however_often_it_is_asked() ->
 def test_a_port_that_is_taken_is_an_error_with_advice() -> None:
     """And so is an address of another machine."""
     with MetricsServer("127.0.0.1", 0, str) as server:
-        with pytest.raises(ConfigError, match=r"served on 127\.0\.0\.1"):
+        with pytest.raises(ConfigError, match=r"listen on 127\.0\.0\.1"):
             MetricsServer("127.0.0.1", server.server_port, str)
-        with pytest.raises(ConfigError, match=r"served on 203\.0\.113\.1"):
+        with pytest.raises(ConfigError, match=r"listen on 203\.0\.113\.1"):
             MetricsServer("203.0.113.1", 0, str)
 
 

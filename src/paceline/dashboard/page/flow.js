@@ -11,9 +11,10 @@ function stages(s) {
   const live = producers.filter((one) => one.state !== "ended").length, over = s.state === "complete";
   const freed = Math.max(0, s.samples.committed - s.features.samples - s.samples.lost);
   const failed = s.prompts.failed ? `${whole(s.prompts.failed)} failed` : "";
+  const captured = over || (live === 0 && s.prompts.planned !== null && s.prompts.done + s.prompts.failed >= s.prompts.planned);
   return [
     ["Prompts", whole(s.prompts.planned ?? s.prompts.done + s.prompts.pending), [`${whole(s.prompts.done)} captured`, over ? "" : `${whole(s.prompts.pending)} registered and waiting`, failed]],
-    ["Capture", over ? "done" : rate(sum(producers.map((one) => one.samples_per_second)), "samples"), [over ? "" : `${live} ${live === 1 ? "producer" : "producers"} live`, s.prompts.leased && !over ? `${whole(s.prompts.leased)} being captured` : ""]],
+    ["Capture", captured ? "done" : rate(sum(producers.map((one) => one.samples_per_second)), "samples"), [captured ? "" : `${live} ${live === 1 ? "producer" : "producers"} live`, s.prompts.leased && !over ? `${whole(s.prompts.leased)} being captured` : ""]],
     ["Features", bytes(s.features.bytes), [`${whole(s.features.samples)} samples resident`, s.features.budget_bytes ? `of ${bytes(s.features.budget_bytes)}` : ""], s.features.budget_bytes ? (s.features.bytes + s.features.reserved_bytes) / s.features.budget_bytes : null],
     ["Ledger", whole(s.samples.committed), ["samples committed", s.samples.quarantined ? `${whole(s.samples.quarantined)} in quarantine` : ""]],
     ["Plan", over ? "done" : `step ${whole(s.step.number + 1)}`, [over ? (s.samples.waiting ? `${whole(s.samples.waiting)} samples left over` : "every sample trained") : `${whole(s.samples.waiting)} samples wait for a step`]],
@@ -55,7 +56,7 @@ export function drawHeadline(place, folder, problem, s) {
     ["step", `${whole(s.step.number)}${s.step.planned ? ` of ${whole(s.step.planned)}` : ""}`, s.seconds_left === null ? "" : `about ${duration(s.seconds_left)} left`],
     ["loss", fixed(s.step.loss, 3), s.step.acceptance_length ? `estimated acceptance ${fixed(s.step.acceptance_length)}` : ""],
     ["acceptance length", last ? fixed(last.acceptance_length) : NONE, last ? `held-out prompts, at step ${whole(last.step)}` : "not measured yet"],
-    ["best", best ? fixed(best.acceptance_length) : NONE, best ? `at step ${whole(best.step)}${s.evaluation.speed_up ? `; speed-up ${fixed(s.evaluation.speed_up)}` : ""}` : ""],
+    ["best", best ? fixed(best.acceptance_length) : NONE, best ? `at step ${whole(best.step)}${s.evaluation.speed_up ? `; speed-up ${fixed(s.evaluation.speed_up)}${best.tree_acceptance_length === null ? "" : " with the tree"}` : ""}` : ""],
     ["restarts", whole(s.restarts), s.restarts ? "starts of roles beyond the first" : ""],
   ];
   show(place, h("div", { class: "title" }, h("h1", { id: "run-title" }, s.run), state(s.state), h("span", { class: "dim path" }, s.directory)),
