@@ -18,7 +18,15 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from paceline.data.answers import Answer, AnswerFiles
 from paceline.evaluation.curve import Point, record_point
+from paceline.evaluation.marked import (
+    MarkedAnswer,
+    MarkedAnswers,
+    MarkedSample,
+    keep_samples,
+    write_marked,
+)
 from paceline.ledger.facts import RUN_ID
 from paceline.telemetry import EventLog
 from paceline.testing.ledger_calls import RUN_ID as RUN
@@ -54,7 +62,30 @@ def made(folder: Path, steps: int, name: str = RUN) -> None:
     producer.write("role_started", pid=10)
     producer.write("note", message=ODD)
     producer.write("role_ended", stopped=False)
+    keep_texts(folder, run)
     run.ledger.close()
+
+
+def keep_texts(folder: Path, run: RunByHand) -> None:
+    """Two measured answers in two ways, and a marked sample; as token ids, since there is no tokenizer."""
+    answers = [MarkedAnswer.of(name, (1, 2), range(3, 40), (2, 0, 3) * 5) for name in ("plain", ODD)]
+    guesses = {"tree": "tree of 7", "chain": "chain of 3"}
+    write_marked(
+        folder,
+        MarkedAnswers(
+            began="",
+            step=16,
+            checkpoint="step-16",
+            guesses=guesses,
+            ways={"tree": tuple(answers), "chain": tuple(answers[:1])},
+            left_out=3,
+        ),
+    )
+    ids = tuple(range(30))
+    AnswerFiles(folder / "answers").keep([Answer(n, f"t{n}", ids, ((9, 30),)) for n in range(8)])
+    marked = MarkedAnswer.of("t4", ids[:9], ids[9:], (2, 1))
+    sample = MarkedSample(ordinal=4, step=16, checkpoint="step-16", guesses="tree of 7", answer=marked)
+    keep_samples(folder, run.ledger.facts(), [sample])
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +165,21 @@ def test_runs_are_compared_opened_and_traced(
     page.wait_for_selector("#curves .dot")
     assert page.locator("#flow li").count() == 8
     assert page.locator("#run-title").inner_text() == RUN
+    page.click("#answers summary >> text=plain")
+    first = page.locator("#answers details[open] mark.drafted").first
+    assert "underline" in first.evaluate("mark => getComputedStyle(mark).textDecorationLine")
+    assert first.inner_text().strip() == "4 5"
+    page.select_option("#way", label="chain of 3")
+    page.wait_for_selector("#answers summary", state="attached")
+    assert page.locator("#answers summary").count() == 1
+    page.select_option("#way", label="tree of 7")
+    page.click("#answers summary >> nth=0")
     page.fill("#step", "3")
     page.press("#step", "Enter")
     page.click("#found button.link >> nth=0")
     page.wait_for_selector("#found article >> text=durable")
+    page.wait_for_selector("#found article >> text=Underlined: the draft of step 16")
+    assert page.locator("#found pre mark.drafted").count() == 2
     check(page, f"run-{scheme}-{width}")
     page.click("#found button.link >> text=step 3")
     page.wait_for_selector("#found table")
@@ -175,6 +217,8 @@ def test_foreign_text_is_text(chromium: Browser, address: str) -> None:
     assert page.locator("#run-title").inner_text() == ODD
     assert page.locator("#notes li").inner_text() == ODD
     assert page.locator(".problem").first.inner_text() == ODD
+    page.click("#answers summary >> nth=1")
+    assert page.locator("#answers details[open] strong").inner_text() == ODD
     assert page.locator("main img").count() == 0
     assert not problems
     page.context.close()

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from paceline.config.load import load_run_config
+from paceline.evaluation.marked import read_marked
 from paceline.ledger.locks import live_holder
+from paceline.monitoring.texts import RunTexts
 from paceline.telemetry import read_events
 from paceline.testing.forked_commands import ForkedCommands
 from paceline.testing.tiny_run import TinyRun, executed
@@ -88,6 +90,40 @@ def test_evaluation_is_lossless(finished: TinyRun) -> None:
     assert report["acceptance_length"] >= 1.0
     assert report["chain"]["identical"] == 3
     assert len(report["acceptance_rate"]) == 2
+
+
+def test_the_measured_answers_are_kept_with_the_drafts_tokens(finished: TinyRun) -> None:
+    """They are the target's own in every way of guessing, and their counts are the report's figures."""
+    report = json.loads((finished.directory / "evaluation.json").read_text())
+    marked = read_marked(finished.directory, finished.ledger().facts())
+    assert marked is not None
+    assert marked.step == 10
+    tree, chain = marked.ways["tree"], marked.ways["chain"]
+    assert [answer.token_ids for answer in tree] == [answer.token_ids for answer in chain]
+    for answers, way in ((tree, report), (chain, report["chain"])):
+        accepted, cycles = (sum(getattr(one, name) for one in answers) for name in ("accepted", "cycles"))
+        assert way["acceptance_length"] == 1 + accepted / max(1, cycles)
+        drafted = sum(stop - start for one in answers for start, stop in one.drafted)
+        written = sum(len(one.token_ids) - one.prompt_tokens for one in answers)
+        assert drafted <= accepted
+        assert cycles <= written - drafted <= cycles + len(answers), "a last cycle may be cut short"
+
+
+def test_a_training_samples_answer_is_marked_on_request(finished: TinyRun) -> None:
+    """By the prompt's id, in all its rounds; the sample's text tells it, and the report of before stays."""
+    before = (finished.directory / "evaluation.json").read_bytes()
+    result = finished.run([*finished.arguments("evaluate"), "--sample", "t3"])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("the draft of step 10, a tree of 4, guesses ") == 2
+    facts = finished.ledger().facts()
+    text = RunTexts(finished.directory).of_sample(3, facts)
+    assert text is not None
+    assert text.drafted.startswith("the draft of step 10")
+    assert any(piece.is_drafted for piece in text.pieces) == ("guesses 0" not in text.drafted)
+    assert (finished.directory / "evaluation.json").read_bytes() == before
+    unknown = finished.run([*finished.arguments("evaluate"), "--sample", "no such"])
+    assert unknown.returncode == 2
+    assert "was ever committed" in unknown.stderr
 
 
 def test_status_and_evaluate_take_the_run_file_or_the_directory(finished: TinyRun) -> None:

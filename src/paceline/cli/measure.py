@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -13,7 +14,9 @@ from paceline.cli.progress import best_lines, evaluation_lines, final_line
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
-from paceline.evaluation.settings import EvaluationRequest
+from paceline.evaluation.marked import marked_words, read_samples
+from paceline.evaluation.settings import EvaluationRequest, MarkRequest
+from paceline.monitoring.lineage import sample_lives
 from paceline.roles.snapshot import open_run, take_snapshot
 from paceline.roles.supervisor import evaluate_run
 from paceline.target.hub import local_target
@@ -32,6 +35,42 @@ def measure_as_asked(
     config = load_run_config(run_file)
     request = evaluation_request(config, suites, temperatures, max_prompts, step, report)
     measure(run_file, config, request)
+
+
+def mark_as_asked(run: Path, samples: list[str], step: int | None, others: Sequence[object]) -> None:
+    """Mark the tokens of these samples that the draft guesses. `others`: options, which say nothing here.
+
+    Raises typer.Exit if the user stopped it, PacelineError.
+    """
+    if any(others):
+        raise ConfigError(
+            "--sample follows training samples, and the other options are of prompts that are measured.",
+            why="Nothing was measured.",
+            next="give --sample alone, or with --step.",
+        )
+    run_file = run_file_of(run)
+    config = load_run_config(run_file)
+    local_target(config.target)  # the evaluator's process does not use the network
+    view = open_run(config.run.directory)
+    lives = [life for sample in samples for life in sample_lives(view, sample)]
+    found = {life.ordinal: life.sample_id for life in lives if life.ordinal is not None}
+    if not found:
+        raise ConfigError(
+            f"{samples[0]} was never captured.",
+            why="It has no answer in which tokens could be marked.",
+            next=f"paceline inspect {run} --sample {samples[0]} says what became of it.",
+        )
+    say(out, f"following {len(found)} answer{'s' * (len(found) > 1)} with the draft ...")
+    request = MarkRequest(ordinals=tuple(found), step=step)
+    if not evaluate_run(run_file, config, request, MeasuringProgress(out, config).look):
+        say(out, "Stopped; nothing was changed.")
+        raise typer.Exit(INTERRUPTED)
+    marked = read_samples(config.run.directory, view.facts())
+    for ordinal, sample_id in found.items():
+        one = marked.find(ordinal)
+        if one is not None:
+            say(out, f"{sample_id}: {marked_words(one)}")
+    say(out, f"paceline dashboard {run} shows them in the text.")
 
 
 def measure(run_file: Path, config: RunConfig, request: EvaluationRequest | None = None) -> None:

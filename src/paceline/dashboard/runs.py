@@ -19,7 +19,7 @@ from paceline.monitoring.history import HistoryReader, RunHistory
 from paceline.monitoring.lineage import SampleLineage, StepLineage, sample_lives, step_lineage
 from paceline.monitoring.schema import RunStatus
 from paceline.monitoring.status import read_status
-from paceline.monitoring.texts import SampleText, SampleTexts
+from paceline.monitoring.texts import AnswerTexts, RunTexts, Text
 from paceline.roles.snapshot import has_ledger, making_sense, open_run
 
 LIVE_S, RESTING_S, LIST_S = 1.0, 10.0, 5.0  # for how long what was read is fresh
@@ -39,7 +39,7 @@ class SampleShown(Struct, frozen=True, kw_only=True):
     """`problem`: why the text cannot be read; empty if it can, or if none is kept."""
 
     lineage: SampleLineage
-    text: SampleText | None = None
+    text: Text | None = None
     problem: str = ""
 
 
@@ -53,7 +53,7 @@ class _Run:
         self._shown = RunShown(run=self.id, folder=self._folder, problem="it was not read yet")
         self._read_at = -RESTING_S
         self._history = HistoryReader(directory)
-        self._texts = SampleTexts(directory)
+        self._texts = RunTexts(directory)
         self._lock = Lock()
 
     def shown(self, *, is_open: bool) -> RunShown:
@@ -94,6 +94,10 @@ class _Run:
         with self._ledger() as view:
             return step_lineage(view, number)
 
+    def answers(self) -> AnswerTexts | None:
+        with self._ledger() as view:
+            return self._texts.of_measured(view.facts())
+
     def samples(self, sample_id: str) -> list[SampleShown]:
         with self._ledger() as view:
             facts, lives = view.facts(), sample_lives(view, sample_id)
@@ -101,7 +105,7 @@ class _Run:
 
     def _with_text(self, life: SampleLineage, facts: Mapping[str, Any]) -> SampleShown:
         try:
-            text = None if life.ordinal is None else self._texts.of(life.ordinal, facts)
+            text = None if life.ordinal is None else self._texts.of_sample(life.ordinal, facts)
         except (StoreError, OSError) as error:
             return SampleShown(lineage=life, problem=_plain(explained(error).what))
         return SampleShown(lineage=life, text=text)

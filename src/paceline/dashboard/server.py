@@ -42,6 +42,10 @@ def dashboard(runs: Runs, host: str, token: str | None) -> ASGIApp:
         run = request.path_params["run"]
         return await _answered(lambda: runs.find(run).history())
 
+    async def answers(request: Request) -> Response:
+        run = request.path_params["run"]
+        return await _answered(lambda: runs.find(run).answers())
+
     async def step(request: Request) -> Response:
         run, number = request.path_params["run"], request.path_params["step"]
         return await _answered(lambda: runs.find(run).step(number))
@@ -55,6 +59,7 @@ def dashboard(runs: Runs, host: str, token: str | None) -> ASGIApp:
             Route("/api/runs", listed),
             Route("/api/events", events),
             Route("/api/runs/{run}/history", history),
+            Route("/api/runs/{run}/answers", answers),
             Route("/api/runs/{run}/steps/{step:int}", step),
             Route("/api/runs/{run}/samples", samples),
             *(_file(f"/{path.name}", path) for path in sorted(PAGE.iterdir()) if path.suffix in KINDS),

@@ -7,7 +7,7 @@ target's, which is the same for all. The speed depends on this machine; the acce
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 from zlib import crc32
@@ -19,6 +19,8 @@ from paceline.evaluation.speculative import Decoded, Decoding, plain_generate, s
 from paceline.evaluation.tree import Drafting
 from paceline.evaluation.verifier import Verifier
 from paceline.methods.drafter import Drafter
+
+Heard = Callable[[Asked, Mapping[str, Decoded]], None]
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,12 @@ def decode_prompts(
     decoding: Decoding,
     *,
     with_plain: bool = True,
+    heard: Heard | None = None,
 ) -> Iterator[PromptFigures]:
     """Decode every prompt in every way, and plainly if greedy; the figures of each prompt when it is done.
 
-    `with_plain=False`: no plain decoding, which acceptance does not need.
+    `with_plain=False`: no plain decoding, which acceptance does not need. `heard` gets the answers of each
+    prompt, by the way's name.
 
     The seed of `decoding` is not used: each prompt has its own. Raises ConfigError without prompts.
     """
@@ -138,6 +142,8 @@ def decode_prompts(
         }
         if is_compared and plain is None:
             plain = plain_generate(target, ids, chosen)
+        if heard is not None:
+            heard(prompt, found)
         yield PromptFigures(
             prompt.prompt_id,
             prompt.category,

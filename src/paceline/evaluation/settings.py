@@ -35,6 +35,14 @@ class EvaluationSection(Section):
     device: Device = "auto"
 
 
+class MarkRequest(Section):
+    """Of which training samples to mark the draft's tokens. `ordinals`: of their prompts. `step`: of a kept
+    checkpoint; None: the newest."""
+
+    ordinals: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    step: Count | None = None
+
+
 class EvaluationRequest(Section):
     """What `paceline evaluate` is asked for beside the run file.
 

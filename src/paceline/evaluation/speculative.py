@@ -97,13 +97,59 @@ def speculative_generate(
     clock = _Clock()
     while not _finished(tokens, decoding):
         if use_tree and isinstance(drafter, TreeDrafter):
-            aux, next_ids = _tree_cycle(target, drafter, aux, next_ids, drafting, clock)
+            aux, next_ids = _tree_cycle(target, drafter, aux, next_ids, drafting, choose, clock)
         else:
             aux, next_ids = _chain_cycle(target, drafter, aux, next_ids, drafting, choose, clock)
         accepted.append(len(next_ids) - 1)
         _extend(tokens, next_ids, decoding)
     seconds = time.perf_counter() - prefilled
     return Decoded(tokens, seconds, prefilled - began, tuple(accepted), clock.draft_s, clock.target_s)
+
+
+def follow_answer(
+    target: Verifier,
+    drafter: Drafter,
+    prompt_ids: tuple[int, ...],
+    answer: Sequence[int],
+    drafting: Drafting,
+) -> tuple[int, ...]:
+    """How many draft tokens each cycle would accept if the target wrote just this `answer`, at least a token.
+
+    An answer that the target chose greedily gives what decoding it gives. Of a sampled one, a guess counts
+    if it is the token that was drawn. Raises ConfigError as above.
+    """
+    step = _prefill(target, prompt_ids, Decoding(len(answer)))
+    drafter.start(target.capacity + MAX_TREE_ROWS)
+    choose = _Chooser(Decoding(len(answer)), target.device)
+    aux, next_ids, done = step.aux, [*prompt_ids[1:], answer[0]], 1
+    accepted: list[int] = []
+    while done < len(answer):
+        tree = _guessed(drafter, aux, _ids(next_ids, target), next_ids[-1], drafting, choose)
+        path = tree.along(answer[done:])
+        step = target.verify(tree)
+        target.accept(path)
+        aux, next_ids = step.aux[path], list(answer[done : done + len(path)])
+        accepted.append(len(path) - 1)
+        done += len(path)
+    return tuple(accepted)
+
+
+def _guessed(
+    drafter: Drafter,
+    aux: torch.Tensor,
+    next_ids: torch.Tensor,
+    newest: int,
+    drafting: Drafting,
+    choose: _Chooser,
+) -> DraftTree:
+    """The guesses after the `newest` token, greedy ones, as a tree or a chain."""
+    if not drafting.is_chain and isinstance(drafter, TreeDrafter):
+        tokens, parents = drafter.propose_tree(
+            aux, next_ids, drafting.num_tokens, drafting.branching, drafting.max_depth
+        )
+        return DraftTree((newest, *tokens), (-1, *parents))
+    chain, _ = drafter.propose(aux, next_ids, drafting.num_tokens, choose)
+    return DraftTree.chain([newest, *chain])
 
 
 class _Clock:
@@ -152,14 +198,12 @@ def _tree_cycle(
     aux: torch.Tensor,
     next_ids: list[int],
     drafting: Drafting,
+    choose: _Chooser,
     clock: _Clock,
 ) -> tuple[torch.Tensor, list[int]]:
     clock.begin()
-    tokens, parents = drafter.propose_tree(
-        aux, _ids(next_ids, target), drafting.num_tokens, drafting.branching, drafting.max_depth
-    )
+    tree = _guessed(drafter, aux, _ids(next_ids, target), next_ids[-1], drafting, choose)
     clock.drafted()
-    tree = DraftTree((next_ids[-1], *tokens), (-1, *parents))
     step = target.verify(tree)
     wanted = _likeliest(step.logits)
     clock.verified()

@@ -67,15 +67,29 @@ class DraftTree:
         """int64 [rows]: 0 for the root."""
         return torch.tensor([len(self.path(row)) - 1 for row in range(len(self.tokens))], device=CPU)
 
+    def along(self, tokens: Sequence[int]) -> list[int]:
+        """The longest path whose guesses are these tokens, one after the other, from the root's row on."""
+        path = [0]
+        for token in tokens:
+            children = self._children(path[-1], token)
+            if not children:
+                break
+            path.append(children[0])
+        return path
+
     def follow(self, wanted: list[int]) -> list[int]:
         """The longest path on which every token is the target's own choice after its parent."""
         path = [0]
         while True:
-            children = [
-                row
-                for row, parent in enumerate(self.parents)
-                if parent == path[-1] and self.tokens[row] == wanted[path[-1]]
-            ]
+            children = self._children(path[-1], wanted[path[-1]])
             if not children:
                 return path
             path.append(children[0])
+
+    def _children(self, row: int, token: int) -> list[int]:
+        """The guesses of this token after the row."""
+        return [
+            child
+            for child, parent in enumerate(self.parents)
+            if parent == row and self.tokens[child] == token
+        ]

@@ -14,8 +14,9 @@ from typing import Any
 
 from paceline.config.run import RunConfig
 from paceline.crashpoints import reach
-from paceline.evaluation.curve import Point, beginning_of, read_curve, record_point
+from paceline.evaluation.curve import Point, beginning_of, read_curve, record_point, shape
 from paceline.evaluation.heldout import HeldOut
+from paceline.evaluation.marked import MarkedAnswers, within_limits, write_marked
 from paceline.ledger.facts import RENDERING_DATE
 from paceline.ledger.records import CheckpointRecord
 from paceline.ledger.view import LedgerView
@@ -24,6 +25,7 @@ from paceline.roles.best_draft import best_held, held_drafts
 from paceline.roles.draft import hold_newest
 from paceline.roles.evaluation_schedule import marks_left_out
 from paceline.roles.measured_draft import (
+    Answers,
     MeasuredDraft,
     build_measured_draft,
     draft_ways,
@@ -53,14 +55,17 @@ def measure_beside(config: RunConfig, view: LedgerView) -> Point:
     held_out = held_out_of(config, measured)
     point = point_of((checkpoint, record), config, facts, measured, held_out)
     curve = read_curve(config.run.directory, facts)
+    answers = Answers()
     known = [p for p in curve.points if (p.draft, p.conditions) == (point.draft, point.conditions)]
     if known:
         point = replace(point, report=known[0].report, left_out=known[0].left_out)
     else:
-        report = measure_held_out(config, measured, held_out, with_plain=False)
+        report = measure_held_out(config, measured, held_out, with_plain=False, answers=answers)
         point = replace(point, report=_shortened(report))
     reach("evaluation.measured")
     record_in_curve(config, facts, point)
+    if not known:
+        keep_answers(config, point, answers)
     return point
 
 
@@ -100,6 +105,21 @@ def _digest(checkpoint: Checkpoint) -> str:
     for name in parts_of(DRAFT, checkpoint.files):
         digest.update(checkpoint.files[name])
     return digest.hexdigest()
+
+
+def keep_answers(config: RunConfig, point: Point, answers: Answers) -> None:
+    """Keep the answers of this point's measurement in the place of an older one's. Raises OSError."""
+    ways, left_out = within_limits(answers.of_ways)
+    reports = {"tree": point.report, "chain": point.report["chain"]}
+    marked = MarkedAnswers(
+        began=point.began,
+        step=point.step,
+        checkpoint=point.checkpoint,
+        guesses={name: shape(reports[name]) for name in ways},
+        ways=ways,
+        left_out=left_out,
+    )
+    write_marked(config.run.directory, marked)
 
 
 def _shortened(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ two functions: `build_measured_draft`, then `measure_held_out`.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,11 +15,12 @@ import torch
 
 from paceline.config.run import RunConfig
 from paceline.evaluation.acceptance import PromptFigures, Way, compare, decode_prompts, summarise
-from paceline.evaluation.heldout import HeldOut, refuse_nothing_to_measure
+from paceline.evaluation.heldout import Asked, HeldOut, refuse_nothing_to_measure
 from paceline.evaluation.library_target import LibraryTarget
 from paceline.evaluation.lookup import LookupDrafter
+from paceline.evaluation.marked import MarkedAnswer
 from paceline.evaluation.settings import EvaluationSection
-from paceline.evaluation.speculative import Decoding
+from paceline.evaluation.speculative import Decoded, Decoding
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
 from paceline.evaluation.verifier import Verifier
@@ -56,6 +58,20 @@ class MeasuredDraft:
         return None if limit is None else int(limit)
 
 
+class Answers:
+    """The draft's answers of a measurement, with its tokens marked, by the way of guessing."""
+
+    def __init__(self) -> None:
+        self.of_ways: defaultdict[str, list[MarkedAnswer]] = defaultdict(list)
+
+    def hear(self, asked: Asked, found: Mapping[str, Decoded]) -> None:
+        """The answers of one prompt."""
+        for name, one in found.items():
+            if name != LOOKUP:
+                marked = MarkedAnswer.of(asked.prompt_id, asked.token_ids, one.tokens, one.accepted)
+                self.of_ways[name].append(marked)
+
+
 def build_measured_draft(config: RunConfig, checkpoint: Checkpoint, date: str | None) -> MeasuredDraft:
     """`checkpoint` must have been read with its draft; `date`: of the run's fact RENDERING_DATE.
 
@@ -91,18 +107,23 @@ def measure_held_out(
     with_plain: bool = True,
     with_lookup: bool = False,
     report: Report = no_report,
+    answers: Answers | None = None,
 ) -> dict[str, Any]:
     """The report of greedy decoding as JSON values (see `report_of`), the content of evaluation.json.
 
     Without plain decoding it is faster, and tells acceptance alone. With the lookup, the figures of the
     baseline stand under "lookup" and the comparison with it under "against_lookup". `report` hears of each
-    prompt.
+    prompt. `answers` takes up the draft's answers.
     """
     section, drafts = config.evaluation, draft_ways(config, measured)
     ways = [*drafts, lookup_way(config, measured)] if with_lookup else drafts
     decoding = Decoding(section.max_new_tokens, measured.head.eos_token_ids)
     figures: list[PromptFigures] = []
-    for each in decode_prompts(measured.target, ways, held_out.asked, decoding, with_plain=with_plain):
+    heard = None if answers is None else answers.hear
+    decoded = decode_prompts(
+        measured.target, ways, held_out.asked, decoding, with_plain=with_plain, heard=heard
+    )
+    for each in decoded:
         figures.append(each)
         report("measured", prompts=len(figures), of=len(held_out.asked), what="held-out prompts")
     reports = {way.name: summarise(figures, way.name, way.drafting).to_dict() for way in ways}

@@ -20,7 +20,7 @@ from typing import Any
 
 from paceline.config.run import RunConfig
 from paceline.errors import FencedError, PacelineError, RanksError
-from paceline.evaluation.settings import EvaluationRequest
+from paceline.evaluation.settings import EvaluationRequest, MarkRequest
 from paceline.exports.settings import ExportSection
 from paceline.ledger.facts import COMPLETED_STEP, STOPPED_FLAT
 from paceline.ledger.locks import RoleLock
@@ -293,7 +293,7 @@ class Supervisor:
 def evaluate_run(
     run_file: Path,
     config: RunConfig,
-    request: EvaluationRequest | None = None,
+    request: EvaluationRequest | MarkRequest | None = None,
     look: Callable[[], None] = lambda: None,
 ) -> bool:
     """Measure a checkpoint in a process of its own; returns False if the user stopped it.

@@ -17,6 +17,7 @@ from paceline.evaluation.speculative import (
     Decoding,
     _Chooser,
     _verify_sampled,
+    follow_answer,
     plain_generate,
     speculative_generate,
 )
@@ -341,3 +342,35 @@ def test_target_of_another_architecture_is_refused(folder: Path) -> None:
             AUX_LAYER_IDS,
             torch.float32,
         )
+
+
+@pytest.mark.parametrize("drafting", [Drafting(3), Drafting(7, 4, 3)])
+def test_an_answer_that_is_followed_accepts_what_decoding_it_accepted(
+    target: LlamaTarget, trained_draft: Eagle3Draft, drafting: Drafting
+) -> None:
+    """Cycle by cycle; only the last one knows nothing of what would come after the answer."""
+    drafter = Eagle3Decoder(trained_draft, torch.float32)
+    for prompt in PROMPTS:
+        decoded = speculative_generate(target, drafter, prompt, NEVER_ENDS, drafting)
+        followed = follow_answer(target, drafter, prompt, decoded.tokens, drafting)
+        assert followed[:-1] == decoded.accepted[:-1]
+        assert followed[-1] <= decoded.accepted[-1]
+        assert 0 < sum(followed) < len(decoded.tokens)
+
+
+def test_a_foreign_answer_is_followed_to_its_end(target: LlamaTarget, trained_draft: Eagle3Draft) -> None:
+    """One that the target would not write: few guesses are right, and every cycle goes on by a token."""
+    drafter = Eagle3Decoder(trained_draft, torch.float32)
+    answer = [(7 * n) % VOCAB for n in range(20)]
+    followed = follow_answer(target, drafter, PROMPTS[0], answer, Drafting(7, 4, 3))
+    assert len(answer) - 1 <= sum(followed) + len(followed) <= len(answer)
+    assert follow_answer(target, drafter, PROMPTS[0], answer[:1], Drafting(3)) == ()
+
+
+def test_a_path_along_tokens_ends_where_no_guess_is_the_next_one() -> None:
+    """A token that is twice the same is no path by itself."""
+    tree = DraftTree((9, 9, 5, 9, 7), (-1, 0, 0, 1, 3))
+    assert tree.along([9, 9, 7]) == [0, 1, 3, 4]
+    assert tree.along([9, 5]) == [0, 1]
+    assert tree.along([5, 5]) == [0, 2]
+    assert tree.along([]) == tree.along([1]) == [0]

@@ -131,6 +131,10 @@ def evaluate(
     temperature: Annotated[list[str] | None, typer.Option(help="0 (the default), or 0,1.")] = None,
     max_prompts: Annotated[int | None, typer.Option(help="Of each suite.", min=1)] = None,
     step: Annotated[int | None, typer.Option(help="A kept checkpoint's step; the newest.", min=1)] = None,
+    sample: Annotated[
+        list[str] | None,
+        typer.Option(help="A training sample: mark the tokens that the draft guesses; repeatable."),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option("--json", help="The report; evaluation-suites.json of the run.")
     ] = None,
@@ -141,8 +145,11 @@ def evaluate(
 
     Without options: the newest checkpoint on the run's held-out prompts, as at the end of training.
     """
-    from paceline.cli.measure import measure_as_asked
+    from paceline.cli.measure import mark_as_asked, measure_as_asked
 
+    if sample:
+        mark_as_asked(run, sample, step, (suite, temperature, max_prompts, report))
+        return
     measure_as_asked(run, suite or [], temperature or [], max_prompts, step, report)
 
 

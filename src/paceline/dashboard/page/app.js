@@ -5,12 +5,14 @@ import { at, h, replace, show, table } from "./dom.js";
 import { drawFlow, drawHeadline, drawNotes, drawProcesses, drawWaiting, state } from "./flow.js";
 import { NONE, fixed, whole } from "./format.js";
 import { drawLineage, startLineage } from "./lineage.js";
+import { drawAnswers } from "./texts.js";
 import { drawTimeline } from "./timeline.js";
 
 const COMPARED = 6, HISTORY_MS = 3000;
 let runs = [], source = null, opened = null, drawnLineage = "";
 const histories = new Map(); // by run: {key, asked, history}
 const chosen = new Set();
+const answers = new Map(); // by run: {key, found}
 let choseOnce = false;
 
 const named = () => new URLSearchParams(location.hash.slice(1));
@@ -46,6 +48,18 @@ function historyOf(one) {
   return kept.history;
 }
 
+// The answers of the newest measurement, read again when there is another one.
+function answersOf(one) {
+  const kept = answers.get(one.run) ?? { key: "", found: null };
+  answers.set(one.run, kept);
+  const key = `${one.status.evaluation.curve.map((point) => point.step)} ${one.status.evaluation.speed_up}`;
+  if (key !== kept.key) {
+    kept.key = key;
+    fetch(`/api/runs/${one.run}/answers`).then((answer) => answer.ok ? answer.json() : null).then((found) => { kept.found = found; draw(); }).catch(() => { kept.key = ""; });
+  }
+  return kept.found;
+}
+
 const widthOf = (place) => Math.max(260, Math.floor(place.clientWidth) - 32);
 function columnWidth(place) {
   const columns = getComputedStyle(place).gridTemplateColumns.split(" ").map(parseFloat);
@@ -74,6 +88,7 @@ function drawRun(one) {
       { name: "held-out, tree", dots: true, points: measured.map((p) => [p.step, p.tree_acceptance_length ?? NaN]) },
       { name: "estimate from training", faint: true, points: trained.map((p) => [p.step, p.acceptance_length ?? NaN]) }], width),
     positionBars("Acceptance by position", "share of cycles in which a chain's nth draft token is accepted", ends.map((p) => ({ name: `step ${p.step}`, values: p.by_position })), width)]);
+  drawAnswers(at("answers"), answersOf(one), draw);
   drawTimeline(at("drawing"), at("happened"), timeline, widthOf(at("timeline")));
   const asked = `${one.run} ${named().get("step")} ${named().get("sample")}`;
   if (asked !== drawnLineage) { drawnLineage = asked; drawLineage(one.run, named().get("step"), named().get("sample")); }

@@ -2,6 +2,7 @@
 
 import { at, h, show, table } from "./dom.js";
 import { whole } from "./format.js";
+import { legend, textBox, tokensOf } from "./texts.js";
 
 let go = () => {};
 
@@ -42,7 +43,7 @@ function ofSample({ lineage, text, problem }) {
     h("h3", {}, lineage.sample_id), h("p", {}, `${lineage.place === null ? "not in the log" : `place ${whole(lineage.place)}`}; ${lineage.state}`),
     lineage.failed ? h("p", { class: "problem" }, `Its prompt failed: ${lineage.failed}`) : null,
     lineage.visits.length ? h("ul", { class: "visits" }, lineage.visits.map((one) => h("li", {}, toStep(one.step), ` ${one.fate}, ${one.checkpoint ? `in checkpoint ${one.checkpoint}` : "in no checkpoint yet"}`))) : h("p", { class: "dim" }, "No step has visited it yet."),
-    text ? [h("p", { class: "dim" }, `${whole(text.tokens)} tokens${text.are_ids ? ", as ids: the target's tokenizer is not at hand" : ""}; the marked ones are the answer, which is trained on.`),
-      h("pre", { tabindex: 0, role: "region", "aria-label": "Text of the sample" }, text.pieces.map((piece) => piece.is_answer ? h("mark", {}, piece.text) : piece.text), text.left_out ? ` ... and ${whole(text.left_out)} more tokens` : "")]
+    text ? [h("p", { class: "dim" }, `${tokensOf(text)}; the shaded ones are the answer, which is trained on.`),
+      text.drafted ? [h("p", {}, `Underlined: ${text.drafted}.`), legend()] : h("p", { class: "dim" }, `Which of them a draft guesses is not known yet: paceline evaluate RUN --sample ${lineage.sample_id}`), textBox(text, "Text of the sample")]
       : h("p", { class: problem ? "problem" : "dim" }, problem || "The run keeps no tokens of it."));
 }
