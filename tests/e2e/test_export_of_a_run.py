@@ -57,6 +57,8 @@ def test_training_ends_with_the_exports_that_the_run_file_names(finished: TinyRu
         assert note["origin"]["step"] == 10
         card = (folder / "README.md").read_text()
         assert "The acceptance length is 1 + accepted guesses / cycles" in card
+        assert "Sound: every rule holds." in card
+        assert "| consumer | 1 | 0 |" in card
         assert "3 held-out prompts of heldout.jsonl, up to 16 tokens an answer" in card
         assert f"vllm serve org/tiny --revision {COMMIT}" in card
         assert (load_file(folder / "model.safetensors")["fc.weight"] == weights["fc.weight"]).all()

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import typer
+from msgspec.structs import replace
 from rich.console import Console
 
-from paceline.cli.named_run import run_file_of
+from paceline.cli.fsck import checked
+from paceline.cli.named_run import file_in_memory, run_file_of
 from paceline.cli.plain import INTERRUPTED, out, say
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, PacelineError, explained
 from paceline.exports.serving import Served, commands
 from paceline.exports.settings import ExportSection
 from paceline.exports.table import EXPORTS
+from paceline.fsck.report import Report as Findings
+from paceline.monitoring.reporting import read_report
 from paceline.roles.export_request import note_path, read_notes
+from paceline.roles.snapshot import making_sense
 from paceline.roles.supervisor import export_run
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -79,7 +86,8 @@ def write_exports(run_file: Path, config: RunConfig, request: ExportSection) -> 
 def export_checkpoint(console: Console, run_file: Path, config: RunConfig, request: ExportSection) -> bool:
     """Export and say where the folders are; False if the user stopped it."""
     say(console, f"exporting for {', '.join(request.formats)}, with a self-check ...")
-    if not export_run(run_file, config, request):
+    report = file_in_memory("the run's report", _report(config))
+    if not export_run(run_file, config, request, report):
         return False
     notes = read_notes(config.run.directory)
     for name, folder in request.folders(config.run.directory).items():
@@ -88,6 +96,23 @@ def export_checkpoint(console: Console, run_file: Path, config: RunConfig, reque
         for told in note.get("refusals", []):
             say(console, f"note: {told}")
     return True
+
+
+def _report(config: RunConfig) -> bytes:
+    """What the model card tells of the run, as JSON, without what is no business of its readers.
+
+    That the run cannot be checked is no reason to export nothing.
+    """
+    directory = config.run.directory
+    try:
+        found: Findings | str = checked(directory)
+    except (PacelineError, OSError) as error:
+        found = explained(error).what
+    with making_sense(directory):
+        report = read_report(directory, found)
+    told = replace(report, directory="", error="", losses=(), left_out={}, settings={})
+    text = json.dumps(msgspec.to_builtins(told, str_keys=True), ensure_ascii=False)
+    return text.encode(errors="replace")  # a path may hold what UTF-8 cannot say
 
 
 def serving_command(directory: Path, server: str | None, folder: Path | None, host: str) -> list[str]:

@@ -13,8 +13,6 @@ from paceline.ledger.place import known
 from paceline.regular_files import kind_of
 from paceline.roles.snapshot import making_sense, open_run
 
-RECORDED = "the run's recorded settings"
-
 
 def run_file_of(run: Path) -> Path:
     """The run file. Of a run's directory: a file in memory with the recorded settings, for this process and
@@ -29,9 +27,14 @@ def run_file_of(run: Path) -> Path:
             recorded |= {f"ledger.{key}": value for key, value in place.section.items()}
         text = recorded_config(recorded, run)
     _refuse_unreadable(text, run)
-    fd = os.memfd_create(RECORDED)
+    return file_in_memory("the run's recorded settings", text.encode())
+
+
+def file_in_memory(name: str, data: bytes) -> Path:
+    """A file for this process and its children, until this process ends."""
+    fd = os.memfd_create(name)
     with os.fdopen(os.dup(fd), "wb") as file:
-        file.write(text.encode())
+        file.write(data)
     os.set_inheritable(fd, True)  # this process may become a role
     return Path(f"/proc/{os.getpid()}/fd/{fd}")
 

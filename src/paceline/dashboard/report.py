@@ -1,87 +1,147 @@
-"""A run as one HTML file that stands alone: what it is, its curves, what was measured, what was checked."""
+"""A run as one HTML file that stands alone: its report and the measured answers, set as a page."""
 
 from __future__ import annotations
 
-import math
+import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from paceline import __version__
-from paceline.evaluation.curve import shape
-from paceline.fsck.report import RULES, Report
-from paceline.ledger.facts import CONFIG
-from paceline.ledger.records import Snapshot
-from paceline.monitoring.history import RunHistory
-from paceline.monitoring.schema import RunStatus
+from paceline.monitoring.texts import AnswerText, AnswerTexts, Piece
+from paceline.run_report.document import Check, RunReport
+from paceline.run_report.tables import Part, acceptance, cost, figure, guarantee, lineage, whole, whole_of
+from paceline.terminal import printable
 
 STYLE = Path(__file__).parent / "page" / "page.css"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 560, 220, 48, 10, 28  # of a drawing, in pixels
+ANSWERS_SHOWN = 8
 Line = Sequence[tuple[float, float]]
 
 
-def report_page(
-    status: RunStatus, now: Snapshot, history: RunHistory, evaluation: Mapping[str, Any], check: Report
-) -> str:
-    """The HTML. `evaluation`: as evaluation.json holds it; {} if nothing was measured at the end."""
-    title = escape(f"{status.run}: report")
-    written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(status.time))
+def report_page(report: RunReport, answers: AnswerTexts | None) -> str:
+    """The HTML. `answers`: of the newest measurement; None if none are kept."""
+    written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(report.time))
+    where = f"{report.directory}; {report.state}; written {written} by paceline {report.version}"
     parts = [
-        f"<h1>{escape(status.run)}</h1><p class='dim'>{escape(status.directory)}; {escape(status.state)}; "
-        f"written {written} by paceline {__version__}</p>",
-        _facts(status),
-        _part("Curves", f"<div class='charts'>{_curves(history)}</div>"),
-        _part("Acceptance on held-out prompts", _measured(evaluation)),
-        _part("The guarantee", _checked(check)),
-        _part("Lineage", _lineage(status, now)),
-        _part("What it cost", _cost(history)),
-        _part("Settings", _table(("setting", "value"), _settings(now))),
+        f"<h1>{_text(report.run)}</h1><p class='dim'>{_text(where)}</p>",
+        _facts(report),
+        _section("Curves", f"<div class='charts'>{_curves(report)}</div>"),
+        *(_part(part) for part in _acceptance(report)),
+        _part(guarantee(report.check)) + _errors(report.check),
+        _part(lineage(report)) + _left_out(report),
+        *([_answers(answers)] if answers is not None and answers.ways else []),
+        _part(cost(report)),
+        _section("Settings", _table(("setting", "value"), _settings(report))),
     ]
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f"<title>{title}</title><style>{STYLE.read_text()}</style></head><body><main>{''.join(parts)}</main>"
-        "</body></html>\n"
+        f"<title>{_text(report.run)}: report</title><style>{STYLE.read_text()}</style></head>"
+        f"<body><main>{''.join(parts)}</main></body></html>\n"
     )
 
 
-def _part(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+def _text(value: object) -> str:
+    return escape(printable(str(value)))
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{_text(title)}</h2>{body}</section>"
+
+
+def _part(part: Part) -> str:
+    style = "problem" if part.is_bad else "told"
+    told = "".join(f"<p class='{style}'>{_text(words)}</p>" for words in part.told)
+    return _section(part.title, told + (_table(part.heads, part.rows) if part.heads else ""))
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    shown = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
-    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in heads)
+    shown = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    head = "".join(f"<th scope='col'>{_text(name)}</th>" for name in heads)
     return (
         f"<div class='card scroll'><table><thead><tr>{head}</tr></thead><tbody>{shown}</tbody></table></div>"
     )
 
 
-def _facts(s: RunStatus) -> str:
-    best = s.evaluation.best
-    of = f" of {s.step.planned}" if s.step.planned else ""
+def _facts(r: RunReport) -> str:
+    best = None if r.best_step is None else r.measured_at(r.best_step)
+    length = "-" if best is None else f"{best.ways[0].acceptance_length:.2f} at step {whole(r.best_step)}"
     facts = {
-        "steps": f"{s.step.number}{of}",
-        "samples trained": str(s.samples.trained),
-        "loss": _figure(s.step.loss),
-        "best acceptance length": "-"
-        if best is None
-        else f"{best.acceptance_length:.2f} at step {best.step}",
-        "restarts": str(s.restarts),
+        "steps": whole_of(r.steps, r.planned_steps),
+        "samples trained": whole(r.samples["trained"]),
+        "loss": figure(r.loss, 3),
+        "best acceptance length": length,
+        "restarts": whole(r.restarts),
     }
-    shown = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
-    why = f"<p class='problem'>{escape(s.error)}</p>" if s.error else ""
+    shown = "".join(f"<div><dt>{name}</dt><dd>{_text(value)}</dd></div>" for name, value in facts.items())
+    why = f"<p class='problem'>{_text(r.error)}</p>" if r.error else ""
     return f"{why}<dl class='facts'>{shown}</dl>"
 
 
-def _curves(history: RunHistory) -> str:
-    loss = [(p.step, p.loss) for p in history.trained if p.loss is not None]
-    chain = [(p.step, p.acceptance_length) for p in history.measured]
-    return _drawn("Loss by step", loss, dots=False) + _drawn("Acceptance length by step", chain, dots=True)
+def _settings(r: RunReport) -> Iterator[tuple[str, str]]:
+    for key, value in r.settings.items():
+        yield key, value if isinstance(value, str) else json.dumps(value)
+
+
+def _acceptance(r: RunReport) -> Iterator[Part]:
+    """Of the newest measured checkpoint, and of the best if that is another one."""
+    steps = dict.fromkeys([*(one.step for one in r.measured[-1:]), r.best_step])
+    measured = [one for step in steps if step is not None and (one := r.measured_at(step)) is not None]
+    for one in measured:
+        yield acceptance(one, is_best=one.step == r.best_step)
+    if not measured:
+        yield Part("Acceptance", ("No checkpoint was measured yet: paceline evaluate RUN",))
+
+
+def _errors(check: Check) -> str:
+    rows = [(rule.name, error) for rule in check.rules for error in rule.errors]
+    return _table(("rule", "what is wrong"), rows) if rows else ""
+
+
+def _left_out(r: RunReport) -> str:
+    return _table(("left out", "why"), r.left_out.items()) if r.left_out else ""
+
+
+# -- answers ---------------------------------------------------------------------------------
+
+
+def _answers(found: AnswerTexts) -> str:
+    way = found.ways[0]
+    shown = way.answers[:ANSWERS_SHOWN]
+    more = len(way.answers) - len(shown) + found.left_out
+    told = (
+        f"Held-out prompts, decoded with the draft of step {found.step} and a {way.guesses}. Each answer is "
+        "the target's own, and shaded; underlined are the draft's tokens, which the target accepted."
+    )
+    rest = f"<p class='dim'>{more} more prompts are not shown.</p>" if more else ""
+    return _section("Answers", f"<p class='told'>{_text(told)}</p>{''.join(map(_answer, shown))}{rest}")
+
+
+def _answer(one: AnswerText) -> str:
+    length = "" if one.acceptance_length is None else f"; acceptance length {one.acceptance_length:.2f}"
+    counts = f"{one.drafted_tokens} of {one.answer_tokens} tokens are the draft's{length}"
+    more = f" ... and {one.text.left_out} more tokens" if one.text.left_out else ""
+    text = "".join(map(_piece, one.text.pieces)) + more
+    return f"<h3>{_text(one.prompt_id)} <span class='dim'>{counts}</span></h3><pre>{text}</pre>"
+
+
+def _piece(piece: Piece) -> str:
+    if not piece.is_answer:
+        return _text(piece.text)
+    return f"<mark{' class=drafted' if piece.is_drafted else ''}>{_text(piece.text)}</mark>"
+
+
+# -- curves ----------------------------------------------------------------------------------
+
+
+def _curves(r: RunReport) -> str:
+    chain = [(one.step, one.ways[0].acceptance_length) for one in r.measured]
+    return _drawn("Loss by step", r.losses, dots=False) + _drawn(
+        "Acceptance length of the chain by step", chain, dots=True
+    )
 
 
 def _drawn(title: str, line: Line, *, dots: bool) -> str:
@@ -115,89 +175,3 @@ def _drawn(title: str, line: Line, *, dots: bool) -> str:
         f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{told}'>{grid}"
         f"<polyline class='line c0' points='{drawn}'/>{shown}</svg></figure>"
     )
-
-
-def _measured(found: Mapping[str, Any]) -> str:
-    if not found:
-        return "<p class='card'>Nothing was measured at the end of training: paceline evaluate RUN</p>"
-    ways = [("draft", found["chain"])]
-    if found["branching"] != 1:
-        ways.append(("draft", found))
-    if "lookup" in found:
-        ways.append(("prompt lookup, no draft", found["lookup"]))
-    rows = [
-        (
-            f"{name}, {shape(way)}",
-            _with_interval(way, "acceptance_length"),
-            _with_interval(way, "speed_up"),
-            ", ".join(f"{100 * float(rate):.0f} %" for rate in way.get("acceptance_rate", ())),
-        )
-        for name, way in ways
-    ]
-    told = (
-        f"Step {escape(str(found.get('checkpoint_step', '?')))}, {found['prompts']} prompts. In brackets: "
-        "95 % intervals over prompts. Acceptance length is 1 + accepted / cycles; by position: the share of "
-        "cycles in which that draft token is accepted."
-    )
-    heads = ("way to draft", "acceptance length", "speed-up over plain decoding", "by position")
-    return f"<p class='dim'>{told}</p>{_table(heads, rows)}"
-
-
-def _with_interval(way: Mapping[str, Any], name: str) -> str:
-    interval = way.get(f"{name}_interval")
-    if not isinstance(interval, list) or len(interval) != 2:
-        return _figure(way.get(name))
-    return f"{_figure(way.get(name))} [{_figure(interval[0])}, {_figure(interval[1])}]"
-
-
-def _figure(value: object) -> str:
-    return f"{value:.2f}" if isinstance(value, int | float) and math.isfinite(value) else "-"
-
-
-def _checked(check: Report) -> str:
-    sound = not check.errors
-    words = "Sound: every rule holds." if sound else f"UNSOUND: {len(check.errors)} errors."
-    looked = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in check.counts.items())
-    rows = [(rule, promise, "; ".join(check.errors_of(rule)) or "holds") for rule, promise in RULES.items()]
-    style = "words" if sound else "problem"
-    return (
-        f"<p class='{style}'>{words}</p><p class='dim'>Checked by a program that shares no code with the "
-        f"trainer: {escape(looked)}.</p>{_table(('rule', 'promise', 'verdict'), rows)}"
-    )
-
-
-def _lineage(s: RunStatus, now: Snapshot) -> str:
-    head = now.head
-    rows = [
-        ("samples committed", s.samples.committed),
-        ("trained", s.samples.trained),
-        ("of these not yet in a checkpoint", s.samples.provisional),
-        ("in quarantine", s.samples.quarantined),
-        ("prompts that failed", s.prompts.failed),
-        ("newest checkpoint", "none" if head is None else f"{head.name}, manifest {head.manifest_digest}"),
-        ("hash of all plans up to it", "-" if head is None else head.chain),
-    ]
-    reasons = [(name, why) for name, why in (*s.quarantined.items(), *s.failed_prompts.items())]
-    return _table(("what", "how many"), rows) + (_table(("left out", "why"), reasons) if reasons else "")
-
-
-def _cost(history: RunHistory) -> str:
-    rows: list[tuple[object, ...]] = []
-    for role in history.timeline:
-        seconds = sum(span.end - span.begin for span in role.spans)
-        ends = [span.ended for span in role.spans]
-        rows.append((role.role, len(ends), ends.count("killed"), _duration(seconds)))
-    spans = [span for role in history.timeline for span in role.spans]
-    if spans:
-        whole = max(span.end for span in spans) - min(span.begin for span in spans)
-        rows.append(("from first to last", "", "", _duration(whole)))
-    return _table(("process", "starts", "killed", "time"), rows)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 3600:.2f} h"
-
-
-def _settings(now: Snapshot) -> list[tuple[str, object]]:
-    found = now.facts.get(CONFIG)
-    return sorted((str(name), value) for name, value in found.items()) if isinstance(found, dict) else []

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 from paceline.exports.export import ExportedDraft
 from paceline.exports.reader.replay import Verdict
+from paceline.run_report.document import RunReport
+from paceline.run_report.markdown import as_markdown
+from paceline.run_report.tables import acceptance, cost, guarantee
 from paceline.target.rope import rope_kind
 
 
 def model_card(
     draft: ExportedDraft,
     commands: Mapping[str, list[str]],
-    evaluation: Mapping[str, Any],
+    report: RunReport,
     verdict: Verdict,
     replayed: str,
     refusals: Sequence[str] = (),
 ) -> str:
-    """Markdown. `evaluation`: the run's report, {} if this step was not measured; `replayed`: the rows.
+    """Markdown. `report`: of the draft's run; `replayed`: the rows that were replayed.
 
     `refusals`: what is known of servers that do not draft for the target, a sentence each.
     """
@@ -31,7 +32,7 @@ def model_card(
         [*front, "---", ""],
         [f"# A draft model for {name.rpartition('/')[2]}", ""],
         _facts(draft),
-        _measured(draft, evaluation),
+        *_of_the_run(draft, report),
         _checked(verdict, replayed),
         ["## Serving", ""],
         *([told, ""] for told in refusals),
@@ -66,46 +67,20 @@ def _rope(draft: ExportedDraft) -> dict[str, str]:
     return {"rotary embedding": f"plain frequencies; the target's are of the kind {kind!r}"}
 
 
-def _measured(draft: ExportedDraft, evaluation: Mapping[str, Any]) -> list[str]:
-    if not evaluation:
-        return ["## Acceptance", "", f"The draft of step {draft.origin['step']} was not measured.", ""]
-    e, ways = evaluation, {"a chain": evaluation["chain"]}
-    where = f"{str(e.get('dtype')).removeprefix('torch.')} on {e.get('device')}"
-    prompts = f"{e['prompts']} held-out prompts of {Path(str(e.get('prompts_file', 'an unknown file'))).name}"
-    if evaluation["branching"] != 1:
-        ways["a tree"] = evaluation
-    if "lookup" in evaluation:
-        ways["no draft, prompt lookup"] = evaluation["lookup"]
-    lines = [
-        "## Acceptance",
-        "",
-        f"Lossless decoding of {prompts}, up to {e.get('max_new_tokens', '?')} tokens an answer, in {where}: "
-        f"{_compared(e)} The checkpoint's own "
-        f"weights were measured, before they were written here in {draft.dtype}.",
-        "",
-        "| guesses a cycle | acceptance length | emitted tokens a cycle | kept at depth 1, 2, ... |",
-        "|---|---|---|---|",
-    ]
-    for shape, way in ways.items():
-        kept = ", ".join(f"{share:.3f}" for share in way["acceptance_rate"])
-        bounds = way.get("acceptance_length_interval")
-        is_known = isinstance(bounds, list) and [type(bound) for bound in bounds] == [float, float]
-        interval = f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if is_known else ""
-        lines.append(
-            f"| {shape} of {way['num_draft_tokens']} | {way['acceptance_length']:.3f}{interval} "
-            f"| {way['emitted_per_cycle']:.3f} | {kept} |"
-        )
-    told = (
-        "The acceptance length is 1 + accepted guesses / cycles, as vLLM's counters give it. Emitted tokens "
-        "leave out what was accepted beyond an answer's end. In brackets: 95 % over prompts."
-    )
-    return [*lines, "", told, ""]
-
-
-def _compared(evaluation: Mapping[str, Any]) -> str:
-    if "identical" in evaluation:
-        return f"{evaluation['identical']} answers are identical to plain decoding, token for token."
-    return "It was measured while training went on, without plain decoding beside it."
+def _of_the_run(draft: ExportedDraft, report: RunReport) -> Iterator[list[str]]:
+    """What was measured of this step, what was checked, and what it cost: as in the run's report."""
+    step = draft.origin["step"]
+    measured = report.measured_at(step)
+    if measured is None:
+        yield ["## Acceptance", "", f"The draft of step {step} was not measured.", ""]
+    else:
+        yield as_markdown(acceptance(measured, is_best=step == report.best_step))
+        yield [
+            f"The checkpoint's own weights were measured, before they were written here in {draft.dtype}.",
+            "",
+        ]
+    yield as_markdown(guarantee(report.check))
+    yield as_markdown(cost(report))
 
 
 def _checked(verdict: Verdict, replayed: str) -> list[str]:

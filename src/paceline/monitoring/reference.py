@@ -9,13 +9,14 @@ import msgspec
 from paceline.monitoring.metrics import METRICS
 from paceline.monitoring.runs import FoundRun
 from paceline.monitoring.schema import RunStatus
+from paceline.run_report.document import RunReport
 
 BEGIN = "<!-- from here on written by `make reference` -->\n"
 
 
 def status_tables() -> str:
     """A table for the document, and one for each of its parts, in Markdown."""
-    _, parts = msgspec.json.schema_components([RunStatus, FoundRun], ref_template="{name}")
+    _, parts = msgspec.json.schema_components([RunStatus, FoundRun, RunReport], ref_template="{name}")
     names = ["RunStatus", *(name for name in parts if name != "RunStatus")]
     return "\n".join(_table(name, parts[name]) for name in names)
 
@@ -45,6 +46,8 @@ def _type(told: dict[str, Any]) -> str:
         return " or ".join(_type(one) for one in told["anyOf"])
     if "$ref" in told:
         return f"`{told['$ref']}`"
+    if "prefixItems" in told:
+        return f"({', '.join(map(_type, told['prefixItems']))})"
     if told.get("type") == "array":
         return f"list of {_type(told['items'])}"
     if told.get("type") == "object":

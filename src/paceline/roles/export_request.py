@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from paceline.config.run import RunConfig
+import msgspec
+
 from paceline.durable_files import replace_file
 from paceline.errors import ConfigError
 from paceline.exports.settings import ExportSection
 from paceline.regular_files import read_regular
+from paceline.run_report.document import RunReport
 
-NOTE_BYTES_MAX = 1 << 20
+NOTE_BYTES_MAX, REPORT_BYTES_MAX = 1 << 20, 1 << 26
 
 
 def note_path(directory: Path) -> Path:
@@ -35,9 +37,14 @@ def read_notes(directory: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def requested(config: RunConfig, text: str | None) -> ExportSection:
-    """The request in a role's argument, or else the run file's section. Raises ConfigError if it is empty."""
-    request = config.export if text is None else ExportSection.model_validate_json(text)
+def read_run_report(path: Path) -> RunReport:
+    """What the command has written for the exporter. Raises OSError."""
+    return msgspec.json.decode(read_regular(path, REPORT_BYTES_MAX), type=RunReport)
+
+
+def requested(text: str) -> ExportSection:
+    """The request in a role's argument. Raises ConfigError if it is empty."""
+    request = ExportSection.model_validate_json(text)
     if not request.formats:
         raise ConfigError(
             "No export is asked for.",

@@ -1,13 +1,13 @@
-"""The exporter process: `python -m paceline.roles.exporter RUN.yaml [REQUEST]`.
+"""The exporter process: `python -m paceline.roles.exporter RUN.yaml REQUEST REPORT`.
 
-It writes a checkpoint's draft as folders for inference servers. The request is an export section as JSON, by
-default the run file's own.
+It writes a checkpoint's draft as folders for inference servers. The request is an export section as JSON, the
+report a file with the run's RunReport.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from paceline.config.run import RunConfig
 from paceline.errors import ExportError
 from paceline.exports.card import model_card
 from paceline.exports.drafted_targets import architectures_of, refusals
@@ -27,14 +26,13 @@ from paceline.exports.settings import ExportSection
 from paceline.exports.table import EXPORTS
 from paceline.ledger.facts import RENDERING_DATE
 from paceline.precision import CPU
-from paceline.roles.best_draft import Choice
 from paceline.roles.draft import draft_to_give
 from paceline.roles.dumped_rows import dump
-from paceline.roles.export_request import add_note, requested
+from paceline.roles.export_request import add_note, read_run_report, requested
 from paceline.roles.plan import RunPlan
 from paceline.roles.process import run_role
-from paceline.roles.snapshot import read_evaluation
 from paceline.roles.target_binding import refuse_other_target
+from paceline.run_report.document import RunReport
 from paceline.target.head import TargetHead
 from paceline.target.origin import origin_of
 from paceline.telemetry import EventLog
@@ -48,7 +46,7 @@ class _Work:
     target: ServedTarget
     replays: list[Replay]
     replayed: str
-    evaluation: Mapping[str, Any]
+    report: RunReport
     why: str  # this checkpoint and no other
     revision: str  # that servers fetch; "" for a path, and for a name that the user gave
     classes: tuple[str, ...]  # of the target, as its folder names them
@@ -58,15 +56,19 @@ def export(
     plan: RunPlan,
     events: EventLog,
     should_stop: Callable[[], bool],  # noqa: ARG001 (there is no safe point before the end)
-    request: str | None = None,
+    request: str,
+    report: Path,
 ) -> None:
-    """Write, check and record each folder that is asked for; stop at the first that is wrong."""
-    config, section = plan.config, requested(plan.config, request)
+    """Write, check and record each folder that is asked for; stop at the first that is wrong.
+
+    `report`: a file with the run's RunReport, for the model card.
+    """
+    config, section = plan.config, requested(request)
     folders = section.folders(config.run.directory)
     adapters: dict[str, Export] = {name: EXPORTS.find(name) for name in folders}
     for folder in folders.values():
         refuse_foreign(folder)
-    work = _prepare(plan, section)
+    work = _prepare(plan, section, read_run_report(report))
     for name, folder in folders.items():
         _write(work, adapters[name], name, folder)
         step, served = work.draft.origin["step"], _served(work, folder)
@@ -76,7 +78,7 @@ def export(
         events.write("exported", format=name, folder=str(folder), step=step, why=work.why)
 
 
-def _prepare(plan: RunPlan, section: ExportSection) -> _Work:
+def _prepare(plan: RunPlan, section: ExportSection, report: RunReport) -> _Work:
     config = plan.config
     view = config.view_ledger()
     version = refuse_other_target(view, config)
@@ -116,19 +118,11 @@ def _prepare(plan: RunPlan, section: ExportSection) -> _Work:
         ),
         replays=replays,
         replayed=replayed,
-        evaluation=_measured(config, choice),
+        report=report,
         why=choice.why,
         revision="" if section.target_name or origin.name.startswith("/") else origin.revision,
         classes=architectures_of(config.target.model),
     )
-
-
-def _measured(config: RunConfig, choice: Choice) -> Mapping[str, Any]:
-    """The report of this checkpoint; {} if it was not measured."""
-    evaluation = read_evaluation(config.run.directory)
-    if evaluation.get("checkpoint_step") == choice.record.step:
-        return evaluation
-    return choice.point.report if choice.point is not None else {}
 
 
 def _served(work: _Work, folder: Path) -> Served:
@@ -151,7 +145,7 @@ def _write(work: _Work, adapter: Export, name: str, folder: Path) -> None:
             )
         lines = commands(name, _served(work, folder))
         told = _refusals(work, name)
-        card = model_card(work.draft, lines, work.evaluation, verdict, work.replayed, told)
+        card = model_card(work.draft, lines, work.report, verdict, work.replayed, told)
         values = {
             "format": name,
             "self_check": {"guesses": verdict.guesses, "logits_error": verdict.error, "rows": work.replayed},
@@ -163,5 +157,5 @@ def _write(work: _Work, adapter: Export, name: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    work = partial(export, request=sys.argv[2] if len(sys.argv) > 2 else None)
+    work = partial(export, request=sys.argv[2], report=Path(sys.argv[3]))
     sys.exit(run_role("exporter", Path(sys.argv[1]), work, stops_itself=False))

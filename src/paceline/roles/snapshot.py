@@ -16,7 +16,7 @@ from typing import Any
 
 from paceline.config.load import setting
 from paceline.errors import ConfigError, LedgerError, PacelineError
-from paceline.evaluation.curve import Curve, Point, read_curve
+from paceline.evaluation.curve import Curve, Point, beginning_of, read_curve
 from paceline.ledger.facts import COMPLETED_STEP, CONFIG, RANKS, RUN_ID, STOPPED_FLAT, producers_in
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import live_holder
@@ -166,7 +166,7 @@ def take_snapshot(directory: Path, ledger: Ledger | LedgerView) -> RunSnapshot:
         last_step=_last_step(events[CONSUMER]),
         last_group={role: _last(events[role], "group") for role in filter(is_producer, live)},
         blocked_s={role: _blocked_s(recent[role]) for role in live},
-        evaluation=read_evaluation(directory),
+        evaluation=read_evaluation(directory, now.facts),
         newer_checkpoints=_newer(directory / "checkpoints", -1 if now.head is None else now.head.step),
         curve=curve,
         best=_best(directory, curve),
@@ -254,8 +254,11 @@ def _newer(folder: Path, head: int) -> list[str]:
     return [name for name, step in steps.items() if step.isdecimal() and int(step) > head]
 
 
-def read_evaluation(directory: Path) -> dict[str, Any]:
-    """The content of evaluation.json; {} if it is missing or has not the figures to show."""
+def read_evaluation(directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of evaluation.json; {} if it is missing, has not the figures to show, or is another run's.
+
+    `facts`: of the ledger.
+    """
     try:
         found = json.loads(read_regular(directory / "evaluation.json", EVALUATION_BYTES_MAX))
         ways = [found, found["chain"]]
@@ -264,6 +267,8 @@ def read_evaluation(directory: Path) -> dict[str, Any]:
             against = found["against_lookup"]["chain" if found["branching"] == 1 else "tree"]
             if not finite_numbers(against).keys() >= {"gain", "speed_ratio"}:
                 return {}
+        if found.get("began", beginning_of(facts)) != beginning_of(facts):
+            return {}
         return found if all(finite_numbers(way).keys() >= set(MEASURED) for way in ways) else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}

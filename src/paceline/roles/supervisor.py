@@ -307,13 +307,13 @@ def evaluate_run(
     return _run_alone("evaluator", "evaluation", again, run_file, config, *asked, look=look)
 
 
-def export_run(run_file: Path, config: RunConfig, request: ExportSection) -> bool:
+def export_run(run_file: Path, config: RunConfig, request: ExportSection, report: Path) -> bool:
     """Export a checkpoint in a process of its own; returns False if the user stopped it.
 
-    Raises the exporter's error.
+    `report`: a file with the run's RunReport. Raises the exporter's error.
     """
     again, asked = f"paceline export {config.run.directory}", request.model_dump_json()
-    return _run_alone("exporter", "export", again, run_file, config, asked)
+    return _run_alone("exporter", "export", again, run_file, config, asked, str(report))
 
 
 def export_answers_of(run_file: Path, config: RunConfig, path: Path) -> bool:

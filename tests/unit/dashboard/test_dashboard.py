@@ -21,6 +21,7 @@ from paceline.dashboard.runs import Runs
 from paceline.dashboard.server import PAGE, _told, dashboard, listen
 from paceline.data.answers import Answer, AnswerFiles
 from paceline.errors import ConfigError
+from paceline.evaluation.marked import MarkedAnswer, MarkedAnswers, write_marked
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.monitoring.runs import run_folders
 from paceline.telemetry import EventLog
@@ -46,6 +47,16 @@ def made(folder: Path) -> Path:
     log.write("error", message=ODD)
     log.close()
     return folder
+
+
+def keep_answers(folder: Path) -> None:
+    answer = MarkedAnswer.of(ODD, (5,), (6, 7, 8, 9), (2,))
+    write_marked(
+        folder,
+        MarkedAnswers(
+            began="", step=1, checkpoint="c", guesses={"chain": "chain of 3"}, ways={"chain": (answer,)}
+        ),
+    )
 
 
 @pytest.fixture
@@ -98,8 +109,26 @@ def test_lineage_leads_both_ways(base: Path) -> None:
     [found] = read(browser, f"{address}/samples?id={sample}")
     assert found["text"]["are_ids"]
     assert [(one["text"], one["is_answer"]) for one in found["text"]["pieces"]] == [
-        ("5 6", False),
-        ("7 8", True),
+        ("5 6 ", False),
+        ("7 8 ", True),
+    ]
+
+
+def test_the_measured_answers_are_told_with_the_drafts_tokens(base: Path) -> None:
+    """Null before anything was measured."""
+    browser = client(base / "one")
+    [run] = read(browser, "/api/runs")
+    address = f"/api/runs/{run['run']}/answers"
+    assert read(browser, address) is None
+    keep_answers(base / "one")
+    found = read(browser, address)
+    assert (found["step"], [way["guesses"] for way in found["ways"]]) == (1, ["chain of 3"])
+    [answer] = found["ways"][0]["answers"]
+    assert [(one["text"], one["is_drafted"]) for one in answer["text"]["pieces"]] == [
+        ("5 ", False),
+        ("6 ", False),
+        ("7 8 ", True),
+        ("9 ", False),
     ]
 
 
@@ -139,7 +168,7 @@ def test_looking_changes_nothing(base: Path) -> None:
 
     before, browser = tree(), client(base)
     for one in read(browser, "/api/runs"):
-        for path in ("history", "steps/1", f"samples?id={one['status']['run']}:0"):
+        for path in ("history", "answers", "steps/1", f"samples?id={one['status']['run']}:0"):
             browser.get(f"/api/runs/{one['run']}/{path}")
     assert tree() == before
 
@@ -243,9 +272,13 @@ def test_a_run_or_a_folder_of_runs_is_shown(base: Path) -> None:
 
 def test_a_report_stands_alone(base: Path) -> None:
     """One file without scripts and addresses, with the checker's verdict; foreign text is escaped."""
+    keep_answers(base / "one")
     result = CliRunner().invoke(app, ["report", str(base / "one"), "--to", str(base / "r.html")])
     assert result.exit_code == 0, result.output
     page = (base / "r.html").read_text()
     assert not re.search(r"<script|<img|https?://|url\(", page)
-    for words in ("Sound: every rule holds.", "Loss by step", "samples committed", escape(ODD)):
+    marked = "<mark class=drafted>7 8 </mark><mark>9 </mark>"
+    for words in ("Sound: every rule holds.", "Loss by step", "samples committed", escape(ODD), marked):
         assert words in page, words
+    printed = CliRunner().invoke(app, ["report", str(base / "one"), "--json"])
+    assert json.loads(printed.output)["check"]["sound"] is True

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from exports_case import Case, adapter, without
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
+from paceline.dashboard.report import report_page
 from paceline.errors import ConfigError
 from paceline.exports.card import model_card
 from paceline.exports.folder import write_folder
 from paceline.exports.reader.replay import Verdict
 from paceline.exports.serving import Served, commands
+from paceline.run_report.document import Check, MeasuredCheckpoint, MeasuredWay, RoleCost, Rule, RunReport
+from paceline.run_report.tables import acceptance, cost, guarantee
 
 
 def test_config_names_the_layers_in_both_meanings_and_every_flag(case: Case, tmp_path: Path) -> None:
@@ -102,44 +107,95 @@ def test_a_draft_of_another_method_is_refused(case: Case) -> None:
         adapter("vllm").build(replace(case.draft, method="other"))
 
 
-WAY = {
-    "branching": 1,
-    "num_draft_tokens": 3,
-    "acceptance_length": 1.48,
-    "emitted_per_cycle": 1.457,
-    "acceptance_rate": [0.35, 0.1, 0.03],
-}
-EVALUATION = {
-    **WAY,
-    "prompts": 24,
-    "identical": 24,
-    "dtype": "float32",
-    "device": "cpu",
-    "chain": {**WAY, "acceptance_length_interval": [1.4, 1.56]},
-    "lookup": {**WAY, "num_draft_tokens": 7, "acceptance_length": 1.2, "emitted_per_cycle": 1.19},
-    "prompts_file": "/data/heldout.jsonl",
-    "max_new_tokens": 96,
-}
+MEASURED = MeasuredCheckpoint(
+    step=7,
+    prompts=24,
+    prompts_file="heldout.jsonl",
+    max_new_tokens=96,
+    dtype="float32",
+    device="cpu",
+    identical=24,
+    ways=(
+        MeasuredWay(
+            name="draft",
+            guesses="chain of 3",
+            acceptance_length=1.48,
+            acceptance_length_interval=(1.4, 1.56),
+            emitted_per_cycle=1.457,
+            acceptance_rate=(0.35, 0.1, 0.03),
+            speed_up=1.31,
+            speed_up_interval=(1.25, 1.375),
+        ),
+        MeasuredWay(
+            name="prompt lookup, no draft",
+            guesses="chain of 7",
+            acceptance_length=1.2,
+            emitted_per_cycle=1.19,
+            acceptance_rate=(0.2,),
+        ),
+    ),
+)
+RULES = (Rule(name="C1", promise="every sample is trained"), Rule(name="C5", promise="bytes | are kept"))
+REPORT = RunReport(
+    version="1",
+    time=0.0,
+    run="a run",
+    directory="/home/someone/run",
+    state="complete",
+    steps=9,
+    restarts=1,
+    samples={"committed": 8, "trained": 8, "provisional": 0, "quarantined": 0, "failed": 0},
+    checkpoint="step-9, manifest abc",
+    plans="def",
+    measured=(MEASURED,),
+    best_step=7,
+    check=Check(sound=True, looked_at={"samples": 8}, rules=RULES),
+    cost=(RoleCost(role="consumer", starts=2, killed=1, seconds=3900.0),),
+    seconds=4000.0,
+    settings={"target.model": "/home/someone/model"},
+)
 
 
 def test_the_card_tells_both_acceptance_lengths_and_how_they_were_measured(case: Case) -> None:
     """Each by its name; or that nothing was measured."""
     lines = commands("vllm", Served("org/target", "/there", "eagle3", 3))
-    card = model_card(case.draft, lines, EVALUATION, Verdict((), 24, 3e-7), "rows of 3 prompts")
+    card = model_card(case.draft, lines, REPORT, Verdict((), 24, 3e-7), "rows of 3 prompts")
     measured = (
-        "24 held-out prompts of heldout.jsonl, up to 96 tokens an answer, in float32 on cpu: 24 answers"
+        "24 held-out prompts of heldout.jsonl, up to 96 tokens an answer, in float32 on cpu. 24 answers"
     )
     assert measured in card
     assert "The checkpoint's own weights were measured, before they were written here in float32." in card
     for told in (
-        "a chain of 3 | 1.480 [1.400, 1.560] | 1.457 | 0.350, 0.100, 0.030 |",
-        "prompt lookup of 7 | 1.200 | 1.190",
+        "| chain of 3 | 1.480 [1.400, 1.560] | 1.457 | 0.350, 0.100, 0.030 | 1.31 [1.25, 1.38] |",
+        "prompt lookup, no draft: chain of 7 | 1.200 | 1.190",
         "24 held-out prompts",
         "vllm serve org/target",
     ):
         assert told in card
     assert case.draft.target.version.model in card
-    assert "was not measured" in model_card(case.draft, lines, {}, Verdict((), 24, 3e-7), "rows")
+    never = msgspec.structs.replace(REPORT, measured=())
+    unmeasured = model_card(case.draft, lines, never, Verdict((), 24, 3e-7), "rows")
+    assert "was not measured" in unmeasured
+    assert "weights were measured" not in unmeasured
+
+
+def test_the_card_and_the_report_cannot_disagree(case: Case) -> None:
+    """What was measured, checked and paid is made once; a page and a card only set it."""
+    broken = Rule(name="C5", promise="bytes | are kept", errors=("/home/someone/run: <b>gone",))
+    unsound = msgspec.structs.replace(REPORT, check=Check(sound=False, rules=(RULES[0], broken)))
+    unknown = msgspec.structs.replace(REPORT, check=Check(sound=None, why="it is another user's"))
+    for report in (REPORT, unsound, unknown):
+        card = model_card(case.draft, {}, report, Verdict((), 24, 3e-7), "rows")
+        page = report_page(report, None)
+        for part in (acceptance(MEASURED, is_best=True), guarantee(report.check), cost(report)):
+            for words in part.told:
+                assert f">{escape(words)}</p>" in page
+                assert (f"**{words}**\n" if part.is_bad else f"\n{words}\n") in card
+            for row in part.rows:
+                assert "".join(f"<td>{escape(cell)}</td>" for cell in row) in page
+                assert f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" in card
+        assert "/home/someone" not in card, "a card is for others"
+    assert "1 error |" in model_card(case.draft, {}, unsound, Verdict((), 24, 3e-7), "rows")
 
 
 def test_the_card_tells_that_the_draft_has_not_the_targets_rotary_scaling(case: Case) -> None:
@@ -149,7 +205,7 @@ def test_the_card_tells_that_the_draft_has_not_the_targets_rotary_scaling(case: 
         config = {**case.draft.target.config, "rope_parameters": {"rope_type": kind}}
         target = replace(case.draft.target, config=config)
         draft = replace(case.draft, target=target, sizes={**case.draft.sizes, "rope_scaling": scaling})
-        return model_card(draft, {}, {}, Verdict((), 24, 3e-7), "rows")
+        return model_card(draft, {}, REPORT, Verdict((), 24, 3e-7), "rows")
 
     line = "| rotary embedding | plain frequencies; the target's are of the kind 'longrope' |"
     assert line in card("longrope", None).splitlines()

@@ -72,14 +72,18 @@ def report(
     to: Annotated[
         Path | None, typer.Option(help="The file; report.html in the run's directory.", readable=False)
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print it for scripts instead; see docs/status.md.")
+    ] = False,
 ) -> None:
     """Write a run as one HTML file.
 
-    With its settings, curves, acceptance with intervals, the guarantee's check, lineage and cost.
+    With its settings, curves, acceptance with intervals, the guarantee's check, lineage, some held-out
+    answers and cost.
     """
     from paceline.cli.report import write_report
 
-    write_report(run, to)
+    write_report(run, to, as_json=as_json)
 
 
 @verbs.command()
