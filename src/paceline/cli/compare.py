@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from paceline.cli.plain import INTERRUPTED, out, plain, say
+from paceline.cli.plain import INTERRUPTED, out, plain, say, table
+from paceline.cli.side_by_side import compare_runs
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
 from paceline.durable_files import replace_file
@@ -72,7 +73,13 @@ def _number(value: float | None) -> float:
 
 
 def compare(run_file: Path, variants: Sequence[Path] = (), **given: Any) -> None:
-    """`given`: of COMPARE_OPTIONS, by name. Raises typer.Exit if the user stopped it, PacelineError."""
+    """Train variants; or show runs, if one of them is named by its folder.
+
+    `given`: of COMPARE_OPTIONS, by name. Raises typer.Exit if the user stopped it, PacelineError.
+    """
+    if any(kind_of(path) == "folder" for path in (run_file, *variants)):
+        compare_runs([run_file, *variants], given)
+        return
     config = load_run_config(run_file)
     for note in foreign_parts(config, variants):
         say(out, f"note: {note}")
@@ -219,12 +226,10 @@ def _shown(value: float | None) -> str:
 
 
 def _table(found: Sequence[Outcome]) -> Table:
-    table = Table()
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number in (0, 2) else "right")
+    shown = table(*COLUMNS, right={*COLUMNS} - {COLUMNS[0], COLUMNS[2]})
     for outcome in found:
-        table.add_row(*(plain(cell) for cell in _cells(outcome)))
-    return table
+        shown.add_row(*(plain(cell) for cell in _cells(outcome)))
+    return shown
 
 
 def _markdown(found: Sequence[Outcome], told: str) -> str:

@@ -98,17 +98,25 @@ def engine(
 @advises
 @takes(COMPARE_OPTIONS)
 def compare(
-    run_file: RunFile,
+    run_file: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run file; or a run's directory.", readable=False)
+    ],
     variants: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="VARIANT.yaml", help="Overrides of method and training; or a run file."),
+        typer.Argument(
+            metavar="VARIANT",
+            help="Overrides of method and training, or a run file; or another run's directory.",
+            readable=False,
+        ),
     ] = None,
     **given: Any,
 ) -> None:
-    """Train several methods on the same features, and measure each.
+    """Train several methods on the same features, and measure each; or show runs side by side.
 
-    Or several settings. The target answers once, and its features are kept. The run file is
-    the first variant, and gives target, data and evaluation to all.
+    Of run files: several methods or settings. The target answers once, and its features are kept. The run
+    file is the first variant, and gives target, data and evaluation to all.
+
+    Of runs' directories, finished or live: settings that differ, curves, acceptance with intervals, cost.
     """
     from paceline.cli import compare as comparison
 
