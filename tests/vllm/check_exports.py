@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import commit
-from paceline.cli.export import export_request
+from paceline.cli.export import export_request, report_file
 from paceline.config.load import load_run_config, recorded_config
 from paceline.config.run import RunConfig
 from paceline.durable_files import replace_file
@@ -169,7 +169,7 @@ def export(
     run_file: Path, config: RunConfig, formats: list[str], folder: Path, dtype: str
 ) -> dict[str, Path]:
     request = export_request(config, formats, folder, dtype=dtype)
-    if not export_run(run_file, config, request):
+    if not export_run(run_file, config, request, report_file(config)):
         raise SystemExit("stopped")
     return request.folders(config.run.directory)
 

@@ -86,8 +86,7 @@ def write_exports(run_file: Path, config: RunConfig, request: ExportSection) -> 
 def export_checkpoint(console: Console, run_file: Path, config: RunConfig, request: ExportSection) -> bool:
     """Export and say where the folders are; False if the user stopped it."""
     say(console, f"exporting for {', '.join(request.formats)}, with a self-check ...")
-    report = file_in_memory("the run's report", _report(config))
-    if not export_run(run_file, config, request, report):
+    if not export_run(run_file, config, request, report_file(config)):
         return False
     notes = read_notes(config.run.directory)
     for name, folder in request.folders(config.run.directory).items():
@@ -98,8 +97,8 @@ def export_checkpoint(console: Console, run_file: Path, config: RunConfig, reque
     return True
 
 
-def _report(config: RunConfig) -> bytes:
-    """What the model card tells of the run, as JSON, without what is no business of its readers.
+def report_file(config: RunConfig) -> Path:
+    """What the model card tells of the run, for the exporter, without what is no business of its readers.
 
     That the run cannot be checked is no reason to export nothing.
     """
@@ -112,7 +111,8 @@ def _report(config: RunConfig) -> bytes:
         report = read_report(directory, found)
     told = replace(report, directory="", error="", losses=(), left_out={}, settings={})
     text = json.dumps(msgspec.to_builtins(told, str_keys=True), ensure_ascii=False)
-    return text.encode(errors="replace")  # a path may hold what UTF-8 cannot say
+    # A path may hold what UTF-8 cannot say.
+    return file_in_memory("the run's report", text.encode(errors="replace"))
 
 
 def serving_command(directory: Path, server: str | None, folder: Path | None, host: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from paceline.cli.export import _report
+from paceline.cli.export import report_file
 from paceline.evaluation.curve import Point, record_point
 from paceline.fsck.checker import check
 from paceline.ledger.facts import RENDERING_DATE
@@ -90,9 +90,9 @@ def test_the_exporter_is_told_figures_and_no_paths(tmp_path: Path) -> None:
     folder = made(tmp_path / "run")
     measured(folder, 1)
     config: Any = SimpleNamespace(run=SimpleNamespace(directory=folder))
-    (tmp_path / "report").write_bytes(_report(config))
-    told = read_run_report(tmp_path / "report")
+    file = report_file(config)
+    told = read_run_report(file)
     assert told.check.sound
     assert [one.step for one in told.measured] == [1]
     assert [one.role for one in told.cost] == ["consumer"]
-    assert str(tmp_path) not in (tmp_path / "report").read_text()
+    assert str(tmp_path) not in file.read_text()

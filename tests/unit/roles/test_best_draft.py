@@ -12,11 +12,13 @@ import pytest
 from paceline import crashpoints
 from paceline.errors import CheckpointError
 from paceline.evaluation.curve import FILE, read_curve
+from paceline.evaluation.marked import MarkedAnswer, read_marked
 from paceline.fsck.checker import check
 from paceline.ledger.records import CheckpointRecord
 from paceline.roles import best_draft, curve_recorder, draft
 from paceline.roles.curve_recorder import measure_beside
 from paceline.roles.draft import checkpoint_of_step, draft_to_give, hold_newest
+from paceline.roles.measured_draft import Answers
 from paceline.testing.recording_files import Killed
 from paceline.testing.run_by_hand import RunByHand
 
@@ -47,8 +49,11 @@ class MeasuredRun:
         )
         monkeypatch.setattr(curve_recorder, "measure_held_out", self._report)
 
-    def _report(self, _: object, measured: Any, __: object, *, with_plain: bool) -> dict[str, Any]:
+    def _report(
+        self, _: object, measured: Any, __: object, *, with_plain: bool, answers: Answers
+    ) -> dict[str, Any]:
         assert not with_plain, "plain decoding beside training tells nothing"
+        answers.of_ways["chain"].append(MarkedAnswer.of("p", (1,), (2, 3), (1,)))
         self.measured.append(measured.step)
         way = {
             "prompts": 1,
@@ -106,6 +111,9 @@ def test_the_best_is_kept_and_given_long_after_its_checkpoint_was_retired(run: M
         run.train(2)
         run.measure(length)
     assert run.held() == [4]
+    marked = read_marked(run.folder, run.run.ledger.facts())
+    assert marked is not None
+    assert (marked.step, marked.guesses) == (8, {"chain": "chain of 3"}), "the answers are the newest's"
     step, why = run.given()
     assert step == 4
     assert why == (
