@@ -34,18 +34,20 @@ FLOORS = {"tree": 1.4, "chain": 1.22}
 
 def shortened(recipe: dict[str, Any], folder: Path, model: str | None) -> dict[str, Any]:
     """The recipe with fewer prompts, answered once, in a run folder of its own."""
-    lines = Path(recipe["data"]["path"]).read_text().splitlines(keepends=True)
+    data = {name: value for name, value in recipe["data"].items() if name != "sources"}
+    lines = Path(recipe["data"]["sources"][0]["path"]).read_text().splitlines(keepends=True)
     prompts = folder / "train.jsonl"
     prompts.write_text("".join(lines[:PROMPTS]))
     changes: dict[str, dict[str, Any]] = {
         "run": {"name": "quality", "directory": str(folder / "run")},
         "target": {"model": model or recipe["target"]["model"]},
-        "data": {"path": str(prompts), "rounds": 1},
+        "capture": {"group_size": 64},
         "method": {"first_samples": 64},
         "training": {"passes": 4},
         "evaluation": {"max_prompts": HELD_OUT, "max_new_tokens": NEW_TOKENS},
     }
-    return {**recipe, **{name: {**recipe.get(name, {}), **values} for name, values in changes.items()}}
+    changed = {name: {**recipe.get(name, {}), **values} for name, values in changes.items()}
+    return {**recipe, **changed, "data": {**data, "path": str(prompts), "rounds": 1}}
 
 
 def measure(model: str | None) -> dict[str, Any]:
