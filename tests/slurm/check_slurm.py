@@ -210,7 +210,7 @@ def check(folder: Path) -> dict[str, Any]:
             shared = {"store": "directory", "directory": str(folder / "features"), "budget_mib": 32}
             ledger = {"store": "redis", "url": f"redis://{ADDRESS}:6379/0"}
             (folder / "features").mkdir()
-            run = TinyRun(folder / "joined", model, **SHAPE, features=shared, ledger=ledger)
+            run = TinyRun(folder / "joined", model, **{**SHAPE, "features": shared, "ledger": ledger})
             name = "ledger on a server, two producers join"
             told[name] = with_producers(cluster, run)
             told[name]["tensors that differ"] = differences(run, expected)

@@ -21,11 +21,13 @@ own_run_file() {
   } >"$own/run.yaml" || exit
 }
 
-# Wait for the process `child`; a signal to this script ends the first wait alone.
+# Wait for the process `child`; a signal to this script ends the first wait alone. What was asked to stop and has
+# not come to a safe point in time is ended at once: a job that its time limit ends is not queued again.
 follow() {
   code=0
   wait "$child" || code=$?
   if [ -n "$asked" ]; then
+    timeout "$LATE_S" tail --pid="$child" --follow /dev/null || kill -TERM "$child" 2>/dev/null
     code=0
     wait "$child" || code=$?
   fi
@@ -41,7 +43,7 @@ go_on_later() {
 # shellcheck disable=SC2329 # a trap calls it
 stop_training() {
   asked=yes
-  paceline stop "$RUN"
+  timeout "$LATE_S" paceline stop "$RUN" || kill -TERM "$child" 2>/dev/null
 }
 
 # shellcheck disable=SC2329 # a trap calls it

@@ -22,6 +22,7 @@ Manifest = dict[str, Any]
 USER = 1000
 SETTINGS = "/etc/paceline"
 OWN_FOLDER = "/tmp/paceline/run"  # noqa: S108 (of the container alone)
+DATA, SECRETS = "/data", "/run/secrets/paceline"  # of the ledger's server
 LEDGER_PORT, MEET_PORT = 6379, 29500
 LEDGER_IMAGE = "docker.io/valkey/valkey:8.1-alpine"
 LEDGER_MIB = 2048
@@ -97,7 +98,7 @@ def manifests(fleet: Fleet, *, image: str, volumes: Sequence[Volume]) -> list[Ma
     pods = Pods(fleet, image, volumes)
     found = [pods.settings(), pods.trainer()]
     if fleet.hosts > 1:
-        found.append(pods.meeting_point())
+        found += pods.meeting_point()
     if fleet.producers:
         found.append(pods.producers())
     if pods.has_server:
@@ -186,9 +187,10 @@ class Pods:
         container = self._container("produce", ["bash", "-c", PRODUCER], needs, {})
         return self._job("produce", container, needs, self._fleet.producers)
 
-    def meeting_point(self) -> Manifest:
-        """The names by which the ranks' pods find each other, also before they are ready."""
-        return {
+    def meeting_point(self) -> list[Manifest]:
+        """The names by which the ranks' pods find each other, also before they are ready. Nobody else reaches
+        the ports of torchrun, gloo and NCCL, which know no password."""
+        service = {
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": self._metadata("train"),
@@ -199,6 +201,7 @@ class Pods:
                 "ports": [{"name": "meet", "port": MEET_PORT}],
             },
         }
+        return [service, self._policy("train", {"from": [_pods(self._labels("train"))]})]
 
     # -- the ledger's server -----------------------------------------------------------------
 
@@ -211,30 +214,24 @@ class Pods:
             "metadata": role,
             "spec": {"selector": labels, "ports": [{"name": "ledger", "port": LEDGER_PORT}]},
         }
-        policy = {
+        policy = self._policy("ledger", {"from": [_pods(self._labels())], "ports": [{"port": LEDGER_PORT}]})
+        return [service, policy, self._stateful_set(labels, role)]
+
+    def _policy(self, role: str, ingress: Manifest) -> Manifest:
+        return {
             "apiVersion": "networking.k8s.io/v1",
             "kind": "NetworkPolicy",
-            "metadata": role,
-            "spec": {
-                "podSelector": {"matchLabels": labels},
-                "policyTypes": ["Ingress"],
-                "ingress": [
-                    {
-                        "from": [{"podSelector": {"matchLabels": self._labels()}}],
-                        "ports": [{"port": LEDGER_PORT}],
-                    }
-                ],
-            },
+            "metadata": self._metadata(role),
+            "spec": {**_pods(self._labels(role)), "policyTypes": ["Ingress"], "ingress": [ingress]},
         }
-        return [service, policy, self._stateful_set(labels, role)]
 
     def _stateful_set(self, labels: Mapping[str, str], metadata: Manifest) -> Manifest:
         ping = {"exec": {"command": ["sh", "-c", "valkey-cli ping | grep -q PONG"]}, "timeoutSeconds": 5}
-        # The password comes through standard input: every user of the node can read a command line.
+        # The password stands in a file in memory: every user of the node can read a command line.
         serve = (
-            'printf "requirepass %s\\n" "$REDISCLI_AUTH" | exec valkey-server - --appendonly yes '
-            "--appendfsync everysec --maxmemory-policy noeviction --dir /data "
-            f"--maxmemory {LEDGER_MIB * 3 // 4}mb"
+            f'umask 077 && printf "requirepass %s\\n" "$REDISCLI_AUTH" >{SECRETS}/valkey.conf && '
+            f"exec valkey-server {SECRETS}/valkey.conf --dir {DATA} --port {LEDGER_PORT} --appendonly yes "
+            f"--appendfsync everysec --maxmemory-policy noeviction --maxmemory {LEDGER_MIB * 3 // 4}mb"
         )
         memory = {"memory": f"{LEDGER_MIB}Mi"}
         container = {
@@ -249,7 +246,10 @@ class Pods:
             "startupProbe": {**ping, "periodSeconds": 10, "failureThreshold": 60},
             "livenessProbe": {**ping, "periodSeconds": 20, "failureThreshold": 6},
             "securityContext": _unprivileged(),
-            "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+            "volumeMounts": [
+                {"name": "data", "mountPath": DATA},
+                {"name": "secrets", "mountPath": SECRETS},
+            ],
         }
         claim = {
             "metadata": {"name": "data"},
@@ -265,7 +265,14 @@ class Pods:
                 "selector": {"matchLabels": dict(labels)},
                 "template": {
                     "metadata": {"labels": dict(labels)},
-                    "spec": {**_pod(), "terminationGracePeriodSeconds": 60, "containers": [container]},
+                    "spec": {
+                        **_pod(),
+                        "terminationGracePeriodSeconds": 60,
+                        "containers": [container],
+                        "volumes": [
+                            {"name": "secrets", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}}
+                        ],
+                    },
                 },
                 "volumeClaimTemplates": [claim],
             },
@@ -276,7 +283,7 @@ class Pods:
     def _job(self, role: str, container: Manifest, needs: Needs, pods: int) -> Manifest:
         volumes = [
             {"name": "settings", "configMap": {"name": f"{self._name}-settings"}},
-            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{needs.shm_mib}Mi"}},
+            {"name": "shm", "emptyDir": _memory(f"{needs.shm_mib}Mi")},
             {"name": "tmp", "emptyDir": {}},
             *(
                 {"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": one.claim}}
@@ -361,6 +368,14 @@ def _pod() -> Manifest:
             "seccompProfile": {"type": "RuntimeDefault"},
         },
     }
+
+
+def _memory(size: str) -> Manifest:
+    return {"medium": "Memory", "sizeLimit": size}
+
+
+def _pods(labels: Mapping[str, str]) -> Manifest:
+    return {"podSelector": {"matchLabels": dict(labels)}}
 
 
 def _unprivileged() -> Manifest:

@@ -16,6 +16,7 @@ from paceline.errors import ConfigError, PacelineError
 from paceline.launch.fleet import Fleet, Needs, quoted
 
 NOTICE_S = 300  # before the time limit
+LATE_S = 120  # of that notice, for `paceline stop`, and again for what it has not ended
 PAUSE_S = 30  # between two tries to join
 TIME = re.compile(r"[0-9]+([:-][0-9]+){0,4}")
 PATIENCE_S = 60.0  # with Slurm's controller
@@ -101,6 +102,7 @@ def _values(fleet: Fleet, setup: Path | None) -> list[str]:
         "SEED": fleet.config.run.seed,
         "RANKS": fleet.config.machine.trainers,
         "PAUSE_S": PAUSE_S,
+        "LATE_S": LATE_S,
         "ELSEWHERE": fleet.sections_elsewhere() if fleet.is_wide else "",
     }
     return [f"{name}={quoted(value)}" for name, value in values.items()]

@@ -10,16 +10,25 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from redis import Redis
+from redis.backoff import ConstantBackoff
+from redis.exceptions import AuthenticationError, ConnectionError  # noqa: A004 (redis-py's name)
+from redis.retry import Retry
 from run_of_hosts import ALONE, SHELLCHECK, Write
 
 from paceline.cli.main import app
 from paceline.config.load import binding, load_run_config
 from paceline.errors import ConfigError
 from paceline.launch.fleet import Fleet
-from paceline.launch.kubernetes import PRODUCER, RANK, manifests, text_of, volumes_of
+from paceline.launch.kubernetes import DATA as DATA_FOLDER
+from paceline.launch.kubernetes import PRODUCER, RANK, SECRETS, manifests, text_of, volumes_of
+from paceline.ledger.settings import RedisSection
+from paceline.testing.valkey_server import BINARY
 
 ROOT = Path(__file__).parents[3]
 DATA = volumes_of(["data=/data"])
+UNTIL_THERE = Retry(ConstantBackoff(0.05), 600, (ConnectionError, FileNotFoundError))
+SECRET = "of-this-test"  # noqa: S105
 VERSIONS = ("1.31", kubernetes_validate.latest_version())
 FLEETS: list[dict[str, Any]] = [{}, {"producers": 8}, {"hosts": 4, "producers": 64, "gpus": 8}]
 
@@ -91,7 +100,7 @@ def test_the_ledgers_server_wants_a_password_and_loses_nothing(write: Write) -> 
         assert setting in command
     secret = {"secretKeyRef": {"name": "my-run-ledger", "key": "password"}}
     assert container["env"] == [{"name": "REDISCLI_AUTH", "valueFrom": secret}]
-    [policy] = by_name(found, "NetworkPolicy").values()
+    policy = by_name(found, "NetworkPolicy")["my-run-ledger"]
     [ingress] = policy["spec"]["ingress"]
     [source] = ingress["from"]
     assert source["podSelector"]["matchLabels"]["app.kubernetes.io/instance"] == "my-run"
@@ -100,6 +109,32 @@ def test_the_ledgers_server_wants_a_password_and_loses_nothing(write: Write) -> 
         environment = {one["name"]: one for one in worker["env"]}
         assert environment["PACELINE_REDIS_URL"]["value"] == "redis://my-run-ledger:6379/0"
         assert environment["PACELINE_REDIS_PASSWORD"]["valueFrom"] == secret
+
+
+def test_the_ledgers_server_starts_as_the_manifest_says(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one takes a ledger, with the password alone, and its command line does not show it."""
+    [server] = by_name(read(write()), "StatefulSet").values()
+    command = server["spec"]["template"]["spec"]["containers"][0]["command"][-1]
+    for here in (DATA_FOLDER, SECRETS):
+        (tmp_path / here.lstrip("/")).mkdir(parents=True)
+        command = command.replace(f"{here} ", f"{tmp_path}{here} ").replace(f"{here}/", f"{tmp_path}{here}/")
+    socket = tmp_path / "socket"
+    command = command.replace("valkey-server", str(BINARY)).replace(
+        "--port 6379", f"--port 0 --unixsocket {socket}"
+    )
+    with subprocess.Popen(["/bin/sh", "-c", command], env={"REDISCLI_AUTH": SECRET}) as process:
+        try:
+            with Redis.from_url(f"unix://{socket}", password=SECRET, retry=UNTIL_THERE) as client:
+                client.ping()
+            assert SECRET.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+            with Redis.from_url(f"unix://{socket}") as client, pytest.raises(AuthenticationError):
+                client.ping()
+            monkeypatch.setenv("PACELINE_REDIS_PASSWORD", SECRET)
+            RedisSection(url=f"unix://{socket}").open(tmp_path, "my-run").close()
+        finally:
+            process.terminate()
 
 
 def test_a_server_that_the_run_file_names_is_used(write: Write) -> None:
@@ -134,6 +169,8 @@ def test_ranks_of_several_pods_meet_under_a_name(write: Write) -> None:
     service = by_name(found, "Service")["my-run-train"]["spec"]
     assert pod["subdomain"] == "my-run-train"
     assert (service["clusterIP"], service["publishNotReadyAddresses"]) == ("None", True)
+    policy = by_name(found, "NetworkPolicy")["my-run-train"]["spec"]
+    assert policy["ingress"] == [{"from": [{"podSelector": {"matchLabels": service["selector"]}}]}]
     assert service["selector"] == job["template"]["metadata"]["labels"]
     environment = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
     assert environment["MEET"] == "my-run-train-0.my-run-train"

@@ -29,7 +29,7 @@ case "$(basename "$0") $*" in
   "paceline train"* | "paceline produce"*)
     cat "$2" >"$NOTED.run"
     if [ -n "$WORKS" ]; then
-      trap 'exit 0' TERM
+      trap '[ -n "$STUBBORN" ] && STUBBORN= || exit 0' TERM
       echo $$ >"$NOTED.pid"
       echo begun
       while :; do read -r -t 1 <>"$NOTED.fifo"; done
@@ -140,6 +140,15 @@ def test_before_its_time_is_over_training_is_stopped_and_queued_again(write: Wri
     run_file = write(**ALONE)
     signalled(cluster, script(run_file))
     assert cluster.calls == [f"paceline train {run_file}", f"paceline stop {run_file}", "scontrol requeue 42"]
+
+
+def test_what_comes_to_no_safe_point_is_ended_in_time(
+    write: Write, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second signal ends it; else Slurm would end the job, and not queue it again."""
+    monkeypatch.setattr(slurm, "LATE_S", 1)
+    signalled(cluster, script(write(), producers=2), SLURM_ARRAY_TASK_ID="1", STUBBORN="yes")
+    assert cluster.calls[-1] == "scontrol requeue 42"
 
 
 def test_a_job_of_the_array_joins_with_a_folder_of_its_own(write: Write, cluster: Cluster) -> None:
