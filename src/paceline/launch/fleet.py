@@ -184,6 +184,18 @@ class Fleet:
                 next="set features.directory to a folder that all hosts mount.",
             )
         self._refuse_loopback(str(url or ""))
+        self.refuse_a_server_nearby()
+
+    def refuse_a_server_nearby(self) -> None:
+        """Raise ConfigError if each producer is to find the engine's server on its own host."""
+        url = getattr(self.config.engine, "url", None)
+        if url and _is_loopback(urlsplit(url).hostname or ""):
+            raise ConfigError(
+                f"engine.url {url} is an address of one host alone.",
+                why="A producer elsewhere looks for the server on its own host; nothing starts one there.",
+                next="set engine.managed: true, so that each producer starts a server, or name one that all "
+                "hosts reach.",
+            )
 
     def _refuse_loopback(self, url: str) -> None:
         parts = urlsplit(url)

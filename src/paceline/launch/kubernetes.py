@@ -400,6 +400,7 @@ def _name(fleet: Fleet) -> str:
 
 def _refuse(fleet: Fleet, volumes: Sequence[Volume]) -> None:
     """What lies outside of the volumes ends with its pod, or is not there."""
+    fleet.refuse_a_server_nearby()
     config = fleet.config
     needed = {"run.directory": config.run.directory, "evaluation.prompts": config.evaluation.prompts}
     if not is_of_hub(config.target):

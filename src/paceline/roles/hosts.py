@@ -67,8 +67,11 @@ def read_hosts(path: Path) -> HostsSection:
     """Raises ConfigError."""
     try:
         return HostsSection.model_validate(read_sections(path))
-    except ValidationError as error:
+    except (ConfigError, ValidationError) as error:
+        told = (
+            problems(error, HostsSection) if isinstance(error, ValidationError) else [error.what.rstrip(".")]
+        )
         raise ConfigError(
-            f"{path} describes no hosts: {'; '.join(problems(error, HostsSection))}.",
+            f"{path} describes no hosts: {'; '.join(told)}.",
             next="docs/at-scale.md has an example; mend the file and run the same command again.",
         ) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from paceline.config.run import RunConfig
 from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import ConfigError
+from paceline.features.settings import MEMORY
 from paceline.roles.at_scale import Crew, Limit, Work, budget_for, limits, marks_of
 from paceline.roles.cost_plan import Told, machine_with
 from paceline.roles.fit import SERVER_SHARE, budget
@@ -218,10 +219,13 @@ def _ranks(config: RunConfig, hosts: HostsSection) -> Iterator[Finding]:
 def _devices(
     config: RunConfig, hosts: HostsSection, shape: TargetShape, machine: Machine, trained: int | None
 ) -> Iterator[Finding]:
-    """Whether each host has the GPUs, and each GPU the memory."""
+    """Whether each host has the GPUs and the memory, and each GPU its own."""
     engine = config.engine
     of_a_producer = max(1, len(engine.devices)) if isinstance(engine, VllmSection) and engine.managed else 1
-    needed = {one.role: one.memory_bytes or 0 for one in processes_of(config, shape, machine, trained)}
+    processes = processes_of(config, shape, machine, trained)
+    needed = {one.role: one.memory_bytes or 0 for one in processes}
+    on_host = {one.role: one.memory_bytes or 0 for one in processes if one.device == "cpu"}
+    shared = config.features.budget_mib << 20 if config.features.directory.is_relative_to(MEMORY) else 0
     trains = needed["consumer"]
     captures = max(size for role, size in needed.items() if role != "consumer")
     for host in hosts.hosts:
@@ -230,6 +234,14 @@ def _devices(
             yield Finding(
                 f"Host {host.name} has {host.gpus} GPUs, and its producers and ranks take {wanted}.",
                 "Give it fewer producers or trainers.",
+                refuses=True,
+            )
+        taken = host.producers * on_host.get("producer", 0) + host.trainers * on_host.get("consumer", 0)
+        if host.memory_gib is not None and taken + shared > host.memory_gib * 2**30:
+            yield Finding(
+                f"Host {host.name} has {host.memory_gib:g} GiB of memory; weights, optimizer and features in "
+                f"memory take {(taken + shared) / 2**30:.1f} GiB.",
+                "Give it fewer producers or trainers, or lower features.budget_mib.",
                 refuses=True,
             )
         sheet = data_sheet(host.gpu) if host.gpu else None

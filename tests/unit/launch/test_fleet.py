@@ -24,6 +24,7 @@ from paceline.launch.fleet import Fleet, quoted
         ({"ledger": {"store": "redis", "url": "redis://[::1]:6379/0"}}, "address of one host alone"),
         ({"ledger": {"store": "redis", "url": "redis://127.0.0.2/0"}}, "address of one host alone"),
         ({"ledger": {"store": "redis", "url": "unix:///run/valkey.sock"}}, "address of one host alone"),
+        ({"engine": {"name": "vllm", "url": "http://127.0.0.1:8000"}}, "nothing starts one there"),
         ({"training": {"batch_size": 8, "micro_batch_size": 8}}, "16 ranks would divide"),
     ],
 )

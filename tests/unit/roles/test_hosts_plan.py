@@ -129,6 +129,18 @@ def test_gpus_are_counted_and_uneven_ranks_refused(model: Path, tmp_path: Path) 
     assert "1 and 3 ranks" in refused
 
 
+def test_what_is_not_in_the_hosts_memory_is_refused(model: Path, tmp_path: Path) -> None:
+    found = planned(tmp_path, model, {"hosts": [{**TRAINS, "memory_gib": 1e-4}, CAPTURES]})
+    refused = [finding.what for finding in found.findings if finding.refuses]
+    assert len(refused) == 1
+    assert "Host t has 0.0001 GiB of memory" in refused[0]
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="describes no hosts"):
+        read_hosts(tmp_path / "none.yaml")
+
+
 @pytest.mark.parametrize(
     ("hosts", "said"),
     [
