@@ -7,7 +7,7 @@ TRAINED ?= runs/smollm2-cpu
 SCALE ?= 1
 BIN := $(VENV)/bin
 
-.PHONY: help install model train evaluate test lint types layers reference check dist sbom docs bench quality test-vllm test-dashboard test-ray test-slurm gpu reliability clean
+.PHONY: help install model train evaluate test lint types layers reference check dist sbom docs bench quality test-vllm test-dashboard test-mooncake test-ray test-slurm gpu reliability clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -104,6 +104,15 @@ test-ray: install $(VENV)/.ray ## a Ray cluster of several hosts on this machine
 
 test-slurm: install ## a real Slurm on this host, in namespaces: jobs that are killed end in the same weights (root, Debian)
 	PYTHONPATH=. $(BIN)/python tests/slurm/check_slurm.py --record benchmarks/results/$(shell date -u +%F)-slurm.json
+
+$(VENV)/.mooncake: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt -e ".[mooncake]"
+	touch $@
+
+ALONE := unshare --map-root-user --net sh -c 'ip link set lo up && exec "$$@"' sh
+
+test-mooncake: install $(VENV)/.mooncake ## the store on a real Mooncake master (Debian: docs/operations.md), killed
+	PYTHONPATH=. $(ALONE) $(BIN)/python -m pytest -q tests/mooncake/check_client.py tests/mooncake/check_store.py tests/mooncake/check_run.py
 
 gpu: install ## three minutes on a CUDA device: everything a run does there, and where a step waits
 	$(BIN)/python scripts/gpu_check.py

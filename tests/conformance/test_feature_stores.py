@@ -12,10 +12,13 @@ from paceline.features.sample_files import key_of
 from paceline.features.store import FeatureStore
 from paceline.features.stores.directory import DirectoryFeatureStore
 from paceline.features.stores.files import FileFeatureStore
+from paceline.features.stores.mooncake.link import Link
+from paceline.features.stores.mooncake.store import MooncakeFeatureStore
 from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.features.stores.slots import HEADER_BYTES
 from paceline.testing.feature_store_suite import MIB, FeatureStoreSuite, assert_same, feature_ref, features
 from paceline.testing.memory_features import InMemoryFeatureStore
+from paceline.testing.mooncake_stand_in import ReplicateConfig, StandInClient, StandInMaster
 from paceline.types import SampleRef
 
 
@@ -111,3 +114,22 @@ class TestDirectoryFeatureStore(FeatureStoreSuite):
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
+
+
+class TestMooncakeFeatureStore(FeatureStoreSuite):
+    """On a stand-in that `make test-mooncake` holds to a real master, which it gives the same suite."""
+
+    @pytest.fixture(autouse=True)
+    def _master(self) -> None:
+        self.master, self.made = StandInMaster(), 0
+        self.link = Link(
+            StandInClient(self.master, "here", 64 * MIB), ReplicateConfig(with_hard_pin=True), "m:1"
+        )
+
+    def make(self, budget_bytes: int = 8 * MIB) -> FeatureStore:
+        self.made += 1
+        return MooncakeFeatureStore(self.link, f"run.{self.made}", budget_bytes=budget_bytes, owner=True)
+
+    def flip_bit(self, store: FeatureStore, ref: SampleRef) -> None:
+        [key] = [key for key in self.master.objects if key_of(ref.sample_id) in key]
+        self.master.objects[key].content[0] ^= 1

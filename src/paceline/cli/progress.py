@@ -92,6 +92,8 @@ def _prompts_text(p: PromptCounts) -> str:
 def _shared_text(s: RunSnapshot) -> str:
     """Where hosts share the features, by the path on the host that started the run."""
     lies: dict[str, Any] = s.ledger.facts.get(FEATURES_LIE) or {}
+    if "master" in lies:
+        return f", in memory at the Mooncake master {lies['master']}"
     return f", in {lies['folder']}, which hosts share" if "store" in lies else ""
 
 

@@ -146,6 +146,19 @@ def read(layout: Layout, description: bytes, payload: memoryview) -> tuple[dict[
     return tensors, digest.hexdigest()
 
 
+def views(layout: Layout, payload: memoryview) -> dict[str, torch.Tensor]:
+    """The tensors where they lie; they keep `payload` alive and change with it."""
+    return {place.name: typed(place, payload) for place in layout.places}
+
+
+def digest_of(layout: Layout, description: bytes, payload: memoryview) -> str:
+    """The digest of tensors that lie in `payload`."""
+    digest = xxhash.xxh3_128(description)
+    for place in layout.places:
+        digest.update(payload[place.offset : place.stop])
+    return digest.hexdigest()
+
+
 def _copy(source: memoryview, target: memoryview, digest: Any) -> None:
     """Copy and digest bytes of equal length. Slices of a memoryview cost half of those of an array."""
     for start in range(0, len(target), BLOCK_BYTES):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator
 
 from paceline.section import Count, Section
 from paceline.table import resolve
@@ -11,6 +13,7 @@ from paceline.table import resolve
 if TYPE_CHECKING:
     from paceline.features.store import FeatureStore
 
+SEGMENT_MIB_MIN = 16  # Mooncake takes no less
 MEMORY = Path("/dev/shm")  # noqa: S108 (shared memory is what it is for)
 
 
@@ -22,7 +25,8 @@ class FeaturesSection(Section):
     """
 
     component: ClassVar[str]  # "module:class", a FeatureStore with `of_run(section, folder, owner, writer)`
-    is_shared: ClassVar[bool] = False  # whether other hosts may reach `directory`, perhaps by another path
+    is_shared: ClassVar[bool] = False  # whether other hosts may reach the features
+    in_directory: ClassVar[bool] = True  # whether they lie in `directory`
     changeable: ClassVar[tuple[str, ...]] = ("directory", "budget_mib", "budget_samples")
     store: str
     directory: Path
@@ -33,6 +37,16 @@ class FeaturesSection(Section):
     def memory(self) -> Path:
         """Where files lie that only processes of this host exchange."""
         return self.directory
+
+    @property
+    def ends_with_producers(self) -> bool:
+        """Whether what a producer has stored is gone when its process has ended."""
+        return False
+
+    def host_mib(self, producers: int) -> int:
+        """How much memory of a host the features take, of so many producers on it."""
+        del producers
+        return self.budget_mib
 
     def build(self, folder: Path, *, owner: bool, writer: int = 0) -> FeatureStore:
         """The run's store in `folder`, which lies below `directory`; `owner`: for a producer, whose number is
@@ -63,3 +77,60 @@ class DirectorySection(FeaturesSection):
     @property
     def memory(self) -> Path:
         return MEMORY
+
+
+def _host_and_port(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16 or "/" in text:
+        raise ValueError("an address is host:port, such as 10.0.0.5:50051")
+    return text
+
+
+def _segment(mib: int) -> int:
+    if mib and mib < SEGMENT_MIB_MIN:
+        raise ValueError(f"Mooncake takes no memory of less than {SEGMENT_MIB_MIN} MiB (0 is none)")
+    return mib
+
+
+class MooncakeSection(FeaturesSection):
+    """An object for each sample in memory that processes of any host give to a Mooncake master.
+
+    `master`: host:port of a `mooncake_master`. `segment_mib`: the memory that each producer gives; None: the
+    budget and a quarter, so that the budget stays below the master's watermark (0.9) whichever producers die;
+    0: none, because `mooncake_client` processes give it. `host`: this host's name or address for the others;
+    None: the one from which the master is reached. `protocol`, `devices`: tcp, or rdma and its devices by
+    name. `metadata`: Mooncake's metadata server. `answers`: a folder that every host mounts, for the tokens
+    of answers; an engine that does not repeat its bits needs it on several hosts. `directory` holds what only
+    processes of this host exchange.
+    """
+
+    component: ClassVar[str] = "paceline.features.stores.mooncake:MooncakeFeatureStore"
+    is_shared: ClassVar[bool] = True
+    in_directory: ClassVar[bool] = False
+    changeable: ClassVar[tuple[str, ...]] = (
+        *FeaturesSection.changeable,
+        *("master", "segment_mib", "host", "protocol", "devices", "metadata", "answers"),
+    )
+    store: Literal["mooncake"] = "mooncake"
+    directory: Path = MEMORY
+    master: Annotated[str, AfterValidator(_host_and_port)]
+    segment_mib: Annotated[int, AfterValidator(_segment)] | None = None
+    host: str | None = None
+    protocol: Literal["tcp", "rdma"] = "tcp"
+    devices: str = ""
+    metadata: str = "P2PHANDSHAKE"
+    answers: Path | None = None
+
+    @property
+    def given_mib(self) -> int:
+        """The memory that each producer gives."""
+        if self.segment_mib is None:
+            return max(SEGMENT_MIB_MIN, self.budget_mib * 5 // 4)
+        return self.segment_mib
+
+    @property
+    def ends_with_producers(self) -> bool:
+        return self.given_mib > 0
+
+    def host_mib(self, producers: int) -> int:
+        return self.given_mib * producers

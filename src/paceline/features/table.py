@@ -10,5 +10,6 @@ STORES = Table(
     {
         "shm": "paceline.features.settings:SharedMemorySection",
         "directory": "paceline.features.settings:DirectorySection",
+        "mooncake": "paceline.features.settings:MooncakeSection",
     },
 )

@@ -286,7 +286,7 @@ def _is_orphan(ledger: AnyLedger, slot: Slot) -> bool:
 def _feature_folder(facts: dict[str, Any], directory: Path) -> Path | None:
     """The folder where the run keeps its features."""
     if lies := facts.get("features_lie"):
-        return Path(lies["folder"])
+        return None if "master" in lies else Path(lies["folder"])
     config = facts.get("config", {})
     if "features.directory" not in config or "run.name" not in config:
         return None

@@ -25,7 +25,7 @@ from paceline.ledger.facts import COMPLETED_STEP, FEATURES_LIE
 from paceline.ledger.locks import live_holder
 from paceline.ledger.place import Known
 from paceline.roles.feature_folder import remove_unused
-from paceline.roles.feature_place import PREFIX, STORE
+from paceline.roles.feature_place import MASTER, PREFIX, STORE
 from paceline.roles.snapshot import has_ledger, open_run
 from paceline.roles.workers import known_roles
 
@@ -113,6 +113,8 @@ def _judged_by_facts(folder: Path, run: str, facts: Mapping[str, Any]) -> tuple[
         if not here:
             return f"the store of {run} has no identity that can be read", False
         moved = lies[STORE] != here
+    elif MASTER in lies:  # the folder holds nothing but its owner's name, wherever it lies on a host
+        moved = Path(lies["folder"]).name != folder.name
     else:
         moved = bool(lies) and Path(lies["folder"]) != folder.absolute()
     if moved:

@@ -25,6 +25,7 @@ from paceline.errors import explained
 from paceline.ledger.settings import SqliteSection
 from paceline.roles.cost_plan import cost_plan
 from paceline.roles.examined import Examined, State
+from paceline.roles.examined_mooncake import the_mooncake_master_works
 from paceline.roles.examined_server import ports_can_be_opened, the_servers_program_starts
 from paceline.roles.machine import gpus_of_the_driver
 from paceline.roles.preflight import files_that_can_be_open
@@ -248,4 +249,5 @@ EXAMINATIONS: dict[str, Examination] = {
     "disk": the_disk_is_fast_enough,
     "ports": ports_can_be_opened,
     "server": the_servers_program_starts,
+    "features": the_mooncake_master_works,
 }

@@ -49,7 +49,7 @@ def folder_of(config: RunConfig, ledger: Ledger) -> Path:
     name = ledger.facts().get(FEATURES_NAME)
     if name is not None and name.startswith(usual.name) and not is_strangers(usual.with_name(name)):
         return usual.with_name(name)
-    if not is_strangers(usual):
+    if config.features.in_directory and not is_strangers(usual):
         return usual
     chosen = {FEATURES_NAME: f"{usual.name}-{secrets.token_hex(4)}"}
     if name is None:  # the other role may settle it at the same time
@@ -78,7 +78,13 @@ def take_folder(
             raise would_move(config, recorded, folder)
         if recorded is not None:
             _take_from_silent(config, ledger, recorded, tell, should_stop)
-            if config.features.is_shared and ledger.snapshot().committed:
+            if not config.features.in_directory:
+                if ledger.snapshot().committed:
+                    tell(
+                        "no live producer of this run is at the Mooncake master: what was captured and is "
+                        "not yet in a checkpoint is captured again, unless other processes hold it"
+                    )
+            elif config.features.is_shared and ledger.snapshot().committed:
                 tell(
                     f"the features of this run are not in {folder}: they were removed, features.directory "
                     "was changed, or the shared folder is not mounted here. A new store is made there, and "
@@ -190,14 +196,23 @@ def refuse_lost_place(config: RunConfig, ledger: Ledger, folder: Path) -> None:
     """
     facts = ledger.facts()
     recorded = facts.get(FEATURES_LIE)
-    if not config.features.is_shared or recorded is None or facts.get(COMPLETED_STEP) is not None:
+    if (
+        not (config.features.is_shared and config.features.in_directory)
+        or recorded is None
+        or facts.get(COMPLETED_STEP) is not None
+    ):
         return
     if not is_seen(config, folder, recorded):
         raise would_move(config, recorded, folder)
 
 
 def refuse_other_place(config: RunConfig, ledger: Ledger) -> None:
-    """Raise StoreError if this consumer looks for the features in another place than the producers'."""
+    """Raise StoreError if this consumer looks for the features in another place than the producers'.
+
+    At a Mooncake master nothing is there before a producer is: its store finds out when it reads.
+    """
+    if not config.features.in_directory:
+        return
     theirs, folder = ledger.facts().get(FEATURES_LIE), folder_of(config, ledger)
     if theirs is None or is_seen(config, folder, theirs):
         return

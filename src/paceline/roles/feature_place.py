@@ -4,10 +4,14 @@ In the memory of one host the place is a folder, its device and the host's boot.
 it is the store's identity, a file that the first start writes and that is recorded in the ledger: who finds
 another one, or none, has not mounted what the others have, and must not go on. Each host may have mounted it
 in a place of its own.
+
+In the memory that producers give to a Mooncake master the place is a name, which the first role chooses in
+the ledger, and the master that knows a live producer of that name.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
 import shlex
 import socket
@@ -18,16 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from paceline.config.run import RunConfig
-from paceline.errors import StoreError
+from paceline.errors import ConfigError, StoreError
 from paceline.features.ownership import Owner, make_private, make_store_id, store_id
+from paceline.features.settings import MooncakeSection
 from paceline.ledger.facts import FEATURES_NAME
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.place import known
 from paceline.mounts import look_anew
+from paceline.roles.question import ask
 from paceline.roles.workers import boot_id
 
 PREFIX = "paceline-"
-STORE = "store"  # of a recorded place: the identity of a store that hosts share
+STORE = "store"  # of a recorded place: the identity of a store in a folder that hosts share
+MASTER = "master"  # of a recorded place: the Mooncake master
 
 
 def is_on_several_hosts(config: RunConfig) -> bool:
@@ -44,16 +51,27 @@ def name_on_all_hosts(config: RunConfig, ledger: Ledger) -> str:
     return name
 
 
-def answers_place(config: RunConfig, features: Path, worker: str) -> tuple[Path, str]:
+def answers_place(
+    config: RunConfig, features: Path, worker: str, *, repeats_bits: bool = False
+) -> tuple[Path, str]:
     """The folder of the run's kept answers, and this process's name in it. Raises OSError, StoreError.
 
     A lost sample may be captured again by a producer of another host. So on several hosts they lie beside the
-    features, and the run's folder refers to them.
+    features, or in the folder that the run file names, and the run's folder refers to them. Without such a
+    folder each host keeps its own: an engine that repeats its bits writes the same answers anyway; another
+    one is refused by a ConfigError.
     """
     own = config.run.directory / "answers"
     if not is_on_several_hosts(config):
         return own, ""
-    shared = features.absolute().with_name(f"{features.name}-answers")
+    beside = features.absolute().parent
+    if isinstance(config.features, MooncakeSection):
+        if config.features.answers is None:
+            if not repeats_bits:
+                raise _nowhere_for_answers()
+            return own, ""
+        beside = config.features.answers.absolute()
+    shared = beside / f"{features.name}-answers"
     make_private(shared)
     if own.is_symlink() and own.readlink() != shared:
         before = {path.name for path in own.glob("*.answers")}
@@ -82,6 +100,8 @@ def place_now(config: RunConfig, folder: Path) -> dict[str, Any]:
     except OSError:
         device = 0
     place = {"folder": str(folder.absolute()), "device": device, "boot": boot_id()}
+    if isinstance(config.features, MooncakeSection):
+        return {**place, MASTER: config.features.master}
     if not config.features.is_shared:
         return place
     try:
@@ -95,7 +115,14 @@ def place_now(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 
 def is_seen(config: RunConfig, folder: Path, recorded: Mapping[str, Any]) -> bool:
-    """Whether this process sees the recorded place in its folder."""
+    """Whether this process sees the recorded place in its folder, or a live producer of it. Raises
+    StoreError."""
+    if isinstance(config.features, MooncakeSection):
+        if MASTER not in recorded or Path(recorded["folder"]).name != folder.name:
+            return False
+        question = json.dumps({"features": config.features.model_dump(mode="json"), "store": folder.name})
+        told = json.loads(ask("paceline.roles.mooncake_prober", question, "look at the Mooncake master"))
+        return bool(told["seen"])
     if not config.features.is_shared:
         return dict(recorded) == place_now(config, folder)
     if STORE not in recorded:
@@ -113,6 +140,14 @@ def would_move(config: RunConfig, recorded: Mapping[str, Any] | None, ours: Path
             next="once `paceline train` captures, run the same command again.",
         )
     theirs = recorded["folder"]
+    if isinstance(config.features, MooncakeSection):
+        return StoreError(
+            f"The Mooncake master at {config.features.master} knows no live producer of this run.",
+            why="The others store features at another master, or all of them are dead: the consumer might "
+            "not read what this producer stored. Nothing was changed.",
+            next=f"set features.master to that of the others (the start had {recorded.get(MASTER)}). If they "
+            "are dead, start the run first: `paceline train RUN.yaml`.",
+        )
     if config.features.is_shared:
         return StoreError(
             f"The features of this run lie in {theirs} on the host that started it, and the store in {ours} "
@@ -131,6 +166,14 @@ def would_move(config: RunConfig, recorded: Mapping[str, Any] | None, ours: Path
     )
 
 
+def _nowhere_for_answers() -> ConfigError:
+    return ConfigError(
+        "This engine does not repeat its bits, and the run's hosts have no folder for the tokens of answers.",
+        why="A sample that another host captures again could have another answer than the one before.",
+        next="set features.answers to a folder that every host mounts, in the same run file.",
+    )
+
+
 def _answers_left(before: Path, now: Path, count: int) -> StoreError:
     """features.directory was changed, and the answers are still where it was."""
     return StoreError(
@@ -144,6 +187,13 @@ def _answers_left(before: Path, now: Path, count: int) -> StoreError:
 
 def on_another_host(config: RunConfig, folder: str, host: object) -> StoreError:
     """Live producers store features where this start does not see them."""
+    if isinstance(config.features, MooncakeSection):
+        return StoreError(
+            f"A producer on host {host} is at work, and the Mooncake master at {config.features.master} does "
+            "not know it.",
+            why="The consumer could not read what both of them store. Nothing was changed.",
+            next="give both the same features.master, or stop that producer first.",
+        )
     if config.features.is_shared:
         return StoreError(
             f"A producer on host {host} is at work, and this host does not see its features in {folder}.",

@@ -135,11 +135,11 @@ def _gpu_memory(layout: Layout) -> Iterator[Finding]:
 def _host_memory(layout: Layout) -> Iterator[Finding]:
     there = layout.machine.memory_bytes
     on_host = [p.memory_bytes or 0 for p in layout.processes if p.device == "cpu"]
-    needed = sum(on_host) + (layout.plan.config.features.budget_mib << 20)
+    config = layout.plan.config
+    needed = sum(on_host) + (config.features.host_mib(config.machine.producers) << 20)
     if there and needed > there:
         yield Finding(
-            f"This machine has {_gib(there)} of memory; weights, optimizer and features.budget_mib take "
-            f"{_gib(needed)}.",
+            f"This machine has {_gib(there)} of memory; weights, optimizer and features take {_gib(needed)}.",
             "Lower features.budget_mib or machine.producers, or choose a smaller target.",
             refuses=True,
         )

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from paceline.config.run import RunConfig
 from paceline.engines.served.settings import ServedSection
@@ -19,11 +21,13 @@ from paceline.errors import ConfigError
 from paceline.exports.drafted_methods import TAKEN
 from paceline.exports.drafted_targets import RELEASES, SAYS, architectures_of, refusals, refused_class
 from paceline.features.ownership import bytes_of
+from paceline.features.settings import MooncakeSection
 from paceline.roles.plan import RunPlan
 from paceline.target.folder import read_config
 
 KNOWN = {method for taken in TAKEN.values() for method in taken}  # another package may export its own
 STATES_MAX, STATE_BYTES = 8, 4  # of each token: more layers than a method asks for, in float32
+MASTER_S = 3.0
 OPEN_FILES_MIN = 256  # for the ledger, locks, checkpoints, and the files of libraries
 
 
@@ -72,6 +76,8 @@ def an_early_stop_is_measured(plan: RunPlan) -> Iterator[Finding]:
 def the_features_find_room(plan: RunPlan) -> Iterator[Finding]:
     """Compare the budget with the space: a container's /dev/shm has 64 MiB by default."""
     features = plan.config.features
+    if not features.in_directory:
+        return
     try:
         space = os.statvfs(features.directory)
     except OSError as error:
@@ -103,6 +109,28 @@ def the_features_find_room(plan: RunPlan) -> Iterator[Finding]:
             f"{features.directory} has room for {room >> 20} MiB, and features.budget_mib is "
             f"{features.budget_mib}: the producer will stop when it is full.",
             f"{other} {max(1, room >> 20)}.",
+        )
+
+
+def the_mooncake_master_answers(plan: RunPlan) -> Iterator[Finding]:
+    """Connect to the master, and look for Mooncake's package."""
+    features = plan.config.features
+    if not isinstance(features, MooncakeSection):
+        return
+    if find_spec("mooncake") is None:
+        yield Finding(
+            "Mooncake is not installed, and features.store is mooncake.",
+            "pip install 'paceline[mooncake]'; docs/operations.md has the rest.",
+            refuses=True,
+        )
+    host, _, port = features.master.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=MASTER_S).close()
+    except OSError as error:
+        yield Finding(
+            f"No Mooncake master takes connections at {features.master} ({error.strerror or error}).",
+            f"Start one there: `mooncake_master --rpc_port={port}`; or correct features.master.",
+            refuses=True,
         )
 
 
@@ -141,7 +169,7 @@ def states_on_their_way_find_room(plan: RunPlan) -> Iterator[Finding]:
     if not isinstance(engine, ServedSection) or not (engine.directory or isinstance(engine, VllmSection)):
         return
     place = engine.directory or features.memory
-    budget = features.budget_mib << 20 if place == features.directory else 0
+    budget = features.budget_mib << 20 if features.in_directory and place == features.directory else 0
     needed = _bytes_on_their_way(plan.config, engine)
     try:
         space = os.statvfs(place)
@@ -206,6 +234,7 @@ def _bytes_on_their_way(config: RunConfig, engine: ServedSection) -> int:
 CHECKS: list[Check] = [
     an_early_stop_is_measured,
     the_features_find_room,
+    the_mooncake_master_answers,
     enough_files_can_be_open,
     a_server_can_be_started,
     states_on_their_way_find_room,
@@ -219,6 +248,7 @@ CHECKS: list[Check] = [
 ON_THIS_MACHINE: frozenset[Check] = frozenset(
     [
         the_features_find_room,
+        the_mooncake_master_answers,
         enough_files_can_be_open,
         a_server_can_be_started,
         states_on_their_way_find_room,

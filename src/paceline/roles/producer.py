@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from paceline.capture.backpressure import WAIT_S
 from paceline.capture.settings import CaptureSettings
 from paceline.config.run import RunConfig
 from paceline.data.source import Stretch
@@ -81,9 +82,10 @@ def produce(
                 _note_held_out(plan, engine, events)
             refuse_lost_place(config, ledger, folder)
             features = config.features.build(folder, owner=True, writer=int(worker))
-            answers = answers_place(config, folder, worker)
+            answers = answers_place(config, folder, worker, repeats_bits=facts.repeats_bits)
             drive_producer = _producer(plan, stretches, ledger, features, engine, events, worker, answers)
-            _capture_all(ledger, features, drive_producer, should_stop)
+            stays = config.features.ends_with_producers
+            _capture_all(ledger, features, drive_producer, should_stop, stays=stays)
         except ServerUnavailableError:
             if not should_stop():  # the stop ended the wait for the server
                 raise
@@ -140,12 +142,25 @@ def _capture_all(
     features: FeatureStore,
     drive_producer: DriveProducer,
     should_stop: Callable[[], bool],
+    *,
+    stays: bool,
 ) -> None:
+    """`stays`: this process holds what it has captured, so it waits until the run is complete."""
+
     def is_complete() -> bool:
         return ledger.facts().get(COMPLETED_STEP) is not None
 
+    def is_over() -> bool:
+        return should_stop() or is_complete()
+
     try:
-        drive_producer(should_stop=lambda: should_stop() or is_complete())
+        drive_producer(should_stop=is_over)
+        while stays and not is_over():
+            mark, now = ledger.lsn(), ledger.snapshot()
+            if now.prompts.open or not now.closed:
+                drive_producer(should_stop=is_over)  # a sample was lost
+            else:
+                ledger.wait(mark, WAIT_S)
     except StoreError:
         # The consumer reached its last step and has freed the memory that this producer uses.
         if not is_complete():

@@ -33,6 +33,7 @@ from paceline.features.stores.refusals import (
     missing,
     no_disk,
     over_budget,
+    reader_may_not,
     replaced,
     stale,
     unmounted,
@@ -261,11 +262,7 @@ class DirectoryFeatureStore:
 
     def _refuse_reader(self, verb: str) -> None:
         if not self._owner:
-            raise StoreError(
-                f"This process may not {verb} in {self._folder}: it opened the store as a reader.",
-                why="Only who is given generations by the ledger writes; a reader is none.",
-                next=f"{verb} in a producer, which opens the store with owner=True.",
-            )
+            raise reader_may_not(verb, self._folder)
 
 
 def _keys(layout: codec.Layout, generation: int) -> dict[str, str]:

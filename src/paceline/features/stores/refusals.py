@@ -105,9 +105,17 @@ def no_disk(directory: Path, size: int, error: OSError, waited_s: float) -> Stor
     )
 
 
-def over_budget(sample_id: str, size: int, directory: Path, budget_bytes: int) -> StoreFullError:
+def over_budget(sample_id: str, size: int, where: Path | str, budget_bytes: int) -> StoreFullError:
     return StoreFullError(
-        f"Sample {sample_id!r} of {size} bytes does not fit in {directory}, which may hold {budget_bytes}.",
+        f"Sample {sample_id!r} of {size} bytes does not fit in {where}, which may hold {budget_bytes}.",
         why="A sample's bytes stay until a durable checkpoint covers it.",
         next="raise features.budget_mib, or lower checkpoint.interval_steps.",
+    )
+
+
+def reader_may_not(verb: str, where: Path | str) -> StoreError:
+    return StoreError(
+        f"This process may not {verb} in {where}: it opened the store as a reader.",
+        why="Only who is given generations by the ledger writes; a reader is none.",
+        next=f"{verb} in a producer, which opens the store with owner=True.",
     )
