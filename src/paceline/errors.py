@@ -69,6 +69,10 @@ class FeatureStoreElsewhereError(FeatureMissingError):
     """The features lie in another store than the one here."""
 
 
+class FeatureForgottenError(FeatureMissingError):
+    """The store, which is a cache, has lost sealed bytes; no sample is to blame."""
+
+
 class FeatureCorruptError(StoreError):
     """Sealed bytes do not match their digest."""
 

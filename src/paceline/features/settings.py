@@ -39,6 +39,11 @@ class FeaturesSection(Section):
         return self.directory
 
     @property
+    def where(self) -> str:
+        """The place, for people."""
+        return str(self.directory)
+
+    @property
     def ends_with_producers(self) -> bool:
         """Whether what a producer has stored is gone when its process has ended."""
         return False
@@ -127,6 +132,11 @@ class MooncakeSection(FeaturesSection):
         if self.segment_mib is None:
             return max(SEGMENT_MIB_MIN, self.budget_mib * 5 // 4)
         return self.segment_mib
+
+    @property
+    def where(self) -> str:
+        given = f"{self.given_mib} MiB of each producer" if self.given_mib else "memory of others"
+        return f"{given} at the master {self.master}"
 
     @property
     def ends_with_producers(self) -> bool:

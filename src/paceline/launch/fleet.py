@@ -102,9 +102,10 @@ class Fleet:
 
     def _needs(self, processors: int, gpus: int) -> Needs:
         features = self.config.features
-        budget = features.budget_mib if features.directory.is_relative_to(MEMORY) else 0
-        shm = budget + WRITERS_MIB
-        return Needs(processors, gpus, (self.memory_gib << 10) + shm, shm)
+        in_memory = features.in_directory and features.directory.is_relative_to(MEMORY)
+        shm = (features.budget_mib if in_memory else 0) + WRITERS_MIB
+        given = 0 if features.in_directory else features.host_mib(self.config.machine.producers)
+        return Needs(processors, gpus, (self.memory_gib << 10) + shm + given, shm)
 
     def _engine_devices(self) -> list[str]:
         engine = self.config.engine
@@ -145,13 +146,18 @@ class Fleet:
                 f"the ledger is a file in {self.config.run.directory}, on a local disk: the job goes "
                 "on only on the host that has it. With ledger.store: redis it goes on on any host"
             )
-        elif not self.is_wide and isinstance(self.config.features, SharedMemorySection):
+        elif not self.is_wide and not self._outlives_a_host():
             yield "a job that goes on on another host captures again what was not yet in a checkpoint"
         if self.hosts > 1:
             yield (
                 "torchrun, gloo and NCCL open ports without passwords on the network of the hosts that "
                 "train: use one that you trust (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
             )
+
+    def _outlives_a_host(self) -> bool:
+        """Whether what was captured is there for a job that goes on on another host."""
+        features = self.config.features
+        return not (isinstance(features, SharedMemorySection) or features.ends_with_producers)
 
     def _refuse(self) -> None:
         config = self.config
@@ -177,7 +183,7 @@ class Fleet:
                 why="A host cannot read the memory of another one. Nothing was written.",
                 next="set features: {store: directory, directory: /a/folder/that/all/hosts/mount}.",
             )
-        if config.features.directory.is_relative_to(MEMORY):
+        if config.features.in_directory and config.features.directory.is_relative_to(MEMORY):
             raise ConfigError(
                 f"features.directory {config.features.directory} lies in the memory of each host.",
                 why="The run is to use several hosts, and they would see different folders.",

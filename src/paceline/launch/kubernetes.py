@@ -405,7 +405,7 @@ def _refuse(fleet: Fleet, volumes: Sequence[Volume]) -> None:
     needed = {"run.directory": config.run.directory, "evaluation.prompts": config.evaluation.prompts}
     if not is_of_hub(config.target):
         needed["target.model"] = config.target.model
-    if config.features.is_shared:
+    if config.features.is_shared and config.features.in_directory:
         needed["features.directory"] = config.features.directory
     read = [config.data.other_run, *(source.path for source in config.data.sources)]
     needed |= {f"data source {number}": path for number, path in enumerate(filter(None, read))}

@@ -148,5 +148,5 @@ def connected(address: str) -> Iterator[Cluster]:
 def _paths(config: RunConfig) -> list[str]:
     """Files and folders that the run file names: what one node has, every node needs."""
     named = [config.evaluation.prompts, *(source.path for source in config.data.sources or ())]
-    shared = [config.features.directory] if config.features.is_shared else []
+    shared = [config.features.directory] if config.features.is_shared and config.features.in_directory else []
     return [str(path) for path in [config.target.model, *named, *shared, *config.method.folders]]

@@ -194,7 +194,7 @@ def _features(plan: RunPlan, sizes: SampleSizes, time: Time) -> FeaturesTold:
         traffic = moved / time.total_s / 2**20
     return FeaturesTold(
         store=features.store,
-        directory=str(features.directory),
+        directory=features.where,
         traffic_mib_per_s=traffic,
         network_mib_per_s=0.0 if isinstance(features, SharedMemorySection) else traffic,
     )

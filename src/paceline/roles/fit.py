@@ -169,6 +169,8 @@ def _disk(layout: Layout) -> Iterator[Finding]:
 def _one_disk(layout: Layout) -> Iterator[Finding]:
     """Add up what the run's directory and the features take where one filesystem has both."""
     config, disk = layout.plan.config, layout.disk
+    if not config.features.in_directory:
+        return
     places = [standing(path) for path in (config.run.directory, config.features.directory)]
     if disk.total_bytes is None or disk.free_bytes is None or len({p.stat().st_dev for p in places}) > 1:
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from paceline.errors import FeatureStoreElsewhereError, StoreError
+from paceline.errors import FeatureForgottenError, FeatureStoreElsewhereError, StoreError
 from paceline.loader.lengths import QuarantinedError, StoppedError
 from paceline.loader.loader import StepLoader
 from paceline.loader.planned import PlannedStep
@@ -19,6 +19,7 @@ from paceline.training.worker import FIRST_WEIGHTS
 from paceline.types import SampleRef
 
 RECAPTURES_MAX = 5  # of one sample in one step; then it is quarantined
+FORGOTTEN_MAX = 30  # captures of one sample that a cache has lost; then the place is at fault
 ELSEWHERE_MAX = 2  # refs of one sample that name another store; a store may be lost during the wait
 
 
@@ -69,7 +70,10 @@ class Fetching:
                 tries[sample_id] += 1
                 if isinstance(why, FeatureStoreElsewhereError) and tries[sample_id] > ELSEWHERE_MAX:
                     raise _looks_elsewhere(current[sample_id], why)
-                if tries[sample_id] > RECAPTURES_MAX:
+                if isinstance(why, FeatureForgottenError):  # it says nothing of the sample
+                    if tries[sample_id] > FORGOTTEN_MAX:
+                        raise why
+                elif tries[sample_id] > RECAPTURES_MAX:
                     self._quarantine_unreadable(sample_id, why)
                 current[sample_id] = self._loader.captured_again(current[sample_id], why.what)
         return current

@@ -31,7 +31,9 @@ from paceline.roles.preflight import (
 
 
 def plan_with(directory: Path, budget_mib: int, folder: Path) -> Any:
-    features = SimpleNamespace(directory=directory, memory=directory, budget_mib=budget_mib, is_shared=False)
+    features = SimpleNamespace(
+        directory=directory, memory=directory, budget_mib=budget_mib, is_shared=False, in_directory=True
+    )
     return SimpleNamespace(config=SimpleNamespace(features=features, feature_folder=folder))
 
 

@@ -11,12 +11,13 @@ import torch
 
 from paceline import SQLiteMetadataStore
 from paceline.engines.engine import Captured, CaptureRequest
-from paceline.errors import EngineError, FeatureCorruptError
+from paceline.errors import EngineError, FeatureCorruptError, FeatureForgottenError
 from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.testing.memory_features import InMemoryFeatureStore
 from paceline.testing.small_run import SmallRun, same_bits, weights
 from paceline.testing.synthetic import SyntheticEngine
+from paceline.training.fetching import RECAPTURES_MAX
 from paceline.types import Feature, SampleRef
 
 ALL = [f"small:{n}" for n in range(14)]
@@ -234,3 +235,35 @@ def test_a_sample_that_is_damaged_every_time_is_quarantined(
     store = SQLiteMetadataStore(run.db)
     assert "never readable" in store.quarantined()["small:5"]
     assert acked(run) == set(ALL) - {"small:5"}
+
+
+class ForgetfulStore(InMemoryFeatureStore):
+    """A cache that has lost one sample each of the first times when it is read."""
+
+    def __init__(self, budget_bytes: int, losses: int) -> None:
+        super().__init__(budget_bytes)
+        self.losses = losses
+
+    def get(self, ref: SampleRef) -> dict[str, Any]:
+        if ref.sample_id == "small:5" and self.losses:
+            self.losses -= 1
+            raise FeatureForgottenError("The bytes of small:5 were lost.", next="capture them again.")
+        return super().get(ref)
+
+
+@pytest.mark.parametrize(("losses", "ends"), [(3 * RECAPTURES_MAX, True), (1000, False)])
+def test_a_sample_that_a_cache_loses_again_and_again_is_not_to_blame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: int, ends: bool
+) -> None:
+    """It is captured again more often than one that is damaged; then the place's error ends the consumer."""
+    run = SmallRun(tmp_path, features=ForgetfulStore(8 << 20, losses))
+    run.producer()[1]()
+    trainer, loader = run.consumer()
+    monkeypatch.setattr(trainer.coordinator, "relieve_pressure", lambda: run.producer()[1]())
+    if ends:
+        trainer.fit(loader)
+        assert acked(run) == set(ALL)
+    else:
+        with pytest.raises(FeatureForgottenError):
+            trainer.fit(loader)
+    assert SQLiteMetadataStore(run.db).quarantined() == {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from paceline.errors import ConfigError, StoreError, StoreFullError
+from paceline.errors import ConfigError, FeatureForgottenError, StoreError, StoreFullError
+from paceline.types import SampleRef
 
 PACKAGE = "mooncake-transfer-engine-non-cuda"
 LIBRARIES = "libibverbs1 librdmacm1 ibverbs-providers libnuma1"
@@ -77,6 +78,15 @@ def not_this_master(master: str, sample_id: str, tries: int) -> StoreError:
         why="The producers store them at another master, so each sample would be lost again and again. "
         "Nothing was trained on it.",
         next="give all roles of the run the same features.master, and run the same command again.",
+    )
+
+
+def forgotten(ref: SampleRef, key: str, code: int) -> FeatureForgottenError:
+    return FeatureForgottenError(
+        f"There are no features of {ref.sample_id!r} in {ref.feature_store_uri}: Mooncake has no object "
+        f"{key} that can be read (code {code}).",
+        why="The master was started again, the producer that gave the memory has ended, or they were freed.",
+        next="report it lost; `paceline produce RUN.yaml` captures it again.",
     )
 
 

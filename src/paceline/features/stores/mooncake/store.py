@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,15 @@ from paceline.features.sample_files import key_of
 from paceline.features.settings import MooncakeSection
 from paceline.features.store import Sealed, Usage, Written
 from paceline.features.stores.mooncake.link import MARK, Link, connect
-from paceline.features.stores.mooncake.refusals import not_this_master
+from paceline.features.stores.mooncake.refusals import forgotten, not_this_master
 from paceline.features.stores.mooncake.staging import Buffer, Staging
-from paceline.features.stores.refusals import corrupt, elsewhere, missing, over_budget, reader_may_not, stale
+from paceline.features.stores.refusals import corrupt, elsewhere, over_budget, reader_may_not, stale
 from paceline.types import SampleRef
 
 OWN_MAX = 4096  # samples of which a writer remembers what it sealed
 MARK_BYTES = 64
 TELL_S = 1.0  # between two looks whether the master knows this producer
+IN_FLIGHT = 4  # samples that `get_many` asks for at a time
 BLIND_MAX = 3  # captures of one sample that a reader misses at a master without a producer
 
 Sample = dict[str, Any]
@@ -185,23 +187,38 @@ class MooncakeFeatureStore:
         *,
         copies: bool,
     ) -> None:
-        sizes = [_object_bytes(layout) for _, layout, _ in wanted]
-        keys = [key for _, _, key in wanted]
-        codes = self._link.get(keys, [buffer.address + start for start in starts], sizes) if keys else []
-        for (number, layout, key), start, size, code in zip(wanted, starts, sizes, codes, strict=True):
-            ref, payload = refs[number], buffer.content[start : start + size]
-            description = codec.describe(ref.sample_id, layout)
-            try:
-                self._refuse_miss(ref, key, size, code)
-                if copies:
-                    tensors, digest = codec.read(layout, description, payload)
-                else:
-                    tensors = codec.views(layout, payload)
-                    digest = codec.digest_of(layout, description, payload)
-                _refuse_other_bytes(ref, digest)
-                found[number] = tensors
-            except (FeatureMissingError, FeatureCorruptError) as error:
-                found[number] = error
+        def fetch(part: slice) -> list[int]:
+            """The codes of these; all are on their way at the same time."""
+            some = wanted[part]
+            addresses = [buffer.address + start for start in starts[part]]
+            return self._link.get(
+                [one[2] for one in some], addresses, [_object_bytes(one[1]) for one in some]
+            )
+
+        parts = [slice(at, at + IN_FLIGHT) for at in range(0, len(wanted), IN_FLIGHT)]
+        with ThreadPoolExecutor(1, thread_name_prefix="paceline-mooncake") as ahead:
+            coming = [ahead.submit(fetch, part) for part in parts]  # while the ones before are digested
+            for part, codes in zip(parts, coming, strict=True):
+                for one, start, code in zip(wanted[part], starts[part], codes.result(), strict=True):
+                    payload = buffer.content[start : start + _object_bytes(one[1])]
+                    found[one[0]] = self._verified(refs[one[0]], one[1], one[2], payload, code, copies=copies)
+
+    def _verified(
+        self, ref: SampleRef, layout: codec.Layout, key: str, payload: memoryview, code: int, *, copies: bool
+    ) -> Sample | Miss:
+        """The sample in `payload`, if it is what the ref says."""
+        description = codec.describe(ref.sample_id, layout)
+        try:
+            self._refuse_miss(ref, key, len(payload), code)
+            if copies:
+                tensors, digest = codec.read(layout, description, payload)
+            else:
+                tensors = codec.views(layout, payload)
+                digest = codec.digest_of(layout, description, payload)
+            _refuse_other_bytes(ref, digest)
+        except (FeatureMissingError, FeatureCorruptError) as error:
+            return error
+        return tensors
 
     def _checked(self, ref: SampleRef) -> tuple[codec.Layout, str]:
         """The ref's layout and the object's key. Raises FeatureMissingError, FeatureCorruptError."""
@@ -220,7 +237,7 @@ class MooncakeFeatureStore:
             raise corrupt(ref, f"the object has {code} bytes instead of {size}")
         else:
             self._look_for_producers(ref, key)
-            raise missing(ref, f"Mooncake has no object {key} that can be read (code {code})")
+            raise forgotten(ref, key, code)
 
     def _look_for_producers(self, ref: SampleRef, key: str) -> None:
         """Raise StoreError if the sample was captured often enough, and always at another master."""
