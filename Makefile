@@ -113,6 +113,7 @@ ALONE := unshare --map-root-user --net sh -c 'ip link set lo up && exec "$$@"' s
 
 test-mooncake: install $(VENV)/.mooncake ## the store on a real Mooncake master (Debian: docs/operations.md), killed
 	PYTHONPATH=. $(ALONE) $(BIN)/python -m pytest -q tests/mooncake/check_client.py tests/mooncake/check_store.py tests/mooncake/check_run.py
+	PYTHONPATH=. $(ALONE) $(BIN)/python -m benchmarks.between_hosts --mooncake
 
 gpu: install ## three minutes on a CUDA device: everything a run does there, and where a step waits
 	$(BIN)/python scripts/gpu_check.py

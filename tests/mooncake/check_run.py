@@ -68,7 +68,11 @@ def ended(run: TinyRun, train: Begun) -> str:
 
 
 def test_the_master_and_a_producer_are_killed_in_a_run(
-    tiny_model: Path, tmp_path: Path, master: MooncakeMaster, wanted: dict[str, torch.Tensor]
+    tiny_model: Path,
+    tmp_path: Path,
+    master: MooncakeMaster,
+    wanted: dict[str, torch.Tensor],
+    kills: Counter[str],
 ) -> None:
     """The restarted master knows no object, and the producer's objects die with it: they come again."""
     run = made(tmp_path / "run", tiny_model, master)
@@ -83,31 +87,37 @@ def test_the_master_and_a_producer_are_killed_in_a_run(
         ended(run, train)
     random_kills.check(run, wanted)
     assert told(run, "waiting_for_recapture") > 0, "samples were lost, or the kills came too late"
+    kills.update(["master", "producer"])
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_anybody_is_killed_at_random_times(
-    seed: int, tiny_model: Path, tmp_path: Path, master: MooncakeMaster, wanted: dict[str, torch.Tensor]
+    seed: int,
+    tiny_model: Path,
+    tmp_path: Path,
+    master: MooncakeMaster,
+    wanted: dict[str, torch.Tensor],
+    kills: Counter[str],
 ) -> None:
     """The master among them, which comes back a little later."""
     run, rng, counts = made(tmp_path / "run", tiny_model, master), random.Random(seed), Counter[str]()
-    kills = 5
+    left = 5
     while True:
         with run.start("train") as train:
             while True:
                 try:
-                    out, err = train.communicate(timeout=rng.uniform(1.0, 12.0) if kills else 900)
+                    out, err = train.communicate(timeout=rng.uniform(1.0, 12.0) if left else 900)
                     break
                 except subprocess.TimeoutExpired:
                     victim = rng.choice(["master", "master", "producer", "consumer", "everything"])
                     struck = strike(run, train, master, victim, rng)
-                    kills -= struck
+                    left -= struck
                     counts[victim] += struck
         if train.returncode == 0:
             break
         assert train.returncode == -signal.SIGKILL, f"{counts}: {out[-3000:]}{err[-3000:]}"
-    print(dict(counts))  # noqa: T201 (for the record)
     random_kills.check(run, wanted)
+    kills.update(counts)
 
 
 def strike(run: TinyRun, train: Begun, master: MooncakeMaster, victim: str, rng: random.Random) -> bool:
