@@ -49,7 +49,12 @@ Written = tuple[str, int]
 
 
 class FeatureStore(Protocol):
-    """Tensors by sample id. Adapters: stores/shm.py, stores/directory.py, testing/memory_features.py."""
+    """Tensors by sample id. Adapters: stores/shm.py, stores/directory.py, stores/mooncake,
+    testing/memory_features.py.
+
+    A store that has several samples on their way at a time may also have `get_many(refs)`: of each ref its
+    tensors, or the error that `get` would raise. The trainer then reads a step ahead by one call.
+    """
 
     def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:
         """Copy the tensors in and seal them. Raises StoreFullError, and then holds nothing new.

@@ -71,7 +71,7 @@ class Worker:
     def __init__(self, learner: Learner, features: FeatureStore, executor: Executor | None = None) -> None:
         """`executor`: reads the next step's features while the current one trains; None: no read-ahead."""
         self.learner = learner
-        self._ahead = ReadAhead(features.get, executor)
+        self._ahead = ReadAhead(features.get, executor, getattr(features, "get_many", None))
         self._held: dict[str, tuple[SampleRef, Sample]] = {}
         self._trained_well: list[Sample] = []
 

@@ -21,7 +21,7 @@ from paceline.features.settings import MooncakeSection
 from paceline.features.stores.mooncake import link as link_module
 from paceline.features.stores.mooncake.link import Link, own_address, refusal_of
 from paceline.features.stores.mooncake.refusals import no_client, no_package
-from paceline.features.stores.mooncake.store import BLIND_MAX, MooncakeFeatureStore
+from paceline.features.stores.mooncake.store import BLIND_MAX, IN_FLIGHT, MooncakeFeatureStore
 from paceline.testing.feature_store_suite import MIB, assert_same, bulk, feature_ref, features
 from paceline.testing.mooncake_stand_in import ReplicateConfig, StandInClient, StandInMaster
 from paceline.types import SampleRef
@@ -293,9 +293,9 @@ def test_a_half_written_object_of_a_dead_producer_gives_way(hosts: Hosts) -> Non
 
 
 def test_many_samples_are_read_into_memory_of_the_callers(hosts: Hosts) -> None:
-    """One call to Mooncake; nothing is copied, and the next call takes the memory again."""
+    """Some at a time; nothing is copied, and the next call takes the memory again."""
     writer, reader = hosts.writer(), hosts.reader()
-    refs = [put(writer, number, number + 1) for number in range(4)]
+    refs = [put(writer, number, number + 1) for number in range(2 * IN_FLIGHT + 1)]
     into = reader.buffer(MIB)
     found = reader.get_many(refs, into=into)
     for number, sample in enumerate(found):
@@ -308,6 +308,9 @@ def test_many_samples_are_read_into_memory_of_the_callers(hosts: Hosts) -> None:
     assert not torch.equal(first["last_hidden_states"], features(0)["last_hidden_states"])
     with pytest.raises(ValueError, match="do not fit into 64"):
         reader.get_many(refs, into=reader.buffer(64))
+    for number, sample in enumerate(reader.get_many(refs)):
+        assert isinstance(sample, dict)
+        assert_same(sample, features(number))
     assert reader.get_many([]) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from paceline.errors import FeatureMissingError
+from paceline.errors import FeatureMissingError, StoreError
 from paceline.loader.read_ahead import ReadAhead
 from paceline.testing.light_run import LightRun, RunShape, build_consumer, head_of, uninterrupted
 from paceline.testing.samples import sample_ref
@@ -87,3 +88,20 @@ def test_a_loader_that_reads_ahead_trains_the_same_steps(tmp_path: Path, passes:
     assert set(planned_at) == {0}
     assert head_of(ledger, run.checkpoints) == uninterrupted(shape, tmp_path / "undisturbed")
     ledger.close()
+
+
+def test_samples_that_the_store_reads_together_are_read_by_one_call() -> None:
+    """One that could not be read is looked for again, alone."""
+    reader, calls = Reader(), list[list[SampleRef]]()
+
+    def read_many(refs: Sequence[SampleRef]) -> list[dict[str, Any] | StoreError]:
+        calls.append(list(refs))
+        return [FeatureMissingError("s1 is gone.") if ref == REFS[1] else {"of": ref} for ref in refs]
+
+    with ThreadPoolExecutor(1) as executor:
+        ahead = ReadAhead(reader, executor, read_many)
+        ahead.start(REFS[:3])
+        assert [ahead.get(ref)["of"] for ref in REFS] == REFS
+        ahead.start([])
+    assert calls == [REFS[:3]]
+    assert reader.read == [REFS[1].sample_id, REFS[3].sample_id]

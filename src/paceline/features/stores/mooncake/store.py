@@ -16,7 +16,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,28 @@ BLIND_MAX = 3  # captures of one sample that a reader misses at a master without
 
 Sample = dict[str, Any]
 Miss = FeatureMissingError | FeatureCorruptError
+
+
+_Place = tuple[int, memoryview]  # an address, and the bytes there
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The ref in this place of a call, and its object."""
+
+    number: int
+    ref: SampleRef
+    layout: codec.Layout
+    key: str
+
+    @property
+    def num_bytes(self) -> int:
+        return _object_bytes(self.layout)
+
+    @property
+    def room(self) -> int:
+        """Bytes of its place in a buffer."""
+        return -(-self.num_bytes // codec.ALIGNMENT_BYTES) * codec.ALIGNMENT_BYTES
 
 
 class MooncakeFeatureStore:
@@ -152,70 +175,55 @@ class MooncakeFeatureStore:
         return Buffer(self._link, num_bytes)
 
     def get_many(self, refs: Sequence[SampleRef], *, into: Buffer | None = None) -> list[Sample | Miss]:
-        """The samples, all on their way at the same time; in the place of one that cannot be read, why.
+        """The samples, some of them on their way at a time; in the place of one that cannot be read, why.
 
         `into`: they lie in this memory, one after another, until it is used again, and nothing is copied;
         None: each has memory of its own. Raises ValueError if they do not fit in.
         """
-        found: list[Sample | Miss | None] = [None] * len(refs)
-        wanted: list[tuple[int, codec.Layout, str]] = []
+        found: dict[int, Sample | Miss] = {}
+        wanted: list[_Wanted] = []
         for number, ref in enumerate(refs):
             try:
-                wanted.append((number, *self._checked(ref)))
+                wanted.append(_Wanted(number, ref, *self._checked(ref)))
             except (FeatureMissingError, FeatureCorruptError) as error:
                 found[number] = error
-        starts, end = [], 0
-        for _, layout, _ in wanted:
-            starts.append(end)
-            end += -(-_object_bytes(layout) // codec.ALIGNMENT_BYTES) * codec.ALIGNMENT_BYTES
-        if into is None:
-            with self._staging.borrow(max(1, end)) as buffer:
-                self._read(refs, wanted, starts, buffer, found, copies=True)
-        elif end > into.num_bytes:
+        if into is not None and (end := sum(one.room for one in wanted)) > into.num_bytes:
             raise ValueError(f"{len(refs)} samples of {end} bytes do not fit into {into.num_bytes}")
-        else:
-            self._read(refs, wanted, starts, into, found, copies=False)
-        return [one for one in found if one is not None]
+        parts = [wanted[at : at + IN_FLIGHT] for at in range(0, len(wanted), IN_FLIGHT)]
+        with ExitStack() as held:
+            places = _one_after_another(into, parts) if into is not None else self._in_turns(held, parts)
+            ahead = held.enter_context(ThreadPoolExecutor(1, thread_name_prefix="paceline-mooncake"))
+            coming = [ahead.submit(self._fetch, *one) for one in zip(parts[:1], places, strict=False)]
+            for number, part in enumerate(parts):
+                codes = coming[number].result()
+                if number + 1 < len(parts):  # on its way while this part is verified
+                    coming.append(ahead.submit(self._fetch, parts[number + 1], places[number + 1]))
+                for one, code, (_, payload) in zip(part, codes, places[number], strict=True):
+                    found[one.number] = self._verified(one, payload, code, copies=into is None)
+        return [found[number] for number in range(len(refs))]
 
-    def _read(
-        self,
-        refs: Sequence[SampleRef],
-        wanted: Sequence[tuple[int, codec.Layout, str]],
-        starts: Sequence[int],
-        buffer: Buffer,
-        found: list[Sample | Miss | None],
-        *,
-        copies: bool,
-    ) -> None:
-        def fetch(part: slice) -> list[int]:
-            """The codes of these; all are on their way at the same time."""
-            some = wanted[part]
-            addresses = [buffer.address + start for start in starts[part]]
-            return self._link.get(
-                [one[2] for one in some], addresses, [_object_bytes(one[1]) for one in some]
-            )
+    def _in_turns(self, held: ExitStack, parts: Sequence[Sequence[_Wanted]]) -> list[list[_Place]]:
+        """Places in two buffers in turns: while one part is copied out, the next fills the other one."""
+        most = max((sum(one.room for one in part) for part in parts), default=0)
+        buffers = [held.enter_context(self._staging.borrow(most)) for _ in parts[:2]]
+        return [_one_after_another(buffers[n % 2], [part])[0] for n, part in enumerate(parts)]
 
-        parts = [slice(at, at + IN_FLIGHT) for at in range(0, len(wanted), IN_FLIGHT)]
-        with ThreadPoolExecutor(1, thread_name_prefix="paceline-mooncake") as ahead:
-            coming = [ahead.submit(fetch, part) for part in parts]  # while the ones before are digested
-            for part, codes in zip(parts, coming, strict=True):
-                for one, start, code in zip(wanted[part], starts[part], codes.result(), strict=True):
-                    payload = buffer.content[start : start + _object_bytes(one[1])]
-                    found[one[0]] = self._verified(refs[one[0]], one[1], one[2], payload, code, copies=copies)
+    def _fetch(self, part: Sequence[_Wanted], places: Sequence[_Place]) -> list[int]:
+        return self._link.get(
+            [one.key for one in part], [address for address, _ in places], [one.num_bytes for one in part]
+        )
 
-    def _verified(
-        self, ref: SampleRef, layout: codec.Layout, key: str, payload: memoryview, code: int, *, copies: bool
-    ) -> Sample | Miss:
+    def _verified(self, one: _Wanted, payload: memoryview, code: int, *, copies: bool) -> Sample | Miss:
         """The sample in `payload`, if it is what the ref says."""
-        description = codec.describe(ref.sample_id, layout)
+        description = codec.describe(one.ref.sample_id, one.layout)
         try:
-            self._refuse_miss(ref, key, len(payload), code)
+            self._refuse_miss(one.ref, one.key, one.num_bytes, code)
             if copies:
-                tensors, digest = codec.read(layout, description, payload)
+                tensors, digest = codec.read(one.layout, description, payload)
             else:
-                tensors = codec.views(layout, payload)
-                digest = codec.digest_of(layout, description, payload)
-            _refuse_other_bytes(ref, digest)
+                tensors = codec.views(one.layout, payload)
+                digest = codec.digest_of(one.layout, description, payload)
+            _refuse_other_bytes(one.ref, digest)
         except (FeatureMissingError, FeatureCorruptError) as error:
             return error
         return tensors
@@ -309,6 +317,16 @@ class MooncakeFeatureStore:
 def _keys(layout: codec.Layout, generation: int) -> dict[str, str]:
     """Each tensor's key, `generation/name`."""
     return {name: f"{generation}/{name}" for name in layout.specs}
+
+
+def _one_after_another(buffer: Buffer, parts: Sequence[Sequence[_Wanted]]) -> list[list[_Place]]:
+    places, at = list[list[_Place]](), 0
+    for part in parts:
+        places.append([])
+        for one in part:
+            places[-1].append((buffer.address + at, buffer.content[at : at + one.num_bytes]))
+            at += one.room
+    return places
 
 
 def _object_bytes(layout: codec.Layout) -> int:
