@@ -93,11 +93,8 @@ class CheckpointFolder:
         Raises CheckpointError if the disk is full; older checkpoints stay.
         """
         aside = self.set_aside(checkpoint.step, checkpoint.epoch)
-        try:
-            entries = self.write_files(aside, checkpoint.files)
-        except CheckpointError:
-            self.discard(aside)
-            raise
+        with self._writing(aside, removes=True):
+            entries = self._write_files(aside, checkpoint.files)
         return self.seal(aside, checkpoint, entries)
 
     def set_aside(self, step: int, epoch: int) -> str:
@@ -115,23 +112,34 @@ class CheckpointFolder:
 
         If it fails, `discard` the folder.
         """
-        entries = {}
         with self._writing(aside):
-            for name, content in files.items():
-                durable_files.write_file(self.folder / aside / name, content)
-                entries[name] = FileEntry(name, len(content), _sha256(content))
-                reach("checkpoint.after_file")
+            return self._write_files(aside, files)
+
+    def _write_files(self, aside: str, files: Mapping[str, FileContent]) -> dict[str, FileEntry]:
+        entries = {}
+        for name, content in files.items():
+            durable_files.write_file(self.folder / aside / name, content)
+            entries[name] = FileEntry(name, len(content), _sha256(content))
+            reach("checkpoint.after_file")
         return entries
 
-    def seal(self, aside: str, checkpoint: Checkpoint, entries: Mapping[str, FileEntry]) -> CheckpointRecord:
-        """Write the manifest of a folder that holds the files of `entries`, and give the folder its name.
+    def seal(
+        self,
+        aside: str,
+        checkpoint: Checkpoint,
+        own: Mapping[str, FileEntry],
+        others: Mapping[str, FileEntry] | None = None,
+    ) -> CheckpointRecord:
+        """Write the manifest of a folder that holds these files, and give the folder its name.
 
-        If it fails, the folder is removed.
+        `own`: of this process; `others`: of other ones, which must be seen here. If it fails, the folder is
+        removed.
         """
+        entries = {**own, **(others or {})}
         reach("checkpoint.before_manifest")
         with self._writing(aside, removes=True):
             folder = self.folder / aside
-            for entry in entries.values():
+            for entry in (others or {}).values():
                 if (folder / entry.name).stat().st_size != entry.num_bytes:
                     raise OSError(f"{entry.name} has not the size that was written")
             data = self._manifest(checkpoint, entries)

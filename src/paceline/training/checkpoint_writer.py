@@ -156,11 +156,13 @@ class CheckpointWriter:
                 others = self.others.written()
                 if others is None or not begun.own.done():
                     return False
-                entries = {**begun.own.result(), **others}
+                own = begun.own.result()
             except CheckpointError:
                 self._folder.discard(begun.aside)
                 raise
-            begun.writing = self._executor.submit(self._folder.seal, begun.aside, begun.checkpoint, entries)
+            begun.writing = self._executor.submit(
+                self._folder.seal, begun.aside, begun.checkpoint, own, others
+            )
         return begun.writing.done()
 
     def settle(self) -> None:

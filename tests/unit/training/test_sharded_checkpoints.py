@@ -166,6 +166,26 @@ def test_a_rank_that_does_not_see_the_run_s_checkpoints_says_so(tmp_path: Path) 
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
+class Elsewhere(CheckpointFolder):
+    """Rank 1's view of the checkpoints: its parts go to a disk of its own, and it does not know."""
+
+    def write_files(self, aside: str, files: dict[str, FileContent]):  # type: ignore[no-untyped-def, override]
+        entries = super().write_files(aside, files)
+        for name in entries:
+            (self.folder / aside / name).unlink()
+        return entries
+
+
+def test_a_part_that_rank_0_does_not_see_is_in_no_checkpoint(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as executor:
+        writer = PartWriter(1, Elsewhere(tmp_path, RUN_ID), executor)
+        with two_ranks(tmp_path, writer=writer) as run:
+            with pytest.raises(CheckpointError, match="No such file"):
+                run.trainer.fit(run.loader)
+            run.end()
+    assert list(tmp_path.iterdir()) == []
+
+
 class Slow(CheckpointFolder):
     """Rank 1's view of the checkpoints; its second part waits for `go`."""
 
