@@ -64,16 +64,23 @@ class States:
 
 @dataclass(frozen=True)
 class Feature:
-    """One named tensor that a method trains on: where it comes from, which rows of it, and its dtype."""
+    """One named tensor that a method trains on: where it comes from, which rows of it, and its dtype.
+
+    `narrowed`: it is stored in float8, with a scale of each token and layer (features/float8.py); the trainer
+    gets it back in `dtype`.
+    """
 
     name: str
     source: Tokens | Targets | States
     rows: Rows = Rows.ALL
     dtype: str = field(kw_only=True)
+    narrowed: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.rows != Rows.ALL and not isinstance(self.source, States):
             raise ValueError(f"feature {self.name!r}: only states can be cut to some of their rows")
+        if self.narrowed and not isinstance(self.source, States):
+            raise ValueError(f"feature {self.name!r}: only states can be narrowed")
 
 
 def name_of(source: type[Tokens] | type[Targets], features: Sequence[Feature]) -> str:

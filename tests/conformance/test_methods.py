@@ -41,7 +41,13 @@ class TestDFlash(MethodSuite):
 class TestDFlashOfManyGroups(MethodSuite):
     def make(self) -> DraftMethod:
         return block_method(
-            DFlashSection, layers=2, causal=True, weighting="dpace", loss="tv", recompute=True
+            DFlashSection,
+            layers=2,
+            causal=True,
+            weighting="dpace",
+            loss="tv",
+            recompute=True,
+            transfer="float8",
         )
 
 
@@ -78,7 +84,7 @@ class TestEagle31WithANormForEachState(MethodSuite):
 
 class TestEagle31WithOneNorm(MethodSuite):
     def make(self) -> DraftMethod:
-        choices = {"norm_before_fc": True, "recompute": True, "init": "target"}
+        choices = {"norm_before_fc": True, "recompute": True, "init": "target", "transfer": "float8"}
         return Eagle3Method({"draft_vocab_size": 40, "ttt_steps": 2, "loss": "lk_alpha", **choices})
 
 

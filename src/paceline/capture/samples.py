@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from paceline.capture.encoding import EncodedPrompt, Encoding
 from paceline.capture.first_answers import CapturedPrompt, token_ids
@@ -13,6 +14,7 @@ from paceline.capture.settings import CaptureSettings
 from paceline.capture.turns import TurnError, TurnWriter
 from paceline.engines.engine import CaptureRequest, TargetEngine
 from paceline.errors import ConfigError
+from paceline.features.float8 import narrowed
 from paceline.features.store import FeatureStore
 from paceline.types import SampleRef, Tokens, name_of
 
@@ -36,10 +38,15 @@ class Samples:
         return sample_id(self._run_id, prompt)
 
     def capture(self, members: Sequence[EncodedPrompt]) -> list[CapturedPrompt]:
-        """Capture these prompts. Raises CaptureFailedError for any error that the input may cause."""
+        """Capture these prompts, as they are stored. Raises CaptureFailedError for any error that the input
+        may cause."""
+        features = self._settings.features
         try:
             asked = self._turns.write(members)
-            samples = self._engine.capture([self._request(one) for one in asked], self._settings.features)
+            samples = self._engine.capture([self._request(one) for one in asked], features)
+            samples = [
+                replace(one, tensors=narrowed(one.sample_id, one.tensors, features)) for one in samples
+            ]
         except TurnError as error:
             may_help = not self._engine.facts.repeats_bits
             raise CaptureFailedError(error, error.reasons, retryable=may_help) from error

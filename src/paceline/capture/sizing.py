@@ -73,6 +73,7 @@ def payload_bytes(features: Sequence[Feature], hidden_size: int, *, num_tokens: 
     payload = 0
     for feature in features:
         rows = num_targets if feature.rows == Rows.PREDICTED else num_tokens
-        width = len(feature.source.layers) * hidden_size if isinstance(feature.source, States) else 1
-        payload += rows * width * ITEM_BYTES[feature.dtype]
+        layers = len(feature.source.layers) if isinstance(feature.source, States) else 0
+        width, item = layers * hidden_size or 1, ITEM_BYTES[feature.dtype]
+        payload += rows * (width + layers * item if feature.narrowed else width * item)
     return payload

@@ -88,6 +88,8 @@ def _processes(found: CostPlan) -> Iterator[str]:
 def _sample(found: CostPlan) -> Iterator[str]:
     sample = found.sample
     yield f"at most {sample.tokens_max:,} tokens, {as_size(sample.bytes_max)} reserved"
+    if sample.narrowed:
+        yield f"{', '.join(sample.narrowed)} in float8, with a scale for each token and layer"
     known = (
         "as the data's answers suggest" if sample.answers_known else "if answers are as long as they may be"
     )

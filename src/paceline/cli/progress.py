@@ -14,7 +14,8 @@ from rich.live import Live
 from paceline.cli.evaluate import verdict, with_interval
 from paceline.cli.plain import plain, say, table
 from paceline.cli.screen import is_live, line, screen
-from paceline.ledger.facts import ENGINE, FEATURES_LIE, TARGET_VARIES
+from paceline.config.load import setting
+from paceline.ledger.facts import CONFIG, ENGINE, FEATURES_LIE, TARGET_VARIES
 from paceline.ledger.records import PromptCounts
 from paceline.monitoring.status import status_of
 from paceline.roles.plan import RunPlan
@@ -89,6 +90,12 @@ def _prompts_text(p: PromptCounts) -> str:
     return f"{p.pending} pending, {p.leased} leased, {p.done} done, {p.failed} failed"
 
 
+def _narrowed_text(s: RunSnapshot) -> str:
+    recorded = s.ledger.facts.get(CONFIG)
+    transfer = setting(recorded, "method.transfer") if isinstance(recorded, dict) else None
+    return ", the states that the draft reads in float8" if transfer == "float8" else ""
+
+
 def _shared_text(s: RunSnapshot) -> str:
     """Where hosts share the features, by the path on the host that started the run."""
     lies: dict[str, Any] = s.ledger.facts.get(FEATURES_LIE) or {}
@@ -125,7 +132,7 @@ def describe(console: Console, s: RunSnapshot) -> None:
         f"({s.ledger.usage.provisional_samples} not yet covered by a checkpoint), "
         f"{s.ledger.lost} to capture again, {len(s.quarantined)} in quarantine",
         "features": f"{s.ledger.usage.resident_samples} samples, "
-        f"{s.ledger.usage.resident_bytes / 2**20:.1f} MiB resident{_shared_text(s)}",
+        f"{s.ledger.usage.resident_bytes / 2**20:.1f} MiB resident{_narrowed_text(s)}{_shared_text(s)}",
         "checkpoint": f"step {s.checkpoint_step}" if s.checkpoint_step is not None else "none yet",
         "last step": _step_text(s) if s.last_step else "none yet",
         **_measured(s),

@@ -30,7 +30,8 @@ ALIGNMENT_BYTES = 64  # as torch aligns its own tensors: kernels may round diffe
 BLOCK_BYTES = 256 << 10  # a quarter of a usual L2, and enough for xxhash to release the GIL
 LAYOUTS_MAX = 1024  # cached layouts; a run has one per length of a sample
 
-_STORED = ("bfloat16", "bool", "float16", "float32", "float64", "int16", "int32", "int64", "int8", "uint8")
+_FLOATS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn")
+_STORED = (*_FLOATS, "bool", "int16", "int32", "int64", "int8", "uint8")
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _STORED}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -1,7 +1,8 @@
 """One capture for several methods: the features that any of them names, and each method's own made of them.
 
-A state is captured once per layer and dtype, with the widest rows that a method asks for. What a method then
-gets has the bits that a capture of its own would have given it.
+A state is captured once per layer and dtype, with the widest rows that a method asks for, and kept as it is.
+What a method then gets has the bits that a capture of its own would have given it, rounded to float8 where
+the method has its features stored so.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from paceline.features.float8 import narrowed, widened
 from paceline.types import Feature, Rows, States, Targets, Tokens
 
 
@@ -52,7 +54,7 @@ def of_method(
             for name in names
         ]
         tensors[feature.name] = torch.cat(parts, dim=-1)
-    return tensors
+    return widened(narrowed("a kept sample", tensors, features))
 
 
 def num_targets(sample: Mapping[str, torch.Tensor], kept: Sequence[Feature]) -> int:

@@ -7,7 +7,7 @@ another ref are dropped. At most one step's samples are held.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from paceline.errors import StoreError
 from paceline.types import SampleRef
 
-Sample = dict[str, Any]
+Sample = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from paceline.target.facts import TargetFacts
 from paceline.types import Feature, Rows, States, Targets, Tokens
 
+Transfer = Literal["exact", "float8"]
 
-def fused_states(layers: Sequence[int], target: TargetFacts) -> tuple[Feature, ...]:
-    """The features of a draft that reads the states after `layers` blocks side by side."""
+
+def fused_states(layers: Sequence[int], target: TargetFacts, transfer: Transfer) -> tuple[Feature, ...]:
+    """The features of a draft that reads the states after `layers` blocks side by side.
+
+    `transfer` is of these alone: the last states are the target's distribution, which nothing may round.
+    """
     last = target.num_hidden_layers
     return (
         Feature("input_ids", Tokens(), dtype="int32"),
         Feature("loss_mask", Targets(), dtype="uint8"),
         # Prompt rows give the draft keys and values, but it never learns to predict their next tokens.
-        Feature("aux_hidden_states", States(tuple(layers)), dtype=target.dtype),
+        Feature(
+            "aux_hidden_states",
+            States(tuple(layers)),
+            dtype=target.dtype,
+            narrowed=transfer == "float8",
+        ),
         Feature("last_hidden_states", States((last,)), Rows.PREDICTED, dtype=target.dtype),
     )

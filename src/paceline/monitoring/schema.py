@@ -84,6 +84,9 @@ class Features(Struct, frozen=True, kw_only=True):
     folder: Annotated[str, Meta(description="where the feature store is; empty before it is known")] = ""
     reserved_bytes: Annotated[int, Meta(description="promised to captures that go on")]
     budget_bytes: Annotated[int | None, Meta(description="features.budget_mib; null if not recorded")] = None
+    transfer: Annotated[
+        str, Meta(description="method.transfer: `exact`, or `float8`; empty if not recorded")
+    ] = ""
 
 
 class Step(Struct, frozen=True, kw_only=True):

@@ -222,7 +222,8 @@ def _samples(s: RunSnapshot) -> Samples:
 
 def _features(s: RunSnapshot) -> Features:
     recorded = s.ledger.facts.get(CONFIG)
-    budget = setting(recorded, "features.budget_mib") if isinstance(recorded, dict) else None
+    settings = recorded if isinstance(recorded, dict) else {}
+    budget = setting(settings, "features.budget_mib")
     place = s.ledger.facts.get(FEATURES_LIE)
     return Features(
         folder=str(place.get("folder", "")) if isinstance(place, dict) else "",
@@ -230,6 +231,7 @@ def _features(s: RunSnapshot) -> Features:
         bytes=s.ledger.usage.resident_bytes,
         reserved_bytes=s.ledger.usage.reserved_bytes,
         budget_bytes=budget << 20 if type(budget) is int else None,
+        transfer=str(setting(settings, "method.transfer") or ""),
     )
 
 

@@ -23,6 +23,7 @@ from paceline.capture.settings import CaptureSettings
 from paceline.config.load import load_run_config
 from paceline.engines.engine import CaptureRequest, TargetEngine
 from paceline.errors import ConfigError
+from paceline.features.float8 import narrowed, widened
 from paceline.methods.settings import MethodSection
 from paceline.roles.bench import BenchRequest, Measured
 from paceline.roles.engine_prober import trial_engine
@@ -70,7 +71,8 @@ def bench(request: BenchRequest) -> Measured:
 def _capture(
     plan: RunPlan, engine: TargetEngine, features: Sequence[Feature], seconds: float
 ) -> tuple[list[Sample], float]:
-    """Samples of whole groups, and how many tokens were written (or, of given answers, read) a second."""
+    """Samples of whole groups, as they are stored, and how many tokens were written (or, of given answers,
+    read) a second."""
     config = plan.config
     settings = CaptureSettings.of(config.capture, config.data, features=features, seed=config.run.seed)
     prompts = _prompts(plan, Encoding(engine, settings))
@@ -87,7 +89,7 @@ def _capture(
         while not samples or monotonic() - began < seconds:
             asked = list(islice(groups, at_once))
             for group in pool.map(lambda one: engine.capture(one, features), asked):
-                new = [sample.tensors for sample in group]
+                new = [narrowed(one.sample_id, one.tensors, features) for one in group]
                 tokens += sum(_written(sample, features, whole=settings.answers == "data") for sample in new)
                 if kept_bytes < KEPT_BYTES_MAX:
                     samples += new
@@ -161,7 +163,7 @@ def _train(plan: RunPlan, samples: Sequence[Sample], features: Sequence[Feature]
     config, began = plan.config, monotonic()
     compute_deterministically(config.machine.consumer_threads)
     section: MethodSection = config.method
-    head = TargetHead.load(config.target.model)
+    head, samples = TargetHead.load(config.target.model), [widened(sample) for sample in samples]
     totals = plan.num_steps([plan.stretch])
     learner = TorchLearner(section.build(), head, trainer_settings(config, totals))
     learner.build(list(samples[: section.first_samples]))

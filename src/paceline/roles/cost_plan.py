@@ -78,9 +78,11 @@ class DraftTold(Section):
 
 class SampleTold(Section):
     """`states`: of every token. `*_max`: what is reserved; `*_about`: at the lengths of the data, where
-    `answers_known` says whether the data's own answers tell how long answers are."""
+    `answers_known` says whether the data's own answers tell how long answers are. `narrowed`: the features
+    that are stored in float8 (method.transfer)."""
 
     states: int
+    narrowed: list[str]
     tokens_max: int
     bytes_max: int
     prompt_tokens_about: float
@@ -178,6 +180,7 @@ def _steps(plan: RunPlan, lengths: Lengths) -> int:
 def _sample(sizes: SampleSizes, lengths: Lengths) -> SampleTold:
     return SampleTold(
         states=sizes.layers,
+        narrowed=list(sizes.narrowed),
         tokens_max=sizes.tokens_max,
         bytes_max=sizes.bytes_max,
         prompt_tokens_about=round(lengths.prompt, 1),

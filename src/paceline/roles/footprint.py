@@ -41,10 +41,11 @@ STATE_BYTES = 12  # a parameter in a checkpoint: weight and two moments
 @dataclass(frozen=True)
 class SampleSizes:
     """`bytes_max`: what is reserved for each sample. `about`: at the lengths that the data suggests.
-    `collected`: what the trainer must have before it can go on."""
+    `collected`: what the trainer must have before it can go on. `narrowed`: the features in float8."""
 
     dtype: str
     layers: int
+    narrowed: tuple[str, ...]
     tokens_max: int
     bytes_max: int
     tokens_about: float
@@ -79,6 +80,7 @@ def sample_sizes(plan: RunPlan, facts: TargetFacts, lengths: Lengths) -> SampleS
     return SampleSizes(
         dtype=facts.dtype,
         layers=states_of_a_token(features),
+        narrowed=tuple(feature.name for feature in features if feature.narrowed),
         tokens_max=longest + config.data.max_answer_tokens,
         bytes_max=bytes_max,
         tokens_about=lengths.sample,

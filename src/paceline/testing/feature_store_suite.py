@@ -53,7 +53,12 @@ def assert_same(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Te
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype
         assert got[name].shape == tensor.shape
-        assert torch.equal(got[name], tensor)
+        assert torch.equal(_comparable(got[name]), _comparable(tensor))
+
+
+def _comparable(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of numbers that torch does not compare."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
 class FeatureStoreSuite(ABC):
@@ -83,6 +88,7 @@ class FeatureStoreSuite(ABC):
             "transposed": torch.arange(12, dtype=torch.int64).view(3, 4).T,
             "float16": torch.tensor([1.0, -2.0], dtype=torch.float16),
             "float64": torch.tensor([[1e300]], dtype=torch.float64),
+            "float8": torch.tensor([[1.125, -448.0, 2.0**-9]]).to(torch.float8_e4m3fn),
             "mask": torch.tensor([True, False, True]),
             "small": torch.tensor([-1, 2], dtype=torch.int16),
             "with_grad": torch.ones(2, requires_grad=True),

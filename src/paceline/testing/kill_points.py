@@ -27,7 +27,7 @@ QUESTIONS = frozenset(
     (
         *("facts", "failed", "find", "history", "lsn", "ownership", "read"),
         *("snapshot", "source_blocks", "step_plan", "usage", "wait"),
-        *("close", "describe", "encode", "gathered", "num_tokens", "written"),
+        *("close", "describe", "encode", "gathered", "num_tokens", "opened", "written"),
     )
 )
 

@@ -156,6 +156,9 @@ class HashLearner:
     def gathered(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def opened(self, stored: Sample) -> Sample:
+        return stored
+
     def num_tokens(self, samples: Sequence[Sample]) -> int:
         return len(samples)
 

@@ -17,6 +17,7 @@ from paceline.engines.transformers import TransformersEngine
 from paceline.evaluation.speculative import Decoding, plain_generate, speculative_generate
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
+from paceline.features.float8 import SCALES
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.methods.method import DraftMethod, LossSums
 from paceline.precision import CPU
@@ -202,8 +203,10 @@ class MethodSuite(ABC):
         )
         trainer, loader = build_disagg_online_consumer(parts=parts, resume=True, **shared)
         assert run_disagg_online(trainer=trainer, loader=loader, drive_producer=drive) == 3
+        names = {feature.name for feature in self.features}
+        scales = {feature.name + SCALES for feature in self.features if feature.narrowed}
         for entry in ledger.read(0, len(PROMPTS)).entries:
-            assert set(entry.ref.feature_specs) == {feature.name for feature in self.features}
+            assert set(entry.ref.feature_specs) == names | scales
         newest = ledger.snapshot().checkpoints[-1]
         assert newest.step == 3
         assert (tmp_path / "checkpoints" / newest.name / "draft.safetensors").is_file()

@@ -20,6 +20,7 @@ import tempfile
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,9 +41,13 @@ class Violation(AssertionError):  # noqa: N818 (it is what the tests look for)
 
 
 def make_run(folder: Path, model: Path, **machine: float) -> TinyRun:
-    """Long enough to be killed a few times: 120 samples, 30 steps; with state and choices beside weights."""
+    """Long enough to be killed a few times: 120 samples, 30 steps; with state and choices beside weights, and
+    states in float8."""
     prompts = {"path": str(folder / "train.jsonl"), "rounds": ROUNDS, "max_answer_tokens": 12}
-    more = {"training": {"ema_decay": 0.9}, "method": {"feature_noise": 0.05}}
+    more: dict[str, Any] = {
+        "training": {"ema_decay": 0.9},
+        "method": {"feature_noise": 0.05, "transfer": "float8"},
+    }
     return TinyRun(folder, model, prompts=prompts, machine=machine, **more)
 
 

@@ -55,6 +55,9 @@ class SummingLearner:
             meet(self._link, "gather", b"")
         return nullcontext()
 
+    def opened(self, stored: Sample) -> Sample:
+        return stored
+
     def num_tokens(self, samples: Sequence[Sample]) -> int:
         return 2 * len(samples)
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from paceline.durable_files import FileContent
 
 DRAFT = "draft.safetensors"  # the draft's file in a checkpoint
-Sample = Mapping[str, Any]  # tensors by name, as the feature store returned them
+Sample = Mapping[str, Any]  # tensors by name
 
 
 class Learner(Protocol):
@@ -28,6 +28,10 @@ class Learner(Protocol):
     def gathered(self) -> AbstractContextManager[None]:
         """Within, `attempt` and `probe` may be called. All ranks enter together, if it is sharded; there
         the ranks collect the weights, which they drop at the end. Raises RanksError."""
+
+    def opened(self, stored: Sample) -> Sample:
+        """A sample as the other calls take it, from what the store returned. It may be called by a thread
+        that reads ahead. Raises FeatureCorruptError."""
 
     def num_tokens(self, samples: Sequence[Sample]) -> int:
         """How many tokens of the samples a step counts; the sum over all ranks divides the gradients."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from paceline.durable_files import FileContent
 from paceline.errors import TrainingError
+from paceline.features.float8 import widened
 from paceline.methods.method import DraftMethod
 from paceline.parts import part_name, parts_of
 from paceline.precision import resolve_device
@@ -91,6 +92,9 @@ class TorchLearner:
             yield
         finally:
             self._sharding.release()
+
+    def opened(self, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return widened(stored)
 
     def check_greedy(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
         refuse_disagreement(self._head, self._method.features(self._head.facts), samples)

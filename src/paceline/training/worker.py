@@ -71,7 +71,9 @@ class Worker:
     def __init__(self, learner: Learner, features: FeatureStore, executor: Executor | None = None) -> None:
         """`executor`: reads the next step's features while the current one trains; None: no read-ahead."""
         self.learner = learner
-        self._ahead = ReadAhead(features.get, executor, getattr(features, "get_many", None))
+        self._features = features
+        self._get_many = getattr(features, "get_many", None)
+        self._ahead = ReadAhead(self._read, executor, self._get_many and self._read_many)
         self._held: dict[str, tuple[SampleRef, Sample]] = {}
         self._trained_well: list[Sample] = []
 
@@ -89,6 +91,14 @@ class Worker:
         if unreadable:
             return Fetched(0, unreadable)
         return Fetched(self.learner.num_tokens(self._samples(order.mine)))
+
+    def _read(self, ref: SampleRef) -> Sample:
+        return self.learner.opened(self._features.get(ref))
+
+    def _read_many(self, refs: Sequence[SampleRef]) -> list[Sample | StoreError]:
+        assert self._get_many is not None, "the store has it"
+        found = self._get_many(refs)
+        return [one if isinstance(one, StoreError) else self.learner.opened(one) for one in found]
 
     def read_ahead(self, refs: Sequence[SampleRef]) -> None:
         """Start to read the samples that the next order will probably name."""

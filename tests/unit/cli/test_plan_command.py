@@ -69,6 +69,27 @@ def test_a_program_reads_it_as_json(run: TinyRun, capsys: pytest.CaptureFixture[
     assert [finding["refuses"] for finding in found["findings"]].count(True) == 1
 
 
+def test_states_in_float8_are_told_and_take_about_half(
+    run: TinyRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of the three states of a token by half; tokens and the target's last state stay."""
+
+    def planned() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(told(capsys, str(run.run_file), *ANOTHER, "--json")[1])["sample"]
+        return found
+
+    exact = planned()
+    assert exact["narrowed"] == []
+    run.config["method"]["transfer"] = "float8"
+    run.write()
+    narrow = planned()
+    assert narrow["narrowed"] == ["aux_hidden_states"]
+    assert 0.5 < narrow["bytes_about"] / exact["bytes_about"] < 0.67
+    assert 0.5 < narrow["bytes_max"] / exact["bytes_max"] < 0.67
+    _, text, _ = told(capsys, str(run.run_file), *ANOTHER)
+    assert "aux_hidden_states in float8, with a scale for each token and layer" in text
+
+
 def test_what_does_not_fit_comes_with_what_to_change(
     run: TinyRun, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,11 +87,12 @@ def test_a_file_that_is_no_run_file_is_refused(tmp_path: Path, text: str) -> Non
 def test_a_changed_setting_is_refused_with_a_diff() -> None:
     """A resumed run keeps the settings that decide its weights."""
     recorded = flat(parse_run_config(MINIMAL, source="x"))
-    changed = with_values(training={"learning_rate": 5e-4}, run={"seed": 3})
+    changed = with_values(training={"learning_rate": 5e-4}, run={"seed": 3}, method={"transfer": "float8"})
     with pytest.raises(ConfigError) as caught:
         refuse_changes(recorded, parse_run_config(changed, source="x"))
     assert "training.learning_rate: 0.001 -> 0.0005" in str(caught.value)
     assert "run.seed: 0 -> 3" in str(caught.value)
+    assert 'method.transfer: "exact" -> "float8"' in str(caught.value)
 
 
 def test_settings_that_decide_no_bit_may_change() -> None:

@@ -11,7 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from paceline.cli.main import app
+from paceline.ledger.facts import CONFIG
 from paceline.ledger.locks import RoleLock
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.monitoring.doing import doing_of
 from paceline.monitoring.reference import BEGIN, status_tables
 from paceline.monitoring.schema import Process, RunStatus
@@ -156,6 +158,17 @@ def test_the_document_has_the_numbers_of_the_text(run: Path) -> None:
         2,
         "stopped",
     )
+
+
+def test_the_status_says_how_states_are_stored(run: Path) -> None:
+    """By the settings that the run is bound to; of a run of before it is not known."""
+    ledger = SQLiteLedger(run / "ledger.db")
+    for recorded, transfer in (({}, ""), ({"method.transfer": "float8"}, "float8")):
+        ledger.set_facts(None, {CONFIG: recorded})
+        assert document(run)["features"]["transfer"] == transfer
+        text = CliRunner().invoke(app, ["status", str(run)], env={"COLUMNS": "200"}).output
+        assert ("the states that the draft reads in float8" in text) == (transfer == "float8")
+    ledger.close()
 
 
 def test_a_live_run_says_so_and_names_its_processes(run: Path) -> None:

@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     folder = tmp_path_factory.mktemp("comparer")
     # Two passes over blocks, and a last step that is not full.
     training = {"batch_size": 3, "micro_batch_size": 3, "passes": 2, "ema_decay": 0.9}
-    model, method = make_tiny_folder(folder / "model"), {"feature_noise": 0.05}
+    model, method = make_tiny_folder(folder / "model"), {"feature_noise": 0.05, "transfer": "float8"}
     return TinyRun(folder, model, training=training, method=method, evaluation={"max_new_tokens": 8})
 
 

@@ -53,7 +53,8 @@ def test_bytes_and_window_are_those_of_the_run(
         return marks[-1]
 
     monkeypatch.setattr(wire, "Watermarks", recorded)
-    run = TinyRun(tmp_path / "run", model)
+    narrow = {"method": {"transfer": "float8"}}
+    run = TinyRun(tmp_path / "run", model, **narrow)
     found = planned(run)
     assert found.fits, found.findings
     run.work_here(produce)
@@ -76,7 +77,7 @@ def test_bytes_and_window_are_those_of_the_run(
     assert files <= found.disk.ledger_bytes
     real = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
     assert max(real) == pytest.approx(found.disk.checkpoint_bytes, rel=0.1)
-    again = planned(TinyRun(tmp_path / "again", model, data={"answers": str(run.directory)}))
+    again = planned(TinyRun(tmp_path / "again", model, data={"answers": str(run.directory)}, **narrow))
     assert (again.run.samples, again.sample.answers_known) == (found.run.samples, True)
     assert again.sample.bytes_about == pytest.approx(a_sample, rel=0.25)
 

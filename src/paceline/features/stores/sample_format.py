@@ -27,6 +27,7 @@ _NAMES = {
     "float16": "F16",
     "float32": "F32",
     "float64": "F64",
+    "float8_e4m3fn": "F8_E4M3",
     "int16": "I16",
     "int32": "I32",
     "int64": "I64",

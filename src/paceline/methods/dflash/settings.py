@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from paceline.errors import ConfigError
 from paceline.methods.dflash.start_config import read_block_start
-from paceline.methods.features import fused_states
+from paceline.methods.features import Transfer, fused_states
 from paceline.methods.losses.settings import LossSection
 from paceline.methods.start.section import StartSection
 from paceline.section import Count, Fraction, Section
@@ -63,6 +63,9 @@ class BlockSection(StartSection):
     `feature_noise`: in training, the states that the draft reads carry Gaussian noise of this share of their
     size, new at every visit (visits.py).
 
+    `transfer`: how the states that the draft reads go from producer to trainer: as the target computes them,
+    or as float8 with a scale for each token and layer (docs/training.md).
+
     `recompute`: backward computes the logits again, to the same bits, instead of keeping them.
     """
 
@@ -79,13 +82,14 @@ class BlockSection(StartSection):
     weighting: WeightingSection = WeightingSection()
     init: Literal["regression", "random"] = "regression"
     feature_noise: Annotated[float, Field(ge=0.0)] = 0.0
+    transfer: Transfer = "exact"
     recompute: bool = False
 
     def refuse_start(self, folder: Path) -> None:
         read_block_start(folder, self.name).applied(self)
 
     def features(self, target: TargetFacts) -> tuple[Feature, ...]:
-        return fused_states(self.layers_of(target.num_hidden_layers), target)
+        return fused_states(self.layers_of(target.num_hidden_layers), target, self.transfer)
 
     def layers_of(self, num_hidden_layers: int) -> tuple[int, ...]:
         """The layers that are fused: those of `start_from`, or the default ones. Raises ConfigError."""

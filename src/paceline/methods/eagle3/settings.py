@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from paceline.errors import ConfigError
 from paceline.methods.eagle3.start_config import WINDOW_MIN, read_start_config
-from paceline.methods.features import fused_states
+from paceline.methods.features import Transfer, fused_states
 from paceline.methods.losses.settings import LossSection
 from paceline.methods.start.section import StartSection
 from paceline.section import Count
@@ -36,6 +36,9 @@ class Eagle3Section(StartSection):
     `feature_noise`: in training, the states that the draft reads carry Gaussian noise of this share of their
     size, new at every visit (visits.py).
 
+    `transfer`: how the states that the draft reads go from producer to trainer: as the target computes them,
+    or as float8 with a scale for each token and layer (docs/training.md).
+
     EAGLE-3.1's choices, each off by default; servers read them under the same names (docs/exports.md):
     `norm_before_fc` norms the fused target states as one vector, `fc_norm` each of them alone; `norm_output`
     feeds a step the output of the step before after the final norm, not before it; with `sliding_window` a
@@ -59,6 +62,7 @@ class Eagle3Section(StartSection):
     init: Literal["regression", "target", "random"] = "regression"
     train_lm_head: bool = True
     feature_noise: Annotated[float, Field(ge=0.0)] = 0.0
+    transfer: Transfer = "exact"
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
@@ -75,7 +79,7 @@ class Eagle3Section(StartSection):
         read_start_config(folder, self.name).refuse_other_settings(self)
 
     def features(self, target: TargetFacts) -> tuple[Feature, ...]:
-        return fused_states(self.layers_of(target.num_hidden_layers), target)
+        return fused_states(self.layers_of(target.num_hidden_layers), target, self.transfer)
 
     def layers_of(self, num_hidden_layers: int) -> tuple[int, ...]:
         """The layers that are fused: those of `start_from`, or the default ones. Raises ConfigError."""
