@@ -10,28 +10,34 @@ from pathlib import Path
 
 NETWORK_FILESYSTEMS = frozenset(
     [
-        *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4"),
-        *("orangefs", "panfs", "smb2", "smb3", "smbfs"),
-        *("fuse.gcsfuse", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs"),
+        *("9p", "afs", "beegfs", "ceph", "cifs", "gfs2", "glusterfs", "gpfs", "lustre", "nfs", "nfs4"),
+        *("ocfs2", "orangefs", "panfs", "smb2", "smb3", "smbfs", "virtiofs", "wekafs"),
+        *("fuse.ceph-fuse", "fuse.gcsfuse", "fuse.glusterfs", "fuse.juicefs", "fuse.s3fs", "fuse.sshfs"),
     ]
 )
+MOUNTS = Path("/proc/self/mountinfo")
 LOOK = ".look-"  # how the name of a file begins that `look_anew` makes
 
 
 def filesystem_of(path: Path) -> str:
     """The type of the filesystem that holds `path`, as the kernel names it; "" if unknown."""
-    mounts = Path("/proc/self/mountinfo")
-    if not mounts.exists():
-        return ""
+    return mount_of(path)[1]
+
+
+def mount_of(path: Path) -> tuple[str, str]:
+    """Where the filesystem that holds `path` is mounted, with a slash at the end, and its type; "" if
+    unknown. The path need not exist."""
+    if not MOUNTS.exists():
+        return "", ""
     target = os.path.join(path.resolve(), "")  # noqa: PTH118 (ends with a slash)
     deepest, kind = "", ""
-    for line in os.fsdecode(mounts.read_bytes()).split("\n")[:-1]:
+    for line in os.fsdecode(MOUNTS.read_bytes()).split("\n")[:-1]:
         left, _, right = line.partition(" - ")
         point = os.path.join(_unescaped(left.split(" ")[4]), "")  # noqa: PTH118
         # Later lines are mounted over earlier ones, so the same point replaces.
         if target.startswith(point) and len(point) >= len(deepest):
             deepest, kind = point, right.split(" ")[0]
-    return kind
+    return deepest, kind
 
 
 def _unescaped(point: str) -> str:

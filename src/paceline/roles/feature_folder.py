@@ -35,6 +35,7 @@ from paceline.roles.feature_place import (
     on_another_host,
     owner_now,
     place_now,
+    refuse_unmounted,
     would_move,
 )
 from paceline.roles.snapshot import has_ledger
@@ -69,14 +70,16 @@ def take_folder(
 ) -> Path:
     """Create and sign the folder, and free the one that the run used before. For a producer.
 
-    Raises StoreError if live producers on another host keep the features where this one does not see them.
-    Whether they live, it may have to wait for: `tell` says so. A producer that `joins` moves nothing.
+    Raises StoreError if live producers on another host keep the features where this one does not see them,
+    or if the filesystem that holds them is not mounted here any more. Whether they live, it may have to wait
+    for: `tell` says so. A producer that `joins` moves nothing.
     """
     folder, recorded = folder_of(config, ledger), ledger.facts().get(FEATURES_LIE)
     if recorded is None or not is_seen(config, folder, recorded):
         if joins and (recorded is not None or is_on_several_hosts(config)):
             raise would_move(config, recorded, folder)
         if recorded is not None:
+            refuse_unmounted(config, recorded, folder)
             _take_from_silent(config, ledger, recorded, tell, should_stop)
             if not config.features.in_directory:
                 if ledger.snapshot().committed:

@@ -28,12 +28,13 @@ from paceline.features.settings import MooncakeSection
 from paceline.ledger.facts import FEATURES_NAME
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.place import known
-from paceline.mounts import look_anew
+from paceline.mounts import look_anew, mount_of
 from paceline.roles.question import ask
 from paceline.roles.workers import boot_id
 
 PREFIX = "paceline-"
 STORE = "store"  # of a recorded place: the identity of a store in a folder that hosts share
+MOUNT = "mount"  # and where the filesystem that holds it was mounted
 MASTER = "master"  # of a recorded place: the Mooncake master
 
 
@@ -105,7 +106,7 @@ def place_now(config: RunConfig, folder: Path) -> dict[str, Any]:
     if not config.features.is_shared:
         return place
     try:
-        return {**place, STORE: make_store_id(folder)}
+        return {**place, STORE: make_store_id(folder), MOUNT: mount_of(folder)[0]}
     except OSError as error:
         raise StoreError(
             f"The feature store in {folder} cannot be made ({error}).",
@@ -129,6 +130,25 @@ def is_seen(config: RunConfig, folder: Path, recorded: Mapping[str, Any]) -> boo
         return False
     look_anew(folder)
     return bool(store_id(folder) == recorded[STORE])
+
+
+def refuse_unmounted(config: RunConfig, recorded: Mapping[str, Any], folder: Path) -> None:
+    """Raise StoreError if the store was made on a filesystem that is not mounted here now.
+
+    The folder is then one of the disk below the mount point, which no other host sees.
+    """
+    before, now = str(recorded.get(MOUNT, "")), mount_of(folder)[0]
+    is_gone = now not in ("", before) and before.startswith(now)
+    if not config.features.is_shared or recorded["folder"] != str(folder.absolute()) or not is_gone:
+        return
+    point = before.rstrip("/")
+    raise StoreError(
+        f"The features of this run lie on what was mounted at {point}, and nothing is mounted there now.",
+        why=f"A new store in {folder} would be on the disk below, where no other host sees it. "
+        "Nothing was changed.",
+        next=f"mount it (`mount {shlex.quote(point)}`) and run the same command again; or, if it is gone for "
+        "good, set features.directory to another folder: what is in no checkpoint is captured again there.",
+    )
 
 
 def would_move(config: RunConfig, recorded: Mapping[str, Any] | None, ours: Path) -> StoreError:

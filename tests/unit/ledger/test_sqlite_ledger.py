@@ -42,6 +42,31 @@ def test_the_filesystem_of_a_folder_is_found() -> None:
     assert mounts.filesystem_of(Path("/proc/self")) == "proc"
 
 
+MOUNTED = r"""22 1 8:1 / / rw - ext4 /dev/sda1 rw
+23 22 0:40 / /mnt/a\040b rw - {kind} host:/share rw
+24 23 8:2 / /mnt/a\040b/disk rw - xfs /dev/sdb rw
+"""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("nfs4", "cephfs-of-nobody", "virtiofs", "wekafs", "gfs2", "ocfs2", "lustre"),
+        *("fuse.juicefs", "fuse.ceph-fuse", "fuse.sshfs", "xfs"),
+    ],
+)
+def test_a_filesystem_that_other_hosts_may_have_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """By its type, as the kernel names it; that of the deepest mount counts."""
+    monkeypatch.setattr(mounts, "MOUNTS", tmp_path / "mountinfo")
+    (tmp_path / "mountinfo").write_text(MOUNTED.format(kind=kind))
+    assert mounts.is_on_network(Path("/mnt/a b/features")) == (kind not in ("cephfs-of-nobody", "xfs"))
+    assert not mounts.is_on_network(Path("/mnt/a b/disk/features"))
+    assert not mounts.is_on_network(Path("/mnt/a"))
+    assert mounts.mount_of(Path("/mnt/a b/features/none")) == ("/mnt/a b/", kind)
+
+
 def test_a_newer_schema_is_refused_and_untouched(tmp_path: Path) -> None:
     """A database of a newer version is not guessed at."""
     path = tmp_path / "db"

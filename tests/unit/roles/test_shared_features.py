@@ -22,7 +22,7 @@ from paceline.features.ownership import owner_of, store_id
 from paceline.ledger.facts import COMPLETED_STEP, CONFIG, FEATURES_LIE, producer_fact, producers_in
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.place import known
-from paceline.roles import workers
+from paceline.roles import feature_place, workers
 from paceline.roles.feature_folder import (
     engine_folder,
     folder_of,
@@ -123,6 +123,27 @@ def test_who_has_not_mounted_the_shared_folder_neither_stores_nor_trains(hosts: 
     assert take_folder(config, ledger, told.append) == folder, "a start makes the store anew"
     assert "not mounted here" in told[0], "and says so: it may be on the disk below a missing mount"
     refuse_other_place(config, ledger)
+
+
+def test_a_start_whose_mount_is_missing_makes_no_store_below_it(hosts: Hosts) -> None:
+    """The ledger knows where the filesystem was mounted. Another folder is the user's choice."""
+    config, ledger, folder = begun(hosts)
+    recorded = ledger.facts()[FEATURES_LIE]
+    point = f"{hosts.shared}/"
+    lies = {**recorded, "mount": point}
+    ledger.set_facts(None, {FEATURES_LIE: lies})
+    shutil.rmtree(folder)
+    with pytest.raises(StoreError, match="nothing is mounted there now") as caught:
+        take_folder(config, ledger)
+    assert f"`mount {hosts.shared}`" in caught.value.next
+    assert not folder.exists()
+    assert ledger.facts()[FEATURES_LIE] == lies
+    hosts.monkeypatch.setattr(feature_place, "mount_of", lambda _: (point, "nfs4"))
+    assert take_folder(config, ledger) == folder, "it is mounted again, and the store was removed"
+    ledger.set_facts(
+        None, {FEATURES_LIE: {**lies, "folder": "/elsewhere", "store": "gone", "mount": "/mnt/"}}
+    )
+    assert take_folder(config, ledger) == folder, "features.directory was changed"
 
 
 def test_a_mount_that_went_away_while_an_engine_started_gets_no_new_store(hosts: Hosts) -> None:
