@@ -30,7 +30,7 @@ from paceline.roles.process import run_role
 from paceline.roles.target_binding import bind_engine, bind_target, refuse_changed, refuse_foreign_answers
 from paceline.roles.target_probe import bind_probe
 from paceline.roles.wire import DriveProducer, build_disagg_online_producer
-from paceline.roles.workers import JOIN, PRODUCER, about_this_process, join, role_of, worker_of
+from paceline.roles.workers import JOIN, PRODUCER, KeptName, about_this_process, join, role_of, worker_of
 from paceline.telemetry import EventLog
 
 
@@ -70,7 +70,11 @@ def produce(
         should_stop=should_stop,
         report=events.write,
     )
-    with closing(place), closing(config.engine.build(config.target, run)) as engine:
+    with (
+        KeptName(ledger, worker, config.machine.producer_timeout_s) as kept_name,
+        closing(place),
+        closing(config.engine.build(config.target, run)) as engine,
+    ):
         try:
             engine.probe()
             refuse_changed(config, target, engine.facts)
@@ -84,6 +88,7 @@ def produce(
             features = config.features.build(folder, owner=True, writer=int(worker))
             answers = answers_place(config, folder, worker, repeats_bits=facts.repeats_bits)
             drive_producer = _producer(plan, stretches, ledger, features, engine, events, worker, answers)
+            kept_name.end()
             stays = config.features.ends_with_producers
             _capture_all(ledger, features, drive_producer, should_stop, stays=stays)
         except ServerUnavailableError:

@@ -41,6 +41,7 @@ from paceline.roles.workers import (
     is_producer,
     known_roles,
     started_roles,
+    take_from_killed,
     take_from_the_dead,
 )
 
@@ -216,6 +217,8 @@ class Supervisor:
             raise error  # a producer that was taken for dead comes again
         if code == 0 and role == "consumer":
             self._refuse_a_run_of_failed_prompts()
+        if code not in (0, FencedError.exit_code) and is_producer(role):
+            take_from_killed(self._config, self._store, role)
         if code != 0 or role == "consumer" or self._producer_has_work():
             self._restart(role, code, error)
 

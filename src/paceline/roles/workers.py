@@ -10,14 +10,16 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import count
 from pathlib import Path
+from threading import Event, Thread
 from time import monotonic, sleep
 from typing import Any
 
+from paceline.capture.neighbours import BEATS_PER_TIMEOUT
 from paceline.config.run import RunConfig
-from paceline.errors import ConfigError, RunBusyError
+from paceline.errors import ConfigError, LedgerError, RunBusyError
 from paceline.ledger.facts import COMPLETED_STEP, PRODUCERS_STARTED, producer_fact, producers_in
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import RoleLock, live_holder
@@ -27,6 +29,7 @@ from paceline.ledger.records import producer_role
 PRODUCER, CONSUMER = "producer", "consumer"
 SUPERVISOR = "supervisor"
 JOIN = "--join"  # what stands for a worker's name that is yet to be chosen
+CLAIM = "claim"  # of what a producer tells: that it has joined, and not begun yet
 JOINING = "joining"  # the lock of whoever chooses a name; who keeps the roles out takes it, too
 LOOK_S = 1.0
 CHOOSING_S = 10.0
@@ -122,6 +125,17 @@ def take_from_the_dead(config: RunConfig, ledger: Ledger) -> None:
     ledger.set_facts(None, {**left, PRODUCERS_STARTED: config.machine.producers})
 
 
+def take_from_killed(config: RunConfig, ledger: Ledger, role: str) -> None:
+    """Return the leases of a producer whose process was seen to end, if there is another one to take them.
+
+    Its next process would return them only once it has loaded its target, the others after the time-out.
+    """
+    told, worker = producers_in(ledger.facts()), worker_of(role)
+    is_dead = live_holder(config.run.directory, role) is None  # and its name is nobody else's
+    if worker in told and told.keys() - {worker} and is_dead:
+        take_from(ledger, [worker], "its process has ended")
+
+
 def _alone_to_choose(directory: Path) -> RoleLock:
     """Choosing a name takes a moment, and several may be started at once; a start that changes what binds the
     run may take longer."""
@@ -161,10 +175,46 @@ def join(config: RunConfig) -> RoleLock:
         choosing.release()
 
 
+class KeptName:
+    """While entered, and until `end`, a producer that joined says that it lives, while it loads its target.
+
+    Else the others would take it for dead, and its name could be given to another one.
+    """
+
+    def __init__(self, ledger: Ledger, worker: str, timeout_s: float) -> None:
+        self._ledger, self._fact = ledger, producer_fact(worker)
+        self._claim = producers_in(ledger.facts()).get(worker, {}).get(CLAIM)
+        self._pause_s, self._end = timeout_s / BEATS_PER_TIMEOUT, Event()
+        self._thread = Thread(target=self._tell_until_end, name="paceline-joining", daemon=True)
+
+    def __enter__(self) -> KeptName:
+        if self._claim is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """From now on it says nothing more."""
+        self._end.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _tell_until_end(self) -> None:
+        beats = count(1)
+        while not self._end.wait(self._pause_s):
+            with suppress(LedgerError):  # it may be away for a while
+                told = self._ledger.facts().get(self._fact) or {}
+                if told.get(CLAIM) != self._claim:
+                    return  # it was taken for dead all the same
+                self._ledger.set_facts(None, {self._fact: {**told, "beat": next(beats)}})
+
+
 def _first_free(config: RunConfig, ledger: Ledger) -> RoleLock:
     """The lock says that nobody has the name here, and the ledger that nobody has it elsewhere."""
     directory, facts = config.run.directory, ledger.facts()
-    about = {**about_this_process(directory), "claim": secrets.token_hex(8)}
+    about = {**about_this_process(directory), CLAIM: secrets.token_hex(8)}
     for number in count(max(1, config.machine.producers, facts.get(PRODUCERS_STARTED, 0))):
         worker = str(number)
         if worker in elsewhere(facts, directory):

@@ -12,6 +12,7 @@ from paceline.errors import LedgerError, PacelineError, RanksError
 from paceline.ledger.isolation import Isolation
 from paceline.ledger.records import CheckpointRecord
 from paceline.ledger.stores.sqlite import SQLiteLedger
+from paceline.roles import supervisor as supervisor_module
 from paceline.roles.child import RoleFailedError
 from paceline.roles.supervisor import Supervisor
 from paceline.testing.ledger_calls import capture, producer_of
@@ -65,6 +66,18 @@ def test_many_producers_that_are_killed_at_once_are_all_started_again(supervisor
             ended(supervisor, f"producer-{number}", -9)
     with pytest.raises(PacelineError, match="producer-3 ended 3 times"):
         ended(supervisor, "producer-3", -9)
+
+
+def test_only_a_producer_that_was_killed_has_its_work_returned(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that ended has given it back; one that was taken for dead has none any more."""
+    taken = list[str]()
+    monkeypatch.setattr(supervisor_module, "take_from_killed", lambda *given: taken.append(given[-1]))
+    for role, code in (("producer-1", -9), ("producer-2", 0), ("producer-3", 11), ("consumer", -9)):
+        ended(supervisor, role, code)
+    ended(supervisor, "producer-4", 1, RoleFailedError("KeyError", "why", "next", 1))
+    assert taken == ["producer-1", "producer-4"]
 
 
 def test_want_of_memory_is_suspected_only_of_a_kill(supervisor: Supervisor) -> None:

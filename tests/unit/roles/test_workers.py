@@ -24,11 +24,13 @@ from paceline.roles.plan import processors_of_roles, spare_processors
 from paceline.roles.snapshot import take_snapshot
 from paceline.roles.workers import (
     JOINING,
+    KeptName,
     about_this_process,
     elsewhere,
     join,
     known_roles,
     role_of,
+    take_from_killed,
     take_from_the_dead,
     worker_of,
 )
@@ -127,6 +129,54 @@ def test_a_start_returns_the_work_of_dead_producers_of_this_host(config: RunConf
     assert now.epochs == {"producer:0": 1, "producer:2": 2, "producer:3": 1, "producer:4": 1}
     assert now.prompts.leased == 3, "the first producer starts now, and returns its own leases"
     live.release()
+
+
+def test_the_work_of_a_killed_producer_returns_at_once_if_another_one_can_do_it(
+    config: RunConfig, ledger: Ledger
+) -> None:
+    """Neither its own next load of the target nor the others' time-out is waited for; who lives keeps all."""
+    here = about_this_process(config.run.directory)
+    killed = producer(ledger, "0", here)
+    take_from_killed(config, ledger, "producer")
+    assert ledger.snapshot().prompts.leased == 1, "there is nobody else: its next process returns it"
+    other = producer(ledger, "1", here)
+    live = RoleLock(config.run.directory, role_of("1"))
+    take_from_killed(config, ledger, "producer-1")
+    assert ledger.snapshot().prompts.leased == 2, "another process has that name now"
+    take_from_killed(config, ledger, "producer")
+    assert set(producers_in(ledger.facts())) == {"1"}
+    [lease] = other.lease(1)
+    assert (lease.ordinal, lease.deaths) == (0, 1), "and the death counts, once"
+    with pytest.raises(FencedError):
+        killed.lease(1)
+    live.release()
+
+
+def test_who_joins_says_that_it_lives_while_it_loads_its_target(config: RunConfig, ledger: Ledger) -> None:
+    """For as long as it has the name, and not once it has begun."""
+    ledger.set_facts(None, {"config": {}})
+    lock = join(config)
+    beats = set()
+    with KeptName(ledger, "2", timeout_s=0.05) as kept:
+        while len(beats) < 4:
+            beats.add(producers_in(ledger.facts())["2"].get("beat"))
+            ledger.wait(ledger.lsn(), timeout_s=60.0)
+        kept.end()
+        begun = producer(ledger, "2", about_this_process(config.run.directory))
+        mark = ledger.lsn()
+    assert (ledger.lsn(), begun.lease(1)[0].ordinal) == (mark, 1)
+    lock.release()
+
+
+def test_a_name_that_was_given_to_another_one_is_not_taken_back(config: RunConfig, ledger: Ledger) -> None:
+    """A process that was stopped for long may wake up at any time."""
+    lock = join(config)
+    with KeptName(ledger, "2", timeout_s=0.05) as kept:
+        ledger.set_facts(None, {"producer.2": {**FAR, "claim": "of another one"}})
+        kept._thread.join(timeout=60.0)
+        assert not kept._thread.is_alive()
+    assert producers_in(ledger.facts())["2"] == {**FAR, "claim": "of another one"}
+    lock.release()
 
 
 def test_a_start_returns_leases_of_which_no_fact_is_left(config: RunConfig, ledger: Ledger) -> None:
