@@ -56,7 +56,8 @@ class Neighbours:
         self._report = report
         self._clock = clock
         self._seen: dict[str, tuple[object, float]] = {}  # of each worker: what it said last, and since when
-        self._looked = 0.0
+        self._watched_at = self._looked_at = 0.0
+        self._watching = Lock()
         self._prefix: tuple[object, float] = (None, 0.0)  # which group everybody waits for, and since when
         self._stolen: set[int] = set()  # groups that this producer took from others, each once
         self._longest_s = 0.0
@@ -103,6 +104,7 @@ class Neighbours:
         while not end.wait(self._timeout_s / BEATS_PER_TIMEOUT):
             try:
                 self._tell(end)
+                self._silent(self._session.snapshot())
             except FencedError:
                 return
             except LedgerError:
@@ -122,8 +124,9 @@ class Neighbours:
     def look(self, *, is_idle: bool) -> None:
         """Take over the work of producers that were not heard of for the time-out.
 
-        Only an observer that looked all the time knows that. One that captured for long, or could not reach
-        the ledger, begins anew: the others may not have reached it either.
+        Only an observer that watched all the time knows that; the thread that tells of this producer watches
+        while it captures. One that could not reach the ledger begins anew: the others may not have reached
+        it either.
 
         `is_idle`: this producer holds nothing and finds nothing to lease, so it may also take a group that is
         much older than its own ones were, if it had any.
@@ -131,15 +134,27 @@ class Neighbours:
         if not self._in_background and self._clock() >= self._due:
             self._tell()
         now = self._session.snapshot()
-        if self._clock() - self._looked > self._timeout_s / 2:
-            self._seen, self._prefix = {}, (None, 0.0)
-        self._looked = self._clock()
-        for worker, told in self._others(now).items():
-            if self._unchanged_s(worker, (now.epochs.get(producer_role(worker)), told)) >= self._timeout_s:
-                self._take_from(worker, f"it was not heard of for {self._timeout_s:g} s")
-                return
-        if is_idle:
+        if self._clock() - self._looked_at > self._timeout_s / 2:
+            self._prefix = None, 0.0
+        self._looked_at = self._clock()
+        silent = self._silent(now)
+        if silent is not None:
+            self._take_from(silent, f"it was not heard of for {self._timeout_s:g} s")
+        elif is_idle:
             self._look_at_prefix(now)
+
+    def _silent(self, now: Snapshot) -> str | None:
+        """A producer that was not heard of for the time-out; None if there is none."""
+        with self._watching:
+            if self._clock() - self._watched_at > self._timeout_s / 2:
+                self._seen = {}
+            self._watched_at = self._clock()
+            silent = [
+                worker
+                for worker, told in self._others(now).items()
+                if self._unchanged_s(worker, (now.epochs.get(producer_role(worker)), told)) >= self._timeout_s
+            ]
+        return next(iter(silent), None)
 
     def _unchanged_s(self, worker: str, told: object) -> float:
         if worker not in self._seen or self._seen[worker][0] != told:
@@ -167,7 +182,8 @@ class Neighbours:
 
     def _take_from(self, worker: str, why: str) -> None:
         self._session.take_from(worker)
-        self._seen.pop(worker, None)
+        with self._watching:
+            self._seen.pop(worker, None)
         self._report("taken_over", worker=worker, message=why)
 
     def _others(self, now: Snapshot) -> dict[str, dict[str, Any]]:

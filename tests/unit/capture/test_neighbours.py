@@ -116,6 +116,32 @@ def test_an_observer_that_was_away_itself_takes_nobody_for_dead(ledger: SQLiteLe
     assert [told["worker"] for told in observer.told] == ["1"]
 
 
+def test_an_observer_that_captures_for_long_watches_meanwhile(ledger: SQLiteLedger) -> None:
+    """Its thread does; the first look after the capture takes the dead one's work."""
+    dead = Worker(ledger, "1")
+    dead.lease()
+    clock, told = Clock(), list[Any]()
+    session = ProducerSession(ledger, RUN_ID, "0")
+    session.acquire()
+    observer = Neighbours(
+        session,
+        timeout_s=0.05,
+        group_size=GROUP,
+        groups_ahead=2,
+        report=lambda event, **fields: told.append((event, fields["worker"])),
+        clock=clock,
+    )
+    observer.begin()
+    for _ in range(6):
+        clock.now += 0.02
+        while observer._watched_at != clock.now:
+            ledger.wait(ledger.lsn(), timeout_s=60.0)  # its own beat ends the wait
+    assert told == []
+    observer.look(is_idle=False)
+    assert told == [("taken_over", "1")]
+    observer.end()
+
+
 def test_a_thread_gives_the_signs_of_life_of_a_producer_that_captures(ledger: SQLiteLedger) -> None:
     """Until it leaves; then nothing stays of it."""
     session = ProducerSession(ledger, RUN_ID, "3")
