@@ -18,12 +18,12 @@ from paceline.roles.snapshot import open_run
 UNSOUND = 9  # exit code
 
 
-def fsck_directory(console: Console, directory: Path) -> int:
+def fsck_directory(console: Console, directory: Path, mounted: Path | None = None) -> int:
     """Print what the checker finds in the run; returns 0 if it is sound, else UNSOUND.
 
-    Raises what `checked` raises.
+    `mounted`: where this host has features that hosts share. Raises what `checked` raises.
     """
-    report = checked(directory)
+    report = checked(directory, mounted)
     counted = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.counts.items())
     say(console, f"looked at {counted or 'what could be read'}")
     for rule, promise in RULES.items():
@@ -45,8 +45,8 @@ def fsck_directory(console: Console, directory: Path) -> int:
     return UNSOUND
 
 
-def checked(directory: Path) -> Report:
-    """What the checker finds in the run.
+def checked(directory: Path, mounted: Path | None = None) -> Report:
+    """What the checker finds in the run. `mounted`: see `fsck_directory`.
 
     Raises SchemaError for a ledger that is empty or of another version, ConfigError or OSError for files that
     this user may not read.
@@ -56,9 +56,9 @@ def checked(directory: Path) -> Report:
         if not kind_of(directory / FILE):
             open_run(directory)  # raises the error with advice
         open_regular(directory / FILE).close()
-        report = check(directory)
+        report = check(directory, mounted=mounted)
     else:
-        report = check_view(place.view(directory), directory)
+        report = check_view(place.view(directory), directory, mounted=mounted)
     if report.forbidden:
         raise ConfigError(
             f"{directory} was not checked completely: {report.forbidden}.",

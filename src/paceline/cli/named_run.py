@@ -55,6 +55,11 @@ def directory_of(run: Path) -> Path:
     return run if _is_directory(run) else load_run_config(run).run.directory
 
 
+def features_of(run: Path) -> Path | None:
+    """Where this host has the features, if `run` is a run file; None for a directory. Raises ConfigError."""
+    return None if _is_directory(run) else load_run_config(run).features.directory
+
+
 def directory_if_any(run: Path) -> Path | None:
     """The same; None if nothing is there yet. Raises ConfigError for a run file that is none, OSError."""
     return directory_of(run) if os.path.lexists(run) else None

@@ -20,7 +20,7 @@ from paceline.fsck.best import check_best
 from paceline.fsck.files import refuse_what_is_no_database
 from paceline.fsck.lineage import check_folders, check_lineage
 from paceline.fsck.report import Report
-from paceline.fsck.sample_files import files_in_use, is_shared
+from paceline.fsck.sample_files import files_in_use, is_shared, store_in
 from paceline.fsck.viewed import AnyLedger, ChangingError, ViewedLedger, check_counts
 
 STATES = ("present", "lost", "released", "quarantined")
@@ -28,11 +28,18 @@ PROMPT_STATES = ("pending", "leased", "failed")
 NONSENSE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
-def check(directory: Path, *, features: Path | None = None, passes: int | None = None) -> Report:
+def check(
+    directory: Path,
+    *,
+    features: Path | None = None,
+    passes: int | None = None,
+    mounted: Path | None = None,
+) -> Report:
     """Check the run in `directory`. Findings are reported, never raised.
 
     `features`: the folder of its slots; `passes`: how often each sample is visited. By default they are what
-    the run recorded, or else what most of its samples show.
+    the run recorded, or else what most of its samples show. `mounted`: where this host has mounted the folder
+    that holds the features, if hosts share them; by default where the host that started the run has it.
     """
     report, path = Report(), directory / "ledger.db"
     before, at_rest = _stamp(path), False
@@ -41,7 +48,8 @@ def check(directory: Path, *, features: Path | None = None, passes: int | None =
         ledger = Ledger(path, report)
         at_rest = ledger.at_rest
         if ledger.version == SCHEMA:
-            _check_all(ledger, directory, features, passes, report)
+            folder = features or _feature_folder(ledger.facts, directory, mounted)
+            _check_all(ledger, directory, folder, passes, report)
         elif ledger.is_empty and any((directory / "checkpoints").glob("step-*")):
             report.error("C8", "ledger.db is empty, but there are checkpoints")
         elif ledger.is_empty:
@@ -54,7 +62,8 @@ def check(directory: Path, *, features: Path | None = None, passes: int | None =
     except (apsw.Error, *NONSENSE) as error:
         report.error("C8", f"ledger.db cannot be read ({type(error).__name__}: {error})")
     if at_rest and _stamp(path) != before:
-        return check(directory, features=features, passes=passes)  # a process began to write meanwhile
+        again = {"features": features, "mounted": mounted}
+        return check(directory, passes=passes, **again)  # a process began to write meanwhile
     return report
 
 
@@ -66,14 +75,16 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return facts.st_mtime_ns, facts.st_size
 
 
-def check_view(view: Any, directory: Path, *, features: Path | None = None) -> Report:
-    """Check a run whose ledger is no file, through a view of it (viewed.py)."""
+def check_view(
+    view: Any, directory: Path, *, features: Path | None = None, mounted: Path | None = None
+) -> Report:
+    """Check a run whose ledger is no file, through a view of it (viewed.py). See `check`."""
     report = Report()
     try:
         ledger = ViewedLedger(view, directory)
         steps = check_lineage(ledger, None, report)
         check_counts(ledger, report)
-        _check_run(ledger, directory, features, report)
+        _check_run(ledger, directory, features or _feature_folder(ledger.facts, directory, mounted), report)
     except PermissionError as error:
         report.forbidden = f"this user may not read {error.filename}"
         return report
@@ -105,7 +116,7 @@ def _check_run(ledger: AnyLedger, directory: Path, features: Path | None, report
     _check_states(ledger, report)
     check_folders(ledger, directory / "checkpoints", report)
     check_best(ledger, directory, report)
-    _check_bytes(ledger, features or _feature_folder(ledger.facts, directory), report)
+    _check_bytes(ledger, features, report)
 
 
 def _counts(ledger: AnyLedger, **archived: int) -> dict[str, int]:
@@ -236,10 +247,21 @@ def _check_bytes(ledger: AnyLedger, folder: Path | None, report: Report) -> None
         told = (ref["sample_id"], ref.get("generation", 0), ref["estimated_bytes"])
         if told != (s.sample_id, s.generation, s.num_bytes):
             report.error("C9", f"its ref tells of other bytes: {told}", [s.sample_id])
-    if folder is not None and folder.is_dir():
+    if folder is None:
+        return
+    shared = (ledger.facts.get("features_lie") or {}).get("store")
+    resident = [s.sample_id for s in ledger.samples.values() if s.resident]
+    if shared is None and not folder.is_dir():
+        if resident:
+            report.note(f"there is no {folder}; captured again at the next start", resident)
+    elif shared is None or store_in(folder) == shared:
         _check_slots(ledger, folder, report)
-    elif folder is not None and (gone := [s.sample_id for s in ledger.samples.values() if s.resident]):
-        report.note(f"there is no {folder}; captured again at the next start", gone)
+    elif resident:
+        report.note(
+            f"this host does not see the run's feature store in {folder}, so it was not looked at. If it is "
+            "mounted elsewhere here: paceline fsck RUN.yaml, where features.directory says where. If it was "
+            "removed, the next start captures its samples again"
+        )
 
 
 def _check_slots(ledger: AnyLedger, folder: Path, report: Report) -> None:
@@ -283,10 +305,13 @@ def _is_orphan(ledger: AnyLedger, slot: Slot) -> bool:
     return revoked or (slot.sealed and sample_id != slot.sample_id)
 
 
-def _feature_folder(facts: dict[str, Any], directory: Path) -> Path | None:
-    """The folder where the run keeps its features."""
+def _feature_folder(facts: dict[str, Any], directory: Path, mounted: Path | None) -> Path | None:
+    """The folder where the run keeps its features, by its path on this host."""
     if lies := facts.get("features_lie"):
-        return None if "master" in lies else Path(lies["folder"])
+        if "master" in lies:
+            return None
+        folder = Path(lies["folder"])
+        return folder if mounted is None or "store" not in lies else mounted / folder.name
     config = facts.get("config", {})
     if "features.directory" not in config or "run.name" not in config:
         return None

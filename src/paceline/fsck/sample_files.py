@@ -14,12 +14,22 @@ from paceline.fsck.artefacts import Slot
 from paceline.fsck.files import open_file
 
 MARK = "store-id"
+MARK_BYTES_MAX = 64
 HEADER_BYTES_MAX = 1 << 20
 NONSENSE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def is_shared(folder: Path) -> bool:
     return (folder / MARK).is_file()
+
+
+def store_in(folder: Path) -> str:
+    """What identifies the store in the folder; "" if there is none."""
+    try:
+        with open_file(folder / MARK, os.O_NOFOLLOW) as file:
+            return file.read(MARK_BYTES_MAX).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def files_in_use(folder: Path) -> tuple[list[Slot], list[str]]:

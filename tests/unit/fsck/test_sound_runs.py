@@ -276,3 +276,24 @@ def test_a_step_may_visit_a_sample_twice(tmp_path: Path) -> None:
     """Where a run has fewer samples than a batch, or its last block has, its passes meet in one step."""
     SmallRun(tmp_path, num_prompts=3, passes=2, batch_size=4).run()
     assert check(tmp_path).errors == []
+
+
+def test_a_store_that_hosts_share_is_found_where_this_host_has_mounted_it(
+    by_hand: RunByHand, directory: Path
+) -> None:
+    """By its identity. Of one that is not seen here nothing is said but what to do."""
+    features = DirectoryFeatureStore(directory / "run", budget_bytes=1 << 20, owner=True)
+    put_five(by_hand, features)
+    lies = {"folder": "/on/the/first/host/run", "store": (directory / "run" / "store-id").read_text()}
+    by_hand.ledger.set_facts(None, {"features_lie": lies})
+    report = check(by_hand.folder, mounted=directory)
+    assert (report.errors, report.notes, report.counts["slots"]) == ([], [], 5)
+    for mounted in (None, directory / "empty"):
+        report = check(by_hand.folder, mounted=mounted)
+        assert report.errors == []
+        [note] = report.notes
+        assert "does not see the run's feature store" in note
+        assert "paceline fsck RUN.yaml" in note
+    (directory / "run" / "store-id").write_text("f" * 32)
+    [note] = check(by_hand.folder, mounted=directory).notes
+    assert "does not see the run's feature store" in note

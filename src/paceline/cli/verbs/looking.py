@@ -119,10 +119,10 @@ def fsck(run: Run) -> None:
     The checker shares no code with the trainer. Exit code 9: the promise is broken.
     """
     from paceline.cli.fsck import fsck_directory
-    from paceline.cli.named_run import directory_of
+    from paceline.cli.named_run import directory_of, features_of
     from paceline.cli.plain import out
 
-    raise typer.Exit(fsck_directory(out, directory_of(run)))
+    raise typer.Exit(fsck_directory(out, directory_of(run), features_of(run)))
 
 
 @verbs.command()
