@@ -1,13 +1,14 @@
 """Fetching makes every rank hold its samples of a step before any rank trains it.
 
 A sample that a rank cannot read is captured again; if it stays unreadable, it is quarantined. If the
-consumer looks in another feature store than the producer's, no sample is quarantined: the consumer stops.
+consumer looks in another feature store than the producer's, or a rank can read none of its samples, no sample
+is quarantined: the consumer stops.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from paceline.errors import FeatureForgottenError, FeatureStoreElsewhereError, StoreError
 from paceline.loader.lengths import QuarantinedError, StoppedError
@@ -74,9 +75,30 @@ class Fetching:
                     if tries[sample_id] > FORGOTTEN_MAX:
                         raise why
                 elif tries[sample_id] > RECAPTURES_MAX:
+                    self._refuse_a_blind_rank(step, rev, unreadable)
                     self._quarantine_unreadable(sample_id, why)
                 current[sample_id] = self._loader.captured_again(current[sample_id], why.what)
         return current
+
+    def _refuse_a_blind_rank(self, step: int, rev: int, unreadable: Mapping[str, StoreError]) -> None:
+        """Raise StoreError if a rank reads nothing: its mount, memory or network is at fault, and no sample.
+
+        A rank that has a single sample of the step is tried with the samples of the next one.
+        """
+        blind = self._ranks.with_only(unreadable)
+        if len(unreadable) == 1 and blind:
+            others = [ref for ref in self._loader.following() if ref.sample_id not in unreadable]
+            blind &= self._ranks.with_only(self._ranks.fetch(step, rev, others)) if others else set()
+        if not blind:
+            return
+        sample_id, why = next(iter(unreadable.items()))
+        raise StoreError(
+            f"Rank {min(blind)} of the training can read no sample, and those of step {step} were captured "
+            f"again {RECAPTURES_MAX} times. {sample_id}: {why.what}",
+            why="So many samples are not to blame: none was quarantined, and no weights were changed.",
+            next="look at that host: the mount of features.directory, its memory (dmesg), its network. Then "
+            "run the same command again.",
+        )
 
     def _quarantine_unreadable(self, sample_id: str, why: StoreError) -> None:
         reason = f"captured again {RECAPTURES_MAX} times and never readable: {why.what}"

@@ -221,14 +221,17 @@ class Ranks:
 
     def has_a_rank_with_only(self, sample_ids: Collection[str]) -> bool:
         """Whether some rank holds samples of the step, and none besides these."""
-        if self._held.step == FIRST_WEIGHTS:  # rank 0 holds all
-            return all(ref.sample_id in sample_ids for ref in self._held.refs)
-        refs = self._held.refs
-        slices = (slice_of(refs, rank, self.size) for rank in range(self.size))
-        return any(
-            start < stop and all(ref.sample_id in sample_ids for ref in refs[start:stop])
-            for start, stop in slices
-        )
+        return bool(self.with_only(sample_ids))
+
+    def with_only(self, sample_ids: Collection[str]) -> set[int]:
+        """The ranks that read samples of the step, and none besides these."""
+        refs, asked = self._held.refs, set(sample_ids)
+        readers = (
+            1 if self._held.step == FIRST_WEIGHTS else self.size
+        )  # of the first weights rank 0 reads all
+        slices = (slice_of(refs, rank, readers) for rank in range(readers))
+        mine = [{ref.sample_id for ref in refs[start:stop]} for start, stop in slices]
+        return {rank for rank, ids in enumerate(mine) if ids and ids <= asked}
 
     @property
     def _held(self) -> StepOrder:

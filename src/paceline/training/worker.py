@@ -78,7 +78,7 @@ class Worker:
         self._trained_well: list[Sample] = []
 
     def fetch(self, order: StepOrder) -> Fetched:
-        """Read the slice of `order`, except samples that are held already."""
+        """Read the slice of `order`, except samples that are held already; all or nothing is held then."""
         wanted = {ref.sample_id: ref for ref in order.mine}
         self._held = {i: held for i, held in self._held.items() if wanted.get(i) == held[0]}
         unreadable: dict[str, StoreError] = {}
@@ -89,6 +89,7 @@ class Worker:
                 except (FeatureMissingError, FeatureCorruptError) as error:
                     unreadable[sample_id] = error
         if unreadable:
+            self._held = {}  # at the next try it shows anew that it can read the others
             return Fetched(0, unreadable)
         return Fetched(self.learner.num_tokens(self._samples(order.mine)))
 

@@ -11,7 +11,7 @@ import torch
 
 from paceline import SQLiteMetadataStore
 from paceline.engines.engine import Captured, CaptureRequest
-from paceline.errors import EngineError, FeatureCorruptError, FeatureForgottenError
+from paceline.errors import EngineError, FeatureCorruptError, FeatureForgottenError, StoreError
 from paceline.ledger.isolation import DEATHS_BEFORE_ISOLATION
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.testing.memory_features import InMemoryFeatureStore
@@ -267,3 +267,46 @@ def test_a_sample_that_a_cache_loses_again_and_again_is_not_to_blame(
         with pytest.raises(FeatureForgottenError):
             trainer.fit(loader)
     assert SQLiteMetadataStore(run.db).quarantined() == {}
+
+
+class BlindStore(InMemoryFeatureStore):
+    """From some reading on, no bytes are readable."""
+
+    reads, after = 0, 0
+
+    def get(self, ref: SampleRef) -> dict[str, Any]:
+        self.reads += 1
+        if self.reads > self.after:
+            raise FeatureCorruptError(f"The bytes of {ref.sample_id} are damaged.")
+        return super().get(ref)
+
+
+@pytest.mark.parametrize(("after", "batch_size"), [(0, 3), (3, 3), (4, 3), (9, 3), (10, 3), (4, 1), (9, 1)])
+def test_a_trainer_that_can_read_nothing_blames_no_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, batch_size: int
+) -> None:
+    """From the first weights on, or in the middle of a step; once it can read, it trains them all."""
+    store = BlindStore(8 << 20)
+    run = SmallRun(tmp_path, features=store, batch_size=batch_size)
+    store.after = after
+    run.producer()[1]()
+    trainer, loader = run.consumer()
+    monkeypatch.setattr(trainer.coordinator, "relieve_pressure", lambda: run.producer()[1]())
+    with pytest.raises(StoreError, match="can read no sample"):
+        trainer.fit(loader)
+    assert SQLiteMetadataStore(run.db).quarantined() == {}
+    store.after = 1 << 30
+    run.run()
+    assert acked(run) == set(ALL)
+    assert SQLiteMetadataStore(run.db).quarantined() == {}
+
+
+def test_the_only_sample_of_a_step_is_quarantined_if_others_could_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = SmallRun(tmp_path, features=RottenStore(8 << 20), batch_size=1)
+    run.producer()[1]()
+    trainer, loader = run.consumer()
+    monkeypatch.setattr(trainer.coordinator, "relieve_pressure", lambda: run.producer()[1]())
+    trainer.fit(loader)
+    assert list(SQLiteMetadataStore(run.db).quarantined()) == ["small:5"]
