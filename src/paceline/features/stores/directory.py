@@ -2,10 +2,11 @@
 
 Writers (the producers of any host) and a reader (the consumer) share nothing but the folder: there is no
 lock, no map and no count in it. The ledger gives every file its generation, and counts the bytes of all of
-them when they are reserved. So a listing, which may be old on a network filesystem, decides nothing here. A
-file that is gone, cut off, or not what its ref says is a miss, and its sample is captured again. Within a
-process any thread may call. Features outlive processes and reboots; what a host had not written to its disk
-when its power failed is such a miss.
+them when they are reserved. A listing, which may be old on a network filesystem, tells a producer at its
+start what to free and what is lost (capture/upkeep.py), and decides nothing else. A file that is gone, cut
+off, or not what its ref says is a miss, and its sample is captured again. Within a process any thread may
+call. Features outlive processes and reboots; what a host had not written to its disk when its power failed is
+such a miss.
 """
 
 from __future__ import annotations
