@@ -11,6 +11,7 @@ where, not how the processes interleave. Sharded ranks are struck while they wri
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -259,6 +260,8 @@ def play(
 def execute_all(seeds: range, *, sharded: bool = False) -> Counter[str]:
     """Raises Violation, with the command that repeats it."""
     import_module("torch._dynamo")  # the optimizer would import it in every process
+    gc.collect()
+    gc.freeze()  # forks copy less
     _, wanted = play([], None, sharded=sharded)
     total: Counter[str] = Counter()
     for seed in seeds:
