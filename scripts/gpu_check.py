@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -143,21 +142,14 @@ def told(done: subprocess.CompletedProcess[str]) -> str:
 
 def kill_after_a_checkpoint(run: TinyRun) -> None:
     """SIGKILL to the command and its roles as soon as a step later than the first weights is durable."""
-    command = subprocess.Popen(
-        run.arguments("train"),
-        env=run.environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
     deadline = time.monotonic() + FIRST_CHECKPOINT_S
     checkpoints = run.directory / "checkpoints"
-    while command.poll() is None and time.monotonic() < deadline:
-        if any(not found.suffix for found in checkpoints.glob("step-0000000[1-9]*")):
-            break
-        time.sleep(0.01)
-    os.killpg(command.pid, signal.SIGKILL)
-    command.wait()
+    with run.start("train") as command:
+        while command.poll() is None and time.monotonic() < deadline:
+            if any(not found.suffix for found in checkpoints.glob("step-0000000[1-9]*")):
+                break
+            time.sleep(0.01)
+        command.kill()  # its roles die with it
 
 
 def time_step(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from paceline.errors import ConfigError
 from paceline.roles.consumer import consume
 from paceline.roles.plan import RunPlan, plan_run
 from paceline.roles.producer import produce
+from paceline.telemetry import read_events
 from paceline.testing.small_run import same_bits
 from paceline.testing.tiny_folder import make_tiny_folder
-from paceline.testing.tiny_run import WORDS, TinyRun
+from paceline.testing.tiny_run import WORDS, TinyRun, wait_until
 
 CHATS = 24
 
@@ -51,11 +51,9 @@ def plan(run: TinyRun) -> RunPlan:
 def kill_the_producer(run: TinyRun) -> None:
     """SIGKILL as soon as a group is committed and others are not."""
     command = [sys.executable, "-m", "paceline.roles.producer", str(run.run_file)]
-    with subprocess.Popen(command, env=run.environment(), stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if " group" in line:
-                break
+    events = run.directory / "events" / "producer.jsonl"
+    with run.begin(command, run.environment()) as process:
+        wait_until(lambda: any(event["event"] == "group" for event in read_events(events)), process)
         process.kill()
     assert 0 < run.ledger().snapshot().committed < CHATS
 
@@ -95,7 +93,7 @@ def test_answers_are_exported_as_chats_that_a_run_can_read(tiny_model: Path, tmp
     out = tmp_path / "answers.jsonl"
     *python, _, run_file = run.arguments("data")
     command = [*python, "data", "export", run_file, "--to", str(out)]
-    told = subprocess.run(command, env=run.environment(), text=True, capture_output=True, check=False)
+    told = run.run(command)
     assert (told.returncode, told.stdout) == (0, f"answers: {out}\n"), told.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     asked = [

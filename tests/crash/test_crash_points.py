@@ -7,7 +7,6 @@ checkpoints and the kills are real.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from paceline import SQLiteMetadataStore
-from paceline.testing.forked_starts import ForkedStarts
+from paceline.testing.forked_commands import ForkedCommands
 from paceline.testing.small_run import SmallRun, same_bits, weights
 
 RUN = """
+import sys
 from pathlib import Path
-import torch._dynamo  # the optimizer would import it in every start
 from safetensors.torch import save_file
 from paceline.features.stores.directory import DirectoryFeatureStore
 from paceline.features.stores.shm import SharedMemoryFeatureStore
-from paceline.testing.forked_starts import serve
 from paceline.testing.kill_points import arm
 from paceline.testing.small_run import SmallRun, weights
 
@@ -39,7 +37,7 @@ def start(name, crash_at, store):
     assert features.usage().resident_samples == 0, "nothing may stay behind"
     save_file(weights(trainer), folder / "final.safetensors")
 
-serve(start)
+start(*sys.argv[1:])
 """
 
 POINTS = [
@@ -64,12 +62,6 @@ KILLS = 2
 
 
 @pytest.fixture(scope="module")
-def starts() -> Iterator[ForkedStarts]:
-    with ForkedStarts(RUN) as forked:
-        yield forked
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return weights(SmallRun(tmp_path_factory.mktemp("plain"), passes=2).run())
 
@@ -78,13 +70,18 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.T
     ("store", "point"), [*(("shm", p) for p in POINTS), *(("directory", p) for p in OF_FEATURES)]
 )
 def test_repeated_kills_end_in_the_same_weights(
-    tmp_path: Path, uninterrupted: dict[str, torch.Tensor], starts: ForkedStarts, store: str, point: str
+    tmp_path: Path,
+    uninterrupted: dict[str, torch.Tensor],
+    forked_commands: ForkedCommands,
+    store: str,
+    point: str,
 ) -> None:
     """Nothing is lost, nothing is trained twice, and no slot or folder is left behind."""
-    deaths = [starts.start(str(tmp_path), point, store) for _ in range(KILLS)]
+    deaths = [forked_commands.script(RUN, str(tmp_path), point, store).returncode for _ in range(KILLS)]
     assert deaths[0] == -9, "the point was never reached"
     assert set(deaths) <= {-9, 0}
-    assert starts.start(str(tmp_path), "", store) == 0
+    last = forked_commands.script(RUN, str(tmp_path), "", store)
+    assert last.returncode == 0, last.stderr
     assert same_bits(load_file(tmp_path / "final.safetensors"), uninterrupted)
     store = SQLiteMetadataStore(tmp_path / "ledger.db")
     assert store.all_committed_ids() == [f"small:{n}" for n in range(14)]

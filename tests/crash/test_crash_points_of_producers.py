@@ -6,7 +6,6 @@ slots of the store, takes them for dead and ends the run. Ledger, shared memory,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,15 @@ from safetensors.torch import load_file
 
 from paceline.ledger.facts import producers_in
 from paceline.ledger.stores.sqlite import SQLiteLedger
-from paceline.testing.forked_starts import ForkedStarts
+from paceline.testing.forked_commands import ForkedCommands
 from paceline.testing.small_run import SmallRun, same_bits, weights
 
 RUN = """
+import sys
 from pathlib import Path
-import torch._dynamo  # the optimizer would import it in every start
 from safetensors.torch import save_file
 from paceline.features.stores.directory import DirectoryFeatureStore
 from paceline.features.stores.shm import SharedMemoryFeatureStore
-from paceline.testing.forked_starts import serve
 from paceline.testing.kill_points import arm
 from paceline.testing.small_run import SmallRun, weights
 
@@ -45,7 +43,7 @@ def start(name, crash_at, worker, store):
     assert features.usage().resident_samples == 0, "nothing may stay behind"
     save_file(weights(trainer), folder / "final.safetensors")
 
-serve(start)
+start(*sys.argv[1:])
 """
 
 POINTS = [
@@ -58,12 +56,6 @@ POINTS = [
 
 
 @pytest.fixture(scope="module")
-def starts() -> Iterator[ForkedStarts]:
-    with ForkedStarts(RUN) as forked:
-        yield forked
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return weights(SmallRun(tmp_path_factory.mktemp("plain"), passes=2).run())
 
@@ -72,14 +64,20 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.T
     ("store", "point"), [*(("shm", p) for p in POINTS), ("directory", POINTS[2]), ("directory", POINTS[3])]
 )
 def test_producers_that_die_anywhere_cost_nothing(
-    tmp_path: Path, uninterrupted: dict[str, torch.Tensor], starts: ForkedStarts, store: str, point: str
+    tmp_path: Path,
+    uninterrupted: dict[str, torch.Tensor],
+    forked_commands: ForkedCommands,
+    store: str,
+    point: str,
 ) -> None:
     """No sample is lost or trained twice, and neither bytes nor leases are left behind.
 
     A name may be, if its holder had nothing that the third producer had to wait for.
     """
-    assert [starts.start(str(tmp_path), point, worker, store) for worker in ("1", "2")] == [-9, -9]
-    assert starts.start(str(tmp_path), "", "0", store) == 0
+    for worker in ("1", "2"):
+        assert forked_commands.script(RUN, str(tmp_path), point, worker, store).returncode == -9
+    last = forked_commands.script(RUN, str(tmp_path), "", "0", store)
+    assert last.returncode == 0, last.stderr
     assert same_bits(load_file(tmp_path / "final.safetensors"), uninterrupted)
     ledger = SQLiteLedger(tmp_path / "ledger.db")
     now, owned = ledger.snapshot(), ledger.ownership()

@@ -57,7 +57,8 @@ def test_a_forked_role_is_its_supervisors_child_and_its_death_is_noticed(
 
 
 def test_a_forked_command_says_what_a_user_reads(tiny_model: Path, tmp_path: Path) -> None:
-    """The same output, errors and exit codes, of the command and of a role that takes its place."""
+    """The same output, errors and exit codes, of the command, of a role that takes its place, and of what a
+    command asks a process."""
     run = TinyRun(tmp_path, tiny_model, prompts={"path": str(tmp_path / "none.jsonl")})
     for verb in ("status", "produce"):
         forked, real = run.command(verb), executed(run.arguments(verb), run.environment())

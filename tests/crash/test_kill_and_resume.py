@@ -18,7 +18,7 @@ from paceline.ledger.locks import live_holder
 from paceline.testing import random_kills
 from paceline.testing.random_kills import make_run
 from paceline.testing.small_run import same_bits
-from paceline.testing.tiny_run import TinyRun, begun, wait_until
+from paceline.testing.tiny_run import TinyRun, wait_until
 from paceline.testing.tracker_suite import scalars
 
 NUM_SAMPLES = 120
@@ -74,12 +74,9 @@ def test_a_killed_role_is_started_again_and_the_weights_are_the_same(
 def test_everything_killed_at_once_goes_on_with_the_same_command(
     tiny_model: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:
-    """Supervisor, producer and consumer die together, as in a host crash; nothing is cleaned up.
-
-    They are started from nothing, imports included; those of other tests are forks.
-    """
+    """Supervisor, producer and consumer die together, as in a host crash; nothing is cleaned up."""
     run = make_run(tmp_path, tiny_model)
-    with begun(run.arguments("train"), run.environment()) as train:
+    with run.start("train") as train:
         wait_until(in_the_middle(run), train)
         os.kill(train.pid, signal.SIGSTOP)  # so that it cannot start a role again
         for role in ("producer", "consumer"):

@@ -6,7 +6,6 @@ Every rank is a process; ledger, shared memory, checkpoints and signals are real
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,14 @@ from paceline.errors import RanksError
 from paceline.ledger.facts import RANKS
 from paceline.ledger.records import State
 from paceline.ledger.stores.sqlite import SQLiteLedger
-from paceline.testing.forked_starts import ForkedStarts
+from paceline.testing.forked_commands import ForkedCommands
 from paceline.testing.small_run import same_bits
 
 RUN = """
 import json
 import signal
+import sys
 from pathlib import Path
-import torch
-import torch._dynamo  # the optimizer would import it in every start
-from paceline.testing.forked_starts import serve
 from paceline.testing.ranks_of_a_run import Strike, one_attempt
 from paceline.testing.synthetic import SyntheticEngine
 
@@ -49,25 +46,19 @@ def start(name, ranks, victim, point, turn, stops, breaks, sharded):
     )
     (Path(name) / "codes.json").write_text(json.dumps(codes))
 
-serve(start)
+start(*json.loads(sys.argv[1]))
 """
 CLOSE = 1e-6  # of a tensor's norm: how far another order of sums may lead in a whole run
 LOST = RanksError.exit_code
 KILLED = -9
 
 
-@pytest.fixture(scope="module")
-def starts() -> Iterator[ForkedStarts]:
-    with ForkedStarts(RUN) as forked:
-        yield forked
-
-
 class Ranks:
     """A run folder and the attempts in it."""
 
-    def __init__(self, starts: ForkedStarts, folder: Path) -> None:
+    def __init__(self, forked_commands: ForkedCommands, folder: Path) -> None:
         self.folder = folder
-        self._starts = starts
+        self._commands = forked_commands
 
     def attempt(
         self,
@@ -91,7 +82,8 @@ class Ranks:
             breaks,
             sharded,
         ]
-        assert self._starts.start(*arguments) == 0
+        done = self._commands.script(RUN, json.dumps(arguments))
+        assert done.returncode == 0, done.stderr
         for broken in self.folder.glob("broken-*"):
             raise AssertionError(broken.read_text())
         codes: list[int] = json.loads((self.folder / "codes.json").read_text())
@@ -108,9 +100,11 @@ class Ranks:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(starts: ForkedStarts, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Ranks]:
+def undisturbed(
+    forked_commands: ForkedCommands, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Ranks]:
     """By the number of ranks."""
-    runs = {ranks: Ranks(starts, tmp_path_factory.mktemp(f"of-{ranks}")) for ranks in (1, 2, 4)}
+    runs = {ranks: Ranks(forked_commands, tmp_path_factory.mktemp(f"of-{ranks}")) for ranks in (1, 2, 4)}
     for ranks, run in runs.items():
         assert run.attempt(ranks) == [0] * ranks
     return runs
@@ -142,10 +136,10 @@ def test_a_run_of_any_number_of_ranks_trains_the_same_up_to_the_order_of_sums(
     ],
 )
 def test_a_rank_that_is_killed_ends_the_attempt_and_the_next_one_ends_in_the_same_bits(
-    tmp_path: Path, starts: ForkedStarts, undisturbed: dict[int, Ranks], victim: int, where: str
+    tmp_path: Path, forked_commands: ForkedCommands, undisturbed: dict[int, Ranks], victim: int, where: str
 ) -> None:
     """The other rank learns it from its connection, and no rank trains a step alone."""
-    run = Ranks(starts, tmp_path)
+    run = Ranks(forked_commands, tmp_path)
     codes = run.attempt(2, victim, where)
     assert codes[victim] == KILLED, "the point was never reached"
     assert codes[1 - victim] == LOST
@@ -154,9 +148,9 @@ def test_a_rank_that_is_killed_ends_the_attempt_and_the_next_one_ends_in_the_sam
 
 
 def test_a_rank_that_is_killed_while_it_resumes_is_resumed_again(
-    tmp_path: Path, starts: ForkedStarts, undisturbed: dict[int, Ranks]
+    tmp_path: Path, forked_commands: ForkedCommands, undisturbed: dict[int, Ranks]
 ) -> None:
-    run = Ranks(starts, tmp_path)
+    run = Ranks(forked_commands, tmp_path)
     assert run.attempt(2, 1, "learner.step.before:4") == [LOST, KILLED]
     assert run.attempt(2, 1, "learner.load.before") == [LOST, KILLED]
     assert run.attempt(2) == [0, 0]
@@ -164,10 +158,10 @@ def test_a_rank_that_is_killed_while_it_resumes_is_resumed_again(
 
 
 def test_a_rank_that_hangs_ends_the_attempt_within_the_time_out(
-    tmp_path: Path, starts: ForkedStarts, undisturbed: dict[int, Ranks]
+    tmp_path: Path, forked_commands: ForkedCommands, undisturbed: dict[int, Ranks]
 ) -> None:
     """It is stopped in a step; the other one waits for the 2 seconds that this test allows, and says so."""
-    run = Ranks(starts, tmp_path)
+    run = Ranks(forked_commands, tmp_path)
     assert run.attempt(2, 1, "learner.step.before:3", stops=True) == [LOST, KILLED]
     assert "machine.trainer_timeout_s" in run.said()
     assert run.attempt(2) == [0, 0]
@@ -175,10 +169,10 @@ def test_a_rank_that_hangs_ends_the_attempt_within_the_time_out(
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(
-    tmp_path: Path, starts: ForkedStarts, undisturbed: dict[int, Ranks]
+    tmp_path: Path, forked_commands: ForkedCommands, undisturbed: dict[int, Ranks]
 ) -> None:
     """From 2 to 1 to 2: the same global batches, the same weights up to the order of sums; and it is said."""
-    run = Ranks(starts, tmp_path)
+    run = Ranks(forked_commands, tmp_path)
     assert run.attempt(2, 0, "learner.step.after:3") == [KILLED, LOST]
     assert run.attempt(1, 0, "learner.step.after:3") == [KILLED]
     assert run.attempt(2) == [0, 0]
@@ -188,7 +182,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     assert ledger.snapshot().checkpoints[-1].chain == undisturbed[1].ledger().snapshot().checkpoints[-1].chain
 
 
-def test_a_bad_sample_on_rank_1_is_isolated_as_with_one_rank(tmp_path: Path, starts: ForkedStarts) -> None:
+def test_a_bad_sample_on_rank_1_is_isolated_as_with_one_rank(
+    tmp_path: Path, forked_commands: ForkedCommands
+) -> None:
     """The same sample is quarantined for the same reason in as many plans; the rest is trained.
 
     Its step visits samples 10, 6, 11 and 7, of which the last two are rank 1's.
@@ -196,7 +192,7 @@ def test_a_bad_sample_on_rank_1_is_isolated_as_with_one_rank(tmp_path: Path, sta
     found = []
     for ranks in (1, 2):
         (tmp_path / str(ranks)).mkdir()
-        run = Ranks(starts, tmp_path / str(ranks))
+        run = Ranks(forked_commands, tmp_path / str(ranks))
         assert run.attempt(ranks, breaks=True) == [0] * ranks
         ledger = run.ledger()
         [record] = ledger.find(state=State.QUARANTINED).values()
@@ -212,9 +208,9 @@ def test_a_bad_sample_on_rank_1_is_isolated_as_with_one_rank(tmp_path: Path, sta
 
 
 @pytest.fixture(scope="module")
-def sharded(starts: ForkedStarts, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+def sharded(forked_commands: ForkedCommands, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """Undisturbed, of 2 ranks."""
-    run = Ranks(starts, tmp_path_factory.mktemp("sharded"))
+    run = Ranks(forked_commands, tmp_path_factory.mktemp("sharded"))
     assert run.attempt(2, sharded=True) == [0, 0]
     return run
 
@@ -246,9 +242,9 @@ def test_sharded_ranks_train_the_same_up_to_the_order_of_sums(
     ],
 )
 def test_a_sharded_rank_that_is_killed_ends_the_attempt_and_the_next_one_ends_in_the_same_bits(
-    tmp_path: Path, starts: ForkedStarts, sharded: Ranks, victim: int, where: str
+    tmp_path: Path, forked_commands: ForkedCommands, sharded: Ranks, victim: int, where: str
 ) -> None:
-    run = Ranks(starts, tmp_path)
+    run = Ranks(forked_commands, tmp_path)
     codes = run.attempt(2, victim, where, sharded=True)
     assert codes[victim] == KILLED, "the point was never reached"
     assert codes[1 - victim] == LOST
@@ -257,10 +253,10 @@ def test_a_sharded_rank_that_is_killed_ends_the_attempt_and_the_next_one_ends_in
 
 
 def test_a_run_goes_on_with_another_number_of_sharded_ranks_and_with_whole_ones(
-    tmp_path: Path, starts: ForkedStarts, undisturbed: dict[int, Ranks]
+    tmp_path: Path, forked_commands: ForkedCommands, undisturbed: dict[int, Ranks]
 ) -> None:
     """From 2 parts to one whole to 3 parts, of which some have fewer rows than others."""
-    run = Ranks(starts, tmp_path)
+    run = Ranks(forked_commands, tmp_path)
     assert run.attempt(2, 0, "learner.step.after:4", sharded=True) == [KILLED, LOST]
     assert run.attempt(1, 0, "learner.step.after:3") == [KILLED]
     assert run.attempt(3, sharded=True) == [0, 0, 0]
@@ -269,10 +265,10 @@ def test_a_run_goes_on_with_another_number_of_sharded_ranks_and_with_whole_ones(
 
 
 def test_a_bad_sample_of_a_sharded_rank_is_isolated_as_with_one_rank(
-    tmp_path: Path, starts: ForkedStarts
+    tmp_path: Path, forked_commands: ForkedCommands
 ) -> None:
     """No rank waits for another one in a pass, so nothing times out."""
-    run = Ranks(starts, tmp_path)
+    run = Ranks(forked_commands, tmp_path)
     assert run.attempt(2, breaks=True, sharded=True) == [0, 0]
     [record] = run.ledger().find(state=State.QUARANTINED).values()
     assert record.sample_id == "small:11"

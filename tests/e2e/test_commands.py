@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -18,14 +17,14 @@ from paceline.ledger.locks import live_holder
 from paceline.monitoring.texts import RunTexts
 from paceline.telemetry import read_events
 from paceline.testing.forked_commands import ForkedCommands
-from paceline.testing.tiny_run import TinyRun, executed
+from paceline.testing.tiny_run import TinyRun
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """A run that `paceline train` took to the end."""
     run = TinyRun(tmp_path_factory.mktemp("run"), tiny_model)
-    result = executed(run.arguments("train"), run.environment())
+    result = run.command("train")
     assert result.returncode == 0, result.stderr
     last = result.stdout.strip().splitlines()[-1]
     assert last.startswith("acceptance length ")
@@ -243,7 +242,10 @@ ODD = "a 'b' \"c\" ü 漢 🚲 $x -- " + "long " * 30  # a folder's name
 def test_odd_surroundings_change_no_bit_and_a_second_start_is_refused(
     finished: TinyRun, tmp_path: Path
 ) -> None:
-    """No environment, no locale, no stdin, asserts off, private files, an odd folder behind a link."""
+    """No environment, no locale, no stdin, asserts off, private files, an odd folder behind a link.
+
+    All of it is started from nothing, imports included; the commands of other tests are forks.
+    """
     (tmp_path / "there" / ODD).mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "there" / ODD)
     odd = TinyRun(
@@ -305,26 +307,31 @@ def test_an_end_of_the_command_while_it_measures_does_not_keep_the_next_one_out(
     assert (finished.directory / "checkpoints").stat().st_mtime_ns == weights
 
 
-def test_full_shared_memory_loses_nothing(tiny_model: Path, tmp_path: Path) -> None:
+ON_SMALL_MEMORY = """
+import os, sys
+from pathlib import Path
+from paceline.testing.small_disk import mount_small_disk
+folder, *command = sys.argv[1:]
+try:
+    mount_small_disk(Path(folder), 200 << 10)
+except OSError:
+    sys.exit(99)
+os.execve(sys.executable, command, dict(os.environ))
+"""
+
+
+def test_full_shared_memory_loses_nothing(
+    tiny_model: Path, tmp_path: Path, forked_commands: ForkedCommands
+) -> None:
     """The producer says what is full and what to do; with room the same run goes to its end.
 
     The full memory is a small tmpfs in a mount namespace of its own. It is gone with the process, so
     the samples that were committed to it must be captured again, as after a reboot.
     """
-    unshare = shutil.which("unshare")
-    if unshare is None:
-        pytest.skip("no unshare(1) here")
     run = TinyRun(tmp_path, tiny_model, features={"budget_mib": 8, "directory": str(tmp_path / "shm")})
     (tmp_path / "shm").mkdir()
-    script = 'mount -t tmpfs -o size=200k none "$1" 2>/dev/null || exit 99; shift; exec "$@"'
-    failed = subprocess.run(
-        [unshare, "--mount", "sh", "-c", script, "sh", str(tmp_path / "shm"), *run.arguments("produce")],
-        env=run.environment(),
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    if failed.returncode == 99 or "unshare failed" in failed.stderr:
+    failed = forked_commands.script(ON_SMALL_MEMORY, str(tmp_path / "shm"), *run.arguments("produce"))
+    if failed.returncode == 99:
         pytest.skip("mounting is not permitted here")
     assert failed.returncode == 5, failed.stderr
     assert "Next:" in failed.stderr

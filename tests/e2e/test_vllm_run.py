@@ -17,6 +17,7 @@ from paceline.engines.vllm.guard import session_members
 from paceline.engines.vllm.server import RECORD
 from paceline.ledger.facts import CONFIG, RUN_ID
 from paceline.roles.feature_folder import engine_folder
+from paceline.roles.server_command import server_command
 from paceline.telemetry import read_events
 from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.testing.tiny_run import TinyRun, executed
@@ -80,6 +81,7 @@ def test_the_command_is_printed_for_a_target_of_the_hub_and_for_a_runs_directory
 ) -> None:
     """The server gets the folder in the hub's cache, with the commit that the run is bound to."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))  # in this process
     model = tmp_path / "hub" / "models--wind--tiny-llama"
     snapshot = make_tiny_folder(model / "snapshots" / COMMIT)
     (model / "refs").mkdir()
@@ -87,12 +89,11 @@ def test_the_command_is_printed_for_a_target_of_the_hub_and_for_a_runs_directory
     run = TinyRun(
         tmp_path / "a", Path("wind/tiny-llama"), engine={"name": "vllm", "url": "http://[::1]:8123"}
     )
-    arguments = run.arguments("engine")
-    printed = executed([*arguments[:-1], "vllm", arguments[-1]], run.environment())
-    assert printed.returncode == 0, printed.stderr
-    assert shlex.split(printed.stdout)[:3] == ["vllm", "serve", str(snapshot)]
+    command = server_command(load_run_config(run.run_file))
+    assert shlex.split(command)[:3] == ["vllm", "serve", str(snapshot)]
     ledger = run.ledger()
     ledger.set_facts(None, {RUN_ID: "tiny", CONFIG: flat(load_run_config(run.run_file))})
     ledger.close()
-    again = executed([*arguments[:-1], "vllm", str(run.directory)], run.environment())
-    assert again.stdout == printed.stdout, again.stderr
+    arguments = [*run.arguments("engine")[:-1], "vllm", str(run.directory)]
+    printed = executed(arguments, run.environment())
+    assert printed.stdout == f"{command}\n", printed.stderr

@@ -15,8 +15,10 @@ import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -65,10 +67,14 @@ def process(request: str, out: str, err: str) -> None:
 
 def _start_roles_as_forks() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    nursery = _nursery()
     import_module("paceline.roles.child").subprocess = SimpleNamespace(  # type: ignore[attr-defined]
-        Popen=partial(ForkedRole, _nursery()),
+        Popen=partial(ForkedRole, nursery),
         DEVNULL=subprocess.DEVNULL,
         TimeoutExpired=subprocess.TimeoutExpired,
+    )
+    import_module("paceline.roles.question").subprocess = SimpleNamespace(  # type: ignore[attr-defined]
+        run=partial(answered, nursery)
     )
 
 
@@ -114,13 +120,35 @@ class ForkedRole(ForkedStart):
         arguments: Sequence[str],
         *,
         env: Mapping[str, str],
+        stdin: int,
         stdout: int,
-        pass_fds: Sequence[int],
-        **_: object,  # a session of its own, no input, errors where the output goes: as all roles have it
+        stderr: int,
+        pass_fds: Sequence[int] = (),
+        **_: object,  # a session of its own, as all roles have it
     ) -> None:
         request = {"arguments": arguments, "environment": dict(env), "kept": list(pass_fds)}
-        socket.send_fds(nursery, [json.dumps(request).encode()], [stdout, *pass_fds])
+        streams = [0 if stdin == subprocess.DEVNULL else stdin, stdout, stderr]  # a command's input is empty
+        socket.send_fds(nursery, [json.dumps(request).encode()], [*streams, *pass_fds])
         super().__init__(lambda pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), int(nursery.recv(32)))
+
+
+def answered(
+    nursery: socket.socket,
+    arguments: Sequence[str],
+    *,
+    input: str,
+    env: Mapping[str, str],
+    **_: object,  # text, captured, any exit code
+) -> subprocess.CompletedProcess[str]:
+    """What paceline.roles.question uses of subprocess.run."""
+    with ExitStack() as opened:
+        files = [opened.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
+        files[0].write(input.encode())
+        files[0].seek(0)
+        stdin, stdout, stderr = (file.fileno() for file in files)
+        code = ForkedRole(nursery, arguments, env=env, stdin=stdin, stdout=stdout, stderr=stderr).wait()
+        said = [os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace") for fd in (stdout, stderr)]
+    return subprocess.CompletedProcess(arguments, code, *said)
 
 
 def _nursery() -> socket.socket:
@@ -154,13 +182,14 @@ def _role(given: dict[str, Any], fds: Sequence[int], link: socket.socket) -> NoR
     """A fork's life as a role."""
     os.setsid()
     _show(given["arguments"], given["environment"])  # a start has executed its program when it returns
-    log, *kept = (fcntl.fcntl(fd, fcntl.F_DUPFD, FREE) for fd in fds)
+    given_fds = [fcntl.fcntl(fd, fcntl.F_DUPFD, FREE) for fd in fds]
     link.send(str(os.getpid()).encode())
     link.close()
-    for fd in (1, 2):
-        os.dup2(log, fd)
+    for number in range(3):
+        os.dup2(given_fds[number], number)
+    sys.stdin = os.fdopen(0, closefd=False)
     os.closerange(3, FREE)
-    for fd, number in zip(kept, given["kept"], strict=True):
+    for fd, number in zip(given_fds[3:], given["kept"], strict=True):
         os.dup2(fd, number, inheritable=False)
     os.closerange(FREE, FREE + len(fds))
     _become("", given["arguments"], given["environment"])

@@ -62,15 +62,20 @@ class SmallDisk:
         os.waitpid(self._holder, 0)
 
 
+def mount_small_disk(folder: Path, num_bytes: int) -> None:
+    """In this process's own view from now on, which its children share. Raises OSError."""
+    if _libc.unshare(CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNS) is refused")
+    if _libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None):
+        raise OSError(ctypes.get_errno(), "a private mount is refused")
+    if _libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, b"size=%d" % num_bytes):
+        raise OSError(ctypes.get_errno(), "mounting a tmpfs is refused")
+
+
 def _hold(folder: Path, num_bytes: int, tell: int) -> None:
     """In a child: mount the disk where nobody else sees it, and stay. Never returns."""
     try:
-        if _libc.unshare(CLONE_NEWNS):
-            raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNS) is refused")
-        if _libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None):
-            raise OSError(ctypes.get_errno(), "a private mount is refused")
-        if _libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, b"size=%d" % num_bytes):
-            raise OSError(ctypes.get_errno(), "mounting a tmpfs is refused")
+        mount_small_disk(folder, num_bytes)
     except OSError as error:
         os.write(tell, str(error).encode())
         os._exit(1)

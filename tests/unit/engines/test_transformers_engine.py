@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from paceline.precision import CPU, has_bfloat16, torch_dtype
 from paceline.target.agreement import count_disagreements
 from paceline.target.tokenizer import PromptEncoder
 from paceline.testing.engine_suite import capture, requests
+from paceline.testing.forked_commands import ForkedCommands
 from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.types import Feature, States, Tokens
 
@@ -147,10 +146,12 @@ def bits(samples: list[Captured]) -> str:
     return digest.hexdigest()
 
 
-def test_a_fresh_process_gives_the_same_bits(engine: TransformersEngine, folder: Path) -> None:
+def test_a_fresh_process_gives_the_same_bits(
+    engine: TransformersEngine, folder: Path, forked_commands: ForkedCommands
+) -> None:
     """What was captured before a crash can be captured again after it."""
-    command = [sys.executable, "-c", FRESH_PROCESS, str(folder), str(Path(__file__).parent)]
-    fresh = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    fresh = forked_commands.script(FRESH_PROCESS, str(folder), str(Path(__file__).parent))
+    assert fresh.returncode == 0, fresh.stderr
     assert fresh.stdout == bits(capture(engine, requests(engine, temperature=0.9)))
 
 

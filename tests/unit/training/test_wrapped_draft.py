@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from paceline.methods.eagle3.method import Eagle3Method
+from paceline.testing.forked_commands import ForkedCommands
 from paceline.testing.synthetic import HIDDEN, VOCAB, synthetic_head
 from paceline.training.settings import TrainerSettings, TrainingSection
 from paceline.training.step import accumulate_gradients
 
-METHOD = Eagle3Method({"draft_vocab_size": 24, "ttt_steps": 3, "init": "random"})
+METHOD = Eagle3Method({"draft_vocab_size": 24, "ttt_steps": 2, "init": "random"})
 SETTINGS = TrainerSettings(None, 1, training=TrainingSection(micro_batch_size=1, grad_clip=0.05))
 
 
@@ -65,6 +67,15 @@ def _join(rank: int, world: int, folder: Path) -> None:
     )
 
 
+RANK = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[4])
+from test_wrapped_draft import _train
+_train(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
 def _train(rank: int, world: int, folder: Path) -> None:
     """One rank of data parallel training; and of one rank alone also the gradients of a sharded draft."""
     _join(rank, world, folder)
@@ -84,14 +95,26 @@ def _train(rank: int, world: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_wrapped_drafts_have_the_gradients_of_one_process(tmp_path: Path, world: int) -> None:
+def test_wrapped_drafts_have_the_gradients_of_one_process(
+    tmp_path: Path, world: int, forked_commands: ForkedCommands
+) -> None:
     """Up to the order of a sum, clipped alike, when divided once by the tokens of all ranks.
 
     DDP on one rank and on two; FSDP2, which gathers weights and scatters gradients, on a mesh of one.
     """
     draft, samples = _parts()
     wanted, norm = _gradients(draft, samples)
-    torch.multiprocessing.spawn(_train, args=(world, tmp_path), nprocs=world)
+    here = str(Path(__file__).parent)
+    ranks = [
+        forked_commands.begin(
+            [sys.executable, "-c", RANK, str(rank), str(world), str(tmp_path), here], os.environ
+        )
+        for rank in range(world)
+    ]
+    for process in ranks:
+        with process:
+            _, err = process.communicate()
+        assert process.returncode == 0, err
     for rank in range(world):
         ways = torch.load(tmp_path / f"rank{rank}.pt")
         assert set(ways) == ({"ddp", "fsdp2"} if world == 1 else {"ddp"})
