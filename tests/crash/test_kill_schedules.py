@@ -19,9 +19,9 @@ from paceline.testing.kill_schedules import places
 
 MODULE = "paceline.testing.kill_schedules"
 PLACES = 172  # of a role and a point
-RANDOM = 150
+RANDOM = 80
 HAPPENED = {  # and how often at least, over all schedules
-    "schedules": 650,
+    "schedules": 460,
     "zombies": 100,
     "zombie rejected at give_back": 1,  # after its commit or reserve, which is refused first
     "zombie rejected at extend": 1,
@@ -50,8 +50,9 @@ HAPPENED = {  # and how often at least, over all schedules
 
 @pytest.mark.timeout(900)  # over a minute of processor time, and the machine may be busy
 def test_schedules_at_every_place_end_in_the_same_weights() -> None:
-    """Every point: killed twice and stopped at its first reach, killed at its second, stopped at its third;
-    and mixtures by seed. `make reliability` does all three at each of these reaches."""
+    """Every point: killed twice at its first reach, stopped at its third; and mixtures by seed.
+
+    `make reliability` does both at each of these reaches."""
     command = [sys.executable, "-m", MODULE, "--systematic", "part", "--random", str(RANDOM), "--jobs", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

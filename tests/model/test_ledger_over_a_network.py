@@ -43,7 +43,7 @@ def test_whoever_is_cut_off_goes_on_when_the_network_is_back(network: Network, m
     """A producer, the trainer, the server, everybody; for less than a client waits, and for longer."""
     alone = [frozenset({name}) for name in (PRODUCERS[0], CONSUMER, SERVER)]
     parts = [*alone, frozenset(HOSTS)]
-    troubles = [Trouble(20 + 25 * n, 0.3 if n % 2 else 4.0, apart) for n, apart in enumerate(parts)]
+    troubles = [Trouble(20 + 25 * n, 0.3 if n % 2 else 3.0, apart) for n, apart in enumerate(parts)]
     run = run_through(network, memory, *troubles)
     assert network.counts["packets between parted hosts"]
     assert run.counts["gave up, and was started again"]
@@ -51,6 +51,6 @@ def test_whoever_is_cut_off_goes_on_when_the_network_is_back(network: Network, m
 
 def test_packets_may_be_lost_doubled_and_late(network: Network, memory: Path) -> None:
     """And overtake each other, while the server is killed and one host's clock is hours off and jumps."""
-    bad = Trouble(5, 6.0, lost=0.04, doubled=0.1, delay_s=0.03)
+    bad = Trouble(5, 4.0, lost=0.04, doubled=0.1, delay_s=0.03)
     run_through(network, memory, bad, Trouble(60, 0.5, killed=True), jumping=frozenset({PRODUCERS[1]}))
     assert min(network.counts["packets lost"], network.counts["packets doubled"]) > 0

@@ -27,7 +27,7 @@ PROFILE = settings(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=80,
+    max_examples=40,
     stateful_step_count=50,
     suppress_health_check=list(HealthCheck),
 )
@@ -91,7 +91,7 @@ def test_any_calls_leave_both_stores_alike() -> None:
 
 def test_long_lives_of_samples_leave_both_stores_alike(tmp_path: Path) -> None:
     """Seeded runs that get through capture, training, release, archiving, going back and rolling forward."""
-    counts = play_many(sqlite_in(tmp_path), range(60))
+    counts = play_many(sqlite_in(tmp_path), range(0, 60, 2))
     met = {name: count for name, count in counts.items() if name.startswith("met:")}
     assert len(met) == 10, met
     assert min(met.values()) > 0, met
@@ -99,7 +99,7 @@ def test_long_lives_of_samples_leave_both_stores_alike(tmp_path: Path) -> None:
 
 def test_long_lives_of_samples_on_a_server_leave_both_stores_alike(valkey: ValkeyServer) -> None:
     """Some of the same seeded runs, which meet everything, on the scripts of the ledger on a server."""
-    counts = play_many(lambda _: RedisSubject(valkey), (*range(0, 60, 4), 23))
+    counts = play_many(lambda _: RedisSubject(valkey), (13, 15, 20, 23, 24, 33, 38, 40))
     met = {name: count for name, count in counts.items() if name.startswith("met:")}
     assert len(met) == 10, met
     assert min(met.values()) > 0, met

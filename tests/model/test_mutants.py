@@ -33,6 +33,22 @@ from paceline.training.checkpoint_writer import CheckpointWriter, InlineExecutor
 from paceline.training.recovery import Start, recover
 
 SEEDS = 600
+FOUND_AT = {  # seeds that find what many do not meet; if the product changes, the search goes on from there
+    "commit without fence": 35,
+    "lease without fence": 244,
+    "fail without fence": 18,
+    "facts without fence": 17,
+    "op id forgotten": 23,
+    "a start revokes another worker's work": 29,
+    "lost samples not read": 37,
+    "checkpoint sweep without bound": 245,
+    "recapture alone": 20,
+    "digest not verified": 20,
+    "checkpoint never early": 168,
+    "checkpoint never asked for": 168,
+    "fall back keeps acks": 37,
+    "newest folder wins": 84,
+}
 
 
 class Protocol(LedgerProtocolSuite):
@@ -247,7 +263,7 @@ DIRECTED: dict[str, Callable[[], None]] = {
 def test_the_planted_bug_is_found(name: str) -> None:
     """By a directed test where there is one, else by the simulation within so many seeds."""
     if name not in DIRECTED:
-        assert seeds_to_detect(name, SEEDS) is not None, "it survived"
+        assert seeds_to_detect(name, SEEDS, FOUND_AT.get(name, 0)) is not None, "it survived"
         return
     DIRECTED[name]()
     with MUTANTS[name].planted(), pytest.raises((AssertionError, pytest.fail.Exception)):
