@@ -57,8 +57,7 @@ def test_a_forked_role_is_its_supervisors_child_and_its_death_is_noticed(
 
 
 def test_a_forked_command_says_what_a_user_reads(tiny_model: Path, tmp_path: Path) -> None:
-    """The same output, errors and exit codes, of the command, of a role that takes its place, and of what a
-    command asks a process."""
+    """The same output, errors and exit codes, of the command and of a role that takes its place."""
     run = TinyRun(tmp_path, tiny_model, prompts={"path": str(tmp_path / "none.jsonl")})
     for verb in ("status", "produce"):
         forked, real = run.command(verb), executed(run.arguments(verb), run.environment())
@@ -66,6 +65,15 @@ def test_a_forked_command_says_what_a_user_reads(tiny_model: Path, tmp_path: Pat
         assert forked.stdout == real.stdout
         assert forked.stderr == real.stderr
         assert "Next:" in real.stderr or "next " in real.stderr
+
+
+def test_a_forked_command_asks_a_process_what_a_users_command_asks(tiny_model: Path, tmp_path: Path) -> None:
+    """`data check` renders the prompts of a run in a process of its own, and says what that found."""
+    run = TinyRun(tmp_path, tiny_model)
+    command = [*run.arguments("data")[:-1], "check", str(run.run_file)]
+    forked, real = run.run(command), executed(command, run.environment())
+    assert (forked.returncode, forked.stdout, forked.stderr) == (0, real.stdout, real.stderr)
+    assert "20 samples" in real.stdout
 
 
 def test_a_forked_process_is_what_proc_says_of_it(forked_commands: ForkedCommands) -> None:
