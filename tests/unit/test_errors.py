@@ -16,7 +16,6 @@ from paceline.errors import PacelineError, UnforeseenError, explained
 ELSEWHERE = {"TemplateError", "RoleFailedError"}
 # They are the reason in another error's text.
 REASONS = {"target.chat_encoder", "roles.held_out", "training.ranks", "training.recovery"}
-TEXTS = texts()
 
 
 def test_all_errors_are_in_one_tree() -> None:
@@ -41,13 +40,18 @@ def test_an_exit_code_tells_the_kind_of_an_error() -> None:
     assert own["FencedError"] == 11
 
 
+@pytest.fixture(scope="module")
+def every_text() -> list[ErrorText]:
+    return texts()
+
+
 def where(text: ErrorText) -> str:
     return f"{text.module}:{text.line}"
 
 
-def test_every_text_says_what_happened_and_what_to_do() -> None:
+def test_every_text_says_what_happened_and_what_to_do(every_text: list[ErrorText]) -> None:
     """In sentences, without pleading or blaming, and with the next step."""
-    for text in TEXTS:
+    for text in every_text:
         if text.module in REASONS and "next" not in text.parts:
             continue
         assert "next" in text.parts, where(text)
@@ -57,10 +61,10 @@ def test_every_text_says_what_happened_and_what_to_do() -> None:
         assert not re.search(r"(?i)\b(please|sorry|oops|invalid|illegal|abort)", told), where(text)
 
 
-def test_every_text_is_on_the_page() -> None:
+def test_every_text_is_on_the_page(every_text: list[ErrorText]) -> None:
     """With a mark for what is known only when it happens."""
     page = error_tables()
-    assert len(TEXTS) > 300
+    assert len(every_text) > 300
     assert "**There is no …, neither a run's directory nor a run file.**" in page
     for kind in kinds():
         assert f"`{kind.__name__}`" in page
@@ -99,9 +103,9 @@ def test_an_error_of_another_kind_comes_with_advice_too(error: Exception, what: 
     assert told.next.startswith(next) or next in told.next
 
 
-def test_no_error_is_only_in_the_module_and_never_made() -> None:
+def test_no_error_is_only_in_the_module_and_never_made(every_text: list[ErrorText]) -> None:
     """A class that nothing raises, and that only groups nothing, would be a promise without a keeper."""
-    made = {text.kind for text in TEXTS}
+    made = {text.kind for text in every_text}
     for kind in kinds():
         assert kind.__name__ in made or kind.__subclasses__(), kind
     assert set(vars(errors)) >= {"PacelineError", "explained"}
