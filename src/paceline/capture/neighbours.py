@@ -189,9 +189,6 @@ class Neighbours:
     def _others(self, now: Snapshot) -> dict[str, dict[str, Any]]:
         return {w: told for w, told in producers_in(now.facts).items() if w != self._session.worker}
 
-    def are_there(self) -> bool:
-        return bool(self._others(self._session.snapshot()))
-
     def num_aside(self) -> int:
         """How many prompts the other producers keep aside (see `holds`)."""
         return sum(int(told.get("aside", 0)) for told in self._others(self._session.snapshot()).values())
