@@ -7,6 +7,9 @@ TRAINED ?= runs/smollm2-cpu
 SCALE ?= 1
 BIN := $(VENV)/bin
 
+# Tests start hundreds of processes; without compiled files each would compile the sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help install model train evaluate test lint types layers reference check dist sbom docs bench quality test-vllm test-dashboard test-mooncake test-ray test-slurm gpu reliability clean
 
 help: ## show this
@@ -118,7 +121,7 @@ test-mooncake: install $(VENV)/.mooncake ## the store on a real Mooncake master 
 gpu: install ## three minutes on a CUDA device: everything a run does there, and where a step waits
 	$(BIN)/python scripts/gpu_check.py
 
-reliability: install ## the long proof: simulation, kills, power loss, bit flips (SCALE=1: half an hour)
+reliability: install ## the long proof: simulation, kills, power loss, bit flips (SCALE=1: three to four hours)
 	$(BIN)/python -m reliability --scale $(SCALE)
 
 clean: ## remove the virtual environment and caches, keep models and runs

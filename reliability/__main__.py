@@ -70,7 +70,7 @@ def apart(suite: str, scale: float, seed: int) -> dict[str, Any]:
 def main() -> int:
     arguments = argparse.ArgumentParser(prog="reliability", description=__doc__)
     arguments.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all")
-    arguments.add_argument("--scale", type=float, default=1.0, help="1: about half an hour on two cores")
+    arguments.add_argument("--scale", type=float, default=1.0, help="1: three to four hours on two cores")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--one", help=argparse.SUPPRESS)
     given = arguments.parse_args()
