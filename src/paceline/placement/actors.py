@@ -63,7 +63,7 @@ class KeptActor:
 
     def __init__(self, order: Order, placement: Placement) -> None:
         os.chdir(order.folder)
-        gpus = [int(number) for number in ray.get_gpu_ids()]
+        gpus = [int(number) for number in ray.get_gpu_ids() if str(number).isdecimal()]
         sections = on_gpus(order.sections, gpus, placement, trains=order.trains)
         self._keeper = Keeper(replace(order, sections=sections))
         threading.Thread(target=self._run, daemon=True).start()
@@ -84,7 +84,7 @@ class TrainerActor(KeptActor):
     def __init__(self, order: Order, placement: Placement, producers: Mapping[str, Order]) -> None:
         """`producers`: orders, by the actors' names."""
         self._crew = Crew(producers, placement)
-        self._begun_at = time.time()
+        self._given = order.sections
         super().__init__(order, placement)
 
     def _run(self) -> None:
@@ -97,22 +97,19 @@ class TrainerActor(KeptActor):
 
     def _watch_crew(self) -> None:
         keeper = self._keeper
-        while not keeper.is_over and not keeper.takes_producers():
-            time.sleep(LOOK_S)
-        while not keeper.is_over:
-            for line in self._crew.look():
-                keeper.tell(line)
-            time.sleep(LOOK_S)
-        self._crew.end()
+        try:
+            while not keeper.is_over and not keeper.takes_producers():
+                time.sleep(LOOK_S)
+            while not keeper.is_over:
+                with suppress(RayError):
+                    for line in self._crew.look():
+                        keeper.tell(line)
+                time.sleep(LOOK_S)
+        finally:
+            self._crew.end()
 
     def look(self, after: int) -> dict[str, Any]:
-        told = super().look(after)
-        return {
-            **told,
-            "order": self._keeper.order.sections,
-            "begun_at": self._begun_at,
-            "ends": self._crew.ends,
-        }
+        return {**super().look(after), "order": self._given, "ends": self._crew.has_ended}
 
     def stop(self, *, at_once: bool = False) -> None:
         super().stop(at_once=at_once)
@@ -125,7 +122,7 @@ class Crew:
     def __init__(self, orders: Mapping[str, Order], placement: Placement) -> None:
         self._orders, self._placement = orders, placement
         self._members: dict[str, Member] = {}
-        self.ends = False  # all of them have been ended
+        self.has_ended = False
 
     def look(self) -> list[str]:
         """Start what is not there, and return what they have told since the last look."""
@@ -141,16 +138,21 @@ class Crew:
             member.stop(at_once=at_once)
 
     def end(self) -> None:
-        """Stop them all, and free their resources."""
-        self.stop(at_once=False)
-        deadline = time.monotonic() + STOP_S
-        while time.monotonic() < deadline and not all(m.is_over for m in self._members.values()):
+        """Stop them all, and free their resources; also those of a trainer whose node died before."""
+        try:
+            for name, order in self._orders.items():
+                if name not in self._members and is_there(name):
+                    self._members[name] = Member(name, order, self._placement)
+            self.stop(at_once=False)
+            deadline = time.monotonic() + STOP_S
+            while time.monotonic() < deadline and not all(m.is_over for m in self._members.values()):
+                for member in self._members.values():
+                    member.look()
+                time.sleep(0.2)
             for member in self._members.values():
-                member.look()
-            time.sleep(0.2)
-        for member in self._members.values():
-            member.end()
-        self.ends = True
+                member.end()
+        finally:
+            self.has_ended = True
 
 
 class Member:
@@ -191,7 +193,9 @@ class Member:
             lines.append(f"{self._what} is on {told['host']}")
         else:
             self._after = told["told"]
-            lines += [f"{self._what}: {line}" for line in told["lines"]]
+            lines += [
+                line if line.startswith(self._what) else f"{self._what}: {line}" for line in told["lines"]
+            ]
             if told["state"] != GOING_ON:
                 self.is_over = True
                 lines.append(f"{self._what}: {told['state']}{_reason(told)}")
@@ -209,6 +213,15 @@ class Member:
 
 def _reason(told: Mapping[str, Any]) -> str:
     return f"; {' '.join(told['error'])}" if told["error"] else ""
+
+
+def is_there(name: str) -> bool:
+    """Whether the cluster has an actor of this name."""
+    try:
+        ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return False
+    return True
 
 
 def actor_of(kind: type, name: str, bundle: Bundle) -> Any:

@@ -107,6 +107,21 @@ class Cluster:
         names = [one["name"] for one in listed if one["namespace"] == NAMESPACE]
         return sorted(name for name in names if name.rpartition(":")[0] == run)
 
+    def end_all(self, names: Names) -> list[str]:
+        """Remove the run's actors; their names."""
+        found = self.names(names.run)
+        for name in found:
+            self.end(name)
+        return found
+
+    @contextmanager
+    def losing(self, error: Exception) -> Iterator[None]:
+        """Raise `error` where the connection to the cluster ends."""
+        try:
+            yield
+        except (self.ray.exceptions.RayError, ConnectionError) as lost:
+            raise error from lost
+
     def end(self, name: str) -> None:
         actor = self.actor(name)
         if actor is not None:
@@ -120,7 +135,7 @@ def connected(address: str) -> Iterator[Cluster]:
     Raises ConfigError.
     """
     if address == LOCAL:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of our own reports to nobody
+        os.environ |= of_a_local_cluster()
     try:
         ray = import_module("ray")
     except ImportError as error:
@@ -143,6 +158,12 @@ def connected(address: str) -> Iterator[Cluster]:
         yield Cluster(ray, import_module("paceline.placement.actors"))
     finally:
         ray.shutdown()
+
+
+def of_a_local_cluster() -> dict[str, str]:
+    """Variables for a cluster of one's own: it has a token that is in no file, and reports to nobody."""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return {**token, "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def _paths(config: RunConfig) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,7 +40,7 @@ def orders_of(config: RunConfig, placement: Placement, names: Names) -> tuple[Or
     """The trainer's order, and those of the producers that are placed apart, by their actors' names."""
     folder, placed = str(Path.cwd()), config.run.directory / PLACED
     trainer = Order(
-        "trainer",
+        "the trainer",
         "train",
         sections_of_trainer(config, placement, str(config.run.directory)),
         str(placed / "trainer.yaml"),
@@ -72,17 +73,17 @@ def train_on(run_file: Path, address: str, tell: Callable[[str], None]) -> int:
         trainer, producers = orders_of(config, placement, names)
         known = cluster.actor(names.trainer)
         if known is None:
-            for left in cluster.names(names.run):
-                cluster.end(left)  # producers whose trainer was removed from the cluster
+            cluster.end_all(names)  # producers whose trainer was removed from the cluster
         else:
             tell(f"The run is going on in this cluster already ({names.trainer}); this command follows it.")
         kind = cluster.actors.TrainerActor
         actor = known or cluster.actors.actor_of(kind, names.trainer, placement.trainer).remote(
             trainer, placement, producers
         )
-        follower = Follower(cluster, names.trainer, actor, trainer, f"{run_file} --on {address}", tell)
-        code = follower.follow(placement)
-        cluster.end(names.trainer)
+        follower = Follower(cluster, names, actor, trainer, f"{run_file} --on {address}", tell)
+        with cluster.losing(lost_cluster(f"train {run_file}", address)):
+            code = follower.follow(placement)
+            cluster.end_all(names)
         return code
 
 
@@ -96,19 +97,25 @@ def stop_on(run_file: Path, address: str, tell: Callable[[str], None], *, at_onc
     config = load_run_config(run_file)
     names = Names.of(config)
     with connected(address) as cluster:
-        actor = cluster.actor(names.trainer)
-        if actor is not None:
-            tell(
-                "stopping the trainer at its next safe point ..."
-                if not at_once
-                else "stopping it at once ..."
-            )
-            shown = f"{run_file} --on {address}"
-            Follower(cluster, names.trainer, actor, None, shown, tell).stop(at_once=at_once)
-        left = cluster.names(names.run)
-        for name in left:
-            cluster.end(name)
+        with cluster.losing(lost_cluster(f"stop {run_file}", address)):
+            actor = cluster.actor(names.trainer)
+            if actor is not None:
+                tell(f"stopping the trainer {'at once' if at_once else 'at its next safe point'} ...")
+                shown = f"{run_file} --on {address}"
+                Follower(cluster, names, actor, None, shown, tell).stop(at_once=at_once)
+            left = cluster.end_all(names)
         tell("Stopped." if actor is not None or left else "No process of the run is in this cluster.")
+
+
+def lost_cluster(command: str, address: str) -> PacelineError:
+    """The connection ended, and not by the command's will."""
+    return PacelineError(
+        f"The connection to the Ray cluster {address} was lost.",
+        why="Its head has ended, or the network between is cut. The run goes on as long as its nodes do; "
+        "what a checkpoint covers is safe.",
+        next=f"paceline {command} --on {address}, which finds the run if the cluster lives; in a new cluster "
+        "the run goes on where it was.",
+    )
 
 
 class Follower:
@@ -117,16 +124,16 @@ class Follower:
     def __init__(
         self,
         cluster: Cluster,
-        name: str,
+        names: Names,
         actor: Any,
         order: Order | None,
         shown: str,
         tell: Callable[[str], None],
     ) -> None:
         """`order`: what the actor should have been given; `shown`: what a person types for it."""
-        self._cluster, self._ray, self._name, self._actor = cluster, cluster.ray, name, actor
+        self._cluster, self._ray, self._names, self._actor = cluster, cluster.ray, names, actor
         self._order, self._shown, self._tell = order, shown, tell
-        self._asked = 0
+        self._asked = self._sent = 0  # requests to stop
         self._after, self._born = 0, ""
         self._heard_at = time.monotonic()
         self._pending: Any = None
@@ -135,11 +142,9 @@ class Follower:
     def follow(self, placement: Placement) -> int:
         before = {number: signal.signal(number, self._ask) for number in stop_signals()}
         try:
-            sent = 0
             while True:
-                while sent < self._asked:
-                    sent += 1
-                    self._say_stop(sent)
+                if self._sent < self._asked and not self._say_stop():
+                    return INTERRUPTED
                 told = self._look()
                 if told is not None and told["state"] != GOING_ON and told["ends"]:
                     return self._ended(told)
@@ -155,8 +160,10 @@ class Follower:
         """Ask it to stop, and wait for that."""
         self._actor.stop.remote(at_once=at_once)
         deadline = time.monotonic() + STOP_S
-        while time.monotonic() < deadline:
-            told = self._look()
+        while time.monotonic() < deadline and self._cluster.actor(self._names.trainer) is not None:
+            told = None
+            with suppress(PacelineError):  # a command that follows the run has removed the actor meanwhile
+                told = self._look()
             if told is not None and told["state"] != GOING_ON and told["ends"]:
                 return
             time.sleep(LOOK_S)
@@ -164,9 +171,15 @@ class Follower:
     def _ask(self, _: int, __: FrameType | None) -> None:
         self._asked += 1
 
-    def _say_stop(self, count: int) -> None:
-        self._tell("stopping at the next safe point; Ctrl-C again ends it at once")
-        self._actor.stop.remote(at_once=count > 1)
+    def _say_stop(self) -> bool:
+        """Hand a request to stop on. False: nobody hears it, and the run's actors were removed."""
+        self._sent += 1
+        if self._sent > 1 and self._is_silent:
+            self._cluster.end_all(self._names)
+            return False
+        self._tell("the trainer is asked to stop")
+        self._actor.stop.remote(at_once=self._sent > 1)
+        return True
 
     def _look(self) -> Mapping[str, Any] | None:
         """What the actor says, once its lines were told; None if it has not answered yet.
@@ -181,8 +194,8 @@ class Follower:
         pending, self._pending = self._pending, None
         try:
             told: Mapping[str, Any] = self._ray.get(pending)
-        except exceptions.RayActorError:
-            self._missed()
+        except exceptions.RayActorError as error:
+            self._missed(error)
             return None
         if told["born"] != self._born:
             self._meet(told)
@@ -201,12 +214,13 @@ class Follower:
             )
         self._tell(f"the trainer is on {told['host']}")
         self._born, self._after = told["born"], 0
+        self._sent = 0  # it was placed again, and nobody has asked it to stop
 
-    def _missed(self) -> None:
+    def _missed(self, error: Exception) -> None:
         """Raise PacelineError unless Ray starts the actor again."""
-        if self._cluster.actor(self._name) is None:
+        if self._cluster.actor(self._names.trainer) is None:
             raise PacelineError(
-                "The run's trainer is not in the cluster any more.",
+                f"The run's trainer is not in the cluster any more ({' '.join(str(error).split())[-300:]}).",
                 why="It was stopped or removed from elsewhere. What a checkpoint covers is safe.",
                 next=f"paceline train {self._shown}",
             )

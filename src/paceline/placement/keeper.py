@@ -37,6 +37,7 @@ LINES_KEPT = 2000
 LOOK_S = 0.2
 PAUSE_S = 2.0  # before a command is started again
 GOING_ON = "going on"
+RAYS = "RAY_"  # begins the names of variables that are Ray's; the token is among them
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,10 @@ def begin(order: Order, tell: Callable[[str], None]) -> Running:
     Only a thread that lives as long as the command may call this: with it the kernel takes the command's
     parent for dead.
     """
+    given = {name: value for name, value in os.environ.items() if not name.startswith(RAYS)}
     process = subprocess.Popen(
         [sys.executable, "-m", "paceline", order.verb, order.path, *order.options],
-        env={**os.environ, SUPERVISOR_VARIABLE: str(os.getpid()), "COLUMNS": "200"},
+        env={**given, SUPERVISOR_VARIABLE: str(os.getpid()), "COLUMNS": "200"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -146,10 +148,10 @@ class Keeper:
             )
             if verdict is Verdict.FAILED and code < 0:
                 log = str(log_path(self.config, "consumer").parent)
-                self._error = ended_too_often(f"The {self.order.what}", code, self._ends.count, log)
+                self._error = ended_too_often(self.order.what, code, self._ends.count, log)
             if verdict is not Verdict.AGAIN:
                 return verdict
-            self.tell(f"the {self.order.what} ended ({code}); it is started again")
+            self.tell(f"{self.order.what} ended ({code}); it is started again")
             self._wakes.wait(self._pause_s)
         return Verdict.STOPPED
 

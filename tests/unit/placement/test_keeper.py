@@ -14,7 +14,7 @@ import pytest
 
 from paceline.config.load import given_sections, load_run_config
 from paceline.errors import CheckpointError, ConfigError, FencedError, RunBusyError
-from paceline.placement.keeper import GOING_ON, Keeper, Order, Running
+from paceline.placement.keeper import GOING_ON, Keeper, Order, Running, begin
 from paceline.placement.rules import BUSY_MAX, INTERRUPTED, Ends, Verdict
 from paceline.testing.tiny_run import TinyRun
 
@@ -68,7 +68,7 @@ class Kept:
         self.started: list[subprocess.Popen[bytes]] = []
         config = load_run_config(run.run_file)
         path = folder / "placed" / "trainer.yaml"
-        order = Order("trainer", "train", given_sections(config), str(path), str(folder))
+        order = Order("the trainer", "train", given_sections(config), str(path), str(folder))
         self.keeper = Keeper(order, begin=self.begin, pause_s=0.0)
 
     def begin(self, order: Order, tell: Callable[[str], None]) -> Running:
@@ -149,3 +149,19 @@ def test_ray_is_imported_by_nothing_else() -> None:
     names = "paceline.cli.main, paceline.cli.train_on, paceline.placement.driver, paceline.cli.verbs.running"
     script = f"import sys, {names}; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], env=dict(os.environ), check=False).returncode == 0
+
+
+def test_a_command_has_nothing_of_rays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its token, nor what would make a server of the run's join the cluster."""
+    seen: dict[str, str] = {}
+
+    def started(*_: object, env: dict[str, str], **__: object) -> object:
+        seen.update(env)
+        raise OSError("not here")
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    monkeypatch.setattr(subprocess, "Popen", started)
+    with pytest.raises(OSError, match="not here"):
+        begin(Kept(tmp_path, "").keeper.order, print)
+    assert "PATH" in seen
+    assert not [name for name in seen if name.startswith("RAY_")]
