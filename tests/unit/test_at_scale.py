@@ -30,7 +30,7 @@ def rows(name: str) -> dict[str, dict[str, Any]]:
         (replace(SHORT, passes=3), "training", 0.05),
         (replace(SHORT, host_rate=2.5 * GBIT), "network", 0.05),
         (replace(SHORT, storage_rate=75 * GBIT), "storage", 0.1),
-        (replace(SHORT, marks=marks(125)), "window", 0.2),
+        (replace(SHORT, samples=10_240, marks=marks(125)), "window", 0.2),
         (TINY, "ledger", 0.2),
     ],
 )

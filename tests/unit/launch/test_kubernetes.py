@@ -30,7 +30,7 @@ DATA = volumes_of(["data=/data"])
 UNTIL_THERE = Retry(ConstantBackoff(0.05), 600, (ConnectionError, FileNotFoundError))
 SECRET = "of-this-test"  # noqa: S105
 VERSIONS = ("1.31", kubernetes_validate.latest_version())
-FLEETS: list[dict[str, Any]] = [{}, {"producers": 8}, {"hosts": 4, "producers": 64, "gpus": 8}]
+FLEETS: list[dict[str, Any]] = [{}, {"hosts": 4, "producers": 64, "gpus": 8}]
 
 
 def read(run_file: Path, **given: Any) -> list[dict[str, Any]]:
