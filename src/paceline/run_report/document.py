@@ -20,24 +20,24 @@ class MeasuredWay(Struct, frozen=True, kw_only=True):
     name: Annotated[str, Meta(description="`draft`, or `prompt lookup, no draft`")]
     guesses: Annotated[str, Meta(description="`chain of 3`, `tree of 7`")]
     acceptance_length: Annotated[float, Meta(description="1 + accepted / cycles")]
-    acceptance_length_interval: Interval = None
+    acceptance_length_interval: Annotated[Interval, Meta(description="of the length")] = None
     emitted_per_cycle: Annotated[float, Meta(description="without what was accepted beyond an answer's end")]
     acceptance_rate: Annotated[
         tuple[float, ...], Meta(description="by depth: the share of cycles that kept a guess there")
     ]
     speed_up: Annotated[float | None, Meta(description="over plain decoding; null without it beside")] = None
-    speed_up_interval: Interval = None
+    speed_up_interval: Annotated[Interval, Meta(description="of the speed-up")] = None
 
 
 class MeasuredCheckpoint(Struct, frozen=True, kw_only=True):
     """A checkpoint measured on held-out prompts by lossless decoding."""
 
-    step: int
-    prompts: int
+    step: Annotated[int, Meta(description="of the checkpoint")]
+    prompts: Annotated[int, Meta(description="that were decoded")]
     prompts_file: Annotated[str, Meta(description="its name, without the folder")]
     max_new_tokens: Annotated[int | None, Meta(description="of an answer, at most")] = None
-    dtype: str
-    device: str
+    dtype: Annotated[str, Meta(description="in which draft and target computed")]
+    device: Annotated[str, Meta(description="`cpu`, `cuda`, ...")]
     identical: Annotated[
         int | None, Meta(description="answers equal to plain decoding, token for token; null without it")
     ] = None
@@ -48,9 +48,11 @@ class MeasuredCheckpoint(Struct, frozen=True, kw_only=True):
 
 
 class Rule(Struct, frozen=True, kw_only=True):
-    name: str
-    promise: str
-    errors: tuple[str, ...] = ()
+    """A rule of the checker."""
+
+    name: Annotated[str, Meta(description="`C1`, ...")]
+    promise: Annotated[str, Meta(description="what holds if there are no errors")]
+    errors: Annotated[tuple[str, ...], Meta(description="what is wrong")] = ()
 
 
 class Check(Struct, frozen=True, kw_only=True):
@@ -58,16 +60,16 @@ class Check(Struct, frozen=True, kw_only=True):
 
     sound: Annotated[bool | None, Meta(description="null if it could not be checked")]
     why: Annotated[str, Meta(description="why it could not be checked; else empty")] = ""
-    looked_at: dict[str, int] = {}
-    rules: tuple[Rule, ...] = ()
+    looked_at: Annotated[dict[str, int], Meta(description="how much of what was checked")] = {}
+    rules: Annotated[tuple[Rule, ...], Meta(description="all of them; empty if nothing was checked")] = ()
 
 
 class RoleCost(Struct, frozen=True, kw_only=True):
     """As far back as the events go that the run keeps."""
 
-    role: str
-    starts: int
-    killed: int
+    role: Annotated[str, Meta(description="as in the status")]
+    starts: Annotated[int, Meta(description="of its processes")]
+    killed: Annotated[int, Meta(description="of these: those that told of no end")]
     seconds: Annotated[float, Meta(description="that its processes lived, all of them together")]
 
 
@@ -77,17 +79,17 @@ class RunReport(Struct, frozen=True, kw_only=True):
     schema: Annotated[int, Meta(description="the version of this document")] = SCHEMA
     version: Annotated[str, Meta(description="of Paceline, that wrote it")]
     time: Annotated[float, Meta(description="when the run was read, in seconds since 1970 UTC")]
-    run: str
-    directory: str
+    run: Annotated[str, Meta(description="run.name")]
+    directory: Annotated[str, Meta(description="run.directory, absolute")]
     state: Annotated[str, Meta(description="as in the status")]
-    error: str = ""
-    steps: int
-    planned_steps: int | None = None
-    loss: float | None = None
+    error: Annotated[str, Meta(description="the error that the run ended with; empty if none")] = ""
+    steps: Annotated[int, Meta(description="the newest step in the weights")]
+    planned_steps: Annotated[int | None, Meta(description="of the whole run; null if not known")] = None
+    loss: Annotated[float | None, Meta(description="of the newest step")] = None
     losses: Annotated[
         tuple[tuple[int, float], ...], Meta(description="step and loss; means of neighbours if they are many")
     ] = ()
-    restarts: int
+    restarts: Annotated[int, Meta(description="starts of all roles beyond their first")]
     samples: Annotated[
         dict[str, int],
         Meta(description="`committed`, `trained`, `provisional`, `quarantined`, and `failed` prompts"),
@@ -97,10 +99,10 @@ class RunReport(Struct, frozen=True, kw_only=True):
     plans: Annotated[str, Meta(description="the hash of all plans up to it")]
     measured: Annotated[tuple[MeasuredCheckpoint, ...], Meta(description="by step")] = ()
     best_step: Annotated[int | None, Meta(description="of the best measured draft that is kept")] = None
-    check: Check
-    cost: tuple[RoleCost, ...] = ()
+    check: Annotated[Check, Meta(description="whether the guarantee was kept")]
+    cost: Annotated[tuple[RoleCost, ...], Meta(description="of each role")] = ()
     seconds: Annotated[float | None, Meta(description="from the first event to the last")] = None
-    settings: dict[str, Any] = {}
+    settings: Annotated[dict[str, Any], Meta(description="as recorded at the first start, by key")] = {}
 
     def measured_at(self, step: int) -> MeasuredCheckpoint | None:
         return next((one for one in self.measured if one.step == step), None)

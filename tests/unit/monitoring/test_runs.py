@@ -71,7 +71,7 @@ def test_what_lies_inside_a_run_and_behind_links_is_not_listed(tmp_path: Path) -
     made(run / "backup")
     (tmp_path / "again").symlink_to(run)
     (tmp_path / "loop").symlink_to(tmp_path)
-    assert told("runs", tmp_path).splitlines()[-1].startswith("1 runs, ")
+    assert told("runs", tmp_path).splitlines()[-1].startswith("1 run, ")
 
 
 def test_a_folder_without_a_run_says_how_one_begins(tmp_path: Path) -> None:

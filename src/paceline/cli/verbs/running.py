@@ -111,10 +111,10 @@ def compare(
     ] = None,
     **given: Any,
 ) -> None:
-    """Train several methods on the same features, and measure each; or show runs side by side.
+    """Train methods on the same features, or show runs side by side.
 
-    Of run files: several methods or settings. The target answers once, and its features are kept. The run
-    file is the first variant, and gives target, data and evaluation to all.
+    Of run files: several methods or settings, each measured. The target answers once, and its features are
+    kept. The run file is the first variant, and gives target, data and evaluation to all.
 
     Of runs' directories, finished or live: settings that differ, curves, acceptance with intervals, cost.
     """
