@@ -25,7 +25,8 @@ from paceline.features.stores.mooncake.refusals import (
     too_old,
 )
 
-PATIENCE_S = 60.0  # with a master that is away, and with memory that has no room
+PATIENCE_S = 300.0  # with a master that is away: somebody, or something, starts it again
+ROOM_S = 60.0  # and with memory that has no room, if that is less
 LOOK_S = 0.5
 CONNECT_S = 5.0
 SEEN_S = 3.0  # a producer tells of itself more often
@@ -95,9 +96,9 @@ class Link:
             waited_s = self._clock() - began
             if code in WRONG_CALL:
                 raise refuses(self.master, "store", key, code)
+            if code in NO_ROOM and waited_s >= min(ROOM_S, self._patience_s):
+                raise no_segment_has_room(self.master, key, size, waited_s)
             if waited_s >= self._patience_s:
-                if code in NO_ROOM:
-                    raise no_segment_has_room(self.master, key, size, waited_s)
                 if code in AWAY:
                     raise away(self.master, f"code {code}", waited_s)
                 raise refuses(self.master, "store", key, code)

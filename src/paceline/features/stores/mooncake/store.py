@@ -38,7 +38,7 @@ OWN_MAX = 4096  # samples of which a writer remembers what it sealed
 MARK_BYTES = 64
 TELL_S = 1.0  # between two looks whether the master knows this producer
 IN_FLIGHT = 4  # samples that `get_many` asks for at a time
-BLIND_MAX = 3  # captures of one sample that a reader misses at a master without a producer
+BLIND_MAX = 5  # captures of one sample that a reader misses at a master without a producer
 
 Sample = dict[str, Any]
 Miss = FeatureMissingError | FeatureCorruptError
