@@ -345,10 +345,12 @@ def shared(tiny_model: Path, wanted: dict[str, Any]) -> Iterator[Cluster]:
 def cluster(shared: Cluster, request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """With a run of the test's own."""
     shared.fresh()
-    began = time.monotonic()
+    began, failed = time.monotonic(), request.session.testsfailed
     yield shared
     sys.stdout.write(shared.said())  # pytest shows it if the test failed
-    KILLS[request.node.name] = {"seconds": round(time.monotonic() - began), "struck": shared.struck}
+    passed = request.session.testsfailed == failed
+    seconds = round(time.monotonic() - began)
+    KILLS[request.node.name] = {"passed": passed, "seconds": seconds, "struck": shared.struck}
     if RECORD:
         Path(RECORD).write_text(json.dumps({**about(), "tests": KILLS}, indent=1) + "\n")
 

@@ -54,8 +54,11 @@ def found_here(
 
 
 def unmark(folder: str, mark: str) -> None:
+    """Remove the mark, and the run's folder if nothing else is in it."""
     os.chdir(folder)
     Path(mark).unlink(missing_ok=True)
+    with suppress(OSError):
+        Path(mark).parent.rmdir()
 
 
 class KeptActor:

@@ -144,7 +144,8 @@ def connected(address: str) -> Iterator[Cluster]:
             why="--on has a Ray cluster place the run's processes.",
             next="pip install 'paceline[ray]', or leave out --on.",
         ) from error
-    more: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+    of_its_own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    more: dict[str, Any] = of_its_own if address == LOCAL else {}
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="error", **more)
     except Exception as error:

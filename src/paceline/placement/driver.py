@@ -64,10 +64,10 @@ def train_on(run_file: Path, address: str, tell: Callable[[str], None]) -> int:
     config = load_run_config(run_file)
     names = Names.of(config)
     with connected(address) as cluster:
-        nodes = cluster.examined(config, cluster.nodes())
-        refuse_nodes(nodes, __version__)
         refuse_secrets(getattr(config.ledger, "url", None))
+        nodes = cluster.nodes()
         placement = placement_of(config, nodes)
+        refuse_nodes(cluster.examined(config, nodes), __version__)
         for note in placement.notes:
             tell(f"note: {note}")
         trainer, producers = orders_of(config, placement, names)
@@ -102,7 +102,7 @@ def stop_on(run_file: Path, address: str, tell: Callable[[str], None], *, at_onc
             if actor is not None:
                 tell(f"stopping the trainer {'at once' if at_once else 'at its next safe point'} ...")
                 shown = f"{run_file} --on {address}"
-                Follower(cluster, names, actor, None, shown, tell).stop(at_once=at_once)
+                Follower(cluster, names, actor, None, shown, lambda _: None).stop(at_once=at_once)
             left = cluster.end_all(names)
         tell("Stopped." if actor is not None or left else "No process of the run is in this cluster.")
 
