@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from paceline.training.learner import Sample
 from paceline.training.link import Alone, meet
 from paceline.training.told_errors import raised_again, told
 from paceline.training.worker import FIRST_WEIGHTS, Fetched, StepOrder, Worker
+from paceline.types import SampleRef
 
 
 @pytest.fixture
@@ -35,6 +38,42 @@ def test_an_order_is_all_that_a_rank_needs_to_know(run: TwoRanks) -> None:
     assert worker.fetch(order) == Fetched(num_tokens=4)
     assert worker.fetch(order) == Fetched(num_tokens=4)
     assert view.reads == ["light:2", "light:3"]
+
+
+class OpeningLearner(SummingLearner):
+    """It counts the samples that it was given open."""
+
+    def opened(self, stored: Sample) -> Sample:
+        return {**stored, "is open": True}
+
+    def num_tokens(self, samples: Sequence[Sample]) -> int:
+        return sum("is open" in sample for sample in samples)
+
+
+class TogetherStore(Blind):
+    """It reads several samples together, and tells of each that it does not find."""
+
+    def get_many(self, refs: Sequence[SampleRef]) -> list[Any]:
+        found = list[Any]()
+        for ref in refs:
+            try:
+                found.append(self.get(ref))
+            except FeatureMissingError as error:
+                found.append(error)
+        return found
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_sample_is_opened_however_it_was_read(run: TwoRanks, together: bool) -> None:
+    """Ahead or at its step, alone or with others, at the first look or the second; it is read once."""
+    view = (TogetherStore if together else Blind)(run.features)
+    view.lost = {"light:1"}
+    with ThreadPoolExecutor(1) as executor:
+        worker = Worker(OpeningLearner(Alone()), view, executor)
+        worker.read_ahead(run.refs[:3])
+        order = StepOrder.of(7, 0, run.refs[:4], rank=0, ranks=1)
+        assert worker.fetch(order) == Fetched(num_tokens=4)
+    assert sorted(view.reads) == ["light:0", "light:1", "light:1", "light:2", "light:3"]
 
 
 def test_a_rank_that_a_short_step_leaves_out_still_knows_a_sample_that_it_trained(run: TwoRanks) -> None:
