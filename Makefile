@@ -103,7 +103,7 @@ $(VENV)/.ray: pyproject.toml constraints.txt | $(VENV)/.installed
 	touch $@
 
 test-ray: install $(VENV)/.ray ## a Ray cluster of several hosts on this machine (as root: namespaces), its parts killed
-	PYTHONPATH=. $(BIN)/python -m pytest -q tests/ray/check_ray.py
+	RAY_RECORD=benchmarks/results/$(shell date -u +%F)-ray.json PYTHONPATH=. $(BIN)/python -m pytest -q tests/ray/check_ray.py
 
 test-slurm: install ## a real Slurm on this host, in namespaces: jobs that are killed end in the same weights (root, Debian)
 	PYTHONPATH=. $(BIN)/python tests/slurm/check_slurm.py --record benchmarks/results/$(shell date -u +%F)-slurm.json
