@@ -180,6 +180,8 @@ class Cluster:
         arguments = [f"--node-ip-address={address}", "--object-store-memory=80000000", *more]
         log = self.folder / f"ray-{host}.log"
         log.unlink(missing_ok=True)
+        if host in self.processes:
+            self.processes[host].wait()  # it ends once its raylet has
         command = (str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *arguments)
         self.processes[host] = self.begin(host, *command, log=log.name, token=token)
         wait_until(lambda: "Ray runtime started" in log.read_text(), "a node", self.processes[host])
