@@ -23,6 +23,7 @@ from paceline.data.answers import AnswerFiles
 from paceline.data.source import PromptList, PromptSource
 from paceline.engines.engine import TargetEngine
 from paceline.errors import ConfigError, PacelineError
+from paceline.features.float8 import narrowed
 from paceline.features.store import FeatureStore
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.ledger import Ledger
@@ -133,7 +134,15 @@ def build_disagg_online_producer(
         raise _nowhere_to_keep_answers()
     answers = None if answers_folder is None else AnswerFiles(answers_folder, answers_writer)
     producer = Producer(
-        session, engine, feature_store, source, capture, backpressure, answers=answers, report=report
+        session,
+        engine,
+        feature_store,
+        source,
+        capture,
+        backpressure,
+        answers=answers,
+        narrow=narrowed,
+        report=report,
     )
     if timeout_s is not None:
         producer.meet(
