@@ -172,6 +172,8 @@ class CheckpointWriter:
             return
         waited_from = monotonic()
         while not self._is_durable(begun):
+            if begun.writing is not None and self.while_waiting is None:
+                break  # its result is waited for
             awaited: Future[Any] | None = begun.writing or begun.own
             assert awaited is not None
             is_late = bool(wait([awaited], WAIT_S if self.while_waiting else None).not_done)
