@@ -65,18 +65,22 @@ class Fetching:
     ) -> dict[str, SampleRef]:
         """The current refs by sample id; `refs` may name a sample twice."""
         current = {ref.sample_id: ref for ref in refs}
-        tries: Counter[str] = Counter()
+        forgotten, elsewhere, damaged = Counter[str](), Counter[str](), Counter[str]()
         while unreadable := self._ranks.fetch(step, rev, [current[ref.sample_id] for ref in refs], progress):
             for sample_id, why in unreadable.items():
-                tries[sample_id] += 1
-                if isinstance(why, FeatureStoreElsewhereError) and tries[sample_id] > ELSEWHERE_MAX:
-                    raise _looks_elsewhere(current[sample_id], why)
-                if isinstance(why, FeatureForgottenError):  # it says nothing of the sample
-                    if tries[sample_id] > FORGOTTEN_MAX:
-                        raise why
-                elif tries[sample_id] > RECAPTURES_MAX:
-                    self._refuse_a_blind_rank(step, rev, unreadable)
-                    self._quarantine_unreadable(sample_id, why)
+                if isinstance(why, FeatureStoreElsewhereError):
+                    elsewhere[sample_id] += 1
+                    if elsewhere[sample_id] > ELSEWHERE_MAX:
+                        raise _looks_elsewhere(current[sample_id], why)
+                elif isinstance(why, FeatureForgottenError):  # it says nothing of the sample
+                    forgotten[sample_id] += 1
+                    if forgotten[sample_id] > FORGOTTEN_MAX:
+                        raise _keeps_nothing(sample_id, why)
+                else:
+                    damaged[sample_id] += 1
+                    if damaged[sample_id] > RECAPTURES_MAX:
+                        self._refuse_a_blind_rank(step, rev, unreadable)
+                        self._quarantine_unreadable(sample_id, why)
                 current[sample_id] = self._loader.captured_again(current[sample_id], why.what)
         return current
 
@@ -113,4 +117,16 @@ def _looks_elsewhere(ref: SampleRef, why: StoreError) -> StoreError:
         "quarantined.",
         next="give both roles the same features.directory on one machine (containers: one shared /dev/shm), "
         "and run the same command again.",
+    )
+
+
+def _keeps_nothing(sample_id: str, why: StoreError) -> StoreError:
+    return StoreError(
+        f"The features of {sample_id!r} were lost {FORGOTTEN_MAX + 1} times before they were read. "
+        f"{why.what}",
+        why="The place that keeps them, or the way to it, is at fault: no sample was quarantined, and no "
+        "weights were changed.",
+        next="look for producers that end again and again (`paceline status`), for a Mooncake master that is "
+        "restarted, and whether this host reaches the hosts of all producers. Then run the same command "
+        "again.",
     )

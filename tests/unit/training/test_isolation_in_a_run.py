@@ -17,7 +17,7 @@ from paceline.methods.eagle3.method import Eagle3Method
 from paceline.testing.memory_features import InMemoryFeatureStore
 from paceline.testing.small_run import SmallRun, same_bits, weights
 from paceline.testing.synthetic import SyntheticEngine
-from paceline.training.fetching import RECAPTURES_MAX
+from paceline.training.fetching import FORGOTTEN_MAX, RECAPTURES_MAX
 from paceline.types import Feature, SampleRef
 
 ALL = [f"small:{n}" for n in range(14)]
@@ -264,9 +264,32 @@ def test_a_sample_that_a_cache_loses_again_and_again_is_not_to_blame(
         trainer.fit(loader)
         assert acked(run) == set(ALL)
     else:
-        with pytest.raises(FeatureForgottenError):
+        with pytest.raises(StoreError, match=rf"'small:5' were lost {FORGOTTEN_MAX + 1} times.*were lost"):
             trainer.fit(loader)
     assert SQLiteMetadataStore(run.db).quarantined() == {}
+
+
+def test_losses_of_a_cache_do_not_add_up_with_a_damaged_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What replaced a dead producer may answer a read with other bytes, once: no sample is to blame."""
+
+    class Damaging(ForgetfulStore):
+        damages = 1
+
+        def get(self, ref: SampleRef) -> dict[str, Any]:
+            if ref.sample_id == "small:5" and not self.losses and self.damages:
+                self.damages -= 1
+                raise FeatureCorruptError("The bytes of small:5 are damaged.")
+            return super().get(ref)
+
+    run = SmallRun(tmp_path, features=Damaging(8 << 20, RECAPTURES_MAX))
+    run.producer()[1]()
+    trainer, loader = run.consumer()
+    monkeypatch.setattr(trainer.coordinator, "relieve_pressure", lambda: run.producer()[1]())
+    trainer.fit(loader)
+    assert SQLiteMetadataStore(run.db).quarantined() == {}
+    assert acked(run) == set(ALL)
 
 
 class BlindStore(InMemoryFeatureStore):
