@@ -115,6 +115,26 @@ class Producer:
                 self._neighbours.end()
         return committed
 
+    def stay(self, should_stop: Callable[[], bool]) -> bool:
+        """After `run`: wait until a prompt is open again; False if asked to stop first.
+
+        The others hear meanwhile that this producer lives, so nobody is given its name. Raises FencedError if
+        it was taken for dead all the same.
+        """
+        if self._neighbours is not None:
+            self._neighbours.begin()
+        try:
+            while not should_stop():
+                mark, now = self.session.lsn(), self.session.snapshot()
+                if now.prompts.open or not now.closed:
+                    return True
+                self.session.refuse_if_replaced()
+                self.session.wait(mark, WAIT_S)
+        finally:
+            if self._neighbours is not None:
+                self._neighbours.end()
+        return False
+
     def _take_over(self) -> None:
         """Take the worker's role, free what its dead process never committed, and report lost samples.
 

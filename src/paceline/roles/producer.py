@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from paceline.capture.backpressure import WAIT_S
+from paceline.capture.producer import Producer
 from paceline.capture.settings import CaptureSettings
 from paceline.config.run import RunConfig
 from paceline.data.source import Stretch
@@ -29,7 +29,7 @@ from paceline.roles.plan import RunPlan, window_size
 from paceline.roles.process import run_role
 from paceline.roles.target_binding import bind_engine, bind_target, refuse_changed, refuse_foreign_answers
 from paceline.roles.target_probe import bind_probe
-from paceline.roles.wire import DriveProducer, build_disagg_online_producer
+from paceline.roles.wire import build_disagg_online_producer
 from paceline.roles.workers import JOIN, PRODUCER, KeptName, about_this_process, join, role_of, worker_of
 from paceline.telemetry import EventLog
 
@@ -85,12 +85,13 @@ def produce(
             if not ledger.snapshot().committed:
                 _note_held_out(plan, engine, events)
             refuse_lost_place(config, ledger, folder)
-            features = config.features.build(folder, owner=True, writer=int(worker))
             answers = answers_place(config, folder, worker, repeats_bits=facts.repeats_bits)
-            drive_producer = _producer(plan, stretches, ledger, features, engine, events, worker, answers)
-            kept_name.end()
-            stays = config.features.ends_with_producers
-            _capture_all(ledger, features, drive_producer, should_stop, stays=stays)
+            # After an error, too: a thread of a store that is in a call when Python ends aborts the process.
+            with closing(config.features.build(folder, owner=True, writer=int(worker))) as features:
+                producer = _producer(plan, stretches, ledger, features, engine, events, worker, answers)
+                kept_name.end()
+                stays = config.features.ends_with_producers
+                _capture_all(ledger, features, producer, should_stop, stays=stays)
         except ServerUnavailableError:
             if not should_stop():  # the stop ended the wait for the server
                 raise
@@ -114,7 +115,7 @@ def _producer(
     events: EventLog,
     worker: str,
     answers: tuple[Path, str],
-) -> DriveProducer:
+) -> Producer:
     config = plan.config
     return build_disagg_online_producer(
         run_id=config.run.name,
@@ -139,13 +140,13 @@ def _producer(
         timeout_s=config.machine.producer_timeout_s,
         about=about_this_process(config.run.directory),
         report=events.write,
-    )[1]
+    )[0]
 
 
 def _capture_all(
     ledger: Ledger,
     features: FeatureStore,
-    drive_producer: DriveProducer,
+    producer: Producer,
     should_stop: Callable[[], bool],
     *,
     stays: bool,
@@ -159,20 +160,15 @@ def _capture_all(
         return should_stop() or is_complete()
 
     try:
-        drive_producer(should_stop=is_over)
-        while stays and not is_over():
-            mark, now = ledger.lsn(), ledger.snapshot()
-            if now.prompts.open or not now.closed:
-                drive_producer(should_stop=is_over)  # a sample was lost
-            else:
-                ledger.wait(mark, WAIT_S)
+        producer.run(should_stop=is_over)
+        while stays and producer.stay(is_over):  # a sample was lost
+            producer.run(should_stop=is_over)
     except StoreError:
         # The consumer reached its last step and has freed the memory that this producer uses.
         if not is_complete():
             raise
     if is_complete():
         features.destroy()  # this producer may have created it again after the consumer freed it
-    features.close()
 
 
 class Place:

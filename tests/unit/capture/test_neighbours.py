@@ -14,7 +14,7 @@ from paceline.errors import EngineError, FencedError, StoreError
 from paceline.ledger.facts import producers_in
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.producer_session import ProducerSession
-from paceline.ledger.records import SourceBlock
+from paceline.ledger.records import SourceBlock, producer_role
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.ledger_calls import RUN_ID, refs_of
 from paceline.testing.light_adapters import InMemoryLightFeatureStore, LightEngine
@@ -323,3 +323,31 @@ def test_a_producer_that_an_error_ended_leaves_what_it_held_to_the_others(ledger
         a_producer(ledger, shape, features).run()
     assert ledger.snapshot().prompts.leased == 2
     assert set(producers_in(ledger.facts())) == {"0"}
+
+
+def test_a_producer_that_stays_for_its_memory_keeps_its_name(ledger: SQLiteLedger) -> None:
+    """Until a sample is lost, which it may capture again; one that was taken for dead is refused."""
+    store, shape = InMemoryLightFeatureStore(), Shape(producers=2)
+    producer = simulated_producer(shape, "1", ledger, store, LightEngine(), lambda *_, **__: None)
+    producer.run()
+    assert set(producers_in(ledger.facts())) == set()
+    told = list[set[str]]()
+
+    def stop() -> bool:
+        told.append(set(producers_in(ledger.facts())))
+        return True
+
+    assert not producer.stay(stop)
+    assert told == [{"1"}], "who joins is given another name"
+    assert set(producers_in(ledger.facts())) == set()
+    lost, *_ = ledger.find()
+    producer.session.report_lost([lost])
+    assert producer.stay(lambda: False)
+    producer.run()
+
+    def taken_over() -> bool:
+        ledger.acquire(producer_role("1"), "another")
+        return False
+
+    with pytest.raises(FencedError):
+        producer.stay(taken_over)

@@ -15,6 +15,7 @@ from paceline.config.run import RunConfig
 from paceline.errors import ConfigError, StoreError
 from paceline.features.ownership import owner_of
 from paceline.features.settings import MooncakeSection
+from paceline.features.stores.shm import SharedMemoryFeatureStore
 from paceline.ledger.facts import COMPLETED_STEP, FEATURES_LIE
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.stores.sqlite import SQLiteLedger
@@ -24,8 +25,9 @@ from paceline.roles.examined_mooncake import the_mooncake_master_works
 from paceline.roles.feature_folder import folder_of, refuse_lost_place, refuse_other_place, take_folder
 from paceline.roles.feature_place import answers_place
 from paceline.roles.preflight import the_features_find_room, the_mooncake_master_answers
-from paceline.roles.producer import _capture_all
+from paceline.roles.producer import _capture_all, produce
 from paceline.testing.memory_features import InMemoryFeatureStore
+from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.testing.tiny_run import TinyRun
 
 
@@ -189,45 +191,48 @@ class Shown:
 
 def test_a_producer_that_holds_what_it_captured_stays_until_the_run_is_complete() -> None:
     """A sample that is lost meanwhile is captured again; a stop ends it at once."""
-    ledger: Any = Stream()
-    drives, store = list[int](), InMemoryFeatureStore(1 << 20)
-
-    def drive(max_rounds: int | None = None, should_stop: Any = None) -> int:
-        drives.append(ledger.looks)
-        ledger.closed, ledger.open = True, 0
-        return 0
-
-    _capture_all(ledger, store, drive, lambda: False, stays=True)
-    assert drives == [0, ledger.lost_at], "once for the stream, and once for the lost sample"
-    assert ledger.looks == ledger.complete_at
-    drives.clear()
-    _capture_all(Stream(), store, drive, lambda: False, stays=False)  # type: ignore[arg-type]
-    assert drives == [ledger.complete_at], "whose bytes outlive it, ends"
-    _capture_all(Stream(), store, drive, lambda: True, stays=True)  # type: ignore[arg-type]
+    drives: Any = Drives(losses=1)
+    _capture_all(drives, InMemoryFeatureStore(1 << 20), drives, lambda: False, stays=True)
+    assert drives.done == ["run", "stay", "run", "stay"]
+    drives = Drives(losses=1)
+    _capture_all(drives, InMemoryFeatureStore(1 << 20), drives, lambda: False, stays=False)
+    assert drives.done == ["run"], "whose bytes outlive it, ends"
+    drives = Drives(losses=0)
+    _capture_all(drives, InMemoryFeatureStore(1 << 20), drives, lambda: True, stays=True)
 
 
-class Stream:
-    """A ledger in which a sample is lost, and the run complete, after some looks."""
+def test_a_producer_that_ends_with_an_error_has_closed_its_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of Mooncake's that is in a call when Python ends aborts the process: its exit code is lost."""
+    run = TinyRun(tmp_path / "run", make_tiny_folder(tmp_path / "model"))
+    closed = list[object]()
 
-    lost_at, complete_at = 3, 6
+    def put(*_: object, **__: object) -> None:
+        raise StoreError("The Mooncake master did not answer.")
 
-    def __init__(self) -> None:
-        self.looks, self.closed, self.open = 0, False, 1
+    monkeypatch.setattr(SharedMemoryFeatureStore, "put", put)
+    monkeypatch.setattr(SharedMemoryFeatureStore, "close", lambda self: closed.append(self))
+    with pytest.raises(StoreError, match="did not answer"):
+        run.work_here(produce)
+    assert len(closed) == 1
+
+
+class Drives:
+    """A producer, and the ledger of its run: some samples are lost, and then the run is complete."""
+
+    def __init__(self, losses: int) -> None:
+        self.losses, self.is_complete, self.done = losses, False, list[str]()
 
     def facts(self) -> dict[str, int]:
-        return {COMPLETED_STEP: 9} if self.looks >= self.complete_at else {}
+        return {COMPLETED_STEP: 9} if self.is_complete else {}
 
-    def lsn(self) -> int:
-        return self.looks
+    def run(self, should_stop: Any) -> int:
+        self.done.append("run")
+        return 0
 
-    def snapshot(self) -> Stream:
-        return self
-
-    @property
-    def prompts(self) -> Stream:
-        return self
-
-    def wait(self, seen_lsn: int, timeout_s: float) -> int:
-        self.looks += 1
-        self.open = int(self.looks == self.lost_at)
-        return self.looks
+    def stay(self, should_stop: Any) -> bool:
+        self.done.append("stay")
+        self.is_complete = not self.losses
+        self.losses -= 1
+        return not should_stop()
