@@ -32,6 +32,7 @@ from paceline.roles.measured_draft import (
     held_out_of,
     measure_held_out,
 )
+from paceline.roles.wire import Report, no_report
 from paceline.training.checkpoint import Checkpoint
 from paceline.training.learner import DRAFT
 
@@ -42,7 +43,7 @@ COUNTED = (
 )
 
 
-def measure_beside(config: RunConfig, view: LedgerView) -> Point:
+def measure_beside(config: RunConfig, view: LedgerView, events: Report = no_report) -> Point:
     """Hold and measure the newest checkpoint without plain decoding, and record it.
 
     A draft that was measured before, bit for bit, is not measured again. Raises as `hold_newest` and
@@ -63,9 +64,9 @@ def measure_beside(config: RunConfig, view: LedgerView) -> Point:
         report = measure_held_out(config, measured, held_out, with_plain=False, answers=answers)
         point = replace(point, report=_shortened(report))
     reach("evaluation.measured")
-    record_in_curve(config, facts, point)
     if not known:
-        keep_answers(config, point, answers)
+        keep_answers(config, point, answers, events)
+    record_in_curve(config, facts, point)
     return point
 
 
@@ -107,8 +108,12 @@ def _digest(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def keep_answers(config: RunConfig, point: Point, answers: Answers) -> None:
-    """Keep the answers of this point's measurement in the place of an older one's. Raises OSError."""
+def keep_answers(config: RunConfig, point: Point, answers: Answers, events: Report = no_report) -> None:
+    """Keep the answers of this point's measurement in the place of an older one's.
+
+    Before the point is recorded: whoever sees the point finds them. They only illustrate it, so the
+    measurement goes on without them if they cannot be written; `events` hears why.
+    """
     ways, left_out = within_limits(answers.of_ways)
     reports = {"tree": point.report, "chain": point.report["chain"]}
     marked = MarkedAnswers(
@@ -119,7 +124,10 @@ def keep_answers(config: RunConfig, point: Point, answers: Answers) -> None:
         ways=ways,
         left_out=left_out,
     )
-    write_marked(config.run.directory, marked)
+    try:
+        write_marked(config.run.directory, marked)
+    except OSError as error:
+        events("answers_not_kept", step=point.step, why=str(error))
 
 
 def _shortened(report: Mapping[str, Any]) -> dict[str, Any]:

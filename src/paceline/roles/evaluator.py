@@ -60,19 +60,19 @@ def evaluate(
     result = measure_held_out(
         config, measured, held_out, with_lookup=True, report=events.write, answers=answers
     )
+    point = point_of((checkpoint, record), config, facts, measured, held_out, result)
+    keep_answers(config, point, answers, events.write)
     _write(config.run.directory / "evaluation.json", {"began": beginning_of(facts), **result})
     told = {name: value for name, value in result.items() if name != "figures_of_prompts"}
     events.write("evaluated", **told)
-    point = point_of((checkpoint, record), config, facts, measured, held_out, result)
     record_in_curve(config, facts, point)
-    keep_answers(config, point, answers)
 
 
 def evaluate_beside(plan: RunPlan, events: EventLog, should_stop: Callable[[], bool]) -> None:  # noqa: ARG001
     """Measure the newest checkpoint while training goes on."""
     view = plan.config.view_ledger()
     refuse_other_target(view, plan.config)
-    events.write("evaluated", **measure_beside(plan.config, view).report)
+    events.write("evaluated", **measure_beside(plan.config, view, events.write).report)
 
 
 def mark_samples(

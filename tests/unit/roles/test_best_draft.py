@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +123,27 @@ def test_the_best_is_kept_and_given_long_after_its_checkpoint_was_retired(run: M
     )
     assert [record.step for record in run.run.ledger.snapshot().checkpoints] == [7, 8]
     assert check(run.folder).errors == []
+
+
+def test_answers_that_cannot_be_written_cost_no_measurement(
+    run: MeasuredRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk: the point is there, and it is said why its answers are not. Otherwise they come first, so
+    that whoever sees the point finds them."""
+    run.train(2)
+    run.measure(1.6)
+    kept, told = read_marked(run.folder, run.run.ledger.facts()), list[dict[str, Any]]()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(curve_recorder, "write_marked", refuse)
+    run.train(2)
+    measure_beside(run.config, run.view, lambda event, **more: told.append({"event": event, **more}))
+    assert [point.step for point in read_curve(run.folder, run.run.ledger.facts()).points] == [2, 4]
+    why = "[Errno 28] No space left on device"
+    assert told == [{"event": "answers_not_kept", "step": 4, "why": why}]
+    assert read_marked(run.folder, run.run.ledger.facts()) == kept
 
 
 def test_a_step_may_be_asked_for_instead(run: MeasuredRun) -> None:
