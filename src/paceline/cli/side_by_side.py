@@ -164,9 +164,14 @@ def _acceptance(reports: Sequence[RunReport], names: Sequence[str]) -> Part:
                 rows += [(f"{name}, step {step}{best}", *row) for row in acceptance(measured).rows]
     told = {
         None: ("Fewer than two of the runs were measured: paceline evaluate RUN",),
-        True: (DEFINITION, "Where intervals overlap, the difference may be chance."),
+        True: (
+            DEFINITION,
+            "Where intervals overlap, the difference may be chance. Speed-ups are those of the machine that "
+            "measured them.",
+        ),
         False: (
-            "NOT COMPARABLE: they were measured on other prompts, other lengths, or with other guesses.",
+            "NOT COMPARABLE: they were measured with another target, on other prompts, with other lengths "
+            "or with other guesses.",
             "paceline evaluate --suite measures both on the same file of prompts.",
         ),
     }[comparable := are_comparable(reports)]

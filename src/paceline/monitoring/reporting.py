@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from paceline import __version__
-from paceline.evaluation.curve import shape
+from paceline.evaluation.curve import Point, shape
 from paceline.fsck.report import RULES
 from paceline.fsck.report import Report as Findings
 from paceline.ledger.facts import CONFIG
 from paceline.monitoring.history import HistoryReader, RunHistory
 from paceline.monitoring.status import status_of
 from paceline.roles.snapshot import RunSnapshot, open_run, take_snapshot
+from paceline.roles.target_binding import MODEL, TOKENIZER
 from paceline.run_report.document import (
     Check,
     Interval,
@@ -67,13 +70,19 @@ def read_report(directory: Path, found: Findings | str) -> RunReport:
 
 def _measured(s: RunSnapshot) -> tuple[MeasuredCheckpoint, ...]:
     """The curve's points; of the checkpoint that was measured with plain decoding beside it, all figures."""
-    conditions = {point.step: point.conditions for point in s.curve.points}
+    conditions = {point.step: _conditions(point, s.ledger.facts) for point in s.curve.points}
     reports = {point.step: point.report for point in s.curve.points}
     step = s.evaluation.get("checkpoint_step")
     if isinstance(step, int):
         reports[step] = s.evaluation
     found = {step: _checkpoint(step, report, conditions.get(step, "")) for step, report in reports.items()}
     return tuple(found[step] for step in sorted(found))
+
+
+def _conditions(point: Point, facts: Mapping[str, Any]) -> str:
+    """With the target, which is the same for all points of a run, and another one in another run."""
+    told = [point.conditions, facts.get(MODEL), facts.get(TOKENIZER)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def _checkpoint(step: int, report: Mapping[str, Any], conditions: str) -> MeasuredCheckpoint:

@@ -12,14 +12,18 @@ from typer.testing import CliRunner
 from paceline.cli.main import app
 from paceline.evaluation.curve import Point, record_point
 from paceline.ledger.facts import CONFIG, RUN_ID
+from paceline.roles.target_binding import MODEL, TOKENIZER
 from paceline.telemetry import EventLog
 from paceline.testing.run_by_hand import RunByHand
 
 ODD = "[red]\x1b[2Jrun"
 
 
-def made(folder: Path, name: str, rate: float, length: float, conditions: str = "c") -> Path:
+def made(
+    folder: Path, name: str, rate: float, length: float, conditions: str = "c", target: str = "t"
+) -> Path:
     run = RunByHand(folder)
+    run.ledger.set_facts(None, {MODEL: target, TOKENIZER: "t"})
     settings = {"run.name": name, "run.directory": str(folder), "training.learning_rate": rate}
     run.ledger.set_facts(None, {RUN_ID: name, CONFIG: {**settings, "training.batch_size": 4}})
     log = EventLog(folder / "events" / "consumer.jsonl")
@@ -76,6 +80,12 @@ def test_figures_of_other_conditions_are_not_compared_in_silence(tmp_path: Path)
     assert "NOT COMPARABLE" in shown
     assert f"a ({two})" in " ".join(shown.split()), "runs of one name are told apart by their folders"
     assert "Every setting is the same" in shown
+
+
+def test_figures_of_another_target_are_not_compared_in_silence(tmp_path: Path) -> None:
+    """It may have the same name, and the same tokenizer, so that the prompts are the same tokens."""
+    one, two = made(tmp_path / "one", "a", 0.1, 1.5), made(tmp_path / "two", "b", 0.1, 1.6, target="another")
+    assert "NOT COMPARABLE" in told(one, two)
 
 
 @pytest.mark.parametrize(
