@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from paceline.cli.fsck import checked
-from paceline.cli.named_run import directory_of
+from paceline.cli.named_run import directory_of, features_of
 from paceline.cli.plain import out, say, say_document
 from paceline.dashboard.report import ANSWERS_SHOWN, report_page
 from paceline.durable_files import replace_file
@@ -18,7 +18,7 @@ def write_report(run: Path, to: Path | None, *, as_json: bool) -> None:
     """`to`: the file; by default report.html in the run's directory. Raises PacelineError, OSError."""
     directory = directory_of(run)
     with making_sense(directory):
-        report = read_report(directory, checked(directory))
+        report = read_report(directory, checked(directory, features_of(run)))
         if as_json:
             say_document(report)
             return

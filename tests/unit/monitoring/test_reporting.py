@@ -8,7 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import pytest
 
+from paceline.cli import export
 from paceline.cli.export import report_file
 from paceline.evaluation.curve import Point, record_point
 from paceline.fsck.checker import check
@@ -51,7 +53,7 @@ def test_the_document_tells_what_the_run_was_measured_and_checked(tmp_path: Path
     report = read_report(folder, check(folder))
     assert (report.steps, report.losses, report.samples["trained"]) == (1, ((1, 2.5),), 2)
     [one] = report.measured
-    assert (one.step, one.prompts_file, one.conditions) == (1, "held.jsonl", "c")
+    assert (one.step, one.prompts_file) == (1, "held.jsonl")
     assert one.ways[0].acceptance_length_interval == (1.4, 1.6)
     assert one.ways[0].speed_up is None
     assert report.check.sound
@@ -85,14 +87,37 @@ def test_odd_figures_in_a_file_are_left_out(tmp_path: Path) -> None:
     assert one.ways[0].acceptance_length_interval is None
 
 
+def of(folder: Path) -> Any:
+    places = SimpleNamespace(directory=folder), SimpleNamespace(directory=folder / "mounted")
+    return SimpleNamespace(run=places[0], features=places[1])
+
+
 def test_the_exporter_is_told_figures_and_no_paths(tmp_path: Path) -> None:
     """Its card goes to others; the checker's findings go along."""
     folder = made(tmp_path / "run")
     measured(folder, 1)
-    config: Any = SimpleNamespace(run=SimpleNamespace(directory=folder))
-    file = report_file(config)
+    file = report_file(of(folder))
     told = read_run_report(file)
     assert told.check.sound
     assert [one.step for one in told.measured] == [1]
     assert [one.role for one in told.cost] == ["consumer"]
+    assert str(tmp_path) not in file.read_text()
+
+
+def test_a_card_names_no_file_that_could_not_be_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checker looks for shared features where this host has them."""
+    folder, asked = made(tmp_path / "run"), list[Path]()
+
+    def refuse(*where: Path) -> None:
+        asked.extend(where)
+        raise PermissionError(13, "Permission denied", str(folder / "checkpoints"))
+
+    monkeypatch.setattr(export, "checked", refuse)
+    file = report_file(of(folder))
+    told = read_run_report(file)
+    assert asked == [folder, folder / "mounted"]
+    assert told.check.sound is None
+    assert "paceline fsck" in told.check.why
     assert str(tmp_path) not in file.read_text()
