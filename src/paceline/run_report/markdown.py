@@ -22,4 +22,4 @@ def as_markdown(part: Part) -> list[str]:
 def _plain(text: str) -> str:
     """One line; brackets stay as they are where no link can begin."""
     shown = " ".join(printable(text).split())
-    return re.sub(r"([\\`*_<>|]|\[(?![\d.-]+, [\d.-]+\]))", r"\\\1", shown)
+    return re.sub(r"([\\`*_<>|]|\[(?![\d.-]+, [\d.-]+\](?:$|[^(\[:])))", r"\\\1", shown)
