@@ -174,7 +174,8 @@ def _at(places: Places) -> set[int]:
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> list[str] | None:
     """The text that each token adds. The last token of a character adds it, those before it nothing.
 
-    None without a tokenizer, or if it does not know the ids.
+    None without a tokenizer, if it does not know the ids, or if the tokens' texts are not the whole's: bytes
+    that are no characters may be some in parts.
     """
     if tokenizer is None or not ids:
         return None
@@ -183,7 +184,7 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> list[str] | None:
     stream = DecodeStream(skip_special_tokens=False)
     try:
         texts = [stream.step(tokenizer, token) or "" for token in ids]
-        begun = tokenizer.decode(list(ids), skip_special_tokens=False).removeprefix("".join(texts))
+        whole, told = tokenizer.decode(list(ids), skip_special_tokens=False), "".join(texts)
     except Exception:  # noqa: BLE001 (whatever foreign ids raise there)
         return None
-    return [*texts[:-1], texts[-1] + begun]
+    return [*texts[:-1], texts[-1] + whole.removeprefix(told)] if whole.startswith(told) else None

@@ -84,3 +84,17 @@ def test_without_the_tokenizer_ids_are_shown(tmp_path: Path, facts: dict[str, ob
     assert foreign is not None
     assert foreign.are_ids
     assert RunTexts(tmp_path).of_sample(5, facts) is None
+
+
+def test_a_text_that_its_parts_do_not_make_is_shown_as_ids(tmp_path: Path, facts: dict[str, object]) -> None:
+    """Bytes that are no character: the first three are one, all of them are not. Nothing is shown twice."""
+    names = ("<unk>", "!", "<0xE6>", "<0xA2>", "<0xBC>")
+    odd = Tokenizer(models.BPE({name: n for n, name in enumerate(names)}, [], byte_fallback=True))
+    odd.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    odd.save(str(tmp_path / "target" / "tokenizer.json"))
+    keep(tmp_path, MarkedAnswer.of("p", (1,), (2, 3, 4, 2), (2,)))
+    found = RunTexts(tmp_path).of_measured(facts)
+    assert found is not None
+    [answer] = found.ways[0].answers
+    assert answer.text.are_ids
+    assert "".join(piece.text for piece in answer.text.pieces) == "1 2 3 4 2 "
