@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 
@@ -37,7 +37,9 @@ class Sharding:
         self.rank, self.ranks = rank, ranks
         self._draft = draft
         device = next(draft.parameters()).device
-        self._mesh: DeviceMesh = init_device_mesh(device.type, (ranks,))
+        everyone = distributed.group.WORLD  # a mesh may make a group of its own, which waits for half an hour
+        assert everyone is not None
+        self._mesh = DeviceMesh.from_group(everyone, device.type)
         self._root = fully_shard(_Root(draft), mesh=self._mesh, reshard_after_forward=False)
         self._is_gathered = False
 

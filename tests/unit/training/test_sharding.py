@@ -29,6 +29,18 @@ def sharding(tmp_path: Path, draft: nn.Module) -> Iterator[Sharding]:
         distributed.destroy_process_group()
 
 
+def test_sharded_ranks_wait_for_each_other_as_long_as_all_others(
+    tmp_path: Path, draft: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a GPU that the draft does not use, torch would make a group that waits for half an hour."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+    try:
+        assert Sharding(draft, rank=0, ranks=1)._mesh.get_group() is distributed.group.WORLD
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_whole_weights_are_there_between_gather_and_release_alone(
     draft: nn.Module, sharding: Sharding
 ) -> None:
