@@ -113,7 +113,9 @@ class CheckpointFolder:
         If it fails, `discard` the folder.
         """
         with self._writing(aside):
-            return self._write_files(aside, files)
+            entries = self._write_files(aside, files)
+            durable_files.sync_folder(self.folder / aside)  # their names, which this host has made
+        return entries
 
     def _write_files(self, aside: str, files: Mapping[str, FileContent]) -> dict[str, FileEntry]:
         entries = {}

@@ -19,6 +19,7 @@ from paceline.parts import part_name
 from paceline.testing.light_run import RUN_ID
 from paceline.testing.two_ranks import WAIT_S, TwoRanks, closing_links
 from paceline.training.checkpoint import CheckpointFolder
+from paceline.training.checkpoint_writer import InlineExecutor
 from paceline.training.learner import DRAFT
 from paceline.training.part_writing import PartWriter
 
@@ -164,6 +165,23 @@ def test_a_rank_that_does_not_see_the_run_s_checkpoints_says_so(tmp_path: Path) 
                 run.trainer.fit(run.loader)
             run.end()
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_rank_has_synced_its_part_and_the_part_s_name_before_it_tells_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a host of its own: rank 0 syncs the folder on another one."""
+    folder, synced = CheckpointFolder(tmp_path, RUN_ID), list[list[str]]()
+    aside = folder.set_aside(2, 1)
+
+    def sync(path: Path) -> None:
+        synced.append([path.name, *(file.name for file in path.iterdir())])
+
+    monkeypatch.setattr(durable_files, "sync_folder", sync)
+    writer = PartWriter(1, folder, InlineExecutor())
+    writer.begin(aside, {PARTS[1]: b"its rows"})
+    assert synced == [[aside, PARTS[1]]]
+    assert writer.told(patience_s=0) is not None
 
 
 class Elsewhere(CheckpointFolder):
