@@ -22,7 +22,7 @@ from paceline.capture.groups import CaptureGroup, Groups
 from paceline.capture.in_flight import CaptureInFlight, CapturesInFlight
 from paceline.capture.isolation import CaptureFailedError, Isolation
 from paceline.capture.neighbours import Neighbours
-from paceline.capture.samples import Narrow, Samples, exact
+from paceline.capture.samples import Samples
 from paceline.capture.settings import CaptureSettings
 from paceline.capture.upkeep import Upkeep
 from paceline.data.answers import AnswerFiles
@@ -48,12 +48,9 @@ class Producer:
         backpressure: Backpressure,
         *,
         answers: AnswerFiles | None = None,
-        narrow: Narrow = exact,
         report: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
-        """`answers`: where to keep answers; None: nowhere, for an engine that repeats its bits.
-
-        `narrow`: makes of a sample's tensors what is stored, where a feature is narrowed."""
+        """`answers`: where to keep answers; None: nowhere, for an engine that repeats its bits."""
         self.session = session
         self.engine = engine
         self._features = features
@@ -68,7 +65,7 @@ class Producer:
         self._answers = None if answers is None else FirstAnswers(answers, settings, engine.facts)
         kept = None if engine.facts.repeats_bits else self._answers
         self._groups = Groups(session, prompts, self.encoding, settings.group_size, kept)
-        self._samples = Samples(session.run_id, engine, features, settings, self.encoding, narrow)
+        self._samples = Samples(session.run_id, engine, features, settings, self.encoding)
         self._captured: EncodedPrompt | None = None  # the last prompt that this process captured
         self._isolation = Isolation(
             session,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from paceline.capture.encoding import EncodedPrompt, Encoding
 from paceline.capture.first_answers import CapturedPrompt, token_ids
@@ -16,16 +14,7 @@ from paceline.capture.turns import TurnError, TurnWriter
 from paceline.engines.engine import CaptureRequest, TargetEngine
 from paceline.errors import ConfigError
 from paceline.features.store import FeatureStore
-from paceline.types import Feature, SampleRef, Tokens, name_of
-
-# A sample's id, its tensors by name and their features -> the tensors as they are stored.
-Narrow = Callable[[str, Mapping[str, Any], Sequence[Feature]], dict[str, Any]]
-
-
-def exact(sample_id: str, tensors: Mapping[str, Any], features: Sequence[Feature]) -> dict[str, Any]:
-    """As they were captured, for a producer that was not given `float8.narrowed`, which needs torch."""
-    assert not any(feature.narrowed for feature in features), f"{sample_id} has features to narrow"
-    return dict(tensors)
+from paceline.types import SampleRef, Tokens, name_of
 
 
 class Samples:
@@ -36,13 +25,11 @@ class Samples:
         features: FeatureStore,
         settings: CaptureSettings,
         encoding: Encoding,
-        narrow: Narrow = exact,
     ) -> None:
         self._run_id = run_id
         self._engine = engine
         self._features = features
         self._settings = settings
-        self._narrow = narrow
         self._turns = TurnWriter(lambda: encoding.chats, encoding.limits, self._written, settings.too_long)
 
     def id_of(self, prompt: EncodedPrompt) -> str:
@@ -55,9 +42,6 @@ class Samples:
         try:
             asked = self._turns.write(members)
             samples = self._engine.capture([self._request(one) for one in asked], features)
-            samples = [
-                replace(one, tensors=self._narrow(one.sample_id, one.tensors, features)) for one in samples
-            ]
         except TurnError as error:
             may_help = not self._engine.facts.repeats_bits
             raise CaptureFailedError(error, error.reasons, retryable=may_help) from error

@@ -23,7 +23,6 @@ from paceline.data.answers import AnswerFiles
 from paceline.data.source import PromptList, PromptSource
 from paceline.engines.engine import TargetEngine
 from paceline.errors import ConfigError, PacelineError
-from paceline.features.float8 import narrowed
 from paceline.features.store import FeatureStore
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.ledger import Ledger
@@ -32,6 +31,7 @@ from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.loader.loader import StepLoader
 from paceline.loader.settings import LoaderSettings
 from paceline.methods.method import DraftMethod
+from paceline.roles.narrowing import Narrowing
 from paceline.target.head import TargetHead
 from paceline.target.version import TargetVersion
 from paceline.training.checkpoint import CheckpointFolder
@@ -135,13 +135,12 @@ def build_disagg_online_producer(
     answers = None if answers_folder is None else AnswerFiles(answers_folder, answers_writer)
     producer = Producer(
         session,
-        engine,
+        Narrowing(engine),
         feature_store,
         source,
         capture,
         backpressure,
         answers=answers,
-        narrow=narrowed,
         report=report,
     )
     if timeout_s is not None:
