@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,12 @@ def has_room(folder: Path) -> bool:
 
 if has_room(MEMORY):
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+
+def pytest_configure() -> None:
+    """Screens are as wide as COLUMNS says when they draw, unless it was set when they were made."""
+    os.environ.pop("COLUMNS", None)
+    import_module("paceline.cli.plain")
 
 
 @pytest.fixture(scope="session")

@@ -203,18 +203,20 @@ class RottenStore(InMemoryFeatureStore):
         return super().get(ref)
 
 
-def test_captures_that_stay_unreadable_stop_training_after_a_few_samples(
+def test_captures_that_stay_unreadable_stop_training_and_quarantine_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory that rots does not bury the data set."""
+    """Memory that rots does not bury the data set: the next step's samples cannot be read either."""
     bounded = {"quarantine_max_in_a_row": 2}
     run = captured(tmp_path, features=RottenStore(8 << 20), batch_size=1, training=bounded)
     trainer, loader = run.consumer()
     # While the consumer waits for a sample, a producer comes and captures it again.
     monkeypatch.setattr(trainer.coordinator, "relieve_pressure", lambda: run.producer()[1]())
-    with pytest.raises(TrainingError, match=r"small:6 cannot be trained \(captured again 5 times"):
+    with pytest.raises(
+        StoreError, match=r"can read no sample, and those of step 5 were captured again 5 times"
+    ):
         trainer.fit(loader)
-    assert list(quarantined(run)) == ["small:4", "small:5"]
+    assert quarantined(run) == {}
 
 
 def test_a_feature_store_in_another_place_quarantines_no_sample(
