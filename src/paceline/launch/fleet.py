@@ -148,6 +148,11 @@ class Fleet:
             )
         elif not self.is_wide and not self._outlives_a_host():
             yield "a job that goes on on another host captures again what was not yet in a checkpoint"
+        if self.hosts > 1 and self.config.machine.producers > self.producers + 1:
+            yield (
+                f"machine.producers is {self.config.machine.producers}, and the first of several hosts "
+                f"starts one: add --producers {self.config.machine.producers - 1}"
+            )
         if self.hosts > 1:
             yield (
                 "torchrun, gloo and NCCL open ports without passwords on the network of the hosts that "

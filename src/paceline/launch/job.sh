@@ -25,8 +25,8 @@ own_run_file() {
 # not come to a safe point in time is ended at once: a job that its time limit ends is not queued again.
 follow() {
   code=0
-  wait "$child" || code=$?
-  if [ -n "$asked" ]; then
+  if [ -z "$ending" ]; then wait "$child" || code=$?; fi
+  if [ -n "$ending" ]; then
     timeout "$LATE_S" tail --pid="$child" --follow /dev/null || kill -TERM "$child" 2>/dev/null
     code=0
     wait "$child" || code=$?
@@ -43,16 +43,23 @@ go_on_later() {
 # shellcheck disable=SC2329 # a trap calls it
 stop_training() {
   asked=yes
+  end_training
+}
+
+end_training() {
+  ending=yes
   timeout "$LATE_S" paceline stop "$RUN" || kill -TERM "$child" 2>/dev/null
 }
 
 # shellcheck disable=SC2329 # a trap calls it
 stop_capturing() {
   asked=yes
+  ending=yes
   kill -TERM "$child"
 }
 
-# One rank's host among several. The first one keeps the run's folder.
+# One rank's host among several. The first one keeps the run's folder, so it has rank 0, which writes the
+# checkpoints: each host is told its number, because torchrun's other way to meet counts hosts by their names.
 # shellcheck disable=SC2329 # srun calls it
 ranks_of_this_host() {
   file=$RUN
@@ -60,24 +67,48 @@ ranks_of_this_host() {
     own_run_file
     file=$own/run.yaml
   fi
-  torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$RANKS" --max-restarts 10 --rdzv-backend c10d \
-    --rdzv-endpoint "$MEET" --rdzv-id "$SLURM_JOB_ID" -m paceline consume "$file"
+  torchrun --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$RANKS" --max-restarts 0 \
+    --master-addr "$MEET" --master-port "$MEET_PORT" -m paceline consume "$file"
 }
 
-train_on_several_hosts() {
-  MEET="$(hostname):$((29000 + SLURM_JOB_ID % 1000))"
-  export MEET
-  paceline produce "$RUN" &
-  first=$!
-  srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
-    bash -c "$(declare -f own_run_file ranks_of_this_host)"'; ranks_of_this_host' &
-  child=$!
+# Wait for the ranks. Without the producer beside them they would wait for ever: its error ends them, and is told.
+follow_ranks() {
+  failed=0
+  while [ -z "$asked" ] && kill -0 "$first" 2>/dev/null && kill -0 "$child" 2>/dev/null; do
+    sleep 1 &
+    wait "$!"
+  done
+  if [ -z "$asked" ] && kill -0 "$child" 2>/dev/null; then
+    wait "$first" || failed=$?
+  fi
+  if [ "$failed" != 0 ] && [ -z "$asked" ]; then end_training; fi
   follow
-  kill -TERM "$first" 2>/dev/null
-  wait "$first"
+  if [ "$failed" != 0 ]; then code=$failed; fi
+}
+
+# A rank or a producer that is killed, or was taken for dead (11), comes again: all of them are started, ten times.
+train_on_several_hosts() {
+  MEET=$(hostname)
+  MEET_PORT=$((29000 + SLURM_JOB_ID % 1000))
+  export MEET MEET_PORT
+  for _ in 0 1 2 3 4 5 6 7 8 9 10; do
+    ending=
+    paceline produce "$RUN" &
+    first=$!
+    srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+      --kill-on-bad-exit=1 bash -c "$(declare -f own_run_file ranks_of_this_host)"'; ranks_of_this_host' &
+    child=$!
+    follow_ranks
+    kill -TERM "$first" 2>/dev/null
+    wait "$first"
+    if [ "$code" = 0 ] || [ -n "$asked" ]; then break; fi
+    if [ "$failed" != 0 ] && [ "$failed" != 11 ] && [ "$failed" -le 128 ]; then break; fi
+  done
   # Measure and export, once everything is trained.
   if [ "$code" = 0 ] && [ -z "$asked" ] && paceline status "$RUN" --json | grep -q '"state": "complete"'; then
-    paceline train "$RUN" || code=$?
+    paceline train "$RUN" &
+    child=$!
+    follow
   fi
 }
 
@@ -114,6 +145,7 @@ capture() {
 }
 
 asked=
+ending=
 prepare
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   capture

@@ -6,6 +6,7 @@ Every process runs without root and without privileges; /dev/shm is memory of it
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,20 @@ fi
 torchrun --nnodes "$HOSTS" --node-rank "$JOB_COMPLETION_INDEX" --nproc-per-node "$RANKS" --max-restarts 0 \\
   --master-addr "$MEET" --master-port {MEET_PORT} -m paceline consume "$run" &
 child=$!
+if [ "$JOB_COMPLETION_INDEX" = 0 ]; then
+  # Without the producer the ranks would wait for ever: its error ends the pod, which is started again.
+  while [ -z "$asked" ] && kill -0 "$first" 2>/dev/null && kill -0 "$child" 2>/dev/null; do
+    sleep 1 &
+    wait "$!"
+  done
+  code=0
+  if [ -z "$asked" ] && kill -0 "$child" 2>/dev/null; then wait "$first" || code=$?; fi
+  if [ "$code" != 0 ] && [ -z "$asked" ]; then
+    kill -TERM "$child"
+    wait "$child"
+    exit "$code"
+  fi
+fi
 follow
 if [ "$JOB_COMPLETION_INDEX" != 0 ]; then exit 1; fi
 kill -TERM "$first" 2>/dev/null
@@ -111,9 +126,9 @@ def text_of(fleet: Fleet, found: Sequence[Manifest]) -> str:
     lines = [f"The run {fleet.name} on Kubernetes, by `paceline launch kubernetes`."]
     if fleet.config.ledger.is_shared:
         lines += [
-            "First, a password for the ledger's server (one of your own: its password):",
-            f"  kubectl create secret generic {_name(fleet)}-ledger "
-            '--from-literal=password="$(openssl rand -hex 32)"',
+            "First, a password for the ledger's server (one of your own: its password), in no command line:",
+            f"  openssl rand -hex 32 | tr -d '\\n' | kubectl create secret generic {_name(fleet)}-ledger "
+            "--from-file=password=/dev/stdin",
         ]
     lines += ["Then: kubectl apply -f FILE. Deleting a Job stops it; applying it again goes on."]
     return "".join(f"# {line}\n" for line in lines) + yaml.dump_all(found, Dumper=Readable, sort_keys=False)
@@ -387,8 +402,10 @@ def _unprivileged() -> Manifest:
 
 
 def _name(fleet: Fleet) -> str:
-    """The run's name as Kubernetes takes one. Raises ConfigError if it is too long."""
+    """The run's name as Kubernetes takes one, and no other run's. Raises ConfigError if it is too long."""
     name = fleet.name.lower().replace("_", "-").replace(".", "-").strip("-")
+    if name != fleet.name:
+        name += f"-{hashlib.sha256(fleet.name.encode()).hexdigest()[:6]}"
     if len(name) > NAME_MAX or not name or not name[0].isalpha():
         raise ConfigError(
             f"run.name {fleet.name} makes no name of a Job.",
@@ -407,8 +424,11 @@ def _refuse(fleet: Fleet, volumes: Sequence[Volume]) -> None:
         needed["target.model"] = config.target.model
     if config.features.is_shared and config.features.in_directory:
         needed["features.directory"] = config.features.directory
+    if (answers := getattr(config.features, "answers", None)) is not None:
+        needed["features.answers"] = answers
     read = [config.data.other_run, *(source.path for source in config.data.sources)]
     needed |= {f"data source {number}": path for number, path in enumerate(filter(None, read))}
+    needed |= {f"method folder {number}": path for number, path in enumerate(config.method.folders)}
     outside = [
         f"{name} {path}"
         for name, path in needed.items()

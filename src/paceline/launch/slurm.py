@@ -18,7 +18,8 @@ from paceline.launch.fleet import Fleet, Needs, quoted
 NOTICE_S = 300  # before the time limit
 LATE_S = 120  # of that notice, for `paceline stop`, and again for what it has not ended
 PAUSE_S = 30  # between two tries to join
-TIME = re.compile(r"[0-9]+([:-][0-9]+){0,4}")
+LEAST_S = 2 * NOTICE_S  # of a time limit
+TIME = re.compile(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?")
 PATIENCE_S = 60.0  # with Slurm's controller
 
 
@@ -32,8 +33,14 @@ def script(fleet: Fleet, *, time: str, setup: Path | None = None, options: Seque
                 why="It would stand in the script's head, one a line.",
                 next="write it as --sbatch=--partition=gpu",
             )
-    if not TIME.fullmatch(time):
-        raise ConfigError(f"{time!r} is no time limit.", next="write it as Slurm does: --time 24:00:00")
+    limit = _seconds(time)
+    if 0 < limit < LEAST_S:
+        raise ConfigError(
+            f"--time {time} is {limit} s.",
+            why=f"A job is stopped {NOTICE_S} s before its limit and queued again, so it would do next to "
+            "nothing each time, for ever. Nothing was written.",
+            next="give an hour or more: --time 1:00:00",
+        )
     needs = fleet.trainer
     head = [
         f"--job-name={fleet.name}",
@@ -74,6 +81,20 @@ def submit(fleet: Fleet, text: str) -> list[str]:
     if not fleet.producers:
         return [number]
     return [number, _sbatch(text, *joining(fleet), f"--dependency=after:{number}")]
+
+
+def _seconds(time: str) -> int:
+    """Of a limit as Slurm writes it: [D-]H[:M[:S]] with days, else M, M:S or H:M:S; 0: none."""
+    found = TIME.fullmatch(time)
+    if found is None:
+        raise ConfigError(f"{time!r} is no time limit.", next="write it as Slurm does: --time 24:00:00")
+    days, *parts = found.groups()
+    given = [int(part) for part in parts if part is not None]
+    if days is not None or len(given) == 3:
+        hours, minutes, seconds = [*given, 0, 0][:3]
+    else:
+        hours, (minutes, seconds) = 0, [*given, 0][:2]
+    return (24 * int(days or 0) + hours) * 3600 + 60 * minutes + seconds
 
 
 def _asked(needs: Needs) -> list[str]:

@@ -62,6 +62,13 @@ def test_gpus_that_nobody_names_are_told_not_guessed(write: Write) -> None:
     assert not any("--gpus" in note for note in asked.notes())
 
 
+def test_producers_that_several_hosts_do_not_start_are_told(write: Write) -> None:
+    run_file = write(machine={"producers": 3})
+    assert any("--producers 2" in note for note in Fleet.of(run_file, hosts=2).notes())
+    assert not any("--producers 2" in note for note in Fleet.of(run_file, hosts=2, producers=2).notes())
+    assert not any("--producers 2" in note for note in Fleet.of(run_file, producers=1).notes())
+
+
 @pytest.mark.parametrize("given", [{"hosts": 0}, {"producers": -1}, {"gpus": -1}, {"memory_gib": 0}])
 def test_a_number_that_makes_no_sense_is_refused(write: Write, given: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="give at least"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,29 @@ def test_ranks_of_several_pods_meet_under_a_name(write: Write) -> None:
     assert (environment["HOSTS"], environment["RANKS"]) == ("3", "2")
 
 
+def test_two_runs_of_one_namespace_have_names_of_their_own(write: Write) -> None:
+    """Else the second one's run file would take the place of the first one's."""
+    runs = ["my-run", "My-run", "my_run", "my.run"]
+    jobs = [list(by_name(read(write(run={"name": name, "directory": "/data/x"})), "Job")) for name in runs]
+    assert jobs[0] == ["my-run-train"]
+    assert len({job for [job] in jobs}) == len(runs)
+
+
+def test_ranks_do_not_wait_for_a_producer_that_has_failed(tmp_path: Path) -> None:
+    for name, work in (
+        ("paceline", "exit 3"),
+        ("torchrun", "trap 'exit 0' TERM; while :; do read -rt 1; done"),
+    ):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/bash\n{work} <>{tmp_path}/fifo\n")
+        program.chmod(0o755)
+    os.mkfifo(tmp_path / "fifo")
+    told = {"JOB_COMPLETION_INDEX": "0", "HOSTS": "2", "RANKS": "1", "MEET": "first"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **told}
+    found = subprocess.run(["/bin/bash", "-c", RANK], env=environment, timeout=30, check=False)
+    assert found.returncode == 3
+
+
 @pytest.mark.parametrize("script", [PRODUCER, RANK])
 def test_the_scripts_of_the_pods_pass_shellcheck(script: str) -> None:
     command = [str(SHELLCHECK), "--shell=bash", "-"]
@@ -190,6 +214,7 @@ def test_the_scripts_of_the_pods_pass_shellcheck(script: str) -> None:
         ({"run": {"name": "my-run", "directory": "runs/x"}}, "run.directory runs/x"),
         ({"target": {"model": "/models/m"}}, "target.model /models/m"),
         ({"data": {"path": "/database/x.jsonl", "max_answer_tokens": 8}}, "data source 0 /database"),
+        ({"method": {"name": "eagle3", "start_from": "/drafts/x"}}, "method folder 0 /drafts/x"),
         ({"run": {"name": "1-run", "directory": "/data/x"}}, "makes no name of a Job"),
         ({"run": {"name": "x" * 60, "directory": "/data/x"}}, "makes no name of a Job"),
     ],
@@ -216,6 +241,7 @@ def test_the_verb_writes_a_file(write: Write, tmp_path: Path, capsys: pytest.Cap
     app(["launch", "kubernetes", str(write()), *options], standalone_mode=False)
     assert to.read_text().startswith("# The run my-run on Kubernetes")
     assert "kubectl create secret" in to.read_text()
+    assert "--from-literal" not in to.read_text(), "every user of the host can read a command line"
     assert str(to) in capsys.readouterr().out
 
 

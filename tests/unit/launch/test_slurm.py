@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,21 @@ case "$(basename "$0") $*" in
   *" --json") printf '{\n "state": "complete"\n}\n' ;;
   "paceline train"* | "paceline produce"*)
     cat "$2" >"$NOTED.run"
-    if [ -n "$WORKS" ]; then
+    if [ "$WORKS" = yes ] || [ "$WORKS" = "$1" ]; then
       trap '[ -n "$STUBBORN" ] && STUBBORN= || exit 0' TERM
       echo $$ >"$NOTED.pid"
       echo begun
       while :; do read -r -t 1 <>"$NOTED.fifo"; done
     fi
     read -r code <"$NOTED.codes" && sed -i 1d "$NOTED.codes" && exit "$code"
+    ;;
+  torchrun*)
+    if [ -n "$RANKS_WAIT" ]; then
+      trap 'exit 0' TERM
+      echo $$ >"$NOTED.pid"
+      while :; do read -r -t 1 <>"$NOTED.fifo"; done
+    fi
+    read -r code <"$NOTED.rank-codes" && sed -i 1d "$NOTED.rank-codes" && exit "$code"
     ;;
   "paceline stop"*) kill "$(cat "$NOTED.pid")" ;;
   srun*) while [ "$1" != bash ]; do shift; done; exec "$@" ;;
@@ -56,6 +65,7 @@ class Cluster:
             program.chmod(0o755)
         os.mkfifo(f"{self.noted}.fifo")
         self.ends_with()
+        self.ranks_end_with()
         monkeypatch.setattr(sys, "executable", str(self.bin / "python"))
         monkeypatch.setattr(slurm, "PAUSE_S", 0)
         self.environment = {
@@ -70,6 +80,9 @@ class Cluster:
     def ends_with(self, *codes: int) -> None:
         """The exit codes of the next ones of `paceline train` and `produce`; then 0."""
         Path(f"{self.noted}.codes").write_text("".join(f"{code}\n" for code in codes))
+
+    def ranks_end_with(self, *codes: int) -> None:
+        Path(f"{self.noted}.rank-codes").write_text("".join(f"{code}\n" for code in codes))
 
     def begin(self, text: str, **environment: str) -> subprocess.Popen[str]:
         script = self.noted.with_suffix(".sbatch")
@@ -125,9 +138,9 @@ def test_the_code_of_a_failure_is_the_jobs_and_it_is_not_queued_again(write: Wri
     assert not any(call.startswith("scontrol") for call in cluster.calls)
 
 
-def signalled(cluster: Cluster, text: str, **environment: str) -> None:
+def signalled(cluster: Cluster, text: str, works: str = "yes", **environment: str) -> None:
     """USR1 while the work is going on."""
-    with cluster.begin(text, WORKS="yes", **environment) as job:
+    with cluster.begin(text, WORKS=works, **environment) as job:
         assert job.stdout
         assert job.stdout.readline() == "begun\n"
         job.send_signal(signal.SIGUSR1)
@@ -185,9 +198,33 @@ def test_ranks_of_several_hosts_meet_and_the_first_one_measures(
     assert cluster.run(text, SLURM_JOB_NUM_NODES="2", SLURM_NODEID=node) == 0
     assert f"paceline produce {run_file}" in cluster.calls
     [torchrun] = [call for call in cluster.calls if call.startswith("torchrun")]
-    assert "--nnodes 2 --nproc-per-node 4" in torchrun
+    assert f"--nnodes 2 --node-rank {node} --nproc-per-node 4" in torchrun
+    assert "--rdzv" not in torchrun, "it would give rank 0 to the host whose name is the first"
     assert torchrun.endswith(f"consume {run_file}") is (node == "0")
     assert cluster.calls[-1] == f"paceline train {run_file}"
+
+
+def test_ranks_that_lose_one_of_them_are_started_again(write: Write, cluster: Cluster) -> None:
+    cluster.ranks_end_with(1, 1)
+    assert cluster.run(script(write(), hosts=2), SLURM_JOB_NUM_NODES="2") == 0
+    assert sum(call.startswith("torchrun") for call in cluster.calls) == 3
+
+
+@pytest.mark.parametrize(("codes", "starts"), [((3,), 1), ((137, 3), 2)])
+def test_ranks_do_not_wait_for_a_producer_that_has_failed(
+    write: Write, cluster: Cluster, codes: tuple[int, ...], starts: int
+) -> None:
+    """One that was killed is started again; an error of its own is the job's."""
+    cluster.ends_with(*codes)
+    text = script(write(), hosts=2)
+    assert cluster.run(text, SLURM_JOB_NUM_NODES="2", RANKS_WAIT="yes") == 3
+    assert sum(call.startswith("torchrun") for call in cluster.calls) == starts
+    assert not any(call.startswith("scontrol") for call in cluster.calls)
+
+
+def test_a_measurement_after_ranks_is_stopped_in_time_too(write: Write, cluster: Cluster) -> None:
+    signalled(cluster, script(write(), hosts=2), "train", SLURM_JOB_NUM_NODES="2")
+    assert cluster.calls[-1] == "scontrol requeue 42"
 
 
 def test_no_text_of_the_users_escapes_the_script(
@@ -208,10 +245,21 @@ def test_no_text_of_the_users_escapes_the_script(
     assert sorted(path.name for path in folder.iterdir()) == ["run.yaml", "set up.sh"]
 
 
-@pytest.mark.parametrize("given", [{"options": ["--a\n#SBATCH --b"]}, {"options": ["rm"]}, {"time": "a\nb"}])
+@pytest.mark.parametrize(
+    "given", [{"options": ["--a\n#SBATCH --b"]}, {"options": ["rm"]}, {"time": "a\nb"}, {"time": "1:2:3:4"}]
+)
 def test_an_option_that_is_none_is_refused(write: Write, given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         slurm.script(Fleet.of(write()), **{"time": "1:00:00", **given})
+
+
+@pytest.mark.parametrize(
+    ("time", "fits"), [("5", 0), ("9:59", 0), ("0:9:0", 0), ("0-0:5", 0), ("0-1", 1), ("0", 1)]
+)
+def test_a_limit_that_leaves_no_time_for_work_is_refused(write: Write, time: str, fits: bool) -> None:
+    """The job would be stopped at once, and queue itself again for ever."""
+    with nullcontext() if fits else pytest.raises(ConfigError, match="next to nothing"):
+        slurm.script(Fleet.of(write()), time=time)
 
 
 @pytest.mark.parametrize("given", [{}, {"producers": 3}, {"hosts": 4, "producers": 64, "gpus": 8}])
