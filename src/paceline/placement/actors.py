@@ -162,7 +162,7 @@ class Member:
     """A producer's actor, asked without waiting for the answer: its node may be gone."""
 
     def __init__(self, name: str, order: Order, placement: Placement) -> None:
-        self._what = order.what
+        self._name, self._what = name, order.what
         self._bundle = placement.producer
         self._actor = actor_of(KeptActor, name, placement.producer).remote(order, placement)
         self._after, self._born = 0, ""
@@ -184,7 +184,13 @@ class Member:
         asked, self._asked = self._asked, None
         try:
             told = ray.get(asked)
-        except RayError:
+        except RayError as error:
+            if not is_there(self._name):  # it failed before it began, or was removed
+                self.is_over = True
+                why = " ".join(str(error).split())[-300:]
+                return [f"{self._what}: Ray starts it no more ({why}); the run goes on without it"]
+            if self._waits:
+                return []
             self._waits = True
             return [f"{self._what} does not answer; Ray places it on another node if its own is gone"]
         return self._heard(told)

@@ -118,6 +118,12 @@ def lost_cluster(command: str, address: str) -> PacelineError:
     )
 
 
+def _settings(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the run file; how many producers are beside the trainer follows from the nodes."""
+    machine = {name: value for name, value in sections.get("machine", {}).items() if name != "producers"}
+    return {**sections, "machine": machine}
+
+
 class Follower:
     """Shows what the trainer's actor tells, and hands on requests to stop."""
 
@@ -206,7 +212,7 @@ class Follower:
         return told
 
     def _meet(self, told: Mapping[str, Any]) -> None:
-        if self._order is not None and told["order"] != self._order.sections:
+        if self._order is not None and _settings(told["order"]) != _settings(self._order.sections):
             raise ConfigError(
                 "The run is going on in this cluster with other settings than those of the run file.",
                 why="They take effect at a start. The run is not disturbed.",

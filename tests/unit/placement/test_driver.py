@@ -202,6 +202,16 @@ def test_a_run_with_other_settings_is_not_followed(tmp_path: Path) -> None:
     assert "paceline train run.yaml --on auto" in lines, "the command that a person types"
 
 
+def test_a_run_is_followed_when_its_cluster_has_lost_nodes(tmp_path: Path) -> None:
+    """With one node left, another trainer would have all producers beside it; this one goes on as it is."""
+    config = load_run_config(TinyRun(tmp_path, tmp_path, machine={"producers": 3}).run_file)
+    before, _ = orders_of(config, PLACEMENT, Names.of(config))
+    now, _ = orders_of(config, Placement(Bundle(4), Bundle(1), beside=3, apart=0), Names.of(config))
+    assert before.sections != now.sections
+    known = {"order": before.sections}
+    assert follow(FakeRay([said(**known), said(state="done", **known)]), order=now) == 0
+
+
 def test_every_actor_has_its_own_run_file_and_name(tmp_path: Path) -> None:
     config = load_run_config(TinyRun(tmp_path, tmp_path, machine={"producers": 3}).run_file)
     names = Names.of(config)
