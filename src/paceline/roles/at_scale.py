@@ -124,8 +124,17 @@ def budget_for(producers: int, marks: Watermarks) -> int:
     window = marks.window_bytes
     if window is None:
         window = marks.window_samples * (marks.group_bytes // max(1, marks.group_samples))
-    resumed = window + producers * marks.group_bytes
-    return max(int(resumed / marks.low) + 1, resumed + marks.group_bytes)
+    return _room(producers, window, marks.group_bytes, marks.low)
+
+
+def samples_for(producers: int, marks: Watermarks) -> int:
+    """The same in samples."""
+    return _room(producers, marks.window_samples, marks.group_samples, marks.low)
+
+
+def _room(producers: int, window: int, group: int, low: float) -> int:
+    resumed = window + producers * group
+    return max(int(resumed / low) + 1, resumed + group)
 
 
 def step_seconds(work: Work, crews: list[Crew]) -> float:

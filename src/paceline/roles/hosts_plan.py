@@ -12,7 +12,7 @@ from paceline.config.run import RunConfig
 from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import ConfigError
 from paceline.features.settings import MEMORY
-from paceline.roles.at_scale import Crew, Limit, Work, budget_for, limits, marks_of
+from paceline.roles.at_scale import Crew, Limit, Work, budget_for, limits, marks_of, samples_for
 from paceline.roles.cost_plan import Told, machine_with
 from paceline.roles.fit import SERVER_SHARE, budget
 from paceline.roles.footprint import SampleSizes, facts_of, processes_of, sample_sizes
@@ -225,7 +225,8 @@ def _devices(
     processes = processes_of(config, shape, machine, trained)
     needed = {one.role: one.memory_bytes or 0 for one in processes}
     on_host = {one.role: one.memory_bytes or 0 for one in processes if one.device == "cpu"}
-    shared = config.features.budget_mib << 20 if config.features.directory.is_relative_to(MEMORY) else 0
+    features = config.features
+    in_memory = features.in_directory and features.directory.is_relative_to(MEMORY)
     trains = needed["consumer"]
     captures = max(size for role, size in needed.items() if role != "consumer")
     for host in hosts.hosts:
@@ -236,6 +237,8 @@ def _devices(
                 "Give it fewer producers or trainers.",
                 refuses=True,
             )
+        given = 0 if features.in_directory or not host.producers else features.host_mib(host.producers)
+        shared = (features.budget_mib if in_memory else given) << 20
         taken = host.producers * on_host.get("producer", 0) + host.trainers * on_host.get("consumer", 0)
         if host.memory_gib is not None and taken + shared > host.memory_gib * 2**30:
             yield Finding(
@@ -260,11 +263,14 @@ def _advice(
 ) -> Iterator[Finding]:
     """What would make the run faster."""
     least, second = found[0], next((one for one in found[1:] if one.what != found[0].what), None)
-    mib = -(-budget_for(hosts.producers, marks_of(config, sizes)) >> 20)
+    marks = marks_of(config, sizes)
+    enough = f"features.budget_mib to {-(-budget_for(hosts.producers, marks) >> 20)}"
+    if marks.budget_samples is not None:
+        enough += f" and features.budget_samples to {samples_for(hosts.producers, marks)}"
     advice = {
         "capture": "Add producers; until then the trainers wait.",
         "training": "Add trainers, or lower training.passes; until then the producers wait.",
-        "window": f"Set features.budget_mib to {mib}: with less, not all producers may capture at once.",
+        "window": f"Set {enough}: with less, not all producers may capture at once.",
         "network": f"Spread the work of host {least.name} over more hosts, or give it a faster network.",
         "storage": "Give the shared folder more bandwidth, or lower training.passes.",
         "ledger": "Raise capture.group_size and training.batch_size: fewer calls for as many samples.",

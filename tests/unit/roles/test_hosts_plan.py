@@ -102,6 +102,31 @@ def test_the_budget_that_is_told_lets_all_producers_capture(model: Path, tmp_pat
     assert "window" not in limits(roomy)
 
 
+def test_a_budget_of_samples_that_binds_is_advised_too(model: Path, tmp_path: Path) -> None:
+    many, fast = {**CAPTURES, "producers": 32}, {**TRAINS, "train_tokens_per_s": 1e6}
+    features = {**SHARED["features"], "budget_mib": 10_000, "budget_samples": 400}
+    tight = planned(tmp_path, model, {"hosts": [fast, many]}, features=features)
+    assert tight.binds == "window"
+    [advice] = [finding.next for finding in tight.findings if "binds" in finding.what]
+    enough = int(advice.partition("budget_samples to ")[2].partition(":")[0])
+    roomy = planned(
+        tmp_path / "roomy",
+        model,
+        {"hosts": [fast, many]},
+        features={**features, "budget_samples": enough},
+    )
+    assert "window" not in limits(roomy)
+
+
+def test_memory_that_producers_give_is_counted_where_they_are(model: Path, tmp_path: Path) -> None:
+    features = {"store": "mooncake", "master": "10.0.0.1:50051", "budget_mib": 4096}
+    hosts = [{**TRAINS, "memory_gib": 4}, {**CAPTURES, "memory_gib": 9}]
+    found = planned(tmp_path, model, {"hosts": hosts}, features=features)
+    refused = [finding.what for finding in found.findings if finding.refuses]
+    assert len(refused) == 1, refused
+    assert "Host c has 9 GiB of memory" in refused[0]
+
+
 @pytest.mark.parametrize("producers", [1, 2, 7, 64])
 def test_the_least_budget_for_so_many_producers(producers: int) -> None:
     marks = Watermarks(budget_bytes=1, group_bytes=320, group_samples=32, window_samples=80)
