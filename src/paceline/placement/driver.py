@@ -233,8 +233,7 @@ class Follower:
         self._wait("the trainer does not answer; if its node is gone, Ray places it on another one", 0.0)
         time.sleep(LOOK_S)
 
-    def _wait(self, what: str, after_s: float | None = None) -> None:
-        after_s = WAITS_S if after_s is None else after_s
+    def _wait(self, what: str, after_s: float = WAITS_S) -> None:
         if not self._is_silent and time.monotonic() >= self._heard_at + after_s:
             self._is_silent = True
             self._tell(what)
