@@ -139,7 +139,8 @@ def _check(found: Findings | str) -> Check:
         Rule(name=name, promise=promise, errors=tuple(found.errors_of(name)))
         for name, promise in RULES.items()
     )
-    return Check(sound=not found.errors, looked_at=dict(found.counts), rules=rules)
+    notes = len(found.notes)
+    return Check(sound=not found.errors, looked_at=dict(found.counts), rules=rules, notes=notes)
 
 
 def _cost(history: RunHistory) -> Iterator[RoleCost]:

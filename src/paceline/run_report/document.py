@@ -62,6 +62,9 @@ class Check(Struct, frozen=True, kw_only=True):
     why: Annotated[str, Meta(description="why it could not be checked; else empty")] = ""
     looked_at: Annotated[dict[str, int], Meta(description="how much of what was checked")] = {}
     rules: Annotated[tuple[Rule, ...], Meta(description="all of them; empty if nothing was checked")] = ()
+    notes: Annotated[
+        int, Meta(description="how many notes `paceline fsck` has, such as what it did not look at")
+    ] = 0
 
 
 class RoleCost(Struct, frozen=True, kw_only=True):

@@ -73,6 +73,9 @@ def guarantee(check: Check) -> Part:
     errors = sum(len(rule.errors) for rule in check.rules)
     verdict = "Sound: every rule holds." if check.sound else f"UNSOUND: {errors} errors."
     told = f"Checked by a program that shares no code with the trainer: {looked}."
+    if check.notes:
+        told += f" It also noted what is no error, such as what it did not look at: {check.notes}; "
+        told += "paceline fsck says what."
     rows = [(rule.name, rule.promise, _errors(len(rule.errors))) for rule in check.rules]
     return Part(title, (verdict, told), ("rule", "promise", "verdict"), rows, is_bad=not check.sound)
 

@@ -184,7 +184,9 @@ def test_the_card_and_the_report_cannot_disagree(case: Case) -> None:
     broken = Rule(name="C5", promise="bytes | are kept", errors=("/home/someone/run: <b>gone",))
     unsound = msgspec.structs.replace(REPORT, check=Check(sound=False, rules=(RULES[0], broken)))
     unknown = msgspec.structs.replace(REPORT, check=Check(sound=None, why="it is another user's"))
-    for report in (REPORT, unsound, unknown):
+    noted = msgspec.structs.replace(REPORT, check=Check(sound=True, rules=RULES, notes=2))
+    assert any("noted" in words and "2;" in words for words in guarantee(noted.check).told)
+    for report in (REPORT, unsound, unknown, noted):
         card = model_card(case.draft, {}, report, Verdict((), 24, 3e-7), "rows")
         page = report_page(report, None)
         for part in (acceptance(MEASURED, is_best=True), guarantee(report.check), cost(report)):
