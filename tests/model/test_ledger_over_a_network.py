@@ -43,7 +43,7 @@ def test_whoever_is_cut_off_goes_on_when_the_network_is_back(network: Network, m
     """A producer, the trainer, the server, everybody; for less than a client waits, and for longer."""
     alone = [frozenset({name}) for name in (PRODUCERS[0], CONSUMER, SERVER)]
     parts = [*alone, frozenset(HOSTS)]
-    troubles = [Trouble(20 + 25 * n, 0.3 if n % 2 else 3.0, apart) for n, apart in enumerate(parts)]
+    troubles = [Trouble(15 + 12 * n, 0.3 if n % 2 else 3.0, apart) for n, apart in enumerate(parts)]
     run = run_through(network, memory, *troubles)
     assert network.counts["packets between parted hosts"]
     assert run.counts["gave up, and was started again"]

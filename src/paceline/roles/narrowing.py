@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from paceline.engines.engine import Captured, CaptureRequest, TargetEngine
 from paceline.features.float8 import narrowed
-from paceline.target.chat_encoder import ChatEncoder
 from paceline.target.facts import TargetFacts
 from paceline.types import Feature
+
+if TYPE_CHECKING:  # it imports transformers, which a consumer does without
+    from paceline.target.chat_encoder import ChatEncoder
 
 
 class Narrowing:
