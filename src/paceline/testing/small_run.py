@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,24 @@ class SmallRun:
         worker = trainer.ranks.worker
         worker.learner = pointed(worker.learner, "learner")
         return trainer, loader
+
+    def die_in_ack(self, steps: int) -> None:
+        """A consumer trains what was captured, and dies in its ack of that number, before it is recorded."""
+        doomed, loader = self.consumer()
+        session = doomed.session
+        real, calls = session.ack, 0
+
+        def die(*acked: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == steps:
+                raise KeyboardInterrupt
+            real(*acked)
+
+        session.ack = die  # type: ignore[method-assign, assignment]
+        with suppress(KeyboardInterrupt):
+            doomed.fit(loader)
+            raise AssertionError(f"it came to its end with {calls} acks")
 
     def run(self, group: Group | None = None) -> Trainer:
         """Both sides to the end of the stream."""

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -90,19 +89,7 @@ def test_a_run_that_dies_goes_on_to_the_same_weights(tmp_path: Path, steps: int)
     plain = weights(run_in(tmp_path / "plain").run())
     run = run_in(tmp_path / "killed")
     run.producer()[1]()
-    doomed, loader = run.consumer()
-    session = doomed.session
-    real, calls = session.ack, list[Any]()
-
-    def die(*acked: Any) -> None:
-        calls.append(acked)
-        if len(calls) == steps:
-            raise KeyboardInterrupt
-        real(*acked)
-
-    session.ack = die  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        doomed.fit(loader)
+    run.die_in_ack(steps)
     last = refs(run)[-1]
     run.features.free([(last.sample_id, last.generation)])
     captured = len(run.engine.captured)

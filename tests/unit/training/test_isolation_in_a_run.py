@@ -112,19 +112,7 @@ def test_a_run_with_a_bad_sample_resumes_to_the_same_weights(tmp_path: Path, ste
     plain = weights(run_with(tmp_path / "plain", engine, passes=2).run())
     run = run_with(tmp_path / "killed", engine, passes=2)
     run.producer()[1]()
-    doomed, loader = run.consumer()
-    session = doomed.session
-    real, calls = session.ack, []
-
-    def die(*acked: Any) -> None:
-        calls.append(acked)
-        if len(calls) == steps:
-            raise KeyboardInterrupt
-        real(*acked)
-
-    session.ack = die  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        doomed.fit(loader)
+    run.die_in_ack(steps)
     assert same_bits(weights(run.run()), plain)
 
 
