@@ -103,7 +103,7 @@ def mixed(measured: Measured, repeats: int, batch: int) -> Row:
 def run(quick: bool) -> list[Row]:
     with (
         tempfile.TemporaryDirectory(dir=os.environ.get("PACELINE_BENCH_DIR")) as folder,
-        ValkeyServer(Path(folder), auto_aof_rewrite_percentage="0") as server,
+        ValkeyServer(Path(folder), appendfsync="everysec", auto_aof_rewrite_percentage="0") as server,
     ):
         measured = Measured(server, 0.6 if quick else 2.0)
         return [mixed(measured, 3 if quick else 9, batch) for batch in (32, 256)]

@@ -140,7 +140,7 @@ def run(quick: bool) -> list[Row]:
         rows = list(
             rows_of("SQLite", "plain SQLite", lambda n: on_a_disk(disk, n), lambda: fresh(disk), quick)
         )
-        with ValkeyServer(folder, auto_aof_rewrite_percentage="0") as server:
+        with ValkeyServer(folder, appendfsync="everysec", auto_aof_rewrite_percentage="0") as server:
             measured = Measured(server, seconds)
             rows += rows_of(
                 "Valkey",

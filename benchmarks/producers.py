@@ -197,7 +197,7 @@ def run(quick: bool) -> list[Row]:
     rows: list[Row] = []
     with ExitStack() as held:
         place = held.enter_context(tempfile.TemporaryDirectory(dir=os.environ.get("PACELINE_BENCH_DIR")))
-        server = held.enter_context(ValkeyServer(Path(place)))
+        server = held.enter_context(ValkeyServer(Path(place), appendfsync="everysec"))
         for store, url in (("SQLite", ""), ("Valkey", server.url)):
             runs = Runs(Path(place), url)
             rows += [killed(runs, store, 3 if quick else 9), threefold(runs, store, repeats, groups, group_s)]

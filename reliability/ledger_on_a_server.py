@@ -33,7 +33,7 @@ def run(scale: float, seed: int) -> dict[str, int]:
             one = 1000 * seed + number
             counts += strike(Path(folder), one, tuple(Moment))
             counts += strike(Path(folder), one + 500, DEATHS, kills=True)
-        with ValkeyServer(Path(folder), appendfsync="always") as server:
+        with ValkeyServer(Path(folder)) as server:
             first = OFFSET + seed * 10_000_000
             for number in range(first, first + max(1, round(SIMULATED * scale))):
                 happened = simulate_on(server, number)
@@ -50,7 +50,7 @@ def strike(folder: Path, seed: int, moments: tuple[Moment, ...], *, kills: bool 
     """One history on a server of its own, struck at every kind of call; with `kills` the server dies, too."""
     place = folder / uuid.uuid4().hex[:8]
     place.mkdir()
-    with ValkeyServer(place, appendfsync="always") as server:
+    with ValkeyServer(place) as server:
         link, name = BrokenLink(place / "link.sock", server.socket), uuid.uuid4().hex
         then = partial(restart, server) if kills else int
         strikes = Strikes(link, seed, moments, then=then, each=EACH)

@@ -47,7 +47,7 @@ def pytest_configure() -> None:
 @pytest.fixture(scope="session")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
     """A server that syncs its append-only file at every change."""
-    server = ValkeyServer(tmp_path_factory.mktemp("valkey"), appendfsync="always")
+    server = ValkeyServer(tmp_path_factory.mktemp("valkey"))
     yield server
     server.stop()
 

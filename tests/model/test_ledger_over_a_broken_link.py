@@ -38,7 +38,7 @@ def opened() -> Iterator[Open]:
 @pytest.fixture
 def own(memory: Path) -> Iterator[ValkeyServer]:
     """A server of this test, which may kill it."""
-    server = ValkeyServer(memory, appendfsync="always")
+    server = ValkeyServer(memory)
     yield server
     server.stop()
 

