@@ -75,7 +75,10 @@ def calls(groups: int) -> list[Row]:
     """Processor time of the server, or, of a file, of the process that calls."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=os.environ.get("PACELINE_BENCH_DIR")) as place:
-        with ValkeyServer(Path(place), appendfsync="everysec", auto_aof_rewrite_percentage="0") as server, server.client() as client:
+        with (
+            ValkeyServer(Path(place), appendfsync="everysec", auto_aof_rewrite_percentage="0") as server,
+            server.client() as client,
+        ):
             measured = Measured(server, 0.0)
 
             def spent() -> float:

@@ -67,7 +67,7 @@ def when_waited(monkeypatch: pytest.MonkeyPatch, then: Callable[[], None]) -> li
 
 def test_a_full_disk_is_waited_for(make_server: MakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is refused, lost or repeated, and a later kill of the server takes nothing back."""
-    server = make_server()
+    server = make_server(appendfsync="everysec")
     waits = when_waited(monkeypatch, lambda: server.limit_files(None))
     go_on_after(server, lambda: fill(server), waits)
 
@@ -86,7 +86,7 @@ def test_a_disk_that_is_really_full_is_waited_for(
     disk: SmallDisk, memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where nothing may be mounted, the limit on a file's size stands for it, above."""
-    with ValkeyServer(memory, disk.enter, dir=str(disk.folder)) as server:
+    with ValkeyServer(memory, disk.enter, dir=str(disk.folder), appendfsync="everysec") as server:
         waits = when_waited(monkeypatch, disk.empty)
         go_on_after(server, lambda: disk.fill(ROOM), waits)
 
@@ -125,7 +125,7 @@ def test_a_server_that_ends_because_its_disk_is_full_is_waited_for(
 
 
 def test_a_disk_that_stays_full_is_an_error_with_advice(make_server: MakeServer) -> None:
-    server = make_server()
+    server = make_server(appendfsync="everysec")
     ledger = RedisLedger(server.url, "run0", durability="head", patience_s=0.1)
     fill(server, room=0)
     with pytest.raises(LedgerError, match=r"could not write to its disk.*free space"):
@@ -136,7 +136,7 @@ def test_a_disk_that_stays_full_is_an_error_with_advice(make_server: MakeServer)
 
 def test_changes_that_a_full_disk_did_not_take_are_missed(make_server: MakeServer) -> None:
     """The server answered them and was killed before there was room: its clients notice."""
-    server = make_server()
+    server = make_server(appendfsync="everysec")
     ledger = RedisLedger(server.url, "run0", durability="head", patience_s=0.1)
     fill(server, room=0)
     with pytest.raises(LedgerError):
