@@ -20,6 +20,7 @@ LOCAL = "local"
 PLACED = "placed"  # the folder of what is placed, in the run's
 NAMESPACE = "paceline"
 PROBE_S = 60.0
+ATTEMPTS = 3  # to reach a head that is slow to start what speaks for a client
 
 
 @dataclass(frozen=True)
@@ -144,21 +145,34 @@ def connected(address: str) -> Iterator[Cluster]:
             why="--on has a Ray cluster place the run's processes.",
             next="pip install 'paceline[ray]', or leave out --on.",
         ) from error
-    of_its_own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    more: dict[str, Any] = of_its_own if address == LOCAL else {}
-    try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="error", **more)
-    except Exception as error:
-        raise ConfigError(
-            f"The Ray cluster {address} cannot be reached ({' '.join(str(error).split())[:500]}).",
-            why="Nothing was started.",
-            next="check the address, and that this machine has the cluster's token (docs/ray.md); "
-            "or use --on local.",
-        ) from error
+    _connect(ray, address)
     try:
         yield Cluster(ray, import_module("paceline.placement.actors"))
     finally:
         ray.shutdown()
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Raises ConfigError.
+
+    The head of ray://... starts a server for each client, and gives one up that does not answer soon enough
+    (ConnectionAbortedError). A head with much other work is asked again.
+    """
+    of_its_own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    more: dict[str, Any] = of_its_own if address == LOCAL else {}
+    for attempts_left in reversed(range(ATTEMPTS)):
+        try:
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="error", **more)
+        except Exception as error:
+            if attempts_left and isinstance(error, ConnectionAbortedError):
+                continue
+            raise ConfigError(
+                f"The Ray cluster {address} cannot be reached ({' '.join(str(error).split())[:500]}).",
+                why="Nothing was started.",
+                next="check the address, and that this machine has the cluster's token (docs/ray.md); "
+                "or use --on local.",
+            ) from error
+        return
 
 
 def of_a_local_cluster() -> dict[str, str]:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -238,13 +239,35 @@ def test_a_lost_connection_and_a_missing_package_are_told(monkeypatch: pytest.Mo
 
 def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**_: Any) -> None:
+        asks.append(1)
         raise ConnectionError("no answer")
 
+    asks: list[int] = []
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
     told = "The Ray cluster ray://a:1 cannot be reached"
     with pytest.raises(ConfigError, match=told) as caught, connected("ray://a:1"):
         pass
     assert "docs/ray.md" in caught.value.next
+    assert len(asks) == 1, "it may be another address"
+
+
+@pytest.mark.parametrize(("failures", "asked"), [(2, 3), (9, 3)])
+def test_a_head_that_is_slow_to_serve_a_client_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, failures: int, asked: int
+) -> None:
+    """It gives up the server that it has started. An address without a head is not asked again."""
+    asks: list[str] = []
+
+    def init(address: str, **_: Any) -> None:
+        asks.append(address)
+        if len(asks) <= failures:
+            raise ConnectionAbortedError("Proxy failed to Connect to backend!")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, shutdown=lambda: None))
+    monkeypatch.setitem(sys.modules, "paceline.placement.actors", SimpleNamespace())
+    with suppress(ConfigError) if failures >= asked else nullcontext(), connected("ray://a:1"):
+        assert failures < asked
+    assert len(asks) == asked
 
 
 def test_a_local_cluster_has_nothing_to_stop(tmp_path: Path) -> None:
