@@ -13,11 +13,13 @@ from paceline.engines.table import ENGINES
 from paceline.errors import ConfigError
 from paceline.exports.table import EXPORTS
 from paceline.features.table import STORES
+from paceline.ledger.table import LEDGERS
 from paceline.methods.table import METHODS
 from paceline.table import resolve
+from paceline.trackers.table import TRACKERS
 
 ROOT = Path(__file__).parents[2]
-TABLES = {table.group: table for table in (METHODS, ENGINES, STORES, EXPORTS)}
+TABLES = {table.group: table for table in (METHODS, ENGINES, STORES, EXPORTS, LEDGERS, TRACKERS)}
 MODULE = """
 from typing import ClassVar, Literal
 from paceline.methods.settings import MethodSection
