@@ -45,6 +45,29 @@ def test_no_module_has_a_name_that_says_nothing() -> None:
     assert not banned & {path.stem for path in SOURCES}
 
 
+PACKAGES = sorted(path.parent for path in (ROOT / "src/paceline").glob("*/__init__.py"))
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
+def test_a_package_says_what_it_holds(package: Path) -> None:
+    """Where it holds adapters, also where contract, names and adapters are."""
+    told = ast.get_docstring(ast.parse((package / "__init__.py").read_text()))
+    assert told
+    files = [name for name, _ in re.findall(r"\b(\w+(\.py|/))", told)]
+    assert all((package / name).exists() for name in files)
+    if (package / "table.py").exists():
+        assert files[1] == "table.py"
+        assert "dapter" in told
+
+
+def test_the_ledgers_contract_names_every_adapter() -> None:
+    """Who reads it learns of each store."""
+    text = (ROOT / "src/paceline/ledger/ledger.py").read_text()
+    stores = sorted(path.parent.name for path in (ROOT / "src/paceline/ledger/stores").glob("*/__init__.py"))
+    [told] = re.findall(r"Adapters: (.*?)\. ", text)
+    assert sorted(told.split(", ")) == [f"stores/{name}" for name in stores]
+
+
 def test_only_methods_name_their_tensors() -> None:
     """A method declares its features; what captures, stores, sizes and loads them knows no name.
 

@@ -1,0 +1,1 @@
+"""`paceline dashboard` and `report`: pages over runs, which they only read."""

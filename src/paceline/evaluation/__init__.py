@@ -1,0 +1,1 @@
+"""Lossless speculative decoding on held-out prompts, and a run's curve."""

@@ -1,0 +1,1 @@
+"""Drafts for servers: contract in export.py, names in table.py, adapters in servers.py; reader/ checks."""

@@ -1,0 +1,1 @@
+"""`paceline fsck`: a checker that shares no code with what it checks."""

@@ -44,7 +44,7 @@ POLL_S = 0.003
 
 
 class Ledger(ABC):
-    """Adapter: stores/sqlite. Readable specification: testing/specification.py."""
+    """Adapters: stores/sqlite, stores/redis. Readable specification: testing/specification.py."""
 
     durable: bool = True  # whether the contents outlive the process
     sleep: Callable[[float], None] = staticmethod(time.sleep)

@@ -1,0 +1,1 @@
+"""Draft methods: contract in method.py, names in table.py, adapters in eagle3/ and dflash/."""

@@ -1,0 +1,1 @@
+"""What a run is doing, computed from what it has written: status, metrics, history."""

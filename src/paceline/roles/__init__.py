@@ -1,0 +1,1 @@
+"""Processes of a run, and the only place where adapters are joined."""

@@ -1,0 +1,1 @@
+"""What a report says, for its page and for model cards."""

@@ -1,0 +1,1 @@
+"""Conformance suites for adapters, simulation, planted bugs, and small runs for tests."""

@@ -1,0 +1,1 @@
+"""A file or folder for each feature store, and what they share."""
