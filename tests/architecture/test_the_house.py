@@ -128,7 +128,7 @@ def test_every_event_is_in_the_list_that_documents_them() -> None:
     assert told_events() == set(EVENTS)
 
 
-# The list may only become shorter.
+# CONTRIBUTING.md says why; the list may only become shorter.
 MANY_PARAMETERS = {
     "build_disagg_online_consumer",
     "build_disagg_online_producer",
