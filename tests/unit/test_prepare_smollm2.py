@@ -55,9 +55,13 @@ def test_a_folder_that_is_something_else_is_refused_and_kept(tmp_path: Path) -> 
 
 
 def test_what_only_make_model_needs_is_no_dependency_of_the_product() -> None:
-    """`pip install paceline` brings no reader of GGUF; `make model` asks for it."""
+    """Neither Paceline nor an extra of it brings a reader of GGUF; `make model` installs the tested one."""
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-    names = {re.split(r"[<>=]", line)[0] for line in project["dependencies"]}
-    reader = {re.split(r"[<>=]", line)[0] for line in project["optional-dependencies"]["gguf"]}
-    assert reader == {"accelerate", "gguf"}
-    assert not names & reader
+    extras = project["optional-dependencies"].values()
+    lines = [*project["dependencies"], *(line for extra in extras for line in extra)]
+    names = {re.split(r"[<>=\[]", line)[0] for line in lines}
+    makefile = Path("Makefile").read_text()
+    [command] = re.findall(r"install -c constraints.txt (accelerate gguf)$", makefile, re.MULTILINE)
+    pinned = {line.partition("==")[0] for line in Path("constraints.txt").read_text().splitlines()}
+    assert not names & set(command.split())
+    assert set(command.split()) <= pinned
