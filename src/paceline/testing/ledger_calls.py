@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from paceline.errors import PacelineError
 from paceline.ledger.consumer_session import ConsumerSession
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.producer_session import ProducerSession
@@ -40,6 +41,15 @@ def producer_of(
     session.acquire()
     session.extend([SourceBlock(0, prompts, f"{prompts} prompts")])
     return session
+
+
+def refusal_of(call: Callable[[], object]) -> str:
+    """What the ledger says when it refuses the call; empty: it made it."""
+    try:
+        call()
+    except PacelineError as error:
+        return str(error)
+    return ""
 
 
 def consumer_of(ledger: Ledger) -> ConsumerSession:

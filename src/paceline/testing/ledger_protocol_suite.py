@@ -33,6 +33,7 @@ from paceline.testing.ledger_calls import (
     plan_of,
     producer_of,
     refs_of,
+    refusal_of,
     trained_step,
 )
 from paceline.testing.samples import sample_ref
@@ -156,7 +157,9 @@ class LedgerProtocolSuite(ABC):
         ledger = self.make()
         first = producer_of(ledger)
         first.lease(3)
-        second = producer_of(ledger)
+        second = ProducerSession(ledger, RUN_ID, "0", order=Order.ORDINAL, attempt_max=5)
+        second.acquire()
+        assert refusal_of(lambda: second.extend([SourceBlock(0, 6, "6 prompts")])) == ""
         assert [lease.ordinal for lease in second.lease(2)] == [0, 1]
 
     # -- heads -----------------------------------------------------------------------------

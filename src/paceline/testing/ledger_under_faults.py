@@ -59,7 +59,11 @@ def play(ledger: Ledger, seed: int, count: int, strike: Strike) -> Iterator[tupl
     ledger.archive_from = ARCHIVE_FROM  # type: ignore[attr-defined]
     history = WholeHistory(ledger, random.Random(seed))
     for name, call in history.calls(count):
-        strike(name, partial(settled, call))
+        try:
+            strike(name, partial(settled, call))
+        except Exception as error:  # the specification answers every call
+            told = f"{type(error).__name__}: {error}"
+            raise DisagreementError(f"seed {seed}: {name} has no answer, but {told}") from error
         yield name, history.answer if name != "acquire" else dict(history.fences), ledger.lsn()
 
 
