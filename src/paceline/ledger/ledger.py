@@ -10,7 +10,8 @@ Every change is one transaction, raises the log number (`lsn`) by one and takes 
 of an older epoch changes nothing and raises FencedError. A fence numbers its calls upwards: a repetition of
 the last one (its result was lost) changes nothing and returns the first result; an older one is refused.
 Processes call the sessions (producer_session.py, consumer_session.py), which own fence and numbers; a fence
-of None is for callers without a role: binding the run's settings, and the seed's API (paceline.compat).
+of None is for callers without a role: a start that binds the run or says where its features lie
+(session.py, write_facts), and the seed's API (paceline.compat).
 """
 
 from __future__ import annotations

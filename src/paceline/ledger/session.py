@@ -114,6 +114,14 @@ def repeated(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     return call(*args, **kwargs)
 
 
+def write_facts(ledger: Ledger, facts: Mapping[str, Any]) -> None:
+    """Write facts without a role, again while the result is unknown: written twice they are the same values.
+
+    For a start that has no role yet: what binds the run, where its features lie, whom it replaces.
+    """
+    repeated(ledger.set_facts, None, facts)
+
+
 def bind_run_id(ledger: Ledger, run_id: str) -> None:
     """Record whose ledger this is. Raises LedgerError if it belongs to another run."""
     owner = ledger.facts().get(RUN_ID)

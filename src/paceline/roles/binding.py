@@ -27,6 +27,7 @@ from paceline.ledger.facts import (
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import RoleLock
 from paceline.ledger.records import CONSUMER
+from paceline.ledger.session import repeated, write_facts
 from paceline.roles.plan import RunPlan
 from paceline.roles.workers import JOINING, elsewhere, known_roles, started_roles, take_from
 
@@ -80,9 +81,9 @@ def _rebind(plan: RunPlan, ledger: Ledger, role: str | None) -> dict[str, Any]:
         if alone and not _is_bound(plan, ledger):
             for name in ledger.snapshot().epochs.keys() - {CONSUMER}:
                 ledger.acquire(name, "a start with other settings")  # ends a dead one's leases
-            if ledger.forget_prompts(None):
+            if repeated(ledger.forget_prompts, None):
                 searches = dict.fromkeys(key for key in ledger.facts() if key.startswith("isolation."))
-                ledger.set_facts(None, {**searches, **_now(plan)})
+                write_facts(ledger, {**searches, **_now(plan)})
     return ledger.facts()
 
 
@@ -103,8 +104,8 @@ def _extend(
         )
     with others_kept_out(plan.config, role, ledger) as alone:
         if alone:
-            ledger.set_facts(None, {PROMPTS: _prompts(plan, longer), **_going_on(ledger)})
-            ledger.end_stream(None, False)
+            write_facts(ledger, {PROMPTS: _prompts(plan, longer), **_going_on(ledger)})
+            repeated(ledger.end_stream, None, False)
             return tuple(longer)
     raise ConfigError(
         f"{plan.prompts.name} is longer than when this run started, and another role of the run is live.",
@@ -128,7 +129,7 @@ def go_on_if_flat_no_more(config: RunConfig, ledger: Ledger) -> None:
     with others_kept_out(config, None, ledger) as alone:
         if alone:
             going_on = _going_on(ledger) if facts.get(COMPLETED_STEP) is not None else {}
-            ledger.set_facts(None, {STOPPED_FLAT: None, **going_on})
+            write_facts(ledger, {STOPPED_FLAT: None, **going_on})
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from paceline.features.ownership import (
 )
 from paceline.ledger.facts import COMPLETED_STEP, FEATURES_LIE, FEATURES_NAME, producers_in
 from paceline.ledger.ledger import Ledger
+from paceline.ledger.session import write_facts
 from paceline.roles.feature_place import (
     is_on_several_hosts,
     is_seen,
@@ -56,7 +57,7 @@ def folder_of(config: RunConfig, ledger: Ledger) -> Path:
     if name is None:  # the other role may settle it at the same time
         chosen = ledger.set_facts(None, chosen, settle=True)
     else:
-        ledger.set_facts(None, chosen)
+        write_facts(ledger, chosen)
     return usual.with_name(chosen[FEATURES_NAME])
 
 
@@ -189,7 +190,7 @@ def record_place(config: RunConfig, ledger: Ledger) -> None:
     """Record where the producers keep the features. For a producer."""
     place = place_now(config, folder_of(config, ledger))
     if ledger.facts().get(FEATURES_LIE) != place:
-        ledger.set_facts(None, {FEATURES_LIE: place})
+        write_facts(ledger, {FEATURES_LIE: place})
 
 
 def refuse_lost_place(config: RunConfig, ledger: Ledger, folder: Path) -> None:

@@ -25,6 +25,7 @@ from paceline.exports.settings import ExportSection
 from paceline.ledger.facts import COMPLETED_STEP, STOPPED_FLAT
 from paceline.ledger.locks import RoleLock
 from paceline.ledger.records import CheckpointRecord
+from paceline.ledger.session import write_facts
 from paceline.roles.binding import bind_run, go_on_if_flat_no_more
 from paceline.roles.child import Child, RoleFailedError, end_orphan, grace_s
 from paceline.roles.evaluation_schedule import BESIDE, EVALUATOR, EvaluationSchedule
@@ -194,7 +195,7 @@ class Supervisor:
     def _stop_early(self, reason: str) -> None:
         """Have the consumer end training at a checkpoint, as at the end of the stream."""
         if reason and not self._is_complete() and self._store.facts().get(STOPPED_FLAT) is None:
-            self._store.set_facts(None, {STOPPED_FLAT: reason})
+            write_facts(self._store, {STOPPED_FLAT: reason})
             self._tell(f"{reason}: training stops early (training.stop_when_flat)")
 
     # -- the roles -------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
 from paceline.ledger.facts import ENGINE
 from paceline.ledger.ledger import Ledger
+from paceline.ledger.session import write_facts
 from paceline.ledger.view import LedgerView
 from paceline.roles.binding import others_kept_out
 from paceline.roles.snapshot import open_run
@@ -122,7 +123,7 @@ def bind_engine(ledger: Ledger, config: RunConfig, facts: TargetFacts, role: str
     bind_numerics(ledger, config, role, TARGET_NUMERICS, numerics)
     promise = {"name": config.engine.name, "repeats_bits": facts.repeats_bits}
     if ledger.facts().get(ENGINE) != promise:
-        ledger.set_facts(None, {ENGINE: promise})
+        write_facts(ledger, {ENGINE: promise})
 
 
 def _told(numerics: Mapping[str, str]) -> str:
@@ -140,6 +141,6 @@ def settle(
     if recorded != now and not binds:
         with others_kept_out(config, role or None, ledger) as alone:
             if alone:
-                ledger.set_facts(None, now)
+                write_facts(ledger, now)
                 recorded = dict(now)
     return recorded

@@ -21,6 +21,7 @@ from paceline.engines.probe import Bounds
 from paceline.errors import ConfigError
 from paceline.ledger.facts import TARGET_PROBE, TARGET_VARIES
 from paceline.ledger.ledger import Ledger
+from paceline.ledger.session import write_facts
 from paceline.roles.target_binding import settle
 from paceline.telemetry import EventLog
 from paceline.types import Feature, States
@@ -53,7 +54,7 @@ def bind_probe(
         )
     if not engine.facts.repeats_bits:
         return  # the run makes no claim about bits
-    ledger.set_facts(None, {TARGET_VARIES: True})
+    write_facts(ledger, {TARGET_VARIES: True})
     message = (
         f"this producer's target differs by {apart:.2g} from the first producer's, which is rounding; a "
         "sample that another producer captures again may have other bits, and keeps its tokens"

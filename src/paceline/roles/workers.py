@@ -19,12 +19,13 @@ from typing import Any
 
 from paceline.capture.neighbours import BEATS_PER_TIMEOUT
 from paceline.config.run import RunConfig
-from paceline.errors import ConfigError, LedgerError, RunBusyError
+from paceline.errors import ConfigError, FencedError, LedgerError, RunBusyError
 from paceline.ledger.facts import COMPLETED_STEP, PRODUCERS_STARTED, producer_fact, producers_in
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import RoleLock, live_holder
 from paceline.ledger.producer_session import WORKER
 from paceline.ledger.records import producer_role
+from paceline.ledger.session import repeated, write_facts
 
 PRODUCER, CONSUMER = "producer", "consumer"
 SUPERVISOR = "supervisor"
@@ -88,10 +89,14 @@ def elsewhere(facts: Mapping[str, Any], directory: Path) -> list[str]:
 
 
 def take_from(ledger: Ledger, workers: Iterable[str], why: str) -> None:
-    """Return the leases of these workers, and refuse whatever they still do."""
+    """Return the leases of these workers, and refuse whatever they still do.
+
+    A process that takes a worker's role at the same moment tells of itself, which is left as it is.
+    """
     for worker in workers:
-        ledger.acquire(producer_role(worker), why)
-        ledger.set_facts(None, {producer_fact(worker): None})
+        fence = ledger.acquire(producer_role(worker), why)
+        with suppress(FencedError):
+            repeated(ledger.set_facts, fence.call(1), {producer_fact(worker): None})
 
 
 def speaks(ledger: Ledger, worker: str, within_s: float, should_stop: Callable[[], bool]) -> bool:
@@ -122,7 +127,7 @@ def take_from_the_dead(config: RunConfig, ledger: Ledger) -> None:
     dead = sorted(w for w in workers if live_holder(config.run.directory, role_of(w)) is None)
     take_from(ledger, (w for w in dead if role_of(w) not in started), "its process was gone at a start")
     left = {producer_fact(w): None for w in dead if w in told and role_of(w) in started}
-    ledger.set_facts(None, {**left, PRODUCERS_STARTED: config.machine.producers})
+    write_facts(ledger, {**left, PRODUCERS_STARTED: config.machine.producers})
 
 
 def take_from_killed(config: RunConfig, ledger: Ledger, role: str) -> None:
@@ -225,7 +230,7 @@ def _first_free(config: RunConfig, ledger: Ledger) -> RoleLock:
             continue
         name = producer_fact(worker)
         if facts.get(name) is not None:  # a dead process of this place has left it
-            ledger.set_facts(None, {name: about})
+            write_facts(ledger, {name: about})
             return lock
         if ledger.set_facts(None, {name: about}, settle=True)[name] == about:
             return lock

@@ -11,12 +11,12 @@ import pytest
 
 from paceline.config.load import load_run_config
 from paceline.config.run import RunConfig
-from paceline.errors import ConfigError, FencedError, RunBusyError, StoreError
-from paceline.ledger.facts import producers_in
+from paceline.errors import ConfigError, FencedError, RunBusyError, StoreError, UnknownResultError
+from paceline.ledger.facts import PRODUCERS_STARTED, producers_in
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import RoleLock
 from paceline.ledger.producer_session import ProducerSession
-from paceline.ledger.records import SourceBlock
+from paceline.ledger.records import Fence, SourceBlock
 from paceline.roles import workers
 from paceline.roles.binding import others_kept_out
 from paceline.roles.feature_folder import take_folder
@@ -30,6 +30,7 @@ from paceline.roles.workers import (
     join,
     known_roles,
     role_of,
+    take_from,
     take_from_killed,
     take_from_the_dead,
     worker_of,
@@ -177,6 +178,43 @@ def test_a_name_that_was_given_to_another_one_is_not_taken_back(config: RunConfi
         assert not kept._thread.is_alive()
     assert producers_in(ledger.facts())["2"] == {**FAR, "claim": "of another one"}
     lock.release()
+
+
+def test_who_is_overtaken_while_it_takes_a_role_leaves_what_the_faster_one_tells(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It forgets the dead worker's word under its own epoch, so never a successor's."""
+    acquire = ledger.acquire
+
+    def overtaken(*args: Any) -> Fence:
+        fence = acquire(*args)
+        monkeypatch.setattr(ledger, "acquire", acquire)
+        producer(ledger, "1", FAR)
+        return fence
+
+    monkeypatch.setattr(ledger, "acquire", overtaken)
+    take_from(ledger, ["1"], "it was not heard of")
+    assert producers_in(ledger.facts())["1"]["host"] == FAR["host"]
+
+
+def test_a_start_whose_answer_is_lost_writes_again(
+    config: RunConfig, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a server a connection may break at any moment of a start."""
+    producer(ledger, "1", about_this_process(config.run.directory))
+    written, write = list[Any](), ledger.set_facts
+
+    def lost_at_first(fence: Fence | None, facts: dict[str, Any], **how: Any) -> dict[str, Any]:
+        found = write(fence, facts, **how)
+        written.append(facts)
+        if len(written) in (1, 3):
+            raise UnknownResultError("lost")
+        return found
+
+    monkeypatch.setattr(ledger, "set_facts", lost_at_first)
+    take_from(ledger, ["1"], "it was not heard of")
+    take_from_the_dead(config, ledger)
+    assert [list(facts) for facts in written] == 2 * [["producer.1"]] + 2 * [[PRODUCERS_STARTED]]
 
 
 def test_a_start_returns_leases_of_which_no_fact_is_left(config: RunConfig, ledger: Ledger) -> None:
