@@ -19,6 +19,7 @@ from paceline.errors import ConfigError
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["auto", "bfloat16", "float32"]
+StartingValue = tuple[str, Any, str]  # of a run file that `paceline init` writes: key, value, comment
 
 
 def _device(name: str) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from paceline.data.settings import AnswersSection, DataSection
+from paceline.methods.table import DEFAULT_METHOD
 from paceline.section import Count, Section
 from paceline.types import Feature
 
@@ -38,7 +39,7 @@ class CaptureSettings(CaptureSection, AnswersSection):
 
     features: tuple[Feature, ...]
     seed: int = 0
-    strategy: str = "eagle3"
+    strategy: str = DEFAULT_METHOD
     max_prompt_tokens: Count | None = None
     answers: Literal["target", "data"] = "target"
     too_long: TooLong = "skip"

@@ -13,10 +13,10 @@ import typer
 
 from paceline.cli.plain import INTERRUPTED, out, plain, say, say_wrapped, tell_findings
 from paceline.errors import ConfigError, PacelineError
-from paceline.methods.table import METHODS
+from paceline.methods.table import DEFAULT_METHOD, METHODS
 from paceline.roles.cost_plan import cost_plan
 from paceline.roles.machine import this_machine
-from paceline.roles.new_run import SERVERS
+from paceline.roles.new_run import servers
 from paceline.roles.starter import GPUS_MAX, NONE, Given, Started, start_run, target_folder
 from paceline.target.shape import read_shape
 
@@ -73,11 +73,11 @@ def _asked(given: dict[str, Any]) -> dict[str, Any]:
         found["heldout"] = Path(answer) if answer else None
     if given["method"] is None:
         say_wrapped(out, plain("  "), METHODS_TOLD)
-        found["method"] = _ask("Method", "eagle3", _known_method)
+        found["method"] = _ask("Method", DEFAULT_METHOD, _known_method)
     if found["gpus"] is None:
         found["gpus"] = int(_ask("GPUs", str(len(this_machine().gpus)), _count))
     if found["serve"] is None and found["gpus"]:
-        told = f"Server that runs the target: {', '.join(SERVERS)}, or {NONE} (the producer does)"
+        told = f"Server that runs the target: {', '.join(servers())}, or {NONE} (the producer does)"
         found["serve"] = _ask(told, "vllm", _known_server)
     if given["output"] is None:
         found["output"] = Path(_ask("Run file to write", "run.yaml", lambda text: text))
@@ -127,8 +127,9 @@ def _known_method(text: str) -> None:
 
 
 def _known_server(text: str) -> None:
-    if text not in (*SERVERS, NONE):
-        raise ConfigError(f"{text!r} is no server.", next=f"One of: {', '.join((*SERVERS, NONE))}.")
+    known = [*servers(), NONE]
+    if text not in known:
+        raise ConfigError(f"{text!r} is no server.", next=f"One of: {', '.join(known)}.")
 
 
 def _count(text: str) -> None:

@@ -23,7 +23,7 @@ from paceline.engines.table import ENGINES
 from paceline.errors import ConfigError
 from paceline.features.table import STORES
 from paceline.ledger.table import LEDGERS
-from paceline.methods.table import METHODS
+from paceline.methods.table import DEFAULT_METHOD, METHODS
 from paceline.regular_files import read_regular
 from paceline.section import Section, problems, without_secrets
 
@@ -108,7 +108,7 @@ VARIANTS = {
     "engine": (ENGINES, "name", "transformers"),
     "features": (STORES, "store", "shm"),
     "ledger": (LEDGERS, "store", "sqlite"),
-    "method": (METHODS, "name", "eagle3"),
+    "method": (METHODS, "name", DEFAULT_METHOD),
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from paceline.section import Device, Section
+from paceline.section import Device, Section, StartingValue
 from paceline.table import resolve
 from paceline.target.facts import TargetFacts
 from paceline.target.settings import TargetSection
@@ -41,6 +41,11 @@ class EngineSection(Section):
     component: ClassVar[str]  # "module:class", a TargetEngine with `of_run(section, target, run)`
     name: str
 
+    @classmethod
+    def starting_values(cls, run: str, gpus: int) -> list[StartingValue]:  # noqa: ARG003
+        """What `paceline init` writes beside the name, for a run of this name on so many GPUs."""
+        return []
+
     def build(self, target: TargetSection, run: EngineRun) -> TargetEngine:
         """Raises EngineError for a target that this engine cannot run."""
         engine: TargetEngine = resolve(self.component).of_run(self, target, run)
@@ -54,3 +59,7 @@ class TransformersSection(EngineSection):
     changeable: ClassVar[tuple[str, ...]] = ("device",)
     name: Literal["transformers"] = "transformers"
     device: Device = "auto"
+
+    @classmethod
+    def starting_values(cls, run: str, gpus: int) -> list[StartingValue]:  # noqa: ARG003
+        return [("device", "cuda:0" if gpus else "cpu", "")]

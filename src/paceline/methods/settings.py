@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from paceline.section import Count, Dtype, Section
+from paceline.section import Count, Dtype, Section, StartingValue
 from paceline.table import resolve
 
 if TYPE_CHECKING:
@@ -25,6 +25,11 @@ class MethodSection(Section):
     name: str
     first_samples: Count = 128
     dtype: Dtype = "auto"
+
+    @classmethod
+    def starting_values(cls, target: LayerSizes, *, large: bool) -> list[StartingValue]:  # noqa: ARG003
+        """What `paceline init` writes beside name and `first_samples`; `large`: for training on a GPU."""
+        return []
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from paceline.table import Table
 
+DEFAULT_METHOD = "eagle3"
 METHODS = Table(
     "draft method",
     "paceline.methods",

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from paceline.config.load import given_sections, parse_run_config, read_sections
 from paceline.config.run import RunConfig
 from paceline.errors import ConfigError
-from paceline.methods.table import METHODS
+from paceline.methods.table import DEFAULT_METHOD, METHODS
 from paceline.section import Count, Section, nearest
 from paceline.target.version import files_version
 
@@ -175,7 +175,8 @@ def overridden(given: Mapping[str, Any], changes: Mapping[str, Any], *, source: 
             raise ConfigError(f"{source}: {name!r} holds no settings.", next=f"write {name}: {{KEY: VALUE}}")
     sections = _varied(given)
     method, new = sections["method"], dict(changes.get("method", {}))
-    if new.get("name", method.get("name", "eagle3")) != method.get("name", "eagle3"):
+    before = method.get("name", DEFAULT_METHOD)
+    if new.get("name", before) != before:
         known = METHODS.find(str(new["name"])).model_fields
         method = {key: value for key, value in method.items() if key in known and key != "name"}
     training, chosen = sections["training"], dict(changes.get("training", {}))

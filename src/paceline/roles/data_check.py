@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from paceline.data.settings import DataSection
+from paceline.methods.table import DEFAULT_METHOD
 from paceline.roles.question import ask
 from paceline.section import Section
 from paceline.target.settings import TargetSection
@@ -23,7 +24,7 @@ class CheckRequest(Section):
 
     data: DataSection
     target: TargetSection
-    method: dict[str, Any] = {"name": "eagle3"}
+    method: dict[str, Any] = {"name": DEFAULT_METHOD}
     seed: int = 0
     measure: bool = False
 

@@ -14,16 +14,24 @@ from typing import Any
 
 import yaml
 
+from paceline.engines.table import ENGINES
 from paceline.exports.drafted_methods import servers_of
+from paceline.methods.table import METHODS
+from paceline.section import StartingValue as Entry
 from paceline.target.shape import TargetShape
 
 COMMENTS_AT = 34  # column
-SERVERS = ("vllm", "sglang")
+IN_THE_PRODUCER = "transformers"  # the engine that is no server
+
+
+def servers() -> list[str]:
+    """The engines that run the target in a program of its own, also installed ones."""
+    return [name for name in ENGINES.names() if name != IN_THE_PRODUCER]
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user asked for. `serve`: "vllm", "sglang" or "" for the target in the producer's process.
+    """What the user asked for. `serve`: one of `servers`, or "" for the target in the producer's process.
 
     `samples`: of the data. `processors`: of a machine without a GPU. `thinks`: whether the chat template has
     the variable enable_thinking. `command`: the command that wrote the file, for its first line.
@@ -74,7 +82,7 @@ def run_file(wishes: Wishes, shape: TargetShape, budget_mib: int) -> str:
         "training": _training(wishes, sizes),
         "checkpoint": [("interval_steps", sizes.interval, "a crash costs at most so many steps again")],
         "evaluation": _evaluation(wishes, shape),
-        "export": [("formats", servers_of(wishes.method), "folders that these servers load")],
+        "export": _export(wishes),
         "machine": _machine(wishes),
     }
     lines = list(_head(wishes, shape))
@@ -82,9 +90,6 @@ def run_file(wishes: Wishes, shape: TargetShape, budget_mib: int) -> str:
         if entries:
             lines += [f"{name}:", *(_entry(*entry) for entry in entries)]
     return "\n".join(lines) + "\n"
-
-
-Entry = tuple[str, Any, str]
 
 
 def _entry(key: str, value: Any, comment: str = "") -> str:
@@ -127,25 +132,8 @@ def _target(wishes: Wishes) -> list[Entry]:
 
 
 def _engine(wishes: Wishes) -> list[Entry]:
-    if wishes.serve == "vllm":
-        found: list[Entry] = [
-            ("name", "vllm", ""),
-            ("managed", True, "the run starts it; or `url` of a server of yours"),
-        ]
-        if wishes.gpus:
-            found.append(("devices", list(range(max(1, wishes.gpus - 1))), "CUDA devices of the server"))
-        if wishes.gpus == 1:
-            share = ["--gpu-memory-utilization", "0.6"]
-            found.append(("args", share, "training takes the rest of the same GPU"))
-        return found
-    if wishes.serve == "sglang":
-        return [
-            ("name", "sglang", ""),
-            ("url", "http://127.0.0.1:30000", "paceline engine sglang THIS_FILE prints the server's command"),
-            ("directory", f"/dev/shm/sglang-{wishes.name}", "where its plug-in leaves states"),  # noqa: S108
-        ]
-    device = "cuda:0" if wishes.gpus else "cpu"
-    return [("name", "transformers", "the target runs in the producer"), ("device", device, "")]
+    name, told = (wishes.serve, "") if wishes.serve else (IN_THE_PRODUCER, "the target runs in the producer")
+    return [("name", name, told), *ENGINES.find(name).starting_values(wishes.name, wishes.gpus)]
 
 
 def _data(wishes: Wishes, sizes: _Sizes) -> list[Entry]:
@@ -167,21 +155,12 @@ def _capture(wishes: Wishes, sizes: _Sizes) -> list[Entry]:
 
 
 def _method(wishes: Wishes, shape: TargetShape, sizes: _Sizes) -> list[Entry]:
-    found: list[Entry] = [
-        ("name", wishes.method, "eagle3, p-eagle, dflash, dspark, domino or dflash2"),
+    *names, last = METHODS.names()
+    return [
+        ("name", wishes.method, f"{', '.join(names)} or {last}"),
         ("first_samples", sizes.first_samples, "the first weights are a regression on them"),
+        *METHODS.find(wishes.method).starting_values(shape.sizes, large=wishes.gpus > 0),
     ]
-    is_large = wishes.gpus > 0
-    if wishes.method in ("eagle3", "p-eagle"):
-        vocab = min(shape.sizes.vocab_size, 32_000 if is_large else 6_144)
-        found.append(("draft_vocab_size", vocab, "the likeliest tokens of the first samples"))
-        found.append(("ttt_steps", 7 if is_large else 3, "guesses ahead that training unrolls"))
-    else:
-        states = min(5, max(1, shape.sizes.num_hidden_layers - 3))
-        found.append(("block_size", 16 if is_large else 8, "tokens that one pass guesses"))
-        found.append(("layers", 5 if is_large else 2, ""))
-        found.append(("target_states", states, "of the target's layers, spread over its depth"))
-    return found
 
 
 def _training(wishes: Wishes, sizes: _Sizes) -> list[Entry]:
@@ -210,6 +189,11 @@ def _evaluation(wishes: Wishes, shape: TargetShape) -> list[Entry]:
     if wishes.gpus:
         found.append(("device", f"cuda:{wishes.gpus - 1}", ""))
     return found
+
+
+def _export(wishes: Wishes) -> list[Entry]:
+    formats = servers_of(wishes.method)
+    return [("formats", formats, "folders that these servers load")] if formats else []
 
 
 def _machine(wishes: Wishes) -> list[Entry]:

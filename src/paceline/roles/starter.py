@@ -22,11 +22,11 @@ from paceline.config.run import RunConfig
 from paceline.data.opening import open_file, open_held_out
 from paceline.data.setting_aside import SetAside, set_aside
 from paceline.errors import ConfigError
-from paceline.methods.table import METHODS
+from paceline.methods.table import DEFAULT_METHOD, METHODS
 from paceline.regular_files import read_regular
 from paceline.roles.cost_plan import cost_plan
 from paceline.roles.machine import this_machine
-from paceline.roles.new_run import SERVERS, Wishes, run_file
+from paceline.roles.new_run import Wishes, run_file, servers
 from paceline.roles.target_at_hand import finder
 from paceline.target.settings import TargetSection
 from paceline.target.shape import TargetShape, read_shape
@@ -49,7 +49,7 @@ class Given:
     data: Path
     output: Path
     heldout: Path | None = None
-    method: str = "eagle3"
+    method: str = DEFAULT_METHOD
     gpus: int | None = None
     serve: str | None = None
     name: str | None = None
@@ -227,11 +227,12 @@ def _server(given: Given, shape: TargetShape, gpus: int) -> str:
     if given.serve is None:
         wanted = bool(shape.quantised) or (gpus > 0 and shutil.which("vllm") is not None)
         return "vllm" if wanted else ""
-    if given.serve not in (*SERVERS, NONE):
+    known = [*servers(), NONE]
+    if given.serve not in known:
         raise ConfigError(
             f"--serve is {given.serve!r}.",
             why="A server runs the target, or the producer does.",
-            next=f"choose one of: {', '.join((*SERVERS, NONE))}.",
+            next=f"choose one of: {', '.join(known)}.",
         )
     return "" if given.serve == NONE else given.serve
 
@@ -254,7 +255,7 @@ def _command(given: Given, name: str) -> str:
     words = ["paceline", "init", "--target", given.target, "--data", str(given.data)]
     options = {
         "--heldout": given.heldout,
-        "--method": given.method if given.method != "eagle3" else None,
+        "--method": given.method if given.method != DEFAULT_METHOD else None,
         "--gpus": given.gpus,
         "--serve": given.serve,
         "--name": name if given.name else None,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from paceline.cli.options import INIT_OPTIONS
 from paceline.config.load import load_run_config, parse_run_config
 from paceline.errors import ConfigError
 from paceline.exports.drafted_methods import TAKEN, servers_of
 from paceline.exports.table import EXPORTS
-from paceline.methods.table import METHODS
+from paceline.methods.table import DEFAULT_METHOD, METHODS
 from paceline.roles import cost_plan as cost_plans
 from paceline.roles import starter
 from paceline.roles.cost_plan import cost_plan
@@ -29,6 +31,39 @@ RECIPES = {
     "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
     "gpt-oss-20b": "openai/gpt-oss-20b",
 }
+INSTALLED = """
+from typing import ClassVar, Literal
+from paceline.engines.settings import EngineSection
+from paceline.methods.features import fused_states
+from paceline.methods.settings import MethodSection
+
+class PlainSection(MethodSection):
+    component: ClassVar[str] = "guesses:Guess"
+    name: Literal["plain"] = "plain"
+
+    def features(self, target):
+        return fused_states((2,), target, "exact")
+
+    def num_parameters(self, target):
+        return 1
+
+class GuessSection(PlainSection):
+    name: Literal["guess"] = "guess"
+    width: int = 5
+
+    @classmethod
+    def starting_values(cls, target, *, large):
+        return [("width", target.hidden_size, "as wide as the target" if large else "")]
+
+class OracleSection(EngineSection):
+    component: ClassVar[str] = "guesses:Oracle"
+    name: Literal["oracle"] = "oracle"
+    shrine: str = ""
+
+    @classmethod
+    def starting_values(cls, run, gpus):
+        return [("shrine", f"{run} on {gpus}", "")]
+"""
 PROMPTS, HELD_OUT = Path("prompts/train.jsonl"), Path("prompts/heldout.jsonl")
 
 
@@ -89,6 +124,44 @@ def test_every_wish_gives_a_file_that_plans(tmp_path: Path, method: str, gpus: i
     refused = [finding.what for finding in plan.findings if finding.refuses]
     assert not refused
     assert plan.window.budget_bytes > plan.window.needed_bytes
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another package's methods and engine."""
+    (info := tmp_path / "beside" / "guesses-1.0.dist-info").mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: guesses\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[paceline.methods]\nguess = guesses:GuessSection\nplain = guesses:PlainSection\n"
+        "[paceline.engines]\noracle = guesses:OracleSection\n"
+    )
+    (info.parent / "guesses.py").write_text(INSTALLED)
+    monkeypatch.syspath_prepend(str(info.parent))
+    monkeypatch.delitem(sys.modules, "guesses", raising=False)
+
+
+@pytest.mark.parametrize(("method", "started_at"), [("guess", {"width": 4096}), ("plain", {})])
+def test_an_installed_method_says_where_it_starts(
+    tmp_path: Path, installed: None, method: str, started_at: dict[str, Any]
+) -> None:
+    """By default with its section's own values; servers are named only where an export takes its drafts."""
+    start_run(given(tmp_path, method=method, serve="none"))
+    written = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert written["method"] == {"name": method, "first_samples": 128, **started_at}
+    assert "export" not in written
+
+
+def test_an_installed_engine_runs_the_target(tmp_path: Path, installed: None) -> None:
+    """And says with what it starts, as ours do."""
+    config = start_run(given(tmp_path, serve="oracle", name="r")).config
+    assert config.engine.model_dump(exclude_defaults=True) == {"shrine": "r on 2"}
+
+
+def test_the_help_names_every_method_of_ours() -> None:
+    """It is a fixed text, because the command line's help waits for no table."""
+    *names, last = METHODS.own
+    named = f"{', '.join(names)} or {last}.".replace(DEFAULT_METHOD, f"{DEFAULT_METHOD} (the default)")
+    assert INIT_OPTIONS["method"][1] == named
 
 
 def test_exports_are_those_that_take_the_method() -> None:

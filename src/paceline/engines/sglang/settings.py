@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator
 
 from paceline.engines.served.settings import ServedSection, server_url
+from paceline.section import StartingValue
 
 
 class SglangSection(ServedSection):
@@ -20,3 +21,10 @@ class SglangSection(ServedSection):
     component: ClassVar[str] = "paceline.engines.sglang.engine:SglangEngine"
     name: Literal["sglang"] = "sglang"
     url: Annotated[str, AfterValidator(server_url)]
+
+    @classmethod
+    def starting_values(cls, run: str, gpus: int) -> list[StartingValue]:  # noqa: ARG003
+        return [
+            ("url", "http://127.0.0.1:30000", "paceline engine sglang THIS_FILE prints the server's command"),
+            ("directory", f"/dev/shm/sglang-{run}", "where its plug-in leaves states"),  # noqa: S108
+        ]

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from paceline.engines.served.settings import ServedSection
-from paceline.section import Count
+from paceline.section import Count, StartingValue
 
 # The command sets these itself, or they would make the server another one than the run's.
 OWN_ARGUMENTS = (
@@ -53,6 +53,18 @@ class VllmSection(ServedSection):
     devices: tuple[Annotated[int, Field(ge=0, le=4096)], ...] = ()
     connector: Annotated[str, AfterValidator(_connector)] = "ExampleHiddenStatesConnector"
     restarts_max: Count = 3
+
+    @classmethod
+    def starting_values(cls, run: str, gpus: int) -> list[StartingValue]:  # noqa: ARG003
+        found: list[StartingValue] = [
+            ("managed", True, "the run starts it; or `url` of a server of yours"),
+        ]
+        if gpus:
+            found.append(("devices", list(range(max(1, gpus - 1))), "CUDA devices of the server"))
+        if gpus == 1:
+            share = ["--gpu-memory-utilization", "0.6"]
+            found.append(("args", share, "training takes the rest of the same GPU"))
+        return found
 
     @model_validator(mode="after")
     def _one_server(self) -> Self:

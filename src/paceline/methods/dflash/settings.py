@@ -12,7 +12,7 @@ from paceline.methods.dflash.start_config import read_block_start
 from paceline.methods.features import Transfer, fused_states
 from paceline.methods.losses.settings import LossSection
 from paceline.methods.start.section import StartSection
-from paceline.section import Count, Fraction, Section
+from paceline.section import Count, Fraction, Section, StartingValue
 from paceline.target.facts import TargetFacts
 from paceline.target.shape import LayerSizes, layer_parameters
 from paceline.types import Feature
@@ -84,6 +84,15 @@ class BlockSection(StartSection):
     feature_noise: Annotated[float, Field(ge=0.0)] = 0.0
     transfer: Transfer = "exact"
     recompute: bool = False
+
+    @classmethod
+    def starting_values(cls, target: LayerSizes, *, large: bool) -> list[StartingValue]:
+        states = min(5, max(1, target.num_hidden_layers - 3))
+        return [
+            ("block_size", 16 if large else 8, "tokens that one pass guesses"),
+            ("layers", 5 if large else 2, ""),
+            ("target_states", states, "of the target's layers, spread over its depth"),
+        ]
 
     def refuse_start(self, folder: Path) -> None:
         read_block_start(folder, self.name).applied(self)

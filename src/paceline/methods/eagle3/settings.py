@@ -12,7 +12,7 @@ from paceline.methods.eagle3.start_config import WINDOW_MIN, read_start_config
 from paceline.methods.features import Transfer, fused_states
 from paceline.methods.losses.settings import LossSection
 from paceline.methods.start.section import StartSection
-from paceline.section import Count
+from paceline.section import Count, StartingValue
 from paceline.target.facts import TargetFacts
 from paceline.target.shape import LayerSizes, layer_parameters
 from paceline.types import Feature
@@ -68,6 +68,14 @@ class Eagle3Section(StartSection):
     norm_output: bool = False
     sliding_window: Annotated[int, Field(ge=WINDOW_MIN)] | None = None
     recompute: bool = False
+
+    @classmethod
+    def starting_values(cls, target: LayerSizes, *, large: bool) -> list[StartingValue]:
+        vocab = min(target.vocab_size, 32_000 if large else 6_144)
+        return [
+            ("draft_vocab_size", vocab, "the likeliest tokens of the first samples"),
+            ("ttt_steps", 7 if large else 3, "guesses ahead that training unrolls"),
+        ]
 
     @model_validator(mode="after")
     def _one_norm(self) -> Eagle3Section:
