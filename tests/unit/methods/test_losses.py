@@ -77,6 +77,20 @@ def test_each_loss_equals_its_definition(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_mixed_precision_rounds_logits_and_nothing_after_them(name: str) -> None:
+    """Under autocast loss and gradient of the same logits are the same bits."""
+    generator = torch.Generator().manual_seed(4)
+    logits = (torch.randn(30, 300, generator=generator) * 4).bfloat16().requires_grad_()
+    wanted, picked = torch.randn(30, 300, generator=generator) * 4, torch.arange(30)
+    found = []
+    for is_mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            total, losses = distribution_loss(_section(name), logits, wanted, picked, torch.ones(30))
+        found.append((losses, *torch.autograd.grad(total, logits)))
+    assert all(torch.equal(plain, mixed) for plain, mixed in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rows", [1, 64, 65, 600])
 def test_blocks_of_rows_change_nothing(name: str, rows: int) -> None:
     """A row's loss and gradient do not depend on the rows beside it."""

@@ -67,11 +67,12 @@ def distribution_loss(
     """(sum of `scale` times the loss float32 [], each row's loss float32 [M]) of `logits` [M, D].
 
     The wanted distribution of row m is the softmax of `wanted[picked[m]]` (any float dtype [*, D]);
-    `scale` float32 [M]. Only the sum carries gradients. Softmax is float32, and every gradient is finite
-    for finite logits.
+    `scale` float32 [M]. Only the sum carries gradients. Softmax and sums are float32, and every gradient is
+    finite for finite logits.
     """
     rule = partial(_lk_lambda, eta=section.eta) if section.name == "lk_lambda" else _RULES[section.name]
-    return DistributionLoss.apply(rule, logits, wanted, picked, scale)  # type: ignore[no-untyped-call, no-any-return]
+    with torch.autocast(logits.device.type, enabled=False):  # it would round the factors of dot products
+        return DistributionLoss.apply(rule, logits, wanted, picked, scale)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _soft_cross_entropy(scores: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -126,7 +126,8 @@ class DFlash2Head(Head):
     def _scores(self, base: torch.Tensor, tokens: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """float32 [n, k] of the candidates `tokens` int64 [n, k], whose own logits are `base` [n, k]."""
         rows = nn.functional.embedding(tokens, self.selector.successor_codebook)
-        return base.float() + (rows.float() @ latents.float()[:, :, None])[..., 0]
+        with torch.autocast(base.device.type, enabled=False):  # it would round both factors again
+            return base.float() + (rows.float() @ latents.float()[:, :, None])[..., 0]
 
     def trained(self, base: torch.Tensor, latents: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG002
         """The backbone's own: they decide which tokens are candidates."""
