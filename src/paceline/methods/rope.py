@@ -8,7 +8,7 @@ then has plain frequencies, and the card of its export says so.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -59,6 +59,8 @@ class Rope:
     theta: float
     inverse: torch.Tensor | None = None
     factor: float = 1.0
+    # `inverse` where it was asked for: to copy it there in every step would make the host wait for the device.
+    _there: dict[torch.device, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, config: RopeSizes) -> Rope:
@@ -97,7 +99,9 @@ class Rope:
 
     def _inverse(self, device: torch.device) -> torch.Tensor:
         if self.inverse is not None:
-            return self.inverse.to(device)
+            if device not in self._there:
+                self._there[device] = self.inverse.to(device)
+            return self._there[device]
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
         return 1.0 / self.theta**exponents
 
