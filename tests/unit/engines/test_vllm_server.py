@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from paceline.engines.vllm.guard import end_session, started_at
-from paceline.engines.vllm.server import GUARD, RECORD, ManagedServer
+from paceline.engines.vllm.server import GUARD, RECORD, ManagedServer, visible_devices
 from paceline.errors import ConfigError, ServerUnavailableError
 
 # It tells its environment, begins a worker of its own, and waits for its end.
@@ -58,6 +58,28 @@ def make(tmp_path: Path) -> Iterator[Made]:
         server.stop()
 
 
+@pytest.mark.parametrize(
+    ("devices", "named", "visible"),
+    [
+        ((0,), "4,5", "4"),
+        ((1, 0), " GPU-8f1c, GPU-2b7e ", "GPU-2b7e,GPU-8f1c"),
+        ((0, 2), None, "0,2"),
+    ],
+)
+def test_devices_count_among_those_that_the_run_was_given(
+    devices: tuple[int, ...], named: str | None, visible: str
+) -> None:
+    """As for the trainer, whose cuda:0 is the first of them: else the server would take a device of others."""
+    assert visible_devices(devices, named) == visible
+
+
+def test_a_device_that_the_run_was_not_given_is_refused(make: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the server is started."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    with pytest.raises(ConfigError, match="leaves 1 devices"):
+        make(devices=(0, 1))
+
+
 def wait_for_end(pid: int) -> None:
     while started_at(pid) is not None:
         os.sched_yield()
@@ -68,6 +90,7 @@ def test_it_listens_on_this_machine_with_a_key_that_no_log_and_no_command_line_s
 ) -> None:
     """Every start has a port and a key of its own, and none is given the ledger's password."""
     monkeypatch.setenv("PACELINE_REDIS_PASSWORD", "sesame")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     server = make(devices=(1, 3))
     assert server.ensure(0.0)
     assert not server.ensure(0.0)

@@ -57,6 +57,7 @@ class ManagedServer:
             )
         self._command = [found, *command[1:]]
         self._devices = devices
+        self._visible = visible_devices(devices, os.environ.get(DEVICES_VARIABLE))
         self._log = log
         self._record = directory / RECORD
         self._restarts_max = restarts_max
@@ -133,7 +134,7 @@ class ManagedServer:
         own = {name: value for name, value in os.environ.items() if not name.startswith(LEDGERS_SECRETS)}
         environment = {**own, KEY_VARIABLE: self.key}
         if self._devices:
-            environment[DEVICES_VARIABLE] = ",".join(map(str, self._devices))
+            environment[DEVICES_VARIABLE] = self._visible
         self._log.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         log = os.open(self._log, flags, 0o600)
@@ -164,6 +165,22 @@ class ManagedServer:
             why="No prompt failed; nothing is lost.",
             next=f"read {self._log}; correct engine.args or the machine, then run the same command again.",
         )
+
+
+def visible_devices(devices: Sequence[int], named: str | None) -> str:
+    """What the server's CUDA_VISIBLE_DEVICES is, where that of this process is `named`: `devices` count among
+    those that a scheduler or the user has left to the run. Raises ConfigError if there are fewer.
+    """
+    left = None if named is None else [part.strip() for part in named.split(",") if part.strip()]
+    if left is None:
+        return ",".join(map(str, devices))
+    if max(devices, default=-1) >= len(left):
+        raise ConfigError(
+            f"engine.devices is {list(devices)}, and {DEVICES_VARIABLE} ({named}) leaves {len(left)} devices.",
+            why="Devices are counted from 0 among those that this process may use.",
+            next=f"name other devices in engine.devices, or change {DEVICES_VARIABLE}.",
+        )
+    return ",".join(left[number] for number in devices)
 
 
 def _free_port() -> int:
