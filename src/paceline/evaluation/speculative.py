@@ -59,9 +59,8 @@ def plain_generate(target: Verifier, prompt_ids: tuple[int, ...], decoding: Deco
     """Decode one token per target step. Raises ConfigError if there is nothing to decode."""
     choose = _Chooser(decoding, target.device)
     began = time.perf_counter()
-    logits = _prefill(target, prompt_ids, decoding).logits
-    prefilled = time.perf_counter()
-    tokens = [choose(logits[-1])[0]]
+    tokens = [choose(_prefill(target, prompt_ids, decoding).logits[-1])[0]]
+    prefilled = time.perf_counter()  # a GPU has done it when its first token is known
     while not _finished(tokens, decoding):
         logits = target.forward(_ids(tokens[-1:], target)).logits
         tokens.append(choose(logits[-1])[0])
@@ -88,9 +87,9 @@ def speculative_generate(
     choose = _Chooser(decoding, target.device)
     began = time.perf_counter()
     step = _prefill(target, prompt_ids, decoding)
+    tokens = [choose(step.logits[-1])[0]]
     prefilled = time.perf_counter()
     drafter.start(target.capacity + MAX_TREE_ROWS)
-    tokens = [choose(step.logits[-1])[0]]
     aux, next_ids = step.aux, [*prompt_ids[1:], tokens[0]]
     accepted: list[int] = []
     use_tree = not drafting.is_chain and decoding.temperature <= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from paceline.errors import ConfigError
+from paceline.evaluation import speculative
 from paceline.evaluation.acceptance import AcceptanceReport, Way, decode_prompts, summarise
 from paceline.evaluation.heldout import Asked
 from paceline.evaluation.lookup import LookupDrafter
@@ -162,6 +164,21 @@ def test_every_tensor_of_decoding_is_made_where_the_target_lies(
         tree, _ = measured(target, drafter, PROMPTS, NEVER_ENDS, [Drafting(7, 3, 4), Drafting(3)])
         speculative_generate(target, drafter, PROMPTS[0], sampled, Drafting(3))
     assert tree.identical == len(PROMPTS)
+
+
+def test_the_prefill_lasts_until_its_token_is_known(
+    target: LlamaTarget, random_draft: Eagle3Draft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU computes on after the call; what is left of a prefill is no time of decoding."""
+    seen: list[str] = []
+    clock, chosen = time.perf_counter, speculative._likeliest
+    monkeypatch.setattr(time, "perf_counter", lambda: seen.append("clock") or clock())
+    monkeypatch.setattr(speculative, "_likeliest", lambda logits: seen.append("token") or chosen(logits))
+    plain_generate(target, PROMPTS[0], NEVER_ENDS)
+    assert seen[:3] == ["clock", "token", "clock"]
+    seen.clear()
+    speculative_generate(target, Eagle3Decoder(random_draft), PROMPTS[0], NEVER_ENDS, Drafting(2))
+    assert seen[:3] == ["clock", "token", "clock"]
 
 
 def test_a_draft_that_draws_no_tree_is_decoded_as_a_chain(
