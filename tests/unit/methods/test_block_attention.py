@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from paceline.methods.dflash import attention
 from paceline.methods.dflash.attention import KeyValue, Layout, tiles_of
@@ -86,6 +86,30 @@ def test_the_mask_of_the_cuda_kernel_is_the_same_rule(causal: bool) -> None:
     plain = query.detach(), *(tuple(part.detach() for part in pair) for pair in (context, own))
     found = attention._flex(layout, flex_attention)(*plain)  # its backward is not made for a CPU
     torch.testing.assert_close(found.double(), _by_loop(layout, *plain), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("size", "lengths", "counts"), [(3, [7, 5, 6], [5, 0, 2]), (16, [200, 90], [31, 9])])
+def test_the_kernels_tiles_are_those_that_the_library_finds(
+    causal: bool, size: int, lengths: list[int], counts: list[int]
+) -> None:
+    """Which of them are whole, too; the library asks for every query and key."""
+    generator = torch.Generator().manual_seed(2)
+    places = [
+        torch.randperm(length, generator=generator)[:count].sort().values + 1
+        for length, count in zip(lengths, counts, strict=True)
+    ]
+    numbers = torch.arange(len(lengths))
+    samples = numbers.repeat_interleave(torch.tensor(lengths))
+    owners = numbers.repeat_interleave(torch.tensor(counts))
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    layout = Layout(size, causal, positions, samples, torch.cat(places), owners, tiles_of(places, lengths))
+    found, slots = attention.block_mask_of(layout), size * sum(counts)
+    wanted = create_block_mask(found.mask_mod, None, None, slots, sum(lengths) + slots, device="cpu")
+    assert found.shape == wanted.shape
+    for part in ("kv", "full_kv", "q", "full_q"):
+        for name in (f"{part}_num_blocks", f"{part}_indices"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), name
 
 
 def test_a_batch_without_blocks_has_no_output() -> None:

@@ -25,6 +25,7 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 Attend = Callable[[torch.Tensor, KeyValue, KeyValue], torch.Tensor]
 
 TILE_BLOCKS = 16
+KERNEL_TILE = 128  # queries, and keys, of FlexAttention's masks
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,12 @@ def attention_over(layout: Layout) -> Attend:
     d]."""
     if layout.positions.is_cuda:
         return _flex(layout, _compiled_flex_attention())
-    return _tiled(layout)
+    return tiled(layout)
 
 
-def _tiled(layout: Layout) -> Attend:
+def tiled(layout: Layout) -> Attend:
+    """The same tile by tile, on every device: on CUDA for a few blocks, which need no kernel of their own."""
+
     def attend(query: torch.Tensor, context: KeyValue, own: KeyValue) -> torch.Tensor:
         parts: tuple[torch.Tensor, ...] = query, *context, *own
         kind = query.device.type
@@ -155,23 +158,9 @@ def _mask(layout: Layout, tile: Tile) -> torch.Tensor:
 
 
 def _flex(layout: Layout, flex_attention: Any) -> Attend:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    rows, size = layout.positions.numel(), layout.block_size
-    slots = layout.places.numel() * size
-    if not slots:
-        return _tiled(layout)
-
-    def sees(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        block, row, slot = query // size, key.clamp(max=rows - 1), (key - rows).clamp(min=0)
-        before = layout.positions[row] < layout.places[block]
-        before = before & (layout.samples[row] == layout.owners[block])
-        own = slot // size == block
-        own = own & (slot <= query) if layout.causal else own
-        return torch.where(key < rows, before, own)
-
-    device = str(layout.positions.device)
-    block_mask = create_block_mask(sees, None, None, slots, rows + slots, device=device)
+    if not layout.places.numel():
+        return tiled(layout)
+    block_mask = block_mask_of(layout)
 
     def attend(query: torch.Tensor, context: KeyValue, own: KeyValue) -> torch.Tensor:
         keys, values = (torch.cat(pair, dim=2) for pair in zip(context, own, strict=True))
@@ -179,6 +168,65 @@ def _flex(layout: Layout, flex_attention: Any) -> Attend:
         return mixed
 
     return attend
+
+
+def block_mask_of(layout: Layout) -> Any:
+    """The kernel's mask, for keys of the context before those of the blocks.
+
+    `create_block_mask` of the library asks for every query and key, gigabytes for a usual batch. What one
+    anchor sees are two stretches of keys, so it suffices to set their ends against those of the kernel's tiles.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    device, size = layout.places.device, layout.block_size
+    rows, slots = layout.positions.numel(), layout.places.numel() * size
+    numbers = torch.arange(slots, device=device)
+    none = torch.full_like(numbers, -1)
+    # Of every key: the number of its sample, or -1 of a slot; its place there, or its number.
+    owners, places = torch.cat((layout.samples, none)), torch.cat((layout.positions, numbers))
+
+    def sees(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        block, owner, place = query // size, owners[key], places[key]
+        before = (owner == layout.owners[block]) & (place < layout.places[block])
+        own = (owner < 0) & (place // size == block)
+        return before | (own & (place <= query) if layout.causal else own)
+
+    first = torch.searchsorted(layout.samples, layout.owners)  # row of each block's sample
+    begins = torch.arange(0, rows + slots, KERNEL_TILE, device=device)
+    ends = begins + KERNEL_TILE
+    own_first = rows + torch.arange(0, slots, size, device=device)
+    touched, whole = _stretch(first, first + layout.places, begins, ends)
+    touched |= _stretch(own_first, own_first + size, begins, ends)[0]  # it is shorter than a tile
+    touched, whole = (_of_tiles(part, size) for part in (touched, whole))
+    whole = whole.all(2)
+    parts = [_ordered(kind) for kind in (touched.any(2) & ~whole, whole)]
+    return BlockMask.from_kv_blocks(
+        *parts[0], *parts[1], BLOCK_SIZE=KERNEL_TILE, mask_mod=sees, seq_lengths=(slots, rows + slots)
+    )
+
+
+def _stretch(
+    first: torch.Tensor, stop: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bool [A, tiles of keys], whether a tile has some of each block's keys `first` to `stop`, and only
+    such."""
+    first, stop = first[:, None], stop[:, None]
+    return (first < ends) & (stop > begins) & (first < stop), (first <= begins) & (stop >= ends)
+
+
+def _of_tiles(of_blocks: torch.Tensor, size: int) -> torch.Tensor:
+    """[1, tiles of queries, KERNEL_TILE, tiles of keys] of what holds for blocks [A, tiles of keys]; False
+    for the queries that fill the last tile."""
+    of_slots = of_blocks.repeat_interleave(size, 0)
+    padding = -of_slots.shape[0] % KERNEL_TILE
+    return F.pad(of_slots, (0, 0, 0, padding)).unflatten(0, (-1, KERNEL_TILE))[None]
+
+
+def _ordered(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many tiles of keys are chosen for each tile of queries, and which, the chosen ones first, from bool
+    [1, tiles of queries, tiles of keys]."""
+    number = chosen[None].int()
+    return number.sum(-1).int(), number.argsort(dim=-1, descending=True, stable=True).int()
 
 
 @cache

@@ -10,7 +10,7 @@ import copy
 
 import torch
 
-from paceline.methods.dflash.attention import Layout, Tile, attention_over
+from paceline.methods.dflash.attention import Layout, Tile, tiled
 from paceline.methods.dflash.heads.head import Places
 from paceline.methods.dflash.model import DFlashDraft
 from paceline.methods.drafter import Choose
@@ -89,9 +89,8 @@ class DFlashDecoder:
                 self.cache[layer, kind, :, :, first : self.length] = made[kind]
         context = [(kept[0, :, :, : self.length], kept[1, :, :, : self.length]) for kept in self.cache]
         place = torch.full((1,), self.length, device=self.device)
-        hidden = self.draft.places(next_ids[-1:], place, context, attention_over(self._layout(place)))[
-            0, :count
-        ]
+        attend = tiled(self._layout(place))
+        hidden = self.draft.places(next_ids[-1:], place, context, attend)[0, :count]
         return hidden, self.draft.base_logits(hidden)
 
     def _layout(self, place: torch.Tensor) -> Layout:
