@@ -96,7 +96,8 @@ def _backward(
         num_tokens += sums.num_tokens
         for name, value in {_LOSS: sums.loss_sum.detach(), **sums.metrics}.items():
             totals[name] = totals[name] + value.double() if name in totals else value.double()
-    metrics = {name: float(value) for name, value in totals.items()}
+    read = torch.stack(list(totals.values())).tolist() if totals else []  # here it waits, once
+    metrics = dict(zip(totals, read, strict=True))
     return Sums(metrics.pop(_LOSS, 0.0), num_tokens, metrics)
 
 
