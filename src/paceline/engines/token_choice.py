@@ -19,9 +19,11 @@ class TokenChoice:
     """Legend: B rows of the group, S of them sampled (temperature > 0), V tokens, in N blocks."""
 
     def __init__(self, group: Sequence[CaptureRequest], vocab_size: int, device: torch.device) -> None:
-        rows = torch.arange(len(group), device=device)
-        is_sampled = torch.tensor([request.temperature > 0 for request in group], device=device)
-        self._greedy, self._sampled = rows[~is_sampled], rows[is_sampled]
+        kinds = [request.temperature > 0 for request in group]
+        self._greedy, self._sampled = (
+            torch.tensor([row for row, kind in enumerate(kinds) if kind == wanted], device=device).long()
+            for wanted in (False, True)
+        )
         sampled = [request for request in group if request.temperature > 0]
         if not sampled:
             return
