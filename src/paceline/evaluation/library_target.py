@@ -45,9 +45,9 @@ class LibraryTarget:
 
     @torch.inference_mode()
     def verify(self, tree: DraftTree) -> TargetStep:
-        paths = tree.paths()[tree.leaves()].to(self.device)  # [L, d]
-        self._tokens = torch.tensor(tree.tokens, device=self.device)
+        paths = tree.paths()[tree.leaves()]  # [L, d]
         self._paths: list[list[int]] = paths.tolist()
+        paths, self._tokens = paths.to(self.device), torch.tensor(tree.tokens, device=self.device)
         at_once = len(paths) if self._past.can_branch else 1
         self._branches, outputs = [], []
         for tokens in self._tokens[paths].split(at_once):
