@@ -59,7 +59,7 @@ class Rope:
     theta: float
     inverse: torch.Tensor | None = None
     factor: float = 1.0
-    # `inverse` where it was asked for: to copy it there in every step would make the host wait for the device.
+    # `inverse` by device: to copy it there in every step would make the host wait for the device.
     _there: dict[torch.device, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod

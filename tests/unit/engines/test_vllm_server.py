@@ -69,14 +69,14 @@ def make(tmp_path: Path) -> Iterator[Made]:
 def test_devices_count_among_those_that_the_run_was_given(
     devices: tuple[int, ...], named: str | None, visible: str
 ) -> None:
-    """As for the trainer, whose cuda:0 is the first of them: else the server would take a device of others."""
+    """As for the trainer, whose cuda:0 is the first of them: else the server would take others' devices."""
     assert visible_devices(devices, named) == visible
 
 
 def test_a_device_that_the_run_was_not_given_is_refused(make: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the server is started."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
-    with pytest.raises(ConfigError, match="leaves 1 devices"):
+    with pytest.raises(ConfigError, match="leaves 1 of them"):
         make(devices=(0, 1))
 
 

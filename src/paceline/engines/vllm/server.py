@@ -176,7 +176,7 @@ def visible_devices(devices: Sequence[int], named: str | None) -> str:
         return ",".join(map(str, devices))
     if max(devices, default=-1) >= len(left):
         raise ConfigError(
-            f"engine.devices is {list(devices)}, and {DEVICES_VARIABLE} ({named}) leaves {len(left)} devices.",
+            f"engine.devices is {list(devices)}, and {DEVICES_VARIABLE}={named} leaves {len(left)} of them.",
             why="Devices are counted from 0 among those that this process may use.",
             next=f"name other devices in engine.devices, or change {DEVICES_VARIABLE}.",
         )

@@ -40,8 +40,8 @@ class VllmSection(ServedSection):
     `directory` is by default a folder of the run beside its features.
 
     For a managed server: `program` starts it, with `args` after the run's own; `devices` are the CUDA devices
-    that it sees (none: the CPU build); `connector` may be module:class, a replacement for vLLM's own;
-    `restarts_max` limits its restarts without an answer between.
+    that it sees, counted among those of CUDA_VISIBLE_DEVICES (none: the CPU build); `connector` may be
+    module:class, a replacement for vLLM's own; `restarts_max` limits its restarts without an answer between.
     """
 
     component: ClassVar[str] = "paceline.engines.vllm.engine:VllmEngine"

@@ -174,7 +174,7 @@ def block_mask_of(layout: Layout) -> Any:
     """The kernel's mask, for keys of the context before those of the blocks.
 
     `create_block_mask` of the library asks for every query and key, gigabytes for a usual batch. What one
-    anchor sees are two stretches of keys, so it suffices to set their ends against those of the kernel's tiles.
+    anchor sees are two stretches of keys, so it suffices to set their ends against those of the tiles.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
