@@ -219,7 +219,8 @@ def _of_tiles(of_blocks: torch.Tensor, size: int) -> torch.Tensor:
     for the queries that fill the last tile."""
     of_slots = of_blocks.repeat_interleave(size, 0)
     padding = -of_slots.shape[0] % KERNEL_TILE
-    return F.pad(of_slots, (0, 0, 0, padding)).unflatten(0, (-1, KERNEL_TILE))[None]
+    whole: torch.Tensor = F.pad(of_slots, (0, 0, 0, padding)).unflatten(0, (-1, KERNEL_TILE))
+    return whole[None]
 
 
 def _ordered(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
