@@ -43,7 +43,7 @@ FOUND_AT = {  # seeds that find what many do not meet; if the product changes, t
     "lost samples not read": 37,
     "checkpoint sweep without bound": 245,
     "recapture alone": 20,
-    "digest not verified": 20,
+    "digest not verified": 41,
     "checkpoint never early": 168,
     "checkpoint never asked for": 168,
     "fall back keeps acks": 37,

@@ -7,8 +7,10 @@ from collections import Counter
 import pytest
 
 from paceline.capture.neighbours import Neighbours
+from paceline.features import codec
 from paceline.testing.simulated_delay import simulate_held_up
 from paceline.testing.simulated_on_server import simulate_on
+from paceline.testing.simulated_parts import ViolationError
 from paceline.testing.simulation import REAL_EVERY, simulate
 from paceline.testing.valkey_server import ValkeyServer
 
@@ -47,6 +49,8 @@ SOMETIMES = [
 
 
 IMPATIENT = (15, 33, 53, 75, 88)  # seeds in which a time-out strikes
+
+DAMAGED_IN_FILES = 20  # a seed on real files whose features are damaged before they are trained
 
 ROOM_IS_MADE = (225, 229, 429, 543, 581, 619, 723)
 
@@ -87,6 +91,16 @@ def test_every_seed_ends_in_the_weights_of_the_run_nothing_happened_to() -> None
     for seed in range(SEEDS):
         happened.update(simulate(seed))
     assert [name for name in SOMETIMES if not happened[name]] == []
+
+
+def test_some_seeds_put_their_features_through_the_codec(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If its digest told nothing of the bytes, a flipped bit would be trained there."""
+    assert simulate(DAMAGED_IN_FILES)["fault corrupt"]
+    write, read = codec.write, codec.read
+    monkeypatch.setattr(codec, "write", lambda *given: write(*given) and "a digest")
+    monkeypatch.setattr(codec, "read", lambda *given: (read(*given)[0], "a digest"))
+    with pytest.raises(ViolationError):
+        simulate(DAMAGED_IN_FILES)
 
 
 def test_on_a_server_every_run_goes_exactly_as_on_the_specification(valkey: ValkeyServer) -> None:

@@ -315,6 +315,18 @@ class InMemoryLightFeatureStore:
         resident = sum(len(payload) for _, payload in self.held.values())
         return Usage(resident, len(self.held), self.budget_bytes)
 
+    def generations(self) -> dict[str, int]:
+        """Of what is there, by sample id."""
+        return dict(self.written())
+
+    def lose(self, sample_id: str) -> None:
+        del self.held[sample_id]
+
+    def damage(self, sample_id: str) -> None:
+        """Flip a bit."""
+        generation, payload = self.held[sample_id]
+        self.held[sample_id] = generation, payload[:-1] + bytes([payload[-1] ^ 1])
+
     def wipe(self, uri: str) -> None:
         self.held.clear()
         self.uri, self._newest = uri, 0

@@ -19,8 +19,7 @@ from typing import Any, Protocol
 from paceline.errors import CheckpointDamagedError, UnknownResultError
 from paceline.features.store import Sealed, Usage, Written
 from paceline.ledger.records import CheckpointRecord, State
-from paceline.testing.light_adapters import InMemoryLightFeatureStore
-from paceline.testing.simulated_places import Place
+from paceline.testing.simulated_places import Place, SimulatedStore
 from paceline.training.checkpoint import Checkpoint, epoch_of, identity_of
 from paceline.types import SampleRef
 
@@ -183,7 +182,7 @@ class SimulatedLedger:
 class SimulatedFeatures:
     """One actor's view of the feature store; nothing may be freed that a step may need again."""
 
-    def __init__(self, store: InMemoryLightFeatureStore, disk: SimulatedDisk, way: Way) -> None:
+    def __init__(self, store: SimulatedStore, disk: SimulatedDisk, way: Way) -> None:
         self._features = store
         self._disk = disk
         self._way = way
@@ -198,13 +197,13 @@ class SimulatedFeatures:
     def free(self, written: Iterable[Written]) -> None:
         for one in written:
             self._way.point("free")
-            before = dict(self._features.held)
+            before = self._features.generations()
             self._features.free([one])
             self._judge(before)
 
-    def _judge(self, before: Mapping[str, tuple[int, bytes]]) -> None:
-        for sample_id in before.keys() - self._features.held.keys():
-            if self._is_needed(sample_id, before[sample_id][0]):
+    def _judge(self, before: Mapping[str, int]) -> None:
+        for sample_id in before.keys() - self._features.generations().keys():
+            if self._is_needed(sample_id, before[sample_id]):
                 raise ViolationError(f"the features of {sample_id} were freed before a checkpoint covers it")
 
     def _is_needed(self, sample_id: str, generation: int) -> bool:
@@ -219,7 +218,7 @@ class SimulatedFeatures:
             return sample.step is not None and sample.step > covered
         return sample.step is None or sample.step > covered
 
-    def written(self) -> list[Written]:
+    def written(self) -> list[Written] | None:
         self._way.point("list")
         return self._features.written()
 

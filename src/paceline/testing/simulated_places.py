@@ -1,13 +1,15 @@
-"""Where the ledger of a simulated run lies, and how a power failure takes its newest changes back."""
+"""Where ledger and features of a simulated run lie, and how a power failure takes changes back."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Protocol
 
+from paceline.features.store import FeatureStore
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.testing.ledger_subjects import RedisSubject
+from paceline.testing.light_adapters import InMemoryLightFeatureStore
 from paceline.testing.specification import copied
 from paceline.testing.specification_of_steps import SpecificationLedger
 from paceline.testing.valkey_server import ValkeyServer
@@ -15,7 +17,22 @@ from paceline.testing.valkey_server import ValkeyServer
 ARCHIVE_FROM = 4  # samples or steps, so that runs this small have an archive
 
 
+class SimulatedStore(FeatureStore, Protocol):
+    """A feature store in this process, and what happens to it."""
+
+    def generations(self) -> dict[str, int]: ...
+
+    def lose(self, sample_id: str) -> None: ...
+
+    def damage(self, sample_id: str) -> None: ...
+
+    def wipe(self, uri: str) -> None: ...
+
+
 class Place(Protocol):
+    def features(self, budget_bytes: int) -> SimulatedStore:
+        """A new, empty store."""
+
     def open(self) -> Ledger:
         """The ledger that lies there, or a new one."""
 
@@ -27,10 +44,13 @@ class Place(Protocol):
 
 
 class InMemory:
-    """The specification is the ledger."""
+    """The specification is the ledger, and features are strings of bytes."""
 
     def __init__(self) -> None:
         self._rows: Any = None
+
+    def features(self, budget_bytes: int) -> SimulatedStore:
+        return InMemoryLightFeatureStore(budget_bytes)
 
     def open(self) -> SpecificationLedger:
         ledger = SpecificationLedger()
@@ -48,10 +68,15 @@ class InMemory:
 
 
 class InFiles:
-    """A SQLite ledger with its real files in a folder."""
+    """A SQLite ledger with its real files in a folder, and tensors in their codec's form."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "ledger.db"
+
+    def features(self, budget_bytes: int) -> SimulatedStore:
+        from paceline.testing.tensor_features import TensorFeatureStore  # torch, which other runs do not need
+
+        return TensorFeatureStore(budget_bytes)
 
     def open(self) -> SQLiteLedger:
         ledger = SQLiteLedger(self._path, durability="head")
@@ -76,6 +101,9 @@ class OnServer:
     def __init__(self, server: ValkeyServer) -> None:
         self._subject = RedisSubject(server)
         self._subject.archive_from = ARCHIVE_FROM
+
+    def features(self, budget_bytes: int) -> SimulatedStore:
+        return InMemoryLightFeatureStore(budget_bytes)
 
     def open(self) -> Ledger:
         return self._subject.open()

@@ -33,7 +33,7 @@ from paceline.errors import (
 from paceline.ledger.facts import COMPLETED_STEP
 from paceline.ledger.records import CONSUMER, CheckpointRecord, State, producer_role
 from paceline.loader.loader import WAIT_S
-from paceline.testing.light_adapters import HashLearner, InMemoryLightFeatureStore, tokens_per_step
+from paceline.testing.light_adapters import HashLearner, tokens_per_step
 from paceline.testing.simulated_parts import (
     SimulatedDisk,
     SimulatedFeatures,
@@ -48,7 +48,7 @@ from paceline.testing.simulated_run import RUN_ID, Shape, simulated_consumer, si
 
 SWITCHES_MAX = 6_000  # twenty times what the longest run needs
 IDLE_MAX = 400
-REAL_EVERY = 10  # seeds: one of them runs on the SQLite ledger
+REAL_EVERY = 10  # seeds: one of them runs on the SQLite ledger, its features through the codec
 MEMORY = Path("/dev/shm")  # noqa: S108 (private folders in it)
 TURN_S = 0.1
 SWITCHES_A_PRODUCER = 4_000
@@ -112,7 +112,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.disk = SimulatedDisk(self.place, may_lose_power=any(f.kind == "power" for f in self.faults))
-        self.features = InMemoryLightFeatureStore(self.shape.budget_bytes)
+        self.features = self.place.features(self.shape.budget_bytes)
         self.folders = SimulatedFolders()
         self.actors: list[Actor] = []
         self.epochs: dict[str, int] = {}
@@ -348,14 +348,12 @@ class World:
             actor.suspended = True
 
     def _lose(self, _: Fault) -> None:
-        if self.features.held:
-            del self.features.held[self.rng.choice(sorted(self.features.held))]
+        if held := sorted(self.features.generations()):
+            self.features.lose(self.rng.choice(held))
 
     def _corrupt(self, _: Fault) -> None:
-        if self.features.held:
-            sample_id = self.rng.choice(sorted(self.features.held))
-            generation, payload = self.features.held[sample_id]
-            self.features.held[sample_id] = generation, payload[:-1] + bytes([payload[-1] ^ 1])
+        if held := sorted(self.features.generations()):
+            self.features.damage(self.rng.choice(held))
 
     def _damage(self, _: Fault) -> None:
         """The newest of several retained checkpoints; found when the next consumer starts."""
@@ -402,7 +400,7 @@ class World:
             while not last.dead:
                 last.waits_for = None
                 self._resume(last)
-        left, owned = set(self.features.held), ledger.ownership()
+        left, owned = set(self.features.generations()), ledger.ownership()
         if left or owned.present or owned.promised or owned.revoked:
             raise ViolationError(f"left behind: {sorted(left)}, {owned}")
         if any(visits != self.shape.passes for visits in finished.values()):
