@@ -31,6 +31,7 @@ MODULES = (
     "growth",
     "checkpoint",
     "training_step",
+    "ledger_share",
     "long_samples",
     "trainers",
     "capture",
