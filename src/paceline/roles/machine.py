@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paceline.processor import multiplies_bfloat16
+from paceline.visible_devices import DEVICES_VARIABLE, names_left
 
 MEMORY = Path("/proc/meminfo")
 DEVICES = (Path("/dev/nvidia0"), Path("/dev/kfd"))
@@ -98,10 +99,10 @@ def _number(text: str) -> float:
 
 def _visible(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
     """Those that CUDA_VISIBLE_DEVICES leaves to a process, in its order."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = os.environ.get(DEVICES_VARIABLE)
     if named is None:
         return gpus
-    numbers = [part.strip() for part in named.split(",") if part.strip()]
+    numbers = names_left(named)
     if all(number.isdecimal() for number in numbers):
         return tuple(gpus[int(number)] for number in numbers if int(number) < len(gpus))
     return gpus[: len(numbers)]  # named by UUID

@@ -25,10 +25,10 @@ from paceline.engines.vllm.guard import GRACE_S, end_session, started_at
 from paceline.errors import ConfigError, ServerUnavailableError
 from paceline.regular_files import read_regular
 from paceline.telemetry import read_tail, shorten
+from paceline.visible_devices import DEVICES_VARIABLE, names_left
 
 KEY_VARIABLE = "VLLM_API_KEY"  # the server's own name for it
 LEDGERS_SECRETS = "PACELINE_REDIS_"  # begins the names of variables that are no business of the server's
-DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 GUARD = "paceline.engines.vllm.guard"
 RECORD = "server.json"
 RECORD_BYTES_MAX = 4096
@@ -171,9 +171,9 @@ def visible_devices(devices: Sequence[int], named: str | None) -> str:
     """What the server's CUDA_VISIBLE_DEVICES is, where that of this process is `named`: `devices` count among
     those that a scheduler or the user has left to the run. Raises ConfigError if there are fewer.
     """
-    left = None if named is None else [part.strip() for part in named.split(",") if part.strip()]
-    if left is None:
+    if named is None:
         return ",".join(map(str, devices))
+    left = names_left(named)
     if max(devices, default=-1) >= len(left):
         raise ConfigError(
             f"engine.devices is {list(devices)}, and {DEVICES_VARIABLE}={named} leaves {len(left)} of them.",
