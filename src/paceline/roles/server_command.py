@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -13,12 +14,13 @@ from paceline.engines.served.engine import served_facts
 from paceline.engines.sglang.command import sglang_command
 from paceline.engines.sglang.settings import SglangSection
 from paceline.engines.vllm.command import serve_command, served_layers
-from paceline.engines.vllm.server import DEVICES_VARIABLE, KEY_VARIABLE
+from paceline.engines.vllm.server import KEY_VARIABLE, visible_devices
 from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import explained
 from paceline.roles.feature_folder import engine_folder
 from paceline.target.hub import local_target
 from paceline.terminal import printable
+from paceline.visible_devices import DEVICES_VARIABLE
 
 PORT = 8000
 
@@ -37,7 +39,8 @@ def server_command(config: RunConfig) -> str:
     port = (urlsplit(section.url).port if section.url else None) or PORT
     variables = []
     if section.devices:
-        variables.append(f"{DEVICES_VARIABLE}={','.join(map(str, section.devices))}")
+        visible = visible_devices(section.devices, os.environ.get(DEVICES_VARIABLE))
+        variables.append(f"{DEVICES_VARIABLE}={visible}")
     if section.api_key_variable:
         variables.append(f'{KEY_VARIABLE}="${section.api_key_variable}"')
     return " ".join([*variables, shlex.join([*command, "--port", str(port)])])
