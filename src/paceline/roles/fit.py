@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from paceline.capture.backpressure import check_feasible
 from paceline.config.run import RunConfig
 from paceline.engines.served.settings import ServedSection
+from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import ConfigError
 from paceline.features.ownership import bytes_of
 from paceline.roles.footprint import Disk, Process, SampleSizes, standing
@@ -19,6 +21,7 @@ from paceline.target.folder import read_config, refuse_quantised
 from paceline.target.shape import TargetShape
 
 SERVER_SHARE = 0.9  # of a GPU's memory that weights may take: keys and values need the rest
+UTILISATION = "--gpu-memory-utilization"  # of a vLLM server's arguments; without it, SERVER_SHARE
 ACTIVATIONS = 1 << 30  # bytes beside weights that a role needs at least
 
 
@@ -51,6 +54,7 @@ def findings(layout: Layout) -> Iterator[Finding]:
                 yield Finding(error.what, error.next, refuses=True)
     yield from _devices(layout)
     yield from _gpu_memory(layout)
+    yield from _beside_a_server(layout)
     if not layout.elsewhere:
         yield from _host_memory(layout)
         yield from _processors(layout)
@@ -130,6 +134,38 @@ def _gpu_memory(layout: Layout) -> Iterator[Finding]:
                 "choose a smaller or quantised target.",
                 refuses=True,
             )
+
+
+def _beside_a_server(layout: Layout) -> Iterator[Finding]:
+    """A vLLM server takes its share of a GPU at the start, whatever the target's size is."""
+    engine, gpus = layout.plan.config.engine, layout.machine.gpus
+    if not isinstance(engine, VllmSection) or not engine.managed:
+        return
+    share = _share_of_server(engine.args)
+    for process in layout.processes:
+        number = process.device.removeprefix("cuda:")
+        is_beside = number.isdecimal() and int(number) in engine.devices and int(number) < len(gpus)
+        if not is_beside or process.memory_bytes is None or process.role == f"{engine.name} server":
+            continue
+        gpu, needed = gpus[int(number)], process.memory_bytes + ACTIVATIONS
+        if needed > (1.0 - share) * gpu.memory_bytes:
+            yield Finding(
+                f"The server takes {share:.0%} of {process.device} ({gpu.name}, {_gib(gpu.memory_bytes)}), "
+                f"and the {process.role} needs {_gib(needed)} of it without activations.",
+                "Lower the server's share in engine.args: [--gpu-memory-utilization, '0.6'], or give "
+                "training another device (training.device).",
+                refuses=True,
+            )
+
+
+def _share_of_server(args: Sequence[str]) -> float:
+    """Of a GPU's memory, as the server's arguments say."""
+    for place, argument in enumerate(args):
+        name, _, value = argument.partition("=")
+        if name == UTILISATION:
+            with suppress(ValueError):
+                return float(value or "".join(args[place + 1 : place + 2]))
+    return SERVER_SHARE
 
 
 def _host_memory(layout: Layout) -> Iterator[Finding]:

@@ -188,6 +188,34 @@ def test_a_plan_for_another_machine_leaves_this_one_out(model: Path, tmp_path: P
     assert "--target-config" in caught.value.next
 
 
+@pytest.mark.parametrize(
+    ("args", "device", "fits"),
+    [
+        ([], "cuda:0", False),
+        (["--gpu-memory-utilization", "0.6"], "cuda:0", True),
+        (["--gpu-memory-utilization=0.88"], "cuda:0", False),
+        ([], "cuda:1", True),
+    ],
+)
+def test_a_server_takes_its_share_of_a_gpu_before_training_does(
+    tmp_path: Path, args: list[str], device: str, fits: bool
+) -> None:
+    """Weights and optimizer together would fit: 8 billion parameters and a draft, on 80 GB."""
+    run = TinyRun(
+        tmp_path / "run",
+        Path("Qwen/Qwen3-8B"),
+        engine={"name": "vllm", "managed": True, "devices": [0], "args": args},
+        training={"device": device},
+        target={"model": "Qwen/Qwen3-8B", "dtype": "bfloat16"},
+        features={"budget_mib": 4096},
+        method={"draft_vocab_size": 32000},
+    )
+    found = planned(run, gpu="H100", target_config=TARGETS / "qwen3-8b")
+    refused = [finding.what for finding in found.findings if finding.refuses]
+    assert found.fits == fits, refused
+    assert fits or "The server takes" in refused[0]
+
+
 def test_a_gpu_is_known_by_its_driver_name() -> None:
     for name, known in (("NVIDIA H200", "H200"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA L40S", "L40S")):
         sheet = data_sheet(name)
