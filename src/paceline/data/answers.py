@@ -31,6 +31,7 @@ import msgspec
 from paceline.durable_files import make_folder, replace_file, sync_folder, write_whole
 from paceline.errors import StoreError
 from paceline.mounts import look_anew
+from paceline.regular_files import open_regular
 
 ORDINALS_PER_FILE = 4096
 SUFFIX = ".answers"
@@ -70,30 +71,30 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         """Raises OSError."""
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._file = open_regular(path)
         self.places: dict[int, tuple[int, int]] = {}
         self.generations: dict[int, int] = {}
         self.end = 0
 
     def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
+        if hasattr(self, "_file"):
+            self._file.close()
 
     def is_at(self, path: Path) -> bool:
         """Whether the path still names this file, and nothing that is known of it was cut off."""
-        there, here = path.stat(), os.fstat(self._fd)
+        there, here = path.stat(), os.fstat(self._file.fileno())
         return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino) and here.st_size >= self.end
 
     def look(self) -> None:
         """Find what was written since the last look."""
         begin = self.end
-        for answer, start, stop in _records(self.read(begin, os.fstat(self._fd).st_size)):
+        for answer, start, stop in _records(self.read(begin, os.fstat(self._file.fileno()).st_size)):
             self.places[answer.ordinal] = begin + start, begin + stop
             self.generations[answer.ordinal] = answer.generation
             self.end = begin + stop
 
     def read(self, start: int, stop: int) -> bytes:
-        return os.pread(self._fd, stop - start, start)
+        return os.pread(self._file.fileno(), stop - start, start)
 
 
 class AnswerFiles:
@@ -114,7 +115,7 @@ class AnswerFiles:
             self._listed = {}
             for path in filter(lambda path: _number_of(path) == number, self._known):
                 with suppress(OSError):  # an open has the client of a network filesystem ask its server
-                    os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                    open_regular(path).close()
         for _ in range(2):
             path = self._path(number)
             try:
@@ -280,7 +281,8 @@ def _newest(paths: Iterable[Path]) -> Iterator[tuple[Answer, bytes]]:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open_regular(path) as file:
+            return file.read()
     except FileNotFoundError:
         return b""
     except OSError as error:

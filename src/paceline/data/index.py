@@ -31,8 +31,10 @@ from paceline.data.prompts import (
 )
 from paceline.data.records import Records, Source
 from paceline.data.source import BLOCK, digest_of
+from paceline.regular_files import read_regular
 
 INDEX_VERSION = 2
+INDEX_BYTES_MAX = 1 << 30
 LONGEST_KEPT = 1024  # prompts whose length is checked before a run starts
 NAMED = 3  # places that a message names
 
@@ -211,9 +213,9 @@ def _kept(path: Path | None, identity: list[Any]) -> list[Index]:
     if path is None:
         return []
     try:
-        kept = json.loads(path.read_bytes())
+        kept = json.loads(read_regular(path, INDEX_BYTES_MAX))
         return [_index(values) for values in kept["indexes"]] if kept["identity"] == identity else []
-    except (OSError, LookupError, TypeError, ValueError):
+    except (OSError, LookupError, TypeError, ValueError, RecursionError):
         return []
 
 

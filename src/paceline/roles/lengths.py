@@ -18,7 +18,9 @@ from paceline.data.kept import KeptAnswers
 from paceline.data.opening import Data
 from paceline.data.prompts import Prompt
 from paceline.data.settings import DataSection
+from paceline.regular_files import read_regular
 from paceline.target.chat import is_answer
+from paceline.target.folder import JSON_BYTES_MAX
 
 LOOKED_AT = 200  # samples, spread over the data
 MARKS_OF_A_MESSAGE = 5  # tokens
@@ -105,7 +107,7 @@ def _text(message: Mapping[str, Any]) -> str:
 
 def _tokenizer(folder: Path) -> Count | None:
     """Counts the tokens of a text; None where the folder has no tokenizer.json that can be read."""
-    found = _caught(lambda: Tokenizer.from_file(str(folder / "tokenizer.json")))
+    found = _caught(lambda: Tokenizer.from_buffer(read_regular(folder / "tokenizer.json", JSON_BYTES_MAX)))
     if found is None:
         return None
     found.no_truncation()

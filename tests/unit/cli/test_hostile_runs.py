@@ -13,7 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from paceline.cli.main import app
+from paceline.data.answers import Answer, AnswerFiles
+from paceline.errors import StoreError
 from paceline.testing.run_by_hand import RunByHand
+from paceline.testing.tiny_folder import make_tiny_folder
+from paceline.testing.tiny_run import TinyRun
 
 VERBS = ("status", "inspect", "fsck")
 
@@ -323,3 +327,43 @@ def test_a_curve_or_held_drafts_that_are_none_are_left_out(
     harm(run / name)
     for verb in VERBS:
         assert told(verb, run)[0] == 0
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """A run file with a target of its own."""
+    folder = tmp_path_factory.mktemp("planned")
+    return TinyRun(folder, make_tiny_folder(folder / "model"))
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_an_index_or_a_tokenizer_that_is_no_file_does_not_hold_up_the_plan(
+    planned: TinyRun, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    """The data is scanned again, and characters are counted instead of tokens."""
+    run = TinyRun(tmp_path, Path(shutil.copytree(planned.folder / "model", tmp_path / "model")))
+    run.directory.mkdir()
+    for path in (run.directory / "prompts.index.json", tmp_path / "model" / "tokenizer.json"):
+        path.touch()
+        harm(path)
+    code, output = told("plan", run.run_file)
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_answers_that_are_no_file_are_an_error_for_every_reader(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    """One that looks for an answer, reads all of them for their export, or writes another one."""
+    answer = Answer(3, "0/a", (5, 6, 7), ((1, 3),))
+    AnswerFiles(tmp_path).keep([answer])
+    [path] = tmp_path.glob("*.answers")
+    harm(path)
+    for use in (
+        lambda files: files.get(3),
+        lambda files: list(files.all()),
+        lambda files: files.digests(lambda _: True),
+        lambda files: files.keep([answer]),
+    ):
+        with pytest.raises(StoreError, match="check that disk"):
+            use(AnswerFiles(tmp_path))
