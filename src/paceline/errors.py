@@ -178,6 +178,23 @@ def explained(error: Exception) -> PacelineError:
     )
 
 
+REASON_MAX = 300
+
+
+def reason_of(error: BaseException) -> str:
+    """A library's error in one line. Its type stands before what says nothing alone, such as a bare key; a
+    heading goes with the line below it."""
+    first, _, rest = str(error).strip().partition("\n")
+    kind = type(error).__name__
+    first = first.rstrip()
+    if first.endswith(":") and rest:
+        first = f"{first} {rest.strip().splitlines()[0].strip()}"
+    if isinstance(error, _SAY_LITTLE) and first:
+        first = f"{kind}: {first}"
+    return first[:REASON_MAX] or kind
+
+
+_SAY_LITTLE = (LookupError, AttributeError, TypeError, AssertionError, ArithmeticError)
 SAID_MAX = 1000  # characters of an unknown error's own text
 
 

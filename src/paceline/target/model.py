@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.errors import ConfigError, EngineError, is_want_of_memory
+from paceline.errors import ConfigError, EngineError, is_want_of_memory, reason_of
 from paceline.target.folder import read_config
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def library_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ConfigError(
-            f"{folder / 'config.json'} is not a configuration that transformers can read ({_first(error)}).",
+            f"{folder / 'config.json'} is not a configuration that transformers can read "
+            f"({reason_of(error)}).",
             why="The target is built by the installed transformers; no code of the folder is run.",
             next="choose a model that the installed transformers knows, or fetch it again.",
         ) from error
@@ -60,7 +61,8 @@ def build_empty(folder: Path) -> PreTrainedModel:
             model: PreTrainedModel = _class_of(config).from_config(config, trust_remote_code=False)
     except Exception as error:
         raise ConfigError(
-            f"transformers builds no causal language model from {folder / 'config.json'} ({_first(error)}).",
+            f"transformers builds no causal language model from {folder / 'config.json'} "
+            f"({reason_of(error)}).",
             why="States are captured from the layers of one causal language model.",
             next="set target.model to the folder of a text decoder that the installed transformers knows.",
         ) from error
@@ -94,11 +96,11 @@ def load_whole(
     except Exception as error:
         if is_want_of_memory(error):
             raise EngineError(
-                f"The target in {folder} does not fit into the memory of {device} ({_first(error)}).",
+                f"The target in {folder} does not fit into the memory of {device} ({reason_of(error)}).",
                 why="The engine holds the whole target.",
                 next="free memory, choose another device, or a smaller target.",
             ) from error
-        raise unusable(folder, _first(error), again) from error
+        raise unusable(folder, reason_of(error), again) from error
     # transformers fills such weights with noise that differs in every process.
     unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unfit:
@@ -113,7 +115,3 @@ def unusable(folder: Path, reason: str, advice: str) -> EngineError:
         why="The producer needs the target's own weights, all of them, as safetensors, in a local folder.",
         next=f"{advice}, or set target.model to a complete Hugging Face model folder.",
     )
-
-
-def _first(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:300] or type(error).__name__

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from paceline.errors import EngineError
+from paceline.errors import EngineError, reason_of
 from paceline.target.folder import eos_token_ids, read_config, read_generation_config, read_json
 from paceline.target.model import library_config, text_config
 from paceline.target.settings import TargetSection
@@ -112,6 +112,8 @@ def _load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except BaseException as error:
+        if isinstance(error, Exception):
+            library_config(folder)  # the library reads it first, and what is wrong there is no tokenizer's
         raise _unusable(folder, error) from error
 
 
@@ -119,9 +121,8 @@ def _unusable(folder: Path, error: BaseException) -> BaseException:
     """The error as one of ours, unless it ends the process. (A tokenizers panic is not an Exception.)"""
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return error
-    reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
     return EngineError(
-        f"{folder} holds no tokenizer that can be loaded ({reason}).",
+        f"{folder} holds no tokenizer that can be loaded ({reason_of(error)}).",
         why="Prompts must be encoded exactly as the target expects them.",
         next="run `make model`, or set target.model to a complete Hugging Face model folder.",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,34 @@ def test_a_template_that_writes_the_date_writes_the_runs_own(folder: Path) -> No
     expected = pinned.tokenizer("03 Feb 2001 " + PROMPT, add_special_tokens=False).input_ids
     assert list(pinned.encode(PROMPT)) == list(expected)
     assert pinned.encode(PROMPT) != PromptEncoder(folder).encode(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"rms_norm_eps": "x"}, "'rms_norm_eps': TypeError: Field 'rms_norm_eps' expected float"),
+        ({"max_position_embeddings": "x"}, "'max_position_embeddings': TypeError"),
+        ({"vocab_size": None}, "'vocab_size': TypeError"),
+        ({"num_attention_heads": 3}, "'validate_architecture': ValueError: The hidden size"),
+        ({"dtype": "zorg"}, "AttributeError: module 'torch' has no attribute 'zorg'"),
+        ({"quantization_config": 7}, "AttributeError: 'int' object"),
+    ],
+)
+def test_a_fault_of_the_configuration_is_not_called_the_tokenizers(
+    folder: Path, values: dict[str, Any], reason: str
+) -> None:
+    """The library reads it before the tokenizer. Its whole reason is told."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    with pytest.raises(ConfigError, match=re.escape(reason)) as caught:
+        PromptEncoder(folder)
+    assert "tokenizer" not in caught.value.what
+
+
+def test_a_key_that_a_tokenizer_lacks_is_told_with_the_kind_of_error(folder: Path) -> None:
+    """The key alone would be no reason."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    del tokenizer["added_tokens"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(EngineError, match="KeyError: 'added_tokens'"):
+        PromptEncoder(folder)
