@@ -36,9 +36,7 @@ class PromptEncoder:
             )
         self.template: ChatTemplate | None = ChatTemplate()
         self.tokenizer = _load_tokenizer(model_folder)
-        template = self.tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template.get("default")
+        template = _default_template(self.tokenizer.chat_template, model_folder)
         if template:
             specials = _plain(self.tokenizer.special_tokens_map)
             self.template.use(template, specials, date=date, variables=variables)
@@ -96,6 +94,26 @@ class PromptEncoder:
         ):
             return f"it has {len(self.tokenizer)} tokens, and answers of the model end with token {min(ends)}"
         return ""
+
+
+def _default_template(given: Any, folder: Path) -> str:
+    """The template that plain chats are rendered with; "" if the folder has none. Raises TemplateError."""
+    if isinstance(given, dict) and given and "default" not in given:
+        raise _no_template(
+            folder, f"templates have the names {', '.join(map(str, given))}, and none is default"
+        )
+    template = given.get("default") if isinstance(given, dict) else given
+    if template is not None and not isinstance(template, str):
+        raise _no_template(folder, f"chat template is of the type {type(template).__name__}, not a text")
+    return template or ""
+
+
+def _no_template(folder: Path, reason: str) -> TemplateError:
+    return TemplateError(
+        f"The target in {folder} has no chat template that can be used: its {reason}.",
+        why="Prompts must be encoded exactly as the target expects them.",
+        next="correct the chat template of target.model (chat_template.jinja or tokenizer_config.json).",
+    )
 
 
 def _plain(special_tokens: Mapping[str, Any]) -> dict[str, Any]:

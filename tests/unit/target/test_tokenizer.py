@@ -181,3 +181,21 @@ def test_a_key_that_a_tokenizer_lacks_is_told_with_the_kind_of_error(folder: Pat
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(EngineError, match="KeyError: 'added_tokens'"):
         PromptEncoder(folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (7, "of the type int"),
+        ([{"name": "default", "template": 3}], "of the type int"),
+        ([{"name": "tool_use", "template": "{{ messages }}"}], "the names tool_use, and none is default"),
+    ],
+)
+def test_a_template_that_is_none_is_refused(folder: Path, given: object, reason: str) -> None:
+    """Prompts would be read as plain text, without a word."""
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": given}))
+    with pytest.raises(TemplateError, match=reason) as caught:
+        PromptEncoder(folder)
+    assert "Next: correct the chat template" in str(caught.value)
