@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 JSON_BYTES_MAX = 256 << 20
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+_NO_TOKEN = -1  # as some configurations say it
 _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size")
 
 
@@ -111,13 +112,13 @@ def eos_token_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any
     if value is None:
         return ()
     values = value if isinstance(value, list) else [value]
-    if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= _NO_TOKEN for item in values):
         raise ConfigError(
             f"The target's eos_token_id is {value!r}, not a token id or a list of them.",
             why="Answers end with these tokens.",
             next="correct generation_config.json (or config.json) of the target.",
         )
-    return tuple(dict.fromkeys(item for item in values if item >= 0))
+    return tuple(dict.fromkeys(item for item in values if item != _NO_TOKEN))
 
 
 class TensorFiles:

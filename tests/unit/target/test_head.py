@@ -134,6 +134,13 @@ def test_answers_end_as_the_librarys_own_generate_ends_them(
     assert eos_token_ids(config, generation) == expected
 
 
+@pytest.mark.parametrize("value", [-5, [2, -5], "2", True, [[2]]])
+def test_what_is_no_token_ends_no_answer(value: object) -> None:
+    """Capture would otherwise let every answer run on to its limit."""
+    with pytest.raises(ConfigError, match="not a token id or a list of them"):
+        eos_token_ids({"eos_token_id": 2}, {"eos_token_id": value})
+
+
 def test_the_head_ends_answers_where_capture_does(folder: Path) -> None:
     """Evaluation and draft vocabulary know the end-of-turn token that only generation_config.json lists."""
     edit(folder / "generation_config.json", eos_token_id=[9, 2, 500])
