@@ -292,7 +292,8 @@ def given_to_another_user(path: Path, mode: int) -> None:
 def test_what_a_user_may_not_read_is_neither_sound_nor_damaged(run: Path) -> None:
     """fsck says so; and checks what it may only read."""
     given_to_another_user(run, 0o644)
-    assert without_privileges("fsck", str(run)).returncode == 0
+    for verb in VERBS:
+        assert without_privileges(verb, str(run)).returncode == 0
     given_to_another_user(run / "checkpoints", 0o600)
     done = without_privileges("fsck", str(run))
     assert done.returncode == 2
