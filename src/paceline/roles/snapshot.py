@@ -107,9 +107,9 @@ def has_ledger(directory: Path) -> bool:
 
 
 def open_run(directory: Path) -> LedgerView:
-    """A read-only view of a run's ledger. Raises ConfigError if there is none."""
+    """A read-only view of a run's ledger. Raises ConfigError if there is none, LedgerError if it is gone."""
     place = known(directory)
-    if place is not None and not place.is_file:
+    if place is not None:
         return place.view(directory)
     path = directory / FILE
     if kind_of(path) != "file":
@@ -125,7 +125,7 @@ def open_run(directory: Path) -> LedgerView:
             why="It was not written yet, or was emptied since.",
             next="paceline train RUN.yaml; if it had begun, restore ledger and checkpoints from one backup.",
         )
-    return SqliteSection().view(directory, "") if place is None else place.view(directory)
+    return SqliteSection().view(directory, "")
 
 
 @contextmanager

@@ -6,12 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from paceline.cli.progress import Progress, best_lines, describe
+from paceline.errors import LedgerError
 from paceline.evaluation.curve import Point, record_point
+from paceline.ledger.place import opened
+from paceline.ledger.settings import SqliteSection
 from paceline.ledger.stores.sqlite import SQLiteLedger
-from paceline.roles.snapshot import RunSnapshot, take_snapshot
+from paceline.roles.snapshot import RunSnapshot, open_run, take_snapshot
 from paceline.telemetry import EventLog
 
 
@@ -116,3 +120,12 @@ def test_the_best_draft_the_curve_and_an_early_stop_are_shown(tmp_path: Path) ->
     assert best_lines(snapshot) == [
         "the best of 4 evaluations is kept: step 300, acceptance length 1.60 (chain of 3)"
     ]
+
+
+def test_a_ledger_that_is_gone_is_to_be_put_back(tmp_path: Path) -> None:
+    """The folder still tells of it. A start would refuse, too, so no verb advises one."""
+    opened(SqliteSection(), tmp_path, "r").close()
+    (tmp_path / "ledger.db").unlink()
+    with pytest.raises(LedgerError, match=r"This is not the ledger that .*ledger.json tells of") as caught:
+        open_run(tmp_path)
+    assert caught.value.next.startswith("put back the ledger.db")
