@@ -69,7 +69,10 @@ class EventLog:
     """Appends events to one file. A line is written whole or, after a crash or an error, torn."""
 
     def __init__(self, path: Path, *, echo: Callable[[str], object] | None = None) -> None:
-        """`echo` gets a readable line per event, for frequent events at most one every 5 seconds."""
+        """`echo` gets a readable line per event, for frequent events at most one every 5 seconds.
+
+        An error is not among them: the process that ends with it prints it whole.
+        """
         self._path = path
         self._echo = echo
         self._echoed: dict[str, float] = {}
@@ -91,7 +94,7 @@ class EventLog:
                 self._torn = os.write(self._fd, data) < len(data)
                 shorten(self._path)
         now = time.monotonic()
-        if self._echo is not None and now - self._echoed.get(event, -ECHO_S) >= ECHO_S:
+        if self._echo is not None and event != "error" and now - self._echoed.get(event, -ECHO_S) >= ECHO_S:
             self._echoed[event] = now
             with suppress(OSError):
                 self._echo(one_line(_readable(event, fields)) + "\n")

@@ -112,8 +112,9 @@ def test_an_error_that_is_not_ours_is_told_as_one_of_ours(run_file: Path) -> Non
     code, report = reported(run_file, "fails")
     assert code == report["exit_code"] == 1
     assert "KeyError: 'weight_map'" in report["what"]
-    alone = start(run_file, "fails")
-    assert "Traceback" not in alone.communicate()[1]
+    said = start(run_file, "fails").communicate()[1]
+    assert "Traceback" not in said
+    assert said.count("weight_map") == 1  # and is told once
 
 
 def test_a_second_signal_ends_a_role_that_does_not_stop(run_file: Path) -> None:
