@@ -113,6 +113,13 @@ def _target_obstacle(config: RunConfig) -> str:
     """
     target = read_config(config.target.model)
     positions, answer = target.get("max_position_embeddings"), config.data.max_answer_tokens
+    if isinstance(positions, int) and positions < 2:
+        raise ConfigError(
+            f"{config.target.model / 'config.json'} says that the target has {positions} positions "
+            "(max_position_embeddings).",
+            why="A prompt and an answer need two at least.",
+            next="correct it, or fetch the model again.",
+        )
     # A prompt that does not fit beside an answer fails alone; with this setting no prompt fits.
     if isinstance(positions, int) and answer >= positions:
         raise ConfigError(

@@ -47,6 +47,19 @@ def test_a_quantised_target_is_trained_without_measuring_or_refused(tmp_path: Pa
         plan(tmp_path, str(tmp_path), unsupported="refuse")
 
 
+@pytest.mark.parametrize("positions", [0, -1, 1])
+def test_a_target_without_positions_is_told_to_be_wrong(tmp_path: Path, positions: int) -> None:
+    """No setting of the run file would mend it."""
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "max_position_embeddings": positions})
+    )
+    with pytest.raises(
+        ConfigError, match=f"config.json says that the target has {positions} positions"
+    ) as caught:
+        plan(tmp_path, str(tmp_path))
+    assert "max_answer_tokens" not in str(caught.value)
+
+
 def test_a_held_out_file_without_prompts_is_refused_with_the_setting_that_names_it(tmp_path: Path) -> None:
     """data.path is another file."""
     plan(tmp_path, str(make_tiny_folder(tmp_path / "model")))
