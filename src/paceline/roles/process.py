@@ -1,7 +1,8 @@
 """Runs a role's work in its process: sets up processors and signals, and reports errors.
 
 SIGTERM, SIGINT or SIGHUP asks the role to stop at the next safe point; it then ends with exit code 0, and
-everything that it committed stays. A second signal ends it at once. The role reports an error as an event,
+everything that it committed stays. A second signal ends it at once; a role whose supervisor has died ends
+after a minute, wherever it is. The role reports an error as an event,
 and to the supervisor through a pipe, which works on a full disk too. A PacelineError ends the process with
 the error's exit code, from which the supervisor knows that a restart would not help.
 """
@@ -30,6 +31,7 @@ from paceline.terminal import Output, open_standard_streams, printable
 SUPERVISOR_VARIABLE = "PACELINE_SUPERVISOR"
 REPORT_VARIABLE = "PACELINE_REPORT_FD"
 PR_SET_PDEATHSIG = 1
+ORPHAN_S = 60  # for an orphan to reach its next safe point: a consumer writes a checkpoint
 PART_CHARACTERS_MAX = 4000  # of an error's what, why and next: the pipe must take all of them at once
 
 Work = Callable[[RunPlan, EventLog, Callable[[], bool]], None]
@@ -97,6 +99,8 @@ def _set_on_signals(stop: threading.Event) -> None:
     def ask(number: int, _: object) -> None:
         stop.set()
         signal.signal(number, signal.SIG_DFL)
+        if _is_orphan():
+            signal.alarm(ORPHAN_S)  # nobody else ends it; a kill undoes nothing that it has committed
 
     for number in stop_signals():
         signal.signal(number, ask)
@@ -109,10 +113,13 @@ def stop_signals() -> list[signal.Signals]:
 
 
 def die_with_supervisor() -> None:
-    """Ask the kernel for SIGTERM when the supervisor dies, so that no role outlives it."""
-    supervisor = os.environ.get(SUPERVISOR_VARIABLE)
-    if supervisor is None:
+    """Ask the kernel for SIGTERM when the supervisor dies, so that no role outlives it for long."""
+    if SUPERVISOR_VARIABLE not in os.environ:
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if str(os.getppid()) != supervisor:  # it died before the request took effect
+    if _is_orphan():  # it died before the request took effect
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_orphan() -> bool:
+    return os.environ.get(SUPERVISOR_VARIABLE) not in (None, str(os.getppid()))

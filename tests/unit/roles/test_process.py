@@ -24,6 +24,7 @@ ROLE = """
 import resource, sys, time
 from pathlib import Path
 from paceline.errors import LedgerError
+from paceline.roles import process
 from paceline.roles.process import run_role
 
 def work(plan, events, should_stop):
@@ -33,6 +34,11 @@ def work(plan, events, should_stop):
             time.sleep(0.01)
         return
     elif sys.argv[2] == "hangs":
+        print("ready", flush=True)
+        while True:
+            time.sleep(0.01)
+    elif sys.argv[2] == "hangs as an orphan":
+        process.ORPHAN_S = 1
         print("ready", flush=True)
         while True:
             time.sleep(0.01)
@@ -147,6 +153,24 @@ def test_a_role_whose_supervisor_died_before_it_began_leaves_the_lock_alone(run_
     assert (orphan.returncode, said) == (0, "")
     assert live_holder(run_file.parent / "run", "producer") is None
     assert not (run_file.parent / "run" / "producer.lock").exists()
+
+
+SUPERVISOR = """
+import os, subprocess, sys
+os.environ[sys.argv.pop(1)] = str(os.getpid())
+subprocess.run([sys.executable, "-c", *sys.argv[1:]])
+"""
+
+
+def test_a_role_that_hangs_does_not_outlive_a_killed_supervisor_for_long(run_file: Path) -> None:
+    """It is asked to stop, hears nothing of it, and ends at its time: until then it has the pipe open."""
+    command = [sys.executable, "-c", SUPERVISOR, SUPERVISOR_VARIABLE, ROLE, str(run_file)]
+    with subprocess.Popen([*command, "hangs as an orphan"], text=True, stdout=subprocess.PIPE) as supervisor:
+        assert supervisor.stdout is not None
+        assert supervisor.stdout.readline() == "ready\n"
+        supervisor.kill()
+        assert supervisor.stdout.read() == ""
+    assert live_holder(run_file.parent / "run", "producer") is None
 
 
 HOLDER = """
