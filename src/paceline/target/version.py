@@ -2,7 +2,7 @@
 
 Tensors outside the repeated layers are digested whole. Tensors in those layers would cost minutes at every
 start with a large target, so only pieces spread over each of them are digested: a fine-tune changes some of
-the pieces, a copy changes none.
+the pieces, a copy changes none, and an edit of a few rows may pass.
 """
 
 from __future__ import annotations
