@@ -18,6 +18,7 @@ from torch import nn
 from paceline.training.link import Link, meet
 from paceline.training.told_errors import ToldError, raised_again, told
 
+Together = Callable[[Callable[[], float]], float]
 SMALL = 1 << 18  # elements: gradients below are summed together
 
 
@@ -41,10 +42,19 @@ class _Said(msgspec.Struct, omit_defaults=True):
 
 
 class Reduction:
-    def __init__(self, link: Link, exchange: Callable[[Sequence[nn.Parameter]], None]) -> None:
-        """`exchange` sums the gradients of these parameters over all ranks (one of them may have none)."""
+    def __init__(
+        self,
+        link: Link,
+        exchange: Callable[[Sequence[nn.Parameter]], None],
+        together: Together | None = None,
+    ) -> None:
+        """`exchange` sums the gradients of these parameters over all ranks (one of them may have none).
+
+        `together`: calls what it is given, see `Reduction.together`; None: nothing is exchanged in there.
+        """
         self._link = link
         self._exchange = exchange
+        self._together = together
 
     def __call__(self, step: str, draft: nn.Module, own: Sums | Exception) -> Sums:
         """The sums of all ranks; the gradients become those of all ranks, or this rank's rows of them.
@@ -69,6 +79,13 @@ class Reduction:
             sum(said.num_tokens for said in parts),
             {name: sum(said.metrics.get(name, 0.0) for said in parts) for name in names},
         )
+
+    def together(self, act: Callable[[], float]) -> float:
+        """What `act` returns, in which the ranks exchange more of the summed gradients if these are divided.
+
+        Then a rank that fails in there is a lost one: raises RanksError.
+        """
+        return act() if self._together is None else self._together(act)
 
     def _said(self, step: str, parameters: Sequence[nn.Parameter], own: Sums | Exception) -> list[_Said]:
         if isinstance(own, Exception):

@@ -48,7 +48,7 @@ class Sharding:
     def gather(self) -> None:
         """The draft has its whole weights until `release` or `reduce`. Raises RanksError."""
         self._draft.zero_grad(set_to_none=True)
-        self._together(self._root.unshard)
+        self.together(self._root.unshard)
         self._is_gathered = True
 
     def release(self) -> None:
@@ -74,10 +74,13 @@ class Sharding:
                 gradient = DTensor.from_local(whole.pop(name), self._mesh, (Partial(),), run_check=False)
                 divided[name].grad = gradient.redistribute(placements=(Shard(0),))
 
-        self._together(act)
+        self.together(act)
 
-    def _together(self, act: Callable[[], T]) -> T:
-        """Also what only this rank runs into, such as a want of memory, leaves the others in another call."""
+    def together(self, act: Callable[[], T]) -> T:
+        """What all ranks do at once, after they have voted. Raises RanksError, whatever this rank runs into.
+
+        Also what it alone runs into, such as a want of memory, leaves the others in another call.
+        """
         try:
             return act()
         except RanksError:

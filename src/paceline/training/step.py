@@ -63,10 +63,11 @@ def accumulate_gradients(
     divisor = sums.num_tokens if num_tokens is None else num_tokens
     if not divisor:  # nothing to learn; without gradients the optimizer's momentum moves no weight
         draft.zero_grad(set_to_none=True)
-    gradients = [p.grad for p in draft.parameters() if p.grad is not None]
-    for gradient in gradients:
-        gradient.div_(divisor)
-    grad_norm = _clip(draft, settings.training.grad_clip)
+
+    def clip() -> float:
+        return _mean_and_clip(draft, divisor, settings.training.grad_clip)
+
+    grad_norm = clip() if reduction is None else reduction.together(clip)
     if not (torch.isfinite(torch.tensor([sums.loss_sum, grad_norm])).all()):
         raise TrainingError(
             f"{what} has loss {sums.loss_sum} and gradient norm {grad_norm}.",
@@ -178,10 +179,17 @@ def visit_of(step: int, settings: TrainerSettings) -> int:
     return settings.seed * 1_000_003 + step
 
 
-def _clip(draft: nn.Module, limit: float) -> float:
-    """Scale the gradients to a norm of at most `limit`; returns their norm before."""
-    norm = nn.utils.clip_grad_norm_([p for p in draft.parameters() if p.grad is not None], limit)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # a sharded norm is gathered
+def _mean_and_clip(draft: nn.Module, divisor: float, limit: float) -> float:
+    """Divide the gradients, and scale them to a norm of at most `limit`; returns their norm before.
+
+    The norm of gradients that are divided among ranks is summed over the ranks.
+    """
+    reached = [parameter for parameter in draft.parameters() if parameter.grad is not None]
+    for parameter in reached:
+        assert parameter.grad is not None
+        parameter.grad.div_(divisor)
+    norm = nn.utils.clip_grad_norm_(reached, limit)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[None]:

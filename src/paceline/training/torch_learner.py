@@ -6,7 +6,7 @@ on the device of the settings. Training draws no random numbers on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -60,7 +60,7 @@ class TorchLearner:
         self._device = resolve_device(settings.training.device)
         self._rank = 0 if group is None else group.rank
         self._group = group
-        self._reduction = None if group is None else Reduction(group, self._exchange)
+        self._reduction = None if group is None else Reduction(group, self._exchange, self._together)
         self._add_gradients = None if group is None else AddedGradients(group.add)
         self._sharding: Sharding | None = None  # once the draft is divided: not while rank 0 builds it
 
@@ -81,6 +81,9 @@ class TorchLearner:
         exchange = self._add_gradients if self._sharding is None else self._sharding.reduce
         assert exchange is not None
         exchange(parameters)
+
+    def _together(self, act: Callable[[], float]) -> float:
+        return act() if self._sharding is None else self._sharding.together(act)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,15 @@ import torch
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 
+from paceline.engines.engine import CaptureRequest
 from paceline.errors import CheckpointError, RanksError
+from paceline.roles.trainers import MeetingPoint
+from paceline.testing.small_run import SmallRun
+from paceline.testing.synthetic import synthetic_head
+from paceline.training.group import Group
+from paceline.training.link import Place
 from paceline.training.sharding import Sharding
+from paceline.training.torch_learner import TorchLearner
 
 
 @pytest.fixture
@@ -87,6 +95,37 @@ def test_what_a_rank_alone_runs_into_in_an_exchange_ends_it(
     monkeypatch.setattr(sharding._root, "unshard", fail)
     with pytest.raises(RanksError, match="out of memory"):
         sharding.gather()
+
+
+@pytest.mark.parametrize("name", ["torch.Tensor.div_", "torch.nn.utils.clip_grad_norm_"])
+def test_what_a_rank_alone_runs_into_at_the_norm_of_the_gradients_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The others sum the norm meanwhile, and would take its answer for a part of that."""
+    run = SmallRun(tmp_path)
+    run.sharded = True
+    features = run.method.features(run.engine.facts)
+    requests = [CaptureRequest(f"s{n}", run.engine.encode(f"prompt {n}"), max_new_tokens=6) for n in range(4)]
+    samples = [one.tensors for one in run.engine.capture(requests, features)]
+    meeting = MeetingPoint(1)
+    port, listens = int(meeting.environment(0)["MASTER_PORT"]), os.dup(meeting.descriptors(0)[0])
+    meeting.close()
+    place = Place(0, 1, "127.0.0.1", port, listens=listens)  # torch closes it
+    group = Group(place, timeout_s=60.0, device=torch.device("cpu"))
+    try:
+        learner = TorchLearner(run.method, synthetic_head(), run.settings, group)
+        learner.build(samples)
+        learner.load(learner.files())
+        assert learner.step(1, samples, learner.num_tokens(samples))["grad_norm"] > 0
+
+        def fail(*_: object) -> None:
+            raise MemoryError("out of memory")
+
+        monkeypatch.setattr(name, fail)
+        with pytest.raises(RanksError, match="rank 0 exchanged weights or gradients, and out of memory"):
+            learner.step(2, samples, learner.num_tokens(samples))
+    finally:
+        group.leave()
 
 
 def test_an_optimizer_of_which_rows_are_missing_is_refused(draft: nn.Module, sharding: Sharding) -> None:
