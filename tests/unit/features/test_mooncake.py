@@ -22,8 +22,10 @@ from paceline.features.stores.mooncake import link as link_module
 from paceline.features.stores.mooncake.link import Link, own_address, refusal_of
 from paceline.features.stores.mooncake.refusals import no_client, no_package
 from paceline.features.stores.mooncake.store import BLIND_MAX, IN_FLIGHT, MooncakeFeatureStore
+from paceline.loader.read_ahead import ReadAhead
 from paceline.testing.feature_store_suite import MIB, assert_same, bulk, feature_ref, features
 from paceline.testing.mooncake_stand_in import ReplicateConfig, StandInClient, StandInMaster
+from paceline.training.checkpoint_writer import InlineExecutor
 from paceline.types import SampleRef
 
 
@@ -197,12 +199,32 @@ def test_a_master_that_is_away_is_waited_for(hosts: Hosts, verb: str) -> None:
         "free": lambda: writer.free([("s1", 4)]),
     }
     hosts.master.kill()
+    hosts.clock.on_sleep = lambda: setattr(hosts.master, "is_up", True)
+    calls[verb]()
+    hosts.clock.on_sleep = lambda: None
+    hosts.master.kill()
     with pytest.raises(StoreError, match="did not answer for 5 s") as caught:
         calls[verb]()
     assert not isinstance(caught.value, FeatureMissingError | StoreFullError)
     assert "`mooncake_master --rpc_port=50051`" in caught.value.next
-    hosts.clock.on_sleep = lambda: setattr(hosts.master, "is_up", True)
-    calls[verb]()
+
+
+def test_a_master_that_stays_away_is_waited_for_once(hosts: Hosts) -> None:
+    """What was read ahead of its step in vain is read again by the step, which waits no second time."""
+    writer, reader = hosts.writer(), hosts.reader()
+    refs = [put(writer, number, number + 1) for number in range(2)]
+    hosts.master.kill()
+    ahead = ReadAhead(reader.get, InlineExecutor(), reader.get_many)
+    ahead.start(refs)
+    with pytest.raises(StoreError, match="did not answer for 5 s"):
+        ahead.get(refs[0])
+    assert hosts.clock.now == 5.0
+    hosts.master.is_up = True
+    assert_same(ahead.get(refs[0]), features(0))
+    hosts.master.kill()
+    with pytest.raises(StoreError, match="did not answer for 5 s"):
+        ahead.get(refs[0])
+    assert hosts.clock.now == 10.0, "it has answered between"
 
 
 def test_memory_without_room_is_waited_for(hosts: Hosts) -> None:
@@ -278,6 +300,46 @@ def test_what_is_being_written_when_it_is_freed_is_removed_later(hosts: Hosts) -
     assert len(hosts.master.objects) == 1
     other.tell()
     assert list(hosts.master.objects) == ["run-0/producer"]
+
+
+@pytest.mark.parametrize("then", ["free", "close", "destroy"])
+def test_a_consumer_removes_later_what_was_being_written_when_it_freed_it(hosts: Hosts, then: str) -> None:
+    """It tells of nothing and so has no thread: the next time that it frees something, or at its end."""
+    zombie, consumer = hosts.writer("a"), hosts.reader()
+    other = put(zombie, 2, 5)
+    hosts.clients["a"].on_transfer = lambda: consumer.free([("s1", 4)])
+    put(zombie, 1, 4)
+    hosts.clients["a"].on_transfer = lambda: None
+    assert len(hosts.master.objects) == 2
+    if then == "free":
+        consumer.free([("s2", 5)])
+    elif then == "close":
+        zombie.free([("s2", 5)])
+        consumer.close()
+    else:
+        consumer.destroy()
+    assert hosts.master.objects == {}
+    assert is_missed(hosts.reader(), other)
+
+
+def test_keys_that_stay_half_written_are_tried_at_each_free_and_are_not_remembered_without_bound(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The object of a producer that died in the middle stays half-written until the master gives it up."""
+    monkeypatch.setattr("paceline.features.stores.mooncake.store.LATER_MAX", 3)
+    writer, consumer = hosts.writer(), hosts.reader()
+    for number in range(5):
+        put(writer, number, number + 1)
+    for one in hosts.master.objects.values():
+        one.whole = False
+    for number in range(5):
+        consumer.free([(f"s{number}", number + 1)])
+    assert len(hosts.master.objects) == 5
+    assert len(consumer._later) == 3
+    for one in hosts.master.objects.values():
+        one.whole = True
+    consumer.free([])
+    assert (len(hosts.master.objects), consumer._later) == (2, {})
 
 
 def test_a_half_written_object_of_a_dead_producer_gives_way(hosts: Hosts) -> None:

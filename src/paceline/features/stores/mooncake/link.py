@@ -68,6 +68,7 @@ class Link:
         self._open_client: Client | None = client
         self._pinned, self.master = pinned, master
         self._patience_s, self._sleep, self._clock = patience_s, sleep, clock
+        self._silent_since: float | None = None  # the first call since then that the master did not answer
 
     @property
     def _client(self) -> Client:
@@ -98,11 +99,14 @@ class Link:
                 raise refuses(self.master, "store", key, code)
             if code in NO_ROOM and waited_s >= min(ROOM_S, self._patience_s):
                 raise no_segment_has_room(self.master, key, size, waited_s)
-            if waited_s >= self._patience_s:
-                if code in AWAY:
-                    raise away(self.master, f"code {code}", waited_s)
-                raise refuses(self.master, "store", key, code)
+            if code in AWAY:
+                self._refuse_to_wait(code, began)
+            else:
+                self._silent_since = None
+                if waited_s >= self._patience_s:
+                    raise refuses(self.master, "store", key, code)
             self._sleep(LOOK_S)
+        self._silent_since = None
 
     def get(self, keys: Sequence[str], addresses: Sequence[int], sizes: Sequence[int]) -> list[int]:
         """Read objects, all at the same time; of each its size, or why it is a miss (a code below 0)."""
@@ -153,12 +157,22 @@ class Link:
             for number, code in zip(open_ones, ask(open_ones), strict=True):
                 found[number] = code
             open_ones = [number for number in open_ones if found[number] in AWAY]
-            waited_s = self._clock() - began
-            if open_ones and waited_s >= self._patience_s:
-                raise away(self.master, f"code {found[open_ones[0]]}", waited_s)
             if open_ones:
+                self._refuse_to_wait(found[open_ones[0]], began)
                 self._sleep(LOOK_S)
+        self._silent_since = None
         return found
+
+    def _refuse_to_wait(self, code: int, began: float) -> None:
+        """Raise StoreError if the master has not answered for as long as it is waited for.
+
+        That counts from the first call that it did not answer: one after another would wait anew.
+        """
+        if self._silent_since is None:
+            self._silent_since = began
+        waited_s = self._clock() - min(began, self._silent_since)
+        if waited_s >= self._patience_s:
+            raise away(self.master, f"code {code}", waited_s)
 
 
 def connect(section: MooncakeSection, segment_mib: int = 0, *, patience_s: float = PATIENCE_S) -> Link:

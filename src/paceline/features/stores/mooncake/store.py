@@ -35,6 +35,7 @@ from paceline.features.stores.refusals import corrupt, elsewhere, over_budget, r
 from paceline.types import SampleRef
 
 OWN_MAX = 4096  # samples of which a writer remembers what it sealed
+LATER_MAX = 4096  # keys that could not be removed; what is forgotten goes when the store is destroyed
 MARK_BYTES = 64
 TELL_S = 1.0  # between two looks whether the master knows this producer
 IN_FLIGHT = 4  # samples that `get_many` asks for at a time
@@ -79,7 +80,7 @@ class MooncakeFeatureStore:
         self._lock = threading.Lock()
         self._own: OrderedDict[str, tuple[int, Sealed]] = OrderedDict()  # what this writer put last
         self._counter = 0
-        self._later: set[str] = set()  # keys that were being written when they were to be removed
+        self._later: dict[str, None] = {}  # keys that were being written when they were to be removed
         self._blind: dict[str, set[str]] = {}  # of samples: the keys that were missed without a producer
         self._end = threading.Event()
         self._teller: threading.Thread | None = None
@@ -144,12 +145,7 @@ class MooncakeFeatureStore:
         """Let the master know that a producer of this run is there, and remove what could not be removed."""
         if self._mark is not None:
             self._link.try_to_mark(f"{self._store}/{MARK}", self._mark.address, MARK_BYTES)
-        with self._lock:
-            later = sorted(self._later)
-        if later:
-            left = self._link.try_to_remove(later)
-            with self._lock:
-                self._later -= set(later) - set(left)
+        self._remove_late()
 
     def _tell_until_closed(self) -> None:
         while True:
@@ -267,12 +263,26 @@ class MooncakeFeatureStore:
                     self._own.pop(sample_id, None)
         named = [self._key(*one) for one in wanted if all(one)]
         later = self._link.remove(named) if named else []
+        self._remove_late()
         with self._lock:
-            self._later |= set(later)
+            self._later |= dict.fromkeys(later)
+            for key in list(self._later)[:-LATER_MAX]:
+                del self._later[key]
         for sample_id, generation in wanted:
             if not (sample_id and generation):
                 number = str(generation) if generation else "[0-9]+"
                 self._link.remove_like(f"^{self._begin}{number}-{key_of(sample_id) if sample_id else ''}")
+
+    def _remove_late(self) -> None:
+        """Try once to remove what could not be removed before. A reader has no thread that does."""
+        with self._lock:
+            later = list(self._later)
+        if later:
+            left = set(self._link.try_to_remove(later))
+            with self._lock:
+                for key in later:
+                    if key not in left:
+                        self._later.pop(key, None)
 
     def written(self) -> None:
         """Mooncake's client does not list; a loss is noticed when the sample is read."""
@@ -286,6 +296,8 @@ class MooncakeFeatureStore:
     def close(self) -> None:
         """What lies in this process's memory goes with it."""
         self._end_telling()
+        with suppress(StoreError):  # it was closed before
+            self._remove_late()
         self._staging.close()
         self._link.close()
 
@@ -294,6 +306,7 @@ class MooncakeFeatureStore:
         with self._lock:
             self._own.clear()
         self._link.remove_like(f"^{self._begin}")
+        self._remove_late()
         if self._folder is not None:
             remove(self._folder)
 
