@@ -24,7 +24,7 @@ from paceline.ledger.facts import COMPLETED_STEP, PRODUCERS_STARTED, producer_fa
 from paceline.ledger.ledger import Ledger
 from paceline.ledger.locks import RoleLock, live_holder
 from paceline.ledger.producer_session import WORKER
-from paceline.ledger.records import producer_role
+from paceline.ledger.records import Fence, producer_role
 from paceline.ledger.session import repeated, write_facts
 
 PRODUCER, CONSUMER = "producer", "consumer"
@@ -183,12 +183,18 @@ def join(config: RunConfig) -> RoleLock:
 class KeptName:
     """While entered, and until `end`, a producer that joined says that it lives, while it loads its target.
 
-    Else the others would take it for dead, and its name could be given to another one.
+    Else the others would take it for dead, and its name could be given to another one. It says so under an
+    epoch of its own: a process that wakes up late writes nothing over what its successor tells.
     """
 
     def __init__(self, ledger: Ledger, worker: str, timeout_s: float) -> None:
         self._ledger, self._fact = ledger, producer_fact(worker)
-        self._claim = producers_in(ledger.facts()).get(worker, {}).get(CLAIM)
+        told = producers_in(ledger.facts()).get(worker, {})
+        is_mine = told.get("pid") == os.getpid() and told.get("host") == socket.gethostname()
+        self._claim = told.get(CLAIM) if is_mine else None
+        self._fence: Fence | None = None
+        if self._claim is not None:
+            self._fence = ledger.acquire(producer_role(worker), f"{told['host']}:{told['pid']}")
         self._pause_s, self._end = timeout_s / BEATS_PER_TIMEOUT, Event()
         self._thread = Thread(target=self._tell_until_end, name="paceline-joining", daemon=True)
 
@@ -209,11 +215,15 @@ class KeptName:
     def _tell_until_end(self) -> None:
         beats = count(1)
         while not self._end.wait(self._pause_s):
-            with suppress(LedgerError):  # it may be away for a while
+            try:
                 told = self._ledger.facts().get(self._fact) or {}
                 if told.get(CLAIM) != self._claim:
                     return  # it was taken for dead all the same
-                self._ledger.set_facts(None, {self._fact: {**told, "beat": next(beats)}})
+                self._ledger.set_facts(self._fence, {self._fact: {**told, "beat": next(beats)}})
+            except FencedError:
+                return  # and meanwhile
+            except LedgerError:
+                continue  # it may be away for a while
 
 
 def _first_free(config: RunConfig, ledger: Ledger) -> RoleLock:

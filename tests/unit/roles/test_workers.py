@@ -217,6 +217,40 @@ def test_a_start_whose_answer_is_lost_writes_again(
     assert [list(facts) for facts in written] == 2 * [["producer.1"]] + 2 * [[PRODUCERS_STARTED]]
 
 
+def test_who_wakes_up_in_the_middle_of_a_word_writes_nothing_over_its_successor(
+    config: RunConfig, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was stopped after it had read that the name is its own, until others had given it away."""
+    lock, facts = join(config), ledger.facts
+    successor = {**FAR, "claim": "of another one"}
+    kept = KeptName(ledger, "2", timeout_s=0.05)
+
+    def stopped_for_long() -> dict[str, Any]:
+        found = facts()
+        take_from(ledger, ["2"], "it was not heard of")
+        ledger.set_facts(None, {"producer.2": successor})
+        return found
+
+    monkeypatch.setattr(ledger, "facts", stopped_for_long)
+    with kept:
+        kept._thread.join(timeout=60.0)
+        assert not kept._thread.is_alive()
+    assert producers_in(facts())["2"] == successor
+    lock.release()
+
+
+def test_a_name_that_was_given_away_before_it_was_kept_is_not_kept(config: RunConfig, ledger: Ledger) -> None:
+    """Its process found its features' folder too late; the successor's word is not taken for its own."""
+    lock = join(config)
+    take_from(ledger, ["2"], "it was not heard of")
+    ledger.set_facts(None, {"producer.2": {**FAR, "claim": "of another one"}})
+    mark = ledger.lsn()
+    with KeptName(ledger, "2", timeout_s=0.05) as kept:
+        assert kept._thread.ident is None
+    assert ledger.lsn() == mark
+    lock.release()
+
+
 def test_a_start_returns_leases_of_which_no_fact_is_left(config: RunConfig, ledger: Ledger) -> None:
     """An earlier start was killed while it cleared up; nobody else would ever return them."""
     producer(ledger, "5", about_this_process(config.run.directory)).tell(None)
