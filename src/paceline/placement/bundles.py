@@ -164,10 +164,9 @@ def refuse_secrets(url: str | None) -> None:
         )
 
 
-def sections_of_trainer(config: RunConfig, placement: Placement, directory: str) -> dict[str, Any]:
-    """The run file of the trainer's command, as JSON values without a secret."""
-    sections = given_sections(config)
-    return _with(sections, machine={"producers": placement.beside}, run={"directory": directory})
+def sections_of_trainer(config: RunConfig, beside: int, directory: str) -> dict[str, Any]:
+    """The run file of the trainer's command, as JSON values without a secret. `beside`: see Placement."""
+    return _with(given_sections(config), machine={"producers": beside}, run={"directory": directory})
 
 
 def sections_of_producer(config: RunConfig, directory: str) -> dict[str, Any]:

@@ -36,16 +36,21 @@ WAITS_S = 15.0  # until it is told that nothing is heard
 STOP_S = 120.0  # for a checkpoint, and for the producers after it
 
 
+def order_of_trainer(config: RunConfig, beside: int) -> Order:
+    """`beside`: how many producers its command starts."""
+    return Order(
+        "the trainer",
+        "train",
+        sections_of_trainer(config, beside, str(config.run.directory)),
+        str(config.run.directory / PLACED / "trainer.yaml"),
+        str(Path.cwd()),
+    )
+
+
 def orders_of(config: RunConfig, placement: Placement, names: Names) -> tuple[Order, dict[str, Order]]:
     """The trainer's order, and those of the producers that are placed apart, by their actors' names."""
     folder, placed = str(Path.cwd()), config.run.directory / PLACED
-    trainer = Order(
-        "the trainer",
-        "train",
-        sections_of_trainer(config, placement, str(config.run.directory)),
-        str(placed / "trainer.yaml"),
-        folder,
-    )
+    trainer = order_of_trainer(config, placement.beside)
     producers = {}
     for number in range(1, placement.apart + 1):
         home = placed / f"producer-{number}"
@@ -59,32 +64,40 @@ def orders_of(config: RunConfig, placement: Placement, names: Names) -> tuple[Or
 def train_on(run_file: Path, address: str, tell: Callable[[str], None]) -> int:
     """Follow the run to its end, and start it before if the cluster does not have it; its exit code.
 
-    `tell` gets each line of the run's commands. Raises PacelineError.
+    A run that is going on is followed whatever has become of the cluster. `tell` gets each line of the run's
+    commands. Raises PacelineError.
     """
     config = load_run_config(run_file)
     names = Names.of(config)
     with connected(address) as cluster:
         refuse_secrets(getattr(config.ledger, "url", None))
-        nodes = cluster.nodes()
-        placement = placement_of(config, nodes)
-        refuse_nodes(cluster.examined(config, nodes), __version__)
-        for note in placement.notes:
-            tell(f"note: {note}")
-        trainer, producers = orders_of(config, placement, names)
-        known = cluster.actor(names.trainer)
-        if known is None:
-            cluster.end_all(names)  # producers whose trainer was removed from the cluster
+        actor, trainer = cluster.actor(names.trainer), order_of_trainer(config, config.machine.producers)
+        needs = "that has room for it"
+        if actor is None:
+            actor, trainer, placement = _placed(cluster, config, names, tell)
+            needs = f"with {placement.trainer}"
         else:
             tell(f"The run is going on in this cluster already ({names.trainer}); this command follows it.")
-        kind = cluster.actors.TrainerActor
-        actor = known or cluster.actors.actor_of(kind, names.trainer, placement.trainer).remote(
-            trainer, placement, producers
-        )
         follower = Follower(cluster, names, actor, trainer, f"{run_file} --on {address}", tell)
         with cluster.losing(lost_cluster(f"train {run_file}", address)):
-            code = follower.follow(placement)
+            code = follower.follow(needs)
             cluster.end_all(names)
         return code
+
+
+def _placed(
+    cluster: Cluster, config: RunConfig, names: Names, tell: Callable[[str], None]
+) -> tuple[Any, Order, Placement]:
+    """The trainer's actor, which is new in the cluster, and its order. Raises ConfigError."""
+    nodes = cluster.nodes()
+    placement = placement_of(config, nodes)
+    refuse_nodes(cluster.examined(config, nodes), __version__)
+    for note in placement.notes:
+        tell(f"note: {note}")
+    trainer, producers = orders_of(config, placement, names)
+    cluster.end_all(names)  # producers whose trainer was removed from the cluster
+    kind = cluster.actors.actor_of(cluster.actors.TrainerActor, names.trainer, placement.trainer)
+    return kind.remote(trainer, placement, producers), trainer, placement
 
 
 def stop_on(run_file: Path, address: str, tell: Callable[[str], None], *, at_once: bool) -> None:
@@ -145,7 +158,8 @@ class Follower:
         self._pending: Any = None
         self._is_silent = False
 
-    def follow(self, placement: Placement) -> int:
+    def follow(self, needs: str) -> int:
+        """`needs`: which node the trainer waits for, if it has none."""
         before = {number: signal.signal(number, self._ask) for number in stop_signals()}
         try:
             while True:
@@ -155,7 +169,7 @@ class Follower:
                 if told is not None and told["state"] != GOING_ON and told["ends"]:
                     return self._ended(told)
                 if told is None:
-                    self._wait(f"the trainer waits for a node with {placement.trainer}")
+                    self._wait(f"the trainer waits for a node {needs}")
                 else:
                     time.sleep(LOOK_S)
         finally:

@@ -157,7 +157,7 @@ def test_no_secret_goes_through_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     config = made(features=REACHED["features"], ledger={"store": "redis", "url": secret})
     assert variables_needed(config) == ["PACELINE_REDIS_PASSWORD"]
     placed = placement_of(config, nodes(4, 4))
-    assert "hunter2" not in str(sections_of_trainer(config, placed, "runs/placed"))
+    assert "hunter2" not in str(sections_of_trainer(config, placed.beside, "runs/placed"))
     assert variables_needed(made()) == []
 
 
@@ -169,7 +169,7 @@ def test_a_producer_has_a_run_folder_of_its_own_and_nothing_else_changes() -> No
     changed = again.model_copy(update={"run": config.run})
     assert changed == config
     placed = placement_of(config, nodes(4, 4))
-    trainer = parse_run_config(sections_of_trainer(config, placed, "runs/placed"), source="it")
+    trainer = parse_run_config(sections_of_trainer(config, placed.beside, "runs/placed"), source="it")
     assert trainer.machine.producers == 1
 
 
@@ -178,7 +178,7 @@ def test_devices_are_those_that_ray_reserved() -> None:
     cuda = {"engine": {"device": "cuda:3"}, "training": {"device": "auto"}}
     config = made(machine={"producers": 2}, **cuda, **REACHED)
     placed = placement_of(config, nodes(4, 4, gpus=2))
-    sections = sections_of_trainer(config, placed, "runs/placed")
+    sections = sections_of_trainer(config, placed.beside, "runs/placed")
     mine = on_gpus(sections, [5, 7], placed, trains=True)
     assert (mine["engine"]["device"], mine["training"]["device"]) == ("cuda:0", "cuda:1")
     other = on_gpus(sections, [6], placed, trains=False)
@@ -187,7 +187,7 @@ def test_devices_are_those_that_ray_reserved() -> None:
     server = {"name": "vllm", "managed": True, "devices": [0]}
     config = made(engine=server, training={"device": "auto"}, **REACHED)
     placed = placement_of(config, nodes(4, 4, gpus=2))
-    served = on_gpus(sections_of_trainer(config, placed, "runs/placed"), [5, 7], placed, trains=True)
+    served = on_gpus(sections_of_trainer(config, placed.beside, "runs/placed"), [5, 7], placed, trains=True)
     assert served["engine"]["devices"] == [5]
     assert served["training"]["device"] == "cuda:1"
     parse_run_config(served, source="it")

@@ -17,6 +17,7 @@ import typer
 from paceline.cli import train_on
 from paceline.config.load import given_sections, load_run_config
 from paceline.errors import ConfigError, PacelineError
+from paceline.placement import driver
 from paceline.placement.bundles import Bundle, Placement
 from paceline.placement.cluster import LOCAL, Cluster, Names, connected
 from paceline.placement.driver import Follower, orders_of, stop_on
@@ -101,7 +102,9 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def follow(ray: FakeRay, lines: list[str] | None = None, order: Any = None) -> int:
     heard = [] if lines is None else lines
     cluster = Cluster(ray, None)
-    return Follower(cluster, Names("r-1"), ray, order, "run.yaml --on auto", heard.append).follow(PLACEMENT)
+    return Follower(cluster, Names("r-1"), ray, order, "run.yaml --on auto", heard.append).follow(
+        "with 2 CPUs"
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,6 +214,27 @@ def test_a_run_is_followed_when_its_cluster_has_lost_nodes(tmp_path: Path) -> No
     assert before.sections != now.sections
     known = {"order": before.sections}
     assert follow(FakeRay([said(**known), said(state="done", **known)]), order=now) == 0
+
+
+def test_a_run_that_is_going_on_is_followed_before_anything_is_asked_of_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have no room for another trainer, or a node that could take none, and needs neither."""
+    run_file = TinyRun(tmp_path, tmp_path, machine={"producers": 3}).run_file
+    config = load_run_config(run_file)
+    known = {"order": orders_of(config, PLACEMENT, Names.of(config))[0].sections}
+    ray = FakeRay([said(**known), said("one", told=1, **known), said(state="done", **known)])
+    ray.nodes = list  # type: ignore[attr-defined]
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: ray)
+    monkeypatch.setattr("paceline.placement.driver.connected", lambda _: nullcontext(Cluster(ray, None)))
+    lines: list[str] = []
+    assert driver.train_on(run_file, "auto", lines.append) == 0
+    assert "one" in lines
+    unknown = FakeRay([])
+    unknown.known_for = 0
+    monkeypatch.setattr(ray, "get_actor", unknown.get_actor)
+    with pytest.raises(ConfigError, match="none has them"):
+        driver.train_on(run_file, "auto", lines.append)
 
 
 def test_every_actor_has_its_own_run_file_and_name(tmp_path: Path) -> None:
