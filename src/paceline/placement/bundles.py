@@ -179,14 +179,13 @@ def on_gpus(
 ) -> dict[str, Any]:
     """The sections with the devices that Ray has reserved on this node; `gpus`: their numbers there.
 
-    The first ones are the producer's. A server that the run starts is told their numbers; everything else
-    sees only these devices and counts them from 0.
+    The first ones are the producer's. The command sees only these devices, and counts them from 0.
     """
     given = dict(sections)
     first = placement.producer.gpus
     if first and len(gpus) >= first:
         engine = given["engine"]
-        told = {"devices": list(gpus[:first])} if "devices" in engine else {"device": f"{CUDA}:0"}
+        told = {"devices": list(range(first))} if "devices" in engine else {"device": f"{CUDA}:0"}
         given = _with(given, engine=told)
     if trains and len(gpus) > first:
         given = _with(given, training={"device": f"{CUDA}:{first}"})

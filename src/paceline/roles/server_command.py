@@ -39,7 +39,7 @@ def server_command(config: RunConfig) -> str:
     port = (urlsplit(section.url).port if section.url else None) or PORT
     variables = []
     if section.devices:
-        visible = visible_devices(section.devices, os.environ.get(DEVICES_VARIABLE))
+        visible = visible_devices(section.devices, os.environ)
         variables.append(f"{DEVICES_VARIABLE}={visible}")
     if section.api_key_variable:
         variables.append(f'{KEY_VARIABLE}="${section.api_key_variable}"')

@@ -70,7 +70,7 @@ def test_devices_count_among_those_that_the_run_was_given(
     devices: tuple[int, ...], named: str | None, visible: str
 ) -> None:
     """As for the trainer, whose cuda:0 is the first of them: else the server would take others' devices."""
-    assert visible_devices(devices, named) == visible
+    assert visible_devices(devices, {} if named is None else {"CUDA_VISIBLE_DEVICES": named}) == visible
 
 
 def test_a_device_that_the_run_was_not_given_is_refused(make: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +78,19 @@ def test_a_device_that_the_run_was_not_given_is_refused(make: Made, monkeypatch:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
     with pytest.raises(ConfigError, match="leaves 1 of them"):
         make(devices=(0, 1))
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_GPUS", "SLURM_JOB_GPUS"])
+def test_a_job_of_slurm_that_does_not_know_its_gpus_starts_no_server_on_some(
+    make: Made, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Its numbers are the host's; whether the job sees the host's, or its own from 0 on, they do not say."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv(name, "2,3")
+    with pytest.raises(ConfigError, match=f"Slurm gave this job GPUs .{name}=2,3") as caught:
+        make(devices=(0,))
+    assert "nvidia-smi" in caught.value.next
+    make(devices=())
 
 
 def wait_for_end(pid: int) -> None:
@@ -90,7 +103,8 @@ def test_it_listens_on_this_machine_with_a_key_that_no_log_and_no_command_line_s
 ) -> None:
     """Every start has a port and a key of its own, and none is given the ledger's password."""
     monkeypatch.setenv("PACELINE_REDIS_PASSWORD", "sesame")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
+        monkeypatch.delenv(name, raising=False)
     server = make(devices=(1, 3))
     assert server.ensure(0.0)
     assert not server.ensure(0.0)

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from paceline.visible_devices import DEVICES_VARIABLE, names_left
 
 KEY_VARIABLE = "VLLM_API_KEY"  # the server's own name for it
 LEDGERS_SECRETS = "PACELINE_REDIS_"  # begins the names of variables that are no business of the server's
+OF_SLURM = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")  # numbers on the host, whatever the job may see
 GUARD = "paceline.engines.vllm.guard"
 RECORD = "server.json"
 RECORD_BYTES_MAX = 4096
@@ -57,7 +58,7 @@ class ManagedServer:
             )
         self._command = [found, *command[1:]]
         self._devices = devices
-        self._visible = visible_devices(devices, os.environ.get(DEVICES_VARIABLE))
+        self._visible = visible_devices(devices, os.environ) if devices else ""
         self._log = log
         self._record = directory / RECORD
         self._restarts_max = restarts_max
@@ -167,11 +168,14 @@ class ManagedServer:
         )
 
 
-def visible_devices(devices: Sequence[int], named: str | None) -> str:
-    """What the server's CUDA_VISIBLE_DEVICES is, where that of this process is `named`: `devices` count among
-    those that a scheduler or the user has left to the run. Raises ConfigError if there are fewer.
+def visible_devices(devices: Sequence[int], environment: Mapping[str, str]) -> str:
+    """What the server's CUDA_VISIBLE_DEVICES is, in this process's environment: `devices` count among those
+    that a scheduler or the user has left to the run. Raises ConfigError if there are fewer, or if a scheduler
+    has left some and does not tell which.
     """
+    named = environment.get(DEVICES_VARIABLE)
     if named is None:
+        _refuse_devices_of_other_jobs(environment)
         return ",".join(map(str, devices))
     left = names_left(named)
     if max(devices, default=-1) >= len(left):
@@ -181,6 +185,17 @@ def visible_devices(devices: Sequence[int], named: str | None) -> str:
             next=f"name other devices in engine.devices, or change {DEVICES_VARIABLE}.",
         )
     return ",".join(left[number] for number in devices)
+
+
+def _refuse_devices_of_other_jobs(environment: Mapping[str, str]) -> None:
+    given = [f"{name}={environment[name]}" for name in OF_SLURM if environment.get(name)]
+    if given:
+        raise ConfigError(
+            f"Slurm gave this job GPUs ({given[0]}), and {DEVICES_VARIABLE} is not set.",
+            why="Which GPUs of the host are this job's is unknown: the server could take another job's.",
+            next=f"do not unset it; or set {DEVICES_VARIABLE} to those numbers if the job sees all GPUs of "
+            "its host (nvidia-smi), and to 0, 1 and so on if it sees its own alone.",
+        )
 
 
 def _free_port() -> int:
