@@ -33,6 +33,8 @@ from paceline.training.settings import TrainerSettings
 from paceline.training.torch_learner import TorchLearner
 from paceline.training.worker import Worker
 
+GPU = "the GPU"  # which no two ranks may have in common
+
 
 def alone(trainers: int) -> str:
     return (
@@ -93,9 +95,27 @@ def joined(config: RunConfig, place: Place) -> Group:
         "the version of Paceline": version("paceline"),
         "the version of torch": str(torch.__version__),
     }
-    said = meet(group, "join", json.dumps(mine).encode())
-    _refuse_differences([json.loads(one) for one in said])
+    said = [json.loads(one) for one in meet(group, "join", json.dumps({**mine, GPU: _gpu(device)}).encode())]
+    gpus = [one.pop(GPU, "") for one in said]
+    _refuse_differences(said)
+    _refuse_one_gpu_for_two(gpus)
     return group
+
+
+def _gpu(device: torch.device) -> str:
+    """Which one it is, among all of all hosts; "" for the CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def _refuse_one_gpu_for_two(gpus: Sequence[str]) -> None:
+    """Raise ConfigError on every rank. `gpus`: of each rank, "" for none."""
+    for rank, gpu in enumerate(gpus):
+        if gpu and gpus.index(gpu) < rank:
+            raise ConfigError(
+                f"Ranks {gpus.index(gpu)} and {rank} take one GPU, {gpu}.",
+                why="Each rank needs its own: NCCL joins no two on one device. Nothing was changed.",
+                next="start with torchrun, or set LOCAL_RANK for every rank: 0, 1 and so on, on each host.",
+            )
 
 
 def _refuse_differences(ranks: Sequence[Mapping[str, Any]]) -> None:

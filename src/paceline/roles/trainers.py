@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from paceline.config.run import RunConfig
@@ -19,7 +19,11 @@ from paceline.training.link import Place
 LISTENS = "PACELINE_RANKS_FD"  # the descriptor of the socket at which rank 0 waits for the others
 RANK, RANKS = "RANK", "WORLD_SIZE"  # these and the following are torchrun's names
 ON_HOST, RANKS_ON_HOST, ADDRESS, PORT = "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-ON_HOST_OF_OTHERS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")  # launchers that leave LOCAL_RANK out
+# Of launchers that leave LOCAL_RANK out: the number on the host, and of which rank among how many.
+OF_OTHERS = (
+    ("SLURM_LOCALID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+)
 LOOPBACK = "127.0.0.1"
 
 
@@ -46,8 +50,11 @@ def place_in(environment: Mapping[str, str]) -> Place | None:
     try:
         rank, ranks, port = (int(environment[name]) for name in names)
         meet_here = _is_loopback(environment.get(ADDRESS, LOOPBACK))
-        on_host = _first_number(environment, (ON_HOST, *ON_HOST_OF_OTHERS), rank if meet_here else None)
-        ranks_on_host = _first_number(environment, (RANKS_ON_HOST,), ranks if meet_here else None)
+        on_host = _number_on_host(environment, rank, ranks)
+        if meet_here and on_host is None:
+            on_host = rank
+        told = environment.get(RANKS_ON_HOST, str(ranks) if meet_here else None)
+        ranks_on_host = None if told is None else int(told)
     except (KeyError, ValueError) as error:
         raise ConfigError(
             f"The environment names a rank, but not where the ranks meet ({error}).",
@@ -66,8 +73,17 @@ def place_in(environment: Mapping[str, str]) -> Place | None:
     )
 
 
-def _first_number(environment: Mapping[str, str], names: Sequence[str], default: int | None) -> int | None:
-    return next((int(environment[name]) for name in names if name in environment), default)
+def _number_on_host(environment: Mapping[str, str], rank: int, ranks: int) -> int | None:
+    """What the launcher of this rank says; None if it says nothing.
+
+    Ranks that somebody starts by hand in a job's shell all have the shell's number.
+    """
+    if ON_HOST in environment:
+        return int(environment[ON_HOST])
+    for name, of, among in OF_OTHERS:
+        if (environment.get(of), environment.get(among)) == (str(rank), str(ranks)) and name in environment:
+            return int(environment[name])
+    return None
 
 
 def _is_loopback(address: str) -> bool:

@@ -52,10 +52,38 @@ def test_a_launcher_that_counts_no_ranks_of_a_host_is_not_taken_for_one_host() -
         here = place_in({**by_hand, "MASTER_ADDR": address})
         assert here is not None
         assert (here.on_host, here.ranks_on_host, here.is_one_host) == (5, 8, True)
-    for name in ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"):
-        place = place_in({**by_hand, name: "3"})
+
+
+SLURM = ("SLURM_LOCALID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+OPEN_MPI = ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+
+
+@pytest.mark.parametrize("names", [SLURM, OPEN_MPI])
+def test_a_launcher_s_number_on_the_host_counts_for_the_ranks_that_it_started(names: tuple[str, ...]) -> None:
+    """Those that somebody starts by hand in one shell of its job all have the shell's number, which is 0."""
+    by_hand = {name: value for name, value in TORCHRUN.items() if not name.startswith("LOCAL_")}
+    started = place_in({**by_hand, **dict(zip(names, ("3", "5", "8"), strict=True))})
+    assert started is not None
+    assert (started.on_host, started.ranks_on_host) == (3, None)
+    for shell in (("0", "0", "1"), ("0", "1", "2"), ("0", "5", "9"), ("0",)):
+        place = place_in({**by_hand, **dict(zip(names, shell, strict=False))})
         assert place is not None
-        assert place.on_host == 3
+        assert place.on_host is None, "which rank of its host it is, nobody has told"
+        here = place_in({**by_hand, "MASTER_ADDR": "localhost", **dict(zip(names, shell, strict=False))})
+        assert here is not None
+        assert here.on_host == 5
+    told = place_in({**TORCHRUN, **dict(zip(names, ("0", "0", "1"), strict=True))})
+    assert told is not None
+    assert told.on_host == 1
+
+
+def test_two_ranks_of_one_gpu_are_refused_on_every_rank() -> None:
+    """LOCAL_RANK may be set, and wrong; NCCL would say so at the first gradient, in its own words."""
+    trainer_rank._refuse_one_gpu_for_two(["", "", ""])
+    trainer_rank._refuse_one_gpu_for_two(["5ad", "6be"])
+    with pytest.raises(ConfigError, match="Ranks 0 and 2 take one GPU, 5ad") as caught:
+        trainer_rank._refuse_one_gpu_for_two(["5ad", "6be", "5ad"])
+    assert "set LOCAL_RANK for every rank" in caught.value.next
 
 
 def test_a_rank_that_does_not_know_its_number_on_its_host_takes_no_gpu(
