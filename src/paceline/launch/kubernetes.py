@@ -16,72 +16,19 @@ import yaml
 from paceline.errors import ConfigError
 from paceline.features.settings import MEMORY
 from paceline.launch.fleet import Fleet, Needs
+from paceline.launch.pod_scripts import FINAL, GRACE_S, MEET_PORT, OF_A_PRODUCER, PRODUCER, RANK, SETTINGS
 from paceline.ledger.server_url import IN_ENVIRONMENT
 from paceline.target.hub import is_of_hub
 
 Manifest = dict[str, Any]
 USER = 1000
-SETTINGS = "/etc/paceline"
 OWN_FOLDER = "/tmp/paceline/run"  # noqa: S108 (of the container alone)
 DATA, SECRETS = "/data", "/run/secrets/paceline"  # of the ledger's server
-LEDGER_PORT, MEET_PORT = 6379, 29500
+LEDGER_PORT = 6379
 LEDGER_IMAGE = "docker.io/valkey/valkey:8.1-alpine"
 LEDGER_MIB = 2048
-JOBS_RESTARTS = 1000  # of its containers, before a Job counts as failed
+RESTARTS = 50  # of each of its pods, before a Job counts as failed; evictions do not count
 NAME_MAX = 40  # characters: a pod's name gets more behind it
-
-# A pod that is asked to end has not finished its work, though its process ends in good order.
-FOLLOW = """
-asked=
-trap 'asked=yes; kill -TERM "$child"' TERM
-follow() {
-  code=0
-  wait "$child" || code=$?
-  if [ -n "$asked" ]; then
-    wait "$child"
-    exit 143
-  fi
-}
-"""
-PRODUCER = f"""{FOLLOW}
-paceline produce {SETTINGS}/elsewhere.yaml --join &
-child=$!
-follow
-exit "$code"
-"""
-# A rank's pod among several. The first one keeps the run's folder, and alone knows when the work is done.
-RANK = f"""{FOLLOW}
-run={SETTINGS}/elsewhere.yaml
-if [ "$JOB_COMPLETION_INDEX" = 0 ]; then
-  run={SETTINGS}/run.yaml
-  paceline produce "$run" &
-  first=$!
-fi
-torchrun --nnodes "$HOSTS" --node-rank "$JOB_COMPLETION_INDEX" --nproc-per-node "$RANKS" --max-restarts 0 \\
-  --master-addr "$MEET" --master-port {MEET_PORT} -m paceline consume "$run" &
-child=$!
-if [ "$JOB_COMPLETION_INDEX" = 0 ]; then
-  # Without the producer the ranks would wait for ever: its error ends the pod, which is started again.
-  while [ -z "$asked" ] && kill -0 "$first" 2>/dev/null && kill -0 "$child" 2>/dev/null; do
-    sleep 1 &
-    wait "$!"
-  done
-  code=0
-  if [ -z "$asked" ] && kill -0 "$child" 2>/dev/null; then wait "$first" || code=$?; fi
-  if [ "$code" != 0 ] && [ -z "$asked" ]; then
-    kill -TERM "$child"
-    wait "$child"
-    exit "$code"
-  fi
-fi
-follow
-if [ "$JOB_COMPLETION_INDEX" != 0 ]; then exit 1; fi
-kill -TERM "$first" 2>/dev/null
-wait "$first"
-if [ "$code" != 0 ]; then exit "$code"; fi
-paceline status "$run" --json | grep -q '"state": "complete"' || exit 1
-exec paceline train "$run"
-"""
 
 
 @dataclass(frozen=True)
@@ -192,6 +139,7 @@ class Pods:
             "timeoutSeconds": 30,
         }
         job = self._job("train", container, fleet.trainer, fleet.hosts)
+        job["spec"] |= {"backoffLimit": RESTARTS * fleet.hosts, **_ends_with("FailJob", FINAL)}
         if fleet.hosts > 1:
             job["spec"]["successPolicy"] = {"rules": [{"succeededIndexes": "0"}]}
             job["spec"]["template"]["spec"]["subdomain"] = f"{self._name}-train"
@@ -200,7 +148,10 @@ class Pods:
     def producers(self) -> Manifest:
         needs = self._fleet.producer
         container = self._container("produce", ["bash", "-c", PRODUCER], needs, {})
-        return self._job("produce", container, needs, self._fleet.producers)
+        job = self._job("produce", container, needs, self._fleet.producers)
+        # The others go on without one.
+        job["spec"] |= {"backoffLimitPerIndex": RESTARTS, **_ends_with("FailIndex", OF_A_PRODUCER)}
+        return job
 
     def meeting_point(self) -> list[Manifest]:
         """The names by which the ranks' pods find each other, also before they are ready. Nobody else reaches
@@ -307,9 +258,8 @@ class Pods:
         ]
         pod = {
             **_pod(),
-            # At a stop every process reaches a safe point and writes a checkpoint.
-            "terminationGracePeriodSeconds": 300,
-            "restartPolicy": "OnFailure",
+            "terminationGracePeriodSeconds": GRACE_S,
+            "restartPolicy": "Never",  # a Job looks at exit codes of pods alone; it makes new ones
             "containers": [container],
             "volumes": volumes,
         }
@@ -321,7 +271,6 @@ class Pods:
                 "completionMode": "Indexed",
                 "completions": pods,
                 "parallelism": pods,
-                "backoffLimit": JOBS_RESTARTS,
                 "template": {"metadata": {"labels": self._labels(role)}, "spec": pod},
             },
         }
@@ -341,6 +290,7 @@ class Pods:
                 *self._ledger_of_the_environment(),
             ],
             "resources": {"requests": {"cpu": str(needs.processors), **asked}, "limits": asked},
+            "terminationMessagePolicy": "FallbackToLogsOnError",  # the pod's status tells the error
             "securityContext": _unprivileged(),
             "volumeMounts": [
                 {"name": "settings", "mountPath": SETTINGS, "readOnly": True},
@@ -369,6 +319,19 @@ class Pods:
 
     def _metadata(self, role: str) -> Manifest:
         return {"name": f"{self._name}-{role}", "labels": self._labels(role)}
+
+
+def _ends_with(action: str, codes: Sequence[int]) -> Manifest:
+    """What a container's exit code ends; an eviction ends nothing, and is not counted."""
+    evicted = [{"type": "DisruptionTarget", "status": "True"}]
+    return {
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "Ignore", "onPodConditions": evicted},
+                {"action": action, "onExitCodes": {"operator": "In", "values": list(codes)}},
+            ]
+        }
+    }
 
 
 def _pod() -> Manifest:

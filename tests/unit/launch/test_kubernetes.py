@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from run_of_hosts import ALONE, SHELLCHECK, Write
 
 from paceline.cli.main import app
 from paceline.config.load import binding, load_run_config
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, FencedError, LedgerError, RanksError, RunBusyError, StoreError
 from paceline.launch.fleet import Fleet
 from paceline.launch.kubernetes import DATA as DATA_FOLDER
-from paceline.launch.kubernetes import PRODUCER, RANK, SECRETS, manifests, text_of, volumes_of
+from paceline.launch.kubernetes import RESTARTS, SECRETS, manifests, text_of, volumes_of
+from paceline.launch.pod_scripts import AGAIN, PRODUCER, RANK
 from paceline.ledger.settings import RedisSection
 from paceline.testing.valkey_server import BINARY
 
@@ -186,19 +189,108 @@ def test_two_runs_of_one_namespace_have_names_of_their_own(write: Write) -> None
     assert len({job for [job] in jobs}) == len(runs)
 
 
-def test_ranks_do_not_wait_for_a_producer_that_has_failed(tmp_path: Path) -> None:
-    for name, work in (
-        ("paceline", "exit 3"),
-        ("torchrun", "trap 'exit 0' TERM; while :; do read -rt 1; done"),
-    ):
-        program = tmp_path / name
-        program.write_text(f"#!/bin/bash\n{work} <>{tmp_path}/fifo\n")
-        program.chmod(0o755)
+WAITS = "trap 'exit 0' TERM; while :; do read -rt 1; done"
+# As torchrun: it begins one rank in a session of its own, tells it to stop, and ends with 1 if it failed.
+TORCHRUN = """while [ "$1" != --no-python ]; do shift; done
+shift
+setsid "$@" &
+trap 'kill -TERM -- -$!' TERM
+wait "$!" || wait "$!" || exit 1"""
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> Callable[..., subprocess.Popen[bytes]]:
+    """Starts a script of a pod, with programs of the test's own."""
     os.mkfifo(tmp_path / "fifo")
-    told = {"JOB_COMPLETION_INDEX": "0", "HOSTS": "2", "RANKS": "1", "MEET": "first"}
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **told}
-    found = subprocess.run(["/bin/bash", "-c", RANK], env=environment, timeout=30, check=False)
-    assert found.returncode == 3
+
+    def started(script: str, index: str = "0", **programs: str) -> subprocess.Popen[bytes]:
+        for name, work in programs.items():
+            program = tmp_path / name
+            program.write_text(f"#!/bin/bash\nexec 0<>{tmp_path}/fifo\n{work}\n")
+            program.chmod(0o755)
+        told = {"JOB_COMPLETION_INDEX": index, "HOSTS": "2", "RANKS": "1", "MEET": "first", "PAUSE_S": "0"}
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        environment = {"PATH": path, "TMPDIR": str(tmp_path), "HERE": str(tmp_path), **told}
+        return subprocess.Popen(["/bin/bash", "-c", script], env=environment)
+
+    return started
+
+
+@pytest.mark.parametrize(("ends", "code"), [(2, 2), (8, 8), (1, AGAIN), (3, AGAIN), (6, AGAIN), (137, AGAIN)])
+def test_ranks_do_not_wait_for_a_producer_that_has_failed(
+    pod: Callable[..., Any], ends: int, code: int
+) -> None:
+    """What needs advice ends the Job; the rest is tried again."""
+    assert pod(RANK, paceline=f"exit {ends}", torchrun=WAITS).wait(30) == code
+
+
+@pytest.mark.parametrize("index", ["0", "1"])
+@pytest.mark.parametrize(("ends", "code"), [(2, 2), (7, 7), (12, AGAIN), (1, AGAIN)])
+def test_a_pod_of_ranks_ends_with_what_a_rank_says(
+    pod: Callable[..., Any], index: str, ends: int, code: int
+) -> None:
+    """torchrun itself ends with 1, as it does for a rank that was killed."""
+    paceline = f'if [ "$1" = consume ]; then exit {ends}; fi\n{WAITS}'
+    assert pod(RANK, index, paceline=paceline, torchrun=TORCHRUN).wait(30) == code
+
+
+def test_ranks_of_another_pod_that_end_in_good_order_are_started_again(pod: Callable[..., Any]) -> None:
+    """The first pod alone knows whether the work is done; its end is the Job's."""
+    assert pod(RANK, "1", paceline="exit 0", torchrun=TORCHRUN).wait(30) == AGAIN
+
+
+def test_a_pod_that_is_asked_to_end_lets_its_ranks_and_its_producer_end(
+    pod: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Each is asked once, at a safe point it says so, and the pod waits for both."""
+    ready, said = tmp_path / "ready", tmp_path / "said"
+    os.mkfifo(ready)
+    paceline = f"trap 'echo $1 >>{said}; exit 0' TERM\necho $1 >{ready}\nwhile :; do read -rt 1; done"
+    process = pod(RANK, paceline=paceline, torchrun=TORCHRUN)
+    with ready.open() as told:
+        begun = {told.readline()}
+    with ready.open() as told:
+        begun.add(told.readline())
+    process.terminate()
+    assert process.wait(30) == 143
+    assert sorted(said.read_text().split()) == ["consume", "produce"]
+
+
+def test_a_producer_s_pod_tries_for_a_while_and_then_tells_why(
+    pod: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The run may not have begun; an error that stays ends this producer, not the others."""
+    process = pod(PRODUCER, paceline='echo x >>"$HERE/tries"; exit 2')
+    assert process.wait(30) == 2
+    assert len((tmp_path / "tries").read_text().split()) == 20
+    once = 'echo x >>"$HERE/tries"; if [ "$(wc -l <"$HERE/tries")" = 22 ]; then exit 0; fi; exit 2'
+    assert pod(PRODUCER, paceline=once).wait(30) == 0
+
+
+def test_an_error_that_needs_advice_ends_the_job_and_an_eviction_counts_for_nothing(write: Write) -> None:
+    """A Job looks at exit codes only if its pods are not restarted in place."""
+    jobs = by_name(read(write(), hosts=4, producers=8), "Job")
+    train, produce = (jobs[f"my-run-{role}"]["spec"] for role in ("train", "produce"))
+    for job, action, code in ((train, "FailJob", ConfigError), (produce, "FailIndex", ConfigError)):
+        first, second = job["podFailurePolicy"]["rules"]
+        assert (first["action"], first["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
+        assert (second["action"], code.exit_code in second["onExitCodes"]["values"]) == (action, True)
+        assert job["template"]["spec"]["restartPolicy"] == "Never"
+        [container] = job["template"]["spec"]["containers"]
+        assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+    again = {RunBusyError, StoreError, LedgerError, FencedError, RanksError}
+    values = train["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"]
+    assert not {kind.exit_code for kind in again} & set(values)
+    assert AGAIN not in values
+    assert (train["backoffLimit"], produce["backoffLimitPerIndex"]) == (4 * RESTARTS, RESTARTS)
+
+
+def test_torchrun_leaves_its_ranks_the_time_that_the_pod_has(write: Write) -> None:
+    """It would kill them after 30 seconds, in the middle of a step or a checkpoint."""
+    job = by_name(read(write(), hosts=2), "Job")["my-run-train"]["spec"]
+    grace_s = job["template"]["spec"]["terminationGracePeriodSeconds"]
+    [given] = re.findall(r"--shutdown-timeout ([0-9]+)", RANK)
+    assert 0.8 * grace_s <= int(given) < grace_s
 
 
 @pytest.mark.parametrize("script", [PRODUCER, RANK])
