@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Route, sync_playwright
 
 from paceline.data.answers import Answer, AnswerFiles
 from paceline.evaluation.curve import Point, record_point
@@ -235,6 +235,32 @@ def test_a_folder_without_runs_says_how_one_begins(chromium: Browser, tmp_path: 
         made(tmp_path / "one", 4)
         page.wait_for_selector("#run-title")
     assert not [one for one in problems if "ERR_CONNECTION_REFUSED" not in one]
+    page.context.close()
+
+
+def test_answers_that_could_not_be_read_are_asked_for_again_when_the_run_moves(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    """As while their file is replaced."""
+    made(tmp_path / "one", 4)
+    refused: list[str] = []
+
+    def answer(route: Route) -> None:
+        if refused:
+            route.continue_()
+        else:
+            refused.append(route.request.url)
+            route.fulfill(status=404, body="{}")
+
+    page = opened(chromium, 1280, "light", [])
+    page.route("**/answers", answer)
+    for url in served(tmp_path):
+        with page.expect_response("**/answers"):
+            page.goto(url)
+        run = RunByHand(tmp_path / "one")
+        run.train(run.capture(2))
+        run.ledger.close()
+        page.wait_for_selector("#answers summary")
     page.context.close()
 
 

@@ -12,7 +12,7 @@ const COMPARED = 6, HISTORY_MS = 3000;
 let runs = [], source = null, opened = null, drawnLineage = "";
 const histories = new Map(); // by run: {key, asked, history}
 const chosen = new Set();
-const answers = new Map(); // by run: {key, found}
+const answers = new Map(); // by run: {key, found, refused}
 let choseOnce = false;
 
 const named = () => new URLSearchParams(location.hash.slice(1));
@@ -48,14 +48,18 @@ function historyOf(one) {
   return kept.history;
 }
 
-// The answers of the newest measurement, read again when there is another one.
+// The answers of the newest measurement, read again when there is another one; if they could not be read, when
+// the run has moved.
 function answersOf(one) {
-  const kept = answers.get(one.run) ?? { key: "", found: null };
+  const kept = answers.get(one.run) ?? { key: "", found: null, refused: null };
   answers.set(one.run, kept);
+  const moment = `${one.status.step.number} ${one.status.state}`;
   const key = `${one.status.evaluation.curve.map((point) => point.step)} ${one.status.evaluation.speed_up}`;
-  if (key !== kept.key) {
-    kept.key = key;
-    fetch(`/api/runs/${one.run}/answers`).then((answer) => answer.ok ? answer.json() : null).then((found) => { kept.found = found; draw(); }).catch(() => { kept.key = ""; });
+  if (key !== kept.key || (kept.refused ?? moment) !== moment) {
+    Object.assign(kept, { key, refused: null });
+    fetch(`/api/runs/${one.run}/answers`)
+      .then((answer) => { kept.refused = answer.ok ? null : moment; return answer.ok ? answer.json() : null; })
+      .then((found) => { kept.found = found; draw(); }).catch(() => { kept.key = ""; });
   }
   return kept.found;
 }
