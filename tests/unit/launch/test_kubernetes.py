@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +201,9 @@ wait "$!" || wait "$!" || exit 1"""
 
 
 @pytest.fixture
-def pod(tmp_path: Path) -> Callable[..., subprocess.Popen[bytes]]:
-    """Starts a script of a pod, with programs of the test's own."""
+def pod(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts a script of a pod, with programs of the test's own; all end with the test, as in a pod."""
+    scripts: list[subprocess.Popen[bytes]] = []
     os.mkfifo(tmp_path / "fifo")
 
     def started(script: str, index: str = "0", **programs: str) -> subprocess.Popen[bytes]:
@@ -211,9 +214,15 @@ def pod(tmp_path: Path) -> Callable[..., subprocess.Popen[bytes]]:
         told = {"JOB_COMPLETION_INDEX": index, "HOSTS": "2", "RANKS": "1", "MEET": "first", "PAUSE_S": "0"}
         path = f"{tmp_path}:{os.environ['PATH']}"
         environment = {"PATH": path, "TMPDIR": str(tmp_path), "HERE": str(tmp_path), **told}
-        return subprocess.Popen(["/bin/bash", "-c", script], env=environment)
+        command = ["/bin/bash", "-c", script]
+        scripts.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        return scripts[-1]
 
-    return started
+    yield started
+    for pid in [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]:
+        with suppress(ProcessLookupError):
+            if os.getsid(pid) in {script.pid for script in scripts}:
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("ends", "code"), [(2, 2), (8, 8), (1, AGAIN), (3, AGAIN), (6, AGAIN), (137, AGAIN)])
