@@ -68,6 +68,10 @@ class DraftMethod(Protocol):
     def learning_rate_scales(self) -> Mapping[str, float]:
         """Factors on the learning rate by parameter name; 1 for every other parameter."""
 
+    def adamw_for(self) -> Sequence[str]:
+        """Muon leaves the matrices whose names contain one of these to AdamW, as it does vectors: embeddings,
+        heads and other tables of rows. The run file may name more (`training.optimizer`)."""
+
     def describe(self, draft: nn.Module) -> dict[str, Any]:
         """The draft's sizes as JSON values, for the checkpoint's manifest."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,13 +58,19 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    draft: nn.Module, settings: TrainingSection, scales: Mapping[str, float] | None = None
+    draft: nn.Module,
+    settings: TrainingSection,
+    scales: Mapping[str, float] | None = None,
+    adamw_for: Sequence[str] = (),
 ) -> torch.optim.Optimizer:
     """One group per parameter: decay on matrices only, and the method's factor on the learning rate.
+
+    `adamw_for`: what the method keeps from Muon, beside what the run file does.
 
     Fused AdamW passes over a parameter's memory once instead of a dozen times: a sixth of the time on a CPU.
     """
     chosen = settings.optimizer
+    kept = (*adamw_for, *chosen.adamw_for)
     for_muon: list[dict[str, Any]] = []
     for_adamw: list[dict[str, Any]] = []
     for name, parameter in draft.named_parameters():
@@ -75,7 +81,7 @@ def build_optimizer(
             "weight_decay": settings.weight_decay if parameter.dim() >= 2 else 0.0,
             "rate_scale": (scales or {}).get(name, 1.0),
         }
-        stays = chosen.name == "adamw" or parameter.dim() != 2 or any(n in name for n in chosen.adamw_for)
+        stays = chosen.name == "adamw" or parameter.dim() != 2 or any(n in name for n in kept)
         (for_adamw if stays else for_muon).append(group)
     rate, betas = settings.learning_rate, (settings.beta1, settings.beta2)
     adamw = torch.optim.AdamW(for_adamw, lr=rate, betas=betas, fused=True) if for_adamw else None

@@ -26,8 +26,8 @@ class OptimizerSection(Section):
 
     - `adamw`: for every parameter.
     - `muon`: updates a matrix by its momentum made orthogonal, scaled to the size of AdamW's updates, so that
-      both take one `learning_rate` (arXiv 2502.16982, section 2.2). AdamW keeps all vectors, and the matrices
-      whose names contain one of `adamw_for`.
+      both take one `learning_rate` (arXiv 2502.16982, section 2.2). AdamW keeps all vectors, the matrices
+      that the method names, and those whose names contain one of `adamw_for`.
     """
 
     name: Literal["adamw", "muon"] = "adamw"

@@ -120,8 +120,9 @@ class TorchLearner:
             assert self._group is not None
             self._sharding = Sharding(self.draft, self._rank, self._group.size)
             self._buffers = tensor_files.FileBuffers()  # those of the whole, if rank 0 has built it
-        scales = self._method.learning_rate_scales()
-        self.optimizer = build_optimizer(draft, self._settings.training, scales)
+        method, training = self._method, self._settings.training
+        scales, adamw_for = method.learning_rate_scales(), method.adamw_for()
+        self.optimizer = build_optimizer(draft, training, scales, adamw_for)
         decay = self._settings.training.ema_decay
         self._average = None if decay is None else WeightAverage(draft, decay)
 

@@ -51,6 +51,9 @@ class OneLayerGuess:
     def learning_rate_scales(self) -> Mapping[str, float]:
         return {}
 
+    def adamw_for(self) -> Sequence[str]:
+        return ("weight",)
+
     def describe(self, draft: nn.Module) -> dict[str, Any]:
         return {"states": 3}
 

@@ -150,6 +150,16 @@ def test_muon_turns_matrices_and_leaves_the_rest_to_adamw() -> None:
     assert float(singular[0]) < 1.5
 
 
+def test_what_the_method_keeps_from_muon_moves_by_adamw() -> None:
+    """Beside what the run file keeps."""
+    muon = TrainingSection(optimizer=OptimizerSection.parse({"name": "muon", "adamw_for": ["2."]}))
+    kept, plain = _draft(), _draft()
+    _train(kept, build_optimizer(kept, muon, adamw_for=("0.",)), range(1, 3))
+    _train(plain, build_optimizer(plain, TrainingSection()), range(1, 3))
+    for name, weight in plain.named_parameters():
+        assert torch.equal(kept.get_parameter(name), weight), name
+
+
 def test_an_optimizer_has_only_its_own_knobs() -> None:
     """`optimizer: muon` is a mapping with that name, and a knob that would be ignored is refused."""
     assert TrainingSection.parse({"optimizer": "muon"}).optimizer.name == "muon"

@@ -113,6 +113,9 @@ class DFlashMethod:
         is_regressed = self.settings.init == "regression" and self._start is None
         return _REGRESSION_RATES if is_regressed else {}
 
+    def adamw_for(self) -> Sequence[str]:
+        return ()
+
     def describe(self, draft: nn.Module) -> dict[str, Any]:
         assert isinstance(draft, DFlashDraft)  # narrows the protocol's type
         config = draft.config

@@ -126,6 +126,9 @@ class Eagle3Method:
             name: rate for name, rate in rates.items() if chosen.train_lm_head or name != "lm_head.weight"
         }
 
+    def adamw_for(self) -> Sequence[str]:
+        return ("lm_head", "mask_hidden")
+
     def describe(self, draft: nn.Module) -> dict[str, Any]:
         assert isinstance(draft, Eagle3Draft)  # narrows the protocol's type
         return asdict(draft.config)
