@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import re
 import subprocess
 import sys
 import tomllib
@@ -69,3 +71,38 @@ def test_a_link_to_nothing_is_refused(
     monkeypatch.setattr(lay_pages, "ROOT", tmp_path)
     with pytest.raises(ValueError, match=r"page\.md links to gone\.md"):
         lay_pages.page(tmp_path / "page.md")
+
+
+# Words that name no actor. `who` stands only behind the person it means: a process is named by its role.
+NO_ACTOR = re.compile(
+    r"\b(nobody|somebody|everybody|anybody|whoever|whom|(?<!user )(?<!users )who)\b", re.IGNORECASE
+)
+
+PROMPTS = {"Who leads?"}  # for the target, not for users
+
+
+def messages(path: Path) -> Iterator[tuple[int, str]]:
+    """The texts of a module that a user may see, by their lines: all but the docstrings."""
+    tree = ast.parse(path.read_text())
+    documented = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documented:
+            yield node.lineno, node.value
+
+
+def test_messages_name_the_actor() -> None:
+    """A producer, the consumer, a reader, the server or the user did it; `nobody` helps no reader."""
+    nameless = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for path in sorted((ROOT / "src" / "paceline").rglob("*.py"))
+        if "testing" not in path.parts
+        for line, text in messages(path)
+        if NO_ACTOR.search(text) and text not in PROMPTS
+    ]
+    assert not nameless, "\n".join(nameless)

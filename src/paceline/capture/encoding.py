@@ -291,7 +291,7 @@ def places_to_write(chat: Chat) -> list[int]:
     if any(role in ("user", "tool") for role in unanswered):
         places.append(len(messages))
     if not places:
-        raise _UnusableError("it is a chat in which nobody asks")
+        raise _UnusableError("it is a chat in which no user and no tool says anything to answer")
     return places
 
 

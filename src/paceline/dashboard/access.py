@@ -88,7 +88,7 @@ def check_token(host: str, token: str | None) -> None:
     if token is None and not (host == "localhost" or is_loopback(host)):
         raise ConfigError(
             f"{host} can be reached from elsewhere, and there is no token.",
-            why="The dashboard shows prompts, answers and paths to whoever asks.",
+            why="The dashboard shows prompts, answers and paths to every user who can reach it.",
             next="give a token with --token-file FILE or PACELINE_DASHBOARD_TOKEN; or leave out --host, and "
             "reach this machine through ssh -L",
         )

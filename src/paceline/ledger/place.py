@@ -80,7 +80,7 @@ class Known:
                 view.close()
             raise LedgerError(
                 f"This is not the ledger that {directory / FILE} tells of, but {what}: {where}.",
-                why="Whoever goes on without the run's own trains samples again. Nothing was changed.",
+                why="A run that goes on with another ledger trains samples again. Nothing was changed.",
                 next=section.advice(directory),
             )
         assert view is not None, "it has facts"

@@ -135,7 +135,7 @@ class Evaluation(Struct, frozen=True, kw_only=True):
 
 
 class Waiting(Struct, frozen=True, kw_only=True):
-    """Who waits for whom, of the newest seconds."""
+    """Which side waits for the other, of the newest seconds."""
 
     consumer_share: Annotated[float | None, Meta(description="the consumer waited for samples")] = None
     producer_share: Annotated[float | None, Meta(description="the producers waited for room, their mean")] = (
@@ -167,7 +167,7 @@ class RunStatus(Struct, frozen=True, kw_only=True):
     error: Annotated[str, Meta(description="the error that the run ended with; empty if none")] = ""
     stopped_flat: Annotated[str, Meta(description="why training ended early; empty if it did not")] = ""
     ledger: Annotated[str, Meta(description="where the ledger is, if it is no file of the run's folder")] = ""
-    waits_for: Annotated[str, Meta(description="the group that training waits for, and who holds it")] = ""
+    waits_for: Annotated[str, Meta(description="the group that training waits for, and its producer")] = ""
     ranks: Annotated[
         str, Meta(description="how many ranks train since which step; empty if there was always one")
     ] = ""

@@ -156,7 +156,7 @@ def would_move(config: RunConfig, recorded: Mapping[str, Any] | None, ours: Path
     if recorded is None:
         return StoreError(
             "No producer of this run has begun to store features yet.",
-            why="Who joins must see that it stores them where the others do.",
+            why="A producer that joins must store them where the others do, and cannot tell yet where.",
             next="once `paceline train` captures, run the same command again.",
         )
     theirs = recorded["folder"]

@@ -57,7 +57,7 @@ def _snapshot(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
             snapshot_download(name, revision=revision, allow_patterns=list(wanted), ignore_patterns=UNWANTED)
         )
     except errors.GatedRepoError:
-        reason, advice = "the hub gives it only to those who accepted its terms", _LOG_IN
+        reason, advice = "the hub gives it only to users who accepted its terms", _LOG_IN
     except errors.RepositoryNotFoundError:
         reason, advice = f"there is neither a folder {name} nor such a model that you may read", _LOG_IN
     except errors.RevisionNotFoundError:

@@ -72,7 +72,7 @@ class Alone:
         """Nobody hears it."""
 
     def hear(self) -> bytes:
-        raise AssertionError("rank 0 tells, and hears nobody")
+        raise AssertionError("rank 0 tells, and hears no rank")
 
     def exchange(self, message: bytes) -> list[bytes]:
         return [message]

@@ -175,10 +175,10 @@ def test_the_first_message_and_a_call_with_its_result_are_given() -> None:
         encoding(), {"messages": [{"role": "assistant", "content": "hi"}, *chat("why")["messages"]]}
     )
     assert text_of(greeted) == "ahi.uwhy.a"
-    assert "nobody asks" in broken(encoding(), {"messages": [greeting]})[0]
-    assert "nobody asks" in broken(encoding(), {"messages": []})[0]
+    assert "says anything to answer" in broken(encoding(), {"messages": [greeting]})[0]
+    assert "says anything to answer" in broken(encoding(), {"messages": []})[0]
     system = {"role": "system", "content": "be brief"}
-    assert "nobody asks" in broken(encoding(), {"messages": [system]})[0]
+    assert "says anything to answer" in broken(encoding(), {"messages": [system]})[0]
     [ended] = encoded(encoding(), {"messages": [*chat("why", "so")["messages"], system]})
     assert (text_of(ended), ended.chat) == ("uwhy.a", None), "nothing is asked after the answer"
 

@@ -130,7 +130,7 @@ class Http:
         if status in (401, 403):
             raise ConfigError(
                 "The server refuses the key." if self._key else "The server wants a key, and none was given.",
-                why="It answers only who knows its key.",
+                why="It answers only requests that carry its key.",
                 next="put the key into an environment variable and name it in engine.api_key_variable.",
             )
         if status == 429 or status >= 500:
@@ -138,7 +138,7 @@ class Http:
         if status != 200:
             raise EngineError(
                 f"The server refused a request: {status} {self.said(body)}",
-                why="It would refuse it again.",
+                why="The server would refuse the same request again.",
                 next="act on the server's words; prompt and answer must fit into the length that it serves.",
             )
 
@@ -188,7 +188,7 @@ def key_of(variable: str | None) -> str:
     if variable and not key:
         raise ConfigError(
             f"There is no environment variable {variable}, which engine.api_key_variable names.",
-            why="The server answers only who knows its key.",
+            why="The server answers only requests that carry its key.",
             next=f"export {variable}=... and run the same command again.",
         )
     if not key.isprintable() or any(ord(character) > LATIN_1_MAX for character in key):

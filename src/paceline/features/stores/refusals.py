@@ -116,6 +116,6 @@ def over_budget(sample_id: str, size: int, where: Path | str, budget_bytes: int)
 def reader_may_not(verb: str, where: Path | str) -> StoreError:
     return StoreError(
         f"This process may not {verb} in {where}: it opened the store as a reader.",
-        why="Only who is given generations by the ledger writes; a reader is none.",
+        why="Only a producer writes: the ledger gives it the generations. A reader has none.",
         next=f"{verb} in a producer, which opens the store with owner=True.",
     )

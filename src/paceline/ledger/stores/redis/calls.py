@@ -158,7 +158,7 @@ class Calls:
         if self._seen is None and status == "copying":
             return LedgerMissingError(
                 f"{self} is a copy that is not whole.",
-                why="Whoever makes it is at work, or was interrupted; nothing uses it.",
+                why="The process that makes it is still at work, or was interrupted; no run uses it.",
                 next="copy the ledger again.",
             )
         if self._seen is None:

@@ -46,7 +46,7 @@ class Requirements:
         if not facts:
             raise self._refused(
                 "does not let this user use the command INFO",
-                "Without it nobody knows whether the server may lose the ledger.",
+                "Without it Paceline cannot tell whether the server may lose the ledger.",
                 "ACL SETUSER ... +info",
             )
         if facts.get("loading") == "1":  # until then it tells of no append-only file
