@@ -9,7 +9,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def multiplies_bfloat16(cpuinfo: Path = CPUINFO) -> bool:
-    """Whether they have instructions for products in bfloat16; False if nobody can tell."""
+    """Whether they have instructions for products in bfloat16; False if the system does not tell."""
     try:
         text = cpuinfo.read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""The producers of one run, as one of them sees the others: who lives, who holds what, and who is given up.
+"""The producers of one run, as one of them sees the others: which live, what they hold, which it gives up.
 
 A producer says in a fact of the ledger, a few times per time-out, that it lives and which groups it holds.
 An observer counts time by its own monotonic clock only: a producer whose fact has not changed for the
@@ -6,8 +6,8 @@ time-out is taken for dead, and its role is taken over, so that its leases retur
 is refused. Safety is the epoch's alone; a time-out that is too short costs work, never samples.
 
 Two rules keep a slow producer from holding up the others. No producer leases a group that is further from the
-settled prefix than the budget can hold (`bound`), so that those who run ahead never take the room of the
-group that everybody waits for. And a group that is held many times longer than this producer needs for one,
+settled prefix than the budget can hold (`bound`), so that those that run ahead never take the room of the
+group that all others wait for. And a group that is held many times longer than this producer needs for one,
 while it has nothing else to do, is taken from its holder.
 """
 
@@ -58,7 +58,7 @@ class Neighbours:
         self._seen: dict[str, tuple[object, float]] = {}  # of each worker: what it said last, and since when
         self._watched_at = self._looked_at = 0.0
         self._watching = Lock()
-        self._prefix: tuple[object, float] = (None, 0.0)  # which group everybody waits for, and since when
+        self._prefix: tuple[object, float] = (None, 0.0)  # which group all others wait for, and since when
         self._stolen: set[int] = set()  # groups that this producer took from others, each once
         self._longest_s = 0.0
         self._telling = Lock()
@@ -79,7 +79,7 @@ class Neighbours:
     def end(self) -> None:
         """Leave: in good order if every lease was given back, else in silence: the others take it over.
 
-        Nobody else would return what an error has left, if this producer is not started again.
+        No other process would return what an error has left, if this producer is not started again.
         """
         if self._end is not None:
             self._end.set()
@@ -197,8 +197,9 @@ class Neighbours:
         """Prompts from this ordinal on are not to be leased now; None: there is no bound.
 
         The settled prefix only grows, so a bound stays right however late it is used. The holder of the
-        prefix has none: its groups have room, and nobody waits for another's. Who keeps prompts aside has
-        none either: only a later group can show whether these are to blame, and theirs was room for one.
+        prefix has none: its groups have room, and none waits for another's. A producer that keeps prompts
+        aside has none either: only a later group can show whether these are to blame, and theirs was room
+        for one.
         """
         now = self._session.snapshot()
         if (

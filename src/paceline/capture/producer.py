@@ -115,8 +115,8 @@ class Producer:
     def stay(self, should_stop: Callable[[], bool]) -> bool:
         """After `run`: wait until a prompt is open again; False if asked to stop first.
 
-        The others hear meanwhile that this producer lives, so nobody is given its name. Raises FencedError if
-        it was taken for dead all the same.
+        The others hear meanwhile that this producer lives, so no other is given its name. Raises FencedError
+        if it was taken for dead all the same.
         """
         if self._neighbours is not None:
             self._neighbours.begin()
@@ -232,9 +232,8 @@ class Producer:
             return 0
         try:
             fresh = self.session.commit(refs)
-        except (
-            FencedError
-        ):  # whoever took the work over may have looked for these bytes before they were here
+        except FencedError:
+            # The producer that took the work over may have looked for these bytes before they were here.
             self._features.free(list(generations.items()))
             raise
         self._upkeep.free_unwanted(refs, fresh)

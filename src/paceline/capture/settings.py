@@ -33,7 +33,7 @@ class CaptureSettings(CaptureSection, AnswersSection):
     """The producer's settings: its sections of the run file, and what the rest of the run file decides.
 
     `features`: what the draft's method trains on, from `DraftMethod.features`; `strategy` is the method's
-    name. `answers`: who writes them. `max_prompt_tokens`: of a prompt; of a sample whose answers are given,
+    name. `answers`: their source. `max_prompt_tokens`: of a prompt; of a sample whose answers are given,
     together with `max_answer_tokens`; None: no limit. `too_long`: what becomes of longer ones.
     """
 

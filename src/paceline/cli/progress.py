@@ -1,4 +1,4 @@
-"""Shows a run to the person who trains it: live on a terminal, as lines in a log, once as text."""
+"""Shows a run to the user who trains it: live on a terminal, as lines in a log, once as text."""
 
 from __future__ import annotations
 

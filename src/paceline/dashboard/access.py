@@ -1,4 +1,4 @@
-"""Who may look: the Host header, the token, and what a browser may do with the page.
+"""Which requests may look: the Host header, the token, and what a browser may do with the page.
 
 A page of another site can point a name of its own at this machine and have a visitor's browser ask here. Its
 requests carry that name, so only this machine's names and addresses are answered. A token is never part of an

@@ -120,7 +120,7 @@ class Runs:
         self._lock = Lock()
 
     def shown(self, opened: str = "") -> list[RunShown]:
-        """All runs. `opened`: the id of the one that somebody looks at."""
+        """All runs. `opened`: the id of the one that a browser looks at."""
         return [run.shown(is_open=run.id == opened) for run in self._listed()]
 
     def find(self, run: str) -> _Run:

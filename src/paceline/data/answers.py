@@ -7,12 +7,12 @@ other engine does so if the sample came back with others. Another run may train 
 Each file covers a range of ordinals and is appended to. A record is its length, one answer (MessagePack), and
 a digest of both. The last whole record of an ordinal counts. A crash may leave a torn record at the end; its
 sample was not committed, and the next writer cuts it off. If most of a file is records that count no more,
-the next writer writes it anew without them. Answers of samples that were never committed are there, too: who
-reads another run's answers asks its ledger which samples were.
+the next writer writes it anew without them. Answers of samples that were never committed are there, too: a
+reader of another run's answers asks its ledger which samples were.
 
 Several producers of one host write to the same files, in turns under a file lock. A producer makes sure in
 its turn that it is not replaced, so a record of a replaced one stands before every record of its successor.
-On several hosts nobody relies on locks: each producer's process has files of its own in a folder that they
+On several hosts no producer relies on locks: each one's process has files of its own in a folder that they
 share (`writer`), and the record of the highest generation counts.
 """
 
@@ -185,7 +185,7 @@ class AnswerFiles:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """The kernel ends the turn of a process that dies. Who has files of its own needs none."""
+        """The kernel ends the turn of a process that dies. A process that has files of its own needs none."""
         make_folder(self._folder)
         if self._writer:
             yield

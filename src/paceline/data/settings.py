@@ -1,4 +1,4 @@
-"""The run file's `data` section: what a run reads, who writes the answers, and how long both may be."""
+"""The run file's `data` section: what a run reads, where answers come from, how long both may be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which methods' drafts an export takes, for whoever asks before there is a draft. No torch.
+"""Which methods' drafts an export takes, for callers that ask before there is a draft. No torch.
 
 A test compares it with the exports themselves (exports/servers.py).
 """

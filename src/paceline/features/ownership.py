@@ -231,7 +231,7 @@ def _remove_files(folder: Path, *kinds: re.Pattern[str]) -> None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Files of other programs stay, and those that a network filesystem keeps for who has them open."""
+    """Files of other programs stay, and those that a network filesystem keeps because they are open."""
     try:
         folder.rmdir()
     except OSError as error:
@@ -274,7 +274,7 @@ def make_store_id(folder: Path) -> str:
         aside = folder / f"{STORE_ID}.{secrets.token_hex(8)}.new"
         write_file(aside, secrets.token_hex(STORE_ID_BYTES // 2).encode())
         try:
-            (folder / STORE_ID).hardlink_to(aside)  # never over one that somebody has recorded
+            (folder / STORE_ID).hardlink_to(aside)  # never over one that a ledger has recorded
         except OSError:  # another start was faster, or this filesystem knows no links
             aside.unlink() if store_id(folder) else aside.rename(folder / STORE_ID)
         else:

@@ -2,9 +2,9 @@
 
 A file is written under another name, closed, and renamed, so it appears whole or not at all. Its name follows
 from the sample and the generation, and no generation is used twice. So no two processes ever write one file,
-nobody needs a lock, and nobody asks for a name before it may be there: a network filesystem's client has no
+no process needs a lock, and none asks for a name before it may be there: a network filesystem's client has no
 stale answer about it. Files of a thousand consecutive generations lie in one folder, which goes with the last
-of them. Nothing here trusts a listing that may be old: what is freed is named, and who does not find a file
+of them. Nothing here trusts a listing that may be old: files are freed by name, and a reader that misses one
 looks again. No torch.
 """
 

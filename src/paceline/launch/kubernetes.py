@@ -154,8 +154,8 @@ class Pods:
         return job
 
     def meeting_point(self) -> list[Manifest]:
-        """The names by which the ranks' pods find each other, also before they are ready. Nobody else reaches
-        the ports of torchrun, gloo and NCCL, which know no password."""
+        """The names by which the ranks' pods find each other, also before they are ready. No other pod
+        reaches the ports of torchrun, gloo and NCCL, which know no password."""
         service = {
             "apiVersion": "v1",
             "kind": "Service",

@@ -15,7 +15,7 @@ A row is the name of its table and a list of JSON values, in the order of schema
     archive      the steps of one block: step, rev, [[place, sample_id, ordinal, finished], ...]
 
 Tables come in this order, rows by their first value. A role's last operation and its result stay behind:
-whoever could repeat it does not know the copy.
+the process that could repeat it does not know the copy.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Movable(Protocol):
         """That ledger; None if there is none."""
 
     def write(self, rows: Iterable[Row], over: Standing | None) -> None:
-        """Write a ledger that nobody can open yet. Raises LedgerError if it would take the place of another
-        ledger than `over`, which stood there when it was looked at (None: of none)."""
+        """Write a ledger that no process can open yet. Raises LedgerError if it would take the place of
+        another ledger than `over`, which stood there when it was looked at (None: of none)."""
 
     def written(self) -> Iterator[Row]:
         """What `write` wrote."""

@@ -1,6 +1,6 @@
 """Which of the next samples make one optimizer step, or one part of it, by their tokens.
 
-All functions are pure and know only sizes: so a step's samples follow from the log, whoever cuts them.
+All functions are pure and know only sizes: so a step's samples follow from the log alone.
 """
 
 from __future__ import annotations

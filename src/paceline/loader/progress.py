@@ -1,4 +1,4 @@
-"""How far a run is, where nobody knows the number of its steps: the share of its visits that are made.
+"""How far a run is, where the number of its steps is unknown: the share of its visits that are made.
 
 It follows from a position in the order of visits and from the number of prompts, so a resumed run knows it
 without a count of its own. Prompts that fail count as if they had been visited.

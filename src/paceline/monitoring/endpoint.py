@@ -16,7 +16,7 @@ REQUEST_S = 10.0
 
 
 class MetricsServer(ThreadingHTTPServer):
-    """Call `serve_forever`. On a loopback address it answers only who asks for this machine by name."""
+    """Call `serve_forever`. On a loopback address it answers only requests that name this machine."""
 
     daemon_threads = True
 

@@ -1,6 +1,6 @@
 """The points of a run's curves that are durable: each step once, and only when a checkpoint covers it.
 
-A step that is trained again after a crash replaces what it was before anybody saw it. So a tracker never
+A step that is trained again after a crash replaces what it was before a tracker saw it. So a tracker never
 holds a step twice, nor one that was rolled back, and none needs to know how to take a point back.
 """
 

@@ -172,7 +172,7 @@ def _prompts(s: RunSnapshot) -> Prompts:
 
 
 def _planned_prompts(facts: Mapping[str, Any]) -> int | None:
-    """Prompts x rounds. Of a mixture only the sources tell, and of a ledger of another program nobody."""
+    """Prompts x rounds. Of a mixture only the sources tell; a ledger of another program does not."""
     recorded, found = facts.get(CONFIG), facts.get(PROMPTS)
     stretches = found.get("stretches") if isinstance(found, dict) else None
     if not isinstance(stretches, list) or not stretches or not isinstance(recorded, dict):

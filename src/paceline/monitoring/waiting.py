@@ -1,4 +1,4 @@
-"""Who waits for whom, as a sentence with advice."""
+"""Which side of a run waits for the other, as a sentence with advice."""
 
 from __future__ import annotations
 

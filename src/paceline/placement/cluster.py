@@ -176,7 +176,7 @@ def _connect(ray: Any, address: str) -> None:
 
 
 def of_a_local_cluster() -> dict[str, str]:
-    """Variables for a cluster of one's own: it has a token that is in no file, and reports to nobody."""
+    """Variables for a cluster of one's own: it has a token that is in no file, and sends no usage report."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     return {**token, "RAY_USAGE_STATS_ENABLED": "0"}
 

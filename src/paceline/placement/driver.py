@@ -192,7 +192,7 @@ class Follower:
         self._asked += 1
 
     def _say_stop(self) -> bool:
-        """Hand a request to stop on. False: nobody hears it, and the run's actors were removed."""
+        """Hand a request to stop on. False: no actor hears it, and the run's actors were removed."""
         self._sent += 1
         if self._sent > 1 and self._is_silent:
             self._cluster.end_all(self._names)
@@ -234,7 +234,7 @@ class Follower:
             )
         self._tell(f"the trainer is on {told['host']}")
         self._born, self._after = told["born"], 0
-        self._sent = 0  # it was placed again, and nobody has asked it to stop
+        self._sent = 0  # it was placed again, and was not asked to stop yet
 
     def _missed(self, error: Exception) -> None:
         """Raise PacelineError unless Ray starts the actor again."""

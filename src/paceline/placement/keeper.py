@@ -1,7 +1,7 @@
 """Keeps one command of a run going on the node where Ray has placed it. It imports no Ray.
 
-The command is the one that a person would type there, and all guarantees are its processes' own: the kernel
-asks them to stop when this process dies, and the ledger refuses whoever was replaced meanwhile.
+The command is the one that a user would type there, and all guarantees are its processes' own: the kernel
+asks them to stop when this process dies, and the ledger refuses a process that was replaced meanwhile.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Keeper:
         """Start the command, and start it again for as long as that helps."""
         try:
             verdict = self._keep()
-        except Exception as error:  # noqa: BLE001 (whoever looks is told)
+        except Exception as error:  # noqa: BLE001 (the driver is told)
             self._error, verdict = explained(error), Verdict.FAILED
             self._code = self._error.exit_code
         self._verdict = verdict

@@ -45,7 +45,7 @@ LEDGERS = {
 
 @dataclass(frozen=True)
 class Work:
-    """What the run's samples ask of everybody. `tokens`: that are captured for one, `targets` that it trains;
+    """What the run's samples ask of all hosts. `tokens`: that are captured for one, `targets` that it trains;
     `bytes_about`: of its features, `bytes_max`: what is reserved for them."""
 
     samples: int

@@ -111,7 +111,7 @@ def _digest(checkpoint: Checkpoint) -> str:
 def keep_answers(config: RunConfig, point: Point, answers: Answers, events: Report = no_report) -> None:
     """Keep the answers of this point's measurement in the place of an older one's.
 
-    Before the point is recorded: whoever sees the point finds them. They only illustrate it, so the
+    Before the point is recorded: a reader that sees the point finds them. They only illustrate it, so the
     measurement goes on without them if they cannot be written; `events` hears why.
     """
     ways, left_out = within_limits(answers.of_ways)

@@ -110,7 +110,7 @@ def _take_from_silent(
     tell: Callable[[str], None],
     should_stop: Callable[[], bool],
 ) -> None:
-    """The run goes on here if nobody lives where its features lie. Raises StoreError if somebody does."""
+    """The run goes on here if no producer lives where its features lie. Raises StoreError if one does."""
     facts, timeout_s = ledger.facts(), config.machine.producer_timeout_s
     for worker in elsewhere(facts, config.run.directory):
         about = producers_in(facts)[worker]
@@ -160,7 +160,7 @@ def engine_folder(config: RunConfig) -> Path:
 
 
 class EngineFolder:
-    """That folder, in use from `take` to `close`; nobody reads its files afterwards. For the producer."""
+    """That folder, in use from `take` to `close`; no process reads its files afterwards. For the producer."""
 
     def __init__(self, config: RunConfig) -> None:
         self._folder = engine_folder(config)

@@ -1,9 +1,9 @@
 """Where a run's features lie, and whether this process sees them there.
 
 In the memory of one host the place is a folder, its device and the host's boot. In a folder that hosts share
-it is the store's identity, a file that the first start writes and that is recorded in the ledger: who finds
-another one, or none, has not mounted what the others have, and must not go on. Each host may have mounted it
-in a place of its own.
+it is the store's identity, a file that the first start writes and that is recorded in the ledger. A role that
+finds another one, or none, has not mounted what the others have, and must not go on. Each host may have
+mounted it in a place of its own.
 
 In the memory that producers give to a Mooncake master the place is a name, which the first role chooses in
 the ledger, and the master that knows a live producer of that name.
@@ -44,7 +44,7 @@ def is_on_several_hosts(config: RunConfig) -> bool:
 
 
 def name_on_all_hosts(config: RunConfig, ledger: Ledger) -> str:
-    """The name of the features' folder on every host; the first who asks chooses it."""
+    """The name of the features' folder on every host; the first role that asks chooses it."""
     name: str | None = ledger.facts().get(FEATURES_NAME)
     if name is None:
         chosen = f"{PREFIX}{config.run.name}-{secrets.token_hex(4)}"

@@ -99,7 +99,7 @@ def states_of_a_token(features: Sequence[Feature]) -> int:
 
 class Window(Section):
     """`samples`: of the largest size, that the budget holds. `collected_samples`: what the trainer must have
-    before it can go on. `needed_bytes`: the least budget with which nobody waits for ever."""
+    before it can go on. `needed_bytes`: the least budget with which no role waits for ever."""
 
     budget_bytes: int
     samples: int

@@ -1,4 +1,4 @@
-"""HostsPlan: what a run will take on hosts that a file describes: who works where, what binds, how long.
+"""HostsPlan: what a run will take on hosts that a file describes: the roles of each, what binds, how long.
 
 `paceline plan RUN.yaml --hosts FILE` shows it (docs/at-scale.md). No torch.
 """

@@ -46,7 +46,7 @@ class RunSnapshot:
     """`live`, `blocked_s` and `last_group` are by role: the producers first, then the consumer.
 
     `blocked_s`: how long each role has waited for the other side since its last start. `away`: producers on
-    other hosts, with what each has told. `waits_for`: the group that training waits for, and who holds it.
+    other hosts, with what each has told. `waits_for`: the group that training waits for, and its producer.
     `notes`: the producers' notes on the prompts since their last starts. `events`: the newest ones, by role.
     """
 
@@ -198,7 +198,7 @@ def _other_ranks(directory: Path) -> dict[str, int]:
 
 
 def _waits_for(now: Snapshot) -> str:
-    """The group at the settled prefix and its holder, by what that one has told; "" if nobody holds it."""
+    """The group at the settled prefix and its producer, by what that one has told; "" if none holds it."""
     size = setting(now.facts.get(CONFIG, {}), "capture.group_size")
     for worker, told in producers_in(now.facts).items():
         for first, held_s in told.get("holds", ()):

@@ -107,7 +107,7 @@ def without_place(environment: Mapping[str, str]) -> dict[str, str]:
 class MeetingPoint:
     """Where the ranks of one attempt on this host meet: a port of the loopback address that the kernel chose.
 
-    Rank 0 inherits the socket, which listens already, so nobody else can have taken the port meanwhile.
+    Rank 0 inherits the socket, which listens already, so no other process can have taken the port meanwhile.
     """
 
     def __init__(self, ranks: int) -> None:

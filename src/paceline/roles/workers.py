@@ -31,7 +31,7 @@ PRODUCER, CONSUMER = "producer", "consumer"
 SUPERVISOR = "supervisor"
 JOIN = "--join"  # what stands for a worker's name that is yet to be chosen
 CLAIM = "claim"  # of what a producer tells: that it has joined, and not begun yet
-JOINING = "joining"  # the lock of whoever chooses a name; who keeps the roles out takes it, too
+JOINING = "joining"  # the lock of a producer that chooses its name, and of a process that keeps roles out
 LOOK_S = 1.0
 CHOOSING_S = 10.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -136,7 +136,7 @@ def take_from_killed(config: RunConfig, ledger: Ledger, role: str) -> None:
     Its next process would return them only once it has loaded its target, the others after the time-out.
     """
     told, worker = producers_in(ledger.facts()), worker_of(role)
-    is_dead = live_holder(config.run.directory, role) is None  # and its name is nobody else's
+    is_dead = live_holder(config.run.directory, role) is None  # and its name is no other process's
     if worker in told and told.keys() - {worker} and is_dead:
         take_from(ledger, [worker], "its process has ended")
 
@@ -227,7 +227,7 @@ class KeptName:
 
 
 def _first_free(config: RunConfig, ledger: Ledger) -> RoleLock:
-    """The lock says that nobody has the name here, and the ledger that nobody has it elsewhere."""
+    """The lock says that no producer has the name here, and the ledger that none has it elsewhere."""
     directory, facts = config.run.directory, ledger.facts()
     about = {**about_this_process(directory), CLAIM: secrets.token_hex(8)}
     for number in count(max(1, config.machine.producers, facts.get(PRODUCERS_STARTED, 0))):

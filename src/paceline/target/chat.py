@@ -4,7 +4,7 @@ An answer's own time is the chat before it, with a generation prompt, and the an
 target has written it, or as the template renders the chat that ends with it. A token of the whole chat is an
 answer's if the whole, from its beginning to this token, equals that earlier text. So a template that renders
 earlier turns in another way (it drops their thoughts, moves the system prompt, ends them with another token)
-makes them context from where they differ, and never targets that nobody would write.
+makes them context from where they differ, and never targets that the target would not write.
 """
 
 from __future__ import annotations

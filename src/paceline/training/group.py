@@ -36,7 +36,7 @@ class Group:
         `timeout_s`: how long each later call waits for the others.
         """
         self.rank, self.size = place.rank, place.ranks
-        if place.is_one_host:  # nobody else needs to reach these sockets
+        if place.is_one_host:  # no other host needs to reach these sockets
             os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
         backend = (

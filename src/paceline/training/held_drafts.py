@@ -2,8 +2,8 @@
 
 They lie in `checkpoints/best`, each as a folder of its checkpoint's name with the manifest and the draft's
 file, or all parts of it: hard links, which cost no bytes while the checkpoint is there and outlive its
-removal. Who holds a draft asks no process for it, so training never waits. No recovery looks there: a run
-goes on from its newest checkpoint, not from its best. No torch here.
+removal. A process that holds a draft asks none for it, so training never waits. No recovery looks there: a
+run goes on from its newest checkpoint, not from its best. No torch here.
 """
 
 from __future__ import annotations

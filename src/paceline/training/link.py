@@ -20,8 +20,8 @@ class Place:
     """One process among the ranks, as torchrun tells it to each.
 
     `address`, `port`: where rank 0 listens while the ranks meet; `listens`: the descriptor of a socket that
-    already listens there, if somebody has opened one. `on_host`, `ranks_on_host`: its number among the ranks
-    on its host, and how many these are; None if the launcher does not say.
+    already listens there, if the supervisor has opened one. `on_host`, `ranks_on_host`: its number among
+    the ranks on its host, and how many these are; None if the launcher does not say.
     """
 
     rank: int
@@ -64,12 +64,12 @@ class Link(Protocol):
 
 
 class Alone:
-    """The link of a training with one rank: there is nobody to tell."""
+    """The link of a training with one rank: there is no other to tell."""
 
     rank, size = 0, 1
 
     def tell(self, message: bytes) -> None:
-        """Nobody hears it."""
+        """No other rank hears it."""
 
     def hear(self) -> bytes:
         raise AssertionError("rank 0 tells, and hears no rank")
@@ -82,7 +82,7 @@ class Alone:
         return content
 
     def leave(self) -> None:
-        """There was nobody."""
+        """There was no other rank."""
 
 
 def meet(link: Link, call: str, message: bytes) -> list[bytes]:

@@ -19,7 +19,7 @@ def learning_rate_at(step: int, settings: TrainerSettings, progress: float | Non
     Without `total_steps` the rate is constant after the warm-up. The steps up to each of `totals_before` keep
     the rates that they had before the run was extended.
 
-    `progress`: the share of the run that is done after the step, where nobody knows the number of steps. Then
+    `progress`: the share of the run that is done after the step, where the number of steps is unknown. Then
     the cosine falls with it (or up to `max_steps`, if that comes first), and the warm-up is a factor on it.
     """
     section = settings.training

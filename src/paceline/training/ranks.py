@@ -447,7 +447,7 @@ class _Answered(msgspec.Struct):
 
 
 def _answered(act: Callable[[], Answer]) -> _Answered:
-    """The answer to give, also of an act that failed. Raises RanksError: then nobody is there to answer."""
+    """The answer to give, also of an act that failed. Raises RanksError: then no rank is there to answer."""
     try:
         return _Answered(act())
     except RanksError:

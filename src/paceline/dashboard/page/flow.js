@@ -1,4 +1,4 @@
-// A sample's way as eight stages, and who waits for whom.
+// A sample's way as eight stages, and which side waits for the other.
 
 import { h, show, table } from "./dom.js";
 import { NONE, bytes, duration, fixed, percent, rate, whole } from "./format.js";

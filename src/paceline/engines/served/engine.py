@@ -126,7 +126,7 @@ class ServedEngine(ABC):
 
     @abstractmethod
     def _remove_files(self) -> None:
-        """Remove files of requests that nobody waits for any more."""
+        """Remove files of requests that no producer waits for any more."""
 
     def _failed(self, error: Exception) -> None:  # noqa: B027 (most have nothing to do)
         """A request got no answer, and the server was not found ready since. Called inside the gate."""

@@ -92,7 +92,7 @@ def own_prefix(run: Path) -> str:
 
 
 def sweep(folder: Path, prefix: str, suffixes: tuple[str, ...], older_than_s: float = 0.0) -> int:
-    """Remove files of a run's requests that nobody waits for any more; their number.
+    """Remove files of a run's requests that no producer waits for any more; their number.
 
     The folder may be the user's own and hold anything else: only names with the run's `prefix` are removed.
     """

@@ -81,7 +81,7 @@ class SinkFiles:
         return self._states(name, data, manifest, token_ids)
 
     def sweep(self, older_than_s: float) -> int:
-        """Remove the run's files that nobody waits for any more; their number."""
+        """Remove the run's files that no producer waits for any more; their number."""
         whole = sweep(self.folder, self._prefix, (".json", ".safetensors"), older_than_s)
         return whole + sweep(self.folder, f".{self._prefix}", (".new",), older_than_s)
 

@@ -6,7 +6,7 @@ id of the producer's (ID) and it asks for hidden states; its answer carries none
 
 The file does not lie in the run's feature store. The store belongs to the producer, which alone reserves
 bytes and knows generations; it reads the file, verifies it, and stores the tensors under its own digest. The
-client chooses the id, so a repeated request overwrites its file, and no name is left that nobody knows.
+client chooses the id, so a repeated request overwrites its file, and the client knows each name that is left.
 
 Beside the layers that the server captures by itself, a row holds the state after the last block. The server
 has it while it applies its final norm; it is taken only if the logits are made of that very norm's output.

@@ -4,7 +4,7 @@ The server writes a file under its final name and holds the lock beside it until
 failed: after the lock there may be no file, or a part of one. The path comes from the server, so only a
 regular file of this user, directly in the configured folder, is opened, and never through a link. What is
 returned was read whole and has the run's layers, width and dtype; its tokens are the caller's to compare. A
-file that was read is removed; files that nobody asked for any more are removed by age.
+file that was read is removed; files that no producer waits for any more are removed by age.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class StateFiles:
         return self._content(name, data)
 
     def sweep(self, older_than_s: float = 0.0) -> int:
-        """Remove the files of the run's requests that nobody waits for any more; their number."""
+        """Remove the files of the run's requests that no producer waits for any more; their number."""
         return sweep(self.folder, SERVERS_WORD + self._prefix, (SUFFIX, SUFFIX + LOCK), older_than_s)
 
     def _own_name(self, named: str) -> str:

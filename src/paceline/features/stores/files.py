@@ -48,7 +48,7 @@ class FileFeatureStore:
         self._uri = f"files://{(folder / IDENTITY).read_text()}"
         for torn in folder.glob(f"*{ASIDE}"):
             torn.unlink()
-        # By sample id. A file that is not whole is not among them; whoever reads its sample misses it.
+        # By sample id. A file that is not whole is not among them; a reader of its sample misses it.
         self._held = dict(
             found for path in folder.glob(f"*{SUFFIX}") if (found := _recognised(path)) is not None
         )

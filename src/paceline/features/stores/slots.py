@@ -2,7 +2,7 @@
 
 Life of a slot: FREE -> (write) WRITING -> SEALED -> (free) FREE. Each `write` has a new generation, that
 of the ledger's byte intent, which is never used twice. Only the slot's owner, the writer that created it,
-writes; everybody frees. Every word of the header has one writer at a time. To free a slot, a process writes
+writes; all may free it. Every word of the header has one writer at a time. To free a slot, a process writes
 the *freed generation* into the word of its `Part`, and the slot is FREE while any of these words equals the
 slot's generation: a late free cannot free a newer sample in the slot. The generation is written twice, the
 second time with every bit inverted; a slot where the two disagree is FREE as well, since no ref can name an

@@ -25,7 +25,7 @@ from paceline.features.stores.mooncake.refusals import (
     too_old,
 )
 
-PATIENCE_S = 300.0  # with a master that is away: somebody, or something, starts it again
+PATIENCE_S = 300.0  # with a master that is away: its user, or its service manager, starts it again
 ROOM_S = 60.0  # and with memory that has no room, if that is less
 LOOK_S = 0.5
 CONNECT_S = 5.0

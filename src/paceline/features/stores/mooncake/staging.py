@@ -30,7 +30,7 @@ class Buffer:
         self.num_bytes, self.address, self.pinned = num_bytes, memory.data_ptr(), pinned
         self.content: memoryview = memory.numpy().data  # it keeps the memory alive
         link.register(self.address, num_bytes)
-        # Memory that is given back registered could not be registered again by who gets it next.
+        # Memory that is given back registered could not be registered again by its next owner.
         self.free = weakref.finalize(self, link.unregister, self.address)
 
 

@@ -1,4 +1,4 @@
--- One change: check who makes it, run the operation, write all of it.
+-- One change: check which process makes it, run the operation, write all of it.
 
 local identity, seen_incarnation, seen_server, seen_lsn, server, role, epoch, op, syncs = unpack(CONTEXT, 1, 9)
 
@@ -75,7 +75,7 @@ local COUNTERS = {
   'displaced_samples', 'reserved_bytes',
 }
 
--- `loading`: 1 for a copy, which nobody finds until it is whole.
+-- `loading`: 1 for a copy, which no process finds until it is whole.
 local function create(new_identity, loading)
   run_before = {}
   run = {schema = SCHEMA, identity = new_identity, next_generation = 1, server = server, loading = loading}

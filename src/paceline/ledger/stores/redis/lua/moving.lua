@@ -79,7 +79,7 @@ local function check_copy(identity)
   end
 end
 
--- Until `loaded` nobody finds a ledger here.
+-- Until `loaded` no process finds a ledger here.
 function change.load(identity, rows)
   check_copy(identity)
   for _, row in ipairs(rows) do
