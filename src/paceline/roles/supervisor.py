@@ -103,7 +103,7 @@ class Supervisor:
         self._children: dict[str, Child | TrainerGroup] = {}
         self._restarts: dict[str, Restarts] = {}  # by role: many producers may be killed at once
         self._signals = StopSignals(lambda: list(self._children.values()))
-        self._store = self._config.open_ledger(tell)
+        self._ledger = self._config.open_ledger(tell)
 
     def run(self) -> bool:
         """Supervise until training is complete (True) or the user stopped it (False).
@@ -112,7 +112,7 @@ class Supervisor:
         before it starts a role, if another supervisor has the run.
         """
         with ExitStack() as held:
-            held.callback(self._store.close)
+            held.callback(self._ledger.close)
             held.callback(RoleLock(self._config.run.directory, SUPERVISOR).release)
             held.enter_context(self._signals)
             try:
@@ -125,16 +125,16 @@ class Supervisor:
                 ]
                 for role in dict.fromkeys(roles):
                     end_orphan(directory, role, lambda: self._signals.count > 0)
-                bind_run(self._plan, self._store)
-                go_on_if_flat_no_more(self._config, self._store)
-                bind_target(self._store, self._config)
-                if self._is_complete() and not folder_of(self._config, self._store).exists():
+                bind_run(self._plan, self._ledger)
+                go_on_if_flat_no_more(self._config, self._ledger)
+                bind_target(self._ledger, self._config)
+                if self._is_complete() and not folder_of(self._config, self._ledger).exists():
                     return True
-                take_from_the_dead(self._config, self._store)
-                take_folder(self._config, self._store, self._tell, lambda: self._signals.count > 0)
+                take_from_the_dead(self._config, self._ledger)
+                take_folder(self._config, self._ledger, self._tell, lambda: self._signals.count > 0)
                 self._schedule = EvaluationSchedule(
                     self._config,
-                    self._store.facts,
+                    self._ledger.facts,
                     self._tell,
                     can_measure=not self._plan.evaluation_obstacle,
                 )
@@ -145,12 +145,12 @@ class Supervisor:
             finally:
                 self._stop_all()
                 with suppress(PacelineError):
-                    free_if_nothing_was_captured(self._config, self._store)
+                    free_if_nothing_was_captured(self._config, self._ledger)
 
     def _watch(self) -> bool:
         while True:
-            self._store.lsn()  # refuses a ledger that was replaced while the run was going on
-            now = take_snapshot(self._config.run.directory, self._store)
+            self._ledger.lsn()  # refuses a ledger that was replaced while the run was going on
+            now = take_snapshot(self._config.run.directory, self._ledger)
             self._show(now)
             if self._signals.count:
                 self._tell("stopping at the next safe point; Ctrl-C again ends it at once")
@@ -194,17 +194,17 @@ class Supervisor:
 
     def _stop_early(self, reason: str) -> None:
         """Have the consumer end training at a checkpoint, as at the end of the stream."""
-        if reason and not self._is_complete() and self._store.facts().get(STOPPED_FLAT) is None:
-            write_facts(self._store, {STOPPED_FLAT: reason})
+        if reason and not self._is_complete() and self._ledger.facts().get(STOPPED_FLAT) is None:
+            write_facts(self._ledger, {STOPPED_FLAT: reason})
             self._tell(f"{reason}: training stops early (training.stop_when_flat)")
 
     # -- the roles -------------------------------------------------------------------------
 
     def _is_complete(self) -> bool:
-        return self._store.facts().get(COMPLETED_STEP) is not None
+        return self._ledger.facts().get(COMPLETED_STEP) is not None
 
     def _producer_has_work(self) -> bool:
-        now = self._store.snapshot()
+        now = self._ledger.snapshot()
         return now.prompts.open > 0 or not now.closed
 
     def _look_after(self, role: str) -> None:
@@ -219,14 +219,14 @@ class Supervisor:
         if code == 0 and role == "consumer":
             self._refuse_a_run_of_failed_prompts()
         if code not in (0, FencedError.exit_code) and is_producer(role):
-            take_from_killed(self._config, self._store, role)
+            take_from_killed(self._config, self._ledger, role)
         if code != 0 or role == "consumer" or self._producer_has_work():
             self._restart(role, code, error)
 
     def _refuse_a_run_of_failed_prompts(self) -> None:
-        prompts = self._store.snapshot().prompts
+        prompts = self._ledger.snapshot().prompts
         if prompts.failed and prompts.failed == prompts.known:
-            reason = next(iter(self._store.failed().values()))
+            reason = next(iter(self._ledger.failed().values()))
             raise PacelineError(
                 f"None of the {prompts.failed} prompts could be captured; the first: {reason}",
                 why="There is nothing to train on.",
@@ -267,7 +267,7 @@ class Supervisor:
 
     def _progress(self) -> object:
         """A value that changes while a run, or an isolation in it, makes progress."""
-        now = self._store.snapshot()
+        now = self._ledger.snapshot()
         isolations = {
             key: value["queue"] for key, value in now.facts.items() if key.startswith("isolation.") and value
         }

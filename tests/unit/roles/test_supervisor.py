@@ -36,7 +36,7 @@ class Ended:
 def supervisor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Supervisor:
     """Of a run that allows two restarts; starting a role only counts."""
     supervised = object.__new__(Supervisor)
-    supervised._store = SQLiteLedger()
+    supervised._ledger = SQLiteLedger()
     supervised._config = SimpleNamespace(  # type: ignore[assignment]
         machine=SimpleNamespace(restarts_max=2), run=SimpleNamespace(directory=tmp_path)
     )
@@ -95,7 +95,7 @@ def test_an_error_that_comes_twice_without_progress_is_not_met_a_third_time(supe
     """It is told in the role's own words; a load of the model each would only delay that."""
     error = RoleFailedError("KeyError: 'weight_map'", "why", "next", 1)
     ended(supervisor, "producer", 1, error)
-    capture(producer_of(supervisor._store), 0)
+    capture(producer_of(supervisor._ledger), 0)
     ended(supervisor, "producer", 1, error)
     with pytest.raises(RoleFailedError, match="weight_map"):
         ended(supervisor, "producer", 1, error)
@@ -119,7 +119,7 @@ def test_ranks_that_only_lost_one_another_are_started_again_as_after_a_kill(supe
 
 def test_a_run_whose_every_prompt_failed_ends_with_the_reason(supervisor: Supervisor) -> None:
     """Its consumer ends without an error, and would be started for ever."""
-    producer = producer_of(supervisor._store, prompts=2)
+    producer = producer_of(supervisor._ledger, prompts=2)
     producer.lease(2)
     producer.fail([0, 1], "no text", retryable=False)
     with pytest.raises(PacelineError, match=r"None of the 2 prompts.*no text"):
@@ -128,7 +128,7 @@ def test_a_run_whose_every_prompt_failed_ends_with_the_reason(supervisor: Superv
 
 def test_restarts_do_not_count_while_the_run_moves(supervisor: Supervisor) -> None:
     """A week of training may meet many kills; each with progress behind it starts the count anew."""
-    producer = producer_of(supervisor._store, prompts=9)
+    producer = producer_of(supervisor._ledger, prompts=9)
     for number in range(9):
         capture(producer, number)
         supervisor._restart("producer", -9)
@@ -142,8 +142,8 @@ def test_there_is_a_producer_that_watches_the_others_until_every_lease_has_ended
     started = list[str]()
     monkeypatch.setattr(supervisor, "_start", started.append)
     producer, joined = (
-        producer_of(supervisor._store, prompts=1),
-        producer_of(supervisor._store, "9", prompts=1),
+        producer_of(supervisor._ledger, prompts=1),
+        producer_of(supervisor._ledger, "9", prompts=1),
     )
     sample_ids = capture(producer, 0)
     assert producer.end_stream()
@@ -157,7 +157,7 @@ def test_there_is_a_producer_that_watches_the_others_until_every_lease_has_ended
 
 def test_isolation_is_progress(supervisor: Supervisor) -> None:
     """It takes a death a halving; every halving brings the run closer to going on without the sample."""
-    session = producer_of(supervisor._store)
+    session = producer_of(supervisor._ledger)
 
     def dies(_: object) -> bool:
         raise KeyboardInterrupt
@@ -171,7 +171,7 @@ def test_isolation_is_progress(supervisor: Supervisor) -> None:
 def test_a_ledger_that_is_removed_or_replaced_stops_the_run(supervisor: Supervisor, tmp_path: Path) -> None:
     """What the roles recorded from then on would be lost with the file that they have open."""
     ledger = tmp_path / "ledger.db"
-    supervisor._store, supervisor._show = SQLiteLedger(ledger), lambda _: None
+    supervisor._ledger, supervisor._show = SQLiteLedger(ledger), lambda _: None
     supervisor._signals = SimpleNamespace(count=0)  # type: ignore[assignment]
     ledger.rename(tmp_path / "aside")
     with pytest.raises(LedgerError, match="deleted or replaced"):
@@ -255,7 +255,7 @@ def test_a_measurement_that_the_end_overtakes_is_left_out(measuring: Supervisor)
     told: list[str] = []
     measuring._tell = told.append
     measuring._measure(head(2))
-    measuring._store.set_facts(None, {"completed_step": 4})
+    measuring._ledger.set_facts(None, {"completed_step": 4})
     measuring._end_measuring()
     assert told == ["training is complete; the measurement that was going on beside it is left out"]
     Measuring.started[0].code = 0
@@ -271,4 +271,4 @@ def test_a_flat_curve_becomes_a_fact_that_the_trainer_reads(measuring: Superviso
         measuring._measure(head(2))
         Measuring.started[-1].code = 0
         measuring._measure(None)
-    assert measuring._store.facts()["stopped_flat"] == "flat"
+    assert measuring._ledger.facts()["stopped_flat"] == "flat"

@@ -360,7 +360,7 @@ def test_a_supervisor_starts_a_producer_again_that_was_taken_for_dead(
     from paceline.roles.supervisor import Supervisor
 
     supervisor, started = object.__new__(Supervisor), list[str]()
-    supervisor._store, supervisor._config = ledger, config
+    supervisor._ledger, supervisor._config = ledger, config
     supervisor._restarts = {}
     monkeypatch.setattr(supervisor, "_start", started.append)
     error = RoleFailedError("taken over", "why", "next", FencedError.exit_code)
