@@ -84,19 +84,20 @@ class Producer:
         """Capture until every prompt is settled, then end the stream; the number of samples committed.
 
         Takes the worker's role first, which returns leases of its earlier process or of a call that failed.
-        A stop, or `max_rounds` turns of the loop, leaves the stream open for the next call.
+        A stop, or `max_rounds` turns of this loop (not rounds of the data), leaves the stream open for the
+        next call.
         """
         stop = should_stop or (lambda: False)
         self._take_over()
-        committed, rounds = 0, 0
+        committed, turns = 0, 0
         most = min(self._settings.groups_in_flight, self.engine.facts.groups_in_flight_max)
         in_flight = CapturesInFlight(self._samples.capture, most)
         try:
             while True:
                 groups: list[CaptureGroup] | None = None
-                if in_flight.has_room and not stop() and (max_rounds is None or rounds < max_rounds):
+                if in_flight.has_room and not stop() and (max_rounds is None or turns < max_rounds):
                     self._tell_held(in_flight.groups)
-                    groups, rounds = self._lease(stop, alone=not in_flight), rounds + 1
+                    groups, turns = self._lease(stop, alone=not in_flight), turns + 1
                 self._tell_held([*in_flight.groups, *(groups or ())])
                 for group in groups or ():
                     self._begin(group, in_flight)

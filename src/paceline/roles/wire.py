@@ -49,6 +49,8 @@ def no_report(event: str, **fields: Any) -> None:
 
 
 class DriveProducer(Protocol):
+    """`Producer.run`, or what calls it. `max_rounds`: turns of its loop, not rounds of the data."""
+
     def __call__(
         self, max_rounds: int | None = None, should_stop: Callable[[], bool] | None = None
     ) -> int: ...
@@ -282,6 +284,8 @@ def run_disagg_online(
     does, done or failed, the producer is asked to stop. If the producer fails, the loader (or the channel,
     if the loader cannot be interrupted) ends the stream, the trainer trains what was committed, and the
     producer's error is raised, chained to the trainer's if that failed too. Returns the last step.
+
+    `producer_max_rounds`: after so many turns of its loop the producer stops; None: at the stream's end.
     """
     _refuse_two_private_stores(trainer, drive_producer)
     if hasattr(loader, "rearm"):
