@@ -27,8 +27,10 @@ class Isolation:
         self._fact = f"isolation.{name}"
         left = session.facts().get(self._fact)
         if left is None or left["members"] != list(members):
-            left = {"members": list(members), "queue": _halves(list(members)), "guilty": [], "trying": False}
-            left["deaths"] = 0
+            left = {"members": list(members), "queue": _halves(list(members)), "culprits": []}
+            left |= {"trying": False, "deaths": 0}
+        elif "guilty" in left:  # as it was called when this isolation began
+            left["culprits"] = left.pop("guilty")
         self._state: dict[str, Any] = left
 
     def run(self, is_harmless: Callable[[Sequence[str]], bool]) -> list[str]:
@@ -46,13 +48,13 @@ class Isolation:
             else:
                 self._failed()
         self._session.set_facts({self._fact: None})
-        return list(state["guilty"])
+        return list(state["culprits"])
 
     def _failed(self) -> None:
         tried = self._state["queue"][0]
         self._next()
         if len(tried) == 1:
-            self._state["guilty"] += tried
+            self._state["culprits"] += tried
         else:
             self._state["queue"][:0] = _halves(tried)
 

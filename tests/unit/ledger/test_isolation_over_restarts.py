@@ -80,3 +80,11 @@ def test_two_workers_isolate_their_groups_side_by_side() -> None:
             Isolation(one, f"capture.{one.worker}", ["x"]).run(dies)
         assert Isolation(other, f"capture.{other.worker}", ["x"]).run(lambda _: True) == []
     assert Isolation(one, f"capture.{one.worker}", ["x"]).run(dies) == ["x"]
+
+
+def test_an_isolation_that_an_older_version_began_goes_on() -> None:
+    """It recorded its culprits under another word; they are not looked for again."""
+    session = consumer_of(SQLiteLedger())
+    begun = {"members": ["a", "b"], "queue": [["b"]], "guilty": ["a"], "trying": False, "deaths": 0}
+    session.set_facts({"isolation.t": begun})
+    assert Isolation(session, "t", ["a", "b"]).run(lambda _: True) == ["a"]

@@ -146,7 +146,7 @@ def test_prompts_may_change_until_something_was_captured_of_them(run: Run, first
     producer = run.registered(plan)
     producer.lease(2)
     refs_of(producer, 0, 1)
-    run.ledger.set_facts(None, {"isolation.capture.0": {"guilty": ["0/0"]}})
+    run.ledger.set_facts(None, {"isolation.capture.0": {"culprits": ["0/0"]}})
     run.write("train.jsonl", first, count)
     plan = run.plan()
     assert bind_run(plan, run.ledger) == (count,)
