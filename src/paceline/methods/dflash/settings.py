@@ -199,15 +199,15 @@ class DFlash2Section(BlockSection):
 
 
 def spread_layers(num_hidden_layers: int, count: int) -> tuple[int, ...]:
-    """`count` states spread evenly from that after 2 blocks to that after N - 2 (arXiv 2602.06036).
+    """`count` states spread evenly from that after 2 decoder blocks to that after N - 2 (arXiv 2602.06036).
 
     Raises ConfigError for a target that has fewer states there.
     """
     first, last = 2, num_hidden_layers - 2
     if last - first + 1 < count:
         raise ConfigError(
-            f"The target has {num_hidden_layers} layers, and method.target_states is {count}.",
-            why=f"The states are distinct ones after {first} to {last} blocks.",
+            f"The target has {num_hidden_layers} decoder blocks, and method.target_states is {count}.",
+            why=f"The states are distinct ones after {first} to {last} of its decoder blocks.",
             next=f"set method.target_states to at most {max(1, last - first + 1)}.",
         )
     steps = max(1, count - 1)
