@@ -30,7 +30,7 @@ $(MODEL)/config.json: | $(VENV)/.gguf
 
 model: $(MODEL)/config.json ## fetch SmolLM2-135M-Instruct and make it a plain model folder
 
-train: install model ## train a draft model online, then measure it (about 15 minutes on 2 cores)
+train: install model ## train a draft model online, then measure it (about a quarter of an hour on 2 cores)
 	$(BIN)/paceline train $(RUN)
 
 evaluate: install model ## measure the newest checkpoint of the run again
