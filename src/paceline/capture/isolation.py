@@ -235,7 +235,7 @@ class Isolation:
         if members == before:
             raise EngineError(
                 f"The engine failed twice on the group of {len(members)} prompts {members[0]} to "
-                f"{members[-1]}, and no prompt of them is to blame: {failure}",
+                f"{members[-1]}, and none of these prompts is to blame: {failure}",
                 why="No prompt was marked as failed; most often the memory is too small for a group. A group "
                 "must be captured whole, or its features would have other bits.",
                 next="free memory (or take a larger machine) and run the same command again; or start a new "

@@ -25,7 +25,7 @@ def serve_dashboard(run: Path, host: str, port: int, token_file: Path | None) ->
     except ImportError as error:
         raise ConfigError(
             f"The dashboard needs packages that cannot be imported ({error}).",
-            why="Its web server is installed only when asked.",
+            why="A plain installation of Paceline leaves its web server out.",
             next="pip install 'paceline[dashboard]'; or paceline watch RUN, in the terminal",
         ) from error
     base, find = _shown(run)

@@ -53,7 +53,7 @@ def export_request(
     request = ExportSection.parse(given)
     if not request.formats:
         raise ConfigError(
-            "It is not said what to export to.",
+            "No format to export to is named.",
             why="Neither --to nor the run file's export section names a format.",
             next=f"paceline export RUN --to FORMAT DIR; formats: {', '.join(EXPORTS.names())}",
         )

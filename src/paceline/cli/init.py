@@ -32,7 +32,7 @@ def init(given: dict[str, Any]) -> None:
     if missing:
         raise ConfigError(
             f"{' and '.join(missing)} must be given.",
-            why="This is no terminal to ask at.",
+            why="Paceline asks for what is missing at a terminal only.",
             next="paceline init --target MODEL --data FILE -o run.yaml",
         )
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -107,7 +107,9 @@ def _ask(question: str, default: str, check: Callable[[str], object]) -> str:
 
 def _known_target(given: dict[str, Any], text: str) -> None:
     if not text:
-        raise ConfigError("A target is needed.", next="For example Qwen/Qwen3-8B.")
+        raise ConfigError(
+            "A target is needed.", next="Name a folder or a model of the hub, such as Qwen/Qwen3-8B."
+        )
     folder = target_folder(replace(Given(text, Path(), Path()), target_config=given["target_config"]))
     read_shape(folder)
 

@@ -44,7 +44,7 @@ def mark_as_asked(run: Path, samples: list[str], step: int | None, others: Seque
     """
     if any(others):
         raise ConfigError(
-            "--sample follows training samples, and the other options are of prompts that are measured.",
+            "--sample shows a training sample, and the other options measure prompts.",
             why="Nothing was measured.",
             next="give --sample alone, or with --step.",
         )

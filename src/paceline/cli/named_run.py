@@ -70,7 +70,7 @@ def _is_directory(run: Path) -> bool:
     if not os.path.lexists(run):
         raise ConfigError(
             f"There is no {run}, neither a run's directory nor a run file.",
-            why="Either names a run; its directory exists from the first start on.",
+            why="A run is named by its run file, or by its directory, which exists from its first start on.",
             next="check the path, or paceline train RUN.yaml",
         )
     return kind_of(run) == "folder"

@@ -104,7 +104,7 @@ def _refuse(runs: Sequence[Path], given: Mapping[str, Any]) -> None:
         )
     if options := [name for name in TRAINING_OPTIONS if given.get(name) is not None]:
         raise ConfigError(
-            f"--{options[0]} is for variants that are trained, and {runs[0]} is a run that was.",
+            f"--{options[0]} is for variants that are still to be trained, and {runs[0]} is a run that was.",
             why="Runs are shown side by side as they are; nothing is trained.",
             next="leave the option out, or name run files instead of runs' folders.",
         )

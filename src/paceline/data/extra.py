@@ -17,6 +17,6 @@ def needs_extra(library: str, source: Path | str) -> Iterator[None]:
     except ImportError as error:
         raise ConfigError(
             f"{source} is read with the library {library}, which cannot be imported ({error}).",
-            why="Compressed files and tables need libraries that Paceline installs only when asked.",
+            why="Compressed files and tables need libraries that a plain installation leaves out.",
             next="pip install 'paceline[data]'",
         ) from error

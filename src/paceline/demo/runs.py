@@ -83,8 +83,8 @@ def _refuse_moved(folder: Path, made_as: Path) -> None:
     if made_as.exists() and made_as.samefile(folder):
         return
     raise ConfigError(
-        f"The demo in {folder} was made as {made_as}, and moved since.",
-        why="Its runs would go on there: their settings are the paths of that place.",
+        f"The demo in {folder} was made as {made_as}, and was moved since.",
+        why="Its runs would go on at the old place, which their settings name.",
         next=f"rm -r {shlex.quote(str(folder))}, and begin anew: paceline demo {shlex.quote(str(folder))}",
     )
 

@@ -31,7 +31,7 @@ class ServerExport:
         if method not in self.layouts:
             raise ConfigError(
                 f"A draft of the method {method!r} cannot be exported for {self.server}.",
-                why=f"It loads drafts of these methods: {', '.join(self.layouts)}.",
+                why=f"{self.server} loads drafts of these methods: {', '.join(self.layouts)}.",
                 next="choose another export, or install a package that offers one for this method.",
             )
         return self.layouts[method]

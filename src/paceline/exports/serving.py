@@ -75,7 +75,7 @@ def commands(format_name: str, served: Served) -> dict[str, list[str]]:
     if any(text.startswith("-") for text in (served.target, served.folder, served.revision)):
         raise ConfigError(
             f"{served.target!r} is no name of a target.",
-            why="A server would take it for an option.",
+            why="It begins with a hyphen, so a server would take it for an option.",
             next="export again, with --target-name set to a hub id or a path.",
         )
     servers = (s for s in LOADED_BY.get(format_name, ()) if (s, served.method) not in NOT_LOADED)

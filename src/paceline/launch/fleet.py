@@ -169,7 +169,7 @@ class Fleet:
         if (url := getattr(config.ledger, "url", None)) and without_secrets(url) != url:
             raise ConfigError(
                 "ledger.url holds a user or a password.",
-                why="More people read what a job is started with than the run file. Nothing was written.",
+                why="More users can read a job's script than the run file. Nothing was written.",
                 next="take them out of ledger.url and set PACELINE_REDIS_USER and PACELINE_REDIS_PASSWORD.",
             )
         refuse_unfit_ranks(config, self.hosts * config.machine.trainers)

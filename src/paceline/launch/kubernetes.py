@@ -47,7 +47,7 @@ def volumes_of(given: Sequence[str]) -> list[Volume]:
         if not claim or not path.startswith("/") or claim != claim.strip():
             raise ConfigError(
                 f"{text!r} is no volume.",
-                why="A volume is a claim of the cluster's, and where the containers see it.",
+                why="A volume names a claim of the cluster, and the path at which the containers see it.",
                 next="write it as --volume CLAIM=/PATH",
             )
         found.append(Volume(claim, path))
@@ -371,8 +371,8 @@ def _name(fleet: Fleet) -> str:
         name += f"-{hashlib.sha256(fleet.name.encode()).hexdigest()[:6]}"
     if len(name) > NAME_MAX or not name or not name[0].isalpha():
         raise ConfigError(
-            f"run.name {fleet.name} makes no name of a Job.",
-            why=f"There it may have {NAME_MAX} characters, and begins with a letter.",
+            f"run.name {fleet.name} cannot be the name of a Job.",
+            why=f"A Job's name begins with a letter, and here has at most {NAME_MAX} characters.",
             next="choose another run.name.",
         )
     return name
@@ -400,6 +400,6 @@ def _refuse(fleet: Fleet, volumes: Sequence[Volume]) -> None:
     if outside:
         raise ConfigError(
             f"No volume holds {', '.join(outside)}.",
-            why="Whatever lies in a pod alone ends with it, and what it has not mounted is not there.",
+            why="A pod sees only the folders that it mounts, and its own files end with it.",
             next="mount claims with --volume CLAIM=/PATH, and name paths below them in the run file.",
         )

@@ -30,7 +30,7 @@ def script(fleet: Fleet, *, time: str, setup: Path | None = None, options: Seque
         if not option.startswith("--") or not option.isprintable():
             raise ConfigError(
                 f"{option!r} is no option of sbatch.",
-                why="It would stand in the script's head, one a line.",
+                why="Each option becomes a line at the script's head.",
                 next="write it as --sbatch=--partition=gpu",
             )
     limit = _seconds(time)

@@ -93,7 +93,7 @@ def copy_ledger(source: Movable, target: Movable) -> Digest:
     before = source.standing()
     if before is None:
         next(source.rows())  # says what is missing
-        raise LedgerError("The ledger appeared while it was looked for.", next="copy again.")
+        raise LedgerError("The ledger was made while it was looked for.", next="copy again.")
     over = target.standing()
     _refuse_to_replace(before, over)
     told, found = Digest(), Digest()
@@ -133,6 +133,6 @@ def _refuse_to_replace(source: Standing, there: Standing | None) -> None:
     what = "a newer copy of this ledger" if is_same else "another ledger"
     raise LedgerError(
         f"There is {what} already where the copy would be ({there.changes} changes).",
-        why="It would be lost. Nothing was changed.",
+        why="The copy would replace it. Nothing was changed.",
         next="choose another place, or move that ledger away.",
     )

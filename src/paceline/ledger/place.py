@@ -65,7 +65,7 @@ class Known:
         """The ledger where the section says. Raises LedgerError unless the run folder knows it."""
         if (store := self.section.get("store")) != section.store:
             raise LedgerError(
-                f"The ledger's store is {store}, says {directory / FILE}; the run file says {section.store}.",
+                f"{directory / FILE} names the ledger's store {store}; the run file says {section.store}.",
                 why="A ledger that is left in another store is older than the run's. Nothing was changed.",
                 next=f"set ledger.store to {store} in the run file.",
             )

@@ -147,7 +147,7 @@ def refuse_nodes(nodes: Sequence[Node], version: str) -> None:
         found += [f"{node.address} lacks {thing}" for thing in node.lacks]
     if found:
         raise ConfigError(
-            f"{len(found)} things of the cluster do not fit: {'; '.join(found)}.",
+            f"The cluster does not fit the run, for {len(found)} reasons: {'; '.join(found)}.",
             why="A role could be placed on any of these nodes. Nothing was started.",
             next="mend them and run the same command again; docs/ray.md says what each node needs.",
         )

@@ -229,7 +229,7 @@ class Follower:
         if self._order is not None and _settings(told["order"]) != _settings(self._order.sections):
             raise ConfigError(
                 "The run is going on in this cluster with other settings than those of the run file.",
-                why="They take effect at a start. The run is not disturbed.",
+                why="Other settings take effect only when a run starts. This one is not disturbed.",
                 next=f"paceline stop {self._shown}, then paceline train {self._shown}",
             )
         self._tell(f"the trainer is on {told['host']}")

@@ -57,7 +57,7 @@ def ended_too_often(what: str, code: int, count: int, log: str) -> PacelineError
     """`log`: where to look."""
     how = f"by {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"with {code}"
     return PacelineError(
-        f"{what.capitalize()} ended {count} times {how}, without progress between.",
+        f"{what.capitalize()} ended {count} times {how}, without progress in between.",
         why="Something ends it at every start. Everything that was checkpointed is safe.",
         next=f"read {log}; if the kernel killed it for lack of memory, give it a node with more; then run "
         "the same command again.",

@@ -63,7 +63,8 @@ def answer_rows(plan: RunPlan, view: LedgerView, chats: ChatEncoder) -> Iterator
         [prompt] = source.read(answer.ordinal, 1) or [Prompt("")]
         if prompt.prompt_id != answer.task_id:
             raise ConfigError(
-                f"Prompt {answer.ordinal} is {prompt.prompt_id!r}, its answer is that of {answer.task_id!r}.",
+                f"Prompt {answer.ordinal} is {prompt.prompt_id!r} now, and its answer was written for "
+                f"{answer.task_id!r}.",
                 why="The prompts are not those that this run was started with.",
                 next="put the run's sources back and run the same command again.",
             )

@@ -122,7 +122,7 @@ def open_run(directory: Path) -> LedgerView:
     if not path.stat().st_size:
         raise ConfigError(
             f"The run in {directory} has not begun: its ledger.db is empty.",
-            why="It was not written yet, or was emptied since.",
+            why="The run has written nothing to it yet, or it was emptied since.",
             next="paceline train RUN.yaml; if it had begun, restore ledger and checkpoints from one backup.",
         )
     return SqliteSection().view(directory, "")

@@ -253,14 +253,14 @@ class Supervisor:
         why = "Everything that was checkpointed is safe."
         if code == 0:
             return PacelineError(
-                f"{ended} without an error and without progress between.",
+                f"{ended} without an error, and without progress in between.",
                 why=f"It should end only when all its work is done. {why}",
                 next=f"{log}, and paceline status {self._config.run.directory} for what is left.",
             )
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         cause = OUT_OF_MEMORY if code == -signal.SIGKILL else "then run the same command again."
         return PacelineError(
-            f"{ended} by {name}, without progress between.",
+            f"{ended} by {name}, without progress in between.",
             why=f"Something kills it at every start. {why}",
             next=f"{log}; {cause}",
         )

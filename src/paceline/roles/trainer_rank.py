@@ -126,7 +126,7 @@ def _refuse_differences(ranks: Sequence[Mapping[str, Any]]) -> None:
             if first.get(name) != other.get(name):
                 raise ConfigError(
                     f"Rank {rank} and rank 0 differ in {name}: {other.get(name)} and {first.get(name)}.",
-                    why="Together they would train neither the one nor the other. Nothing was changed.",
+                    why="Together they would train a mixture of both. Nothing was changed.",
                     next="give all ranks the same run file, the same target and the same installation.",
                 )
 

@@ -99,7 +99,7 @@ class Fetching:
         raise StoreError(
             f"Rank {min(blind)} of the training can read no sample, and those of step {step} were captured "
             f"again {RECAPTURES_MAX} times. {sample_id}: {why.what}",
-            why="So many samples are not to blame: none was quarantined, and no weights were changed.",
+            why="Not so many samples can be at fault: none was quarantined, and no weights were changed.",
             next="look at that host: the mount of features.directory, its memory (dmesg), its network. Then "
             "run the same command again.",
         )

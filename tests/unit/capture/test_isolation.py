@@ -172,7 +172,7 @@ def test_members_that_are_not_wanted_fail_none_that_are() -> None:
     run.features.free([("light:0", 0)])
     run.fails = any_of(2)
     for _ in range(4):
-        with pytest.raises(EngineError, match="no prompt of them is to blame"):
+        with pytest.raises(EngineError, match="none of these prompts is to blame"):
             run.producer().run()
     assert run.failed == []
     assert run.ledger.snapshot().quarantined == 0

@@ -89,7 +89,8 @@ def test_figures_of_another_target_are_not_compared_in_silence(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [((), "none to compare it with"), (("--tokens", "5"), "variants that are trained")]
+    ("options", "words"),
+    [((), "none to compare it with"), (("--tokens", "5"), "variants that are still to be trained")],
 )
 def test_what_makes_no_sense_for_runs_is_refused(
     tmp_path: Path, options: tuple[str, ...], words: str

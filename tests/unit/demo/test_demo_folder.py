@@ -37,7 +37,7 @@ def test_a_demo_that_was_moved_is_refused_and_not_gone_on_with_elsewhere(tmp_pat
     (tmp_path / "link").symlink_to(tmp_path / "demo")
     prepare(tmp_path / "link")
     (tmp_path / "demo").rename(tmp_path / "moved")
-    with pytest.raises(ConfigError, match=f"was made as {tmp_path / 'demo'}, and moved since"):
+    with pytest.raises(ConfigError, match=f"was made as {tmp_path / 'demo'}, and was moved since"):
         prepare(tmp_path / "moved")
 
 

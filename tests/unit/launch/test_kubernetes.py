@@ -316,8 +316,8 @@ def test_the_scripts_of_the_pods_pass_shellcheck(script: str) -> None:
         ({"target": {"model": "/models/m"}}, "target.model /models/m"),
         ({"data": {"path": "/database/x.jsonl", "max_answer_tokens": 8}}, "data source 0 /database"),
         ({"method": {"name": "eagle3", "start_from": "/drafts/x"}}, "method folder 0 /drafts/x"),
-        ({"run": {"name": "1-run", "directory": "/data/x"}}, "makes no name of a Job"),
-        ({"run": {"name": "x" * 60, "directory": "/data/x"}}, "makes no name of a Job"),
+        ({"run": {"name": "1-run", "directory": "/data/x"}}, "cannot be the name of a Job"),
+        ({"run": {"name": "x" * 60, "directory": "/data/x"}}, "cannot be the name of a Job"),
     ],
 )
 def test_what_a_pod_would_lose_is_refused(write: Write, sections: dict[str, Any], said: str) -> None:

@@ -26,7 +26,7 @@ def missing(ref: SampleRef, because: str) -> FeatureMissingError:
 def elsewhere(ref: SampleRef, here: str) -> FeatureStoreElsewhereError:
     return FeatureStoreElsewhereError(
         f"The features of {ref.sample_id!r} are in {ref.feature_store_uri}, but this process reads {here}.",
-        why="Either they are lost with that store, or the producer writes to another place.",
+        why="Either the features are lost with that store, or the producer writes to another place.",
         next="give both roles the same features.directory, on one machine or a filesystem that they share.",
     )
 
@@ -83,8 +83,8 @@ def unmounted(directory: Path) -> StoreError:
     return StoreError(
         f"The feature store in {directory} is no longer there: it was removed, or is not mounted any more.",
         why="The place is at fault, not a sample: none was lost, failed or quarantined for it.",
-        next="mount it again, then run the same command again. If it was removed, that makes it anew, and "
-        "the features are captured again.",
+        next="mount it again, then run the same command again. If it was removed, the command makes it "
+        "anew, and the features are captured again.",
     )
 
 

@@ -126,7 +126,7 @@ class SharedMemoryFeatureStore:
         if arena is None or not self._owner:
             raise StoreError(
                 f"This process may not {verb} in {self._directory}: it opened the store as a reader.",
-                why="Each slot has one writer, which keeps sealed samples whole; a reader is none.",
+                why="Only the producer that owns a slot writes to it, so sealed samples stay whole.",
                 next=f"{verb} in a producer, which opens the store with owner=True.",
             )
         return arena

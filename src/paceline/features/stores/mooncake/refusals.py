@@ -85,7 +85,7 @@ def forgotten(ref: SampleRef, key: str, code: int) -> FeatureForgottenError:
     return FeatureForgottenError(
         f"There are no features of {ref.sample_id!r} in {ref.feature_store_uri}: Mooncake has no object "
         f"{key} that can be read (code {code}).",
-        why="The master was started again, the producer that gave the memory has ended, or they were freed.",
+        why="The master was started again, the producer that held it has ended, or it was freed.",
         next="report it lost; `paceline produce RUN.yaml` captures it again.",
     )
 

@@ -34,7 +34,7 @@ def explained(error: Exception, address: Address) -> PacelineError:
     if isinstance(error, (AuthenticationError, AuthorizationError)):
         return ConfigError(
             f"{address} refuses the login.",
-            why="A server of its own user and password keeps others from the ledger.",
+            why="User and password keep other users of the server from the ledger.",
             next=f"check user and password in the URL, or in {USER} and {PASSWORD}.",
         )
     if isinstance(error, NoPermissionError):
