@@ -68,7 +68,9 @@ def _asked(given: dict[str, Any]) -> dict[str, Any]:
     if found["data"] is None:
         found["data"] = Path(_ask("Data, a file of chats or prompts", "", _known_file))
     if found["heldout"] is None:
-        told = "Prompts to measure the draft on, that are not in the data; empty: set some aside"
+        told = (
+            "A file of prompts to measure the draft on, none of them in the data; empty: some are set aside"
+        )
         answer = _ask(told, "", _known_file_or_none)
         found["heldout"] = Path(answer) if answer else None
     if given["method"] is None:

@@ -17,7 +17,7 @@ HOST = "127.0.0.1"  # what `paceline serve` listens on
 DATA_OPTIONS: dict[str, tuple[Any, str]] = {
     "target": (Path, "The target's folder, for tokens and masks."),
     "template": (list[str], "NAME=VALUE of target.template, a variable of the target's chat template."),
-    "format": (str, "The format of its records; auto: any."),
+    "format": (str, "The format of its records; auto finds it for each record."),
     "split": (str, "The split of a `datasets` folder."),
     "answers": (str, "As data.answers: target or data."),
     "max_prompt_tokens": (int, "As data.max_prompt_tokens."),
@@ -28,25 +28,25 @@ COMPARE_OPTIONS: dict[str, tuple[Any, str]] = {
     "directory": (Path, "Where features and drafts are kept."),
     "prompts": (int, "Only the first N prompts of the data."),
     "tokens": (int, "Train each variant on so many tokens."),
-    "minutes": (float, "Train each variant for so long."),
+    "minutes": (float, "Train each variant for so many minutes."),
     "json": (Path, "Write all figures to this file."),
     "markdown": (Path, "Write the table to this file."),
 }
 INIT_OPTIONS: dict[str, tuple[Any, str]] = {
     "target": (str, "The model: a folder, or organisation/name of the hub."),
     "data": (Path, "Chats or prompts: a file or folder (docs/data.md)."),
-    "heldout": (Path, "Prompts to measure on that are not in the data."),
+    "heldout": (Path, "A file of prompts to measure on, none of them in the data."),
     "method": (str, "eagle3 (the default), p-eagle, dflash, dspark, domino or dflash2."),
-    "gpus": (int, "How many the run may use; those of this machine."),
+    "gpus": (int, "How many GPUs the run may use (default: those of this machine)."),
     "serve": (str, "What runs the target: vllm, sglang or none (the producer)."),
     "name": (str, "The run's name."),
     "target_config": (Path, "A folder with the target's config.json and tokenizer."),
 }
 LAUNCH_OPTIONS: dict[str, tuple[Any, str]] = {
-    "hosts": (int, "Hosts that train, each with machine.trainers ranks; 1."),
-    "producers": (int, "Producers that join, besides those of the first host; 0."),
-    "gpus": (int, "GPUs of each host that trains; as many as the run file names."),
-    "memory_gib": (int, "Memory of each host, besides /dev/shm; 16."),
+    "hosts": (int, "Hosts that train, each with machine.trainers ranks (default: 1)."),
+    "producers": (int, "Producers that join, besides those of the first host (default: 0)."),
+    "gpus": (int, "GPUs of each host that trains (default: as many as the run file names)."),
+    "memory_gib": (int, "Memory of each host, besides /dev/shm (default: 16)."),
 }
 
 Command = TypeVar("Command", bound=Callable[..., Any])

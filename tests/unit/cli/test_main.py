@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 import paceline
 from paceline.cli.main import app
+from paceline.cli.reference import command_tables
 
 # Each of them costs more than a command that only tells something may: together they are its whole time.
 HEAVY = {"torch", "transformers", "numpy", "pydantic", "yaml", "rich", "apsw", "redis", "importlib.metadata"}
@@ -42,3 +44,9 @@ def test_no_help_text_is_cut_in_the_list_of_commands() -> None:
     assert "  train" in listed
     assert "..." not in listed.split("Commands:")[1]
     assert all(len(line) <= 80 for line in listed.splitlines())
+
+
+def test_a_help_text_says_what_is_a_default() -> None:
+    """Without the word, "the run file to write; run.yaml" reads like a second file."""
+    bare = r"; (?:the|that of|those of|as many as|\d+|[^\s/]+\.(?:yaml|html|jsonl?))\b[^;:\n]*\. \|"
+    assert not re.findall(rf".*{bare}.*", command_tables())

@@ -21,10 +21,16 @@ def export(
     run: Run,
     directory: Annotated[
         Path | None,
-        typer.Argument(metavar="[DIR]", help="Where to; for several formats, a folder each.", readable=False),
+        typer.Argument(
+            metavar="[DIR]",
+            help="The folder to write; for several formats, it gets a folder for each.",
+            readable=False,
+        ),
     ] = None,
     to: Annotated[list[str] | None, typer.Option(help="vllm, sglang, speculators or hf; repeatable.")] = None,
-    step: Annotated[int | None, typer.Option(help="A kept checkpoint's step; the best.", min=1)] = None,
+    step: Annotated[
+        int | None, typer.Option(help="The step of a kept checkpoint (default: the best).", min=1)
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 (the default) or fp32.")] = None,
     target_name: Annotated[str | None, typer.Option(help="The target's hub id or path for servers.")] = None,
 ) -> None:
@@ -41,8 +47,10 @@ def export(
 @advises
 def serve(
     run: Run,
-    server: Annotated[str | None, typer.Option(help="vllm or sglang; that of the newest export.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="An exported folder; the newest.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="vllm or sglang (default: that of the newest export).")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="An exported folder (default: the newest).")] = None,
     host: Annotated[str, typer.Option(help="The address that the server listens on.")] = HOST,
     start: Annotated[bool, typer.Option("--run", help="Run the command instead of printing it.")] = False,
 ) -> None:

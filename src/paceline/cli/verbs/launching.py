@@ -20,13 +20,16 @@ verbs.add_typer(launch, name="launch")
 @takes(LAUNCH_OPTIONS)
 def launch_slurm(
     run_file: RunFile,
-    time: Annotated[str, typer.Option(help="Each job's limit; it is queued again before.")] = "24:00:00",
+    time: Annotated[
+        str, typer.Option(help="Each job's time limit; shortly before it, the job is queued again.")
+    ] = "24:00:00",
     setup: Annotated[
         Path | None,
         typer.Option(help="A shell file that each job reads: modules, secrets.", readable=False),
     ] = None,
     sbatch: Annotated[
-        list[str] | None, typer.Option(help="A further option, as --sbatch=--partition=gpu; repeatable.")
+        list[str] | None,
+        typer.Option(help="A further option of sbatch, as --sbatch=--partition=gpu; repeatable."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the script there.", readable=False)
@@ -34,7 +37,7 @@ def launch_slurm(
     submit: Annotated[bool, typer.Option("--submit", help="Queue the jobs, too.")] = False,
     **given: Any,
 ) -> None:
-    """Print a batch script that trains a run, and that further producers join as an array of jobs.
+    """Print a batch script that trains a run; an array of jobs adds producers to it.
 
     docs/clusters.md has the rest.
     """

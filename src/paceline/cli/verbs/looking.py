@@ -30,12 +30,13 @@ def status(
 def watch(
     run: Run,
     every: Annotated[
-        float | None, typer.Option(help="Seconds between two looks; 1, or 15 if not at a terminal.", min=0.1)
+        float | None,
+        typer.Option(help="Seconds between two looks (default: 1 at a terminal, else 15).", min=0.1),
     ] = None,
 ) -> None:
     """Show a run as it flows, from before its start to its end.
 
-    Lines, if the output is no terminal. Ctrl-C ends the view, not the run.
+    It prints lines if the output is no terminal. Ctrl-C ends the view, not the run.
     """
     from paceline.cli.watch import watch_run
 
@@ -49,11 +50,18 @@ def dashboard(
         Path,
         typer.Argument(metavar="RUN|DIR", help="A run, as elsewhere, or a folder of runs.", readable=False),
     ],
-    port: Annotated[int, typer.Option(help="0: a free one.", min=0, max=65535)] = 8000,
-    host: Annotated[str, typer.Option(help="The address to serve it on; another one needs a token.")] = HOST,
+    port: Annotated[
+        int, typer.Option(help="The port to serve it on; 0: a free one.", min=0, max=65535)
+    ] = 8000,
+    host: Annotated[
+        str, typer.Option(help="The address to serve it on; one that other machines reach needs a token.")
+    ] = HOST,
     token_file: Annotated[
         Path | None,
-        typer.Option(help="A file with the token to ask for; else PACELINE_DASHBOARD_TOKEN.", readable=False),
+        typer.Option(
+            help="A file with the token that browsers must give (default: PACELINE_DASHBOARD_TOKEN).",
+            readable=False,
+        ),
     ] = None,
 ) -> None:
     """Show runs in a browser: flow, curves, timeline, lineage.
@@ -70,15 +78,16 @@ def dashboard(
 def report(
     run: Run,
     to: Annotated[
-        Path | None, typer.Option(help="The file; report.html in the run's directory.", readable=False)
+        Path | None,
+        typer.Option(help="The file to write (default: report.html in the run's directory).", readable=False),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print it for scripts instead; see docs/status.md.")
+        bool, typer.Option("--json", help="Print the report for scripts instead; see docs/status.md.")
     ] = False,
 ) -> None:
     """Write a run as one HTML file.
 
-    With its settings, curves, acceptance with intervals, the guarantee's check, lineage, some held-out
+    It shows the settings, curves, acceptance with intervals, the guarantee's check, lineage, some held-out
     answers and cost.
     """
     from paceline.cli.report import write_report
@@ -133,19 +142,24 @@ def evaluate(
         list[str] | None, typer.Option(help="heldout, humaneval or a file of prompts; repeatable.")
     ] = None,
     temperature: Annotated[list[str] | None, typer.Option(help="0 (the default), or 0,1.")] = None,
-    max_prompts: Annotated[int | None, typer.Option(help="Of each suite.", min=1)] = None,
-    step: Annotated[int | None, typer.Option(help="A kept checkpoint's step; the newest.", min=1)] = None,
+    max_prompts: Annotated[
+        int | None, typer.Option(help="Measure at most N prompts of each suite.", min=1)
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(help="The step of a kept checkpoint (default: the newest).", min=1)
+    ] = None,
     sample: Annotated[
         list[str] | None,
         typer.Option(help="A training sample: mark the tokens that the draft guesses; repeatable."),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option("--json", help="The report; evaluation-suites.json of the run.")
+        Path | None,
+        typer.Option("--json", help="The report to write (default: evaluation-suites.json of the run)."),
     ] = None,
 ) -> None:
     """Measure a draft by lossless decoding, beside prompt lookup.
 
-    Acceptance length and speed-up, with intervals.
+    It prints acceptance length and speed-up, with intervals.
 
     Without options: the newest checkpoint on the run's held-out prompts, as at the end of training.
     """
@@ -168,7 +182,7 @@ def metrics(
 ) -> None:
     """Print a run's metrics in the OpenMetrics format, or serve them.
 
-    With --port at /metrics until Ctrl-C, on the loopback address unless --host says otherwise.
+    With --port it serves them at /metrics until Ctrl-C, on the loopback address unless --host says otherwise.
     """
     from paceline.cli import metrics as metering
 
@@ -185,12 +199,14 @@ def track(
     to: Annotated[
         list[str] | None, typer.Option(help="tensorboard, wandb, mlflow or trackio; repeatable.")
     ] = None,
-    project: Annotated[str | None, typer.Option(help="What the run is filed under.")] = None,
+    project: Annotated[
+        str | None, typer.Option(help="The tracker's project to which the run belongs.")
+    ] = None,
 ) -> None:
     """Send a run's curves to trackers, until the run ends.
 
-    Without --to those of the run file (tracking: {to: [...]}), to which `train` sends them anyway. Started
-    again, also after a crash, it continues the same run there; no step comes twice.
+    Without --to it sends them to the trackers of the run file (tracking: {to: [...]}), as `train` does
+    anyway. Started again, also after a crash, it continues the same run there; no step comes twice.
     """
     from paceline.cli.track import track_run
 

@@ -19,13 +19,13 @@ verbs.add_typer(data, name="data")
 @advises
 def demo(
     folder: Annotated[
-        Path, typer.Argument(metavar="[DIR]", help="A folder of its own.", readable=False)
+        Path, typer.Argument(metavar="[DIR]", help="A folder for the demo alone.", readable=False)
     ] = Path("paceline-demo"),
 ) -> None:
     """Show in a minute that a kill loses nothing, on a tiny target.
 
-    It needs no network, no GPU and no file of yours. Two runs of the same prompts; in the second one the
-    consumer is killed. Both end in the same weights, and the checker says that nothing was lost.
+    It needs no network, no GPU and no file of yours. It trains two runs of the same prompts, and kills the
+    consumer of the second one. Both end in the same weights, and the checker says that nothing was lost.
     """
     from paceline.cli.demo import demonstrate
 
@@ -37,14 +37,16 @@ def demo(
 @takes(INIT_OPTIONS)
 def init(
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The run file to write; run.yaml.", readable=False)
+        Path | None,
+        typer.Option("-o", "--output", help="The run file to write (default: run.yaml).", readable=False),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
     **given: Any,
 ) -> None:
-    """Write a run file for your target and data; asks at a terminal.
+    """Write a run file for your target and data.
 
-    Without --heldout some prompts of the data are set aside to measure the draft on, in files of their own.
+    At a terminal it asks for what is not given. Without --heldout it sets some prompts of the data aside, to
+    measure the draft on, and writes both parts into files of their own.
     """
     from paceline.cli.init import init as begin
 
@@ -89,7 +91,10 @@ def plan(
 def bench(
     run_file: RunFile,
     seconds: Annotated[
-        float, typer.Option(help="For capture, store and training together.", min=1.0, max=3600.0)
+        float,
+        typer.Option(
+            help="How many seconds capture, store and training may take together.", min=1.0, max=3600.0
+        ),
     ] = 120.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="As JSON; docs/first-hour.md has the fields.")
@@ -110,7 +115,7 @@ def doctor(
     run: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RUN]", help="A run file, or a run's directory, to look at, too.", readable=False
+            metavar="[RUN]", help="Check this run, too: its run file, or its directory.", readable=False
         ),
     ] = None,
     probe: Annotated[
@@ -120,9 +125,10 @@ def doctor(
         bool, typer.Option("--json", help="As JSON; docs/first-hour.md has the fields.")
     ] = False,
 ) -> None:
-    """Look whether this machine, and a run, have what they need.
+    """Check whether this machine, and a run, have what they need.
 
-    Python, torch, GPUs, ledger, memory, disk, ports or the engine's server; each finding with its mend.
+    It checks Python, torch, GPUs, ledger, memory, disk, ports and the engine's server, and prints each
+    finding with its mend.
     """
     from paceline.cli.doctor import examine_and_tell
 
@@ -140,9 +146,9 @@ def check_data(
     measure: Annotated[bool, typer.Option("--measure", help="Load the target and time it.")] = False,
     **given: Any,
 ) -> None:
-    """Show what a file is taken for, what in it cannot be used, and what the target sees of it.
+    """Show how a file of samples is read: its format, what cannot be used, what the target sees.
 
-    Of a run file, as that run would: with its sources, target, answers and limits.
+    Given a run file, it shows what that run would read, with its sources, target, answers and limits.
     """
     from paceline.cli.data import check
     from paceline.cli.plain import out
@@ -156,7 +162,9 @@ def check_data(
 @advises
 def export_data(
     run: Run,
-    to: Annotated[Path | None, typer.Option(help="The file; answers.jsonl in the run's directory.")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="The file to write (default: answers.jsonl in the run's directory).")
+    ] = None,
 ) -> None:
     """Write a run's kept answers as JSON lines that a run can read."""
     from paceline.cli.answers import export_answers

@@ -62,7 +62,9 @@ def consume(run_file: RunFile) -> None:
 @advises
 def stop(
     run: Run,
-    now: Annotated[bool, typer.Option("--now", help="Without a safe point; what is durable stays.")] = False,
+    now: Annotated[
+        bool, typer.Option("--now", help="End the processes at once; what is durable stays.")
+    ] = False,
     on: On = None,
 ) -> None:
     """Stop a run in good order, and wait for it.
@@ -87,7 +89,7 @@ def engine(
 ) -> None:
     """Print the command that starts the engine's server for a run.
 
-    The run file then has: engine: {name: NAME, url: ...}
+    The run file names that server: engine: {name: NAME, url: ...}
     """
     from paceline.cli.foreground import print_engine_command
 
@@ -99,13 +101,16 @@ def engine(
 @takes(COMPARE_OPTIONS)
 def compare(
     run_file: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run file; or a run's directory.", readable=False)
+        Path,
+        typer.Argument(
+            metavar="RUN", help="A run file to train; or a run's directory to show.", readable=False
+        ),
     ],
     variants: Annotated[
         list[Path] | None,
         typer.Argument(
             metavar="VARIANT",
-            help="Overrides of method and training, or a run file; or another run's directory.",
+            help="A run file, or overrides of method and training; or another run's directory.",
             readable=False,
         ),
     ] = None,
@@ -113,10 +118,11 @@ def compare(
 ) -> None:
     """Train methods on the same features, or show runs side by side.
 
-    Of run files: several methods or settings, each measured. The target answers once, and its features are
-    kept. The run file is the first variant, and gives target, data and evaluation to all.
+    Given a run file, it trains and measures several methods or settings. The target answers once, and its
+    features are kept. The run file is the first variant, and gives all of them target, data and evaluation.
 
-    Of runs' directories, finished or live: settings that differ, curves, acceptance with intervals, cost.
+    Given runs' directories, finished or live, it shows the settings that differ, curves, acceptance with
+    intervals, and cost.
     """
     from paceline.cli import compare as comparison
 
@@ -129,9 +135,10 @@ def compare(
 def sweep(
     run_file: RunFile,
     settings: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE,...", help="A setting's values; repeatable.")
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE,...", help="A setting and the values to try; repeatable."),
     ],
-    metric: Annotated[str, typer.Option(help="What the table is sorted by.")] = "acceptance",
+    metric: Annotated[str, typer.Option(help="The measure that the table is sorted by.")] = "acceptance",
     **given: Any,
 ) -> None:
     """Compare every combination of some settings' values."""
