@@ -43,7 +43,7 @@ METHODS_OF: dict[str, dict[str, Any]] = {
 # Loss, metrics and the gradients' norm, after the whole step was asked of the device.
 MEANT = {
     "local_scalar_dense in training.step._backward",
-    "local_scalar_dense in training.step._clip",
+    "local_scalar_dense in training.step._mean_and_clip",
 }
 Sample = dict[str, torch.Tensor]
 
