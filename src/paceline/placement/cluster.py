@@ -71,10 +71,12 @@ class Cluster:
         found: dict[str, dict[str, Any]] = {}
         for node in [*useful, *(node for node in nodes if node not in useful)]:
             look = self._on(node, self.actors.found_here)
-            asked = look.remote(folder, paths, variables, mark if node in useful else "", marks=not found)
+            marks = not any("has" in one for one in found.values())  # none that was asked could
+            asked = look.remote(folder, paths, variables, mark if node in useful else "", marks=marks)
             found[node.id] = self._answer(asked)
-        if mark and useful:
-            self._answer(self._on(useful[0], self.actors.unmark).remote(folder, mark))
+        if mark:
+            for node in [node for node in useful if "has" in found[node.id]][:1]:
+                self._answer(self._on(node, self.actors.unmark).remote(folder, mark))
         anywhere = {path for one in found.values() for path in one.get("has", ())}
         for node in useful:
             one = found[node.id]

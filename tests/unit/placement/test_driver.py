@@ -18,7 +18,7 @@ from paceline.cli import train_on
 from paceline.config.load import given_sections, load_run_config
 from paceline.errors import ConfigError, PacelineError
 from paceline.placement import driver
-from paceline.placement.bundles import Bundle, Placement
+from paceline.placement.bundles import Bundle, Node, Placement
 from paceline.placement.cluster import LOCAL, Cluster, Names, connected
 from paceline.placement.driver import Follower, orders_of, stop_on
 from paceline.placement.keeper import GOING_ON
@@ -292,6 +292,26 @@ def test_a_head_that_is_slow_to_serve_a_client_is_asked_again(
     with suppress(ConfigError) if failures >= asked else nullcontext(), connected("ray://a:1"):
         assert failures < asked
     assert len(asks) == asked
+
+
+def test_a_node_that_dies_while_it_is_looked_at_hides_nothing_of_the_others(tmp_path: Path) -> None:
+    """The run's folder is marked by the first node that can, and that node removes the mark."""
+
+    class Looked(Cluster):
+        def _on(self, node: Node, work: Any) -> Any:
+            return SimpleNamespace(remote=lambda *_, **more: (node.id, work, more.get("marks")))
+
+        def _answer(self, asked: Any) -> dict[str, Any]:
+            asks.append(asked)
+            return {"problem": "it died"} if asked[0] == "a" else {"lacks": [], "has": []}
+
+    asks: list[Any] = []
+    looked = Looked(None, SimpleNamespace(found_here="look", unmark="unmark"))
+    nodes = [Node(name, name, cpus=2.0) for name in "abc"]
+    run = TinyRun(tmp_path, tmp_path / "model")
+    found = looked.examined(load_run_config(run.run_file), nodes)
+    assert [node.problem for node in found] == ["it died", "", ""]
+    assert asks == [("a", "look", True), ("b", "look", True), ("c", "look", False), ("b", "unmark", None)]
 
 
 def test_a_local_cluster_has_nothing_to_stop(tmp_path: Path) -> None:
