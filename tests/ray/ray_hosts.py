@@ -159,7 +159,6 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
             "RAY_prestart_worker_first_driver": "0",  # processors are few here
-            "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "60",
             "RAY_TMPDIR": str(self.folder / "ray"),
             "COLUMNS": "200",
             "OMP_NUM_THREADS": "1",
