@@ -135,7 +135,7 @@ def test_nodes_that_do_not_fit_are_named_with_all_that_is_wrong() -> None:
     with pytest.raises(ConfigError) as caught:
         refuse_nodes(found, "1")
     for told in (
-        "5 things",
+        "for 5 reasons",
         "10.0.0.0 has Paceline 2, and here is 1",
         "10.0.0.1 takes calls without a token",
         "10.0.0.2 lacks PACELINE_REDIS_PASSWORD",
