@@ -173,7 +173,9 @@ def _host_memory(layout: Layout) -> Iterator[Finding]:
     on_host = [p.memory_bytes or 0 for p in layout.processes if p.device == "cpu"]
     config = layout.plan.config
     needed = sum(on_host) + (config.features.host_mib(config.machine.producers) << 20)
-    if there and needed > there:
+    loaded = (p for p in layout.processes if p.role == "producer" and p.device == "cpu")
+    target = max((p.memory_bytes or 0 for p in loaded), default=0)
+    if there and needed > there >= target:  # else a check of the start says it of the target alone
         yield Finding(
             f"This machine has {_gib(there)} of memory; weights, optimizer and features take {_gib(needed)}.",
             "Lower features.budget_mib or machine.producers, or choose a smaller target.",

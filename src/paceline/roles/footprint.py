@@ -148,7 +148,7 @@ def processes_of(
     for number in range(threads.producers):
         name = "producer" if number == 0 else f"producer-{number}"
         what = "asks the server" if is_served else "the target"
-        memory = 0 if is_served else _target_bytes(shape, config, machine)
+        memory = 0 if is_served else target_bytes(shape, config, machine)
         found.append(
             Process(
                 role=name,
@@ -208,7 +208,7 @@ def _trained_bytes(config: RunConfig) -> int:
     return PASS_BYTES + -(-STATE_BYTES // ranks) if config.machine.shard and ranks > 1 else TRAINED_BYTES
 
 
-def _target_bytes(shape: TargetShape, config: RunConfig, machine: Machine) -> int:
+def target_bytes(shape: TargetShape, config: RunConfig, machine: Machine) -> int:
     """The weights as the engine holds them: in its own dtype."""
     if shape.quantised:
         return shape.weights_bytes

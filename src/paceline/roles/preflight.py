@@ -22,8 +22,11 @@ from paceline.exports.drafted_methods import TAKEN
 from paceline.exports.drafted_targets import RELEASES, SAYS, architectures_of, refusals, refused_class
 from paceline.features.ownership import bytes_of
 from paceline.features.settings import MooncakeSection
+from paceline.roles.footprint import target_bytes
+from paceline.roles.machine import this_machine
 from paceline.roles.plan import RunPlan
 from paceline.target.folder import read_config
+from paceline.target.shape import read_shape
 
 KNOWN = {method for taken in TAKEN.values() for method in taken}  # another package may export its own
 STATES_MAX, STATE_BYTES = 8, 4  # of each token: more layers than a method asks for, in float32
@@ -109,6 +112,32 @@ def the_features_find_room(plan: RunPlan) -> Iterator[Finding]:
             f"{features.directory} has room for {room >> 20} MiB, and features.budget_mib is "
             f"{features.budget_mib}: the producer will stop when it is full.",
             f"{other} {max(1, room >> 20)}.",
+        )
+
+
+def the_target_finds_memory(plan: RunPlan) -> Iterator[Finding]:
+    """Compare the sizes in the target's config with the memory where it is loaded: a system without enough
+    would kill processes long before the load fails."""
+    config = plan.config
+    if isinstance(config.engine, ServedSection):
+        return
+    try:
+        shape = read_shape(config.target.model)
+    except ConfigError:
+        return  # the model library alone knows this family's sizes
+    machine = this_machine()
+    device = machine.device(str(getattr(config.engine, "device", "auto")))
+    there, where = machine.memory_bytes, "this machine"
+    if device != "cpu":
+        number = int(device.partition(":")[2] or 0)
+        there, where = machine.gpus[number].memory_bytes if number < len(machine.gpus) else 0, device
+    needed = target_bytes(shape, config, machine)
+    if needed > there > 0:
+        yield Finding(
+            f"The target has {shape.sizes.num_hidden_layers} layers and takes about "
+            f"{needed / 2**30:.1f} GiB, and {where} has {there / 2**30:.1f} GiB of memory.",
+            "Choose a smaller target, a smaller target.dtype, another device, or an engine with a server.",
+            refuses=True,
         )
 
 
@@ -234,6 +263,7 @@ def _bytes_on_their_way(config: RunConfig, engine: ServedSection) -> int:
 CHECKS: list[Check] = [
     an_early_stop_is_measured,
     the_features_find_room,
+    the_target_finds_memory,
     the_mooncake_master_answers,
     enough_files_can_be_open,
     a_server_can_be_started,
@@ -248,6 +278,7 @@ CHECKS: list[Check] = [
 ON_THIS_MACHINE: frozenset[Check] = frozenset(
     [
         the_features_find_room,
+        the_target_finds_memory,
         the_mooncake_master_answers,
         enough_files_can_be_open,
         a_server_can_be_started,

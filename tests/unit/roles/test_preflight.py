@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
+from paceline.config.load import load_run_config
 from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import ConfigError
 from paceline.roles import preflight as module
-from paceline.roles.plan import RunPlan
+from paceline.roles.cost_plan import cost_plan
+from paceline.roles.machine import Machine
+from paceline.roles.plan import RunPlan, plan_run
 from paceline.roles.preflight import (
     Finding,
     a_server_can_be_started,
@@ -28,6 +31,8 @@ from paceline.roles.preflight import (
     the_method_knows_where_it_starts,
     the_server_gives_states_of_the_target,
 )
+from paceline.testing.tiny_folder import make_tiny_folder
+from paceline.testing.tiny_run import TinyRun
 
 
 def plan_with(directory: Path, budget_mib: int, folder: Path) -> Any:
@@ -166,3 +171,20 @@ def test_what_the_method_says_of_its_folders_is_noted(tmp_path: Path) -> None:
     """And refuses nothing."""
     plan = plan_of_class(tmp_path, "LlamaForCausalLM", notes=[("It names no target.", "See its card.")])
     assert list(the_method_knows_where_it_starts(plan)) == [Finding("It names no target.", "See its card.")]
+
+
+def test_a_target_that_memory_cannot_hold_is_refused_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan says the same, once: the sizes in its config are wrong, or the machine is too small."""
+    run = TinyRun(tmp_path, make_tiny_folder(tmp_path / "model"))
+    small = Machine(processors=2, memory_bytes=1 << 30, gpus=(), bfloat16=False)
+    monkeypatch.setattr(module, "this_machine", lambda: small)
+    assert not list(module.the_target_finds_memory(plan_run(load_run_config(run.run_file))))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    plan = plan_run(load_run_config(run.run_file))
+    with pytest.raises(ConfigError, match=r"1000000000 layers and takes about .* this machine has 1.0 GiB"):
+        preflight(plan)
+    refused = [one.what for one in cost_plan(load_run_config(run.run_file)).findings if one.refuses]
+    assert sum("memory" in what for what in refused) == 1
