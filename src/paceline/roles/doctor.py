@@ -57,7 +57,11 @@ def examine(config: RunConfig | None, run_file: Path | None, *, probe: bool = Fa
     for topic, look in EXAMINATIONS.items():
         yield from _safely(topic, look, config)
     if config is not None:
-        yield from _safely("run", the_run_fits, config)
+        of_run = list(_safely("run", the_run_fits, config))
+        yield from of_run
+        # What is wrong with a config is told once; sizes that fit no memory would take for ever to be built.
+        if run_file is not None and all(finding.state != "bad" for finding in of_run):
+            yield from _safely("target", lambda _: the_target_can_be_read(run_file), config)
         if probe and run_file is not None:
             yield from _safely("probe", lambda _: the_engine_is_exact(run_file), config)
 
@@ -222,6 +226,12 @@ def the_run_fits(config: RunConfig | None) -> Iterator[Examined]:
         yield Examined(topic="run", state=state, what=finding.what, mend=finding.next)
     if plan.fits:
         yield Examined(topic="run", state="good", what=f"{config.run.name} fits this machine")
+
+
+def the_target_can_be_read(run_file: Path) -> Iterator[Examined]:
+    """Read the target's files in a process of its own, as the start does before it loads any weights."""
+    told = json.loads(ask("paceline.roles.target_checker", str(run_file.absolute()), "check of the target"))
+    yield Examined(topic="target", state="good", what=f"as a start reads it: {told}")
 
 
 def the_engine_is_exact(run_file: Path) -> Iterator[Examined]:

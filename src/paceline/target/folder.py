@@ -141,6 +141,14 @@ class TensorFiles:
     def __contains__(self, name: object) -> bool:
         return name in self.shard_of
 
+    def refuse_missing(self) -> None:
+        """Raise ConfigError unless each file is there and holds the tensors that the index says it has."""
+        for shard in sorted(set(self.shard_of.values())):
+            there = set(self._names(shard))
+            missing = [name for name, file in self.shard_of.items() if file == shard and name not in there]
+            if missing:
+                raise _damaged(self.folder / shard, f"it has no tensor {missing[0]}, which {INDEX} names")
+
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The named tensors as stored. Raises ConfigError if one is missing or unreadable."""
         missing = [name for name in names if name not in self.shard_of]

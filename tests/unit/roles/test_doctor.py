@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -24,6 +25,9 @@ from paceline.roles.engine_prober import probe
 from paceline.roles.examined import Examined
 from paceline.roles.machine import Gpu
 from paceline.roles.question import ask
+from paceline.roles.target_binding import bind_target
+from paceline.roles.target_checker import check
+from paceline.testing.ledger_calls import capture, producer_of
 from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.testing.tiny_run import TinyRun
 from paceline.testing.valkey_server import ValkeyServer
@@ -38,8 +42,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def libraries_of_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ask", lambda *_, **__: json.dumps(LIBRARIES))
+    asked_here(monkeypatch, LIBRARIES)
     monkeypatch.setattr(module, "gpus_of_the_driver", lambda: ())
+
+
+def asked_here(monkeypatch: pytest.MonkeyPatch, libraries: dict[str, Any]) -> None:
+    """Without processes; the libraries are those given."""
+
+    def answered(asked: str, question: str, *_: object, **__: object) -> str:
+        return json.dumps(libraries if asked == "paceline.roles.libraries" else check(question))
+
+    monkeypatch.setattr(module, "ask", answered)
 
 
 def found(run: TinyRun | None = None) -> list[Examined]:
@@ -61,7 +74,8 @@ def test_a_sound_machine_and_run_have_nothing_to_mend(model: Path, tmp_path: Pat
     findings = found(run)
     assert [finding for finding in findings if finding.state == "bad"] == []
     topics = {finding.topic for finding in findings}
-    assert topics == {"python", "libraries", "gpu", "ledger", "memory", "files", "disk", "ports", "run"}
+    of_machine = {"python", "libraries", "gpu", "ledger", "memory", "files", "disk", "ports"}
+    assert topics == {*of_machine, "run", "target"}
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -80,8 +94,7 @@ def test_gpus_that_torch_cannot_use_are_told(monkeypatch: pytest.MonkeyPatch) ->
     one = bad(found())
     assert "1 x NVIDIA L4, driver 535.1, and torch for CPUs can use none" in one.what
     assert "torch build" in one.mend
-    libraries = {**LIBRARIES, "cuda": "12.8", "devices": ["NVIDIA L4"]}
-    monkeypatch.setattr(module, "ask", lambda *_, **__: json.dumps(libraries))
+    asked_here(monkeypatch, {**LIBRARIES, "cuda": "12.8", "devices": ["NVIDIA L4"]})
     assert "1 x NVIDIA L4, torch for CUDA 12.8" in [finding.what for finding in found()]
 
 
@@ -199,6 +212,57 @@ def test_a_managed_servers_program_tells_its_version(
         monkeypatch.setattr(examined_server.subprocess, "run", lambda *_, told=told, **__: told)
         [one] = examined_server.the_servers_program_starts(config)
         assert one.state == state
+
+
+def changed(name: str, **values: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**config, **values}))
+
+    return change
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("harm", "what"),
+    [
+        (changed("config.json", model_type="zorg"), "not a configuration that transformers can read"),
+        (changed("config.json", rope_parameters={"rope_type": "zorg"}), "KeyError: 'zorg'"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors nor"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors cannot be read"),
+        (cut, "model.safetensors cannot be read"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{{ 1 / 0 }}"), "ZeroDivisionError"),
+        (changed("tokenizer_config.json", chat_template=7), "chat template"),
+    ],
+)
+def test_a_target_that_a_start_refuses_is_told_by_the_doctor(
+    model: Path, tmp_path: Path, harm: Callable[[Path], None], what: str
+) -> None:
+    run = TinyRun(tmp_path / "run", Path(shutil.copytree(model, tmp_path / "model")))
+    if what == "chat template":
+        (tmp_path / "model" / "chat_template.jinja").unlink()
+    harm(tmp_path / "model")
+    one = bad(found(run))
+    assert (one.topic, what in one.what) == ("target", True), one
+
+
+def test_another_target_than_the_runs_is_told_once_it_binds(model: Path, tmp_path: Path) -> None:
+    """Before the first captured sample a start takes the new one."""
+    run = TinyRun(tmp_path / "run", Path(shutil.copytree(model, tmp_path / "model")))
+    config = load_run_config(run.run_file)
+    ledger = config.open_ledger()
+    bind_target(ledger, config)
+    changed("generation_config.json", eos_token_id=[2, 7])(tmp_path / "model")
+    assert [finding for finding in found(run) if finding.state == "bad"] == []
+    capture(producer_of(ledger, prompts=1), 0)
+    ledger.close()
+    one = bad(found(run))
+    assert "holds another model than the one this run was started with" in one.what
 
 
 def test_a_probe_proves_the_engine_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
