@@ -215,6 +215,9 @@ def fake_cuda() -> Iterator[FakeCuda]:
         "torch.autograd.has_torch_function": lambda _: False,  # in backward the modes stay on
         "weakref.getweakrefs": lambda _: [],  # else no module could be moved twice
         "torch._subclasses.fake_tensor.FakeTensor.is_meta": False,
+        "torch._subclasses.fake_tensor.FakeTensor.tolist": lambda t: (
+            t.cpu().tolist()
+        ),  # one copy, as on a GPU
         "torch._subclasses.fake_tensor.FakeTensor.is_cuda": property(lambda t: t.device.type == "cuda"),
         "torch._subclasses.fake_tensor.init_gpu_context": lambda _: None,
         "paceline.methods.dflash.attention._compiled_flex_attention": lambda: _attention_without_kernel,
