@@ -88,14 +88,15 @@ def train_on(run_file: Path, address: str, tell: Callable[[str], None]) -> int:
 def _placed(
     cluster: Cluster, config: RunConfig, names: Names, tell: Callable[[str], None]
 ) -> tuple[Any, Order, Placement]:
-    """The trainer's actor, which is new in the cluster, and its order. Raises ConfigError."""
+    """The trainer's actor, new in the cluster or another command's, and its order. Raises ConfigError."""
     nodes = cluster.nodes()
     placement = placement_of(config, nodes)
     refuse_nodes(cluster.examined(config, nodes), __version__)
     for note in placement.notes:
         tell(f"note: {note}")
     trainer, producers = orders_of(config, placement, names)
-    cluster.end_all(names)  # producers whose trainer was removed from the cluster
+    if cluster.actor(names.trainer) is None:  # else another command was faster than the look at the nodes
+        cluster.end_all(names)  # producers whose trainer was removed from the cluster
     kind = cluster.actors.actor_of(cluster.actors.TrainerActor, names.trainer, placement.trainer)
     return kind.remote(trainer, placement, producers), trainer, placement
 

@@ -21,7 +21,8 @@ from paceline.target.folder import read_config, refuse_quantised
 from paceline.target.shape import TargetShape
 
 SERVER_SHARE = 0.9  # of a GPU's memory that weights may take: keys and values need the rest
-UTILISATION = "--gpu-memory-utilization"  # of a vLLM server's arguments; without it, SERVER_SHARE
+# Of a vLLM server: without the first argument it takes SERVER_SHARE; the second one replaces the share.
+UTILISATION, CACHE_BYTES = "--gpu-memory-utilization", "--kv-cache-memory-bytes"
 ACTIVATIONS = 1 << 30  # bytes beside weights that a role needs at least
 
 
@@ -142,6 +143,8 @@ def _beside_a_server(layout: Layout) -> Iterator[Finding]:
     if not isinstance(engine, VllmSection) or not engine.managed:
         return
     share = _share_of_server(engine.args)
+    if share is None:
+        return
     for process in layout.processes:
         number = process.device.removeprefix("cuda:")
         is_beside = number.isdecimal() and int(number) in engine.devices and int(number) < len(gpus)
@@ -158,14 +161,17 @@ def _beside_a_server(layout: Layout) -> Iterator[Finding]:
             )
 
 
-def _share_of_server(args: Sequence[str]) -> float:
-    """Of a GPU's memory, as the server's arguments say."""
+def _share_of_server(args: Sequence[str]) -> float | None:
+    """Of a GPU's memory, as the arguments say; None where they say bytes. The server reads _ as -."""
+    share = SERVER_SHARE
     for place, argument in enumerate(args):
         name, _, value = argument.partition("=")
-        if name == UTILISATION:
+        if name.replace("_", "-") == CACHE_BYTES:
+            return None
+        if name.replace("_", "-") == UTILISATION:
             with suppress(ValueError):
-                return float(value or "".join(args[place + 1 : place + 2]))
-    return SERVER_SHARE
+                share = float(value or "".join(args[place + 1 : place + 2]))
+    return share
 
 
 def _host_memory(layout: Layout) -> Iterator[Finding]:

@@ -237,6 +237,28 @@ def test_a_run_that_is_going_on_is_followed_before_anything_is_asked_of_the_clus
         driver.train_on(run_file, "auto", lines.append)
 
 
+def test_a_run_that_another_command_starts_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at the nodes takes a while: the second command follows the trainer of the first."""
+    config = load_run_config(TinyRun(tmp_path, tmp_path).run_file)
+    ray = FakeRay([])
+    ray.known_for = 0
+    first = SimpleNamespace(remote=lambda *_: "the first one's trainer")
+    actors = SimpleNamespace(TrainerActor=None, actor_of=lambda *_: first)
+    cluster, ended = Cluster(ray, actors), []
+    monkeypatch.setattr(driver, "placement_of", lambda *_: PLACEMENT)
+    monkeypatch.setattr(driver, "refuse_nodes", lambda *_: None)
+    monkeypatch.setattr(cluster, "nodes", list)
+    monkeypatch.setattr(cluster, "examined", lambda *_: setattr(ray, "known_for", 9))
+    monkeypatch.setattr(cluster, "end_all", ended.append)
+    placed = driver._placed(cluster, config, Names("r-1"), lambda _: None)
+    assert (placed[0], ended) == ("the first one's trainer", [])
+    monkeypatch.setattr(cluster, "examined", lambda *_: setattr(ray, "known_for", 0))
+    driver._placed(cluster, config, Names("r-1"), lambda _: None)
+    assert ended, "what is left of a run without a trainer goes"
+
+
 def test_every_actor_has_its_own_run_file_and_name(tmp_path: Path) -> None:
     config = load_run_config(TinyRun(tmp_path, tmp_path, machine={"producers": 3}).run_file)
     names = Names.of(config)

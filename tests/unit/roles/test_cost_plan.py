@@ -194,6 +194,8 @@ def test_a_plan_for_another_machine_leaves_this_one_out(model: Path, tmp_path: P
         ([], "cuda:0", False),
         (["--gpu-memory-utilization", "0.6"], "cuda:0", True),
         (["--gpu-memory-utilization=0.88"], "cuda:0", False),
+        (["--gpu_memory_utilization", "0.6"], "cuda:0", True),
+        (["--kv-cache-memory-bytes", "20G"], "cuda:0", True),
         ([], "cuda:1", True),
     ],
 )
