@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -53,3 +54,10 @@ def has_bfloat16(device: torch.device, cpuinfo: Path = CPUINFO) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return multiplies_bfloat16(cpuinfo)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, types are as they are given; torch refuses to say so of a device that has no autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from paceline.methods.losses.settings import LossSection
+from paceline.precision import without_autocast
 
 # Draft's and wanted logits float32 [b, D] in; losses [b] and their gradient [b, D], a new tensor, out.
 Rule = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -71,7 +72,7 @@ def distribution_loss(
     finite for finite logits.
     """
     rule = partial(_lk_lambda, eta=section.eta) if section.name == "lk_lambda" else _RULES[section.name]
-    with torch.autocast(logits.device.type, enabled=False):  # it would round the factors of dot products
+    with without_autocast(logits.device):  # it would round the factors of dot products
         return DistributionLoss.apply(rule, logits, wanted, picked, scale)  # type: ignore[no-untyped-call, no-any-return]
 
 

@@ -23,6 +23,7 @@ from paceline.errors import ConfigError
 from paceline.methods.dflash.config import DFlashConfig
 from paceline.methods.dflash.heads.head import Head, Places, Rows
 from paceline.methods.dflash.settings import DFlash2Section
+from paceline.precision import without_autocast
 
 if TYPE_CHECKING:
     from paceline.methods.dflash.settings import BlockSection
@@ -126,7 +127,7 @@ class DFlash2Head(Head):
     def _scores(self, base: torch.Tensor, tokens: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """float32 [n, k] of the candidates `tokens` int64 [n, k], whose own logits are `base` [n, k]."""
         rows = nn.functional.embedding(tokens, self.selector.successor_codebook)
-        with torch.autocast(base.device.type, enabled=False):  # it would round both factors again
+        with without_autocast(base.device):  # it would round both factors again
             return base.float() + (rows.float() @ latents.float()[:, :, None])[..., 0]
 
     def trained(self, base: torch.Tensor, latents: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG002

@@ -19,6 +19,7 @@ from paceline.methods.dflash.config import DFlashConfig
 from paceline.methods.dflash.heads.head import Head, Places, Rows
 from paceline.methods.dflash.settings import DominoSection
 from paceline.methods.losses.distribution import distribution_loss
+from paceline.precision import without_autocast
 
 if TYPE_CHECKING:
     from paceline.methods.dflash.settings import BlockSection
@@ -50,7 +51,7 @@ class DominoHead(Head):
     def latents(self, places: Places) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         hidden, state = places.hidden, places.state
         before = None if state is None else state[None, :, :-1].contiguous()
-        with torch.autocast(hidden.device.type, enabled=False):  # its kernels take one dtype
+        with without_autocast(hidden.device):  # its kernels take one dtype
             read, after = self.gru(places.embed(places.previous), before)
         made = nn.functional.silu(self.first(torch.cat((hidden, read.to(hidden.dtype)), dim=-1)))
         count = torch.zeros_like(after[0, :, :1]) if state is None else state[:, -1:]
