@@ -12,7 +12,7 @@ from paceline.engines.served.settings import ServedSection
 from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import ConfigError
 from paceline.features.ownership import bytes_of
-from paceline.roles.footprint import Disk, Process, SampleSizes, standing
+from paceline.roles.footprint import Disk, Process, SampleSizes, standing, target_bytes_at_least
 from paceline.roles.forecast import threads_of
 from paceline.roles.machine import Machine
 from paceline.roles.plan import RunPlan
@@ -179,8 +179,8 @@ def _host_memory(layout: Layout) -> Iterator[Finding]:
     on_host = [p.memory_bytes or 0 for p in layout.processes if p.device == "cpu"]
     config = layout.plan.config
     needed = sum(on_host) + (config.features.host_mib(config.machine.producers) << 20)
-    loaded = (p for p in layout.processes if p.role == "producer" and p.device == "cpu")
-    target = max((p.memory_bytes or 0 for p in loaded), default=0)
+    is_loaded = any(p.role == "producer" and p.device == "cpu" and p.memory_bytes for p in layout.processes)
+    target = target_bytes_at_least(layout.shape, config, layout.machine) if is_loaded else 0
     if there and needed > there >= target:  # else a check of the start says it of the target alone
         yield Finding(
             f"This machine has {_gib(there)} of memory; weights, optimizer and features take {_gib(needed)}.",

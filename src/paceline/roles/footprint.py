@@ -33,6 +33,7 @@ ANSWER_BYTES = 120  # of its ids and digests
 LEDGER_BYTES = 2048  # a sample in flight and its rows; an archived one takes a twentieth
 ARCHIVED_BYTES = 100
 LEDGER_FILE_BYTES = 5 << 20  # of the smallest run: SQLite's log of 1,000 pages before it is written back
+COUNTED_TOO_HIGH = 4  # times: a decoder with experts in some layers only, or layers without an MLP
 TRAINED_BYTES = 16  # a parameter: weight, gradient and two moments in float32
 PASS_BYTES = 8  # of these in every rank during a step, if the state is sharded: the whole weight and gradient
 STATE_BYTES = 12  # a parameter in a checkpoint: weight and two moments
@@ -214,6 +215,20 @@ def target_bytes(shape: TargetShape, config: RunConfig, machine: Machine) -> int
         return shape.weights_bytes
     device = machine.device(str(getattr(config.engine, "device", "auto")))
     return int(shape.parameters * BYTES[machine.dtype(config.target.dtype, device)])
+
+
+def target_bytes_at_least(shape: TargetShape, config: RunConfig, machine: Machine) -> int:
+    """Below what the engine takes for the weights, also if the target is no Llama-like decoder.
+
+    Files that are there tell nearly all; a config whose sizes are far beyond them is still counted.
+    """
+    counted = target_bytes(shape, config, machine)
+    least = counted // COUNTED_TOO_HIGH
+    if not shape.has_weights or shape.quantised:
+        return least
+    device = machine.device(str(getattr(config.engine, "device", "auto")))
+    stored = shape.weights_bytes * BYTES[machine.dtype(config.target.dtype, device)] / BYTES[shape.dtype]
+    return max(least, min(counted, int(stored)))
 
 
 def _head_bytes(sizes: LayerSizes, shape: TargetShape) -> int:

@@ -22,7 +22,7 @@ from paceline.exports.drafted_methods import TAKEN
 from paceline.exports.drafted_targets import RELEASES, SAYS, architectures_of, refusals, refused_class
 from paceline.features.ownership import bytes_of
 from paceline.features.settings import MooncakeSection
-from paceline.roles.footprint import target_bytes
+from paceline.roles.footprint import target_bytes_at_least
 from paceline.roles.machine import this_machine
 from paceline.roles.plan import RunPlan
 from paceline.target.folder import read_config
@@ -131,10 +131,10 @@ def the_target_finds_memory(plan: RunPlan) -> Iterator[Finding]:
     if device != "cpu":
         number = int(device.partition(":")[2] or 0)
         there, where = machine.gpus[number].memory_bytes if number < len(machine.gpus) else 0, device
-    needed = target_bytes(shape, config, machine)
+    needed = target_bytes_at_least(shape, config, machine)
     if needed > there > 0:
         yield Finding(
-            f"The target has {shape.sizes.num_hidden_layers} layers and takes about "
+            f"The target has {shape.sizes.num_hidden_layers} layers and takes at least "
             f"{needed / 2**30:.1f} GiB, and {where} has {there / 2**30:.1f} GiB of memory.",
             "Choose a smaller target, a smaller target.dtype, another device, or an engine with a server.",
             refuses=True,

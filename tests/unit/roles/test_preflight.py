@@ -31,6 +31,7 @@ from paceline.roles.preflight import (
     the_method_knows_where_it_starts,
     the_server_gives_states_of_the_target,
 )
+from paceline.target.shape import read_shape
 from paceline.testing.tiny_folder import make_tiny_folder
 from paceline.testing.tiny_run import TinyRun
 
@@ -184,7 +185,35 @@ def test_a_target_that_memory_cannot_hold_is_refused_before_it_is_loaded(
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
     plan = plan_run(load_run_config(run.run_file))
-    with pytest.raises(ConfigError, match=r"1000000000 layers and takes about .* this machine has 1.0 GiB"):
+    with pytest.raises(
+        ConfigError, match=r"1000000000 layers and takes at least .* this machine has 1.0 GiB"
+    ):
         preflight(plan)
     refused = [one.what for one in cost_plan(load_run_config(run.run_file)).findings if one.refuses]
     assert sum("memory" in what for what in refused) == 1
+
+
+def test_a_target_of_another_family_that_fits_is_not_refused_for_its_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts in every second layer are counted in each; the files tell what there is."""
+    folder = make_tiny_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    (folder / "config.json").write_text(json.dumps({**config, **experts}))
+    plan = plan_run(load_run_config(TinyRun(tmp_path, folder).run_file))
+    shape = read_shape(folder)
+
+    def refused(memory_bytes: int) -> bool:
+        machine = Machine(processors=2, memory_bytes=memory_bytes, gpus=(), bfloat16=False)
+        monkeypatch.setattr(module, "this_machine", lambda: machine)
+        return bool(list(module.the_target_finds_memory(plan)))
+
+    counted = 4 * shape.parameters
+    assert counted > 2 * shape.weights_bytes
+    assert not refused(shape.weights_bytes)
+    assert refused(shape.weights_bytes - 1)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    assert not refused(counted // 3)
+    assert refused(counted // 5)
