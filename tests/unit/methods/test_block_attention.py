@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -89,16 +90,21 @@ def test_the_mask_of_the_cuda_kernel_is_the_same_rule(causal: bool) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("size", "lengths", "counts"), [(3, [7, 5, 6], [5, 0, 2]), (16, [200, 90], [31, 9])])
+@pytest.mark.parametrize(
+    ("size", "lengths", "chosen"),
+    [
+        (3, [7, 5, 6], [[1, 2, 3, 5, 6], [], [2, 5]]),
+        (16, [200, 90], [range(5, 191, 6), range(8, 90, 10)]),
+        # The tile of keys before, at and after each end of what the two blocks of a tile of queries see.
+        (64, [300, 90], [[127, 128, 129, 130, 255, 256, 257, 258], [83, 84, 85, 86]]),
+    ],
+)
 def test_the_kernels_tiles_are_those_that_the_library_finds(
-    causal: bool, size: int, lengths: list[int], counts: list[int]
+    causal: bool, size: int, lengths: list[int], chosen: list[Sequence[int]]
 ) -> None:
     """Which of them are whole, too; the library asks for every query and key."""
-    generator = torch.Generator().manual_seed(2)
-    places = [
-        torch.randperm(length, generator=generator)[:count].sort().values + 1
-        for length, count in zip(lengths, counts, strict=True)
-    ]
+    places = [torch.tensor(list(one)).long() for one in chosen]
+    counts = [len(one) for one in chosen]
     numbers = torch.arange(len(lengths))
     samples = numbers.repeat_interleave(torch.tensor(lengths))
     owners = numbers.repeat_interleave(torch.tensor(counts))
