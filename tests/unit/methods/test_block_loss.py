@@ -183,6 +183,18 @@ def test_gradients_in_bfloat16_are_finite(name: str, loss: str) -> None:
     assert all(w.grad is not None and torch.isfinite(w.grad).all() for w in draft.parameters())
 
 
+def test_the_candidates_scores_are_rounded_by_nothing_but_their_factors() -> None:
+    """In bfloat16, which autocast would give the scores, too."""
+    base, latents = (torch.randn(9, size, generator=torch.Generator().manual_seed(4)) for size in (61, 6))
+    of = draft_of(method_of("dflash2")).head
+    scores = []
+    for is_mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            scores.append(of.logits(base.bfloat16(), latents.bfloat16()))
+    assert scores[1].dtype == torch.float32
+    assert torch.equal(*scores)
+
+
 def test_dpace_weighs_by_the_gain_of_the_expected_length() -> None:
     """Without smoothing the weight is the derivative by each log probability; with alpha 1 it counts
     depths."""
