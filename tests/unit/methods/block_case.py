@@ -29,7 +29,8 @@ SIZES = {"block_size": 4, "layers": 2, "target_states": 3}
 
 @cache
 def head() -> TargetHead:
-    return TargetHead.load(save_target(tiny_target(), Path(tempfile.mkdtemp()) / "target"))
+    with tempfile.TemporaryDirectory() as folder:
+        return TargetHead.load(save_target(tiny_target(), Path(folder) / "target"))
 
 
 @cache

@@ -215,6 +215,7 @@ def test_a_producer_that_ends_with_an_error_has_closed_its_store(
     monkeypatch.setattr(SharedMemoryFeatureStore, "close", lambda self: closed.append(self))
     with pytest.raises(StoreError, match="did not answer"):
         run.work_here(produce)
+    run.free()
     assert len(closed) == 1
 
 

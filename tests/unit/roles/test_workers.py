@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,9 +42,10 @@ FAR = {"host": "far away", "pid": 1, "boot": "another"}
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> RunConfig:
+def config(tmp_path: Path) -> Iterator[RunConfig]:
     run = TinyRun(tmp_path, tmp_path / "model", machine={"producers": 2, "producer_threads": 2})
-    return load_run_config(run.run_file)
+    yield load_run_config(run.run_file)
+    run.free()
 
 
 @pytest.fixture
