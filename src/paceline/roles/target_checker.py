@@ -37,13 +37,19 @@ def check(run_file: str) -> str:
     else:
         build_empty(folder)
     PromptEncoder.of(config.target)
-    if is_of_hub(given.target) and not any((folder / name).is_file() for name in (INDEX, WEIGHTS)):
+    if is_of_hub(given.target) and not _is_fetched(folder):
         return "its configuration, tokenizer and template; the start fetches its weights"
     files = TensorFiles(folder)
     files.refuse_missing()
     head_layout(folder, read_config(folder))
     _refuse_another(config)
     return "its configuration, tokenizer, template and files of weights"
+
+
+def _is_fetched(folder: Path) -> bool:
+    """Whether all weights are there. A sharded model's index comes with its description."""
+    names = set(TensorFiles(folder).shard_of.values()) if (folder / INDEX).is_file() else {WEIGHTS}
+    return all((folder / name).is_file() for name in names)
 
 
 def _refuse_another(config: RunConfig) -> None:

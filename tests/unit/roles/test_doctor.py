@@ -12,6 +12,7 @@ from threading import Thread
 from typing import Any
 
 import apsw
+import huggingface_hub
 import pytest
 
 from paceline.cli import plain
@@ -249,6 +250,21 @@ def test_a_target_that_a_start_refuses_is_told_by_the_doctor(
     harm(tmp_path / "model")
     one = bad(found(run))
     assert (one.topic, what in one.what) == ("target", True), one
+
+
+def test_a_target_of_the_hub_may_lack_its_weights(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start fetches them. A sharded one's index is fetched with its configuration."""
+    described = Path(shutil.copytree(model, tmp_path / "model"))
+    weights = {f"w{number}": f"model-{number}.safetensors" for number in (1, 2)}
+    (described / "model.safetensors").rename(described / weights["w1"])
+    (described / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(described))
+    run = TinyRun(tmp_path / "run", Path("org/model"))
+    assert "the start fetches its weights" in check(str(run.run_file))
+    (described / "model.safetensors.index.json").unlink()
+    assert "the start fetches its weights" in check(str(run.run_file))
 
 
 def test_another_target_than_the_runs_is_told_once_it_binds(model: Path, tmp_path: Path) -> None:
