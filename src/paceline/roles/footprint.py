@@ -227,7 +227,9 @@ def target_bytes_at_least(shape: TargetShape, config: RunConfig, machine: Machin
     if not shape.has_weights or shape.quantised:
         return least
     device = machine.device(str(getattr(config.engine, "device", "auto")))
-    stored = shape.weights_bytes * BYTES[machine.dtype(config.target.dtype, device)] / BYTES[shape.dtype]
+    given = config.target.dtype
+    held = "bfloat16" if given == "auto" and device != "cpu" else machine.dtype(given, device)
+    stored = shape.weights_bytes * BYTES[held] / BYTES[shape.dtype]
     return max(least, min(counted, int(stored)))
 
 

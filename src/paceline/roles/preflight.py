@@ -128,9 +128,8 @@ def the_target_finds_memory(plan: RunPlan) -> Iterator[Finding]:
     machine = this_machine()
     device = machine.device(str(getattr(config.engine, "device", "auto")))
     there, where = machine.memory_bytes, "this machine"
-    if device != "cpu":
-        number = int(device.partition(":")[2] or 0)
-        there, where = machine.gpus[number].memory_bytes if number < len(machine.gpus) else 0, device
+    if device != "cpu":  # CUDA may number unlike GPUs by their speed, and the driver by their places
+        there, where = max((gpu.memory_bytes for gpu in machine.gpus), default=0), "the largest GPU here"
     needed = target_bytes_at_least(shape, config, machine)
     if needed > there > 0:
         yield Finding(

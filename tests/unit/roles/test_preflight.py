@@ -17,7 +17,7 @@ from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import ConfigError
 from paceline.roles import preflight as module
 from paceline.roles.cost_plan import cost_plan
-from paceline.roles.machine import Machine
+from paceline.roles.machine import Gpu, Machine
 from paceline.roles.plan import RunPlan, plan_run
 from paceline.roles.preflight import (
     Finding,
@@ -217,3 +217,16 @@ def test_a_target_of_another_family_that_fits_is_not_refused_for_its_count(
         path.unlink()
     assert not refused(counted // 3)
     assert refused(counted // 5)
+
+
+def test_the_largest_gpu_says_whether_a_target_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's first one may be a small one for the screen, and CUDA's first one the fastest."""
+    folder = make_tiny_folder(tmp_path / "model")
+    run = TinyRun(tmp_path, folder, target={"model": str(folder), "dtype": "auto"})
+    plan = plan_run(load_run_config(run.run_file))
+    needed = read_shape(folder).weights_bytes // 2  # in bfloat16, which the old one has not
+    small, large = Gpu("NVIDIA T400", needed // 2, 7.5), Gpu("NVIDIA RTX A6000", needed, 8.6)
+    for gpus, fits in (((small, large), True), ((small,), False), ((), True)):
+        machine = Machine(2, 1 << 40, gpus, bfloat16=True, has_unknown_gpus=not gpus)
+        monkeypatch.setattr(module, "this_machine", lambda machine=machine: machine)
+        assert bool(list(module.the_target_finds_memory(plan))) != fits
