@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from paceline.errors import (
-    CheckpointError,
     ConfigError,
     EngineError,
     ExportError,
@@ -15,10 +14,8 @@ SETTINGS = "/etc/paceline"  # where the run files lie
 MEET_PORT = 29500
 GRACE_S = 300  # at a stop every process reaches a safe point and writes a checkpoint
 LAST_WORDS_S = 30  # of these, for what is left once the ranks have ended
-# Of a role: it must be mended. The others may pass: a server or a disk is away, or another pod still ends.
-ADVISED = sorted(
-    {kind.exit_code for kind in (ConfigError, EngineError, CheckpointError, TrainingError, ExportError)}
-)
+# Of a role: it must be mended. The others may pass: a server or a volume is away, or another pod still ends.
+ADVISED = sorted({kind.exit_code for kind in (ConfigError, EngineError, TrainingError, ExportError)})
 # `paceline train` has started again what could be started again, so what it does not know is final, too.
 FINAL = [PacelineError.exit_code, *ADVISED]
 OF_A_PRODUCER = list(range(1, 13))  # it has tried for ten minutes

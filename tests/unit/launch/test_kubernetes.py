@@ -234,7 +234,7 @@ def test_ranks_do_not_wait_for_a_producer_that_has_failed(
 
 
 @pytest.mark.parametrize("index", ["0", "1"])
-@pytest.mark.parametrize(("ends", "code"), [(2, 2), (7, 7), (12, AGAIN), (1, AGAIN)])
+@pytest.mark.parametrize(("ends", "code"), [(2, 2), (8, 8), (7, AGAIN), (12, AGAIN), (1, AGAIN)])
 def test_a_pod_of_ranks_ends_with_what_a_rank_says(
     pod: Callable[..., Any], index: str, ends: int, code: int
 ) -> None:
