@@ -56,6 +56,12 @@ def has_bfloat16(device: torch.device, cpuinfo: Path = CPUINFO) -> bool:
     return multiplies_bfloat16(cpuinfo)
 
 
+def is_autocasting(device: torch.device) -> bool:
+    """Whether torch chooses the type of products on this device now."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Inside, types are as they are given; torch refuses to say so of a device that has no autocast."""
     if not torch.amp.is_autocast_available(device.type):

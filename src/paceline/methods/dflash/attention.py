@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812  (the name PyTorch's own documents use)
 
+from paceline.precision import is_autocasting
+
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 # Queries [1, N, A * B, d], the context's keys and values [1, N_kv, R, d], the blocks' own [1, N_kv, A * B,
 # d].
@@ -74,10 +76,9 @@ def tiled(layout: Layout) -> Attend:
 
     def attend(query: torch.Tensor, context: KeyValue, own: KeyValue) -> torch.Tensor:
         parts: tuple[torch.Tensor, ...] = query, *context, *own
-        kind = query.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if is_autocasting(query.device):
             # Backward computes a second time, outside of autocast, and must do so in the same dtype.
-            parts = tuple(part.to(torch.get_autocast_dtype(kind)) for part in parts)
+            parts = tuple(part.to(torch.get_autocast_dtype(query.device.type)) for part in parts)
         return TiledAttention.apply(layout, *parts)  # type: ignore[no-untyped-call, no-any-return]
 
     return attend

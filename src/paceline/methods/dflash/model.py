@@ -26,6 +26,7 @@ from paceline.methods.dflash.settings import BlockSection
 from paceline.methods.layers import MLP, RMSNorm, rotate
 from paceline.methods.method import LossSums
 from paceline.methods.rope import Rope
+from paceline.precision import is_autocasting
 from paceline.target.head import OutputLayer, TargetHead
 
 Tables = tuple[torch.Tensor, torch.Tensor]
@@ -135,8 +136,7 @@ class DFlashDraft(nn.Module):
 
     def context(self, states: torch.Tensor, positions: torch.Tensor) -> list[KeyValue]:
         """Each layer's keys and values [1, N_kv, R, d] of `states` [R, n * H] at `positions` int64 [R]."""
-        kind = states.device.type
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        if not is_autocasting(states.device):
             states = states.to(self.fc.weight.dtype)
         fused, tables = self.hidden_norm(self.fc(states))[None], self.rope.tables(positions[None])
         return [layer.self_attn.key_value(fused, tables) for layer in self._layers()]

@@ -26,6 +26,7 @@ from paceline.methods.layers import MLP, RMSNorm, rotate
 from paceline.methods.losses.settings import LossSection
 from paceline.methods.method import LossSums
 from paceline.methods.rope import Rope
+from paceline.precision import is_autocasting
 from paceline.target.head import OutputLayer, TargetHead
 
 
@@ -185,8 +186,7 @@ class Eagle3Draft(nn.Module):
 
     def fuse(self, states: torch.Tensor) -> torch.Tensor:
         """The feature [..., H] of auxiliary target states [..., 3H]."""
-        kind = states.device.type
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        if not is_autocasting(states.device):
             states = states.to(self.fc.weight.dtype)
         return self.fc(self.normed(states))  # type: ignore[no-any-return]
 
