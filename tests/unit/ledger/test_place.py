@@ -160,7 +160,7 @@ def test_a_run_file_that_names_another_store_is_refused(tmp_path: Path) -> None:
     assert place is not None
     moved = {**asdict(place), "section": {"store": "redis", "url": "redis://cave:6379/0"}}
     (tmp_path / FILE).write_text(json.dumps(moved))
-    with pytest.raises(LedgerError, match=r"store is redis, .*run file says sqlite.*store to redis"):
+    with pytest.raises(LedgerError, match=r"store redis; the run file says sqlite.*store to redis"):
         start(tmp_path)
 
 
