@@ -54,14 +54,18 @@ class SampleSizes:
     collected: Collected
 
 
+def engine_device(config: RunConfig, machine: Machine) -> str:
+    """Where an engine that is no server computes: by its own section, or as `auto` is read here."""
+    return machine.device(str(getattr(config.engine, "device", "auto")))
+
+
 def facts_of(config: RunConfig, shape: TargetShape, machine: Machine) -> TargetFacts:
     """What the engine will say of the target, as far as a sample's size depends on it."""
-    engine = config.engine
-    if isinstance(engine, ServedSection):
+    if isinstance(config.engine, ServedSection):
         # A server computes in bfloat16, unless it is told otherwise.
         dtype = "bfloat16" if config.target.dtype == "auto" else str(config.target.dtype)
     else:
-        dtype = machine.dtype(config.target.dtype, machine.device(str(getattr(engine, "device", "auto"))))
+        dtype = machine.dtype(config.target.dtype, engine_device(config, machine))
     return TargetFacts.by_sizes(shape.sizes, dtype, max_positions=shape.max_positions)
 
 
@@ -145,11 +149,11 @@ def processes_of(
     engine, threads = config.engine, config.machine
     found = []
     is_served = isinstance(engine, ServedSection)
-    device = "" if is_served else machine.device(str(getattr(engine, "device", "auto")))
+    device = "" if is_served else engine_device(config, machine)
     for number in range(threads.producers):
         name = "producer" if number == 0 else f"producer-{number}"
         what = "asks the server" if is_served else "the target"
-        memory = 0 if is_served else target_bytes(shape, config, machine)
+        memory = 0 if is_served else _target_bytes(shape, config, machine)
         found.append(
             Process(
                 role=name,
@@ -209,12 +213,12 @@ def _trained_bytes(config: RunConfig) -> int:
     return PASS_BYTES + -(-STATE_BYTES // ranks) if config.machine.shard and ranks > 1 else TRAINED_BYTES
 
 
-def target_bytes(shape: TargetShape, config: RunConfig, machine: Machine) -> int:
+def _target_bytes(shape: TargetShape, config: RunConfig, machine: Machine) -> int:
     """The weights as the engine holds them: in its own dtype."""
     if shape.quantised:
         return shape.weights_bytes
-    device = machine.device(str(getattr(config.engine, "device", "auto")))
-    return int(shape.parameters * BYTES[machine.dtype(config.target.dtype, device)])
+    dtype = machine.dtype(config.target.dtype, engine_device(config, machine))
+    return int(shape.parameters * BYTES[dtype])
 
 
 def target_bytes_at_least(shape: TargetShape, config: RunConfig, machine: Machine) -> int:
@@ -222,11 +226,11 @@ def target_bytes_at_least(shape: TargetShape, config: RunConfig, machine: Machin
 
     Files that are there tell nearly all; a config whose sizes are far beyond them is still counted.
     """
-    counted = target_bytes(shape, config, machine)
+    counted = _target_bytes(shape, config, machine)
     least = counted // COUNTED_TOO_HIGH
     if not shape.has_weights or shape.quantised:
         return least
-    device = machine.device(str(getattr(config.engine, "device", "auto")))
+    device = engine_device(config, machine)
     given = config.target.dtype
     held = "bfloat16" if given == "auto" and device != "cpu" else machine.dtype(given, device)
     stored = shape.weights_bytes * BYTES[held] / BYTES[shape.dtype]

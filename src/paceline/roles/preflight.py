@@ -22,7 +22,7 @@ from paceline.exports.drafted_methods import TAKEN
 from paceline.exports.drafted_targets import RELEASES, SAYS, architectures_of, refusals, refused_class
 from paceline.features.ownership import bytes_of
 from paceline.features.settings import MooncakeSection
-from paceline.roles.footprint import target_bytes_at_least
+from paceline.roles.footprint import engine_device, target_bytes_at_least
 from paceline.roles.machine import this_machine
 from paceline.roles.plan import RunPlan
 from paceline.target.folder import read_config
@@ -126,7 +126,7 @@ def the_target_finds_memory(plan: RunPlan) -> Iterator[Finding]:
     except ConfigError:
         return  # the model library alone knows this family's sizes
     machine = this_machine()
-    device = machine.device(str(getattr(config.engine, "device", "auto")))
+    device = engine_device(config, machine)
     there, where = machine.memory_bytes, "this machine"
     if device != "cpu":  # CUDA may number unlike GPUs by their speed, and the driver by their places
         there, where = max((gpu.memory_bytes for gpu in machine.gpus), default=0), "the largest GPU here"
