@@ -12,20 +12,25 @@ from transformers.cache_utils import DynamicLayer
 class PreallocatedLayer(DynamicLayer):
     """A cache layer that writes in place; the stock layer copies the whole cache at every token."""
 
-    def __init__(self, num_rows: int, capacity: int) -> None:
+    def __init__(self, num_rows: int, capacity: int, *, by_column: bool = False) -> None:
+        """`by_column`: let each component of the keys lie side by side for all positions, as attention.py
+        reads them on a CPU; shapes are the same."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._num_rows, self._capacity, self._length = num_rows, capacity, 0
+        self._by_column = by_column
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         shape = (self._num_rows, key_states.shape[1], self._capacity, key_states.shape[3])
         # Zeros, because a masked position is still multiplied with its value, and 0 * garbage may be NaN.
-        self._key_room, self._value_room = key_states.new_zeros(shape), value_states.new_zeros(shape)
+        self._value_room = value_states.new_zeros(shape)
+        across = (*shape[:2], shape[3], shape[2])
+        self._key_room = (
+            key_states.new_zeros(across).transpose(-1, -2) if self._by_column else key_states.new_zeros(shape)
+        )
         self.is_initialized = True
 
-    def adopt(
-        self, members: torch.Tensor, start: int, key_states: torch.Tensor, value_states: torch.Tensor
-    ) -> None:
+    def adopt(self, members: slice, start: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Copy in the keys and values of the rows `members`, computed apart, from position `start` on."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -51,10 +56,8 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def copy_cache(
-    source: DynamicCache, target: DynamicCache, members: torch.Tensor, start: int, skip: int = 0
-) -> None:
-    """Copy the cached positions of `source`, from `skip` on, to rows `members` of `target` at `start`.
+def copy_cache(source: DynamicCache, target: DynamicCache, members: slice, start: int) -> None:
+    """Copy all cached positions of `source` to rows `members` of `target`, from position `start` on.
 
     A source of one row is copied to every member.
     """
@@ -63,4 +66,4 @@ def copy_cache(
         assert isinstance(piece, PreallocatedLayer)
         assert piece.keys is not None
         assert piece.values is not None
-        whole.adopt(members, start, piece.keys[:, :, skip:], piece.values[:, :, skip:])
+        whole.adopt(members, start, piece.keys, piece.values)

@@ -17,9 +17,13 @@ from paceline.errors import EngineError
 from paceline.target.facts import TargetFacts
 from paceline.types import Feature, Rows, States, Tokens
 
+PREFILL_ROWS = 8  # whose known tokens the target reads together
+
 
 class CaptureRows:
     """What each row of the group holds, and the states captured so far.
+
+    Rows are in the order of their lengths.
 
     A row's *known* tokens are the tokens of its request that the target processes. After them come the
     tokens that the target writes or, in a prefill, the last token, which is not processed.
@@ -35,6 +39,8 @@ class CaptureRows:
         share_prefix: bool = True,
     ) -> None:
         """`share_prefix`: read the tokens that all rows begin with once; padding then follows them."""
+        self._order = sorted(range(len(group)), key=lambda place: len(group[place].processed))
+        group = [group[place] for place in self._order]
         known = [request.processed for request in group]
         lengths = [len(tokens) for tokens in known]
         self._group, self._features, self._facts, self._lengths = group, features, facts, lengths
@@ -43,12 +49,23 @@ class CaptureRows:
         self.capacity = longest + answer
         self.length = longest  # positions processed (or about to be, by the prefill), padding included
         self.shared = _common_prefix(known) if share_prefix else 0
-        # A row: the shared prefix, padding, the rest of its known tokens, its answer.
+        # Rows of similar length, and where the prefix begins in each of them.
+        self.parts = [
+            (slice(first, first + PREFILL_ROWS), longest - lengths[min(first + PREFILL_ROWS, self.count) - 1])
+            for first in range(0, self.count, PREFILL_ROWS)
+        ]
+        # A row: padding, the shared prefix, padding, the rest of its known tokens, its answer.
+        starts = [self.parts[row // PREFILL_ROWS][1] for row in range(self.count)]
+        start = torch.tensor(starts, device=device)[:, None]
         self.padding = torch.tensor([longest - length for length in lengths], device=device)
         slots = torch.arange(self.capacity, device=device)
-        self.mask = ((slots < self.shared) | (slots >= self.shared + self.padding[:, None])).long()
+        is_shared = (slots >= start) & (slots < start + self.shared)
+        self.mask = (is_shared | (slots >= self.shared + self.padding[:, None])).long()
         pad, cut = (facts.eos_token_ids or (0,))[0], self.shared
-        padded = [[*ids[:cut], *[pad] * (longest - len(ids)), *ids[cut:]] for ids in known]
+        padded = [
+            [*[pad] * before, *ids[:cut], *[pad] * (longest - len(ids) - before), *ids[cut:]]
+            for ids, before in zip(known, starts, strict=True)
+        ]
         self.known_ids = torch.tensor(padded, device=device)
         self._choice = TokenChoice(group, facts.vocab_size, device)
         self._answers: list[list[int]] = [[] for _ in group]
@@ -66,13 +83,6 @@ class CaptureRows:
         """Whether the target is to write at least one more token."""
         return bool(self._open)
 
-    def by_length(self, size: int) -> list[tuple[torch.Tensor, int]]:
-        """Rows in parts of `size`, shortest first; each with its longest row's length after the prefix."""
-        order = sorted(range(self.count), key=lambda row: self._lengths[row])
-        parts = [order[i : i + size] for i in range(0, self.count, size)]
-        device = self.mask.device
-        return [(torch.tensor(part, device=device), self._lengths[part[-1]] - self.shared) for part in parts]
-
     def keep_shared(self, states: Mapping[int, torch.Tensor]) -> None:
         """Keep the states of the shared prefix, computed for one row."""
         for kept in self._kept.values():
@@ -80,9 +90,9 @@ class CaptureRows:
             for row in range(self.count):
                 kept.keep_tokens(row, 0, parts)
 
-    def keep_known(self, members: torch.Tensor, states: Mapping[int, torch.Tensor]) -> None:
+    def keep_known(self, members: slice, states: Mapping[int, torch.Tensor]) -> None:
         """Keep the states of the known tokens after the prefix, of some rows; padding comes first."""
-        for place, row in enumerate(members.tolist()):
+        for place, row in enumerate(range(self.count)[members]):
             own = self._lengths[row] - self.shared
             for kept in self._kept.values():
                 kept.keep_tokens(row, self.shared, [states[k][place, -own:] for k in kept.layers])
@@ -112,9 +122,13 @@ class CaptureRows:
         return chosen[:, None] if still_open else None
 
     def samples(self) -> list[Captured]:
-        """The finished rows. Their states are views into the group's buffers; the store copies them once."""
-        captured, bad = [], []
-        for row, request in enumerate(self._group):
+        """The finished rows, in the order of the group.
+
+        Their states are views into the group's buffers; the store copies them once.
+        """
+        captured, bad = list[Captured](), []
+        for row in sorted(range(self.count), key=self._order.__getitem__):
+            request = self._group[row]
             tokens = [*request.token_ids, *self._answers[row]]
             states = {name: kept.of_row(row, self._lengths[row]) for name, kept in self._kept.items()}
             if not all(is_sound(state) for state in states.values()):

@@ -37,7 +37,6 @@ from paceline.target.tokenizer import PromptEncoder
 from paceline.target.version import TargetVersion
 from paceline.types import Feature, States, Tokens, layers_of
 
-PREFILL_ROWS = 8
 # One common beginning, which capture may read once for all, and ends of different lengths.
 PROBE_TEXTS = (
     "The wind turns.",
@@ -111,7 +110,7 @@ class TransformersEngine:
     def _capture(self, group: Sequence[CaptureRequest], features: Sequence[Feature]) -> list[Captured]:
         own = self._way == Way.OWN
         rows = CaptureRows(group, features, self._facts, self._device, share_prefix=own)
-        cache = self._empty_cache(len(group), rows.capacity) if own else self._library_cache()
+        cache = self._empty_cache(len(group), rows.capacity, answers=True) if own else self._library_cache()
         with Hooks(self._parts.layers, self._layers_of(features)) as states:
             hidden = self._prefill(rows, cache, states) if own else self._prefill_whole(rows, cache, states)
             while rows.are_open and (token_ids := rows.choose(self._decoder.logits(hidden))) is not None:
@@ -140,44 +139,44 @@ class TransformersEngine:
 
         Returns the final hidden state of every row's last known token, [B, H].
         """
-        shared, everyone = rows.shared, torch.arange(rows.count, device=self._device)
-        first = self._empty_cache(1, shared)
+        shared, first = rows.shared, self._empty_cache(1, rows.shared)
         if shared:
+            own = slice(rows.parts[0][1], rows.parts[0][1] + shared)
             positions = torch.arange(shared, device=self._device)[None]
-            self._forward(rows.known_ids[:1, :shared], rows.mask[:1, :shared], positions, first)
+            self._forward(rows.known_ids[:1, own], rows.mask[:1, own], positions, first)
             rows.keep_shared(states.taken)
-            copy_cache(first, cache, everyone, 0)
         hidden = torch.empty(
             rows.count, self._facts.hidden_size, dtype=self._model.dtype, device=self._device
         )
-        for members, width in rows.by_length(PREFILL_ROWS):
-            start = rows.length - width
-            part = self._empty_cache(len(members), shared + width)
+        for members, start in rows.parts:
+            own, padding = slice(start + shared, rows.length), rows.padding[members, None]
+            part = self._empty_cache(len(padding), rows.length - start)
             if shared:
-                copy_cache(first, part, torch.arange(len(members), device=self._device), 0)
-            positions = torch.arange(start, rows.length, device=self._device) - rows.padding[members, None]
-            mask = torch.cat([rows.mask[members, :shared], rows.mask[members, start : rows.length]], dim=1)
-            own_ids = rows.known_ids[members, start : rows.length]
-            hidden[members] = self._forward(own_ids, mask, positions, part)
+                copy_cache(first, part, slice(None), 0)
+            positions = torch.arange(own.start, own.stop, device=self._device) - padding
+            mask = rows.mask[members, start : rows.length]
+            hidden[members] = self._forward(rows.known_ids[members, own], mask, positions, part)
             rows.keep_known(members, states.taken)
-            copy_cache(part, cache, members, start, skip=shared)
+            copy_cache(part, cache, members, start)
         return hidden
 
     def _prefill_whole(self, rows: CaptureRows, cache: Any, states: Hooks) -> torch.Tensor:
         """As `_prefill`, but of all rows at once, with padding before each."""
-        everyone = torch.arange(rows.count, device=self._device)
         positions = torch.arange(rows.length, device=self._device) - rows.padding[:, None]
         hidden = self._forward(rows.known_ids, rows.mask[:, : rows.length], positions, cache)
-        rows.keep_known(everyone, states.taken)
+        rows.keep_known(slice(None), states.taken)
         return hidden
 
     def _library_cache(self) -> Any:
         """An empty cache of the kind that the library uses for the family."""
         return self._decoder.past() if self._way == Way.ALONE else DynamicCache(config=self._decoder.config)
 
-    def _empty_cache(self, num_rows: int, capacity: int) -> DynamicCache:
-        cache = DynamicCache(config=self._decoder.config)
-        cache.layers[:] = [PreallocatedLayer(num_rows, capacity) for _ in self._parts.layers]
+    def _empty_cache(self, num_rows: int, capacity: int, *, answers: bool = False) -> DynamicCache:
+        """`answers`: it is read once for each token that the target writes."""
+        cache, by_column = DynamicCache(config=self._decoder.config), answers and self._device.type == "cpu"
+        cache.layers[:] = [
+            PreallocatedLayer(num_rows, capacity, by_column=by_column) for _ in self._parts.layers
+        ]
         return cache
 
     def _forward(
