@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from paceline.training.muon import BlockMuon
 from paceline.training.settings import TrainerSettings, TrainingSection
 
 
@@ -44,7 +45,7 @@ def _cosine(section: TrainingSection, done: float) -> float:
 class MuonAndAdamW(torch.optim.Optimizer):
     """Two optimizers over parameters of their own that are stepped, and keep their state, as one."""
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.AdamW) -> None:
         groups = [*muon.param_groups, *adamw.param_groups]
         super().__init__(groups, {})
         self.parts: tuple[torch.optim.Optimizer, ...] = (muon, adamw)
@@ -88,7 +89,12 @@ def build_optimizer(
     if not for_muon:
         assert adamw is not None
         return adamw
-    muon = torch.optim.Muon(for_muon, lr=rate, momentum=chosen.momentum, adjust_lr_fn="match_rms_adamw")
+    momentum, block_rows = chosen.momentum, chosen.block_rows
+    muon: torch.optim.Optimizer
+    if block_rows is None:
+        muon = torch.optim.Muon(for_muon, lr=rate, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+    else:
+        muon = BlockMuon(for_muon, lr=rate, momentum=momentum, block_rows=block_rows)
     return MuonAndAdamW(muon, adamw) if adamw is not None else muon
 
 

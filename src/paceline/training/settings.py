@@ -27,11 +27,13 @@ class OptimizerSection(Section):
     - `adamw`: for every parameter.
     - `muon`: updates a matrix by its momentum made orthogonal, scaled to the size of AdamW's updates, so that
       both take one `learning_rate` (arXiv 2502.16982, section 2.2). AdamW keeps all vectors, the matrices
-      that the method names, and those whose names contain one of `adamw_for`.
+      that the method names, and those whose names contain one of `adamw_for`. `block_rows`: it is made
+      orthogonal in blocks of so many rows of its shorter side, which costs a part (muon.py); None: whole.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    block_rows: Annotated[int, Field(ge=2)] | None = None
     adamw_for: tuple[str, ...] = ("lm_head", "embed_tokens", "mask_hidden")
 
     @model_validator(mode="before")

@@ -109,10 +109,10 @@ def test_a_step_makes_the_host_wait_for_its_figures_alone(
         assert {(w.device, w.dtype) for w in learner.draft.parameters()} == {(CUDA, torch.float32)}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", {"name": "muon", "block_rows": 8}])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_training_goes_on_from_a_checkpoint_on_the_device(
-    optimizer: str, engine: TransformersEngine, head: TargetHead
+    optimizer: Any, engine: TransformersEngine, head: TargetHead
 ) -> None:
     """In float32, with the average of the weights: what is written from the device is read onto it again."""
     method = method_of("eagle3")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from paceline.errors import ConfigError
+from paceline.training.muon import RMS, orthogonal, update_of
 from paceline.training.optimizer import (
     build_optimizer,
     learning_rate_at,
@@ -102,17 +103,17 @@ def _draft() -> nn.Module:
 ADAMWS, MUONS = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_restored_optimizer_takes_the_next_steps_bit_for_bit(name: str) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", {"name": "muon", "block_rows": 3}])
+def test_a_restored_optimizer_takes_the_next_steps_bit_for_bit(optimizer: Any) -> None:
     """Moments and the count of steps come back: three steps, a restart and three steps make six."""
-    settings = TrainingSection(weight_decay=0.01, optimizer=OptimizerSection.parse({"name": name}))
+    settings = TrainingSection(weight_decay=0.01, optimizer=OptimizerSection.parse(optimizer))
     whole = _draft()
     _train(whole, build_optimizer(whole, settings), range(1, 7))
 
     first = _draft()
-    optimizer = build_optimizer(first, settings)
-    _train(first, optimizer, range(1, 4))
-    written = {key: tensor.clone() for key, tensor in optimizer_tensors(first, optimizer).items()}
+    before = build_optimizer(first, settings)
+    _train(first, before, range(1, 4))
+    written = {key: tensor.clone() for key, tensor in optimizer_tensors(first, before).items()}
     second = _draft()
     second.load_state_dict(first.state_dict())
     restored = build_optimizer(second, settings)
@@ -124,7 +125,7 @@ def test_a_restored_optimizer_takes_the_next_steps_bit_for_bit(name: str) -> Non
     assert set(written) == {
         f"{parameter}.{key}"
         for parameter, weight in whole.named_parameters()
-        for key in (MUONS if name == "muon" and weight.dim() == 2 else ADAMWS)
+        for key in (MUONS if optimizer != "adamw" and weight.dim() == 2 else ADAMWS)
     }
 
 
@@ -148,6 +149,51 @@ def test_muon_turns_matrices_and_leaves_the_rest_to_adamw() -> None:
     # Five samples give a gradient of rank 5.
     assert float(singular[4]) > 0.5
     assert float(singular[0]) < 1.5
+
+
+def test_a_block_of_the_whole_matrix_is_muon() -> None:
+    """Of PyTorch, with decay, momentum and a factor, wide and tall; its products may sum in another order."""
+    section = {"name": "muon", "momentum": 0.8, "adamw_for": []}
+    drafts = []
+    for block in ({}, {"block_rows": 64}):
+        optimizer = OptimizerSection.parse({**section, **block})
+        settings = TrainingSection(optimizer=optimizer, weight_decay=0.1)
+        torch.manual_seed(0)
+        drafts.append(nn.Sequential(nn.Linear(24, 8), nn.Linear(8, 40), nn.LayerNorm(40)))
+        built = build_optimizer(drafts[-1], settings, {"0.weight": 0.5})
+        for _ in range(3):
+            set_learning_rate(built, 0.01)
+            for weight in drafts[-1].parameters():
+                weight.grad = torch.randn(weight.shape)
+            built.step()
+    whole, blocks = drafts
+    for name, weight in whole.named_parameters():
+        torch.testing.assert_close(blocks.get_parameter(name), weight, rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(12, 40), (40, 12), (10, 40), (4, 40), (5, 5)])
+def test_each_block_of_an_update_is_orthogonal_by_itself(rows: int, columns: int) -> None:
+    """Rows of the shorter side, five to a block, the last block smaller. Its elements have AdamW's size."""
+    momentum = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
+    update = update_of(momentum, block_rows=5).float()
+    assert update.shape == momentum.shape
+    wide, given = (update.mT, momentum.mT) if rows > columns else (update, momentum)
+    for first in range(0, len(wide), 5):
+        block = wide[first : first + 5] / (RMS * wide.shape[1] ** 0.5)
+        singular = torch.linalg.svdvals(block)
+        assert 0.5 < float(singular[-1]) <= float(singular[0]) < 1.5
+        # The same directions, as if the other blocks were not there.
+        alone = orthogonal(given[None, first : first + 5].bfloat16())[0].float()
+        torch.testing.assert_close(block, alone, rtol=0.0, atol=0.02)
+
+
+def test_a_block_without_gradient_stays() -> None:
+    """A layer that another one of zeros follows has none in the first step."""
+    momentum = torch.zeros(6, 8)
+    momentum[:3] = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    update = update_of(momentum, block_rows=3)
+    assert torch.isfinite(update).all()
+    assert not update[3:].any()
 
 
 def test_what_the_method_keeps_from_muon_moves_by_adamw() -> None:

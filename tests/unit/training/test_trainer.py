@@ -91,6 +91,7 @@ DFLASH = {"name": "dflash", "block_size": 3, "layers": 1, "target_states": 3, **
 # What a step leaves behind or draws, beside the weights: method and training with it, and without.
 STATES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "muon's momentum": (EAGLE3, {"optimizer": "muon"}, EAGLE3, {}),
+    "the momentum of muon in blocks": (EAGLE3, {"optimizer": {"name": "muon", "block_rows": 8}}, EAGLE3, {}),
     "the average of the weights": (EAGLE3, {"ema_decay": 0.7}, EAGLE3, {}),
     "noise": ({**EAGLE3, "feature_noise": 0.2}, {}, EAGLE3, {}),
     "anchors": ({**DFLASH, "anchors_max": 2}, {"ema_decay": 0.7}, {**DFLASH, "anchors_max": 64}, {}),
