@@ -59,7 +59,7 @@ def update_of(momentum: torch.Tensor, block_rows: int) -> torch.Tensor:
     count = -(-rows // size)
     # Rows of zeros in the last block stay zeros and change no other.
     blocks = F.pad(wide.bfloat16(), (0, 0, 0, count * size - rows)).view(count, size, columns)
-    update = orthogonal(blocks).view(-1, columns)[:rows] * (RMS * columns**0.5)
+    update: torch.Tensor = orthogonal(blocks).view(-1, columns)[:rows] * (RMS * columns**0.5)
     return update.mT if is_tall else update
 
 
