@@ -41,6 +41,11 @@ class MethodSection(Section):
         """What a user should know of these settings before a run starts, each with what to do about it."""
         return []
 
+    @property
+    def compiles(self) -> bool:
+        """Whether training on a GPU compiles kernels, for which Triton asks for a C compiler."""
+        return False
+
     def features(self, target: TargetFacts) -> tuple[Feature, ...]:
         """See `DraftMethod.features`. A section that knows them without torch answers itself."""
         return self.build().features(target)

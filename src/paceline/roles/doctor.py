@@ -20,6 +20,7 @@ from tempfile import TemporaryFile
 
 from packaging.requirements import Requirement
 
+from paceline.c_compiler import c_compiler, missing_for_triton
 from paceline.config.run import RunConfig
 from paceline.errors import explained
 from paceline.ledger.settings import SqliteSection
@@ -144,6 +145,19 @@ def torch_fits_the_gpus(_: RunConfig | None) -> Iterator[Examined]:
         yield Examined(topic="gpu", state="good", what=f"{len(devices)} x {devices[0]}, {build}")
 
 
+def kernels_could_be_compiled(config: RunConfig | None) -> Iterator[Examined]:
+    """Of a machine with GPUs; the plan says it of a run that compiles some."""
+    gpus = gpus_of_the_driver()
+    if not gpus or config is not None:
+        return
+    missing = missing_for_triton()
+    if missing is None:
+        yield Examined(topic="compiler", state="good", what=f"{c_compiler()}, with Python's header files")
+    else:
+        what = f"{missing.what} Block drafts train with a compiled kernel, and vLLM compiles some"
+        yield Examined(topic="compiler", state="note", what=what, mend=missing.mend)
+
+
 def the_ledger_can_be_kept(config: RunConfig | None) -> Iterator[Examined]:
     """Ask the run's ledger for what its start would refuse."""
     section = SqliteSection() if config is None else config.ledger
@@ -253,6 +267,7 @@ def _gib(num_bytes: int) -> str:
 EXAMINATIONS: dict[str, Examination] = {
     "python": python_is_new_enough,
     "libraries": torch_fits_the_gpus,
+    "compiler": kernels_could_be_compiled,
     "ledger": the_ledger_can_be_kept,
     "memory": shared_memory_is_there,
     "files": files_are_enough,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from paceline.c_compiler import OF_GCC, OF_PYTHON, c_compiler, has_compiled_before, missing_for_triton
 from paceline.config.run import RunConfig
 from paceline.engines.served.settings import ServedSection
 from paceline.engines.vllm.settings import VllmSection
@@ -162,6 +163,22 @@ def the_mooncake_master_answers(plan: RunPlan) -> Iterator[Finding]:
         )
 
 
+def kernels_can_be_compiled(plan: RunPlan) -> Iterator[Finding]:
+    """Try the C compiler that Triton will ask for in the first step, hours after the start perhaps."""
+    config = plan.config
+    device = this_machine().device(config.training.device)
+    if device == "cpu" or not config.method.compiles or find_spec("triton") is None:
+        return  # torch's build for processors brings no Triton, and trains on none of the GPUs here
+    missing = missing_for_triton()
+    if missing is not None:
+        yield Finding(
+            f"{missing.what} On {device} the method {config.method.name} trains with a kernel that Triton "
+            "compiles in the first step.",
+            f"{missing.mend} Or set method.attention: tiles, which compiles nothing and is slower.",
+            refuses=not has_compiled_before(),
+        )
+
+
 def enough_files_can_be_open(_: RunPlan) -> Iterator[Finding]:
     """Check the limit of open files, which the roles inherit."""
     limit = files_that_can_be_open()
@@ -183,11 +200,19 @@ def files_that_can_be_open() -> int | Finding:
 def a_server_can_be_started(plan: RunPlan) -> Iterator[Finding]:
     """Look for the program of an engine that starts a server of its own."""
     engine = plan.config.engine
-    if isinstance(engine, VllmSection) and engine.managed and shutil.which(engine.program[0]) is None:
+    if not isinstance(engine, VllmSection) or not engine.managed:
+        return
+    if shutil.which(engine.program[0]) is None:
         yield Finding(
             f"There is no program {engine.program[0]}, and engine.managed is true.",
             "Install vLLM, set engine.program, or start a server and set engine.url.",
             refuses=True,
+        )
+    elif c_compiler() is None:
+        yield Finding(
+            "There is no C compiler here, and vLLM compiles kernels when it starts.",
+            f"Install one (Debian and Ubuntu: `apt-get install {OF_GCC} {OF_PYTHON}`), unless engine.program "
+            "brings its own.",
         )
 
 
@@ -264,6 +289,7 @@ CHECKS: list[Check] = [
     the_features_find_room,
     the_target_finds_memory,
     the_mooncake_master_answers,
+    kernels_can_be_compiled,
     enough_files_can_be_open,
     a_server_can_be_started,
     states_on_their_way_find_room,
@@ -279,6 +305,7 @@ ON_THIS_MACHINE: frozenset[Check] = frozenset(
         the_features_find_room,
         the_target_finds_memory,
         the_mooncake_master_answers,
+        kernels_can_be_compiled,
         enough_files_can_be_open,
         a_server_can_be_started,
         states_on_their_way_find_room,

@@ -18,6 +18,7 @@ from torch import nn
 from paceline.errors import TrainingError
 from paceline.loader.packing import packs
 from paceline.methods.method import DraftMethod, LossSums
+from paceline.training.compilation import failed_compilations_told
 from paceline.training.optimizer import learning_rate_at, set_learning_rate
 from paceline.training.reduction import Reduction, Sums
 from paceline.training.settings import TrainerSettings, TrainingSection
@@ -91,9 +92,10 @@ def _backward(
     num_tokens = 0
     for part in micro_batches(samples, settings.training):
         batch = method.collate(part, device, visit)
-        with _autocast(device, settings.autocast_dtype):
-            sums: LossSums = draft(batch)
-        sums.loss_sum.backward()
+        with failed_compilations_told():
+            with _autocast(device, settings.autocast_dtype):
+                sums: LossSums = draft(batch)
+            sums.loss_sum.backward()
         num_tokens += sums.num_tokens
         for name, value in {_LOSS: sums.loss_sum.detach(), **sums.metrics}.items():
             totals[name] = totals[name] + value.double() if name in totals else value.double()

@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 from paceline.engines.engine import CaptureRequest
 from paceline.engines.transformers import TransformersEngine
+from paceline.errors import ConfigError
 from paceline.evaluation.library_target import LibraryTarget
 from paceline.evaluation.speculative import Decoding, speculative_generate
 from paceline.evaluation.target import LlamaTarget
 from paceline.evaluation.tree import Drafting
 from paceline.features import codec
 from paceline.features.float8 import narrowed, widened
+from paceline.methods.dflash import attention
 from paceline.methods.method import DraftMethod
 from paceline.methods.rope import Rope
 from paceline.methods.table import METHODS
@@ -36,6 +39,7 @@ METHODS_OF: dict[str, dict[str, Any]] = {
     "eagle3 computed again": {**SMALL, "norm_before_fc": True, "recompute": True, "train_lm_head": False},
     "p-eagle": {**SMALL, "loss": "tv"},
     "dflash": {**BLOCK, "causal": True, "loss": "lk_alpha"},
+    "dflash in tiles": {**BLOCK, "attention": "tiles"},
     "dspark": {**BLOCK, "markov_rank": 6, "weighting": "dpace", "recompute": True},
     "domino": {**BLOCK, "gru_hidden_dim": 12, "emb_dim": 5, "loss": "kl"},
     "dflash2": {**BLOCK, "selector_rank": 6, "selector_top_k": 5, "conv_group_size": 8},
@@ -107,6 +111,27 @@ def test_a_step_makes_the_host_wait_for_its_figures_alone(
         assert device.waits == MEANT
         assert learner.draft is not None
         assert {(w.device, w.dtype) for w in learner.draft.parameters()} == {(CUDA, torch.float32)}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_block_draft_in_tiles_compiles_nothing(
+    engine: TransformersEngine, head: TargetHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a machine on which no kernel can be compiled trains it. The other way ends with advice, and the same
+    run may go on in tiles."""
+
+    def without_compiler(*_: Any, **__: Any) -> None:
+        raise BackendCompilerFailed(None, RuntimeError("Failed to find C compiler."), None)
+
+    samples = samples_of(engine, method_of("dflash"))
+    with fake_cuda():
+        monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: without_compiler)
+        kernel, tiles = (learner_of(method_of(name), head, None) for name in ("dflash", "dflash in tiles"))
+        kernel.build(samples)
+        with pytest.raises(ConfigError, match=r"Triton could not compile .*method.attention: tiles"):
+            kernel.step(1, samples)
+        tiles.load({name: bytes(content) for name, content in kernel.files().items()})
+        tiles.step(1, samples)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", {"name": "muon", "block_rows": 8}])

@@ -15,6 +15,7 @@ import apsw
 import huggingface_hub
 import pytest
 
+from paceline.c_compiler import Missing
 from paceline.cli import plain
 from paceline.cli.main import app
 from paceline.config.load import load_run_config
@@ -97,6 +98,18 @@ def test_gpus_that_torch_cannot_use_are_told(monkeypatch: pytest.MonkeyPatch) ->
     assert "torch build" in one.mend
     asked_here(monkeypatch, {**LIBRARIES, "cuda": "12.8", "devices": ["NVIDIA L4"]})
     assert "1 x NVIDIA L4, torch for CUDA 12.8" in [finding.what for finding in found()]
+
+
+def test_a_machine_with_gpus_is_asked_for_a_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One without them is not. Most runs compile nothing, so a lack is a note."""
+    monkeypatch.setattr(module, "missing_for_triton", lambda: Missing("There is no gcc.", "Install it."))
+    assert not list(module.kernels_could_be_compiled(None))
+    monkeypatch.setattr(module, "gpus_of_the_driver", lambda: (Gpu("NVIDIA L4", 24 << 30, 8.9, "580.1"),))
+    [one] = module.kernels_could_be_compiled(None)
+    assert (one.state, one.mend) == ("note", "Install it.")
+    monkeypatch.setattr(module, "missing_for_triton", lambda: None)
+    [one] = module.kernels_could_be_compiled(None)
+    assert one.state == "good"
 
 
 def test_a_library_that_cannot_be_imported_hides_no_other_finding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from paceline.c_compiler import Missing
 from paceline.config.load import load_run_config
 from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import ConfigError
+from paceline.methods.table import METHODS
 from paceline.roles import preflight as module
 from paceline.roles.cost_plan import cost_plan
 from paceline.roles.machine import Gpu, Machine
@@ -24,6 +26,7 @@ from paceline.roles.preflight import (
     a_server_can_be_started,
     enough_files_can_be_open,
     exports_take_the_draft,
+    kernels_can_be_compiled,
     preflight,
     servers_draft_for_the_target,
     states_on_their_way_find_room,
@@ -128,6 +131,50 @@ def test_a_program_that_is_not_there_refuses_the_run_before_it_starts(tmp_path: 
         a_server_can_be_started(plan_of_vllm(tmp_path, tmp_path, 1, managed=True, program=["sh"]))
     )
     assert not list(a_server_can_be_started(plan_of_vllm(tmp_path, tmp_path, 1, url="http://127.0.0.1:1")))
+
+
+def test_a_server_that_finds_no_compiler_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may bring its own."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 32}')
+    monkeypatch.setattr(module, "c_compiler", lambda: None)
+    [finding] = a_server_can_be_started(plan_of_vllm(tmp_path, tmp_path, 1, managed=True, program=["sh"]))
+    assert not finding.refuses
+    assert "apt-get install gcc" in finding.next
+
+
+@pytest.mark.parametrize(
+    ("method", "device", "says"),
+    [
+        ({"name": "dflash"}, "auto", "On cuda:0 the method dflash trains with a kernel"),
+        ({"name": "domino"}, "cuda:0", "the method domino trains with a kernel"),
+        ({"name": "dflash", "attention": "tiles"}, "auto", ""),
+        ({"name": "dflash"}, "cpu", ""),
+        ({"name": "p-eagle"}, "auto", ""),
+        ({"name": "eagle3"}, "auto", ""),
+    ],
+    ids=str,
+)
+def test_a_kernel_that_nothing_here_can_compile_is_refused_before_anything_is_captured(
+    method: dict[str, Any], device: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where training compiles one. What was compiled earlier may still lie there: then it is a note."""
+    section = METHODS.find(method["name"]).parse(method)
+    training = SimpleNamespace(device=device)
+    plan: Any = SimpleNamespace(config=SimpleNamespace(method=section, training=training))
+    gpu = Machine(2, 1 << 30, (Gpu("NVIDIA L4", 24 << 30, 8.9),), bfloat16=True)
+    monkeypatch.setattr(module, "this_machine", lambda: gpu)
+    monkeypatch.setattr(module, "find_spec", lambda name: name)
+    monkeypatch.setattr(module, "missing_for_triton", lambda: Missing("There is no gcc.", "Install it."))
+    for before in (False, True):
+        monkeypatch.setattr(module, "has_compiled_before", lambda before=before: before)
+        found = list(kernels_can_be_compiled(plan))
+        assert [finding.refuses for finding in found] == [not before] * bool(says)
+        for finding in found:
+            assert finding.what.startswith("There is no gcc.")
+            assert says in finding.what
+            assert finding.next.startswith("Install it. Or set method.attention: tiles")
+    monkeypatch.setattr(module, "missing_for_triton", lambda: None)
+    assert not list(kernels_can_be_compiled(plan))
 
 
 def test_room_for_states_on_their_way_is_counted_beside_the_budget(tmp_path: Path) -> None:

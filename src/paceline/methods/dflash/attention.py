@@ -49,6 +49,7 @@ class Layout:
     places: torch.Tensor  # int64 [A]: of the anchor's token in its sample
     owners: torch.Tensor  # int64 [A]: the number of the block's sample
     tiles: tuple[Tile, ...]
+    compiled: bool = True  # on CUDA by the kernel
 
 
 def tiles_of(places: Sequence[torch.Tensor], lengths: Sequence[int]) -> tuple[Tile, ...]:
@@ -66,7 +67,7 @@ def tiles_of(places: Sequence[torch.Tensor], lengths: Sequence[int]) -> tuple[Ti
 def attention_over(layout: Layout) -> Attend:
     """The attention of one batch; build it once and call it in every layer. The result is [1, N, A * B,
     d]."""
-    if layout.positions.is_cuda:
+    if layout.positions.is_cuda and layout.compiled:
         return _flex(layout, _compiled_flex_attention())
     return tiled(layout)
 

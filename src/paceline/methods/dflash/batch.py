@@ -28,14 +28,15 @@ from paceline.methods.visits import ANCHORS, generator_of
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of `size` places that guess `depths` tokens; see `Layout` for `causal`. At most `anchors_max`
-    of a sample; about `group_guesses` guesses go through the output layer at a time."""
+    """Blocks of `size` places that guess `depths` tokens; see `Layout` for `causal` and `compiled`. At most
+    `anchors_max` of a sample; about `group_guesses` guesses go through the output layer at a time."""
 
     size: int
     depths: int
     causal: bool = False
     anchors_max: int = 1 << 30
     group_guesses: int = 1 << 30
+    compiled: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class DFlashBatch:
     @property
     def layout(self) -> Layout:
         parts = self.positions, self.samples, self.places, self.owners
-        return Layout(self.blocks.size, self.blocks.causal, *parts, self.tiles)
+        return Layout(self.blocks.size, self.blocks.causal, *parts, self.tiles, self.blocks.compiled)
 
     def to(self, device: torch.device) -> DFlashBatch:
         """The batch on `device`; copies to a CUDA device overlap with its work."""

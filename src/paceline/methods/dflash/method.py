@@ -132,7 +132,8 @@ class DFlashMethod:
     ) -> DFlashBatch:
         chosen = self.settings
         most = chosen.anchors_max if torch.is_grad_enabled() else _ALL
-        blocks = Blocks(chosen.block_size, chosen.depths, chosen.causal, most, _GROUP_GUESSES)
+        shape = chosen.block_size, chosen.depths, chosen.causal
+        blocks = Blocks(*shape, most, _GROUP_GUESSES, chosen.compiles)
         return collate(noisy(samples, chosen.feature_noise, visit), blocks, visit).to(device)
 
     def drafter(self, draft: nn.Module, dtype: torch.dtype) -> DFlashDecoder:

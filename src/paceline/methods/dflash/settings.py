@@ -67,11 +67,15 @@ class BlockSection(StartSection):
     or as float8 with a scale for each token and layer (docs/training.md).
 
     `recompute`: backward computes the logits again, to the same bits, instead of keeping them.
+
+    `attention`: in training. "auto" takes one kernel on a GPU, which torch compiles in the first step, and
+    tiles on processors. "tiles" takes tiles there, too: slower, but nothing is compiled, and every GPU has
+    room for it.
     """
 
     component: ClassVar[str] = "paceline.methods.dflash.method:DFlashMethod"
     head: ClassVar[str]
-    changeable: ClassVar[tuple[str, ...]] = ("recompute",)
+    changeable: ClassVar[tuple[str, ...]] = ("recompute", "attention")
     block_size: Annotated[int, Field(ge=2, le=32)] = 8
     layers: Count = 2
     target_states: Count = 5
@@ -84,6 +88,11 @@ class BlockSection(StartSection):
     feature_noise: Annotated[float, Field(ge=0.0)] = 0.0
     transfer: Transfer = "exact"
     recompute: bool = False
+    attention: Literal["auto", "tiles"] = "auto"
+
+    @property
+    def compiles(self) -> bool:
+        return self.attention == "auto"
 
     @classmethod
     def starting_values(cls, target: LayerSizes, *, large: bool) -> list[StartingValue]:
