@@ -86,7 +86,7 @@ def _tried(compiler: str, headers: Path) -> str:
     with TemporaryDirectory() as folder:
         source = Path(folder) / "trial.c"
         source.write_text(TRIAL)
-        command = [compiler, source, "-shared", "-fPIC", "-o", source.with_suffix(".so"), f"-I{headers}"]
+        command = [compiler, str(source), "-shared", "-fPIC", "-o", f"{folder}/trial.so", f"-I{headers}"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         except (OSError, subprocess.SubprocessError) as error:

@@ -19,10 +19,6 @@ _OF_COMPILERS = {
 }
 _NO_COMPILER = "Failed to find C compiler"
 _TOO_LARGE = "out of resource"  # Triton's words for shared memory and registers
-_WHY = "No sample is to blame and none was quarantined; what was captured and trained is kept."
-_OTHERWISE = (
-    "set method.attention: tiles, which compiles nothing and is slower, and run the same command again."
-)
 
 
 @contextmanager
@@ -47,19 +43,22 @@ def _told(error: Exception) -> ConfigError:
         line = next(line for line in said.splitlines() if _TOO_LARGE in line)
         return ConfigError(
             f"The kernel of the draft's attention does not fit this GPU ({line.strip()[:300]}).",
-            why=f"Wide heads need more shared memory than small GPUs have. {_WHY}",
-            next=_OTHERWISE,
+            why="Wide heads need more shared memory than small GPUs have. No sample is to blame.",
+            next="set method.attention: tiles, which compiles nothing and is slower, and run the same "
+            "command again.",
         )
     missing = missing_for_triton()
     if missing is not None:
         mend = f"{missing.mend[:1].lower()}{missing.mend[1:].rstrip('.')}"
         return ConfigError(
             f"Triton could not compile the kernel of the draft's attention. {missing.what}",
-            why=_WHY,
-            next=f"{mend}, and run the same command again; or {_OTHERWISE}",
+            why="No sample is to blame and none was quarantined; what was captured and trained is kept.",
+            next=f"{mend}, or set method.attention: tiles, which compiles nothing and is slower; and run "
+            "the same command again.",
         )
     return ConfigError(
         f"Triton could not compile the kernel of the draft's attention ({reason_of(error)}).",
-        why=_WHY,
-        next=f"look at `paceline doctor RUN.yaml`, and at the versions of torch and triton; or {_OTHERWISE}",
+        why="No sample is to blame and none was quarantined; what was captured and trained is kept.",
+        next="look at `paceline doctor RUN.yaml`, and at the versions of torch and triton; or set "
+        "method.attention: tiles, which compiles nothing and is slower, and run the same command again.",
     )
