@@ -22,7 +22,7 @@ TEMPLATE = (
 )
 
 
-def tiny_target(seed: int = 0, tied: bool = False) -> LlamaForCausalLM:
+def tiny_target(seed: int = 0, tied: bool = False, head_dim: int = 8) -> LlamaForCausalLM:
     """A float32 Llama of `LAYERS` blocks; the same weights for the same seed."""
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -31,7 +31,7 @@ def tiny_target(seed: int = 0, tied: bool = False) -> LlamaForCausalLM:
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=256,
         rms_norm_eps=1e-5,
         tie_word_embeddings=tied,
@@ -73,9 +73,9 @@ def write_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Path:
     return folder
 
 
-def make_target(folder: Path, *, seed: int = 0) -> Path:
+def make_target(folder: Path, *, seed: int = 0, head_dim: int = 8) -> Path:
     """Write the folder, in under a second."""
-    tiny_target(seed).save_pretrained(folder)
+    tiny_target(seed, head_dim=head_dim).save_pretrained(folder)
     return write_tokenizer(folder)
 
 

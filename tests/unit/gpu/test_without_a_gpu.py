@@ -22,6 +22,7 @@ from paceline.evaluation.tree import Drafting
 from paceline.features import codec
 from paceline.features.float8 import narrowed, widened
 from paceline.methods.dflash import attention
+from paceline.methods.dflash.attention import KERNEL_HEAD_DIM
 from paceline.methods.method import DraftMethod
 from paceline.methods.rope import Rope
 from paceline.methods.table import METHODS
@@ -54,7 +55,7 @@ Sample = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_folder(tmp_path_factory.mktemp("target") / "model")
+    return make_tiny_folder(tmp_path_factory.mktemp("target") / "model", head_dim=KERNEL_HEAD_DIM)
 
 
 @pytest.fixture(scope="module")

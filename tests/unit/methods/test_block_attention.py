@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from paceline.methods.dflash import attention
 from paceline.methods.dflash.attention import KeyValue, Layout, tiles_of
 
-HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, 8, 3
+HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, attention.KERNEL_HEAD_DIM, 3
 LENGTHS = [7, 5, 6]
 PLACES = [torch.tensor([1, 2, 4, 5, 7]), torch.tensor([], dtype=torch.int64), torch.tensor([3, 6])]
 
@@ -87,6 +87,25 @@ def test_the_mask_of_the_cuda_kernel_is_the_same_rule(causal: bool) -> None:
     plain = query.detach(), *(tuple(part.detach() for part in pair) for pair in (context, own))
     found = attention._flex(layout, flex_attention)(*plain)  # its backward is not made for a CPU
     torch.testing.assert_close(found.double(), _by_loop(layout, *plain), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_rule_of_the_mask_reads_tables_alone(causal: bool) -> None:
+    """A captured number would be a symbol in the kernel's text, as lengths are."""
+    rule = attention.block_mask_of(_layout(causal)).mask_mod
+    assert all(isinstance(cell.cell_contents, torch.Tensor) for cell in rule.__closure__)
+
+
+def test_heads_that_the_kernel_does_not_take_go_in_tiles() -> None:
+    """The demo's target has such heads; a real one has wider ones."""
+
+    def kernel(*_: object, **__: object) -> None:
+        raise AssertionError("the kernel takes no heads of fewer than 16 numbers")
+
+    query, context, own = _tensors()
+    narrow = (query[..., :8], *(tuple(part[..., :8] for part in pair) for pair in (context, own)))
+    layout = _layout(causal=False)
+    assert torch.equal(attention._flex(layout, kernel)(*narrow), attention.tiled(layout)(*narrow))
 
 
 @pytest.mark.parametrize("causal", [False, True])

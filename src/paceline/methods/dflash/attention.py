@@ -28,6 +28,8 @@ Attend = Callable[[torch.Tensor, KeyValue, KeyValue], torch.Tensor]
 
 TILE_BLOCKS = 16
 KERNEL_TILE = 128  # queries, and keys, of FlexAttention's masks
+KERNEL_HEAD_DIM = 16  # it takes no narrower heads
+KERNEL_FORMS = 64  # see _compiled_flex_attention
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,8 @@ def _flex(layout: Layout, flex_attention: Any) -> Attend:
     block_mask = block_mask_of(layout)
 
     def attend(query: torch.Tensor, context: KeyValue, own: KeyValue) -> torch.Tensor:
+        if query.shape[-1] < KERNEL_HEAD_DIM:
+            return tiled(layout)(query, context, own)
         keys, values = (torch.cat(pair, dim=2) for pair in zip(context, own, strict=True))
         mixed: torch.Tensor = flex_attention(query, keys, values, block_mask=block_mask, enable_gqa=True)
         return mixed
@@ -183,15 +187,18 @@ def block_mask_of(layout: Layout) -> Any:
     device, size = layout.places.device, layout.block_size
     rows, slots = layout.positions.numel(), layout.places.numel() * size
     numbers = torch.arange(slots, device=device)
-    none = torch.full_like(numbers, -1)
-    # Of every key: the number of its sample, or -1 of a slot; its place there, or its number.
-    owners, places = torch.cat((layout.samples, none)), torch.cat((layout.positions, numbers))
+    blocks = numbers // size
+    # The rule asks tables alone: a number that it captured would be a symbol of the kernel (dynamic=True).
+    # Of every key: the number of its sample, or -1 less its block's; its place there, or its slot.
+    owners, places = torch.cat((layout.samples, -1 - blocks)), torch.cat((layout.positions, numbers))
+    # Of every query: its block's sample, the same of its block, its anchor's place, its last slot seen.
+    sample, own_block, anchor = layout.owners[blocks], -1 - blocks, layout.places[blocks]
+    last = numbers if layout.causal else torch.full_like(numbers, slots)
 
     def sees(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        block, owner, place = query // size, owners[key], places[key]
-        before = (owner == layout.owners[block]) & (place < layout.places[block])
-        own = (owner < 0) & (place // size == block)
-        return before | (own & (place <= query) if layout.causal else own)
+        owner, place = owners[key], places[key]
+        before = (owner == sample[query]) & (place < anchor[query])
+        return before | ((owner == own_block[query]) & (place <= last[query]))
 
     first = torch.searchsorted(layout.samples, layout.owners)  # row of each block's sample
     begins = torch.arange(0, rows + slots, KERNEL_TILE, device=device)
@@ -234,6 +241,13 @@ def _ordered(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @cache
 def _compiled_flex_attention() -> Any:
+    """The kernel in as many forms as lengths ask for: of one tile or several, whole or not, in each type.
+
+    After eight forms torch would compute without any kernel and keep a score of every query and key, which no
+    GPU has room for; now it would raise.
+    """
+    import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KERNEL_FORMS)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
