@@ -2,10 +2,13 @@
 
     python scripts/gpu_check.py [--device cuda:0] [--model FOLDER]
 
+For the methods eagle3, p-eagle and dflash, whose attention is a kernel that Triton compiles:
+
 1. The target captures the same known tokens on the device and on the CPU: states are equal within rounding.
 2. The draft's loss and gradients of those samples, in float32, are those of the CPU within rounding.
-3. `paceline train` runs on the device, is killed with all its processes after a checkpoint, resumes to the
-   weights of a run that was left alone, bit for bit, and is evaluated there.
+3. A run captures and trains on the device, keeps checkpoints, and its draft is evaluated there. That of
+   eagle3 is `paceline train`; it is killed with all its processes after a checkpoint, too, and resumes to the
+   weights of a run that was left alone, bit for bit.
 4. A training step is timed: tokens/s, its parts, and the operations that make the host wait.
 
 Exit code 1 and the reason if anything is not so. With `--device cpu` it checks itself on a tiny target.
@@ -24,13 +27,19 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from paceline.c_compiler import missing_for_triton
 from paceline.engines.engine import CaptureRequest
 from paceline.engines.transformers import TransformersEngine
-from paceline.methods.eagle3.method import Eagle3Method
+from paceline.errors import PacelineError
+from paceline.methods.dflash.attention import KERNEL_HEAD_DIM
+from paceline.methods.method import DraftMethod
+from paceline.methods.table import METHODS
+from paceline.roles.evaluator import evaluate
 from paceline.target.head import TargetHead
 from paceline.testing.small_run import same_bits
 from paceline.testing.tiny_folder import make_tiny_folder
@@ -42,6 +51,7 @@ from paceline.training.settings import TrainingSection
 CPU = torch.device("cpu")
 RELATIVE_ERROR = 2e-3  # of float32 products in another order, over all layers; TF32 is off
 FIRST_CHECKPOINT_S = 120
+BLOCK_SIZE = 8
 Sample = Mapping[str, torch.Tensor]
 
 
@@ -62,7 +72,7 @@ def difference(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def captured(
-    engine: TransformersEngine, method: Eagle3Method, answers: Sequence[tuple[int, ...]]
+    engine: TransformersEngine, method: DraftMethod, answers: Sequence[tuple[int, ...]]
 ) -> list[Sample]:
     """Prompts that the engine answers, or, given whole texts, the states of exactly those."""
     features = method.features(engine.facts)
@@ -74,7 +84,7 @@ def captured(
     return [sample.tensors for sample in engine.capture(group, features)]
 
 
-def check_capture(model: Path, method: Eagle3Method, device: str) -> list[Sample]:
+def check_capture(model: Path, method: DraftMethod, device: str) -> list[Sample]:
     """The samples as the CPU captures them."""
     there = TransformersEngine(model, dtype="float32", device=device)
     there.probe()
@@ -89,7 +99,7 @@ def check_capture(model: Path, method: Eagle3Method, device: str) -> list[Sample
 
 
 def check_loss(
-    head: TargetHead, method: Eagle3Method, samples: Sequence[Sample], device: torch.device
+    head: TargetHead, method: DraftMethod, samples: Sequence[Sample], device: torch.device
 ) -> None:
     found = []
     for where in (device, CPU):
@@ -103,37 +113,55 @@ def check_loss(
     expect(finite and worst < RELATIVE_ERROR, f"loss and gradients differ from the CPU's by {worst:.1e}")
 
 
-def new_run(folder: Path, model: Path, device: str, vocabulary: int) -> TinyRun:
+def sections_of(vocabulary: int, layers: int) -> dict[str, dict[str, Any]]:
+    """The methods that are checked, each with its section for a target of so many layers."""
+    tokens = {"draft_vocab_size": vocabulary, "init": "random"}
+    blocks = {"block_size": BLOCK_SIZE, "target_states": min(5, layers - 3)}
+    return {"eagle3": tokens, "p-eagle": tokens, "dflash": blocks}
+
+
+def new_run(folder: Path, model: Path, device: str, section: Mapping[str, Any]) -> TinyRun:
     where = {"device": device}
-    return TinyRun(
-        folder,
-        model,
-        engine=where,
-        training=where,
-        evaluation=where,
-        method={"draft_vocab_size": vocabulary},
-        features={"budget_mib": 256},
-    )
+    run = TinyRun(folder, model, engine=where, training=where, evaluation=where, features={"budget_mib": 256})
+    run.config["method"] = {"first_samples": 8, "dtype": "float32", **section}
+    run.write()
+    return run
 
 
-def check_run(folder: Path, model: Path, device: str, vocabulary: int) -> None:
-    whole, killed = (new_run(folder / name, model, device, vocabulary) for name in ("whole", "killed"))
+def check_killed_run(folder: Path, model: Path, device: str, section: Mapping[str, Any]) -> None:
+    """Run the command, and run it again after a kill."""
+    whole, killed = (new_run(folder / name, model, device, section) for name in ("whole", "killed"))
     done = whole.command("train")
     expect(done.returncode == 0, f"a run on {device} ends well{told(done)}")
-    evaluation = json.loads((whole.directory / "evaluation.json").read_text())
-    tau = evaluation["acceptance_length"]
-    expect(
-        evaluation["identical"] > 0 and tau >= 1.0,
-        f"its draft is evaluated on {device}: acceptance length {tau:.2f}",
-    )
-    finite = all(
-        bool(torch.isfinite(w).all()) for w in whole.final_weights().values() if w.is_floating_point()
-    )
-    expect(finite, "its weights are finite")
+    check_result(whole, device)
     kill_after_a_checkpoint(killed)
     done = killed.command("train")
     expect(done.returncode == 0, f"a run killed with all its processes resumes{told(done)}")
     expect(same_bits(whole.final_weights(), killed.final_weights()), "to the same weights, bit for bit")
+
+
+def check_run_here(folder: Path, model: Path, device: str, section: Mapping[str, Any]) -> None:
+    """Capture, training and evaluation in this process, which has loaded torch already."""
+    run = new_run(folder, model, device, section)
+    try:
+        run.train_here()
+        run.work_here(evaluate)
+    except PacelineError as error:
+        raise MismatchError(str(error)) from error
+    finally:
+        run.free()
+    check_result(run, device)
+
+
+def check_result(run: TinyRun, device: str) -> None:
+    evaluation = json.loads((run.directory / "evaluation.json").read_text())
+    tau = evaluation["acceptance_length"]
+    expect(
+        evaluation["identical"] > 0 and tau >= 1.0,
+        f"the run's draft is evaluated on {device}: acceptance length {tau:.2f}",
+    )
+    finite = all(bool(torch.isfinite(w).all()) for w in run.final_weights().values() if w.is_floating_point())
+    expect(finite, "its weights are finite")
 
 
 def told(done: subprocess.CompletedProcess[str]) -> str:
@@ -152,9 +180,7 @@ def kill_after_a_checkpoint(run: TinyRun) -> None:
         command.kill()  # its roles die with it
 
 
-def time_step(
-    head: TargetHead, method: Eagle3Method, samples: Sequence[Sample], device: torch.device
-) -> None:
+def time_step(head: TargetHead, method: DraftMethod, samples: Sequence[Sample], device: torch.device) -> None:
     """Print tokens/s and the share of each part; then name what makes the host wait."""
     draft = method.build(head, samples, seed=0).to(device)
     settings = TrainingSection()
@@ -180,7 +206,7 @@ def time_step(
 
     once()
     parts.clear()
-    steps = 20
+    steps = 20 if device.type == "cuda" else 3
     for _ in range(steps):
         once()
     total, tokens = sum(parts.values()), steps * sum(len(sample["input_ids"]) - 1 for sample in samples)
@@ -195,12 +221,13 @@ def time_step(
 
 
 def waits_of(
-    draft: nn.Module, method: Eagle3Method, samples: Sequence[Sample], device: torch.device
+    draft: nn.Module, method: DraftMethod, samples: Sequence[Sample], device: torch.device
 ) -> list[str]:
     """What CUDA's own debug mode warns of; empty on a CPU, which waits for nothing."""
     if device.type != "cuda":
         return []
     batch = method.collate(samples, device)
+    draft(batch).loss_sum.backward()  # what is compiled for float32 is compiled here
     torch.cuda.synchronize(device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -208,6 +235,24 @@ def waits_of(
         draft(batch).loss_sum.backward()
         torch.cuda.set_sync_debug_mode("default")
     return sorted({f"{w.filename}:{w.lineno}: {w.message}" for w in caught})
+
+
+def check(folder: Path, model: Path, device: torch.device) -> None:
+    """Every method, one after the other. Raises MismatchError."""
+    head = TargetHead.load(model)
+    samples: list[Sample] = []
+    features: object = None
+    for name, section in sections_of(min(4096, head.vocab_size // 2), head.num_hidden_layers).items():
+        parsed = METHODS.find(name).parse({"name": name, **section})
+        missing = missing_for_triton() if device.type == "cuda" and parsed.compiles else None
+        expect(missing is None, f"{name}" + (f": {missing.what} {missing.mend}" if missing else ""))
+        method: DraftMethod = parsed.build()
+        if features != method.features(head.facts):
+            features, samples = method.features(head.facts), check_capture(model, method, str(device))
+        check_loss(head, method, samples, device)
+        run = check_killed_run if name == "eagle3" else check_run_here
+        run(folder / name, model, str(device), {"name": name, **section})
+        time_step(head, method, samples, device)
 
 
 def main() -> int:
@@ -224,15 +269,9 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="paceline-gpu-") as name:
         folder = Path(name)
-        model = arguments.model or make_tiny_folder(folder / "model")
-        head = TargetHead.load(model)
-        vocabulary = min(4096, head.vocab_size // 2)
-        method = Eagle3Method({"draft_vocab_size": vocabulary, "init": "random"})
+        model = arguments.model or make_tiny_folder(folder / "model", head_dim=KERNEL_HEAD_DIM)
         try:
-            samples = check_capture(model, method, arguments.device)
-            check_loss(head, method, samples, device)
-            check_run(folder, model, arguments.device, vocabulary)
-            time_step(head, method, samples, device)
+            check(folder, model, device)
         except MismatchError as mismatch:
             print(f"WRONG {mismatch}")
             return 1
