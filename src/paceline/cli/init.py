@@ -80,7 +80,8 @@ def _asked(given: dict[str, Any]) -> dict[str, Any]:
         found["gpus"] = int(_ask("GPUs", str(len(this_machine().gpus)), _count))
     if found["serve"] is None and found["gpus"]:
         told = f"Server that runs the target: {', '.join(servers())}, or {NONE} (the producer does)"
-        found["serve"] = _ask(told, "vllm", _known_server)
+        one = found["gpus"] == 1  # which target and draft share; a server is another program to install
+        found["serve"] = _ask(told, NONE if one else "vllm", _known_server)
     if given["output"] is None:
         found["output"] = Path(_ask("Run file to write", "run.yaml", lambda text: text))
     return found

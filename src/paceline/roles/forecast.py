@@ -69,7 +69,7 @@ def time_of(
         total_s=total,
         binds=_binds(capture_s, training_s),
         together=together,
-        advice=_advice(config, capture_s, training_s),
+        advice=_advice(config, capture_s, training_s) if together else _in_turns(config, processes),
         **figures,
     )
 
@@ -102,6 +102,18 @@ def _binds(capture_s: float, training_s: float) -> str:
     if max(capture_s, training_s) < EVEN * min(capture_s, training_s):
         return "both"
     return "capture" if capture_s > training_s else "training"
+
+
+def _in_turns(config: RunConfig, processes: list[Process]) -> str:
+    """One sentence, for sides that share what computes: nothing that one of them does is free."""
+    is_on_gpu = any(one.device != "cpu" for one in processes if one.role in trainer_roles(config))
+    helps = ["another GPU for one of them" if is_on_gpu else "more processors"]
+    if config.training.passes > 1:
+        helps.insert(0, "fewer training.passes")
+    if config.data.answers == "target":
+        helps.insert(0, "a lower data.max_answer_tokens")
+    told = " and ".join(filter(None, (", ".join(helps[:-1]), helps[-1])))
+    return f"Both sides take turns, so their times add up: {told} would shorten the run."
 
 
 def _advice(config: RunConfig, capture_s: float, training_s: float) -> str:

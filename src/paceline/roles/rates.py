@@ -49,6 +49,9 @@ DATA_SHEETS = (
     DataSheet("L40S", 362, 0.864, 48),
     DataSheet("L4", 121, 0.3, 24),
     DataSheet("A10", 125, 0.6, 24),
+    DataSheet("RTX A6000", 155, 0.768, 48),
+    DataSheet("RTX A5000", 111, 0.768, 24),
+    DataSheet("RTX 5090", 209, 1.792, 32),
     DataSheet("RTX 4090", 165, 1.008, 24),
     DataSheet("RTX 3090", 71, 0.936, 24),
 )

@@ -69,6 +69,17 @@ def test_at_a_terminal_what_is_not_given_is_asked(
     assert config.evaluation.prompts == tmp_path / "mine.heldout.jsonl"
 
 
+@pytest.mark.parametrize(("gpus", "engine"), [(1, "transformers"), (2, "vllm")])
+def test_a_server_is_proposed_where_a_gpu_is_free_for_it(
+    gpus: int, engine: str, tmp_path: Path, data: Path, talk: Talk
+) -> None:
+    """On one GPU a first run needs no other program."""
+    output = tmp_path / "mine.yaml"
+    talk(f"Qwen/Qwen3-8B\n{data}\n\n\n{gpus}\n\n{output}\n")
+    assert (app(["init", *CONFIG], standalone_mode=False) or 0) == 0
+    assert load_run_config(output).engine.name == engine
+
+
 def test_the_end_of_the_answers_ends_the_questions(talk: Talk, tmp_path: Path) -> None:
     """As Ctrl-D does; nothing is written."""
     talk("Qwen/Qwen3-8B\n")

@@ -100,6 +100,18 @@ def test_the_time_follows_from_the_rates_of_the_run_file(model: Path, tmp_path: 
     turns = planned(crowded)
     assert turns.time.total_s == pytest.approx(80 + 4.8)
     assert any("take turns" in finding.what for finding in turns.findings)
+    assert "a lower data.max_answer_tokens and more processors would shorten" in turns.time.advice
+
+
+def test_on_one_gpu_nothing_costs_no_time(model: Path, tmp_path: Path) -> None:
+    """Target and draft share it: a visit more or a producer more only adds to the sum."""
+    costs = {"capture_tokens_per_s": 6.0, "train_tokens_per_s": 100.0}
+    there = {"device": "cuda:0"}
+    run = TinyRun(tmp_path / "run", model, costs=costs, engine=there, training={**there, "passes": 3})
+    time = planned(run, gpu="RTX 4090").time
+    assert not time.together
+    assert "fewer training.passes and another GPU for one of them would shorten the run" in time.advice
+    assert "producers" not in time.advice
 
 
 def test_a_bench_of_the_same_target_and_method_counts(model: Path, tmp_path: Path) -> None:
