@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from paceline.methods.dflash import attention
@@ -94,6 +95,32 @@ def test_the_rule_of_the_mask_reads_tables_alone(causal: bool) -> None:
     """A captured number would be a symbol in the kernel's text, as lengths are."""
     rule = attention.block_mask_of(_layout(causal)).mask_mod
     assert all(isinstance(cell.cell_contents, torch.Tensor) for cell in rule.__closure__)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_batches_of_other_lengths_take_the_form_of_the_kernel_that_is_compiled() -> None:
+    """They are traced as symbols, one for numbers that are equal in the first batch: these have 8 and 11
+    tiles. What is traced is what CUDA's kernel would be made of."""
+    counter = CompileCounter()
+    traced = torch.compile(flex_attention, backend=counter, dynamic=True, fullgraph=True)
+    try:
+        for length, blocks in ((400, 60), (701, 23), (290, 17), (555, 40)):
+            places = torch.arange(3, 3 + 4 * blocks, 4)
+            numbers = torch.zeros(length, dtype=torch.int64)
+            owners = torch.zeros(blocks, dtype=torch.int64)
+            layout = Layout(
+                16, False, torch.arange(length), numbers, places, owners, tiles_of([places], [length])
+            )
+            query = torch.zeros(1, HEADS, 16 * blocks, SIZE)
+            pairs = (
+                (torch.zeros(1, KV_HEADS, n, SIZE), torch.zeros(1, KV_HEADS, n, SIZE))
+                for n in (length, 16 * blocks)
+            )
+            with torch.no_grad():
+                attention._flex(layout, traced)(query, *pairs)
+        assert counter.frame_count == 1
+    finally:
+        torch.compiler.reset()
 
 
 def test_heads_that_the_kernel_does_not_take_go_in_tiles() -> None:
