@@ -6,12 +6,16 @@ make the host wait for the device is written down, with the function that asked 
 from the device is 1. An operation whose result has as many elements as some numbers say (`nonzero`, a mask as
 an index) raises, because it would wait, too, and nobody knows how many.
 
-Not seen: kernels, their rounding, streams, memory that is used again too early.
+The memory that tensors take is counted, all that are alive at a time.
+
+Not seen: kernels, their rounding and what they keep for themselves, streams, memory that is used again too
+early.
 """
 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self
@@ -44,11 +48,17 @@ ONE_TYPE |= {aten.dot.default, aten.index_put_.default}
 
 
 class FakeCuda(TorchDispatchMode):
-    """`waits`: for each time that the host would wait, the operation and the function of the package."""
+    """`waits`: for each time that the host would wait, the operation and the function of the package.
+
+    `bytes`: of the storages on the device that are alive; `most_bytes`: how much that ever was. A test may
+    set the latter back.
+    """
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.waits: list[str] = []
+        self.bytes = self.most_bytes = 0
+        self._storages = weakref.WeakSet[torch.UntypedStorage]()
         self._mode = mode
         self._pinned: set[int] = set()  # addresses; a test is too short to see one again
 
@@ -80,11 +90,27 @@ class FakeCuda(TorchDispatchMode):
         if func in ONE_TYPE and len(types_of) > 1:
             raise RuntimeError(f"{func} takes one type, not {types_of}")
         found = func(*args, **named)
+        for leaf in tree_leaves(found):
+            self._count(leaf)
         if func is aten._to_copy.default and found.device.type == "cpu":
             self._wait(func)
             with unset_fake_temporarily():
                 return torch.ones(found.shape, dtype=found.dtype)
         return found
+
+    def _count(self, leaf: Any) -> None:
+        """Add a new storage of the device; once it is gone, it counts no more."""
+        if not isinstance(leaf, FakeTensor) or leaf.device.type != "cuda":
+            return
+        storage = leaf.untyped_storage()
+        if storage not in self._storages:
+            self._storages.add(storage)
+            weakref.finalize(storage, self._forget, storage.nbytes())
+            self.bytes += storage.nbytes()
+            self.most_bytes = max(self.most_bytes, self.bytes)
+
+    def _forget(self, num_bytes: int) -> None:
+        self.bytes -= num_bytes
 
     def _on_host(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         is_pinned = named.pop("pin_memory", False)
@@ -119,7 +145,17 @@ class FakeCuda(TorchDispatchMode):
 
 
 class CudaAutocast(TorchFunctionMode):
-    """torch.autocast("cuda"): torch itself casts only tensors of a device that there is."""
+    """torch.autocast("cuda"): torch itself casts only tensors of a device that there is.
+
+    A weight is cast once until the outermost autocast ends, as there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cast_weights: dict[torch.Tensor, torch.Tensor] = {}
+
+    def forget(self) -> None:
+        self._cast_weights.clear()
 
     def __torch_function__(
         self,
@@ -142,8 +178,17 @@ class CudaAutocast(TorchFunctionMode):
             of, to = NARROW, torch.float32
         else:
             return func(*args, **named)
-        args, named = tree_map_only(FakeTensor, lambda t: t.to(to) if t.dtype in of else t, (args, named))
+        args, named = tree_map_only(FakeTensor, lambda t: self._cast(t, of, to), (args, named))
         return func(*args, **named)
+
+    def _cast(self, tensor: torch.Tensor, of: tuple[torch.dtype, ...], to: torch.dtype) -> torch.Tensor:
+        if tensor.dtype not in of:
+            return tensor
+        if not (to in NARROW and tensor.is_leaf and tensor.requires_grad):
+            return tensor.to(to)
+        if tensor not in self._cast_weights:
+            self._cast_weights[tensor] = tensor.to(to)
+        return self._cast_weights[tensor]
 
 
 class _Mode(FakeTensorMode):
@@ -197,7 +242,7 @@ def _attention_without_kernel(
 def fake_cuda() -> Iterator[FakeCuda]:
     """Inside, this machine has one CUDA device, `cuda:0`."""
     mode = _Mode()
-    device = FakeCuda(mode)
+    device, autocast = FakeCuda(mode), CudaAutocast()
     made, generator = torch.Tensor._make_subclass, torch.Generator
 
     def without_guard(cls: type, elem: torch.Tensor, requires_grad: bool = False, **named: Any) -> Any:
@@ -205,6 +250,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
         return made(cls, elem, requires_grad, **{**named, "dispatch_device": False})
 
     answers: dict[str, Any] = {
+        "torch.clear_autocast_cache": autocast.forget,
         "torch.cuda.is_available": lambda: True,
         "torch.cuda.device_count": lambda: 1,
         "torch.cuda.is_bf16_supported": lambda *_: True,
@@ -225,6 +271,6 @@ def fake_cuda() -> Iterator[FakeCuda]:
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(patch(name, answer, create=True))
-        for one in (mode, device, CudaAutocast()):
+        for one in (mode, device, autocast):
             stack.enter_context(one)
         yield device
