@@ -83,6 +83,11 @@ def _processes(found: CostPlan) -> Iterator[str]:
         threads = f", {one.threads} thread{'s' * (one.threads != 1)}" if one.threads else ""
         memory = f", {as_size(one.memory_bytes)}" if one.memory_bytes else ""
         yield f"{one.role} on {one.device}{threads}{memory}: {one.what}"
+        if one.activations_about and one.activations_max:
+            yield (
+                f"  and about {as_size(one.activations_about)} of activations and caches, at most "
+                f"{as_size(one.activations_max)}"
+            )
 
 
 def _sample(found: CostPlan) -> Iterator[str]:

@@ -12,12 +12,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from paceline.engines.engine import Captured, CaptureRequest
+from paceline.engines.settings import PREFILL_ROWS
 from paceline.engines.token_choice import TokenChoice
 from paceline.errors import EngineError
 from paceline.target.facts import TargetFacts
 from paceline.types import Feature, Rows, States, Tokens
-
-PREFILL_ROWS = 8  # whose known tokens the target reads together
 
 
 class CaptureRows:

@@ -16,6 +16,8 @@ from paceline.types import Feature
 if TYPE_CHECKING:
     from paceline.engines.engine import TargetEngine
 
+PREFILL_ROWS = 8  # whose known tokens the target of `TransformersSection` reads together
+
 
 @dataclass(frozen=True)
 class EngineRun:

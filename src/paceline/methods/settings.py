@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,6 +14,17 @@ if TYPE_CHECKING:
     from paceline.target.facts import TargetFacts
     from paceline.target.shape import LayerSizes
     from paceline.types import Feature
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a draft computes at a time in training. Of all its `samples`: `rows`, the tokens that the target
+    processed, and `targets`, those that the draft learns. `width`: bytes of a number in products."""
+
+    samples: float
+    rows: float
+    targets: float
+    width: int = 2
 
 
 class MethodSection(Section):
@@ -57,6 +69,11 @@ class MethodSection(Section):
     def rows_per_target(self, num_targets: float) -> float:  # noqa: ARG002
         """How many rows the draft computes for each token to predict, of a sample with so many."""
         return 1.0
+
+    def activation_bytes(self, target: LayerSizes, batch: MicroBatch) -> float:  # noqa: ARG002
+        """What a step on a GPU keeps between forward and backward, and the largest tensors that come and go:
+        an upper estimate, for `paceline plan`. 0: unknown."""
+        return 0.0
 
     def build(self) -> DraftMethod:
         method: DraftMethod = resolve(self.component)(self)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from paceline.config.run import RunConfig
 from paceline.features.settings import SharedMemorySection
+from paceline.roles.device_memory import with_activations
 from paceline.roles.fit import Layout, findings
 from paceline.roles.footprint import (
     Disk,
@@ -137,6 +138,7 @@ def cost_plan(config: RunConfig, *, gpu: str = "", target_config: Path | None = 
     sheet = data_sheet(machine.gpus[0].name) if machine.gpus and _uses_gpu(processes) else None
     rates = rates_of(config, shape, lengths, sheet, trained)
     time = time_of(config, plan.num_samples or 0, lengths, rates, processes, machine.processors)
+    processes = with_activations(processes, plan, shape, machine, sizes, lengths, trained)
     layout = Layout(plan, machine, shape, sizes, processes, disk, elsewhere=bool(gpu))
     return CostPlan(
         machine=_described(machine, gpu),

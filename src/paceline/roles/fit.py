@@ -12,18 +12,20 @@ from paceline.engines.served.settings import ServedSection
 from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import ConfigError
 from paceline.features.ownership import bytes_of
+from paceline.roles.evaluation_schedule import EVALUATOR
 from paceline.roles.footprint import Disk, Process, SampleSizes, standing, target_bytes_at_least
 from paceline.roles.forecast import threads_of
 from paceline.roles.machine import Machine
 from paceline.roles.plan import RunPlan
 from paceline.roles.preflight import CHECKS, ON_THIS_MACHINE, Finding
+from paceline.roles.trainers import trainer_roles
 from paceline.target.folder import read_config, refuse_quantised
 from paceline.target.shape import TargetShape
 
 SERVER_SHARE = 0.9  # of a GPU's memory that weights may take: keys and values need the rest
 # Of a vLLM server: without the first argument it takes SERVER_SHARE; the second one replaces the share.
 UTILISATION, CACHE_BYTES = "--gpu-memory-utilization", "--kv-cache-memory-bytes"
-ACTIVATIONS = 1 << 30  # bytes beside weights that a role needs at least
+LIBRARIES = 1 << 30  # bytes of a GPU that CUDA and its libraries take in each process
 
 
 @dataclass(frozen=True)
@@ -119,22 +121,71 @@ def _devices(layout: Layout) -> Iterator[Finding]:
 
 
 def _gpu_memory(layout: Layout) -> Iterator[Finding]:
-    """Add up what the processes put on each GPU."""
-    gpus, taken = layout.machine.gpus, dict[int, int]()
-    for process in layout.processes:
-        for device in process.device.split(", "):
-            if device.startswith("cuda:") and process.memory_bytes is not None:
-                number = int(device.removeprefix("cuda:"))
-                taken[number] = taken.get(number, 0) + process.memory_bytes + ACTIVATIONS
-    for number, needed in sorted(taken.items()):
-        if number < len(gpus) and needed > gpus[number].memory_bytes * SERVER_SHARE:
+    """Add up what the processes put on each GPU: what is always there, what samples of the data's lengths
+    take beside it, and the largest ones."""
+    gpus = layout.machine.gpus
+    for number, there in sorted(_on_gpus(layout.processes).items()):
+        if number >= len(gpus):
+            continue
+        room, gpu = gpus[number].memory_bytes * SERVER_SHARE, _described(layout, number)
+        fixed = sum((process.memory_bytes or 0) + LIBRARIES for process in there)
+        about = fixed + sum(process.activations_about or 0 for process in there)
+        most = fixed + sum(process.activations_max or 0 for process in there)
+        if fixed > room:
             yield Finding(
-                f"cuda:{number} ({gpus[number].name}) has {_gib(gpus[number].memory_bytes)}, and weights and "
-                f"optimizer on it take {_gib(needed)} without activations and caches.",
+                f"{gpu}, and weights and optimizer on it take {_gib(fixed)} without activations and caches.",
                 "Give the engine more devices (engine.devices), training another one (training.device), or "
                 "choose a smaller or quantised target.",
                 refuses=True,
             )
+        elif about > room:
+            yield Finding(
+                f"{gpu}, and what runs on it takes about {_gib(about)} at the lengths of the data, "
+                f"{_gib(about - fixed)} of it activations and caches: it would end out of memory.",
+                _what_to_lower(layout.plan.config, there),
+                refuses=True,
+            )
+        elif most > room:
+            yield Finding(
+                f"{gpu}. That is enough for samples as long as the data's ({_gib(about)}), and not for the "
+                f"largest that the run file allows ({_gib(most)}).",
+                _what_to_lower(layout.plan.config, there),
+            )
+
+
+def _on_gpus(processes: Sequence[Process]) -> dict[int, list[Process]]:
+    """The processes on each GPU whose memory can be told."""
+    found = dict[int, list[Process]]()
+    for process in processes:
+        for device in process.device.split(", "):
+            if device.startswith("cuda:") and process.memory_bytes is not None:
+                found.setdefault(int(device.removeprefix("cuda:")), []).append(process)
+    return found
+
+
+def _described(layout: Layout, number: int) -> str:
+    gpu = layout.machine.gpus[number]
+    return f"cuda:{number} ({gpu.name}) has {_gib(gpu.memory_bytes)}"
+
+
+def _what_to_lower(config: RunConfig, processes: Sequence[Process]) -> str:
+    """By the roles on a GPU, the ones that take most for samples first."""
+    told = []
+    for process in sorted(processes, key=lambda one: -(one.activations_max or 0)):
+        if process.role in trainer_roles(config):
+            in_tokens = config.training.micro_batch_tokens is not None
+            told.append(f"training.micro_batch_{'tokens' if in_tokens else 'size'}")
+            if getattr(config.method, "recompute", True) is False:
+                told[-1] += " (or set method.recompute: true)"
+        elif process.activations_max:
+            told += ["capture.group_size", "data.max_answer_tokens"]
+    advice = [f"Lower {' or '.join(dict.fromkeys(told))}"] if told else []
+    if any(process.role == EVALUATOR for process in processes):
+        advice.append("evaluate at the end alone (evaluation.every_steps: 0)")
+    are_trainers = [process.role in trainer_roles(config) for process in processes]
+    if any(are_trainers) and not all(are_trainers):
+        advice.append("give training another device (training.device)")
+    return f"{', or '.join(advice)}."
 
 
 def _beside_a_server(layout: Layout) -> Iterator[Finding]:
@@ -150,13 +201,14 @@ def _beside_a_server(layout: Layout) -> Iterator[Finding]:
         is_beside = number.isdecimal() and int(number) in engine.devices and int(number) < len(gpus)
         if not is_beside or process.memory_bytes is None or process.role == f"{engine.name} server":
             continue
-        gpu, needed = gpus[int(number)], process.memory_bytes + ACTIVATIONS
+        gpu, needed = gpus[int(number)], process.memory_bytes + LIBRARIES + (process.activations_about or 0)
         if needed > (1.0 - share) * gpu.memory_bytes:
+            lower = _what_to_lower(layout.plan.config, [process])
             yield Finding(
                 f"The server takes {share:.0%} of {process.device} ({gpu.name}, {_gib(gpu.memory_bytes)}), "
-                f"and the {process.role} needs {_gib(needed)} of it without activations.",
-                "Lower the server's share in engine.args: [--gpu-memory-utilization, '0.6'], or give "
-                "training another device (training.device).",
+                f"and the {process.role} needs about {_gib(needed)} of it.",
+                "Lower the server's share in engine.args: [--gpu-memory-utilization, '0.6'], or what the "
+                f"{process.role} needs: {lower[:1].lower()}{lower[1:-1]}; or give it another device.",
                 refuses=True,
             )
 

@@ -1,7 +1,7 @@
 """What a run takes: bytes of samples, of memory on each device, and of the disk. No torch.
 
 Bytes of samples and of the window are those that the producer reserves (capture/sizing.py). Memory and disk
-follow from the counts of parameters; activations and libraries come on top.
+follow from the counts of parameters; activations are device_memory.py's, and libraries come on top.
 """
 
 from __future__ import annotations
@@ -133,13 +133,19 @@ def _resident_samples(config: RunConfig, sample_bytes: int) -> int:
 
 
 class Process(Section):
-    """`memory_bytes`: of its device, without activations and libraries; None if it cannot be told."""
+    """`memory_bytes`: of its device, without activations and libraries; None if it cannot be told.
+
+    `activations_about`: bytes of activations, caches and buffers on a GPU at the lengths that the data
+    suggests; `activations_max`: for the largest samples. None: unknown, or not on a GPU.
+    """
 
     role: str
     device: str
     threads: int | None
     what: str
     memory_bytes: int | None
+    activations_about: int | None = None
+    activations_max: int | None = None
 
 
 def processes_of(
@@ -215,10 +221,11 @@ def _trained_bytes(config: RunConfig) -> int:
 
 def _target_bytes(shape: TargetShape, config: RunConfig, machine: Machine) -> int:
     """The weights as the engine holds them: in its own dtype."""
-    if shape.quantised:
-        return shape.weights_bytes
-    dtype = machine.dtype(config.target.dtype, engine_device(config, machine))
-    return int(shape.parameters * BYTES[dtype])
+    return target_bytes(shape, machine.dtype(config.target.dtype, engine_device(config, machine)))
+
+
+def target_bytes(shape: TargetShape, dtype: str) -> int:
+    return shape.weights_bytes if shape.quantised else int(shape.parameters * BYTES[dtype])
 
 
 def target_bytes_at_least(shape: TargetShape, config: RunConfig, machine: Machine) -> int:

@@ -39,6 +39,16 @@ class LayerSizes:
     num_key_value_heads: int
     head_dim: int
 
+    @property
+    def query_width(self) -> int:
+        """Numbers in the queries of a token."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        """Numbers in the keys of a token, and in its values."""
+        return self.num_key_value_heads * self.head_dim
+
 
 @dataclass(frozen=True)
 class TargetShape:
@@ -114,9 +124,7 @@ def _count(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
 
 
 def _attention(sizes: LayerSizes, inputs: int) -> int:
-    queries = sizes.num_attention_heads * sizes.head_dim
-    keys = sizes.num_key_value_heads * sizes.head_dim
-    return inputs * (queries + 2 * keys) + queries * sizes.hidden_size
+    return inputs * (sizes.query_width + 2 * sizes.key_width) + sizes.query_width * sizes.hidden_size
 
 
 def _mlp(config: Mapping[str, Any], sizes: LayerSizes) -> tuple[int, int]:

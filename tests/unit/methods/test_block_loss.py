@@ -155,7 +155,7 @@ def test_groups_change_nothing_but_rounding(name: str, monkeypatch: pytest.Monke
     """Small groups compute their logits again in backward; so does `recompute`, to the same bits."""
     results = []
     for guesses, recompute in ((1 << 10, False), (1 << 10, True), (6, False)):
-        monkeypatch.setattr("paceline.methods.dflash.method._GROUP_GUESSES", guesses)
+        monkeypatch.setattr("paceline.methods.dflash.method.GROUP_GUESSES", guesses)
         method = method_of(name, recompute=recompute)
         draft, batch = draft_of(method), method.collate(samples(), CPU)
         assert (len(batch.groups) > 1) == (guesses == 6)

@@ -19,7 +19,7 @@ from paceline.methods.dflash.config import DFlashConfig
 from paceline.methods.dflash.decode import DFlashDecoder
 from paceline.methods.dflash.heads.head import Head
 from paceline.methods.dflash.model import DFlashDraft
-from paceline.methods.dflash.settings import BlockSection
+from paceline.methods.dflash.settings import GROUP_GUESSES, BlockSection
 from paceline.methods.dflash.start import start_tensors
 from paceline.methods.dflash.start_config import read_block_start
 from paceline.methods.dflash.warm_start import warm_start
@@ -33,8 +33,6 @@ from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
 from paceline.types import Feature
 
-# How many guesses go through the output layer at a time: 300 MB of bfloat16 logits of 150,000 tokens.
-_GROUP_GUESSES = 1 << 10
 _ALL = 1 << 30
 # Adam's equal steps would undo what a regression found before the rest of the draft knows anything.
 _REGRESSION_RATES = {
@@ -133,7 +131,7 @@ class DFlashMethod:
         chosen = self.settings
         most = chosen.anchors_max if torch.is_grad_enabled() else _ALL
         shape = chosen.block_size, chosen.depths, chosen.causal
-        blocks = Blocks(*shape, most, _GROUP_GUESSES, chosen.compiles)
+        blocks = Blocks(*shape, most, GROUP_GUESSES, chosen.compiles)
         return collate(noisy(samples, chosen.feature_noise, visit), blocks, visit).to(device)
 
     def drafter(self, draft: nn.Module, dtype: torch.dtype) -> DFlashDecoder:

@@ -10,12 +10,16 @@ from pydantic import Field, model_validator
 from paceline.errors import ConfigError
 from paceline.methods.dflash.start_config import read_block_start
 from paceline.methods.features import Transfer, fused_states
-from paceline.methods.losses.settings import LossSection
+from paceline.methods.losses.settings import LossSection, loss_bytes
+from paceline.methods.settings import MicroBatch
 from paceline.methods.start.section import StartSection
 from paceline.section import Count, Fraction, Section, StartingValue
 from paceline.target.facts import TargetFacts
 from paceline.target.shape import LayerSizes, layer_parameters
 from paceline.types import Feature
+
+# How many guesses go through the output layer at a time: 300 MB of bfloat16 logits of 150,000 tokens.
+GROUP_GUESSES = 1 << 10
 
 
 class WeightingSection(Section):
@@ -125,6 +129,25 @@ class BlockSection(StartSection):
     def rows_per_target(self, num_targets: float) -> float:
         return self.block_size * min(1.0, self.anchors_max / max(1.0, num_targets))
 
+    def activation_bytes(self, target: LayerSizes, batch: MicroBatch) -> float:
+        """Norms, and what is added up from layer to layer, are float32. Left out: what a head computes beside
+        the layers, and `recompute`, which saves one group's logits."""
+        hidden, inner = target.hidden_size, target.intermediate_size
+        queries, keys = target.query_width, target.key_width
+        anchors = min(batch.targets, self.anchors_max * batch.samples)
+        place = (16 + self.convolved) * hidden + 8 * queries + 8 * keys
+        place += batch.width * (5 * hidden + 4 * inner + 3 * queries + 4 * keys)
+        row = 8 * hidden + batch.width * (self.target_states + 1) * hidden
+        row += self.layers * (8 * keys + 4 * batch.width * keys)
+        guesses = min(anchors * self.depths, GROUP_GUESSES)
+        logits = loss_bytes(target.vocab_size, guesses, min(guesses, batch.targets), batch.width)
+        return anchors * self.block_size * self.layers * place + batch.rows * row + logits
+
+    @property
+    def convolved(self) -> int:
+        """Bytes that the head keeps of each number of a layer's states, at every place."""
+        return 0
+
     def head_parameters(self, target: LayerSizes) -> int:  # noqa: ARG002
         """Of what the head adds to the backbone."""
         return 0
@@ -199,6 +222,10 @@ class DFlash2Section(BlockSection):
     selector_rank: Count = 64
     selector_top_k: Annotated[int, Field(ge=2)] = 16
     selector_weight: Annotated[float, Field(gt=0.0)] = 1.0
+
+    @property
+    def convolved(self) -> int:
+        return 20 * self.conv_kernel_size
 
     def head_parameters(self, target: LayerSizes) -> int:
         hidden, taps = target.hidden_size, self.conv_kernel_size

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-KeyValue = tuple[torch.Tensor, torch.Tensor]
+from paceline.methods.eagle3.settings import TILE_ANCHORS
 
-TILE_ANCHORS = 128
+KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)

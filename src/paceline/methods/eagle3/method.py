@@ -18,7 +18,7 @@ from paceline.errors import ConfigError
 from paceline.methods.eagle3.batch import JUDGED_SHARE, Eagle3Batch, Unrolling, collate
 from paceline.methods.eagle3.decode import Eagle3Decoder
 from paceline.methods.eagle3.model import Eagle3Config, Eagle3Draft, Midlayer
-from paceline.methods.eagle3.settings import Eagle3Section, aux_layer_ids
+from paceline.methods.eagle3.settings import GROUP_LOGITS, Eagle3Section, aux_layer_ids
 from paceline.methods.eagle3.start import start_tensors
 from paceline.methods.eagle3.start_config import read_start_config
 from paceline.methods.eagle3.vocab import answer_token_weights, choose_draft_vocab, vocab_maps
@@ -33,8 +33,6 @@ from paceline.target.facts import TargetFacts
 from paceline.target.head import TargetHead
 from paceline.types import Feature
 
-# How many logits of the draft vocabulary one group of anchors keeps for backward: 256 MiB of bfloat16.
-_GROUP_LOGITS = 1 << 27
 _CHAIN = 3  # guesses beyond these are hardly ever kept, and each costs a pass of the draft
 # Regressed fc weights read states of root mean square 20 and more, and are small for that reason: Adam's
 # equal steps would be too large for them. lm_head starts as the target's own.
@@ -146,7 +144,7 @@ class Eagle3Method:
         size, window = chosen.draft_vocab_size, chosen.sliding_window
         if self._start is not None:
             size, window = self._start.sizes["draft_vocab_size"], self._start.sizes["sliding_window"]
-        group = max(1, _GROUP_LOGITS // (chosen.ttt_steps * size))
+        group = max(1, GROUP_LOGITS // (chosen.ttt_steps * size))
         share = JUDGED_SHARE if torch.is_grad_enabled() else 1
         unrolling = Unrolling(chosen.ttt_steps, chosen.step_decay, group, share, window)
         return collate(noisy(samples, chosen.feature_noise, visit), unrolling).to(device)

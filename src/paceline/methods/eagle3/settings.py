@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 from paceline.errors import ConfigError
 from paceline.methods.eagle3.start_config import WINDOW_MIN, read_start_config
 from paceline.methods.features import Transfer, fused_states
-from paceline.methods.losses.settings import LossSection
+from paceline.methods.losses.settings import LossSection, loss_bytes
+from paceline.methods.settings import MicroBatch
 from paceline.methods.start.section import StartSection
 from paceline.section import Count, StartingValue
 from paceline.target.facts import TargetFacts
@@ -18,6 +19,9 @@ from paceline.target.shape import LayerSizes, layer_parameters
 from paceline.types import Feature
 
 FUSED = 3  # states
+# How many logits of the draft vocabulary one group of anchors keeps for backward: 256 MiB of bfloat16.
+GROUP_LOGITS = 1 << 27
+TILE_ANCHORS = 128  # whose scores are there at a time
 
 
 class Eagle3Section(StartSection):
@@ -105,6 +109,22 @@ class Eagle3Section(StartSection):
 
     def rows_per_target(self, num_targets: float) -> float:  # noqa: ARG002
         return float(self.ttt_steps)
+
+    def activation_bytes(self, target: LayerSizes, batch: MicroBatch) -> float:
+        """Norms, a tile's softmax and the gradients of keys are float32. Left out: judged anchors."""
+        hidden, inner = target.hidden_size, target.intermediate_size
+        queries, keys = target.query_width, target.key_width
+        a_step = 20 * hidden + batch.width * (5 * hidden + 4 * inner + 2 * queries + 2 * keys)
+        kept = batch.width * (3 * hidden + 2 * keys)
+        steps = self.ttt_steps * kept + a_step if self.recompute else self.ttt_steps * a_step
+        row = 12 * hidden + 16 * keys + batch.width * ((FUSED + 3) * hidden + 4 * keys)
+        vocab = min(self.draft_vocab_size, target.vocab_size)
+        predictions = min(batch.targets * self.ttt_steps, GROUP_LOGITS / vocab)
+        compared = predictions / self.ttt_steps
+        logits = loss_bytes(vocab, predictions, compared, batch.width)
+        tile = min(TILE_ANCHORS, batch.targets / batch.samples) * batch.rows / batch.samples
+        scores = 12 * target.num_attention_heads * tile
+        return batch.targets * steps + batch.rows * row + logits + scores
 
 
 class PEagleSection(Eagle3Section):

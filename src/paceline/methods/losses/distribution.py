@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from paceline.methods.losses.settings import LossSection
+from paceline.methods.losses.settings import BLOCK_ROWS, LossSection
 from paceline.precision import without_autocast
 
 # Draft's and wanted logits float32 [b, D] in; losses [b] and their gradient [b, D], a new tensor, out.
@@ -24,7 +24,6 @@ Rule = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 # 2 MiB of float32 logits stay in a CPU's second-level cache: 64 rows of 8192 tokens, 10 of 49152.
 _CPU_BLOCK_LOGITS = 1 << 19
 _CPU_BLOCK_ROWS = 64
-_BLOCK_ROWS = 512
 
 
 class DistributionLoss(torch.autograd.Function):
@@ -39,7 +38,7 @@ class DistributionLoss(torch.autograd.Function):
         picked: torch.Tensor,
         scale: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        size = _BLOCK_ROWS
+        size = BLOCK_ROWS
         if logits.device.type == "cpu":
             size = min(_CPU_BLOCK_ROWS, max(1, _CPU_BLOCK_LOGITS // logits.shape[1]))
         losses = logits.new_empty(logits.shape[0], dtype=torch.float32)

@@ -11,6 +11,9 @@ from paceline.section import Section
 LossName = Literal["soft_cross_entropy", "kl", "tv", "lk_alpha", "lk_lambda"]
 
 
+BLOCK_ROWS = 512  # predictions whose losses a GPU computes at a time
+
+
 class LossSection(Section):
     """`method.loss: NAME`, or a mapping with `name`. p is the target's distribution and q the draft's, both
     over the draft's vocabulary; alpha = sum of min(p, q) is the rate at which sampling accepts a guess.
@@ -38,3 +41,9 @@ class LossSection(Section):
         if changed and self.name != "lk_lambda":
             raise ValueError(f"eta belongs to the loss lk_lambda; {self.name} does not read it")
         return self
+
+
+def loss_bytes(vocab: int, predictions: float, compared: float, width: int) -> float:
+    """Logits and their gradient of so many `predictions` over `vocab` tokens, the wanted ones in float32 of
+    the `compared` rows, and what `BLOCK_ROWS` predictions take for a moment."""
+    return vocab * (2 * width * predictions + 4 * compared + 24 * min(predictions, BLOCK_ROWS))
