@@ -69,7 +69,8 @@ def over_mooncake(name: str, size: int, folder: Path) -> list[Row]:
     starts = [number * (-(-object_bytes // 64) * 64) for number in range(count)]
 
     def put(number: int) -> None:
-        writer.put_many([(f"s{n}", tensors, number + 1) for n in range(count)])
+        for n in range(count):
+            writer.put(f"s{n}", tensors, generation=number + 1)
 
     def raw_put(number: int) -> None:
         for n in range(count):
@@ -109,8 +110,10 @@ def over_mooncake(name: str, size: int, folder: Path) -> list[Row]:
         link.close()
     master.kill()
     return [
-        against(f"put_many into its own memory, {name}, digested", *puts, "GB/s", limit_name="raw upsert"),
-        against(f"put_many into another's memory, {name}, digested", *sent, "GB/s", limit_name="raw upsert"),
+        against(
+            f"put into the producer's own memory, {name}, digested", *puts, "GB/s", limit_name="raw upsert"
+        ),
+        against(f"put into another one's memory, {name}, digested", *sent, "GB/s", limit_name="raw upsert"),
         against(f"get_many into registered memory, {name}", *gets, "GB/s", limit_name="raw batch_get_into"),
         against(f"get one by one, {name}", *singles, "GB/s", limit_name="raw batch_get_into of one"),
     ]

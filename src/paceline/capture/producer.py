@@ -259,7 +259,7 @@ class Producer:
         The ledger counts what is promised. The store may also hold what another producer is about to free.
         """
         try:
-            refs = self._samples.put(wanted, generations, group.rendering)
+            refs = [self._samples.put(one, generations, group.rendering) for one in wanted]
         except StoreFullError as error:
             if self._neighbours is None or self._full_in_a_row >= FULL_IN_A_ROW_MAX:
                 raise

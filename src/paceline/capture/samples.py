@@ -13,7 +13,7 @@ from paceline.capture.settings import CaptureSettings
 from paceline.capture.turns import TurnError, TurnWriter
 from paceline.engines.engine import CaptureRequest, TargetEngine
 from paceline.errors import ConfigError
-from paceline.features.store import FeatureStore, Sealed
+from paceline.features.store import FeatureStore
 from paceline.types import SampleRef, Tokens, name_of
 
 
@@ -73,22 +73,11 @@ class Samples:
             seed=sample_seed(s.seed, prompt.ordinal, turn),
         )
 
-    def put(
-        self, captured: Sequence[CapturedPrompt], generations: Mapping[str, int], rendering: str
-    ) -> list[SampleRef]:
-        """Store samples under their generations; returns the refs to commit. Raises StoreError."""
-        samples = [one.sample for one in captured]
-        named = [(one.sample_id, one.tensors, generations[one.sample_id]) for one in samples]
-        put_many = getattr(self._features, "put_many", None)
-        if put_many is not None:
-            stored = put_many(named)
-        else:
-            stored = [self._features.put(name, tensors, generation=n) for name, tensors, n in named]
-        pairs = zip(captured, stored, strict=True)
-        return [self._ref(one, sealed, generations[one.sample.sample_id], rendering) for one, sealed in pairs]
-
-    def _ref(self, captured: CapturedPrompt, sealed: Sealed, generation: int, rendering: str) -> SampleRef:
+    def put(self, captured: CapturedPrompt, generations: Mapping[str, int], rendering: str) -> SampleRef:
+        """Store a sample under its generation; returns the ref to commit. Raises StoreError."""
         prompt, sample = captured.prompt, captured.sample
+        generation = generations[sample.sample_id]
+        sealed = self._features.put(sample.sample_id, sample.tensors, generation=generation)
         facts, tokens = self._engine.facts, sample.tensors[name_of(Tokens, self._settings.features)]
         is_written = self._settings.answers == "target"
         return SampleRef(

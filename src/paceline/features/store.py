@@ -53,9 +53,7 @@ class FeatureStore(Protocol):
     testing/memory_features.py.
 
     A store that has several samples on their way at a time may also have `get_many(refs)`: of each ref its
-    tensors, or the error that `get` would raise. The trainer then reads a step ahead by one call. And
-    `put_many` of (sample id, tensors, generation), by which a producer stores a whole group: what `put`
-    returns of each. It raises what `put` raises; then some may be sealed, and nothing more will be.
+    tensors, or the error that `get` would raise. The trainer then reads a step ahead by one call.
     """
 
     def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +21,6 @@ from paceline.features.settings import MooncakeSection
 from paceline.features.stores.mooncake import link as link_module
 from paceline.features.stores.mooncake.link import Link, own_address, refusal_of
 from paceline.features.stores.mooncake.refusals import no_client, no_package
-from paceline.features.stores.mooncake.staging import Buffer
 from paceline.features.stores.mooncake.store import BLIND_MAX, IN_FLIGHT, MooncakeFeatureStore
 from paceline.loader.read_ahead import ReadAhead
 from paceline.testing.feature_store_suite import MIB, assert_same, bulk, feature_ref, features
@@ -72,11 +69,6 @@ def hosts() -> Hosts:
 
 def put(store: MooncakeFeatureStore, number: int, generation: int) -> SampleRef:
     return feature_ref(f"s{number}", store.put(f"s{number}", features(number), generation=generation))
-
-
-def group(count: int) -> list[tuple[str, dict[str, torch.Tensor], int]]:
-    """What a producer puts of a group of samples."""
-    return [(f"s{n}", bulk(n), n + 1) for n in range(count)]
 
 
 def is_missed(store: MooncakeFeatureStore, ref: SampleRef) -> bool:
@@ -128,57 +120,6 @@ def test_a_put_that_meets_dead_memory_is_tried_again_until_the_master_knows(host
     hosts.clock.on_sleep = expire
     assert_same(reader.get(put(writer, 1, 4)), features(1))
     assert hosts.clock.now > 0
-
-
-# -- several puts on their way -------------------------------------------------------------------
-
-
-def test_a_group_is_put_as_its_samples_would_be(hosts: Hosts) -> None:
-    """In the order that was given, whatever was sealed before, and each by its own buffer."""
-    writer, reader = hosts.writer(), hosts.reader()
-    given = group(5)
-    once = writer.put("s2", bulk(2), generation=3)
-    many = writer.put_many(given)
-    assert many[2] == once
-    assert many == [writer.put(name, tensors, generation=n) for name, tensors, n in given]
-    for (name, tensors, _), sealed in zip(given, many, strict=True):
-        assert_same(reader.get(feature_ref(name, sealed)), tensors)
-    assert writer.put_many([]) == []
-
-
-def test_a_sample_is_copied_while_the_one_before_is_on_its_way(hosts: Hosts) -> None:
-    """A send that waits for the next sample's copy ends: one after another it would wait for ever."""
-    writer = hosts.writer()
-    copied = [threading.Event() for _ in range(3)]
-    fill, send = writer._staging.fill, writer._link.put
-    sent: list[str] = []
-
-    def noted(buffer: Buffer, *rest: Any) -> str:
-        digest = fill(buffer, *rest)
-        next(event for event in copied if not event.is_set()).set()
-        return digest
-
-    def waits(key: str, address: int, size: int) -> None:
-        assert copied[min(len(sent) + 1, 2)].wait(60.0)
-        send(key, address, size)
-        sent.append(key)
-
-    writer._staging.fill, writer._link.put = noted, waits  # type: ignore[method-assign]
-    writer.put_many(group(3))
-    assert len(sent) == 3
-
-
-def test_a_group_that_finds_no_room_leaves_nothing_on_its_way(hosts: Hosts) -> None:
-    """The producer frees what it reserved next: an object that came later would stay for ever."""
-    writer = hosts.writer(segment_bytes=2 * MIB)
-    given = group(6)
-    with pytest.raises(StoreFullError):
-        writer.put_many([(name, bulk(n, MIB), n) for name, _, n in given])
-    writer.free([(name, n) for name, _, n in given])
-    assert not hosts.master.objects
-    with pytest.raises(StoreError, match="came after"):
-        writer.put_many([("a", bulk(1), 5), ("b", bulk(2), 6), ("a", bulk(1), 4)])
-    assert len(hosts.master.objects) == 2
 
 
 def test_nothing_is_evicted_because_everything_is_pinned(hosts: Hosts) -> None:

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,6 @@ class _Wanted:
         return -(-self.num_bytes // codec.ALIGNMENT_BYTES) * codec.ALIGNMENT_BYTES
 
 
-@dataclass(frozen=True)
-class _Filled:
-    """A sample that lies in registered memory, at this address, and what it will be sealed as."""
-
-    sample_id: str
-    generation: int
-    address: int
-    sealed: Sealed
-
-
 class MooncakeFeatureStore:
     def __init__(
         self, link: Link, store: str, *, budget_bytes: int, owner: bool, folder: Path | None = None
@@ -119,40 +109,11 @@ class MooncakeFeatureStore:
     # -- a writer ------------------------------------------------------------------------------
 
     def put(self, sample_id: str, tensors: Mapping[str, Any], *, generation: int = 0) -> Sealed:
-        with self._filled(sample_id, tensors, generation) as filled:
-            return self._sent(filled)
-
-    def put_many(self, samples: Iterable[tuple[str, Mapping[str, Any], int]]) -> list[Sealed]:
-        """`put` of each sample, tensors and generation (not 0), one on its way while the next is copied.
-
-        Raises what `put` raises, and then nothing is on its way.
-        """
-        sealed: list[Sealed] = []
-        with ExitStack() as held, ThreadPoolExecutor(1, thread_name_prefix="paceline-mooncake") as ahead:
-            on_its_way: Future[Sealed] | None = None
-            for sample_id, tensors, generation in samples:
-                with ExitStack() as own:
-                    filled = own.enter_context(self._filled(sample_id, tensors, generation))
-                    if on_its_way is not None:
-                        sealed.append(on_its_way.result())
-                    on_its_way = ahead.submit(self._sent, filled)
-                    held.close()  # the buffer of the one before
-                    held.enter_context(own.pop_all())
-            if on_its_way is not None:
-                sealed.append(on_its_way.result())
-        return sealed
-
-    @contextmanager
-    def _filled(
-        self, sample_id: str, tensors: Mapping[str, Any], generation: int
-    ) -> Iterator[Sealed | _Filled]:
-        """The sample in a buffer, which is its own until the end; or what was sealed before."""
         self._refuse_reader("put")
         with self._lock:
             before, sealed = self._own.get(sample_id, (0, None))
         if sealed and generation in (0, before) and self._link.exist([self._key(sample_id, before)])[0]:
-            yield sealed
-            return
+            return sealed
         if generation and generation < before:
             raise stale(sample_id, generation, before)
         layout = codec.layout_of_tensors(sample_id, tensors)
@@ -165,21 +126,15 @@ class MooncakeFeatureStore:
         description = codec.describe(sample_id, layout)
         with self._staging.borrow(size, pinned=_is_on_gpu(tensors)) as buffer:
             digest = self._staging.fill(buffer, layout, description, tensors)
-            sealed = Sealed(self.uri, _keys(layout, number), dict(layout.specs), size, digest)
-            yield _Filled(sample_id, number, buffer.address, sealed)
-
-    def _sent(self, filled: Sealed | _Filled) -> Sealed:
-        if isinstance(filled, Sealed):
-            return filled
-        reach("features.put.before_seal")
-        key = self._key(filled.sample_id, filled.generation)
-        self._link.put(key, filled.address, filled.sealed.num_bytes)
+            reach("features.put.before_seal")
+            self._link.put(self._key(sample_id, number), buffer.address, size)
+        sealed = Sealed(self.uri, _keys(layout, number), dict(layout.specs), size, digest)
         with self._lock:
-            self._own[filled.sample_id] = filled.generation, filled.sealed
-            self._own.move_to_end(filled.sample_id)
+            self._own[sample_id] = number, sealed
+            self._own.move_to_end(sample_id)
             while len(self._own) > OWN_MAX:
                 self._own.popitem(last=False)
-        return filled.sealed
+        return sealed
 
     def _next_generation(self) -> int:
         with self._lock:
