@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "paceline"
 ROWS = 32  # of a group that a CPU attends for at a time: what their padding has in common is not read
+COARSE = 64.0  # a score that bfloat16 rounds by a quarter, and its weight by as much
 
 
 def grouped_attention(
@@ -54,7 +55,8 @@ def _in_parts(
     """Some rows at a time, from the first position on that one of them attends to.
 
     `mask`: bool [B, 1, 1, m]. Two products with keys that lie column by column (cache.py) take half the time
-    of the library's fused kernel, which is made for many queries.
+    of the library's fused kernel, which is made for many queries. That kernel has scores of float32; the
+    product has the type of its factors, so large ones, which biases of keys give, are computed again.
     """
     mixed = torch.empty_like(query)
     for first in range(0, len(query), ROWS):
@@ -63,7 +65,10 @@ def _in_parts(
         if hidden is not None:
             begin = int((~hidden.all(0)).flatten().int().argmax())
             hidden = hidden[..., begin:]
-        scores = (query[part] @ key[part, :, begin:].transpose(-1, -2)).float().mul_(scaling)
+        asked, keys = query[part], key[part, :, begin:].transpose(-1, -2)
+        scores = (asked @ keys).float().mul_(scaling)
+        if asked.dtype != torch.float32 and float(scores.abs().amax()) > COARSE:
+            scores = (asked.float() @ keys.float()).mul_(scaling)
         if hidden is not None:
             scores.masked_fill_(hidden, float("-inf"))
         torch.matmul(scores.softmax(-1).to(query.dtype), value[part, :, begin:], out=mixed[part])

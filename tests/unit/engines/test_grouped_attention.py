@@ -46,3 +46,18 @@ def test_what_no_row_of_a_part_attends_to_is_not_read() -> None:
     found, _ = grouped_attention(torch.nn.Module(), query, key, value, mask, WIDTH**-0.5)
 
     assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_scores_are_not_rounded_to_the_type_of_the_keys(dtype: torch.dtype) -> None:
+    """A bias that all keys have adds 8,192 to every score, and the softmax is that of the differences."""
+    query, key, value = _drawn(3, 2, 1, WIDTH), _drawn(3, 1, LENGTH, WIDTH), _drawn(3, 1, LENGTH, WIDTH)
+    query[..., 0], key[..., 0] = 128.0, 1024.0
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+
+    found, _ = grouped_attention(torch.nn.Module(), query, key, value, None, 1.0 / 16.0)
+
+    wanted = F.scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), scale=1.0 / 16.0, enable_gqa=True
+    )
+    torch.testing.assert_close(found.float(), wanted.transpose(1, 2), rtol=0.0, atol=0.02)
