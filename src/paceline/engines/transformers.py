@@ -157,7 +157,8 @@ class TransformersEngine:
             mask = rows.mask[members, start : rows.length]
             hidden[members] = self._forward(rows.known_ids[members, own], mask, positions, part)
             rows.keep_known(members, states.taken)
-            copy_cache(part, cache, members, start)
+            if rows.are_open:  # given answers are not gone on from
+                copy_cache(part, cache, members, start)
         return hidden
 
     def _prefill_whole(self, rows: CaptureRows, cache: Any, states: Hooks) -> torch.Tensor:

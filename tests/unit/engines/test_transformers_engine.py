@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from paceline.engines.attention import ROWS
+from paceline.engines.cache import PreallocatedLayer
+from paceline.engines.capture_rows import PREFILL_ROWS
 from paceline.engines.engine import Captured, CaptureRequest
 from paceline.engines.transformers import TransformersEngine
 from paceline.errors import CaptureMismatchError, ConfigError, EngineError
@@ -52,6 +55,56 @@ def test_states_equal_those_of_a_plain_forward(engine: TransformersEngine, folde
         some = torch.cat([out.hidden_states[k][0] for k in (0, 2, 7)], dim=-1)
         torch.testing.assert_close(sample.tensors["some"], some, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(sample.tensors["last"], states.pop()[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beginning", [(), (9, 8, 7)], ids=["nothing shared", "three tokens shared"])
+@pytest.mark.parametrize("longest", [1, 12], ids=["one length", "many lengths"])
+def test_each_of_many_rows_has_the_states_of_its_text_alone(
+    engine: TransformersEngine, beginning: tuple[int, ...], longest: int
+) -> None:
+    """More rows than are read, or attended for, at a time; some have one token of their own, and in every
+    third the answer is given. They come back in the order of the group."""
+    drawn = torch.randint(
+        3,
+        engine.facts.vocab_size,
+        (ROWS + PREFILL_ROWS + 3, longest + 1),
+        generator=torch.Generator().manual_seed(1),
+    )
+    group = []
+    for n, tokens in enumerate(drawn.tolist()):
+        is_given, own = n % 3 == 0, 1 + n * 7 % longest
+        ids = (*beginning, *tokens[: own + is_given])
+        group.append(CaptureRequest(f"s{n}", ids, max_new_tokens=0 if is_given else 1 + n % 5, seed=n))
+    layers = (1, 4, 8)
+    features = [Feature(f"after {k}", States((k,)), dtype="float32") for k in layers]
+    samples = engine.capture(group, (Feature("tokens", Tokens(), dtype="int32"), *features))
+    for request, sample in zip(group, samples, strict=True):
+        tokens = sample.tensors["tokens"].tolist()
+        assert sample.sample_id == request.sample_id
+        assert tuple(tokens[: len(request.token_ids)]) == request.token_ids
+        plain = engine.plain(tokens[:-1])
+        for k in layers:
+            torch.testing.assert_close(sample.tensors[f"after {k}"], plain.states[k], atol=1e-4, rtol=1e-4)
+
+
+def test_given_answers_need_no_cache_of_the_group(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be the largest thing in memory beside the model."""
+    group = [CaptureRequest(f"s{n}", tuple(range(3, 9 + n)), max_new_tokens=0) for n in range(3)]
+    wanted = (Feature("last", States((8,)), dtype="float32"),)
+    made: list[int] = []
+    initialised = PreallocatedLayer.lazy_initialization
+
+    def noted(layer: PreallocatedLayer, key: torch.Tensor, value: torch.Tensor) -> None:
+        made.append(layer._capacity)
+        initialised(layer, key, value)
+
+    monkeypatch.setattr(PreallocatedLayer, "lazy_initialization", noted)
+    engine.capture(group, wanted)
+    given = len(made)
+    engine.capture([replace(one, max_new_tokens=2) for one in group], wanted)
+    assert len(made) - given == given + engine.facts.num_hidden_layers
 
 
 def test_a_layer_that_the_target_has_not_is_refused(engine: TransformersEngine) -> None:
