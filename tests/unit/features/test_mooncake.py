@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +23,11 @@ from paceline.features.stores.mooncake import link as link_module
 from paceline.features.stores.mooncake.link import Link, own_address, refusal_of
 from paceline.features.stores.mooncake.refusals import no_client, no_package
 from paceline.features.stores.mooncake.store import BLIND_MAX, IN_FLIGHT, MooncakeFeatureStore
+from paceline.ledger.stores.sqlite import SQLiteLedger
 from paceline.loader.read_ahead import ReadAhead
 from paceline.testing.feature_store_suite import MIB, assert_same, bulk, feature_ref, features
 from paceline.testing.mooncake_stand_in import ReplicateConfig, StandInClient, StandInMaster
+from paceline.testing.small_run import SmallRun
 from paceline.training.checkpoint_writer import InlineExecutor
 from paceline.types import SampleRef
 
@@ -290,6 +293,35 @@ def test_a_producer_that_dies_before_its_put_leaves_nothing(hosts: Hosts) -> Non
     finally:
         watch(None)
     assert hosts.master.objects == {}
+
+
+@pytest.mark.parametrize("dies_at", [1, 2, 4, 6])
+def test_a_producer_that_dies_within_a_group_leaves_what_its_successor_removes(
+    hosts: Hosts, tmp_path: Path, dies_at: int
+) -> None:
+    """Groups of four: what was put before it died has no commit, unless its whole group has."""
+    reached = 0
+
+    def die(point: str) -> None:
+        nonlocal reached
+        reached += point == "features.put.before_seal"
+        if reached == dies_at:
+            raise KeyboardInterrupt
+
+    watch(die)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            SmallRun(tmp_path, features=hosts.writer("a")).producer()[1]()
+    finally:
+        watch(None)
+    assert len(hosts.master.objects) == dies_at - 1
+    assert len(SQLiteLedger(tmp_path / "ledger.db").find()) == (dies_at - 1) // 4 * 4
+
+    SmallRun(tmp_path, features=hosts.writer("b")).producer()[1]()
+
+    refs = [record.ref for record in SQLiteLedger(tmp_path / "ledger.db").find().values()]
+    assert (len(refs), len(hosts.master.objects)) == (14, 14)
+    assert all(isinstance(sample, dict) for sample in hosts.reader().get_many(refs))
 
 
 def test_what_is_being_written_when_it_is_freed_is_removed_later(hosts: Hosts) -> None:
