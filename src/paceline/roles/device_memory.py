@@ -92,11 +92,15 @@ def capture_bytes(config: RunConfig, target: LayerSizes, sample: Extent, states:
     """Of a capture group of the transformers engine: the cache of keys and values, the states that are kept
     (`states` of every token, one of every target), what the prefill computes in a layer, and the logits."""
     rows, hidden = config.capture.group_size, target.hidden_size
-    together = min(rows, PREFILL_ROWS) * sample.prompt
-    cache = 2 * target.num_hidden_layers * target.key_width * width * (rows * sample.tokens + together)
+    is_written = (
+        config.data.answers == "target"
+    )  # a given answer is read as the prompt is, and not gone on from
+    writing = rows if is_written else 0
+    together = min(rows, PREFILL_ROWS) * (sample.prompt if is_written else sample.tokens)
+    cache = 2 * target.num_hidden_layers * target.key_width * width * (writing * sample.tokens + together)
     kept = rows * width * hidden * (states * sample.tokens + sample.targets)
     layer = together * (8 * hidden + width * ((states + 3) * hidden + 3 * target.intermediate_size))
-    return cache + kept + layer + rows * target.vocab_size * CHOICE_BYTES
+    return cache + kept + layer + writing * target.vocab_size * CHOICE_BYTES
 
 
 def _evaluator(config: RunConfig, shape: TargetShape, machine: Machine, trained: int | None) -> list[Process]:

@@ -125,6 +125,7 @@ def ratio(knobs: dict[str, Any], sizes: LayerSizes, samples: int, tokens: int, t
         pytest.param(8, 100, 3, {"intermediate_size": 2048}, id="the MLP of the prefill"),
         pytest.param(16, 40, 3, {"num_attention_heads": 8, "num_key_value_heads": 8}, id="keys and values"),
         pytest.param(32, 12, 3, {"vocab_size": 20_000}, id="logits"),
+        pytest.param(32, 30, 0, {"num_attention_heads": 8, "num_key_value_heads": 8}, id="given answers"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -133,8 +134,9 @@ def test_a_capture_group_takes_what_the_plan_says(
 ) -> None:
     sizes = replace(SIZES, **change)
     folder = target_of(sizes, tmp_path / "model")
-    run = TinyRun(tmp_path / "run", make_tiny_folder(tmp_path / "tiny"), capture={"group_size": rows})
-    config = load_run_config(run.run_file)
+    data = {"data": {"path": "chats.jsonl", "answers": "target" if answer else "data"}}
+    tiny = make_tiny_folder(tmp_path / "tiny")
+    config = load_run_config(TinyRun(tmp_path / "run", tiny, capture={"group_size": rows}, **data).run_file)
     with fake_cuda() as device:
         engine = TransformersEngine(folder, dtype="bfloat16", device="cuda:0")
         features = config.method.features(engine.facts)
@@ -145,7 +147,8 @@ def test_a_capture_group_takes_what_the_plan_says(
         device.most_bytes = before = device.bytes
         engine.capture(group, features)
         found = device.most_bytes - before
-    planned = capture_bytes(config, sizes, Extent(prompt, answer, answer), states_of_a_token(features), 2)
+    sample = Extent(prompt, answer, answer) if answer else Extent(prompt - 20, 20, 0)
+    planned = capture_bytes(config, sizes, sample, states_of_a_token(features), 2)
     assert planned / found == ABOUT
 
 
