@@ -1,7 +1,8 @@
 """The C compiler that Triton asks for before its first kernel on a GPU, and Python's header files. No torch.
 
-Triton (runtime/build.py of 3.2 to 3.9) takes the program that CC names, else gcc, else clang. It builds a
-small C file that includes Python.h, for this Python, and keeps the result in its folder of compiled files.
+Triton (runtime/build.py of 3.2 to 3.9) takes the program that CC names (one without arguments; an empty CC
+names none), else gcc, else clang. It builds a small C file that includes Python.h, for this Python, and keeps
+the result in its folder of compiled files.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from dataclasses import dataclass
 from getpass import getuser
 from pathlib import Path
@@ -20,6 +22,8 @@ COMPILERS = ("gcc", "clang")  # in the order in which Triton looks for them
 TRIAL = "#include <stdlib.h>\n#include <Python.h>\nint trial(void) { return PY_MAJOR_VERSION; }\n"
 PATIENCE_S = 30.0
 SAID_MAX = 160  # characters of the compiler's own error
+ROOM = "Free space in /tmp, or set TMPDIR to a folder that can be written."
+_NO_ROOM = "No space left on device"
 OF_GCC = "gcc libc6-dev"  # gcc only recommends the second one, so small images have it without
 OF_PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
 
@@ -37,26 +41,33 @@ def missing_for_triton() -> Missing | None:
     named, compiler, headers = os.environ.get("CC"), c_compiler(), _headers()
     there = (headers / "Python.h").is_file()
     if compiler is None:
-        looked = f"CC is {named}" if named else " or ".join(COMPILERS)
+        looked = " or ".join(COMPILERS) if named is None else f"CC is {named}" if named else "CC is empty"
         what = f"There is no C compiler ({looked})" + ("." if there else ", and no Python.h.")
-        return Missing(what, _mend(OF_GCC if there else f"{OF_GCC} {OF_PYTHON}", is_named=bool(named)))
+        return Missing(what, _mend(OF_GCC if there else f"{OF_GCC} {OF_PYTHON}", is_named=named is not None))
     if not there:
         return Missing(f"There is no {headers / 'Python.h'}.", _mend(OF_PYTHON))
-    said = _tried(compiler, headers)
-    return Missing(f"{compiler} cannot compile a small C file ({said}).", _mend(OF_GCC)) if said else None
+    try:
+        said = _tried(compiler, headers)
+    except OSError as error:  # of the folder, before the compiler
+        return Missing(f"No temporary file can be written, as compilers must ({error}).", ROOM)
+    mend = ROOM if _NO_ROOM in said else _mend(OF_GCC)
+    return Missing(f"{compiler} cannot compile a small C file ({said}).", mend) if said else None
 
 
 def c_compiler() -> str | None:
     """The program that Triton, and what else compiles kernels, would take."""
     named = os.environ.get("CC")
-    return shutil.which(named) if named else next(filter(None, map(shutil.which, COMPILERS)), None)
+    found = map(shutil.which, COMPILERS if named is None else (named,))
+    return next(filter(None, found), None)
 
 
 def has_compiled_before() -> bool:
     """Whether a folder where Triton keeps what it has compiled holds such a file already."""
-    home = Path(os.environ.get("TRITON_HOME") or Path.home())
-    kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{gettempdir()}/torchinductor_{_user()}"
-    folders = [home / ".triton" / "cache", *Path(kept).glob("triton/*")]
+    home = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"))  # noqa: PTH111 (never raises)
+    folders = [home / ".triton" / "cache"]
+    with suppress(OSError):  # of gettempdir, where no folder can be written
+        kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{gettempdir()}/torchinductor_{_user()}"
+        folders += Path(kept).glob("triton/*")
     if named := os.environ.get("TRITON_CACHE_DIR"):
         folders = [Path(named)]
     return any(found for folder in folders for found in folder.glob("*/cuda_utils*.so"))
@@ -82,13 +93,24 @@ def _mend(packages: str, *, is_named: bool = False) -> str:
 
 
 def _tried(compiler: str, headers: Path) -> str:
-    """The compiler's error; "" if there is none."""
+    """The compiler's error, in English; "" if there is none. Raises OSError if no file can be written."""
     with TemporaryDirectory() as folder:
         source = Path(folder) / "trial.c"
         source.write_text(TRIAL)
         command = [compiler, str(source), "-shared", "-fPIC", "-o", f"{folder}/trial.so", f"-I{headers}"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                env={**os.environ, "LC_ALL": "C"},
+                stdin=subprocess.DEVNULL,
+                timeout=PATIENCE_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return f"it did not end within {PATIENCE_S:.0f} s"
         except (OSError, subprocess.SubprocessError) as error:
             return str(error)[:SAID_MAX]
     lines = done.stderr.splitlines()

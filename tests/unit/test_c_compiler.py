@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
 
@@ -65,13 +67,14 @@ def test_headers_alone_are_missing_where_only_the_compiler_was_installed(
 def test_cc_names_the_compiler_and_nothing_else_is_tried(
     headers: Path, programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton does not look further, either."""
+    """Triton does not look further, either, and takes it as one word."""
     compiler_in(programs, "gcc", "exit 0")
-    monkeypatch.setenv("CC", "gcc-99")
-    missing = missing_for_triton()
-    assert missing is not None
-    assert "CC is gcc-99" in missing.what
-    assert "correct CC" in missing.mend
+    for named, told in (("gcc-99", "gcc-99"), ("gcc -m64", "gcc -m64"), ("", "empty")):
+        monkeypatch.setenv("CC", named)
+        missing = missing_for_triton()
+        assert missing is not None
+        assert f"CC is {told}" in missing.what
+        assert "correct CC" in missing.mend
 
 
 def test_a_compiler_without_the_c_library_is_found_by_trying_it(headers: Path, programs: Path) -> None:
@@ -107,3 +110,60 @@ def test_what_triton_has_compiled_earlier_is_found_where_it_keeps_it(
     place.mkdir(parents=True)
     (place / "cuda_utils.cpython-311-x86_64-linux-gnu.so").touch()
     assert has_compiled_before()
+
+
+def test_a_full_disk_of_temporary_files_is_no_missing_package(
+    headers: Path, programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where the compiler meets it, nor where no folder can be made for it."""
+    compiler_in(
+        programs, "gcc", "echo 'fatal error: error writing to /tmp/x.s: No space left on device' >&2; exit 1"
+    )
+    told = [missing_for_triton()]
+    monkeypatch.setattr(module, "TemporaryDirectory", refused)
+    monkeypatch.setattr(module, "gettempdir", refused)
+    told.append(missing_for_triton())
+    for missing in told:
+        assert missing is not None
+        assert "No space left on device" in missing.what
+        assert "TMPDIR" in missing.mend
+        assert "apt-get" not in missing.mend
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_HOME", str(headers))
+    assert not has_compiled_before()
+
+
+def refused() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_compiler_that_hangs_is_given_up(
+    headers: Path, programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 0.0)
+    compiler_in(programs, "gcc", "while :; do :; done")
+    missing = missing_for_triton()
+    assert missing is not None
+    assert "it did not end within" in missing.what
+
+
+def test_a_compiler_of_another_language_is_asked_for_english(headers: Path, programs: Path) -> None:
+    """So that its line with the error is found; bytes that are no text of this locale are replaced."""
+    script = """printf '\\344\\n' >&2; [ "$LC_ALL" = C ] && echo 'fatal error: in English' >&2; exit 1"""
+    compiler_in(programs, "gcc", script)
+    missing = missing_for_triton()
+    assert missing is not None
+    assert "fatal error: in English" in missing.what
+
+
+def test_a_user_without_a_home_has_compiled_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images run as users that nothing knows."""
+    for name in ("HOME", "TRITON_HOME", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nothing_known)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/nowhere")
+    assert not has_compiled_before()
+
+
+def nothing_known(uid: int) -> None:
+    raise KeyError(uid)
