@@ -165,10 +165,12 @@ def the_mooncake_master_answers(plan: RunPlan) -> Iterator[Finding]:
 
 def kernels_can_be_compiled(plan: RunPlan) -> Iterator[Finding]:
     """Try the C compiler that Triton will ask for in the first step, hours after the start perhaps."""
-    config = plan.config
-    device = this_machine().device(config.training.device)
-    if device == "cpu" or not config.method.compiles or find_spec("triton") is None:
+    config, given = plan.config, plan.config.training.device
+    if given == "cpu" or not config.method.compiles or find_spec("triton") is None:
         return  # torch's build for processors brings no Triton, and trains on none of the GPUs here
+    device = this_machine().device(given)  # asks the driver, which may take seconds
+    if device == "cpu":
+        return
     missing = missing_for_triton()
     if missing is not None:
         yield Finding(

@@ -177,6 +177,20 @@ def test_a_kernel_that_nothing_here_can_compile_is_refused_before_anything_is_ca
     assert not list(kernels_can_be_compiled(plan))
 
 
+@pytest.mark.parametrize(("method", "device"), [("eagle3", "auto"), ("dflash", "cpu")])
+def test_a_start_that_compiles_nothing_does_not_ask_the_driver_for_it(
+    method: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that sleeps takes seconds to answer."""
+    asked: list[str] = []
+    monkeypatch.setattr(module, "this_machine", lambda: asked.append("driver"))
+    monkeypatch.setattr(module, "find_spec", lambda name: name)
+    section, training = METHODS.find(method).parse({"name": method}), SimpleNamespace(device=device)
+    plan: Any = SimpleNamespace(config=SimpleNamespace(method=section, training=training))
+    assert not list(kernels_can_be_compiled(plan))
+    assert not asked
+
+
 def test_room_for_states_on_their_way_is_counted_beside_the_budget(tmp_path: Path) -> None:
     """16 requests of 128 tokens, with 8 states of 32 numbers each at most: 2 MiB."""
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 32}')
