@@ -11,6 +11,8 @@ from paceline.errors import ConfigError, is_want_of_memory, reason_of
 # Classes of torch's compiler, of Triton, and of the C compiler's process that Triton starts.
 _OF_COMPILERS = {
     "BackendCompilerFailed",
+    "FailOnRecompileLimitHit",  # more forms of the kernel than KERNEL_FORMS; the next start begins with none
+    "Unsupported",
     "TritonMissing",
     "GPUTooOldForTriton",
     "TritonError",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 
 import pytest
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 
 from paceline.c_compiler import Missing
 from paceline.errors import ConfigError
@@ -68,6 +68,17 @@ def test_another_failure_of_a_compiler_is_told_in_its_own_words(monkeypatch: pyt
     assert isinstance(told, ConfigError)
     assert "unsupported PTX" in told.what
     assert "paceline doctor" in told.next
+
+
+@pytest.mark.parametrize("kind", [FailOnRecompileLimitHit, Unsupported])
+def test_a_kernel_in_too_many_forms_blames_no_sample(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises these, and no error of a backend, where it would compute without the kernel."""
+    monkeypatch.setattr(module, "missing_for_triton", lambda: None)
+    told = raised(kind("recompile_limit reached with fullgraph=True"))
+    assert isinstance(told, ConfigError)
+    assert "recompile_limit reached" in told.what
 
 
 @pytest.mark.parametrize(
