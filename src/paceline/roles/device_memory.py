@@ -57,7 +57,7 @@ def with_activations(
     trained: int | None,
 ) -> list[Process]:
     """The processes, with what they take of GPUs for samples as the data suggests and for the largest ones;
-    and the evaluator, if it measures while training goes on."""
+    and the evaluator, if it can measure and does so while training goes on."""
     about, most = extents(plan, sizes, lengths)
     config, trainers = plan.config, trainer_roles(plan.config)
     found = []
@@ -70,9 +70,10 @@ def with_activations(
         elif process.device.startswith("cuda") and isinstance(config.engine, TransformersSection):
             width = int(BYTES[sizes.dtype])
             told = [capture_bytes(config, shape.sizes, one, sizes.layers, width) for one in (about, most)]
-        low, high = (int(value) or None for value in told)
+        # Of micro_batch_tokens the largest samples may be fewer tokens to learn than others.
+        low, high = (int(value) or None for value in (told[0], max(told)))
         found.append(process.model_copy(update={"activations_about": low, "activations_max": high}))
-    return [*found, *_evaluator(config, shape, machine, trained)]
+    return found if plan.evaluation_obstacle else [*found, *_evaluator(config, shape, machine, trained)]
 
 
 def training_bytes(config: RunConfig, target: LayerSizes, sample: Extent, width: int) -> float:

@@ -21,6 +21,7 @@ from paceline.roles.preflight import CHECKS, ON_THIS_MACHINE, Finding
 from paceline.roles.trainers import trainer_roles
 from paceline.target.folder import read_config, refuse_quantised
 from paceline.target.shape import TargetShape
+from paceline.training.settings import TrainingSection
 
 SERVER_SHARE = 0.9  # of a GPU's memory that weights may take: keys and values need the rest
 # Of a vLLM server: without the first argument it takes SERVER_SHARE; the second one replaces the share.
@@ -173,12 +174,11 @@ def _what_to_lower(config: RunConfig, processes: Sequence[Process]) -> str:
     told = []
     for process in sorted(processes, key=lambda one: -(one.activations_max or 0)):
         if process.role in trainer_roles(config):
-            in_tokens = config.training.micro_batch_tokens is not None
-            told.append(f"training.micro_batch_{'tokens' if in_tokens else 'size'}")
+            told += _of_a_micro_batch(config.training)
             if getattr(config.method, "recompute", True) is False:
                 told[-1] += " (or set method.recompute: true)"
         elif process.activations_max:
-            told += ["capture.group_size", "data.max_answer_tokens"]
+            told += ["capture.group_size"] * (config.capture.group_size > 1) + ["data.max_answer_tokens"]
     advice = [f"Lower {' or '.join(dict.fromkeys(told))}"] if told else []
     if any(process.role == EVALUATOR for process in processes):
         advice.append("evaluate at the end alone (evaluation.every_steps: 0)")
@@ -186,6 +186,14 @@ def _what_to_lower(config: RunConfig, processes: Sequence[Process]) -> str:
     if any(are_trainers) and not all(are_trainers):
         advice.append("give training another device (training.device)")
     return f"{', or '.join(advice)}."
+
+
+def _of_a_micro_batch(training: TrainingSection) -> list[str]:
+    if training.micro_batch_tokens is not None:
+        return ["training.micro_batch_tokens"]
+    if training.micro_batch_size > 1:
+        return ["training.micro_batch_size"]
+    return ["data.max_prompt_tokens", "data.max_answer_tokens"]  # a sample is the least
 
 
 def _beside_a_server(layout: Layout) -> Iterator[Finding]:
@@ -196,19 +204,21 @@ def _beside_a_server(layout: Layout) -> Iterator[Finding]:
     share = _share_of_server(engine.args)
     if share is None:
         return
-    for process in layout.processes:
-        number = process.device.removeprefix("cuda:")
-        is_beside = number.isdecimal() and int(number) in engine.devices and int(number) < len(gpus)
-        if not is_beside or process.memory_bytes is None or process.role == f"{engine.name} server":
+    for number, there in sorted(_on_gpus(layout.processes).items()):
+        beside = [process for process in there if process.role != f"{engine.name} server"]
+        if not beside or number not in engine.devices or number >= len(gpus):
             continue
-        gpu, needed = gpus[int(number)], process.memory_bytes + LIBRARIES + (process.activations_about or 0)
-        if needed > (1.0 - share) * gpu.memory_bytes:
-            lower = _what_to_lower(layout.plan.config, [process])
+        needed = sum((p.memory_bytes or 0) + LIBRARIES + (p.activations_about or 0) for p in beside)
+        if needed > (1.0 - share) * gpus[number].memory_bytes:
+            lower = _what_to_lower(layout.plan.config, beside)
+            roles, several = " and the ".join(process.role for process in beside), len(beside) > 1
+            gpu = f"{gpus[number].name}, {_gib(gpus[number].memory_bytes)}"
             yield Finding(
-                f"The server takes {share:.0%} of {process.device} ({gpu.name}, {_gib(gpu.memory_bytes)}), "
-                f"and the {process.role} needs about {_gib(needed)} of it.",
+                f"The server takes {share:.0%} of cuda:{number} ({gpu}), and the {roles} "
+                f"{'need' if several else 'needs'} about {_gib(needed)} of it.",
                 "Lower the server's share in engine.args: [--gpu-memory-utilization, '0.6'], or what the "
-                f"{process.role} needs: {lower[:1].lower()}{lower[1:-1]}; or give it another device.",
+                f"{roles} {'need' if several else 'needs'}: {lower[:1].lower()}{lower[1:-1]}; or give "
+                f"{'them' if several else 'it'} another device.",
                 refuses=True,
             )
 

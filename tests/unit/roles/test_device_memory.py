@@ -160,6 +160,11 @@ def target_of(sizes: LayerSizes, folder: Path) -> Path:
 
 def planned(tmp_path: Path, **given: dict[str, Any]) -> CostPlan:
     """For GPUs of 24 GB, on short prompts whose answers the target writes."""
+    run = run_of(tmp_path, **given)
+    return cost_plan(load_run_config(run.run_file), gpu="RTX 4090", target_config=TARGETS / "qwen3-8b")
+
+
+def run_of(tmp_path: Path, **given: dict[str, Any]) -> TinyRun:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "the wind"}\n' * 200)
     sections: dict[str, dict[str, Any]] = {
@@ -171,8 +176,7 @@ def planned(tmp_path: Path, **given: dict[str, Any]) -> CostPlan:
         "method": {"name": "eagle3", "draft_vocab_size": 32000, "ttt_steps": 7},
     }
     merged = {**given, **{name: {**section, **given.get(name, {})} for name, section in sections.items()}}
-    run = TinyRun(tmp_path / "run", Path("Qwen/Qwen3-8B"), **merged)
-    return cost_plan(load_run_config(run.run_file), gpu="RTX 4090", target_config=TARGETS / "qwen3-8b")
+    return TinyRun(tmp_path / "run", Path("Qwen/Qwen3-8B"), **merged)
 
 
 def test_activations_that_do_not_fit_are_told_with_what_to_lower(tmp_path: Path) -> None:
@@ -204,3 +208,60 @@ def test_an_evaluator_beside_training_counts(tmp_path: Path) -> None:
     for found, roles in ((at_the_end, 1), (beside, 2)):
         assert sum(process.device == "cuda:1" for process in found.processes) == roles
         assert any("cuda:1" in one.what for one in found.findings if one.refuses) == (roles == 2)
+
+
+def test_a_single_sample_that_is_too_much_is_no_advice_for_smaller_micro_batches(tmp_path: Path) -> None:
+    found = planned(
+        tmp_path,
+        data={"max_prompt_tokens": 20_000, "max_answer_tokens": 8000},
+        training={"micro_batch_size": 1},
+        method={"recompute": True},
+    )
+    [told] = [one for one in found.findings if "cuda:1" in one.what]
+    assert told.next == "Lower data.max_prompt_tokens or data.max_answer_tokens."
+
+
+def test_the_largest_samples_take_at_least_what_others_do(tmp_path: Path) -> None:
+    """A micro-batch in tokens holds more to learn if prompts are short."""
+    in_tokens = {"batch_size": 8, "micro_batch_size": 8, "tokens_per_step": 8192, "micro_batch_tokens": 4096}
+    found = planned(tmp_path, data={"max_prompt_tokens": 4096}, training=in_tokens)
+    [consumer] = [one for one in found.processes if one.role == "consumer"]
+    assert consumer.activations_about is not None
+    assert consumer.activations_max is not None
+    assert consumer.activations_max >= consumer.activations_about
+
+
+def test_an_evaluator_that_cannot_measure_takes_nothing(tmp_path: Path) -> None:
+    """The run trains without it, so it must not refuse the run."""
+    prompts = tmp_path / "heldout.jsonl"
+    prompts.write_text('{"prompt": "a rider"}\n')
+    given: dict[str, Any] = {"prompts": str(prompts), "device": "cuda:1", "every_steps": 50}
+    told = cost_plan(
+        load_run_config(run_of(tmp_path, evaluation=given).run_file),
+        gpu="RTX 4090",
+        target_config=TARGETS / "gpt-oss-20b",
+    )
+    assert any("evaluation.every_steps has no effect" in one.what for one in told.findings)
+    assert "evaluator" not in [process.role for process in told.processes]
+
+
+def test_what_runs_beside_a_server_counts_together(tmp_path: Path) -> None:
+    """Training and evaluation each fit into what the server leaves, and both do not."""
+    prompts = tmp_path / "heldout.jsonl"
+    prompts.write_text('{"prompt": "a rider"}\n')
+    small: dict[str, dict[str, Any]] = {
+        "target": {"model": "HuggingFaceTB/SmolLM2-135M-Instruct"},
+        "engine": {"args": ["--gpu-memory-utilization", "0.9"]},
+        "data": {"max_answer_tokens": 256},
+        "method": {"draft_vocab_size": 8192, "ttt_steps": 1},
+        "training": {"device": "cuda:0", "micro_batch_size": 1},
+    }
+    evaluation = {"prompts": str(prompts), "device": "cuda:0"}
+    for every, said in ((0, []), (50, ["the consumer and the evaluator need about"])):
+        run = run_of(tmp_path, **small, evaluation={**evaluation, "every_steps": every})
+        found = cost_plan(
+            load_run_config(run.run_file), gpu="RTX 4090", target_config=TARGETS / "smollm2-135m"
+        )
+        told = [one.what for one in found.findings if one.what.startswith("The server takes")]
+        assert len(told) == len(said), told
+        assert all(words in what for words, what in zip(said, told, strict=True))
