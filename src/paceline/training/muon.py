@@ -55,8 +55,8 @@ def update_of(momentum: torch.Tensor, block_rows: int) -> torch.Tensor:
     is_tall = momentum.shape[0] > momentum.shape[1]
     wide = momentum.mT if is_tall else momentum
     rows, columns = wide.shape
-    size = min(block_rows, rows)
-    count = -(-rows // size)
+    count = -(-rows // block_rows)
+    size = -(-rows // count)  # blocks of equal size, but for the last
     # Rows of zeros in the last block stay zeros and change no other.
     blocks = F.pad(wide.bfloat16(), (0, 0, 0, count * size - rows)).view(count, size, columns)
     update: torch.Tensor = orthogonal(blocks).view(-1, columns)[:rows] * (RMS * columns**0.5)

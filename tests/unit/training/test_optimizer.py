@@ -171,19 +171,22 @@ def test_a_block_of_the_whole_matrix_is_muon() -> None:
         torch.testing.assert_close(blocks.get_parameter(name), weight, rtol=0.0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(12, 40), (40, 12), (10, 40), (4, 40), (5, 5)])
-def test_each_block_of_an_update_is_orthogonal_by_itself(rows: int, columns: int) -> None:
-    """Rows of the shorter side, five to a block, the last block smaller. Its elements have AdamW's size."""
+@pytest.mark.parametrize(
+    ("rows", "columns", "size"), [(11, 40, 4), (40, 11, 4), (10, 40, 5), (6, 40, 3), (4, 40, 4), (5, 5, 5)]
+)
+def test_each_block_of_an_update_is_orthogonal_by_itself(rows: int, columns: int, size: int) -> None:
+    """At most five rows of the shorter side to a block, in blocks of equal size, but for the last. The
+    elements have AdamW's size."""
     momentum = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
     update = update_of(momentum, block_rows=5).float()
     assert update.shape == momentum.shape
     wide, given = (update.mT, momentum.mT) if rows > columns else (update, momentum)
-    for first in range(0, len(wide), 5):
-        block = wide[first : first + 5] / (RMS * wide.shape[1] ** 0.5)
+    for first in range(0, len(wide), size):
+        block = wide[first : first + size] / (RMS * wide.shape[1] ** 0.5)
         singular = torch.linalg.svdvals(block)
         assert 0.5 < float(singular[-1]) <= float(singular[0]) < 1.5
         # The same directions, as if the other blocks were not there.
-        alone = orthogonal(given[None, first : first + 5].bfloat16())[0].float()
+        alone = orthogonal(given[None, first : first + size].bfloat16())[0].float()
         torch.testing.assert_close(block, alone, rtol=0.0, atol=0.02)
 
 

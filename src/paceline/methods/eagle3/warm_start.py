@@ -20,7 +20,7 @@ from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.methods.targets import counted_rows
 from paceline.target.head import TargetHead
 
-_RIDGE = 300.0
+_RIDGE = 1000.0
 # Squared scale of the shared query and key projection: self-attention scores of about 8 times this.
 _FOCUS = 2.0
 # A regressed direction is less certain than a unit length says; this scales the first logits down.
