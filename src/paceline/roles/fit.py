@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -213,12 +214,15 @@ def _beside_a_server(layout: Layout) -> Iterator[Finding]:
             lower = _what_to_lower(layout.plan.config, beside)
             roles, several = " and the ".join(process.role for process in beside), len(beside) > 1
             gpu = f"{gpus[number].name}, {_gib(gpus[number].memory_bytes)}"
+            left = math.floor(100 * (1.0 - needed / gpus[number].memory_bytes)) / 100
+            weights = sum(process.memory_bytes or 0 for process in there if process not in beside)
+            is_enough = left * gpus[number].memory_bytes * SERVER_SHARE > weights + LIBRARIES
+            of_server = f"the server's share in engine.args: [{UTILISATION}, '{left:.2f}'], or "
             yield Finding(
                 f"The server takes {share:.0%} of cuda:{number} ({gpu}), and the {roles} "
                 f"{'need' if several else 'needs'} about {_gib(needed)} of it.",
-                "Lower the server's share in engine.args: [--gpu-memory-utilization, '0.6'], or what the "
-                f"{roles} {'need' if several else 'needs'}: {lower[:1].lower()}{lower[1:-1]}; or give "
-                f"{'them' if several else 'it'} another device.",
+                f"Lower {of_server if is_enough else ''}what the {roles} {'need' if several else 'needs'}: "
+                f"{lower[:1].lower()}{lower[1:-1]}; or give {'them' if several else 'it'} another device.",
                 refuses=True,
             )
 

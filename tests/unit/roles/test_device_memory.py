@@ -257,7 +257,7 @@ def test_what_runs_beside_a_server_counts_together(tmp_path: Path) -> None:
         "training": {"device": "cuda:0", "micro_batch_size": 1},
     }
     evaluation = {"prompts": str(prompts), "device": "cuda:0"}
-    for every, said in ((0, []), (50, ["the consumer and the evaluator need about"])):
+    for every, said in ((0, []), (50, ["the consumer and the evaluator need about 2.9 GiB"])):
         run = run_of(tmp_path, **small, evaluation={**evaluation, "every_steps": every})
         found = cost_plan(
             load_run_config(run.run_file), gpu="RTX 4090", target_config=TARGETS / "smollm2-135m"
@@ -265,3 +265,13 @@ def test_what_runs_beside_a_server_counts_together(tmp_path: Path) -> None:
         told = [one.what for one in found.findings if one.what.startswith("The server takes")]
         assert len(told) == len(said), told
         assert all(words in what for words, what in zip(said, told, strict=True))
+        assert all(
+            "--gpu-memory-utilization, '0.87']" in one.next for one in found.findings if one.what in told
+        )
+
+
+def test_a_server_is_asked_for_no_share_that_its_weights_would_not_fit(tmp_path: Path) -> None:
+    """Of 22 GiB, the target's weights take 15 and training 10: no share has room for both."""
+    found = planned(tmp_path, training={"device": "cuda:0", "micro_batch_size": 1})
+    [told] = [one for one in found.findings if one.what.startswith("The server takes")]
+    assert told.next.startswith("Lower what the consumer needs: lower data.max_prompt_tokens or")
