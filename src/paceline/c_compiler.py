@@ -23,7 +23,7 @@ TRIAL = "#include <stdlib.h>\n#include <Python.h>\nint trial(void) { return PY_M
 PATIENCE_S = 30.0
 SAID_MAX = 160  # characters of the compiler's own error
 ROOM = "Free space in /tmp, or set TMPDIR to a folder that can be written."
-_NO_ROOM = "No space left on device"
+_NO_ROOM = ("No space left on device", "Cannot create temporary file")
 OF_GCC = "gcc libc6-dev"  # gcc only recommends the second one, so small images have it without
 OF_PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
 
@@ -50,7 +50,7 @@ def missing_for_triton() -> Missing | None:
         said = _tried(compiler, headers)
     except OSError as error:  # of the folder, before the compiler
         return Missing(f"No temporary file can be written, as compilers must ({error}).", ROOM)
-    mend = ROOM if _NO_ROOM in said else _mend(OF_GCC)
+    mend = ROOM if any(words in said for words in _NO_ROOM) else _mend(OF_GCC)
     return Missing(f"{compiler} cannot compile a small C file ({said}).", mend) if said else None
 
 
@@ -113,6 +113,7 @@ def _tried(compiler: str, headers: Path) -> str:
             return f"it did not end within {PATIENCE_S:.0f} s"
         except (OSError, subprocess.SubprocessError) as error:
             return str(error)[:SAID_MAX]
-    lines = done.stderr.splitlines()
-    said = next((line for line in lines if "error" in line), f"it ended with {done.returncode}")
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    last = lines[-1] if lines else f"it ended with {done.returncode}"
+    said = next((line for line in lines if "error" in line), last)
     return said.strip()[-SAID_MAX:] if done.returncode else ""

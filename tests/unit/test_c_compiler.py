@@ -84,6 +84,10 @@ def test_a_compiler_without_the_c_library_is_found_by_trying_it(headers: Path, p
     assert missing is not None
     assert "fatal error: stdlib.h" in missing.what
     assert "libc6-dev" in missing.mend
+    compiler_in(programs, "gcc", "echo 'Aborted: of no library' >&2; echo >&2; exit 3")
+    missing = missing_for_triton()
+    assert missing is not None
+    assert "(Aborted: of no library)" in missing.what
     compiler_in(programs, "gcc", "exit 3")
     missing = missing_for_triton()
     assert missing is not None
