@@ -13,6 +13,7 @@ from paceline.engines.served.settings import ServedSection
 from paceline.engines.vllm.settings import VllmSection
 from paceline.errors import ConfigError
 from paceline.features.ownership import bytes_of
+from paceline.methods.settings import MethodSection, MicroBatch
 from paceline.roles.evaluation_schedule import EVALUATOR
 from paceline.roles.footprint import Disk, Process, SampleSizes, standing, target_bytes_at_least
 from paceline.roles.forecast import threads_of
@@ -21,7 +22,7 @@ from paceline.roles.plan import RunPlan
 from paceline.roles.preflight import CHECKS, ON_THIS_MACHINE, Finding
 from paceline.roles.trainers import trainer_roles
 from paceline.target.folder import read_config, refuse_quantised
-from paceline.target.shape import TargetShape
+from paceline.target.shape import LayerSizes, TargetShape
 from paceline.training.settings import TrainingSection
 
 SERVER_SHARE = 0.9  # of a GPU's memory that weights may take: keys and values need the rest
@@ -144,14 +145,14 @@ def _gpu_memory(layout: Layout) -> Iterator[Finding]:
             yield Finding(
                 f"{gpu}, and what runs on it takes about {_gib(about)} at the lengths of the data, "
                 f"{_gib(about - fixed)} of it activations and caches: it would end out of memory.",
-                _what_to_lower(layout.plan.config, there),
+                _what_to_lower(layout, there),
                 refuses=True,
             )
         elif most > room:
             yield Finding(
                 f"{gpu}. That is enough for samples as long as the data's ({_gib(about)}), and not for the "
                 f"largest that the run file allows ({_gib(most)}).",
-                _what_to_lower(layout.plan.config, there),
+                _what_to_lower(layout, there, largest=True),
             )
 
 
@@ -170,13 +171,14 @@ def _described(layout: Layout, number: int) -> str:
     return f"cuda:{number} ({gpu.name}) has {_gib(gpu.memory_bytes)}"
 
 
-def _what_to_lower(config: RunConfig, processes: Sequence[Process]) -> str:
-    """By the roles on a GPU, the ones that take most for samples first."""
-    told = []
-    for process in sorted(processes, key=lambda one: -(one.activations_max or 0)):
+def _what_to_lower(layout: Layout, processes: Sequence[Process], *, largest: bool = False) -> str:
+    """By the roles on a GPU, first the ones that take most for samples as the data's, or for the largest."""
+    told, config = [], layout.plan.config
+    size = "activations_max" if largest else "activations_about"
+    for process in sorted(processes, key=lambda one: -(getattr(one, size) or 0)):
         if process.role in trainer_roles(config):
             told += _of_a_micro_batch(config.training)
-            if getattr(config.method, "recompute", True) is False:
+            if _would_save(config.method, layout.shape.sizes):
                 told[-1] += " (or set method.recompute: true)"
         elif process.activations_max:
             told += ["capture.group_size"] * (config.capture.group_size > 1) + ["data.max_answer_tokens"]
@@ -187,6 +189,15 @@ def _what_to_lower(config: RunConfig, processes: Sequence[Process]) -> str:
     if any(are_trainers) and not all(are_trainers):
         advice.append("give training another device (training.device)")
     return f"{', or '.join(advice)}."
+
+
+def _would_save(method: MethodSection, target: LayerSizes) -> bool:
+    """Whether method.recompute is off, and on would save more than what the figures are wrong by."""
+    if getattr(method, "recompute", True):
+        return False
+    batch = MicroBatch(1.0, 1024.0, 1024.0)
+    on = method.model_copy(update={"recompute": True})
+    return on.activation_bytes(target, batch) < 0.9 * method.activation_bytes(target, batch)
 
 
 def _of_a_micro_batch(training: TrainingSection) -> list[str]:
@@ -211,7 +222,7 @@ def _beside_a_server(layout: Layout) -> Iterator[Finding]:
             continue
         needed = sum((p.memory_bytes or 0) + LIBRARIES + (p.activations_about or 0) for p in beside)
         if needed > (1.0 - share) * gpus[number].memory_bytes:
-            lower = _what_to_lower(layout.plan.config, beside)
+            lower = _what_to_lower(layout, beside)
             roles, several = " and the ".join(process.role for process in beside), len(beside) > 1
             gpu = f"{gpus[number].name}, {_gib(gpus[number].memory_bytes)}"
             left = math.floor(100 * (1.0 - needed / gpus[number].memory_bytes)) / 100

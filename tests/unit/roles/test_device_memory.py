@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paceline.config.load import load_run_config
@@ -188,6 +189,20 @@ def test_activations_that_do_not_fit_are_told_with_what_to_lower(tmp_path: Path)
     for mended in ({"method": {"recompute": True}}, {"training": {"micro_batch_size": 2}}):
         again = planned(tmp_path, **mended)
         assert not [one for one in again.findings if "cuda:1" in one.what], again.findings
+
+
+def test_advice_begins_with_what_takes_most_and_leaves_out_what_saves_nothing(tmp_path: Path) -> None:
+    """Block drafts keep few logits, so to compute them again saves them little."""
+    run = run_of(tmp_path, capture={"group_size": 2})
+    sections = yaml.safe_load(run.run_file.read_text())
+    sections["engine"] = {"name": "transformers", "device": "cuda:0"}
+    sections["method"] = {"name": "dflash", "anchors_max": 1024, "layers": 5}
+    sections["training"] |= {"device": "cuda:0", "micro_batch_size": 16}
+    run.run_file.write_text(yaml.safe_dump(sections))
+    config = load_run_config(run.run_file)
+    found = cost_plan(config, gpu="RTX 4090", target_config=TARGETS / "smollm2-135m")
+    [told] = [one for one in found.findings if "would end out of memory" in one.what]
+    assert told.next.startswith("Lower training.micro_batch_size or capture.group_size"), found.findings
 
 
 def test_samples_that_may_be_too_long_for_a_gpu_are_noted(tmp_path: Path) -> None:
