@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -229,10 +230,11 @@ def test_mapped_slots_hold_no_file_descriptors(directory: Path) -> None:
     """The number of open files does not grow with the number of samples."""
     owner = owner_of(directory)
     put(owner, 0)
+    gc.collect()  # of earlier tests, which would close files in between
     before = open_files()
     for number in range(1, 50):
         put(owner, number)
-    assert open_files() == before
+    assert open_files() <= before
 
 
 def test_free_slots_of_other_sizes_make_room(directory: Path) -> None:
