@@ -93,9 +93,8 @@ def capture_bytes(config: RunConfig, target: LayerSizes, sample: Extent, states:
     """Of a capture group of the transformers engine: the cache of keys and values, the states that are kept
     (`states` of every token, one of every target), what the prefill computes in a layer, and the logits."""
     rows, hidden = config.capture.group_size, target.hidden_size
-    is_written = (
-        config.data.answers == "target"
-    )  # a given answer is read as the prompt is, and not gone on from
+    # A given answer is read as the prompt is, and not gone on from.
+    is_written = config.data.answers == "target"
     writing = rows if is_written else 0
     together = min(rows, PREFILL_ROWS) * (sample.prompt if is_written else sample.tokens)
     cache = 2 * target.num_hidden_layers * target.key_width * width * (writing * sample.tokens + together)

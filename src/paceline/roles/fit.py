@@ -131,8 +131,7 @@ def _gpu_memory(layout: Layout) -> Iterator[Finding]:
         if number >= len(gpus):
             continue
         room, gpu = gpus[number].memory_bytes * SERVER_SHARE, _described(layout, number)
-        fixed = sum((process.memory_bytes or 0) + LIBRARIES for process in there)
-        about = fixed + sum(process.activations_about or 0 for process in there)
+        fixed, about = _always(there), _about(there)
         most = fixed + sum(process.activations_max or 0 for process in there)
         if fixed > room:
             yield Finding(
@@ -164,6 +163,16 @@ def _on_gpus(processes: Sequence[Process]) -> dict[int, list[Process]]:
             if device.startswith("cuda:") and process.memory_bytes is not None:
                 found.setdefault(int(device.removeprefix("cuda:")), []).append(process)
     return found
+
+
+def _always(processes: Sequence[Process]) -> int:
+    """Bytes of weights, optimizers and libraries."""
+    return sum((process.memory_bytes or 0) + LIBRARIES for process in processes)
+
+
+def _about(processes: Sequence[Process]) -> int:
+    """Bytes with activations and caches at the lengths of the data."""
+    return _always(processes) + sum(process.activations_about or 0 for process in processes)
 
 
 def _described(layout: Layout, number: int) -> str:
@@ -220,7 +229,7 @@ def _beside_a_server(layout: Layout) -> Iterator[Finding]:
         beside = [process for process in there if process.role != f"{engine.name} server"]
         if not beside or number not in engine.devices or number >= len(gpus):
             continue
-        needed = sum((p.memory_bytes or 0) + LIBRARIES + (p.activations_about or 0) for p in beside)
+        needed = _about(beside)
         if needed > (1.0 - share) * gpus[number].memory_bytes:
             lower = _what_to_lower(layout, beside)
             roles, several = " and the ".join(process.role for process in beside), len(beside) > 1
