@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from paceline.target.facts import TargetFacts
+from paceline.target.layer_ids import LAYER_IDS
 from paceline.types import Feature, Rows, States, Targets, Tokens
 
 Transfer = Literal["exact", "float8"]
@@ -29,3 +30,9 @@ def fused_states(layers: Sequence[int], target: TargetFacts, transfer: Transfer)
         ),
         Feature("last_hidden_states", States((last,)), Rows.PREDICTED, dtype=target.dtype),
     )
+
+
+def readable_layers(layers: tuple[int, ...], num_hidden_layers: int) -> tuple[int, ...]:
+    """The setting `aux_layers`. Raises ConfigError for states that some server cannot give to a draft."""
+    LAYER_IDS["sglang.eagle3"].written(layers, num_hidden_layers)
+    return layers

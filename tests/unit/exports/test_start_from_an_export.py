@@ -145,9 +145,13 @@ def test_the_folders_layers_decide_the_features(
     """In either meaning, before anything is captured."""
     sizes = {**case.draft.sizes, "aux_layer_ids": (1, 3, 6)}
     other = replace(case, draft=replace(case.draft, sizes=sizes))
-    method = Eagle3Method({"start_from": edited(other, tmp_path / "draft", kept)})
+    folder = edited(other, tmp_path / "draft", kept)
+    method = Eagle3Method({"start_from": folder})
     head = TargetHead.load(case.folder)
     assert layers_of(method, head) == (1, 3, 6)
+    Eagle3Method({"start_from": folder, "aux_layers": (1, 3, 6)}).features(head.facts)
+    with pytest.raises(ConfigError, match=r"aux_layers is \(1, 3, 7\), and the folder's is \(1, 3, 6\)"):
+        Eagle3Method({"start_from": folder, "aux_layers": (1, 3, 7)}).features(head.facts)
     assert layers_of(Eagle3Method(), head) == (2, 4, 5)
 
 

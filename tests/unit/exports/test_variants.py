@@ -19,6 +19,7 @@ from paceline.target.head import TargetHead
 
 WINDOW = 18
 VARIANTS: dict[str, dict[str, Any]] = {
+    "aux_layers": {"aux_layers": (1, 3, 4, 7)},
     "fc_norm": {"fc_norm": True, "norm_output": True},
     "norm_before_fc": {"norm_before_fc": True},
     "parallel": {"name": "p-eagle", "norm_before_fc": True, "mask_token_id": 9},
@@ -49,6 +50,19 @@ def test_every_server_drafts_with_the_norms(
     assert verdict.problems == ()
     assert verdict.error < 1e-5
     assert cases[name].check(server, _edited(folder, **{name: False})).problems
+
+
+@pytest.mark.parametrize("server", EXPORTS.names())
+def test_every_server_is_told_which_states_the_draft_reads(
+    cases: dict[str, Case], server: str, tmp_path: Path
+) -> None:
+    """Four of them, where a server that is told nothing takes three others."""
+    folder = cases["aux_layers"].export(server, tmp_path / "draft")
+    config = json.loads((folder / "config.json").read_text())
+    assert config.get("eagle_aux_hidden_state_layer_ids", [1, 3, 4, 7]) == [1, 3, 4, 7]
+    verdict = cases["aux_layers"].check(server, folder)
+    assert verdict.problems == ()
+    assert verdict.error < 1e-5
 
 
 def test_a_lost_norm_of_the_output_is_found(cases: dict[str, Case], tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 
 from paceline.errors import ConfigError
 from paceline.methods.dflash.start_config import read_block_start
-from paceline.methods.features import Transfer, fused_states
+from paceline.methods.features import Transfer, fused_states, readable_layers
 from paceline.methods.losses.settings import LossSection, loss_bytes
 from paceline.methods.settings import MicroBatch
+from paceline.methods.start.folder import refuse_other_settings
 from paceline.methods.start.section import StartSection
 from paceline.section import Count, Fraction, Section, StartingValue
 from paceline.target.facts import TargetFacts
@@ -54,10 +55,11 @@ class BlockSection(StartSection):
     """What the block methods share; a subclass names its head as "module:class" in `head`.
 
     `block_size`: tokens of a block, the newest token of the text included. `layers` decoder layers read
-    `target_states` of the target's states, spread over its depth. `mask_token_id`: the token whose embedding
-    stands for an unknown one, by default the vocabulary's last. `causal`: a place of a block attends to none
-    after it. `anchors_max`: of a sample with more possible blocks this many are trained, others at every
-    visit (visits.py).
+    `target_states` of the target's states, spread over its depth, or instead those that `aux_layers` names,
+    each as the number of the target's decoder blocks before it, in ascending order. `mask_token_id`: the
+    token whose embedding stands for an unknown one, by default the vocabulary's last. `causal`: a place of a
+    block attends to none after it. `anchors_max`: of a sample with more possible blocks this many are
+    trained, others at every visit (visits.py).
 
     `init`: "regression" (closed form, from the run's first samples; see warm_start.py) or "random".
 
@@ -83,6 +85,7 @@ class BlockSection(StartSection):
     block_size: Annotated[int, Field(ge=2, le=32)] = 8
     layers: Count = 2
     target_states: Count = 5
+    aux_layers: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
     mask_token_id: Annotated[int, Field(ge=0)] | None = None
     causal: bool = False
     anchors_max: Count = 64
@@ -114,17 +117,35 @@ class BlockSection(StartSection):
         return fused_states(self.layers_of(target.num_hidden_layers), target, self.transfer)
 
     def layers_of(self, num_hidden_layers: int) -> tuple[int, ...]:
-        """The layers that are fused: those of `start_from`, or the default ones. Raises ConfigError."""
+        """The layers that are fused: those of `start_from`, the chosen ones, or the default ones.
+
+        Raises ConfigError.
+        """
         if self.start_from is not None:
-            return read_block_start(self.start_from, self.name).layers_of(num_hidden_layers)
+            start = read_block_start(self.start_from, self.name)
+            layers = start.layers_of(num_hidden_layers)
+            refuse_other_settings(start.start, self, {"aux_layers": layers})
+            return layers
+        if self.aux_layers is not None:
+            return readable_layers(self.aux_layers, num_hidden_layers)
         return spread_layers(num_hidden_layers, self.target_states)
+
+    @property
+    def num_states(self) -> int:
+        return self.target_states if self.aux_layers is None else len(self.aux_layers)
+
+    @model_validator(mode="after")
+    def _one_choice_of_states(self) -> BlockSection:
+        if self.target_states not in (type(self).model_fields["target_states"].default, self.num_states):
+            raise ValueError(f"target_states is {self.target_states}, and aux_layers names {self.num_states}")
+        return self
 
     def num_parameters(self, target: LayerSizes) -> int | None:
         if self.start_from is not None:
             return None
         hidden = target.hidden_size
         layer = layer_parameters(target, hidden) + 2 * hidden + 2 * target.head_dim
-        return (self.target_states * hidden + 2) * hidden + self.layers * layer + self.head_parameters(target)
+        return (self.num_states * hidden + 2) * hidden + self.layers * layer + self.head_parameters(target)
 
     def rows_per_target(self, num_targets: float) -> float:
         return self.block_size * min(1.0, self.anchors_max / max(1.0, num_targets))
@@ -137,7 +158,7 @@ class BlockSection(StartSection):
         anchors = min(batch.targets, self.anchors_max * batch.samples)
         place = (16 + self.convolved) * hidden + 8 * queries + 8 * keys
         place += batch.width * (5 * hidden + 4 * inner + 3 * queries + 4 * keys)
-        row = 8 * hidden + batch.width * (self.target_states + 1) * hidden
+        row = 8 * hidden + batch.width * (self.num_states + 1) * hidden
         row += self.layers * (8 * keys + 4 * batch.width * keys)
         guesses = min(anchors * self.depths, GROUP_GUESSES)
         logits = loss_bytes(target.vocab_size, guesses, min(guesses, batch.targets), batch.width)

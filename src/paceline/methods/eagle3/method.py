@@ -107,7 +107,7 @@ class Eagle3Method:
         chosen = self.settings
         size = min(chosen.draft_vocab_size, head.vocab_size)  # at most the whole vocabulary
         return replace(
-            draft_config(head, size),
+            draft_config(head, size, chosen.layers_of(head.num_hidden_layers)),
             norm_before_fc=chosen.norm_before_fc,
             fc_norm=chosen.fc_norm,
             norm_output=chosen.norm_output,
@@ -160,12 +160,15 @@ class Eagle3Method:
         return mean_metrics(metrics, self.settings.ttt_steps)
 
 
-def draft_config(head: TargetHead, draft_vocab_size: int) -> Eagle3Config:
-    """Sizes of the draft of `head`'s target: the target's own, one layer deep."""
+def draft_config(
+    head: TargetHead, draft_vocab_size: int, layers: tuple[int, ...] | None = None
+) -> Eagle3Config:
+    """Sizes of the draft of `head`'s target: the target's own, one layer deep. `layers`: the states that it
+    reads, or None for the default ones."""
     return Eagle3Config(
         **sizes_of_target(head),
         draft_vocab_size=draft_vocab_size,
-        aux_layer_ids=aux_layer_ids(head.num_hidden_layers),
+        aux_layer_ids=layers or aux_layer_ids(head.num_hidden_layers),
     )
 
 

@@ -9,16 +9,17 @@ from pydantic import Field, model_validator
 
 from paceline.errors import ConfigError
 from paceline.methods.eagle3.start_config import WINDOW_MIN, read_start_config
-from paceline.methods.features import Transfer, fused_states
+from paceline.methods.features import Transfer, fused_states, readable_layers
 from paceline.methods.losses.settings import LossSection, loss_bytes
 from paceline.methods.settings import MicroBatch
+from paceline.methods.start.folder import refuse_other_settings
 from paceline.methods.start.section import StartSection
 from paceline.section import Count, StartingValue
 from paceline.target.facts import TargetFacts
 from paceline.target.shape import LayerSizes, layer_parameters
 from paceline.types import Feature
 
-FUSED = 3  # states
+FUSED = 3  # states, by default
 # How many logits of the draft vocabulary one group of anchors keeps for backward: 256 MiB of bfloat16.
 GROUP_LOGITS = 1 << 27
 TILE_ANCHORS = 128  # whose scores are there at a time
@@ -33,6 +34,9 @@ class Eagle3Section(StartSection):
     last layer) or "random".
 
     `train_lm_head`: false keeps the target's rows (or the folder's), whose gradient is then not computed.
+
+    `aux_layers`: the states that the draft reads, each as the number of the target's decoder blocks before
+    it, in ascending order; None: those that servers take where a draft names none.
 
     `start_from` (see `StartSection`): weights, sizes, vocabulary maps, fused layers and EAGLE-3.1's choices
     come from the folder. A setting of these that is given beside it must be the folder's.
@@ -65,6 +69,7 @@ class Eagle3Section(StartSection):
     loss: LossSection = LossSection()
     init: Literal["regression", "target", "random"] = "regression"
     train_lm_head: bool = True
+    aux_layers: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
     feature_noise: Annotated[float, Field(ge=0.0)] = 0.0
     transfer: Transfer = "exact"
     norm_before_fc: bool = False
@@ -94,18 +99,35 @@ class Eagle3Section(StartSection):
         return fused_states(self.layers_of(target.num_hidden_layers), target, self.transfer)
 
     def layers_of(self, num_hidden_layers: int) -> tuple[int, ...]:
-        """The layers that are fused: those of `start_from`, or the default ones. Raises ConfigError."""
-        start = None if self.start_from is None else read_start_config(self.start_from, self.name)
-        named = None if start is None else start.layers(num_hidden_layers)
-        return named or aux_layer_ids(num_hidden_layers)
+        """The layers that are fused: those of `start_from`, the chosen ones, or the default ones.
+
+        Raises ConfigError.
+        """
+        if self.start_from is None:
+            return self._chosen_layers(num_hidden_layers)
+        start = read_start_config(self.start_from, self.name)
+        layers = start.layers(num_hidden_layers) or aux_layer_ids(num_hidden_layers)
+        refuse_other_settings(start.start, self, {"aux_layers": layers})
+        return layers
+
+    def _chosen_layers(self, num_hidden_layers: int) -> tuple[int, ...]:
+        if self.aux_layers is None:
+            return aux_layer_ids(num_hidden_layers)
+        return readable_layers(self.aux_layers, num_hidden_layers)
+
+    @property
+    def _num_states(self) -> int:
+        return FUSED if self.aux_layers is None else len(self.aux_layers)
 
     def num_parameters(self, target: LayerSizes) -> int | None:
         if self.start_from is not None:
             return None
         hidden, rows = target.hidden_size, min(self.draft_vocab_size, target.vocab_size)
-        norms = 4 + FUSED * (self.norm_before_fc or self.fc_norm)
+        norms = 4 + self._num_states * (self.norm_before_fc or self.fc_norm)
         head = rows * hidden if self.train_lm_head else 0
-        return FUSED * hidden * hidden + layer_parameters(target, 2 * hidden) + norms * hidden + head
+        return (
+            self._num_states * hidden * hidden + layer_parameters(target, 2 * hidden) + norms * hidden + head
+        )
 
     def rows_per_target(self, num_targets: float) -> float:  # noqa: ARG002
         return float(self.ttt_steps)
@@ -117,7 +139,7 @@ class Eagle3Section(StartSection):
         a_step = 20 * hidden + batch.width * (5 * hidden + 4 * inner + 2 * queries + 2 * keys)
         kept = batch.width * (3 * hidden + 2 * keys)
         steps = self.ttt_steps * kept + a_step if self.recompute else self.ttt_steps * a_step
-        row = 12 * hidden + 16 * keys + batch.width * ((FUSED + 3) * hidden + 4 * keys)
+        row = 12 * hidden + 16 * keys + batch.width * ((self._num_states + 3) * hidden + 4 * keys)
         vocab = min(self.draft_vocab_size, target.vocab_size)
         predictions = min(batch.targets * self.ttt_steps, GROUP_LOGITS / vocab)
         compared = predictions / self.ttt_steps
@@ -150,7 +172,7 @@ class PEagleSection(Eagle3Section):
 
     def num_parameters(self, target: LayerSizes) -> int | None:
         rest = super().num_parameters(target)
-        return None if rest is None else rest + FUSED * target.hidden_size  # mask_hidden
+        return None if rest is None else rest + self._num_states * target.hidden_size  # mask_hidden
 
 
 def aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
