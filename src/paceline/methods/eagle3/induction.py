@@ -1,0 +1,241 @@
+"""First weights of a draft's attention in closed form: heads that read their own row, and heads that copy.
+
+An induction head (arXiv 2209.11895) looks for the place where the text of late stood before, and takes what
+came next. Text is full of such places, and yet training hardly finds the head: the drafts that began without
+it guessed 40 % of the tokens of which the four tokens before had stood there already, and no more of the
+others. So it is written down here. Row i knows the state of token i and the embedding of token i+1:
+
+- The key of a row is taken from its state, and the query of row i from what it knows of token i+1. The two
+  are the sides of a canonical correlation analysis (Hotelling, 1936) between the states of tokens and what
+  the row before knows of them. So a query fits the rows at which the target was in the same situation.
+- The value of such a row is the embedding of the token after it.
+
+In a group of query heads that share a key-value head the first reads its own row, the second looks for such
+rows, and the third does so less strictly. The pairs of a key's numbers that turn slowly with the position
+serve the search, which must not mind the distance; those that turn fast tell a row from its neighbours.
+Then a ridge regression gives the heads' output what the residual stream lacks of the wanted direction.
+
+Legend: R rows of a sample, r some of them, A rows that learn, H hidden, N heads, N_kv key-value heads,
+d head_dim, P pairs of a key that search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from paceline.methods.eagle3.model import Attention, Eagle3Draft
+from paceline.methods.eagle3.regression import Regression
+from paceline.methods.targets import counted_rows
+
+OWN, ALIKE, LIKELY = range(3)  # what a query head looks for
+_SCORES = {OWN: 16.0, ALIKE: 14.0, LIKELY: 7.0}  # that it expects of what it looks for
+_SLOW = 1 / 70  # radians a row: a pair that turns less serves the search
+_NOISE = 0.01  # added to each side of the correlation, relative to its mean variance
+_RIDGE = 300.0
+_ROWS_MAX = 2048  # of a sample, its last ones: time goes with the square of it
+_ROWS_AT_A_TIME = 128  # whose weights are there
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The last rows of a sample. `inputs`: [R, 2H], what its attention reads; `learning`: int64 [A];
+    `missing`: [A, H], what the residual stream lacks of the wanted directions."""
+
+    inputs: torch.Tensor
+    learning: torch.Tensor
+    missing: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the numbers of heads are used. `kinds`: by query head, what it looks for, or None; `searching`
+    and `telling`: int64 [2P] and [d - 2P], a key's numbers."""
+
+    kinds: tuple[int | None, ...]
+    searching: torch.Tensor
+    telling: torch.Tensor
+
+    def heads(self, kind: int) -> list[int]:
+        return [number for number, found in enumerate(self.kinds) if found == kind]
+
+
+@torch.no_grad()
+def write_attention(
+    draft: Eagle3Draft, samples: Sequence[Mapping[str, torch.Tensor]], generator: torch.Generator
+) -> None:
+    """Overwrite the projections of `draft`, whose `fc` is there. Heads that look for nothing stay random."""
+    attention = draft.midlayer.self_attn
+    plan = _plan(attention)
+    _write_own(attention, plan, generator)
+    _write_search(draft, plan, samples)
+    _write_values(draft, plan, samples)
+    _write_outputs(draft, samples)
+
+
+def learned(sample: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows int64 [A] that learn, and the directions [A, H] that they shall predict.
+
+    Row i learns from row i+1 if that row counts. No row learns from row 0.
+    """
+    counted = counted_rows(sample["loss_mask"])
+    wanted = sample["last_hidden_states"][int(counted[0]) :]
+    return counted[1:].nonzero().squeeze(1), direction(wanted.float())
+
+
+def direction(states: torch.Tensor) -> torch.Tensor:
+    """`states` [R, H] scaled to a root mean square of 1."""
+    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def _plan(attention: Attention) -> _Plan:
+    group = attention.heads // attention.kv_heads
+    pairs = attention.head_dim // 2
+    # One pair at least for either purpose.
+    slow = int((attention.rope.frequencies() <= _SLOW).sum())
+    first = pairs - min(max(1, slow), max(1, pairs - 1))
+    telling, searching = torch.arange(first), torch.arange(first, pairs)
+    places = [number if group == 1 else number % group for number in range(attention.heads)]
+    kinds = [place % 3 if group == 1 else place for place in places]
+    return _Plan(
+        kinds=tuple(kind if kind in _SCORES else None for kind in kinds),
+        searching=torch.cat((searching, searching + pairs)),
+        telling=torch.cat((telling, telling + pairs)),
+    )
+
+
+def _write_own(attention: Attention, plan: _Plan, generator: torch.Generator) -> None:
+    """Equal query and key projections of the embedding: a row scores highest with itself."""
+    hidden, d = attention.q_proj.in_features // 2, attention.head_dim
+    size = (_SCORES[OWN] * d**0.5 / max(1, plan.telling.numel())) ** 0.5
+    for number in range(attention.kv_heads):
+        noise = torch.randn(hidden, plan.telling.numel(), generator=generator)
+        shared = torch.linalg.qr(noise)[0].T * size
+        keys = attention.k_proj.weight[number * d : (number + 1) * d]
+        keys.zero_()
+        keys[plan.telling[: shared.shape[0]], :hidden] = shared
+    group = attention.heads // attention.kv_heads
+    for head in plan.heads(OWN):
+        keys = attention.k_proj.weight[(head // group) * d : (head // group + 1) * d]
+        attention.q_proj.weight[head * d : (head + 1) * d] = keys
+
+
+def _write_search(draft: Eagle3Draft, plan: _Plan, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Queries and keys of the heads that copy; every key-value head has correlated directions of its own."""
+    attention = draft.midlayer.self_attn
+    hidden, d, kv_heads = draft.config.hidden_size, attention.head_dim, attention.kv_heads
+    group, size = attention.heads // kv_heads, plan.searching.numel()
+    of_states, of_knowledge, strength = _correlated(draft, samples)
+    for number in range(kv_heads):
+        chosen = [(number + kv_heads * place) % hidden for place in range(size)]
+        attention.k_proj.weight[number * d + plan.searching, hidden:] = of_states[chosen]
+        for kind in (ALIKE, LIKELY):
+            unit = d**0.5 / float(strength[chosen].sum())
+            for head in plan.heads(kind):
+                if head // group == number:
+                    queries = attention.q_proj.weight[head * d : (head + 1) * d]
+                    queries.zero_()
+                    queries[plan.searching] = of_knowledge[chosen] * (unit * _SCORES[kind])
+
+
+def _correlated(
+    draft: Eagle3Draft, samples: Sequence[Mapping[str, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Directions of a row's state [H, H], of what the row before it knows [H, 2H], and how strongly the two
+    correlate [H], the strongest first. Both sides have unit variance along them. What all rows of a sample
+    share tells none of them from the others and is left out.
+    """
+    hidden = draft.config.hidden_size
+    of_states = torch.zeros(hidden, hidden, dtype=torch.float64)
+    of_knowledge = torch.zeros(2 * hidden, 2 * hidden, dtype=torch.float64)
+    between, num_rows = torch.zeros(2 * hidden, hidden, dtype=torch.float64), 0
+    for sample in samples:
+        inputs = _read(draft, sample).inputs
+        if inputs.shape[0] < 2:
+            continue
+        states, knowledge = inputs[1:, hidden:], inputs[:-1]
+        states, knowledge = states - states.mean(0), knowledge - knowledge.mean(0)
+        of_states += states.T @ states
+        of_knowledge += knowledge.T @ knowledge
+        between += knowledge.T @ states
+        num_rows += states.shape[0]
+    for moments in (of_states, of_knowledge, between):
+        moments /= max(1, num_rows)
+    for moments in (of_states, of_knowledge):
+        moments.diagonal().add_(_NOISE * float(moments.diagonal().mean()) + 1e-6)
+    regressed = torch.cholesky_solve(between, torch.linalg.cholesky(of_knowledge))  # [2H, H]
+    whitening = torch.linalg.cholesky(of_states)
+    half = torch.linalg.solve_triangular(whitening, between.T @ regressed, upper=False)
+    squares, axes = torch.linalg.eigh(torch.linalg.solve_triangular(whitening, half.T, upper=False))
+    strength = squares.clamp(min=1e-6).sqrt().flip(0)
+    directions = torch.linalg.solve_triangular(whitening.T, axes.flip(1), upper=True)  # [H, H]
+    return directions.T.float(), ((regressed @ directions) / strength).T.float(), strength.float()
+
+
+def _write_values(draft: Eagle3Draft, plan: _Plan, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Values: of an embedding what matters most of the row's own token, and of tokens to copy."""
+    attention, hidden = draft.midlayer.self_attn, draft.config.hidden_size
+    copying = plan.heads(ALIKE)
+    regression = Regression(2 * hidden, hidden)
+    for sample in samples:
+        rows = _read(draft, sample)
+        own = rows.inputs[:, :hidden]
+        copied = torch.zeros_like(own)
+        for some, weights in _weights(draft, rows.inputs) if copying else ():
+            copied[some] = weights[copying].mean(0) @ own
+        regression.add(torch.cat((own, copied), dim=-1)[rows.learning], rows.missing)
+    of_own, of_copied = regression.solved(_RIDGE).split(hidden)
+    both = of_own @ of_own.T + of_copied @ of_copied.T
+    axes = torch.linalg.eigh(both)[1].flip(1)[:, : attention.kv_heads * attention.head_dim]
+    attention.v_proj.weight.zero_()
+    for number in range(attention.kv_heads):
+        part = axes[:, number :: attention.kv_heads].T
+        first = number * attention.head_dim
+        attention.v_proj.weight[first : first + part.shape[0], :hidden] = part
+
+
+def _write_outputs(draft: Eagle3Draft, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """The output projection, by what the heads really read."""
+    attention = draft.midlayer.self_attn
+    regression = Regression(attention.heads * attention.head_dim, draft.config.hidden_size)
+    for sample in samples:
+        rows = _read(draft, sample)
+        values = attention.key_value(rows.inputs[None], _positions(rows.inputs))[1][0]
+        values = values.repeat_interleave(attention.heads // attention.kv_heads, 0)
+        mixed = torch.zeros(rows.inputs.shape[0], attention.heads * attention.head_dim)
+        for some, weights in _weights(draft, rows.inputs):
+            mixed[some] = (weights @ values).transpose(0, 1).flatten(1)
+        regression.add(mixed[rows.learning], rows.missing)
+    attention.o_proj.weight.copy_(regression.solved(_RIDGE).T)
+
+
+def _read(draft: Eagle3Draft, sample: Mapping[str, torch.Tensor]) -> _Rows:
+    ids, states = sample["input_ids"].long(), sample["aux_hidden_states"]
+    first = max(0, states.shape[0] - _ROWS_MAX)
+    fused = draft.fuse(states[first:].float())
+    inputs = draft.midlayer.inputs(draft.embed(ids[first + 1 :]), fused)
+    learning, wanted = learned(sample)
+    near = learning >= first
+    learning = learning[near] - first
+    return _Rows(inputs, learning, wanted[near] - fused[learning])
+
+
+def _weights(draft: Eagle3Draft, inputs: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Some rows of `inputs` [R, 2H] at a time: r of them, and how much they take of each row, [N, r, R]."""
+    attention, window = draft.midlayer.self_attn, draft.config.sliding_window
+    positions = _positions(inputs)
+    queries = attention.query(inputs[None], positions)[0] * attention.head_dim**-0.5
+    keys = attention.key_value(inputs[None], positions)[0][0]
+    keys = keys.repeat_interleave(attention.heads // attention.kv_heads, 0)
+    for first in range(0, inputs.shape[0], _ROWS_AT_A_TIME):
+        some = slice(first, first + _ROWS_AT_A_TIME)
+        back = positions[:, some].T - positions  # [r, R]: how many rows before the query's
+        hidden = back < 0 if window is None else (back < 0) | (back >= window)
+        scores = queries[:, some] @ keys.mT
+        yield some, scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+
+
+def _positions(inputs: torch.Tensor) -> torch.Tensor:
+    return torch.arange(inputs.shape[0])[None]
