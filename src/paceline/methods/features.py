@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from paceline.errors import ConfigError
 from paceline.target.facts import TargetFacts
-from paceline.target.layer_ids import LAYER_IDS
 from paceline.types import Feature, Rows, States, Targets, Tokens
 
 Transfer = Literal["exact", "float8"]
@@ -34,5 +34,11 @@ def fused_states(layers: Sequence[int], target: TargetFacts, transfer: Transfer)
 
 def readable_layers(layers: tuple[int, ...], num_hidden_layers: int) -> tuple[int, ...]:
     """The setting `aux_layers`. Raises ConfigError for states that some server cannot give to a draft."""
-    LAYER_IDS["sglang.eagle3"].written(layers, num_hidden_layers)
+    last = num_hidden_layers - 1
+    if not all(1 <= layer <= last for layer in layers) or list(layers) != sorted(set(layers)):
+        raise ConfigError(
+            f"method.aux_layers is {list(layers)}, and the target has {num_hidden_layers} decoder blocks.",
+            why="Every server can give a draft the states between two blocks, and servers sort them.",
+            next=f"name each state once, from 1 to {last}, in ascending order.",
+        )
     return layers

@@ -146,6 +146,9 @@ def test_a_setting_beside_it_must_be_the_folders(cases: dict[str, Case], tmp_pat
     start(cases["dflash"], folder, block_size=5, layers=2, loss="tv")
     with pytest.raises(ConfigError, match=r"method\.block_size is 16, and the folder's is 5"):
         start(cases["dflash"], folder, block_size=16)
+    start(cases["dflash"], folder, aux_layers=cases["dflash"].draft.sizes["aux_layer_ids"])
+    with pytest.raises(ConfigError, match=r"method\.aux_layers is \(1, 6\), and the folder's is"):
+        start(cases["dflash"], folder, aux_layers=(1, 6))
 
 
 def test_a_draft_without_a_confidence_head_gets_none(cases: dict[str, Case], tmp_path: Path) -> None:

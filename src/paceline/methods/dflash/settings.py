@@ -12,7 +12,6 @@ from paceline.methods.dflash.start_config import read_block_start
 from paceline.methods.features import Transfer, fused_states, readable_layers
 from paceline.methods.losses.settings import LossSection, loss_bytes
 from paceline.methods.settings import MicroBatch
-from paceline.methods.start.folder import refuse_other_settings
 from paceline.methods.start.section import StartSection
 from paceline.section import Count, Fraction, Section, StartingValue
 from paceline.target.facts import TargetFacts
@@ -122,10 +121,7 @@ class BlockSection(StartSection):
         Raises ConfigError.
         """
         if self.start_from is not None:
-            start = read_block_start(self.start_from, self.name)
-            layers = start.layers_of(num_hidden_layers)
-            refuse_other_settings(start.start, self, {"aux_layers": layers})
-            return layers
+            return read_block_start(self.start_from, self.name).layers_of(num_hidden_layers)
         if self.aux_layers is not None:
             return readable_layers(self.aux_layers, num_hidden_layers)
         return spread_layers(num_hidden_layers, self.target_states)

@@ -84,7 +84,7 @@ class BlockStart:
 
     def applied(self, section: BlockSection) -> BlockSection:
         """The section with the folder's shape. Raises ConfigError if it asks for another shape itself."""
-        refuse_other_settings(self.start, section, self.settings)
+        refuse_other_settings(self.start, section, {**self.settings, "aux_layers": self.layers})
         return type(section).parse({**section.model_dump(), **self.settings})
 
 

@@ -1,22 +1,22 @@
 """First weights of a draft's attention in closed form: heads that read their own row, and heads that copy.
 
-An induction head (arXiv 2209.11895) looks for the place where the text of late stood before, and takes what
-came next. Text is full of such places, and yet training hardly finds the head: the drafts that began without
-it guessed 40 % of the tokens of which the four tokens before had stood there already, and no more of the
-others. So it is written down here. Row i knows the state of token i and the embedding of token i+1:
+An induction head (arXiv 2209.11895) looks for an earlier place where the last tokens stood already, and takes
+the token that followed them. Text is full of such places, and yet training hardly finds the head: drafts that
+began without it guessed 40 % of the tokens that the four tokens before give away in this way, and as many of
+all others. So it is written down here. Row i knows the state of token i and the embedding of token i+1:
 
-- The key of a row is taken from its state, and the query of row i from what it knows of token i+1. The two
-  are the sides of a canonical correlation analysis (Hotelling, 1936) between the states of tokens and what
-  the row before knows of them. So a query fits the rows at which the target was in the same situation.
-- The value of such a row is the embedding of the token after it.
+- A key is made from the row's state. The row before knows that token's embedding and a state of its own, and
+  its query is made from these. The two are the sides of a canonical correlation analysis (Hotelling, 1936),
+  so a query fits the rows at which the target was in the same situation.
+- The value of such a row is the embedding of the token that followed.
 
 In a group of query heads that share a key-value head the first reads its own row, the second looks for such
 rows, and the third does so less strictly. The pairs of a key's numbers that turn slowly with the position
 serve the search, which must not mind the distance; those that turn fast tell a row from its neighbours.
 Then a ridge regression gives the heads' output what the residual stream lacks of the wanted direction.
 
-Legend: R rows of a sample, r some of them, A rows that learn, H hidden, N heads, N_kv key-value heads,
-d head_dim, P pairs of a key that search.
+Legend: R rows of a sample, A rows that learn, a some of them, H hidden, N heads, n some of them, N_kv
+key-value heads, d head_dim, P pairs of a key that search.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ from paceline.methods.eagle3.regression import Regression
 from paceline.methods.targets import counted_rows
 
 OWN, ALIKE, LIKELY = range(3)  # what a query head looks for
-_SCORES = {OWN: 16.0, ALIKE: 14.0, LIKELY: 7.0}  # that it expects of what it looks for
+_SCORES = {OWN: 16.0, ALIKE: 14.0, LIKELY: 7.0}  # that a head shall give to what it looks for
 _SLOW = 1 / 70  # radians a row: a pair that turns less serves the search
-_NOISE = 0.01  # added to each side of the correlation, relative to its mean variance
+# Added to each side of the correlation, relative to its mean variance, for every number that a row has: with
+# few rows strangers seem to correlate.
+_NOISE = 0.75
+_WEAK = 0.1  # a correlation below it is taken for chance
 _RIDGE = 300.0
 _ROWS_MAX = 2048  # of a sample, its last ones: time goes with the square of it
-_ROWS_AT_A_TIME = 128  # whose weights are there
+_ROWS_AT_A_TIME = 128  # whose weights are in memory
 
 
 @dataclass(frozen=True)
@@ -96,20 +99,26 @@ def _plan(attention: Attention) -> _Plan:
     # One pair at least for either purpose.
     slow = int((attention.rope.frequencies() <= _SLOW).sum())
     first = pairs - min(max(1, slow), max(1, pairs - 1))
-    telling, searching = torch.arange(first), torch.arange(first, pairs)
+    telling = torch.arange(first)
+    searching = torch.arange(first, pairs).flip(0)  # the strongest directions turn least
     places = [number if group == 1 else number % group for number in range(attention.heads)]
     kinds = [place % 3 if group == 1 else place for place in places]
     return _Plan(
         kinds=tuple(kind if kind in _SCORES else None for kind in kinds),
-        searching=torch.cat((searching, searching + pairs)),
+        searching=torch.stack((searching, searching + pairs), dim=1).flatten(),
         telling=torch.cat((telling, telling + pairs)),
     )
+
+
+def _score(attention: Attention, kind: int) -> float:
+    """What the product of query and key shall be, before either is turned and scaled."""
+    return _SCORES[kind] * attention.head_dim**0.5 / attention.rope.factor**2
 
 
 def _write_own(attention: Attention, plan: _Plan, generator: torch.Generator) -> None:
     """Equal query and key projections of the embedding: a row scores highest with itself."""
     hidden, d = attention.q_proj.in_features // 2, attention.head_dim
-    size = (_SCORES[OWN] * d**0.5 / max(1, plan.telling.numel())) ** 0.5
+    size = (_score(attention, OWN) / max(1, plan.telling.numel())) ** 0.5
     for number in range(attention.kv_heads):
         noise = torch.randn(hidden, plan.telling.numel(), generator=generator)
         shared = torch.linalg.qr(noise)[0].T * size
@@ -132,20 +141,20 @@ def _write_search(draft: Eagle3Draft, plan: _Plan, samples: Sequence[Mapping[str
         chosen = [(number + kv_heads * place) % hidden for place in range(size)]
         attention.k_proj.weight[number * d + plan.searching, hidden:] = of_states[chosen]
         for kind in (ALIKE, LIKELY):
-            unit = d**0.5 / float(strength[chosen].sum())
+            unit = _score(attention, kind) / max(1.0, float(strength[chosen].sum()))
             for head in plan.heads(kind):
                 if head // group == number:
                     queries = attention.q_proj.weight[head * d : (head + 1) * d]
                     queries.zero_()
-                    queries[plan.searching] = of_knowledge[chosen] * (unit * _SCORES[kind])
+                    queries[plan.searching] = of_knowledge[chosen] * unit
 
 
 def _correlated(
     draft: Eagle3Draft, samples: Sequence[Mapping[str, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Directions of a row's state [H, H], of what the row before it knows [H, 2H], and how strongly the two
-    correlate [H], the strongest first. Both sides have unit variance along them. What all rows of a sample
-    share tells none of them from the others and is left out.
+    correlate [H], the strongest first. Both sides have unit variance along them; those that correlate by
+    chance are zero. What all rows of a sample share is left out of the estimate, as it tells none apart.
     """
     hidden = draft.config.hidden_size
     of_states = torch.zeros(hidden, hidden, dtype=torch.float64)
@@ -163,15 +172,18 @@ def _correlated(
         num_rows += states.shape[0]
     for moments in (of_states, of_knowledge, between):
         moments /= max(1, num_rows)
+    noise = min(1.0, _NOISE * hidden / max(1, num_rows))
     for moments in (of_states, of_knowledge):
-        moments.diagonal().add_(_NOISE * float(moments.diagonal().mean()) + 1e-6)
+        moments.diagonal().add_(noise * float(moments.diagonal().mean()) + 1e-6)
     regressed = torch.cholesky_solve(between, torch.linalg.cholesky(of_knowledge))  # [2H, H]
     whitening = torch.linalg.cholesky(of_states)
     half = torch.linalg.solve_triangular(whitening, between.T @ regressed, upper=False)
     squares, axes = torch.linalg.eigh(torch.linalg.solve_triangular(whitening, half.T, upper=False))
-    strength = squares.clamp(min=1e-6).sqrt().flip(0)
-    directions = torch.linalg.solve_triangular(whitening.T, axes.flip(1), upper=True)  # [H, H]
-    return directions.T.float(), ((regressed @ directions) / strength).T.float(), strength.float()
+    strength = squares.clamp(min=0.0).sqrt().flip(0)
+    strength = strength * (strength > _WEAK)
+    directions = torch.linalg.solve_triangular(whitening.T, axes.flip(1), upper=True) * (strength > 0)
+    of_those = (regressed @ directions) / strength.clamp(min=_WEAK)
+    return directions.T.float(), of_those.T.float(), strength.float()
 
 
 def _write_values(draft: Eagle3Draft, plan: _Plan, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
@@ -181,11 +193,13 @@ def _write_values(draft: Eagle3Draft, plan: _Plan, samples: Sequence[Mapping[str
     regression = Regression(2 * hidden, hidden)
     for sample in samples:
         rows = _read(draft, sample)
-        own = rows.inputs[:, :hidden]
-        copied = torch.zeros_like(own)
-        for some, weights in _weights(draft, rows.inputs) if copying else ():
-            copied[some] = weights[copying].mean(0) @ own
-        regression.add(torch.cat((own, copied), dim=-1)[rows.learning], rows.missing)
+        embeddings = rows.inputs[:, :hidden]
+        copied = [torch.zeros(0, hidden)]
+        for weights in _weights(draft, rows, copying) if copying else ():
+            copied.append(weights.mean(0) @ embeddings)
+        own = embeddings[rows.learning]
+        others = torch.cat(copied) if copying else torch.zeros_like(own)
+        regression.add(torch.cat((own, others), dim=-1), rows.missing)
     of_own, of_copied = regression.solved(_RIDGE).split(hidden)
     both = of_own @ of_own.T + of_copied @ of_copied.T
     axes = torch.linalg.eigh(both)[1].flip(1)[:, : attention.kv_heads * attention.head_dim]
@@ -204,10 +218,10 @@ def _write_outputs(draft: Eagle3Draft, samples: Sequence[Mapping[str, torch.Tens
         rows = _read(draft, sample)
         values = attention.key_value(rows.inputs[None], _positions(rows.inputs))[1][0]
         values = values.repeat_interleave(attention.heads // attention.kv_heads, 0)
-        mixed = torch.zeros(rows.inputs.shape[0], attention.heads * attention.head_dim)
-        for some, weights in _weights(draft, rows.inputs):
-            mixed[some] = (weights @ values).transpose(0, 1).flatten(1)
-        regression.add(mixed[rows.learning], rows.missing)
+        mixed = [torch.zeros(0, attention.heads * attention.head_dim)]
+        for weights in _weights(draft, rows, range(attention.heads)):
+            mixed.append((weights @ values).transpose(0, 1).flatten(1))
+        regression.add(torch.cat(mixed), rows.missing)
     attention.o_proj.weight.copy_(regression.solved(_RIDGE).T)
 
 
@@ -222,19 +236,17 @@ def _read(draft: Eagle3Draft, sample: Mapping[str, torch.Tensor]) -> _Rows:
     return _Rows(inputs, learning, wanted[near] - fused[learning])
 
 
-def _weights(draft: Eagle3Draft, inputs: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Some rows of `inputs` [R, 2H] at a time: r of them, and how much they take of each row, [N, r, R]."""
+def _weights(draft: Eagle3Draft, rows: _Rows, heads: Sequence[int]) -> Iterator[torch.Tensor]:
+    """How much the rows that learn, some at a time, take of each row by n `heads`: [n, a, R]."""
     attention, window = draft.midlayer.self_attn, draft.config.sliding_window
-    positions = _positions(inputs)
-    queries = attention.query(inputs[None], positions)[0] * attention.head_dim**-0.5
-    keys = attention.key_value(inputs[None], positions)[0][0]
-    keys = keys.repeat_interleave(attention.heads // attention.kv_heads, 0)
-    for first in range(0, inputs.shape[0], _ROWS_AT_A_TIME):
-        some = slice(first, first + _ROWS_AT_A_TIME)
-        back = positions[:, some].T - positions  # [r, R]: how many rows before the query's
-        hidden = back < 0 if window is None else (back < 0) | (back >= window)
-        scores = queries[:, some] @ keys.mT
-        yield some, scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+    positions, group = _positions(rows.inputs), attention.heads // attention.kv_heads
+    keys = attention.key_value(rows.inputs[None], positions)[0][0][[head // group for head in heads]]
+    for some in rows.learning.split(_ROWS_AT_A_TIME):
+        queries = attention.query(rows.inputs[None, some], some[None])[0][list(heads)]
+        back = some[:, None] - positions  # [a, R]: how many rows before the query's
+        unseen = back < 0 if window is None else (back < 0) | (back >= window)
+        scores = queries @ keys.mT * attention.head_dim**-0.5
+        yield scores.masked_fill_(unseen, float("-inf")).softmax(-1)
 
 
 def _positions(inputs: torch.Tensor) -> torch.Tensor:

@@ -185,6 +185,6 @@ def aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
         raise ConfigError(
             f"The target has {num_hidden_layers} layers, so the layer ids {ids} are not three distinct ones.",
             why="EAGLE-3 reads an early, a middle and a late state.",
-            next="choose a target with at least 7 layers.",
+            next="choose a target with at least 7 layers, or name the states in method.aux_layers.",
         )
     return ids
