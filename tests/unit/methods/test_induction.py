@@ -1,4 +1,4 @@
-"""The first weights of EAGLE-3's attention: heads that find what came next where the text stood before."""
+"""The first weights of EAGLE-3's attention: heads that look for an earlier place like this one and copy."""
 
 from __future__ import annotations
 
