@@ -43,6 +43,7 @@ EVENTS = {
     # consumer
     "ranks": "so many ranks train, and so many did `before` (0: none); another number sums in another order; "
     "`sharded`: each holds a part of the weights",
+    "first_weights": "so many samples are there, and the draft's first weights are made from them",
     "resumed": "training goes on after the checkpoint of this step",
     "step": "a step is trained: its figures, seconds of fetching and of training, seconds blocked in all",
     "step_failed": "a step raised; isolation looks for its culprits",

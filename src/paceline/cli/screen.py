@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paceline.cli.plain import BARE, plain, table
+from paceline.monitoring.doing import FIRST_WEIGHTS
 from paceline.monitoring.schema import Process, RunStatus
 from paceline.monitoring.waiting import MUCH, percent
 
@@ -68,7 +69,10 @@ def line(s: RunStatus) -> str:
 def _figures(s: RunStatus) -> str:
     length = s.step.acceptance_length
     estimate = "" if length is None else f", estimated acceptance length {length:.2f}"
-    return "" if s.step.loss is None else f": loss {s.step.loss:.3f}{estimate}"
+    if s.step.loss is not None:
+        return f": loss {s.step.loss:.3f}{estimate}"
+    is_making = any(one.doing == FIRST_WEIGHTS for one in s.processes if one.role == "consumer")
+    return f": the trainer {FIRST_WEIGHTS}" if is_making else ""
 
 
 def is_live(console: Console) -> bool:

@@ -10,6 +10,7 @@ from paceline.roles.snapshot import finite_numbers, since_start
 from paceline.roles.workers import SUPERVISOR, is_producer
 
 TOLD_WITHIN_S = 3.0  # a process that waits says so once a second
+FIRST_WEIGHTS = "makes the first weights"  # which takes minutes for a large target
 AT_WORK = {
     "role_started": "is starting",
     "engine_ready": "prepares its prompts",
@@ -20,6 +21,7 @@ AT_WORK = {
     "made_room": "captures",
     "finished": "has captured everything",
     "ranks": "trains",
+    "first_weights": FIRST_WEIGHTS,
     "resumed": "trains",
     "step": "trains",
     "step_failed": "looks for the sample that fails",

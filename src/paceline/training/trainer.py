@@ -114,6 +114,7 @@ class Trainer:
                 return False
             if not sample_ids:
                 raise self._no_samples()
+            self._report("first_weights", samples=len(sample_ids))
             is_built = isolation.build(sample_ids)
         self.coordinator.checkpoint()
         return True

@@ -126,6 +126,7 @@ def test_nobody_is_advised_about_a_run_that_has_ended() -> None:
         ("consumer", {"event": "blocked", "time": 199.0}, "waits for samples"),
         ("producer-1", {"event": "idle", "time": 199.0}, "waits for its turn"),
         ("producer", {"event": "blocked", "time": 150.0}, "captures"),
+        ("consumer", {"event": "first_weights", "time": 150.0, "samples": 8}, "makes the first weights"),
         ("consumer", {"event": "waiting_for_recapture", "time": 199.0}, "waits for a sample to be captured"),
         (
             "evaluator",

@@ -246,6 +246,15 @@ def test_a_line_of_a_log_has_the_same_figures(status: RunStatus) -> None:
     assert text.endswith(status.waiting.words)
 
 
+def test_a_line_says_what_takes_long_before_the_first_step(status: RunStatus) -> None:
+    """The first weights of a large target take minutes, in which no number changes."""
+    consumer = Process(role="consumer", state="live", doing="makes the first weights")
+    before = replace(status.step, number=0, loss=None)
+    assert "step 0 of 12 | " in line(replace(status, step=before))
+    text = line(replace(status, step=before, processes=(consumer,)))
+    assert "step 0 of 12: the trainer makes the first weights | " in text
+
+
 def test_many_producers_push_nothing_out_of_the_window(status: RunStatus) -> None:
     """And a long reason takes no screen of its own."""
     crowd = tuple(Process(role=f"producer-{number}", state="live") for number in range(40))
