@@ -21,6 +21,7 @@ key-value heads, d head_dim, P pairs of a key that search.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -112,7 +113,7 @@ def _plan(attention: Attention) -> _Plan:
 
 def _score(attention: Attention, kind: int) -> float:
     """What the product of query and key shall be, before either is turned and scaled."""
-    return _SCORES[kind] * attention.head_dim**0.5 / attention.rope.factor**2
+    return _SCORES[kind] * math.sqrt(attention.head_dim) / attention.rope.factor**2
 
 
 def _write_own(attention: Attention, plan: _Plan, generator: torch.Generator) -> None:
