@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from paceline.errors import ConfigError
 from paceline.target.facts import TargetFacts
 from paceline.types import Feature, Rows, States, Targets, Tokens
 
 Transfer = Literal["exact", "float8"]
+AuxLayers = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
 def fused_states(layers: Sequence[int], target: TargetFacts, transfer: Transfer) -> tuple[Feature, ...]:

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from paceline.methods.eagle3 import induction
 from paceline.methods.eagle3.method import Eagle3Method
 from paceline.methods.eagle3.model import Attention, Eagle3Draft
+from paceline.methods.targets import direction
 from paceline.target.head import TargetHead
 from paceline.testing.tiny_target import HIDDEN, VOCAB, captured_sample, save_target, tiny_target
 
@@ -35,7 +36,7 @@ def _repeated(head: TargetHead, seed: int, between: int = 0) -> dict[str, torch.
     generator = torch.Generator().manual_seed(seed)
     part = torch.randint(3, VOCAB, (PART,), generator=generator)
     ids = torch.cat((part, torch.randint(3, VOCAB, (between,), generator=generator), part, part[:1]))
-    tokens = induction.direction(head.embed_tokens[ids].float())
+    tokens = direction(head.embed_tokens[ids].float())
     noise = torch.randn(ids.numel() - 1, HIDDEN, generator=generator)
     loss_mask = torch.ones(ids.numel(), dtype=torch.uint8)
     loss_mask[:2] = 0
@@ -43,7 +44,7 @@ def _repeated(head: TargetHead, seed: int, between: int = 0) -> dict[str, torch.
         "input_ids": ids.to(torch.int32),
         "loss_mask": loss_mask,
         "aux_hidden_states": torch.cat((tokens[:-1], tokens[:-1].roll(1, 0), noise), dim=-1),
-        "last_hidden_states": 3.0 * induction.direction(head.lm_head[ids[2:]].float()),
+        "last_hidden_states": 3.0 * direction(head.lm_head[ids[2:]].float()),
     }
 
 

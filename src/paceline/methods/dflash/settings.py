@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from paceline.errors import ConfigError
 from paceline.methods.dflash.start_config import read_block_start
-from paceline.methods.features import Transfer, fused_states, readable_layers
+from paceline.methods.features import AuxLayers, Transfer, fused_states, readable_layers
 from paceline.methods.losses.settings import LossSection, loss_bytes
 from paceline.methods.settings import MicroBatch
 from paceline.methods.start.section import StartSection
@@ -84,7 +84,7 @@ class BlockSection(StartSection):
     block_size: Annotated[int, Field(ge=2, le=32)] = 8
     layers: Count = 2
     target_states: Count = 5
-    aux_layers: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
+    aux_layers: AuxLayers | None = None
     mask_token_id: Annotated[int, Field(ge=0)] | None = None
     causal: bool = False
     anchors_max: Count = 64

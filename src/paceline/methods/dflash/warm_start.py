@@ -22,6 +22,7 @@ import torch
 from paceline.methods.dflash.attention import Attend, KeyValue, attention_over
 from paceline.methods.dflash.batch import Blocks, DFlashBatch, collate
 from paceline.methods.dflash.model import DFlashDraft, Layer
+from paceline.methods.targets import direction
 from paceline.target.head import TargetHead
 
 _RIDGE = 0.03  # relative to each input's own square
@@ -65,18 +66,13 @@ def _blocks_of(draft: DFlashDraft) -> Blocks:
 
 def _readers(draft: DFlashDraft, batches: Sequence[DFlashBatch]) -> tuple[torch.Tensor, torch.Tensor]:
     """(near, mask) [H]: of an anchor's embedding they read about -1 and 0, of the mask token's 0 and 1."""
-    anchors = _unit(draft.embed(torch.cat([batch.tokens for batch in batches])))
-    own = _unit(draft.embed(torch.tensor([draft.config.mask_token_id])))
+    anchors = direction(draft.embed(torch.cat([batch.tokens for batch in batches])))
+    own = direction(draft.embed(torch.tensor([draft.config.mask_token_id])))
     inputs = torch.cat((anchors, own * anchors.shape[0] ** 0.5))
     wanted = torch.zeros(inputs.shape[0], 2)
     wanted[:-1, 0], wanted[-1, 1] = -1.0, anchors.shape[0] ** 0.5
     near, mask = _ridge(inputs, wanted).unbind(1)
     return near, mask
-
-
-def _unit(states: torch.Tensor) -> torch.Tensor:
-    """`states` [..., H] scaled to a root mean square of 1."""
-    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def _write_reading(
@@ -89,8 +85,8 @@ def _write_reading(
     inputs, wanted = [], []
     for batch in batches:
         states = batch.aux_hidden_states[_starts(batch) + batch.places - 1].float()
-        inputs.append(torch.cat((states, _unit(draft.embed(batch.tokens))), dim=-1))
-        wanted.append(_unit(batch.last_hidden_states[batch.rows[batch.picked[0]]].float()))
+        inputs.append(torch.cat((states, direction(draft.embed(batch.tokens))), dim=-1))
+        wanted.append(direction(batch.last_hidden_states[batch.rows[batch.picked[0]]].float()))
     ones = torch.ones(sum(part.shape[0] for part in wanted), 1)
     solved = _ridge(torch.cat(inputs), torch.cat((torch.cat(wanted), ones), dim=1))
     of_rows, of_anchor, always = solved[:width, :-1], solved[width:, :-1], solved[:width, -1]
@@ -166,7 +162,7 @@ def _write_outputs(draft: DFlashDraft, batches: Sequence[DFlashBatch]) -> None:
             kept[0].view(-1, config.block_size, width)[:, config.block_size - config.depths :].transpose(0, 1)
         )
         weights = batch.counted * (-torch.arange(config.depths) / _FADE).exp()[:, None]
-        wanted = _unit(batch.last_hidden_states[batch.rows[batch.picked]].float())
+        wanted = direction(batch.last_hidden_states[batch.rows[batch.picked]].float())
         base = draft.embed(torch.tensor(config.mask_token_id))
         scaled = slots * weights[..., None]
         gram += scaled.flatten(0, 1).T @ slots.flatten(0, 1)

@@ -26,10 +26,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from paceline.methods.eagle3.model import Attention, Eagle3Draft
 from paceline.methods.eagle3.regression import Regression
-from paceline.methods.targets import counted_rows
+from paceline.methods.targets import wanted_directions
 
 OWN, ALIKE, LIKELY = range(3)  # what a query head looks for
 _SCORES = {OWN: 16.0, ALIKE: 14.0, LIKELY: 7.0}  # that a head shall give to what it looks for
@@ -79,33 +80,18 @@ def write_attention(
     _write_outputs(draft, samples)
 
 
-def learned(sample: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows int64 [A] that learn, and the directions [A, H] that they shall predict.
-
-    Row i learns from row i+1 if that row counts. No row learns from row 0.
-    """
-    counted = counted_rows(sample["loss_mask"])
-    wanted = sample["last_hidden_states"][int(counted[0]) :]
-    return counted[1:].nonzero().squeeze(1), direction(wanted.float())
-
-
-def direction(states: torch.Tensor) -> torch.Tensor:
-    """`states` [R, H] scaled to a root mean square of 1."""
-    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
-
-
 def _plan(attention: Attention) -> _Plan:
-    group = attention.heads // attention.kv_heads
     pairs = attention.head_dim // 2
     # One pair at least for either purpose.
     slow = int((attention.rope.frequencies() <= _SLOW).sum())
     first = pairs - min(max(1, slow), max(1, pairs - 1))
     telling = torch.arange(first)
     searching = torch.arange(first, pairs).flip(0)  # the strongest directions turn least
-    places = [number if group == 1 else number % group for number in range(attention.heads)]
-    kinds = [place % 3 if group == 1 else place for place in places]
+    group = attention.heads // attention.kv_heads
+    # Heads that share no keys take turns.
+    places = (number % (len(_SCORES) if group == 1 else group) for number in range(attention.heads))
     return _Plan(
-        kinds=tuple(kind if kind in _SCORES else None for kind in kinds),
+        kinds=tuple(place if place in _SCORES else None for place in places),
         searching=torch.stack((searching, searching + pairs), dim=1).flatten(),
         telling=torch.cat((telling, telling + pairs)),
     )
@@ -118,36 +104,34 @@ def _score(attention: Attention, kind: int) -> float:
 
 def _write_own(attention: Attention, plan: _Plan, generator: torch.Generator) -> None:
     """Equal query and key projections of the embedding: a row scores highest with itself."""
-    hidden, d = attention.q_proj.in_features // 2, attention.head_dim
+    hidden, group = attention.q_proj.in_features // 2, attention.heads // attention.kv_heads
+    queries, keys = _by_head(attention.q_proj, attention), _by_head(attention.k_proj, attention)
     size = (_score(attention, OWN) / max(1, plan.telling.numel())) ** 0.5
+    keys.zero_()
     for number in range(attention.kv_heads):
         noise = torch.randn(hidden, plan.telling.numel(), generator=generator)
         shared = torch.linalg.qr(noise)[0].T * size
-        keys = attention.k_proj.weight[number * d : (number + 1) * d]
-        keys.zero_()
-        keys[plan.telling[: shared.shape[0]], :hidden] = shared
-    group = attention.heads // attention.kv_heads
+        keys[number, plan.telling[: shared.shape[0]], :hidden] = shared
     for head in plan.heads(OWN):
-        keys = attention.k_proj.weight[(head // group) * d : (head // group + 1) * d]
-        attention.q_proj.weight[head * d : (head + 1) * d] = keys
+        queries[head] = keys[head // group]
 
 
 def _write_search(draft: Eagle3Draft, plan: _Plan, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Queries and keys of the heads that copy; every key-value head has correlated directions of its own."""
-    attention = draft.midlayer.self_attn
-    hidden, d, kv_heads = draft.config.hidden_size, attention.head_dim, attention.kv_heads
-    group, size = attention.heads // kv_heads, plan.searching.numel()
+    attention, hidden = draft.midlayer.self_attn, draft.config.hidden_size
+    group = attention.heads // attention.kv_heads
+    queries, keys = _by_head(attention.q_proj, attention), _by_head(attention.k_proj, attention)
     of_states, of_knowledge, strength = _correlated(draft, samples)
-    for number in range(kv_heads):
-        chosen = [(number + kv_heads * place) % hidden for place in range(size)]
-        attention.k_proj.weight[number * d + plan.searching, hidden:] = of_states[chosen]
-        for kind in (ALIKE, LIKELY):
+    places = torch.arange(plan.searching.numel()) * attention.kv_heads
+    directions = [(number + places) % hidden for number in range(attention.kv_heads)]
+    for number, chosen in enumerate(directions):
+        keys[number, plan.searching, hidden:] = of_states[chosen]
+    for kind in (ALIKE, LIKELY):
+        for head in plan.heads(kind):
+            chosen = directions[head // group]
             unit = _score(attention, kind) / max(1.0, float(strength[chosen].sum()))
-            for head in plan.heads(kind):
-                if head // group == number:
-                    queries = attention.q_proj.weight[head * d : (head + 1) * d]
-                    queries.zero_()
-                    queries[plan.searching] = of_knowledge[chosen] * unit
+            queries[head] = 0.0
+            queries[head, plan.searching] = of_knowledge[chosen] * unit
 
 
 def _correlated(
@@ -195,20 +179,19 @@ def _write_values(draft: Eagle3Draft, plan: _Plan, samples: Sequence[Mapping[str
     for sample in samples:
         rows = _read(draft, sample)
         embeddings = rows.inputs[:, :hidden]
-        copied = [torch.zeros(0, hidden)]
-        for weights in _weights(draft, rows, copying) if copying else ():
-            copied.append(weights.mean(0) @ embeddings)
         own = embeddings[rows.learning]
-        others = torch.cat(copied) if copying else torch.zeros_like(own)
-        regression.add(torch.cat((own, others), dim=-1), rows.missing)
+        copied = torch.zeros_like(own)
+        if copying:
+            copied = torch.cat([some.mean(0) @ embeddings for some in _weights(draft, rows, copying)])
+        regression.add(torch.cat((own, copied), dim=-1), rows.missing)
     of_own, of_copied = regression.solved(_RIDGE).split(hidden)
     both = of_own @ of_own.T + of_copied @ of_copied.T
     axes = torch.linalg.eigh(both)[1].flip(1)[:, : attention.kv_heads * attention.head_dim]
-    attention.v_proj.weight.zero_()
+    values = _by_head(attention.v_proj, attention)
+    values.zero_()
     for number in range(attention.kv_heads):
         part = axes[:, number :: attention.kv_heads].T
-        first = number * attention.head_dim
-        attention.v_proj.weight[first : first + part.shape[0], :hidden] = part
+        values[number, : part.shape[0], :hidden] = part
 
 
 def _write_outputs(draft: Eagle3Draft, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
@@ -219,10 +202,9 @@ def _write_outputs(draft: Eagle3Draft, samples: Sequence[Mapping[str, torch.Tens
         rows = _read(draft, sample)
         values = attention.key_value(rows.inputs[None], _positions(rows.inputs))[1][0]
         values = values.repeat_interleave(attention.heads // attention.kv_heads, 0)
-        mixed = [torch.zeros(0, attention.heads * attention.head_dim)]
-        for weights in _weights(draft, rows, range(attention.heads)):
-            mixed.append((weights @ values).transpose(0, 1).flatten(1))
-        regression.add(torch.cat(mixed), rows.missing)
+        every = _weights(draft, rows, range(attention.heads))
+        mixed = torch.cat([(some @ values).transpose(0, 1).flatten(1) for some in every])
+        regression.add(mixed, rows.missing)
     attention.o_proj.weight.copy_(regression.solved(_RIDGE).T)
 
 
@@ -231,7 +213,7 @@ def _read(draft: Eagle3Draft, sample: Mapping[str, torch.Tensor]) -> _Rows:
     first = max(0, states.shape[0] - _ROWS_MAX)
     fused = draft.fuse(states[first:].float())
     inputs = draft.midlayer.inputs(draft.embed(ids[first + 1 :]), fused)
-    learning, wanted = learned(sample)
+    learning, wanted = wanted_directions(sample)
     near = learning >= first
     learning = learning[near] - first
     return _Rows(inputs, learning, wanted[near] - fused[learning])
@@ -248,6 +230,11 @@ def _weights(draft: Eagle3Draft, rows: _Rows, heads: Sequence[int]) -> Iterator[
         unseen = back < 0 if window is None else (back < 0) | (back >= window)
         scores = queries @ keys.mT * attention.head_dim**-0.5
         yield scores.masked_fill_(unseen, float("-inf")).softmax(-1)
+
+
+def _by_head(projection: nn.Linear, attention: Attention) -> torch.Tensor:
+    """The weights as [heads, d, 2H], in the same memory."""
+    return projection.weight.view(-1, attention.head_dim, projection.in_features)
 
 
 def _positions(inputs: torch.Tensor) -> torch.Tensor:

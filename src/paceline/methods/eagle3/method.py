@@ -100,14 +100,14 @@ class Eagle3Method:
         return Eagle3Draft(self._config(head), chosen.recompute, chosen.loss, chosen.train_lm_head)
 
     def _config(self, head: TargetHead) -> Eagle3Config:
+        layers = self.settings.layers_of(head.num_hidden_layers)
         if self._start is not None:
-            layers = self.settings.layers_of(head.num_hidden_layers)
             sizes = sizes_for(self._start.start, self._start.sizes, head)
             return Eagle3Config(**sizes, aux_layer_ids=layers)
         chosen = self.settings
         size = min(chosen.draft_vocab_size, head.vocab_size)  # at most the whole vocabulary
         return replace(
-            draft_config(head, size, chosen.layers_of(head.num_hidden_layers)),
+            draft_config(head, size, layers),
             norm_before_fc=chosen.norm_before_fc,
             fc_norm=chosen.fc_norm,
             norm_output=chosen.norm_output,

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from paceline.errors import ConfigError
 from paceline.methods.eagle3.start_config import WINDOW_MIN, read_start_config
-from paceline.methods.features import Transfer, fused_states, readable_layers
+from paceline.methods.features import AuxLayers, Transfer, fused_states, readable_layers
 from paceline.methods.losses.settings import LossSection, loss_bytes
 from paceline.methods.settings import MicroBatch
 from paceline.methods.start.folder import refuse_other_settings
@@ -69,7 +69,7 @@ class Eagle3Section(StartSection):
     loss: LossSection = LossSection()
     init: Literal["regression", "target", "random"] = "regression"
     train_lm_head: bool = True
-    aux_layers: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
+    aux_layers: AuxLayers | None = None
     feature_noise: Annotated[float, Field(ge=0.0)] = 0.0
     transfer: Transfer = "exact"
     norm_before_fc: bool = False
@@ -103,17 +103,14 @@ class Eagle3Section(StartSection):
 
         Raises ConfigError.
         """
+        if self.start_from is None and self.aux_layers is not None:
+            return readable_layers(self.aux_layers, num_hidden_layers)
         if self.start_from is None:
-            return self._chosen_layers(num_hidden_layers)
+            return aux_layer_ids(num_hidden_layers)
         start = read_start_config(self.start_from, self.name)
         layers = start.layers(num_hidden_layers) or aux_layer_ids(num_hidden_layers)
         refuse_other_settings(start.start, self, {"aux_layers": layers})
         return layers
-
-    def _chosen_layers(self, num_hidden_layers: int) -> tuple[int, ...]:
-        if self.aux_layers is None:
-            return aux_layer_ids(num_hidden_layers)
-        return readable_layers(self.aux_layers, num_hidden_layers)
 
     @property
     def _num_states(self) -> int:

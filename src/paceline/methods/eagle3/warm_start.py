@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from paceline.methods.eagle3.induction import direction, learned, write_attention
+from paceline.methods.eagle3.induction import write_attention
 from paceline.methods.eagle3.model import Eagle3Draft
 from paceline.methods.eagle3.regression import Regression
+from paceline.methods.targets import direction, wanted_directions
 from paceline.target.head import TargetHead
 
 _RIDGE = 1000.0
@@ -49,7 +50,7 @@ def _of_states(
     width = int(samples[0]["aux_hidden_states"].shape[1])
     regression = Regression(width + head.hidden_size, head.hidden_size)
     for sample in samples:
-        rows, wanted = learned(sample)
+        rows, wanted = wanted_directions(sample)
         embedding = direction(head.embed_tokens[sample["input_ids"].long()[rows + 1]].float())
         states = draft.normed(sample["aux_hidden_states"][rows].float())
         regression.add(torch.cat((states, embedding), dim=-1), wanted)
