@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
@@ -43,9 +43,11 @@ def _in_a_child(work: Callable[[], int], command: str, address: str) -> None:
     """Do the work in a child, and hand signals on to it. Raises PacelineError if it ended by Ray's will."""
     stdout.flush()
     reads, writes = os.pipe()
+    # A signal that comes before there is somebody to hand it on to waits.
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     parent, child, asked = os.getpid(), os.fork(), list[int]()
     if child == 0:
-        _be_the_child(work, parent, writes)
+        _be_the_child(work, parent, writes, unblocked)
     os.close(writes)
 
     def hand_on(number: int, _: object) -> None:
@@ -54,6 +56,7 @@ def _in_a_child(work: Callable[[], int], command: str, address: str) -> None:
             os.kill(child, number)
 
     before = {number: signal.signal(number, hand_on) for number in stop_signals()}
+    signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     try:
         with os.fdopen(reads, "rb") as said:
             ended = said.read() == ENDED  # until its end
@@ -69,10 +72,13 @@ def _in_a_child(work: Callable[[], int], command: str, address: str) -> None:
         raise typer.Exit(code)
 
 
-def _be_the_child(work: Callable[[], int], parent: int, writes: int) -> None:
+def _be_the_child(
+    work: Callable[[], int], parent: int, writes: int, unblocked: Set[signal.Signals | int]
+) -> None:
     """Never returns. If the command is killed, this process ends as suddenly, and the run goes on."""
     code = 1
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         os.setsid()  # a terminal's Ctrl-C reaches the parent alone, which hands it on
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:

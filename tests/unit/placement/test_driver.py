@@ -358,15 +358,28 @@ def test_a_child_that_ray_ends_is_told_with_what_to_do() -> None:
     assert "paceline train run.yaml --on auto" in caught.value.next
 
 
-def test_a_signal_reaches_the_child() -> None:
-    parent = os.getpid()
+@pytest.mark.parametrize("is_early", [False, True])
+def test_a_signal_reaches_the_child(is_early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that comes as soon as there is a child, and would end the command before it can hand it on."""
+    parent, fork = os.getpid(), os.fork
+    reads, writes = os.pipe()
+    with os.fdopen(reads, "rb") as heard, os.fdopen(writes, "wb", buffering=0) as sent:
 
-    def work() -> int:
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-        os.kill(parent, signal.SIGTERM)
-        while True:
-            signal.pause()
+        def fork_and_wait() -> int:
+            if child := fork():
+                sent.close()
+                assert heard.read(1), "the child has sent its signal"
+            return child
 
-    with pytest.raises(typer.Exit) as caught:
-        train_on._in_a_child(work, "train run.yaml", "auto")
+        def work() -> int:
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+            os.kill(parent, signal.SIGTERM)
+            sent.write(b".")
+            while True:
+                signal.pause()
+
+        if is_early:
+            monkeypatch.setattr(os, "fork", fork_and_wait)
+        with pytest.raises(typer.Exit) as caught:
+            train_on._in_a_child(work, "train run.yaml", "auto")
     assert caught.value.exit_code == INTERRUPTED
