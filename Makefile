@@ -36,9 +36,10 @@ train: install model ## train a draft model online, then measure it (about a qua
 evaluate: install model ## measure the newest checkpoint of the run again
 	$(BIN)/paceline evaluate $(RUN)
 
-# In the order of the folders, long files come first, and both processes end together.
+# In the order of the folders, long files come first, and both processes end together. One that dies ends the
+# suite with the test's name: pytest-xdist never ends with one that is replaced (3.8).
 test: install ## the whole fast suite, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 lint: install ## ruff
 	$(BIN)/ruff check .
