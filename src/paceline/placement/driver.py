@@ -170,7 +170,7 @@ class Follower:
                 if told is not None and told["state"] != GOING_ON and told["ends"]:
                     return self._ended(told)
                 if told is None:
-                    self._wait(f"the trainer waits for a node {needs}")
+                    self._wait(f"the trainer waits for a node {needs}", WAITS_S)
                 else:
                     time.sleep(LOOK_S)
         finally:
@@ -248,7 +248,7 @@ class Follower:
         self._wait("the trainer does not answer; if its node is gone, Ray places it on another one", 0.0)
         time.sleep(LOOK_S)
 
-    def _wait(self, what: str, after_s: float = WAITS_S) -> None:
+    def _wait(self, what: str, after_s: float) -> None:
         if not self._is_silent and time.monotonic() >= self._heard_at + after_s:
             self._is_silent = True
             self._tell(what)

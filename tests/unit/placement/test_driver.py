@@ -96,7 +96,6 @@ def said(*lines: str, state: str = GOING_ON, told: int = 0, born: str = "a", **m
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paceline.placement.driver.LOOK_S", 0.0)
-    monkeypatch.setattr("paceline.placement.driver.WAITS_S", 0.0)
 
 
 def follow(ray: FakeRay, lines: list[str] | None = None, order: Any = None) -> int:
@@ -180,8 +179,9 @@ def test_a_stop_from_elsewhere_waits_for_the_end_of_the_run_or_of_its_actor() ->
         assert (ray.stops, ray.answers) == ([True], [])
 
 
-def test_a_run_that_nobody_hears_is_removed_at_the_second_request() -> None:
+def test_a_run_that_nobody_hears_is_removed_at_the_second_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its node may never come."""
+    monkeypatch.setattr("paceline.placement.driver.WAITS_S", 0.0)
     ray = FakeRay([None] * 9)
 
     def wait(refs: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
