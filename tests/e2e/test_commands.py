@@ -303,7 +303,8 @@ def test_an_end_of_the_command_while_it_measures_does_not_keep_the_next_one_out(
     assert "40 samples trained | 0 restarts" in again.stdout
     assert live_holder(finished.directory, "evaluator") is None
     assert len(pids) == 2
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    # Its lock is free a moment before it is gone.
+    _wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
     assert (finished.directory / "checkpoints").stat().st_mtime_ns == weights
 
 
