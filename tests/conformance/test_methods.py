@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from paceline.exports.blocks import BlockExport
 from paceline.exports.eagle3 import SGLANG, VLLM
 from paceline.exports.export import Export, ExportedDraft, TargetOfDraft
@@ -25,6 +27,11 @@ from paceline.target.head import TargetHead
 from paceline.target.version import TargetVersion
 from paceline.testing.method_suite import MethodSuite
 from paceline.testing.tiny_target import captured_sample, tiny_target
+
+
+@pytest.fixture(autouse=True)
+def exported_folders_go_with_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 def block_method(section: type[BlockSection], **knobs: Any) -> DraftMethod:
