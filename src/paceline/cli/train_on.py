@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,8 @@ from paceline.cli.verbs.verb import INTERRUPTED, advises
 from paceline.placement.driver import lost_cluster, stop_on, train_on
 from paceline.roles.process import PR_SET_PDEATHSIG, stop_signals
 
-ENDED = b"."  # what the child writes if its exit code is its own
+BEGIN = b"."  # what the child waits for
+ENDED = b"."  # what it writes if its exit code is its own
 
 
 def train_on_cluster(run_file: Path, address: str) -> None:
@@ -43,12 +44,13 @@ def _in_a_child(work: Callable[[], int], command: str, address: str) -> None:
     """Do the work in a child, and hand signals on to it. Raises PacelineError if it ended by Ray's will."""
     stdout.flush()
     reads, writes = os.pipe()
-    # A signal that comes before there is somebody to hand it on to waits.
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
+    waits, begins = os.pipe()
     parent, child, asked = os.getpid(), os.fork(), list[int]()
     if child == 0:
-        _be_the_child(work, parent, writes, unblocked)
-    os.close(writes)
+        os.close(begins)
+        _be_the_child(work, parent, waits, writes)
+    for fd in (waits, writes):
+        os.close(fd)
 
     def hand_on(number: int, _: object) -> None:
         asked.append(number)
@@ -56,8 +58,9 @@ def _in_a_child(work: Callable[[], int], command: str, address: str) -> None:
             os.kill(child, number)
 
     before = {number: signal.signal(number, hand_on) for number in stop_signals()}
-    signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     try:
+        with suppress(BrokenPipeError), os.fdopen(begins, "wb") as begun:
+            begun.write(BEGIN)
         with os.fdopen(reads, "rb") as said:
             ended = said.read() == ENDED  # until its end
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -72,16 +75,16 @@ def _in_a_child(work: Callable[[], int], command: str, address: str) -> None:
         raise typer.Exit(code)
 
 
-def _be_the_child(
-    work: Callable[[], int], parent: int, writes: int, unblocked: Set[signal.Signals | int]
-) -> None:
-    """Never returns. If the command is killed, this process ends as suddenly, and the run goes on."""
+def _be_the_child(work: Callable[[], int], parent: int, waits: int, writes: int) -> None:
+    """Never returns. If the command is killed, this process ends as suddenly, and the run goes on.
+
+    The work begins when the command hands signals on: one that ends it before finds nothing begun.
+    """
     code = 1
     try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         os.setsid()  # a terminal's Ctrl-C reaches the parent alone, which hands it on
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
+        if os.getppid() != parent or not os.read(waits, 1):
             os._exit(code)
         stdout.replace()
         # Where a node dies, Ray prints pages of its log; what it means for the run is told anyway.
