@@ -195,8 +195,8 @@ WAITS = "trap 'exit 0' TERM; while :; do read -rt 1; done"
 # As torchrun: it begins one rank in a session of its own, tells it to stop, and ends with 1 if it failed.
 TORCHRUN = """while [ "$1" != --no-python ]; do shift; done
 shift
-setsid "$@" &
 trap 'kill -TERM -- -$!' TERM
+setsid "$@" &
 wait "$!" || wait "$!" || exit 1"""
 
 
